@@ -1,0 +1,261 @@
+"""The one run configuration: frozen typed sections in data-flow order, read from TOML with dotted overrides.
+
+Example:
+    >>> config = parse_run_config('[student]\nmodel = "a"\n[teachers.t]\nmodel = "b"\n[prompts]\ntrain = "p.jsonl"')
+    >>> config.teachers["t"].signal
+    'topk'
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from cluster.contracts.errors import ConfigError
+
+Count = Annotated[int, Meta(ge=1)]
+CountOrZero = Annotated[int, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Signal = Literal["sampled", "topk"]
+Divergence = Literal["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"]
+
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every configuration section: immutable and closed."""
+
+
+class RunConfig(Section):
+    """What the run is called, how long it lasts and where it writes."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    steps: Count = 100  # optimizer steps
+    seed: CountOrZero = 0
+    directory: str = "runs"  # the run writes into directory/name
+
+
+class StudentConfig(Section):
+    """The model that writes and learns."""
+
+    model: str  # Hugging Face directory or hub id
+    trust_remote_code: bool = False
+
+
+class PromptsConfig(Section):
+    """What the student is asked."""
+
+    train: str  # JSONL: {"prompt": ..., "answer"?, "domain"?, "teacher"?}
+    held_out: str | None = None
+    template: Literal["chat", "raw"] = "chat"
+    system_prompt: str | None = None  # chat template only
+    prompts_per_step: Count = 64
+    shuffle: bool = True  # a new order each epoch, fixed by run.seed
+
+
+class EngineConfig(Section):
+    """How one vLLM engine is built; the same for rollout workers and teachers."""
+
+    dtype: Dtype = "bfloat16"
+    tensor_parallel: Count = 1
+    max_concurrent_sequences: Count = 256
+    max_batched_tokens: Count = 8192
+    gpu_memory_fraction: Fraction = 0.9
+    kv_cache_gib: Positive = 1.0  # on CPU; on GPU the memory fraction decides
+    cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
+    enforce_eager: bool = False
+    quantization: str | None = None  # as vLLM names it, for example "fp8" or "awq"
+
+
+class RolloutConfig(Section):
+    """The student's generators."""
+
+    num_workers: Count = 1
+    samples_per_prompt: Count = 1
+    max_completion_tokens: Count = 512
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: CountOrZero = 0  # 0: whole vocabulary
+    stop: tuple[str, ...] = ()
+    rows_per_batch: Count = 8  # trajectories per Arrow batch sent on as they finish
+    engine: EngineConfig = EngineConfig()
+
+
+class TeacherConfig(Section):
+    """One teacher and its pool of scorers."""
+
+    model: str
+    trust_remote_code: bool = False
+    num_workers: Count = 1
+    signal: Signal = "topk"
+    top_k: Count = 16  # used by signal "topk"
+    engine: EngineConfig = EngineConfig()
+
+
+class ObjectiveConfig(Section):
+    """What the student minimises, per completion token."""
+
+    divergence: Divergence = "reverse_kl"
+    beta: Fraction = 0.5  # jsd: 0 is forward KL, 1 is reverse KL
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed ZeRO group that trains the student."""
+
+    num_workers: Count = 1
+    zero_stage: Literal[1, 2, 3] = 2
+    dtype: Dtype = "bfloat16"
+    micro_batch_tokens: Count = 8192  # prompt and completion tokens per forward and rank
+    gradient_checkpointing: bool = False
+    learning_rate: Positive = 1e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: CountOrZero = 0
+    min_learning_rate_ratio: Fraction = 0.1  # final rate / peak rate of a decaying schedule
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_gradient_norm: Positive = 1.0
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO stage 3
+    cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
+
+
+class WeightSyncConfig(Section):
+    """How new student weights reach the rollout workers after each step."""
+
+    backend: Literal["object_store", "nccl", "ipc"] = "object_store"
+    bucket_bytes: Count = 1 << 28
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, sampled and verified before, during and after training."""
+
+    every_steps: CountOrZero = 0  # 0: before and after only
+    num_prompts: CountOrZero = 0  # 0: all held-out prompts
+    samples_per_prompt: Count = 1
+    temperature: NonNegative = 1.0
+    verifier: Literal["exact", "regex", "math"] = "exact"
+    teacher_too: bool = True  # measure the teachers on the same prompts, once
+
+
+class CheckpointConfig(Section):
+    """When the whole training state is written, and how many copies stay."""
+
+    every_steps: CountOrZero = 0  # 0: only after the last step
+    keep_last: Count = 2
+    export: bool = True  # write a Hugging Face directory when the run ends
+
+
+class RayConfig(Section):
+    """Where the actors run."""
+
+    address: str | None = None  # None: RAY_ADDRESS if set, else a local cluster that the run starts and ends
+    dashboard: bool = True
+    start_timeout_seconds: Positive = 600.0
+    call_timeout_seconds: Positive = 1800.0
+
+
+class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    student: StudentConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    teachers: Annotated[dict[str, TeacherConfig], Meta(min_length=1)]
+    objective: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    ray: RayConfig = RayConfig()
+
+    def __post_init__(self) -> None:
+        """Check the rules that span sections; raises ValueError, which the reader turns into a ConfigError."""
+        needed: Signal = "sampled" if self.objective.divergence == "sampled_reverse_kl" else "topk"
+        for name, teacher in self.teachers.items():
+            if needed == "topk" and teacher.signal != "topk":
+                raise ValueError(
+                    f"teachers.{name}.signal is 'sampled', but objective.divergence = '{self.objective.divergence}' "
+                    "needs signal = 'topk'"
+                )
+        if self.learner.offload_parameters == "cpu" and self.learner.zero_stage != 3:
+            raise ValueError(
+                f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.learner.zero_stage}"
+            )
+        if self.prompts.system_prompt is not None and self.prompts.template == "raw":
+            raise ValueError("prompts.system_prompt is set, but prompts.template = 'raw' has no place for it")
+        if self.run.steps < self.learner.warmup_steps:
+            raise ValueError(f"learner.warmup_steps = {self.learner.warmup_steps} is above run.steps = {self.run.steps}")
+
+
+def load_run_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a run file and apply `section.field=value` overrides, values being TOML (bare words are strings).
+
+    Raises:
+        ConfigError: the file is missing or not TOML, a field is unknown or out of range, or settings contradict.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the run file: {error.strerror}") from error
+    return parse_run_config(text, overrides, source=str(path))
+
+
+def parse_run_config(text: str, overrides: Sequence[str] = (), source: str = "run file") -> Config:
+    """Build a Config from TOML text; `source` is the name that errors give it."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_in_our_words(error)}") from error
+
+
+def dump_run_config(config: Config) -> str:
+    """Return the resolved configuration as JSON, every default written out."""
+    return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
+
+
+def config_from_json(text: str, source: str = "config.json") -> Config:
+    """Read back what `dump_run_config` wrote."""
+    try:
+        return msgspec.json.decode(text, type=Config)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{source}: {_in_our_words(error)}") from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override '{override}': expected section.field=value, for example run.steps=20")
+    node = tree
+    for key in keys[:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override '{override}': '{key}' is a value, not a section")
+    node[keys[-1]] = _toml_value(value)
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _in_our_words(error: Exception) -> str:
+    """Say msgspec's finding with the field's path first: `learner.zero_stage: ...`."""
+    message, at, path = str(error).rpartition(" - at `$.")
+    if not at:
+        return str(error).removesuffix(" - at `$`")
+    return f"{path.rstrip('`')}: {message}"

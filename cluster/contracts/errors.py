@@ -1,0 +1,49 @@
+"""Every exception raised on purpose, as one tree.
+
+Each takes one message and nothing else, so Ray can pickle it from an actor to the driver, and each message is one
+sentence: where, what was found, what to do.
+"""
+
+
+class PreceptorError(Exception):
+    """Base of every error that the program raises on purpose."""
+
+
+class ConfigError(PreceptorError, ValueError):
+    """A run file, an override or a combination of settings is wrong."""
+
+
+class PromptError(PreceptorError, ValueError):
+    """A prompt file is missing, malformed, or holds a prompt that cannot be used."""
+
+
+class ModelError(PreceptorError, ValueError):
+    """A model or tokenizer is missing, unreadable, or does not fit the others of the run."""
+
+
+class TrajectoryError(PreceptorError, ValueError):
+    """A trajectory batch breaks its contract."""
+
+
+class RolloutError(PreceptorError, RuntimeError):
+    """A rollout worker could not produce the trajectories that it was asked for."""
+
+
+class ScoreError(PreceptorError, ValueError):
+    """A teacher returned scores that cannot be training data."""
+
+
+class WeightSyncError(PreceptorError, RuntimeError):
+    """Weights were lost, damaged, or arrived out of order on their way to a rollout worker."""
+
+
+class PlacementError(PreceptorError, RuntimeError):
+    """The cluster cannot hold the pools that the run asks for."""
+
+
+class CheckpointError(PreceptorError, RuntimeError):
+    """A checkpoint cannot be written, found or restored."""
+
+
+class SelfCheckError(PreceptorError, RuntimeError):
+    """A start-up self-check found student, teacher or engines in disagreement."""

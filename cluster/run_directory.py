@@ -1,0 +1,72 @@
+"""Where a run writes: the only place that builds paths."""
+
+from pathlib import Path
+
+from cluster.contracts.config import Config, config_from_json, dump_run_config
+from cluster.contracts.errors import CheckpointError, ConfigError
+
+
+class RunDirectory:
+    """The folder of one run; readable by its owner only, since it holds models and prompts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, config: Config) -> "RunDirectory":
+        """Make the folder of a new run and write its resolved configuration.
+
+        Raises:
+            ConfigError: the folder holds a run already.
+        """
+        directory = cls(Path(config.run.directory) / config.run.name)
+        if directory.config.exists():
+            raise ConfigError(
+                f"{directory.path}: holds a run already; continue it with --resume {directory.path} "
+                "or choose another run.name"
+            )
+        directory.path.mkdir(parents=True, exist_ok=True)
+        directory.path.chmod(0o700)
+        directory.config.write_text(dump_run_config(config), encoding="utf-8")
+        return directory
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Open the folder of an earlier run.
+
+        Raises:
+            CheckpointError: the folder does not hold a run.
+        """
+        directory = cls(path)
+        if not directory.config.is_file():
+            raise CheckpointError(f"{path}: holds no run (there is no {directory.config.name})")
+        return directory
+
+    def read_config(self) -> Config:
+        """Return the configuration that the run was started with."""
+        return config_from_json(self.config.read_text(encoding="utf-8"), source=str(self.config))
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Completions of held-out prompts, one JSON object each."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints, each complete or absent."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained student as a Hugging Face directory."""
+        return self.path / "export"

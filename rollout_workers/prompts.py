@@ -1,0 +1,219 @@
+"""Prompt files to token ids, and the order in which a run asks them.
+
+A prompt file is JSONL, one object per line: `prompt` (a text, or a list of chat messages), and optionally `answer`,
+`domain` and `teacher` (the NAME of a [teachers.NAME] section; needed when there are several).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from cluster.contracts.config import Config
+from cluster.contracts.errors import ConfigError, PromptError
+from cluster.contracts.trajectory import Ints, ragged
+from rollout_workers.verifiers import check_answer
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("answer", pa.string(), nullable=True),
+        pa.field("domain", pa.string(), nullable=False),
+        pa.field("teacher", pa.string(), nullable=False),
+    ]
+)
+
+
+class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of a prompt file."""
+
+    prompt: str | list[dict[str, Any]]
+    answer: str | None = None
+    domain: str = ""
+    teacher: str | None = None
+
+
+class PromptSet:
+    """All prompts of one file, tokenised; prompt_id is the index. Its wire form is shared by all rollout workers."""
+
+    def __init__(self, table: pa.RecordBatch) -> None:
+        self._table = table
+        self._token_ids = ragged(table, "token_ids")
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return int(self._table.num_rows)
+
+    @property
+    def has_answers(self) -> bool:
+        """Tell whether any prompt can be verified."""
+        return bool(self._table["answer"].null_count < len(self))
+
+    @property
+    def longest_tokens(self) -> int:
+        """Return the token count of the longest prompt."""
+        return int(self._token_ids.lengths.max(initial=0))
+
+    def token_ids(self, prompt_id: int) -> Ints:
+        """Return the prompt's tokens, special tokens included."""
+        return self._token_ids[prompt_id]
+
+    def text(self, prompt_id: int) -> str:
+        """Return the prompt as its file gives it; of a conversation, the last message."""
+        return str(self._table["text"][prompt_id].as_py())
+
+    def answer(self, prompt_id: int) -> str | None:
+        """Return what the verifier compares with, None when there is nothing to verify."""
+        answer: str | None = self._table["answer"][prompt_id].as_py()
+        return answer
+
+    def domain(self, prompt_id: int) -> str:
+        """Return the label under which metrics group this prompt."""
+        return str(self._table["domain"][prompt_id].as_py())
+
+    def teacher(self, prompt_id: int) -> str:
+        """Return the name of the teacher that scores this prompt's completions."""
+        return str(self._table["teacher"][prompt_id].as_py())
+
+    def to_wire(self) -> pa.Buffer:
+        """Encode as Arrow IPC."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, _SCHEMA) as writer:
+            writer.write_batch(self._table)
+        return sink.getvalue()
+
+    @classmethod
+    def join(cls, parts: "Iterable[PromptSet]") -> "PromptSet":
+        """Return one set with the parts' prompts in order; ids of a later part follow those of the earlier."""
+        table = pa.Table.from_batches([part._table for part in parts], _SCHEMA).combine_chunks()
+        return cls(table.to_batches()[0])
+
+    @classmethod
+    def from_wire(cls, wire: pa.Buffer) -> "PromptSet":
+        """Decode `to_wire`'s bytes without copying the values."""
+        with pa.ipc.open_stream(wire) as reader:
+            return cls(reader.read_next_batch())
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """Which prompt is asked when: a pure function of the seed, so a resumed run needs no saved cursor."""
+
+    num_prompts: int
+    seed: int
+    shuffle: bool
+
+    def take(self, first: int, count: int) -> list[int]:
+        """Return the prompt ids of admissions `first` to `first + count - 1`; epochs follow one another."""
+        ids: list[int] = []
+        while len(ids) < count:
+            epoch, position = divmod(first + len(ids), self.num_prompts)
+            ids.extend(self._epoch(epoch)[position : position + count - len(ids)].tolist())
+        return ids
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(self.num_prompts)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_prompts)
+
+
+def sampling_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
+    """Return the seed of one completion's draws, the same whenever the same completion is asked for again."""
+    state = np.random.SeedSequence([run_seed, step, prompt_id, sample_index]).generate_state(1, np.uint64)
+    return int(state[0] >> 1)  # vLLM takes signed 64-bit seeds
+
+
+def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config, context_tokens: int) -> PromptSet:
+    """Read and tokenise a prompt file.
+
+    Args:
+        path: the JSONL file.
+        tokenizer: the student's.
+        config: says how to apply the chat template, which teachers exist, and how long a completion may be.
+        context_tokens: the shortest context among all engines of the run.
+
+    Raises:
+        PromptError: the file is missing or empty, or a line is malformed or does not fit; names file and line.
+    """
+    rows: list[dict[str, Any]] = []
+    room = context_tokens - config.rollout.max_completion_tokens - 1  # a scoring engine generates one token
+    for where, line in _lines(path):
+        rows.append(_row(where, line, tokenizer, config))
+        length = len(rows[-1]["token_ids"])
+        if length > room:
+            raise PromptError(
+                f"{where}: the prompt has {length} tokens, but a context of {context_tokens} less "
+                f"rollout.max_completion_tokens = {config.rollout.max_completion_tokens} and 1 leaves room for {room}"
+            )
+    if not rows:
+        raise PromptError(f"{path}: the file holds no prompt")
+    return PromptSet(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path}: cannot read the prompt file: {error.strerror}") from error
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        is_last = number == content.count(b"\n") + 1
+        if not line.strip() and is_last:
+            return
+        yield f"{path}:{number}", line
+
+
+def _row(where: str, line: bytes, tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, Any]:
+    parsed = _parse(where, line)
+    if parsed.answer is not None:
+        try:
+            check_answer(config.evaluation.verifier, parsed.answer)
+        except ConfigError as error:
+            raise PromptError(f"{where}: {error}") from error
+    text = parsed.prompt if isinstance(parsed.prompt, str) else str(parsed.prompt[-1].get("content", ""))
+    return {
+        "token_ids": _tokenise(where, parsed, tokenizer, config),
+        "text": text,
+        "answer": parsed.answer,
+        "domain": parsed.domain,
+        "teacher": _route(where, parsed.teacher, config.teachers),
+    }
+
+
+def _parse(where: str, line: bytes) -> PromptLine:
+    if not line.strip():
+        raise PromptError(f"{where}: the line is empty")
+    try:
+        parsed = msgspec.json.decode(line, type=PromptLine)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PromptError(f"{where}: not a prompt object: {error}") from error
+    if not parsed.prompt or (isinstance(parsed.prompt, str) and not parsed.prompt.strip()):
+        raise PromptError(f"{where}: `prompt` is empty")
+    return parsed
+
+
+def _tokenise(where: str, line: PromptLine, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[int]:
+    if config.prompts.template == "raw":
+        if not isinstance(line.prompt, str):
+            raise PromptError(f"{where}: `prompt` is a conversation, but prompts.template = 'raw' takes a text")
+        return list(tokenizer(line.prompt)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise PromptError(f"{where}: the student's tokenizer has no chat template; set prompts.template = 'raw'")
+    messages = [{"role": "user", "content": line.prompt}] if isinstance(line.prompt, str) else list(line.prompt)
+    if config.prompts.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": config.prompts.system_prompt})
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _route(where: str, teacher: str | None, teachers: Iterable[str]) -> str:
+    names = list(teachers)
+    if teacher is None and len(names) == 1:
+        return names[0]
+    if teacher not in names:
+        raise PromptError(f"{where}: teacher is {teacher!r}; expected one of {names}")
+    return teacher

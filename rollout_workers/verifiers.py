@@ -1,0 +1,65 @@
+"""Says whether a completion answers its prompt; pure functions from text to a reward of 0 or 1."""
+
+import logging
+import re
+from collections.abc import Callable
+
+from math_verify import parse
+from math_verify import verify as math_equal
+
+from cluster.contracts.errors import ConfigError
+
+Verifier = Callable[[str, str], bool]
+
+
+def verify(kind: str, completion: str, answer: str, finish_reason: str) -> float:
+    """Return 1 if the completion is right, else 0; a completion that was cut off at its length limit is wrong.
+
+    Args:
+        kind: a key of VERIFIERS.
+        completion: the decoded completion without special tokens.
+        answer: what the prompt file gives: a text, a regular expression, or a mathematical expression.
+        finish_reason: why the completion ended; only "stop" can be right.
+    """
+    if finish_reason != "stop":
+        return 0.0
+    return float(VERIFIERS[kind](completion.strip(), answer))
+
+
+def check_answer(kind: str, answer: str) -> None:
+    """Refuse an answer that its verifier could never use.
+
+    Raises:
+        ConfigError: the answer is not a valid regular expression, or holds no mathematical expression.
+    """
+    if kind == "regex":
+        try:
+            re.compile(answer)
+        except re.error as error:
+            raise ConfigError(f"answer {answer!r} is not a regular expression: {error}") from error
+    elif kind == "math" and not _parse(answer):
+        raise ConfigError(f"answer {answer!r} holds no mathematical expression")
+
+
+def is_exact(completion: str, answer: str) -> bool:
+    """Compare the whole texts, ignoring white space at the ends."""
+    return completion == answer.strip()
+
+
+def is_regex_match(completion: str, answer: str) -> bool:
+    """Match the whole completion against the answer as a regular expression; `.` also matches a line break."""
+    return re.fullmatch(answer, completion, re.DOTALL) is not None
+
+
+def is_math_equal(completion: str, answer: str) -> bool:
+    """Compare the completion's last mathematical expression with the answer's, by value (math-verify)."""
+    return bool(math_equal(_parse(answer), _parse(completion), timeout_seconds=None))
+
+
+def _parse(text: str) -> list[object]:
+    # math-verify's timeouts use SIGALRM, which only a main thread may set; actors run elsewhere. It warns each time.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    return list(parse(text, parsing_timeout=None))
+
+
+VERIFIERS: dict[str, Verifier] = {"exact": is_exact, "regex": is_regex_match, "math": is_math_equal}
