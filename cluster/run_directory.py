@@ -1,5 +1,6 @@
 """Where a run writes: the only place that builds paths."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.contracts.config import Config, config_from_json, dump_run_config
@@ -42,9 +43,9 @@ class RunDirectory:
             raise CheckpointError(f"{path}: holds no run (there is no {directory.config.name})")
         return directory
 
-    def read_config(self) -> Config:
-        """Return the configuration that the run was started with."""
-        return config_from_json(self.config.read_text(encoding="utf-8"), source=str(self.config))
+    def read_config(self, overrides: Sequence[str] = ()) -> Config:
+        """Return the configuration that the run was started with, changed by `section.field=value` overrides."""
+        return config_from_json(self.config.read_text(encoding="utf-8"), overrides, source=str(self.config))
 
     @property
     def config(self) -> Path:

@@ -212,12 +212,7 @@ def parse_run_config(text: str, overrides: Sequence[str] = (), source: str = "ru
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from error
-    for override in overrides:
-        _apply_override(tree, override)
-    try:
-        return msgspec.convert(tree, Config)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_in_our_words(error)}") from error
+    return _build(tree, overrides, source)
 
 
 def dump_run_config(config: Config) -> str:
@@ -225,11 +220,21 @@ def dump_run_config(config: Config) -> str:
     return msgspec.json.format(msgspec.json.encode(config), indent=2).decode()
 
 
-def config_from_json(text: str, source: str = "config.json") -> Config:
-    """Read back what `dump_run_config` wrote."""
+def config_from_json(text: str, overrides: Sequence[str] = (), source: str = "config.json") -> Config:
+    """Read back what `dump_run_config` wrote, and apply overrides to it."""
     try:
-        return msgspec.json.decode(text, type=Config)
+        tree = msgspec.json.decode(text)
     except msgspec.DecodeError as error:
+        raise ConfigError(f"{source}: not valid JSON: {error}") from error
+    return _build(tree, overrides, source)
+
+
+def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return msgspec.convert(tree, Config)
+    except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_in_our_words(error)}") from error
 
 

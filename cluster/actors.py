@@ -1,0 +1,105 @@
+"""Starting, asking and ending groups of Ray actors, with one kind of error: ours.
+
+Ray wraps what an actor raises in its own exception, whose text is a stack trace; everything here raises the actor's
+own PreceptorError instead, and an ActorError when an actor died or did not answer in time.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+
+from cluster.contracts.errors import PreceptorError
+
+SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
+
+
+class ActorError(PreceptorError, RuntimeError):
+    """An actor died, or did not answer in time."""
+
+
+def create_actors(
+    cls: type,
+    names: Sequence[str],
+    arguments: Sequence[tuple[Any, ...]],
+    options: Sequence[Mapping[str, Any]],
+) -> list[ActorHandle]:
+    """Ask Ray for one actor per name; returns at once, before any of them runs.
+
+    Args:
+        cls: an ordinary class.
+        names: what the Ray dashboard shows; unique in the run.
+        arguments: positional constructor arguments, one tuple per actor.
+        options: Ray's actor options, one mapping per actor (num_cpus, num_gpus, scheduling_strategy, runtime_env).
+    """
+    remote = ray.remote(cls)
+    return [
+        remote.options(name=name, **option).remote(*argument)
+        for name, argument, option in zip(names, arguments, options, strict=True)
+    ]
+
+
+def call_all(
+    actors: Sequence[ActorHandle],
+    method: str,
+    *args: Any,
+    timeout_seconds: float,
+    waiting_for: str,
+    names: Sequence[str] = (),
+) -> list[Any]:
+    """Call the method on every actor at once and return the answers in the actors' order.
+
+    Raises:
+        ActorError: an actor died, or did not answer in time; says which by `names`, else by position.
+        PreceptorError: what an actor raised.
+    """
+    references = [getattr(actor, method).remote(*args) for actor in actors]
+    try:
+        # Ends early when an actor fails, so that one error does not wait for the others' answers.
+        return _checked_get(references, timeout_seconds, waiting_for)
+    except GetTimeoutError as error:
+        _, silent = ray.wait(references, num_returns=len(references), timeout=0)
+        labels = names or [f"actor {position} of {len(actors)}" for position in range(len(actors))]
+        late = ", ".join(labels[references.index(reference)] for reference in silent)
+        raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}; no answer from {late}") from error
+
+
+def get(reference: Any, timeout_seconds: float, waiting_for: str) -> Any:
+    """Return the value of a reference.
+
+    Raises:
+        ActorError: its actor died, or the value did not come in time.
+        PreceptorError: what the actor raised.
+    """
+    try:
+        return _checked_get(reference, timeout_seconds, waiting_for)
+    except GetTimeoutError as error:
+        raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}") from error
+
+
+def shutdown(actors: Sequence[ActorHandle], timeout_seconds: float = SHUTDOWN_TIMEOUT_SECONDS) -> None:
+    """Let every actor end what it started (its `shutdown` method), then end the actors themselves."""
+    references = [actor.shutdown.remote() for actor in actors]
+    ray.wait(references, num_returns=len(references), timeout=timeout_seconds) if references else None
+    for actor in actors:
+        with suppress(RayError):  # already dead
+            ray.kill(actor, no_restart=True)
+
+
+def _checked_get(references: Any, timeout_seconds: float, waiting_for: str) -> Any:
+    try:
+        return ray.get(references, timeout=timeout_seconds)
+    except RayTaskError as error:
+        if isinstance(error.cause, PreceptorError):
+            raise error.cause from error
+        raise
+    except RayActorError as error:
+        raise ActorError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,105 @@
+"""The command line: `preceptor train | eval | check | demo`. An error is one sentence; --debug shows its trace."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cluster.contracts.config import Config, load_run_config
+from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.run_directory import RunDirectory
+
+INTERRUPTED = 130  # what a shell reports for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the process's exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except PreceptorError as error:
+        if options.debug:
+            raise
+        sys.stderr.write(f"preceptor: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("preceptor: interrupted; the last complete checkpoint stays\n")
+        return INTERRUPTED
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train, from the start or from a run's last checkpoint."""
+    if options.resume is None:
+        config = _load(options)
+        from cluster.commands import start_training
+
+        start_training(config)
+        return 0
+    run_file, overrides = _split(options.arguments)
+    if run_file is not None:
+        raise ConfigError(f"--resume takes the run's own configuration; remove {run_file}")
+    directory = RunDirectory.open(options.resume)
+    from cluster.commands import resume_training
+
+    resume_training(directory, directory.read_config(overrides))
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure the student, and the teachers if the run file says so, on the held-out prompts."""
+    config = _load(options)
+    from cluster.commands import evaluate_models
+
+    evaluate_models(config)
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print the placement and run the start-up self-checks."""
+    config = _load(options)
+    from cluster.commands import check_run
+
+    return 0 if check_run(config) else 1
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Train the embedded student from the embedded teacher."""
+    from cluster.demo import run_demo
+
+    run_demo(options.arguments)
+    return 0
+
+
+def _load(options: argparse.Namespace) -> Config:
+    run_file, overrides = _split(options.arguments)
+    if run_file is None:
+        raise ConfigError("no run file given; usage: preceptor train RUN.toml [section.field=value ...]")
+    return load_run_config(Path(run_file), overrides)
+
+
+def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Tell the run file, which comes first if at all, from the overrides."""
+    if arguments and "=" not in arguments[0]:
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="preceptor", description="On-policy distillation of language models.")
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run in (("train", train), ("eval", evaluate), ("check", check)):
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
+        command.add_argument("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
+        command.set_defaults(command=run)
+        if run is train:
+            command.add_argument("--resume", type=Path, metavar="RUN_DIRECTORY")
+    command = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
+    command.add_argument("arguments", nargs="*", metavar="section.field=value")
+    command.set_defaults(command=demo)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""What each command of the command line does, from a configuration to the last line that it prints."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from cluster.contracts.config import Config
+from cluster.contracts.errors import CheckpointError
+from cluster.driver import train
+from cluster.evaluation import Evaluation, evaluate, write_samples
+from cluster.live_checks import run_live_checks
+from cluster.metric_sinks import TerminalView, terminal_view
+from cluster.model_files import load_tokenizer
+from cluster.pipeline import (
+    Inputs,
+    load_inputs,
+    start_pipeline,
+    start_student_rollouts,
+    start_teacher_rollouts,
+)
+from cluster.placement import Placement, cluster_nodes, describe, plan_placement
+from cluster.ray_session import RaySession, ray_session
+from cluster.run_directory import RunDirectory
+from cluster.training_run import History, TrainingRun, describe_evaluation
+from learner.checkpoint import latest_checkpoint, read_state
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where a training run begins."""
+
+    directory: RunDirectory
+    first_step: int
+    history: History
+
+
+def start_training(config: Config) -> History:
+    """Train from the beginning.
+
+    Raises:
+        PreceptorError: an input is wrong, the cluster is too small, or a stage failed.
+    """
+    inputs = load_inputs(config)
+    with terminal_view(config.run.steps) as view, ray_session(config) as session:
+        placement = plan_placement(config, cluster_nodes())
+        directory = RunDirectory.create(config)
+        _announce(view, session, placement, directory)
+        history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
+        return _train(config, inputs, placement, view, _Start(directory, 0, history))
+
+
+def resume_training(directory: RunDirectory, config: Config) -> History:
+    """Continue a run from its last complete checkpoint.
+
+    Raises:
+        CheckpointError: the run has no complete checkpoint, or has nothing left to do.
+    """
+    checkpoint = latest_checkpoint(directory.checkpoints)
+    if checkpoint is None:
+        raise CheckpointError(f"{directory.path}: has no complete checkpoint to resume from; start the run anew")
+    state = read_state(checkpoint)
+    first_step = int(state["step"])
+    if first_step >= config.run.steps:
+        raise CheckpointError(
+            f"{directory.path}: step {first_step} of {config.run.steps} is done; "
+            f"to go on, resume with run.steps above {first_step}"
+        )
+    inputs = load_inputs(config)
+    with terminal_view(config.run.steps) as view, ray_session(config) as session:
+        placement = plan_placement(config, cluster_nodes())
+        _announce(view, session, placement, directory)
+        view.say(f"resuming after step {first_step}")
+        start = _Start(directory, first_step, History(**state["history"]))
+        return _train(config, inputs, placement, view, start)
+
+
+def evaluate_models(config: Config) -> None:
+    """Sample and verify the held-out prompts with the student as its files are, and with the teachers.
+
+    Raises:
+        CheckpointError: the run file names no held-out prompts.
+    """
+    inputs = load_inputs(config)
+    if not inputs.held_out_ids:
+        raise CheckpointError("prompts.held_out: the run file names no held-out prompts to evaluate on")
+    with terminal_view(config.run.steps) as view, ray_session(config) as session:
+        placement = plan_placement(config, cluster_nodes())
+        _announce(view, session, placement, None)
+        with start_student_rollouts(config, inputs, placement) as pool:
+            tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
+            _say(view, "student", evaluate(pool, config, inputs, tokenizer))
+        _measure_teachers(config, inputs, placement, view, None)
+
+
+def check_run(config: Config) -> bool:
+    """Print the placement, run every self-check and return whether all passed."""
+    inputs = load_inputs(config)
+    with terminal_view(config.run.steps) as view, ray_session(config) as session:
+        placement = plan_placement(config, cluster_nodes())
+        _announce(view, session, placement, None)
+        view.say("  ok    tokenizers: same ids, special tokens, EOS and chat template")
+        view.say(f"  ok    context: every engine has room for {inputs.max_model_len} tokens")
+        results = run_live_checks(config, inputs, placement)
+        for result in results:
+            advice = "" if result.passed else f" - {result.advice}"
+            view.say(f"  {'ok  ' if result.passed else 'FAIL'}  {result.name}: {result.found}{advice}")
+        return all(result.passed for result in results)
+
+
+def _train(config: Config, inputs: Inputs, placement: Placement, view: TerminalView, start: _Start) -> History:
+    with start_pipeline(config, inputs, placement) as pipeline:
+        if start.first_step:
+            checkpoint = latest_checkpoint(start.directory.checkpoints)
+            assert checkpoint is not None, "the caller found one"
+            pipeline.learner.load_checkpoint(checkpoint)
+        train(TrainingRun(config, inputs, pipeline, start.directory, view, start.first_step, start.history))
+    return start.history
+
+
+def _measure_teachers(
+    config: Config, inputs: Inputs, placement: Placement, view: TerminalView, directory: RunDirectory | None
+) -> dict[str, float | None]:
+    """Let every teacher answer the held-out prompts, one after the other, before the run's own pools start."""
+    found: dict[str, float | None] = {}
+    if not (config.evaluation.teacher_too and inputs.held_out_ids):
+        return found
+    for name, teacher in config.teachers.items():
+        tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
+        with ExitStack() as stack:
+            pool = stack.enter_context(start_teacher_rollouts(config, inputs, placement, name))
+            evaluation = evaluate(pool, config, inputs, tokenizer)
+        found[name] = evaluation.accuracy
+        _say(view, f"teacher {name}", evaluation)
+        if directory is not None:
+            write_samples(directory.samples, 0, f"teacher {name}", evaluation.samples)
+    return found
+
+
+def _announce(view: TerminalView, session: RaySession, placement: Placement, directory: RunDirectory | None) -> None:
+    if session.dashboard_address is not None:
+        view.say(f"Ray dashboard: http://{session.dashboard_address}")
+    for name, share in describe(placement):
+        view.say(f"  {name}: {share}")
+    if directory is not None:
+        view.say(f"run: {directory.path}")
+
+
+def _say(view: TerminalView, model: str, found: Evaluation) -> None:
+    view.say(f"held-out, {model}: {describe_evaluation(found)}")

@@ -1,0 +1,28 @@
+"""The embedded run: a tiny teacher and student that ship with the package, through the same driver as any other run."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from cluster.contracts.config import Config, load_run_config
+from cluster.commands import start_training
+from cluster.training_run import History
+
+EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def embedded_config(overrides: Sequence[str] = ()) -> Config:
+    """Return the run file beside the embedded models, its paths made absolute."""
+    paths = [
+        f"student.model={EMBEDDED / 'student'}",
+        f"teachers.countdown.model={EMBEDDED / 'teacher'}",
+        f"prompts.train={EMBEDDED / 'train.jsonl'}",
+        f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
+    ]
+    return load_run_config(EMBEDDED / "demo.toml", [*paths, *overrides])
+
+
+def run_demo(overrides: Sequence[str] = ()) -> History:
+    """Train the embedded student in a run directory of its own."""
+    name = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    return start_training(embedded_config([f"run.name={name}", *overrides]))

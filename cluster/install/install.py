@@ -1,0 +1,181 @@
+"""Builds the project's virtual environment from a lock: `python3 cluster/install/install.py` (or `make install`).
+
+It needs nothing but the standard library, and its syntax stays readable to old Pythons so that they too get the one
+sentence that says which Python is wanted. Three environment variables change what it does: `PYTHON` (read by make)
+names the interpreter, `PRECEPTOR_BACKEND` (`cpu` or `cuda`) overrules the search for a GPU, and `PRECEPTOR_TORCH_INDEX`
+replaces the package index that is asked for the CPU build of torch.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+SUPPORTED_PYTHONS = ((3, 11), (3, 12), (3, 13))  # those the locks were resolved for
+MIN_GLIBC = (2, 31)  # the oldest that every wheel in the locks accepts
+FREE_GB = {"cpu": 6, "cuda": 20}  # the finished environment, and the downloads that pip keeps
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+STAMP = "preceptor.stamp"  # in the environment, written last; the Makefile looks for it too
+
+
+class InstallError(Exception):
+    """The environment cannot be built here; the message is one sentence for the user."""
+
+
+def main() -> int:
+    """Installs, or explains in one sentence why it cannot."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        check_python(sys.version_info[:2], platform.python_implementation())
+        install(root, choose_backend())
+    except InstallError as error:
+        print(f"preceptor install: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def install(root: Path, backend: str) -> None:
+    """Makes `.venv` under `root` hold exactly the backend's lock and the project; does nothing when it already does."""
+    venv = root / ".venv"
+    lock = root / "cluster" / "install" / f"{backend}.lock"
+    packages_key = digest(lock.read_bytes(), str(sys.implementation.cache_tag).encode(), str(venv).encode())
+    project_key = digest((root / "pyproject.toml").read_bytes())
+    if read_stamp(venv) == (packages_key, project_key):
+        return
+    if read_stamp(venv)[0] != packages_key:
+        check_machine()
+        check_compiler(dict(os.environ))
+        check_disk(root, FREE_GB[backend])
+        create_environment(venv)
+        install_lock(venv, lock)
+    print("Installing preceptor itself.", flush=True)
+    (venv / STAMP).unlink(missing_ok=True)
+    pip(venv, "install", "--no-deps", "--no-build-isolation", "--editable", str(root))
+    write_stamp(venv, packages_key, project_key)
+    print(f"Done: {venv / 'bin' / 'preceptor'}", flush=True)
+
+
+def check_python(version: "tuple[int, ...]", implementation: str) -> None:
+    """Refuses an interpreter that the locks were not resolved for."""
+    if implementation != "CPython" or tuple(version) not in SUPPORTED_PYTHONS:
+        wanted = " or ".join("{}.{}".format(*supported) for supported in SUPPORTED_PYTHONS)
+        found = f"{implementation} {version[0]}.{version[1]}"
+        raise InstallError(
+            f"this is {found}, the locked packages need CPython {wanted}; name one with `PYTHON=python3.11 make install`"
+        )
+
+
+def check_machine() -> None:
+    """Refuses a machine for which the locked packages have no builds."""
+    system, machine = platform.system(), platform.machine()
+    if (system, machine) != ("Linux", "x86_64"):
+        raise InstallError(f"this is {system} on {machine}, the locked packages exist for Linux on x86_64 only")
+    library, version = platform.libc_ver()
+    wanted = ".".join(str(part) for part in MIN_GLIBC)
+    if library != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < MIN_GLIBC:
+        found = f"{library} {version}" if library else "not glibc"
+        raise InstallError(f"the C library is {found}, the locked packages need glibc {wanted} or newer")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise InstallError("Python.h is missing, DeepSpeed compiles against it; install python3-dev (or python3-devel)")
+
+
+def check_compiler(environment: "dict[str, str]") -> None:
+    """Refuses a machine without a C and a C++ compiler: DeepSpeed and vLLM compile when they first start."""
+    for language, variable, default in (("C", "CC", "gcc"), ("C++", "CXX", "g++")):
+        compiler = environment.get(variable) or default
+        if shutil.which(compiler.split()[0], path=environment.get("PATH")) is None:
+            raise InstallError(
+                f"no {language} compiler: `{compiler}` is not on PATH, and DeepSpeed and vLLM compile code when they "
+                f"first start; install gcc and g++, or set {variable}"
+            )
+
+
+def check_disk(folder: Path, needed_gb: int) -> None:
+    """Refuses a disk that the environment would fill."""
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    if free_gb < needed_gb:
+        raise InstallError(f"{folder} has {free_gb:.1f} GB free, the environment needs about {needed_gb} GB")
+
+
+def choose_backend() -> str:
+    """Returns `cuda` where an NVIDIA driver answers, else `cpu`; `PRECEPTOR_BACKEND` overrules."""
+    chosen = os.environ.get("PRECEPTOR_BACKEND", "")
+    if chosen:
+        if chosen not in FREE_GB:
+            raise InstallError(f"PRECEPTOR_BACKEND is `{chosen}`, it must be `cpu` or `cuda`")
+        return chosen
+    if shutil.which("nvidia-smi") is None:
+        return "cpu"
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return "cuda" if listing.returncode == 0 and "GPU" in listing.stdout else "cpu"
+
+
+def create_environment(venv: Path) -> None:
+    """Replaces whatever is at `venv`: packages that were half written, or belong to another lock, never mix."""
+    print(f"Creating {venv} with Python {platform.python_version()}.", flush=True)
+    # Not `sys.executable`: this may run in the very environment that is replaced.
+    base = Path(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info[:2]))
+    result = subprocess.run([str(base), "-m", "venv", "--clear", str(venv)], capture_output=True, text=True)
+    if result.returncode != 0:
+        said = (result.stdout + result.stderr).strip()
+        raise InstallError(f"`{base} -m venv` failed (Debian and Ubuntu need the package python3-venv): {said}")
+
+
+def install_lock(venv: Path, lock: Path) -> None:
+    """Installs every pin of `lock`; torch's CPU build first, as only that may come from PyTorch's own index."""
+    pins = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
+    print(f"Installing {len(pins)} packages from {lock.name}; this takes minutes.", flush=True)
+    torch = next(pin for pin in pins if pin.startswith("torch=="))
+    if torch.endswith("+cpu"):
+        install_cpu_torch(venv, torch)
+    pip(venv, "install", "--no-deps", "--requirement", str(lock))
+
+
+def install_cpu_torch(venv: Path, pin: str) -> None:
+    """Installs the CPU build from where pip looks by itself, else from PyTorch's index (PyPI has the CUDA build only).
+
+    The index is named for this one package and command, so it cannot supply any other.
+    """
+    arguments = ("install", "--no-deps", pin)
+    try:
+        pip(venv, *arguments, quiet=True)
+    except InstallError:
+        index = os.environ.get("PRECEPTOR_TORCH_INDEX", TORCH_CPU_INDEX)
+        print(f"Taking {pin} from {index}.", flush=True)
+        pip(venv, *arguments, "--extra-index-url", index)
+
+
+def pip(venv: Path, *arguments: str, quiet: bool = False) -> None:
+    """Runs the environment's pip, which prints errors only (none when `quiet`), and raises when it fails."""
+    command = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input", "-qq", *arguments]
+    errors = subprocess.DEVNULL if quiet else None
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors).returncode
+    if code != 0:
+        raise InstallError(f"`pip {' '.join(arguments)}` failed with exit code {code}; run `make install` again to retry")
+
+
+def read_stamp(venv: Path) -> "tuple[str, str]":
+    """Returns what the environment was built from: (packages, project), two empty strings if it was never finished."""
+    stamp = venv / STAMP
+    if not stamp.exists() or not (venv / "bin" / "preceptor").exists() or not (venv / "bin" / "python").exists():
+        return "", ""
+    packages_key, project_key = stamp.read_text().split()
+    return packages_key, project_key
+
+
+def write_stamp(venv: Path, packages_key: str, project_key: str) -> None:
+    """Marks the environment as finished."""
+    (venv / STAMP).write_text(f"{packages_key} {project_key}\n")
+
+
+def digest(*parts: bytes) -> str:
+    """Returns one hash for several byte strings, each of which counts with its length."""
+    return hashlib.sha256(b"".join(b"%d:%s" % (len(part), part) for part in parts)).hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Finds out, before any training, whether student, teachers and engines agree on what a token is worth.
+
+`check_tokenizers` reads files only and runs before every start. The others ask live engines; `preceptor check` runs
+them and prints what they found.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from cluster.contracts.config import Dtype
+from cluster.contracts.errors import ModelError, SelfCheckError
+from cluster.contracts.trajectory import Floats, ragged
+
+# Mean absolute difference, in nats, that two implementations of the same model may show.
+AGREEMENT_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
+SELF_KL_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 1e-2}
+UNIFORM_NATS = 1e-3  # spread below which scores say nothing about their tokens
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One check's finding."""
+
+    name: str
+    found: str
+    passed: bool
+    advice: str  # what to do when it did not pass
+
+
+def check_tokenizers(
+    student: PreTrainedTokenizerBase, teachers: Mapping[str, PreTrainedTokenizerBase], compare_templates: bool
+) -> None:
+    """Compare token ids, special tokens, EOS and, for chat prompts, the chat template.
+
+    Raises:
+        ModelError: a teacher reads the student's token ids as other tokens; names the first difference.
+    """
+    for name, teacher in teachers.items():
+        difference = _vocabulary_difference(student, teacher) or _special_difference(student, teacher)
+        if difference is None and compare_templates and student.chat_template != teacher.chat_template:
+            difference = "their chat templates differ"
+        if difference is not None:
+            raise ModelError(
+                f"teachers.{name}: its tokenizer is not the student's: {difference}; "
+                "a teacher must read the student's token ids as the same tokens"
+            )
+
+
+def require(results: Sequence[CheckResult]) -> None:
+    """Raise on the first failed check.
+
+    Raises:
+        SelfCheckError: says what was found and what to do.
+    """
+    for result in results:
+        if not result.passed:
+            raise SelfCheckError(f"self-check '{result.name}': found {result.found}; {result.advice}")
+
+
+def check_replicas(name: str, replicas: Sequence[pa.RecordBatch], dtype: Dtype) -> CheckResult:
+    """Compare the scores that each replica of one teacher gave to the same trajectories."""
+    first = ragged(replicas[0], "teacher_logprobs").values
+    gap = max(
+        (float(np.abs(ragged(other, "teacher_logprobs").values - first).mean()) for other in replicas[1:]), default=0.0
+    )
+    return CheckResult(
+        f"teacher {name}: replicas agree",
+        f"{gap:.2e} nats between {len(replicas)} replica(s)",
+        gap <= AGREEMENT_NATS[dtype],
+        "a replica serves another checkpoint or precision; restart the pool",
+    )
+
+
+def check_not_uniform(name: str, scored: pa.RecordBatch) -> CheckResult:
+    """Look for a teacher that gives every token the same probability, as one with unloaded weights does."""
+    spread = float(ragged(scored, "teacher_logprobs").values.std())
+    return CheckResult(
+        f"teacher {name}: scores are not uniform",
+        f"standard deviation {spread:.3f} nats",
+        spread > UNIFORM_NATS,
+        "its weights were not loaded; check the model directory",
+    )
+
+
+def check_sampler_gap(generated: pa.RecordBatch, student_logprobs: Floats, dtype: Dtype) -> CheckResult:
+    """Compare the log-probabilities that the rollout engine reported with the learner's own forward pass."""
+    gap = float(np.abs(ragged(generated, "rollout_logprobs").values - student_logprobs).mean())
+    return CheckResult(
+        "rollout engine and learner agree",
+        f"{gap:.2e} nats per token",
+        gap <= AGREEMENT_NATS[dtype],
+        "compare rollout.engine.dtype and learner.dtype, and that rollout.temperature, top_p and top_k are 1, 1 and 0",
+    )
+
+
+def check_self_kl(scored_by_itself: pa.RecordBatch, dtype: Dtype) -> CheckResult:
+    """Measure KL(student || student) through the whole pipeline; a shift of one token shows as several nats."""
+    written = ragged(scored_by_itself, "rollout_logprobs").values
+    kl = float((written - ragged(scored_by_itself, "teacher_logprobs").values).mean())
+    return CheckResult(
+        "student scored as its own teacher",
+        f"KL {kl:.2e} nats per token",
+        abs(kl) <= SELF_KL_NATS[dtype],
+        "generation and scoring disagree on alignment, chat template or temperature",
+    )
+
+
+def _vocabulary_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != token_id:
+            return f"token {token!r} has id {token_id} for the student and {theirs.get(token)} for the teacher"
+    if len(theirs) != len(ours):
+        extra = sorted(theirs.keys() - ours.keys())[0]
+        return f"token {extra!r} exists for the teacher only"
+    return None
+
+
+def _special_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    for kind in ("bos_token", "eos_token", "unk_token"):
+        ours, theirs = getattr(student, kind), getattr(teacher, kind)
+        if ours != theirs:
+            return f"{kind} is {ours!r} for the student and {theirs!r} for the teacher"
+    return None

@@ -1,0 +1,102 @@
+"""Builds a vLLM engine; the one place that knows vLLM's arguments, its environment and how CPU differs from GPU.
+
+vLLM reads its environment when it is first imported, so `prepare_environment` comes before any `import vllm`.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cluster.contracts.config import EngineConfig
+from cluster.contracts.errors import ModelError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+BYTES_PER_GIB = 1 << 30
+# Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
+# a second start-up, the memory of a second interpreter, and two process switches per decoding step.
+IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+
+
+@dataclass(frozen=True)
+class EngineRole:
+    """What an engine is for."""
+
+    max_model_len: int  # prompt + completion + 1, in tokens
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"]  # processed: after temperature, top-k and top-p
+    max_logprobs: int
+    prefix_caching: bool
+    tokenizer: bool  # without one the engine can neither find stop strings nor know the EOS token
+    weight_transfer_backend: str | None = None  # None: the weights never change
+    worker_extension: str | None = None  # class whose methods are added to vLLM's workers, as "module.Class"
+
+
+def prepare_environment(engine: EngineConfig) -> None:
+    """Set what vLLM and OpenMP read from the environment; the engine's subprocesses inherit it.
+
+    Without `cpu_threads` the worker uses OMP_NUM_THREADS, which Ray sets to the actor's CPUs, or else all its cores.
+    """
+    threads = engine.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads starve the other workers of a shared node
+    # Bound threads of two engines would share the same cores while others idle: every engine starts at core 0.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":
+    """Start an engine and the process that runs its model; call from inside a running event loop.
+
+    Raises:
+        ModelError: vLLM refuses the model, or its process ended while it started.
+    """
+    prepare_environment(engine)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
+    try:
+        return AsyncLLM.from_engine_args(
+            AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ModelError(f"vLLM cannot serve {model}: {error}") from error
+
+
+def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
+    from vllm.config import WeightTransferConfig
+
+    backend = role.weight_transfer_backend
+    return {
+        "dtype": engine.dtype,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "max_num_seqs": engine.max_concurrent_sequences,
+        "max_num_batched_tokens": max(engine.max_batched_tokens, role.max_model_len),
+        "max_model_len": role.max_model_len,
+        "quantization": engine.quantization,
+        "disable_log_stats": True,
+        "max_logprobs": role.max_logprobs,
+        "logprobs_mode": role.logprobs_mode,
+        "enable_prefix_caching": role.prefix_caching,
+        "skip_tokenizer_init": not role.tokenizer,
+        "weight_transfer_config": WeightTransferConfig(backend=backend) if backend else None,
+        "worker_extension_cls": role.worker_extension or "",
+    }
+
+
+def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
+    if not is_cpu:
+        return {
+            "gpu_memory_utilization": engine.gpu_memory_fraction,
+            "enforce_eager": engine.enforce_eager,
+            # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
+            "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
+        }
+    return {
+        "kv_cache_memory_bytes": int(engine.kv_cache_gib * BYTES_PER_GIB),
+        "enforce_eager": True,
+        "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else IN_PROCESS_EXECUTOR,
+    }

@@ -1,0 +1,36 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "absent.toml"], "preceptor: absent.toml: cannot read the run file: No such file or directory"),
+        (["train"], "preceptor: no run file given; usage: preceptor train RUN.toml [section.field=value ...]"),
+        (["train", "--resume", "absent"], "preceptor: absent: holds no run (there is no config.json)"),
+        (["train", "x.toml", "--resume", "y"], "preceptor: --resume takes the run's own configuration; remove x.toml"),
+    ],
+)
+def test_an_error_is_one_sentence_and_a_failure(
+    arguments: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == sentence + "\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_command() -> None:
+    output = subprocess.run(
+        [sys.executable, "-m", "cluster.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert all(command in output for command in ("train", "eval", "check", "demo"))

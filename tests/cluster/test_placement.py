@@ -1,0 +1,50 @@
+import pytest
+
+from cluster.contracts.errors import PlacementError
+from cluster.placement import NodeResources, describe, plan_placement
+from tests.builders import make_config
+
+
+def test_each_gpu_worker_reserves_whole_gpus() -> None:
+    config = make_config("rollout.num_workers=2", "teachers.main.engine.tensor_parallel=4", "learner.num_workers=2")
+    placement = plan_placement(config, [NodeResources(cpus=32, gpus=8)])
+    assert [(pool.name, pool.num_workers, pool.gpus_per_worker) for pool in placement.pools] == [
+        ("rollout", 2, 1),
+        ("teacher-main", 1, 4),
+        ("learner", 2, 1),
+    ]
+
+
+def test_too_few_gpus_are_said_with_numbers() -> None:
+    config = make_config("rollout.num_workers=4")
+    with pytest.raises(PlacementError, match="learner worker 0 needs 1 GPUs .* needs 6 GPUs and the cluster has 5"):
+        plan_placement(config, [NodeResources(cpus=32, gpus=5)])
+
+
+def test_an_engine_is_not_split_over_nodes() -> None:
+    config = make_config("teachers.main.engine.tensor_parallel=8")
+    with pytest.raises(PlacementError, match="teacher-main worker 0 needs 8 GPUs on one node, 4 are left"):
+        plan_placement(config, [NodeResources(16, 4)] * 4)
+
+
+def test_without_gpus_the_pools_share_the_cores() -> None:
+    placement = plan_placement(make_config(), [NodeResources(cpus=2, gpus=0)])
+    assert [pool.gpus_per_worker for pool in placement.pools] == [0, 0, 0]
+    assert sum(pool.num_workers * pool.cpus_per_worker for pool in placement.pools) <= 2
+    assert (placement.rollout.cpu_threads, placement.learner.cpu_threads) == (1, 2)
+
+
+def test_configured_threads_win_over_the_share() -> None:
+    config = make_config("rollout.engine.cpu_threads=7", "learner.cpu_threads=3")
+    placement = plan_placement(config, [NodeResources(cpus=2, gpus=0)])
+    assert (placement.rollout.cpu_threads, placement.learner.cpu_threads) == (7, 3)
+
+
+def test_every_pool_has_a_line_for_people() -> None:
+    placement = plan_placement(make_config(), [NodeResources(cpus=4, gpus=0)])
+    assert describe(placement)[0] == ("rollout", "1 x 2 CPU threads")
+
+
+def test_a_cluster_without_cpus_is_refused() -> None:
+    with pytest.raises(PlacementError, match="offers no CPU"):
+        plan_placement(make_config(), [])

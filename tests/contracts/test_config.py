@@ -1,0 +1,84 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cluster.contracts.config import Config, config_from_json, dump_run_config, load_run_config, parse_run_config
+from cluster.contracts.errors import ConfigError
+from tests.builders import MINIMAL_RUN, make_config
+
+FIELDS = {
+    "run": "name steps seed directory",
+    "student": "model trust_remote_code",
+    "prompts": "train held_out template system_prompt prompts_per_step shuffle",
+    "rollout": "num_workers samples_per_prompt max_completion_tokens temperature top_p top_k stop rows_per_batch engine",
+    "teachers": "model trust_remote_code num_workers signal top_k engine",
+    "objective": "divergence beta",
+    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
+    "warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
+    "offload_parameters cpu_threads",
+    "weight_sync": "backend bucket_bytes",
+    "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
+    "checkpoint": "every_steps keep_last export",
+    "ray": "address dashboard start_timeout_seconds call_timeout_seconds",
+}
+
+
+def test_the_knobs_are_these_and_no_others() -> None:
+    found = {}
+    for field in msgspec.structs.fields(Config):
+        section = field.type.__args__[0].__args__[1] if field.name == "teachers" else field.type
+        found[field.name] = " ".join(section.__struct_fields__)
+    assert found == FIELDS
+
+
+def test_the_resolved_copy_reads_back_as_the_same_run() -> None:
+    config = make_config("learner.learning_rate=3e-4", "rollout.stop=['###']")
+    assert config_from_json(dump_run_config(config)) == config
+
+
+def test_an_override_wins_over_the_file_and_bare_words_are_texts() -> None:
+    config = parse_run_config(MINIMAL_RUN + "[run]\nsteps = 5", ["run.steps=7", "run.name=trial"])
+    assert (config.run.steps, config.run.name) == (7, "trial")
+
+
+def test_an_override_reaches_a_named_teacher() -> None:
+    assert make_config("teachers.main.top_k=64").teachers["main"].top_k == 64
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("learner.zero_stag=2", "learner: .*unknown field `zero_stag`"),
+        ("learner.zero_stage=4", "learner.zero_stage: Invalid enum value 4"),
+        ("run.steps=0", "run.steps: Expected `int` >= 1"),
+        ("teachers.main.signal=sampled", "teachers.main.signal is 'sampled'.*needs signal = 'topk'"),
+        ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
+        ("learner.warmup_steps=1000", "warmup_steps = 1000 is above run.steps = 100"),
+        ("run.name=a/b", "run.name: Expected `str` matching regex"),
+        ("steps", "expected section.field=value"),
+        ("run.name.x=1", "Expected `str`, got `object`"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_with_its_path(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        make_config(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_run_file_and_broken_toml_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot read the run file: No such file"):
+        load_run_config(tmp_path / "absent.toml")
+    (tmp_path / "broken.toml").write_text("[run\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not valid TOML"):
+        load_run_config(tmp_path / "broken.toml")
+
+
+def test_a_run_without_teachers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="teachers"):
+        parse_run_config('[student]\nmodel = "a"\n[prompts]\ntrain = "p"\n[teachers]\n')
+
+
+def test_sampled_reverse_kl_needs_no_top_k() -> None:
+    config = make_config("teachers.main.signal=sampled", "objective.divergence=sampled_reverse_kl")
+    assert config.objective.divergence == "sampled_reverse_kl"

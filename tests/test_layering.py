@@ -1,0 +1,99 @@
+"""Imports point down, heavy libraries enter by their own doors, and the contracts load none of them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("cluster", "rollout_workers", "teacher_workers", "learner")
+# First match decides; a package's own name stands for all modules that are not listed.
+LAYERS = [
+    ("cluster.contracts", 0),
+    ("cluster.cli", 3),
+    ("cluster.demo", 3),
+    ("cluster.commands", 3),
+    ("cluster.driver", 3),
+    ("cluster.evaluation", 3),
+    ("cluster.pipeline", 3),
+    ("cluster.live_checks", 3),
+    ("cluster.training_run", 3),
+    ("cluster", 1),
+    ("rollout_workers", 2),
+    ("teacher_workers", 2),
+    ("learner", 2),
+]
+DOORS = {
+    "vllm": {
+        "cluster.vllm_runtime",
+        "rollout_workers.vllm_engine",
+        "rollout_workers.weight_receiver",
+        "teacher_workers.vllm_engine",
+        "learner.vllm_weight_sender",
+    },
+    "deepspeed": {"learner.zero_engine"},
+}
+HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed")
+
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def layer(module: str) -> int | None:
+    for prefix, number in LAYERS:
+        if module == prefix or module.startswith(prefix + "."):
+            return number
+    return None
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_imports_point_down(module: str) -> None:
+    for target in imports(SOURCES[module]):
+        below, here = layer(target), layer(module)
+        if below is None:
+            continue
+        same_package = target.split(".")[0] == module.split(".")[0] and below == here
+        assert below < here or same_package, f"{module} may not import {target}"
+
+
+@pytest.mark.parametrize("module", sorted(SOURCES))
+def test_heavy_libraries_enter_by_their_doors(module: str) -> None:
+    for target in imports(SOURCES[module]):
+        library = target.split(".")[0]
+        assert module in DOORS.get(library, {module}), f"{module} may not import {library}"
+
+
+@pytest.mark.parametrize("module", sorted(name for name in SOURCES if name.endswith("__init__")))
+def test_package_files_are_empty(module: str) -> None:
+    assert SOURCES[module].read_text() == ""
+
+
+def loaded_by(statement: str) -> set[str]:
+    script = f"import sys; {statement}; print(*sorted(sys.modules))"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(output.stdout.split())
+
+
+def test_the_contracts_load_no_heavy_library() -> None:
+    names = ("config", "errors", "interfaces", "metrics", "trajectory", "weights")
+    loaded = loaded_by("; ".join(f"import cluster.contracts.{name}" for name in names))
+    assert not loaded & set(HEAVY)
+
+
+def test_the_command_line_loads_no_heavy_library_before_it_needs_one() -> None:
+    assert not loaded_by("import cluster.cli") & set(HEAVY)
