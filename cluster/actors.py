@@ -6,6 +6,7 @@ own PreceptorError instead, and an ActorError when an actor died or did not answ
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,6 +16,14 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from cluster.contracts.errors import PreceptorError
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
+
+
+@dataclass(frozen=True)
+class PoolTimeouts:
+    """How long the driver waits for the actors of a pool."""
+
+    start_seconds: float
+    call_seconds: float
 
 
 class ActorError(PreceptorError, RuntimeError):
@@ -57,13 +66,25 @@ def call_all(
         PreceptorError: what an actor raised.
     """
     references = [getattr(actor, method).remote(*args) for actor in actors]
+    return get_all(references, timeout_seconds, waiting_for, names)
+
+
+def get_all(
+    references: Sequence[Any], timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()
+) -> list[Any]:
+    """Return the values of all references in their order; an actor's error ends the wait for the others.
+
+    Raises:
+        ActorError: an actor died, or did not answer in time; says which by `names`, else by position.
+        PreceptorError: what an actor raised.
+    """
     try:
-        # Ends early when an actor fails, so that one error does not wait for the others' answers.
-        return _checked_get(references, timeout_seconds, waiting_for)
+        values: list[Any] = _checked_get(list(references), timeout_seconds, waiting_for)
+        return values
     except GetTimeoutError as error:
-        _, silent = ray.wait(references, num_returns=len(references), timeout=0)
-        labels = names or [f"actor {position} of {len(actors)}" for position in range(len(actors))]
-        late = ", ".join(labels[references.index(reference)] for reference in silent)
+        _, silent = ray.wait(list(references), num_returns=len(references), timeout=0)
+        labels = names or [f"actor {position} of {len(references)}" for position in range(len(references))]
+        late = ", ".join(label for label, reference in zip(labels, references, strict=True) if reference in silent)
         raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}; no answer from {late}") from error
 
 
@@ -83,7 +104,8 @@ def get(reference: Any, timeout_seconds: float, waiting_for: str) -> Any:
 def shutdown(actors: Sequence[ActorHandle], timeout_seconds: float = SHUTDOWN_TIMEOUT_SECONDS) -> None:
     """Let every actor end what it started (its `shutdown` method), then end the actors themselves."""
     references = [actor.shutdown.remote() for actor in actors]
-    ray.wait(references, num_returns=len(references), timeout=timeout_seconds) if references else None
+    if references:
+        ray.wait(references, num_returns=len(references), timeout=timeout_seconds)
     for actor in actors:
         with suppress(RayError):  # already dead
             ray.kill(actor, no_restart=True)

@@ -1,18 +1,18 @@
 """Everything a run needs, read and started in the right order: inputs first, so that bad ones cost no start-up."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.contracts.config import Config
+from cluster.actors import PoolTimeouts
+from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
 from cluster.model_files import context_length, load_model_config, load_tokenizer
-from cluster.placement import Placement
+from cluster.placement import Placement, PoolPlacement
 from cluster.self_checks import check_tokenizers
 from learner.group import LearnerGroup
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
 from teacher_workers.pool import TeacherPool, TeacherPools
 
@@ -113,19 +113,75 @@ def held_out_sampling(config: Config) -> SamplingSettings:
 
 @contextmanager
 def start_pipeline(config: Config, inputs: Inputs, placement: Placement) -> Iterator[Pipeline]:
-    """Start all pools at once and end them, with every process of theirs, when the `with` statement ends."""
+    """Start all pools at once; with the `with` statement, they and every process of theirs end."""
     with ExitStack() as stack:
-        rollouts, learner, *teachers = _start_together(
-            stack,
-            [
-                lambda: start_rollouts(config, inputs, placement),
-                lambda: LearnerGroup(config, placement.learner.options()),
-                *(_teacher_starter(config, inputs, placement, name) for name in config.teachers),
-            ],
+        rollouts = RolloutPool(
+            _rollout_settings(config, inputs), placement.rollout.options(), _timeouts(config)
         )
-        yield Pipeline(rollouts, TeacherPools(dict(zip(config.teachers, teachers, strict=True))), learner)
+        stack.callback(rollouts.shutdown)
+        teachers = {}
+        for name in config.teachers:
+            teachers[name] = start_teacher(config, inputs, placement.teachers[name], name)
+            stack.callback(teachers[name].shutdown)
+        # Blocks until the ranks have met; the engines load their models meanwhile.
+        learner = LearnerGroup(config, placement.learner.options())
+        stack.callback(learner.shutdown)
+        for pool in (rollouts, *teachers.values()):
+            pool.wait_until_ready()
+        rollouts.set_prompts(inputs.prompts)
+        yield Pipeline(rollouts, TeacherPools(teachers, config.ray.call_timeout_seconds), learner)
 
 
-def start_rollouts(config: Config, inputs: Inputs, placement: Placement) -> RolloutPool:
-    """Start the student's generators."""
-    raise NotImplementedError
+def start_teacher(config: Config, inputs: Inputs, placement: PoolPlacement, name: str) -> TeacherPool:
+    """Begin to start the scorers of one teacher."""
+    return TeacherPool(name, config.teachers[name], inputs.max_model_len, placement.options(), _timeouts(config))
+
+
+@contextmanager
+def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement) -> Iterator[RolloutPool]:
+    """Start generators of the student as its files are, without a learner."""
+    settings = replace(_rollout_settings(config, inputs), weight_sync_backend=None)
+    with _ready_rollouts(RolloutPool(settings, placement.rollout.options(), _timeouts(config)), inputs) as pool:
+        yield pool
+
+
+@contextmanager
+def start_teacher_rollouts(
+    config: Config, inputs: Inputs, placement: Placement, name: str
+) -> Iterator[RolloutPool]:
+    """Start generators of one teacher, on the resources of its scorers, to let it answer prompts itself."""
+    teacher = config.teachers[name]
+    settings = RolloutActorSettings(
+        StudentConfig(teacher.model, teacher.trust_remote_code),
+        teacher.engine,
+        inputs.max_model_len,
+        config.rollout.rows_per_batch,
+        weight_sync_backend=None,
+    )
+    pool = RolloutPool(settings, placement.teachers[name].options(), _timeouts(config), f"teacher-{name}-rollout")
+    with _ready_rollouts(pool, inputs):
+        yield pool
+
+
+@contextmanager
+def _ready_rollouts(pool: RolloutPool, inputs: Inputs) -> Iterator[RolloutPool]:
+    try:
+        pool.wait_until_ready()
+        pool.set_prompts(inputs.prompts)
+        yield pool
+    finally:
+        pool.shutdown()
+
+
+def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
+    return RolloutActorSettings(
+        config.student,
+        config.rollout.engine,
+        inputs.max_model_len,
+        config.rollout.rows_per_batch,
+        config.weight_sync.backend,
+    )
+
+
+def _timeouts(config: Config) -> PoolTimeouts:
+    return PoolTimeouts(config.ray.start_timeout_seconds, config.ray.call_timeout_seconds)

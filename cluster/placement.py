@@ -31,8 +31,11 @@ class PoolPlacement:
 
     def options(self) -> list[dict[str, Any]]:
         """Return Ray actor options, one per worker."""
-        share = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
-        return [dict(share) for _ in range(self.num_workers)]
+        share: dict[str, Any] = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+        if not self.gpus_per_worker:
+            # Ray would set the threads from the reserved CPUs, which are fractions here.
+            share["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(self.cpu_threads)}}
+        return [share] * self.num_workers
 
 
 @dataclass(frozen=True)

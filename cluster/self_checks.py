@@ -18,6 +18,7 @@ from cluster.contracts.trajectory import Floats, ragged
 # Mean absolute difference, in nats, that two implementations of the same model may show.
 AGREEMENT_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 SELF_KL_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 1e-2}
+OPTIMUM_GRADIENT_NORM: Mapping[Dtype, float] = {"float32": 1e-5, "bfloat16": 5e-1, "float16": 1e-1}
 UNIFORM_NATS = 1e-3  # spread below which scores say nothing about their tokens
 
 
@@ -106,6 +107,16 @@ def check_self_kl(scored_by_itself: pa.RecordBatch, dtype: Dtype) -> CheckResult
         f"KL {kl:.2e} nats per token",
         abs(kl) <= SELF_KL_NATS[dtype],
         "generation and scoring disagree on alignment, chat template or temperature",
+    )
+
+
+def check_gradient_at_optimum(divergence: str, gradient_norm: float, dtype: Dtype) -> CheckResult:
+    """Look at the gradient where student and teacher are the same model; anything but 0 would drive them apart."""
+    return CheckResult(
+        f"{divergence} at student = teacher",
+        f"gradient norm {gradient_norm:.2e}",
+        gradient_norm <= OPTIMUM_GRADIENT_NORM[dtype],
+        "the learner and the scoring engine compute different probabilities; compare their dtypes",
     )
 
 

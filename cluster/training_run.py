@@ -11,7 +11,7 @@ from cluster.metric_sinks import MetricsFile, Record, TerminalView
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline
 from cluster.run_directory import RunDirectory
-from learner.checkpoint import checkpoint_path, prune_checkpoints
+from learner.checkpoint import prune, step_folder
 
 
 @dataclass
@@ -73,9 +73,9 @@ class TrainingRun:
 
     def write_checkpoint(self, step: int) -> Path:
         """Write the whole training state; it is complete or absent."""
-        folder = checkpoint_path(self.directory.checkpoints, step)
+        folder = step_folder(self.directory.checkpoints, step)
         self.pipeline.learner.save_checkpoint(folder, {"step": step, "history": vars(self.history)})
-        prune_checkpoints(self.directory.checkpoints, self.config.checkpoint.keep_last)
+        prune(self.directory.checkpoints, self.config.checkpoint.keep_last)
         return folder
 
     def end(self) -> None:
@@ -106,7 +106,7 @@ class TrainingRun:
 
 def describe_evaluation(found: Evaluation) -> str:
     """Say an evaluation in half a line."""
-    length = f"completion length {found.metrics['rollout/completion_tokens']:.1f}"
+    length = f"completion length {found.metrics['rollout/completion_length']:.1f}"
     return length if found.accuracy is None else f"accuracy {found.accuracy:.3f}, {length}"
 
 

@@ -123,9 +123,13 @@ class PromptOrder:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_prompts)
 
 
-def sampling_seed(run_seed: int, step: int, prompt_id: int, sample_index: int) -> int:
-    """Return the seed of one completion's draws, the same whenever the same completion is asked for again."""
-    state = np.random.SeedSequence([run_seed, step, prompt_id, sample_index]).generate_state(1, np.uint64)
+def sampling_seed(*key: int) -> int:
+    """Return the seed of one completion's draws: the same for the same key, independent for every other.
+
+    Args:
+        key: what tells the completion from all others: run seed, purpose, step, prompt id, sample index.
+    """
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return int(state[0] >> 1)  # vLLM takes signed 64-bit seeds
 
 

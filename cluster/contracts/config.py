@@ -189,8 +189,6 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             )
         if self.prompts.system_prompt is not None and self.prompts.template == "raw":
             raise ValueError("prompts.system_prompt is set, but prompts.template = 'raw' has no place for it")
-        if self.run.steps < self.learner.warmup_steps:
-            raise ValueError(f"learner.warmup_steps = {self.learner.warmup_steps} is above run.steps = {self.run.steps}")
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> Config:

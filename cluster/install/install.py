@@ -6,6 +6,7 @@ names the interpreter, `PRECEPTOR_BACKEND` (`cpu` or `cuda`) overrules the searc
 replaces the package index that is asked for the CPU build of torch.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -13,11 +14,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12), (3, 13))  # those the locks were resolved for
 MIN_GLIBC = (2, 31)  # the oldest that every wheel in the locks accepts
-FREE_GB = {"cpu": 6, "cuda": 20}  # the finished environment, and the downloads that pip keeps
+FREE_GB = {"cpu": 6, "cuda": 20}  # measured 4.0 and 8.9 finished; pip keeps and unpacks downloads beside that
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP = "preceptor.stamp"  # in the environment, written last; the Makefile looks for it too
 
@@ -31,7 +33,9 @@ def main() -> int:
     root = Path(__file__).resolve().parents[2]
     try:
         check_python(sys.version_info[:2], platform.python_implementation())
-        install(root, choose_backend())
+        check_machine()
+        with only_one(root):
+            install(root, choose_backend())
     except InstallError as error:
         print(f"preceptor install: {error}", file=sys.stderr)
         return 1
@@ -47,7 +51,6 @@ def install(root: Path, backend: str) -> None:
     if read_stamp(venv) == (packages_key, project_key):
         return
     if read_stamp(venv)[0] != packages_key:
-        check_machine()
         check_compiler(dict(os.environ))
         check_disk(root, FREE_GB[backend])
         create_environment(venv)
@@ -65,7 +68,7 @@ def check_python(version: "tuple[int, ...]", implementation: str) -> None:
         wanted = " or ".join("{}.{}".format(*supported) for supported in SUPPORTED_PYTHONS)
         found = f"{implementation} {version[0]}.{version[1]}"
         raise InstallError(
-            f"this is {found}, the locked packages need CPython {wanted}; name one with `PYTHON=python3.11 make install`"
+            f"this is {found}, the locked packages need CPython {wanted}; try `PYTHON=python3.11 make install`"
         )
 
 
@@ -101,6 +104,19 @@ def check_disk(folder: Path, needed_gb: int) -> None:
         raise InstallError(f"{folder} has {free_gb:.1f} GB free, the environment needs about {needed_gb} GB")
 
 
+@contextlib.contextmanager
+def only_one(root: Path) -> "Iterator[None]":
+    """Waits until no other process installs into the same clone: two of them would delete each other's files."""
+    import fcntl  # Linux has it; other systems have to hear first that they are not supported
+
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 def choose_backend() -> str:
     """Returns `cuda` where an NVIDIA driver answers, else `cpu`; `PRECEPTOR_BACKEND` overrules."""
     chosen = os.environ.get("PRECEPTOR_BACKEND", "")
@@ -121,8 +137,8 @@ def create_environment(venv: Path) -> None:
     base = Path(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info[:2]))
     result = subprocess.run([str(base), "-m", "venv", "--clear", str(venv)], capture_output=True, text=True)
     if result.returncode != 0:
-        said = (result.stdout + result.stderr).strip()
-        raise InstallError(f"`{base} -m venv` failed (Debian and Ubuntu need the package python3-venv): {said}")
+        advice = "install python3-venv (Debian, Ubuntu): " if "ensurepip" in result.stdout else ""
+        raise InstallError(f"`{base} -m venv` failed; {advice}{(result.stdout + result.stderr).strip()}")
 
 
 def install_lock(venv: Path, lock: Path) -> None:
@@ -151,11 +167,21 @@ def install_cpu_torch(venv: Path, pin: str) -> None:
 
 def pip(venv: Path, *arguments: str, quiet: bool = False) -> None:
     """Runs the environment's pip, which prints errors only (none when `quiet`), and raises when it fails."""
-    command = [str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input", "-qq", *arguments]
+    command = [
+        str(venv / "bin" / "python"),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-input",
+        "-qq",
+        *arguments,
+    ]
     errors = subprocess.DEVNULL if quiet else None
     code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors).returncode
     if code != 0:
-        raise InstallError(f"`pip {' '.join(arguments)}` failed with exit code {code}; run `make install` again to retry")
+        raise InstallError(
+            f"`pip {' '.join(arguments)}` failed with exit code {code}; run `make install` again to retry"
+        )
 
 
 def read_stamp(venv: Path) -> "tuple[str, str]":

@@ -92,9 +92,7 @@ def test_a_missing_and_an_empty_file_are_named(tmp_path: Path, tokenizer: PreTra
         load(tmp_path / "empty.jsonl", tokenizer)
 
 
-def test_a_prompt_needs_a_route_when_there_are_two_teachers(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_prompt_needs_a_route_when_there_are_two_teachers(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one"})
     with pytest.raises(PromptError, match="teacher is None; expected one of"):
         load(path, tokenizer, "teachers.second.model=b")

@@ -1,0 +1,22 @@
+# The finished environment remembers its own interpreter, so `make test` keeps the Python that `make install` chose.
+PYTHON ?= $(if $(wildcard .venv/preceptor.stamp),.venv/bin/python,python3)
+BIN := .venv/bin
+
+.PHONY: install demo test check bench
+
+install:
+	@$(PYTHON) cluster/install/install.py
+
+demo: install
+	@$(BIN)/preceptor demo
+
+test: install
+	@$(BIN)/python -m pytest
+
+check: install
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: install
+	@$(BIN)/python -m benchmarks

@@ -1,0 +1,65 @@
+"""What a training engine does for one rank, whatever shards the model underneath."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.contracts.config import LearnerConfig
+from learner.micro_batch import MicroBatch
+from learner.model import Student, StudentScores
+
+
+class TrainEngine(Protocol):
+    """Forward, backward, step, whole parameters, and checkpoints.
+
+    Methods are collective: every rank calls the same ones in the same order.
+    """
+
+    rank: int
+    world_size: int
+    student: Student
+
+    def forward(self, batch: MicroBatch) -> StudentScores:
+        """Score the completion tokens under the current weights."""
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add this rank's part of the step's loss; gradients of all parts and ranks add up."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping."""
+
+    def discard(self) -> float:
+        """Clear the gradients and leave the weights as they are; return the gradient's norm."""
+
+    def full_parameters(self, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
+        """Give whole parameters by Hugging Face name for as long as the context lasts."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state, every rank its part."""
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote with the same number of ranks."""
+
+
+class PausableAdamW(torch.optim.AdamW):
+    """AdamW that can sit out a step, so that an engine's own step measures the gradient and clears it."""
+
+    paused = False
+
+    def step(self, closure: Any = None) -> Any:
+        """Update the weights unless paused."""
+        return None if self.paused else super().step(closure)
+
+
+def adamw_settings(config: LearnerConfig) -> dict[str, Any]:
+    """Return AdamW's arguments; the rate is set anew at every step."""
+    return {
+        "lr": config.learning_rate,
+        "betas": config.betas,
+        "eps": config.epsilon,
+        "weight_decay": config.weight_decay,
+    }

@@ -1,0 +1,216 @@
+"""The learner as the driver sees it: one group of Ray actors that takes references to scored batches.
+
+The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.actors import call_all, create_actors, get, shutdown
+from cluster.contracts.config import Config, Divergence
+from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.metrics import Metric, merge
+from cluster.contracts.trajectory import Floats, from_wire
+from cluster.contracts.weights import WeightSyncReport
+from learner import checkpoint
+from learner.packing import Grid, plan_step
+from learner.rendezvous import free_address
+from learner.worker import LearnerWorker, start_worker
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank does in one step."""
+
+    references: tuple[Any, ...]  # to wire bytes; inside a dataclass, so Ray hands them over unresolved
+    grids: tuple[Grid, ...]  # indices count the rows of `references` in order
+    num_tokens: int  # completion tokens of the step, over all ranks
+
+
+class LearnerActor:
+    """A LearnerWorker behind Ray: fetches what references point to, and passes everything else on."""
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self._config = config
+        self._rank, self._world_size = rank, world_size
+        self._worker: LearnerWorker
+
+    def address(self) -> str:
+        """Return where the group meets; asked of rank 0."""
+        return free_address()
+
+    def start(self, address: str) -> None:
+        """Load the student and join the group."""
+        self._worker = start_worker(self._config, self._rank, self._world_size, address)
+
+    def step(self, share: Share, step: int) -> dict[str, Metric]:
+        """Run this rank's share of an optimizer step."""
+        return self._worker.step(self._fetch(share.references), share.grids, share.num_tokens, step)
+
+    def measure_gradient(self, share: Share, divergence: Divergence) -> dict[str, Metric]:
+        """Measure a step without taking it."""
+        return self._worker.measure_gradient(self._fetch(share.references), share.grids, share.num_tokens, divergence)
+
+    def student_logprobs(self, references: Sequence[Any]) -> Floats | None:
+        """Return the log-probabilities of one batch on rank 0, and nothing on the others."""
+        (wire,) = ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
+        logprobs = self._worker.student_logprobs(from_wire(wire))
+        return logprobs if self._rank == 0 else None
+
+    def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
+        """Bring the weights to the rollout workers."""
+        return self._worker.publish_weights(rollout_workers, policy_version)
+
+    def save_shards(self, partial: Path) -> None:
+        """Write this rank's part of a checkpoint."""
+        self._worker.save_shards(partial)
+
+    def commit_checkpoint(self, folder: Path, partial: Path, state: Mapping[str, Any]) -> None:
+        """Complete a checkpoint."""
+        self._worker.commit_checkpoint(folder, partial, state)
+
+    def load_shards(self, folder: Path) -> None:
+        """Restore this rank's part of a checkpoint."""
+        self._worker.load_shards(folder)
+
+    def export(self, folder: Path) -> None:
+        """Write the student as a Hugging Face directory."""
+        self._worker.export(folder)
+
+    def shutdown(self) -> None:
+        """End nothing: a rank starts no process of its own."""
+
+    def _fetch(self, references: Sequence[Any]) -> list[Any]:
+        wires = ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
+        return [from_wire(wire, stage="scored") for wire in wires]
+
+
+class LearnerGroup:
+    """N ranks that hold one student between them.
+
+    Args:
+        config: the whole run.
+        options: Ray actor options of each rank (num_cpus, num_gpus, scheduling_strategy, runtime_env).
+
+    Raises:
+        ModelError: the student is missing or cannot be trained.
+        ActorError: a rank died or did not start in time.
+    """
+
+    def __init__(self, config: Config, options: Sequence[Mapping[str, Any]]) -> None:
+        world_size = config.learner.num_workers
+        self._config = config
+        self._names = [f"learner-{rank}" for rank in range(world_size)]
+        self._actors = create_actors(
+            LearnerActor,
+            self._names,
+            [(config, rank, world_size) for rank in range(world_size)],
+            [_with_environment(option, config, rank) for rank, option in enumerate(options)],
+        )
+        timeout_seconds = config.ray.start_timeout_seconds
+        address = get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
+        self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout_seconds)
+
+    def step(self, handles: Sequence[BatchHandle], step: int) -> dict[str, Metric]:
+        """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together."""
+        parts = self._ask_each("step", self._shares(handles), step, waiting_for=f"the learner to take step {step}")
+        return merge(parts)
+
+    def measure_gradient(self, handles: Sequence[BatchHandle], divergence: Divergence) -> dict[str, Metric]:
+        """Return loss, gradient norm and the other figures of a step of the given divergence, without taking it."""
+        shares = self._shares(handles)
+        return merge(self._ask_each("measure_gradient", shares, divergence, waiting_for="the learner's gradient"))
+
+    def student_logprobs(self, handle: BatchHandle) -> Floats:
+        """Return the current student's log-probability of every completion token of the batch, rows in order."""
+        answers = self._ask("student_logprobs", [handle.reference], waiting_for="the student's log-probabilities")
+        logprobs: Floats = answers[0]
+        return logprobs
+
+    def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
+        """Bring the current weights, as `policy_version`, to every rollout worker."""
+        workers = list(rollout_workers)
+        waiting_for = f"the learner to publish policy version {policy_version}"
+        reports: list[WeightSyncReport] = self._ask("publish_weights", workers, policy_version, waiting_for=waiting_for)
+        return reports[0]
+
+    def save_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Write the whole training state and the driver's own `state` (JSON values); complete or absent."""
+        partial = checkpoint.begin(folder)
+        self._ask("save_shards", partial, waiting_for=f"the learner to write {partial}")
+        completed = self._actors[0].commit_checkpoint.remote(folder, partial, dict(state))
+        get(completed, self._config.ray.call_timeout_seconds, f"learner-0 to complete {folder}")
+
+    def load_checkpoint(self, folder: Path) -> dict[str, Any]:
+        """Restore the training state and return the driver's own."""
+        state = checkpoint.read_state(folder)
+        self._ask("load_shards", folder, waiting_for=f"the learner to restore {folder}")
+        return state
+
+    def export(self, folder: Path) -> None:
+        """Write the student as a Hugging Face directory; complete or absent."""
+        self._ask("export", folder, waiting_for=f"the learner to export to {folder}")
+
+    def shutdown(self) -> None:
+        """End all ranks."""
+        shutdown(self._actors)
+
+    def _shares(self, handles: Sequence[BatchHandle]) -> list[Share]:
+        config = self._config.learner
+        lengths = [length for handle in handles for length in handle.num_tokens]
+        plan = plan_step(lengths, config.num_workers, config.micro_batch_tokens)
+        num_tokens = sum(sum(handle.num_completion_tokens) for handle in handles)
+        return [share_of(handles, grids, num_tokens) for grids in plan.ranks]
+
+    def _ask(self, method: str, *args: Any, waiting_for: str, timeout_seconds: float | None = None) -> list[Any]:
+        return call_all(
+            self._actors,
+            method,
+            *args,
+            timeout_seconds=timeout_seconds or self._config.ray.call_timeout_seconds,
+            waiting_for=waiting_for,
+            names=self._names,
+        )
+
+    def _ask_each(self, method: str, shares: Sequence[Share], *args: Any, waiting_for: str) -> list[Any]:
+        calls: list[Callable[..., Any]] = [getattr(actor, method).remote for actor in self._actors]
+        references = [call(share, *args) for call, share in zip(calls, shares, strict=True)]
+        answers: list[Any] = get(references, self._config.ray.call_timeout_seconds, waiting_for)
+        return answers
+
+
+def share_of(handles: Sequence[BatchHandle], grids: Sequence[Grid], num_tokens: int) -> Share:
+    """Keep the batches that the grids touch, and count their rows anew."""
+    used = {index for grid in grids for grid_row in grid for index in grid_row}
+    references = []
+    renumbered: dict[int, int] = {}
+    first = 0
+    for handle in handles:
+        rows = range(first, first + len(handle.num_tokens))
+        first = rows.stop
+        if not used.isdisjoint(rows):
+            references.append(handle.reference)
+            renumbered |= {row: len(renumbered) + position for position, row in enumerate(rows)}
+    local = tuple(tuple(tuple(renumbered[index] for index in grid_row) for grid_row in grid) for grid in grids)
+    return Share(tuple(references), local, num_tokens)
+
+
+def _with_environment(option: Mapping[str, Any], config: Config, rank: int) -> dict[str, Any]:
+    """Add what DeepSpeed and OpenMP read from the environment; every actor sees its own GPU as the only one."""
+    runtime_env = dict(option.get("runtime_env", {}))
+    variables = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(config.learner.num_workers),
+        "LOCAL_RANK": "0",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # torch's, once per rank, about calls that DeepSpeed makes
+        **runtime_env.get("env_vars", {}),
+    }
+    if config.learner.cpu_threads is not None:
+        variables["OMP_NUM_THREADS"] = str(config.learner.cpu_threads)
+    return {**option, "runtime_env": {**runtime_env, "env_vars": variables}}

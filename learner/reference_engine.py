@@ -1,0 +1,68 @@
+"""A training engine of plain torch in one process: the oracle that the ZeRO engine is held against."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cluster.contracts.config import LearnerConfig
+from learner.engine import PausableAdamW, adamw_settings
+from learner.micro_batch import MicroBatch
+from learner.model import Student, StudentScores
+
+STATE_FILE = "state.pt"
+
+
+class ReferenceEngine:
+    """TrainEngine over one copy of the student and torch's own AdamW and clipping."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, student: Student, config: LearnerConfig) -> None:
+        self.student = student
+        self._optimizer = PausableAdamW(student.parameters(), **adamw_settings(config))
+        self._max_gradient_norm = config.max_gradient_norm
+
+    def forward(self, batch: MicroBatch) -> StudentScores:
+        """Score the completion tokens under the current weights."""
+        return StudentScores(*self.student(batch))
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add one micro-batch's part of the step's loss."""
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._max_gradient_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(gradient_norm)
+
+    def discard(self) -> float:
+        """Clear the gradients and leave the weights as they are; return the gradient's norm."""
+        self._optimizer.paused = True
+        gradient_norm = self.step(learning_rate=0.0)
+        self._optimizer.paused = False
+        return gradient_norm
+
+    @contextmanager
+    def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Give parameters by Hugging Face name."""
+        parameters = dict(self.student.causal_lm.named_parameters())
+        yield {name: parameters[name].detach() for name in names}
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state."""
+        state = {"student": self.student.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote."""
+        state = torch.load(folder / STATE_FILE, weights_only=True)
+        self.student.load_state_dict(state["student"])
+        self._optimizer.load_state_dict(state["optimizer"])

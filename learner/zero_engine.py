@@ -1,0 +1,147 @@
+"""The training engine over DeepSpeed ZeRO stages 1, 2 and 3; no other file imports deepspeed."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import Tensor
+
+from cluster.contracts.config import LearnerConfig
+from cluster.contracts.errors import CheckpointError
+from learner.engine import PausableAdamW, adamw_settings
+from learner.micro_batch import MicroBatch
+from learner.model import Student, StudentScores
+
+SHARDS_FOLDER = "zero"  # DeepSpeed's tag inside a checkpoint
+
+
+class PausableCPUAdam(DeepSpeedCPUAdam):  # type: ignore[misc]
+    """DeepSpeed's AdamW for optimizer state in host memory, which can sit out a step."""
+
+    paused = False
+
+    def step(self, closure: Any = None, **kwargs: Any) -> Any:
+        """Update the weights unless paused."""
+        return None if self.paused else super().step(closure, **kwargs)
+
+
+class ZeroEngine:
+    """TrainEngine of one rank of a DeepSpeed ZeRO group.
+
+    Args:
+        student: the same weights on every rank.
+        config: the learner's section.
+        rank: this process's place in the group.
+        world_size: processes of the group.
+        address: `tcp://host:port` of rank 0.
+    """
+
+    def __init__(self, student: Student, config: LearnerConfig, rank: int, world_size: int, address: str) -> None:
+        self.student = student
+        self.rank, self.world_size = rank, world_size
+        self._parameters = dict(student.causal_lm.named_parameters())
+        self._zero_stage = config.zero_stage
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings doubt the optimizer subclass
+        _skip_shared_memory_op()
+        deepspeed.init_distributed(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            init_method=address,
+            rank=rank,
+            world_size=world_size,
+        )
+        offloads = "cpu" in (config.offload_optimizer, config.offload_parameters)
+        self._optimizer = (PausableCPUAdam if offloads else PausableAdamW)(
+            student.parameters(), **adamw_settings(config)
+        )
+        self._engine, *_ = deepspeed.initialize(
+            model=student, optimizer=self._optimizer, config=zero_settings(config, world_size), dist_init_required=False
+        )
+
+    def forward(self, batch: MicroBatch) -> StudentScores:
+        """Score the completion tokens under the current weights."""
+        return StudentScores(*self._engine(batch.to(self._engine.device)))
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add this rank's part of the step's loss; gradients of all parts and ranks add up."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+        self._engine.backward(loss * self.world_size)
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def discard(self) -> float:
+        """Clear the gradients and leave the weights as they are; return the gradient's norm."""
+        self._optimizer.paused = True
+        gradient_norm = self.step(learning_rate=0.0)
+        self._optimizer.paused = False
+        return gradient_norm
+
+    @contextmanager
+    def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Give whole parameters by Hugging Face name; under ZeRO-3 they are gathered while the context lasts."""
+        chosen = {name: self._parameters[name] for name in names}
+        is_sharded = self._zero_stage == 3
+        with deepspeed.zero.GatheredParameters(list(chosen.values())) if is_sharded else nullcontext():
+            yield {name: parameter.detach() for name, parameter in chosen.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state, every rank its part."""
+        self._engine.save_checkpoint(str(folder), tag=SHARDS_FOLDER, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote with the same number of ranks.
+
+        Raises:
+            CheckpointError: the shards are missing, unreadable, or of another number of ranks.
+        """
+        try:
+            restored, _ = self._engine.load_checkpoint(str(folder), tag=SHARDS_FOLDER)
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:
+            raise CheckpointError(f"checkpoint {folder}: cannot restore rank {self.rank}: {error}") from error
+        if restored is None:
+            raise CheckpointError(f"checkpoint {folder}: no shards of {self.world_size} ranks found in it")
+
+
+def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration for the learner's section.
+
+    The micro-batch counts are placeholders: batches come already cut, and the engine is told which one is the last.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters == "cpu":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_gradient_norm,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "fp16": {"enabled": config.dtype == "float16"},
+        # Sums over micro-batches and ranks stay in fp32 whatever the parameters are.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # ours is AdamW with a pause
+        "steps_per_print": 1 << 62,
+    }
+
+
+def _skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce on CPU.
+
+    Only its inference engine calls that op; building it takes a C++ compiler, and longer than a demo's training step.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,204 @@
+"""The receiving end of a weight sync: a weight-transfer engine that vLLM runs beside the model.
+
+vLLM's worker is no Ray process and cannot fetch an object, so the rollout actor puts each bucket into anonymous shared
+memory and passes where it is; the receiver maps it, checks it, and loads views of it into the model.
+
+A fault is recorded instead of raised: an exception here would reach the actor as text without a class, and would leave
+vLLM's update half open. `WeightReport.weight_report` hands the outcome to the actor once the update is finished.
+"""
+
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from cluster.checksum import checksum, new_digest
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig, WeightTransferConfig
+
+BACKEND = "object_store"
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def register() -> None:
+    """Make the backend known to vLLM, which calls this in each of its processes as a `vllm.general_plugins` plugin."""
+    if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM may load plugins twice in one process
+        WeightTransferEngineFactory.register_engine(BACKEND, __name__, ObjectStoreReceiver.__name__)
+
+
+@dataclass(frozen=True)
+class ReceivedWeights:
+    """What one worker received in one update."""
+
+    checksum: str  # of all bytes of all buckets, in order
+    fault: str | None  # a sentence, or None when every parameter arrived intact
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+    """Nothing needs to be opened."""
+
+
+@dataclass
+class Bucket(WeightTransferUpdateInfo):  # type: ignore[misc]
+    """Consecutive parameters, laid out one after another without gaps."""
+
+    names: list[str]  # as in the Hugging Face checkpoint
+    dtypes: list[str]  # keys of TORCH_DTYPES
+    shapes: list[list[int]]
+    checksum: str  # of this bucket's bytes
+    path: str  # names the shared memory while the actor holds it
+    num_bytes: int
+
+
+class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):  # type: ignore[misc]
+    """Loads buckets of checkpoint-format parameters from shared memory."""
+
+    init_info_cls = InitInfo
+    update_info_cls = Bucket
+
+    def __init__(
+        self, config: "WeightTransferConfig", vllm_config: "VllmConfig", device: torch.device, model: torch.nn.Module
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        # Read before the first update: while one runs, vLLM gives tied layers parameters of their own.
+        self._model_names = {name for name, _ in model.named_parameters()}
+        self._tied_layers = tied_layers(model)
+        self._begin()
+
+    @property
+    def received(self) -> ReceivedWeights:
+        """Return the outcome of the last update."""
+        return ReceivedWeights(self._digest.hexdigest(), self._faults[0] if self._faults else None)
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Do nothing: every bucket says where it is."""
+
+    def start_weight_update(self) -> None:
+        """Make the model's layers take checkpoint-format parameters again, as when it was first loaded."""
+        self._begin()
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: Bucket) -> None:
+        """Check one bucket and load it; after a fault the rest of the update is only counted."""
+        memory = _map(update_info)
+        self._digest.update(memory)
+        if checksum([memory]) != update_info.checksum:
+            self._faults.append(f"the bucket that starts with {update_info.names[0]} was damaged on its way")
+        if self._faults:
+            return
+        self._received_names.update(update_info.names)
+        try:
+            self._loaded_names.update(self.model.load_weights(_views(memory, update_info)) or ())
+        except (KeyError, ValueError, RuntimeError, AssertionError) as error:  # unknown name, or wrong shape
+            self._faults.append(f"the model does not take one of {update_info.names}: {error}")
+
+    def finish_weight_update(self) -> None:
+        """Repack the layers for the kernels, and look for parameters that never came."""
+        if not self._faults:
+            missing = missing_parameters(
+                self._model_names,
+                self._loaded_names,
+                self._received_names,
+                getattr(self.model, "packed_modules_mapping", {}),
+            )
+            if missing:
+                self._faults.append(f"the update lacks {', '.join(missing)}")
+        finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self._tied_layers:
+            # On CPU a tied lm_head multiplies with a packed copy of the embedding. No weights arrive under its own
+            # name, so vLLM 0.32 leaves the copy as it was, and the model goes on answering with the old lm_head.
+            if isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod):
+                layer.quant_method.process_weights_after_loading(layer)
+
+    def shutdown(self) -> None:
+        """Do nothing: nothing stays open."""
+
+    def _begin(self) -> None:
+        self._digest = new_digest()
+        self._faults: list[str] = []
+        self._received_names: set[str] = set()  # Hugging Face names
+        self._loaded_names: set[str] = set()  # vLLM names
+
+
+class WeightReport:
+    """Adds `weight_report` to vLLM's worker class, so that `collective_rpc` can call it by name."""
+
+    weight_transfer_engine: WeightTransferEngine[Any, Any] | None
+
+    def weight_report(self) -> dict[str, Any]:
+        """Return the outcome of the last update as plain values, which vLLM can pass between processes."""
+        engine = self.weight_transfer_engine
+        assert isinstance(engine, ObjectStoreReceiver)
+        return asdict(engine.received)
+
+
+def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that use a parameter of an earlier layer."""
+    owners: dict[int, torch.nn.Module] = {}
+    return [
+        layer
+        for layer in model.modules()
+        for parameter in layer.parameters(recurse=False)
+        if owners.setdefault(id(parameter), layer) is not layer
+    ]
+
+
+def missing_parameters(
+    model_names: set[str], loaded_names: set[str], received_names: set[str], packed: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return the parameters that an update lacks, sorted.
+
+    vLLM packs some parameters into one (`qkv_proj` from `q_proj`, `k_proj`, `v_proj`) and reports the packed one as
+    loaded when any part came; the parts are therefore looked for one by one.
+
+    Args:
+        model_names: vLLM's names of all parameters.
+        loaded_names: vLLM's names of those that `load_weights` touched.
+        received_names: Hugging Face names of what came.
+        packed: from the last name of a packed module to its parts.
+    """
+    missing = sorted(model_names - loaded_names)
+    for name in sorted(loaded_names):
+        parts = _parts(name, packed)
+        arrived = [part for part in parts if part in received_names]
+        if arrived:
+            missing.extend(part for part in parts if part not in received_names)
+    return missing
+
+
+def _parts(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
+    pieces = name.split(".")
+    for position, piece in enumerate(pieces):
+        if piece in packed:
+            return [".".join([*pieces[:position], part, *pieces[position + 1 :]]) for part in packed[piece]]
+    return []
+
+
+def _map(bucket: Bucket) -> mmap.mmap:
+    # The mapping outlives the actor's descriptor, and lives as long as a view of it: vLLM keeps the views of a packed
+    # layer until its last part arrives, which may be in the next bucket.
+    with Path(bucket.path).open("rb") as shared:
+        # A private mapping is writable for torch's sake; nothing writes, so no page is ever copied.
+        return mmap.mmap(shared.fileno(), bucket.num_bytes, access=mmap.ACCESS_COPY)
+
+
+def _views(memory: mmap.mmap, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+    offset = 0
+    for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
+        view = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=prod(shape), offset=offset).view(shape)
+        offset += view.nbytes
+        yield name, view

@@ -1,0 +1,134 @@
+"""One rollout worker: requests in, Arrow batches of trajectories out, as they finish."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.contracts.errors import RolloutError, WeightSyncError
+from cluster.contracts.interfaces import RolloutEngine, RolloutRequest, SamplingSettings
+from cluster.contracts.metrics import Metrics
+from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
+from rollout_workers.prompts import PromptSet
+from rollout_workers.trajectory_builder import (
+    PolicyVersions,
+    PromptFacts,
+    before_stop,
+    build_trajectory,
+    rollout_metrics,
+)
+from rollout_workers.verifiers import verify
+
+Decode = Callable[[Ints], str]  # completion tokens to text, without special tokens
+
+
+class RolloutWorker:
+    """Draws completions from an engine and stamps each with the policy versions that wrote it."""
+
+    def __init__(self, engine: RolloutEngine, decode: Decode, rows_per_batch: int) -> None:
+        self._engine = engine
+        self._decode = decode
+        self._rows_per_batch = rows_per_batch
+        self._prompts: PromptSet | None = None
+        self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
+        self._num_requests = 0
+
+    def set_prompts(self, prompts: PromptSet) -> None:
+        """Replace the prompts that requests name by id."""
+        self._prompts = prompts
+
+    async def generate(
+        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
+    ) -> AsyncIterator[tuple[pa.RecordBatch, Metrics]]:
+        """Yield a batch whenever `rows_per_batch` trajectories for the same teacher are done, and the rest at the end.
+
+        Args:
+            requests: all are handed to the engine at once; it decides how many run together.
+            sampling: how to draw.
+            verifier: which verifier gives the reward of a completion whose prompt has an answer.
+
+        Raises:
+            RolloutError: the prompts were never set, or the engine gave up a request.
+        """
+        pending: dict[str, list[GeneratedTrajectory]] = defaultdict(list)
+        last = perf_counter()
+        tasks = [asyncio.create_task(self._rollout(request, sampling, verifier)) for request in requests]
+        try:
+            for task in asyncio.as_completed(tasks):
+                row = await task
+                pending[row.teacher].append(row)
+                if len(pending[row.teacher]) == self._rows_per_batch:
+                    rows = pending.pop(row.teacher)
+                    now = perf_counter()
+                    yield make_generated(rows), rollout_metrics(rows, now - last)
+                    last = now
+            for rows in pending.values():
+                now = perf_counter()
+                yield make_generated(rows), rollout_metrics(rows, now - last)
+                last = now
+        finally:
+            for unfinished in tasks:
+                unfinished.cancel()
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Open the receiving end of the weight sync."""
+        await self._engine.init_weight_transfer(init_info)
+
+    async def start_weight_update(self) -> None:
+        """Pause generation and make the engine ready to receive."""
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: Any) -> None:
+        """Receive one bucket."""
+        await self._engine.update_weights(update_info)
+
+    async def finish_weight_update(self, policy_version: int) -> str:
+        """Install the received weights as `policy_version`, go on generating, and return their checksum.
+
+        Raises:
+            WeightSyncError: the version does not lie above the present one, or the weights are incomplete or damaged.
+        """
+        if self._policy_version is not None and policy_version <= self._policy_version:
+            raise WeightSyncError(
+                f"weights of policy version {policy_version} arrived after version {self._policy_version}; "
+                "an update may only go forward"
+            )
+        # Before the engine resumes, or a request that ends right after it would not carry the version that ended it.
+        self._policy_version = policy_version
+        return await self._engine.finish_weight_update(policy_version)
+
+    async def shutdown(self) -> None:
+        """End the engine."""
+        await self._engine.shutdown()
+
+    async def _rollout(self, request: RolloutRequest, sampling: SamplingSettings, verifier: str) -> GeneratedTrajectory:
+        prompt = self._prompt(request.prompt_id)
+        self._num_requests += 1
+        oldest = self._current_version
+        # A request id must not be in use twice at once; a trajectory may be asked for again after a failure.
+        request_id = f"{request.trajectory_id}-{self._num_requests}"
+        completion = await self._engine.generate(request_id, prompt.token_ids.tolist(), sampling, request.seed)
+        reward: float | None = None
+        if prompt.answer is not None:
+            text = before_stop(self._decode(completion.token_ids), sampling.stop)
+            reward = verify(verifier, text, prompt.answer, completion.finish_reason)
+        versions = PolicyVersions(oldest, self._current_version)
+        return build_trajectory(request, prompt, completion, versions, reward)
+
+    @property
+    def _current_version(self) -> int:
+        return 0 if self._policy_version is None else self._policy_version
+
+    def _prompt(self, prompt_id: int) -> PromptFacts:
+        prompts = self._prompts
+        if prompts is None:
+            raise RolloutError("a rollout was asked for before the prompts were set")
+        return PromptFacts(
+            token_ids=prompts.token_ids(prompt_id),
+            teacher=prompts.teacher(prompt_id),
+            domain=prompts.domain(prompt_id),
+            answer=prompts.answer(prompt_id),
+        )

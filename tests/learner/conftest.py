@@ -1,0 +1,87 @@
+"""A tiny student, seven trajectories, and one Ray cluster for the learner's tests."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from cluster.contracts.config import Config, parse_run_config
+from tests.learner.support import TOP_K, VOCABULARY, make_scored
+
+ConfigMaker = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a random Qwen3 with tied embeddings, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("student")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    vocabulary = {f"<{index}>": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>", pad_token="<0>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_config(student_folder: Path) -> ConfigMaker:
+    """Return a function that builds a run of the tiny student from dotted overrides."""
+
+    def make(*overrides: str) -> Config:
+        text = f"""
+            [student]
+            model = "{student_folder}"
+            [prompts]
+            train = "unused.jsonl"
+            [rollout.engine]
+            dtype = "float32"
+            [teachers.only]
+            model = "{student_folder}"
+            top_k = {TOP_K}
+            [learner]
+            dtype = "float32"
+            learning_rate = 1e-3
+            micro_batch_tokens = 64
+            [ray]
+            call_timeout_seconds = 120
+            start_timeout_seconds = 200
+        """
+        return parse_run_config(text, overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def scored() -> pa.RecordBatch:
+    """Return seven trajectories of unequal length with the scores of a random teacher."""
+    return make_scored([(3, 9), (5, 30), (2, 1), (8, 20), (4, 44), (6, 7), (1, 12)])
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Run one local Ray cluster for the whole session."""
+    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": variables})
+    yield
+    ray.shutdown()

@@ -1,0 +1,217 @@
+"""DeepSpeed ZeRO 1, 2 and 3 with two ranks on Ray against one process of plain torch, and all that a group offers.
+
+One story per stage runs once; the tests look at what it left behind.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster.contracts.config import ObjectiveConfig
+from cluster.contracts.errors import CheckpointError, ModelError, WeightSyncError
+from cluster.contracts.metrics import report
+from cluster.contracts.trajectory import ragged
+from cluster.contracts.weights import WeightSyncReport
+from learner.checkpoint import STATE_FILE
+from learner.group import LearnerGroup
+from learner.lr_schedule import learning_rate_at
+from learner.micro_batch import build_micro_batch, trajectories
+from learner.model import load_student
+from learner.packing import plan_step
+from learner.reference_engine import ReferenceEngine
+from learner.train_step import measure_gradient, train_step
+from tests.learner.support import TOP_K, Receiver, put_batch, score_by
+
+pytestmark = pytest.mark.slow
+
+DIVERGENCES = ["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"]
+TRAINED_WITH = {1: "sampled_reverse_kl", 2: "reverse_kl", 3: "jsd"}
+STEPS = 3
+
+
+@dataclass
+class Story:
+    """What one stage's group did."""
+
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # by divergence, before training
+    measured_on_itself: dict[str, dict[str, float]] = field(default_factory=dict)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    next_step: dict[str, float] = field(default_factory=dict)
+    next_step_after_load: dict[str, float] = field(default_factory=dict)
+    restored_state: dict[str, Any] = field(default_factory=dict)
+    logprobs: np.ndarray = field(default_factory=lambda: np.empty(0))
+    sync: WeightSyncReport | None = None
+    received: tuple[list[str], dict[str, np.ndarray]] = ([], {})
+    deaf_worker_error: Exception | None = None
+    load_error: Exception | None = None
+    exported: Path = Path()
+    checkpoint: Path = Path()
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids=["zero1", "zero2", "zero3"])
+def stage(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def config(stage, make_config):
+    divergence = TRAINED_WITH[stage]
+    return make_config(
+        f"learner.zero_stage={stage}",
+        f"objective.divergence={divergence}",
+        "learner.num_workers=2",
+        "learner.micro_batch_tokens=48",
+        "learner.lr_schedule=linear",
+        "learner.gradient_checkpointing=true",
+        f"run.steps={STEPS}",
+        "weight_sync.bucket_bytes=30000",
+    )
+
+
+@pytest.fixture(scope="module")
+def own(make_config, scored):
+    """Return trajectories that the student itself scored."""
+    config = make_config()
+    return score_by(load_student(config.student, config.learner).causal_lm, scored)
+
+
+@pytest.fixture(scope="module")
+def story(config, scored, own, ray_cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("story")
+    group = LearnerGroup(config, [{"num_cpus": 0.5}, {"num_cpus": 0.5}])
+    told = Story(exported=folder / "export", checkpoint=folder / "step-3")
+    try:
+        tell(group, told, [put_batch(scored.slice(0, 3)), put_batch(scored.slice(3))], put_batch(own))
+    finally:
+        group.shutdown()
+    return told
+
+
+def tell(group, told, handles, own):
+    for divergence in DIVERGENCES:
+        told.measured[divergence] = report(group.measure_gradient(handles, divergence))
+        told.measured_on_itself[divergence] = report(group.measure_gradient([own], divergence))
+    told.steps = [report(group.step(handles, step)) for step in range(STEPS)]
+    told.logprobs = group.student_logprobs(handles[1])
+    group.export(told.exported)
+    receiver, deaf = ray.remote(Receiver).remote(), ray.remote(Receiver).remote(is_deaf=True)
+    told.sync = group.publish_weights([receiver], policy_version=3)
+    told.received = ray.get(receiver.received.remote())
+    with pytest.raises(WeightSyncError) as refused:
+        group.publish_weights([receiver, deaf], policy_version=4)
+    told.deaf_worker_error = refused.value
+    group.save_checkpoint(told.checkpoint, {"step": 3})
+    told.next_step = report(group.step(handles, STEPS - 1))
+    told.restored_state = group.load_checkpoint(told.checkpoint)
+    told.next_step_after_load = report(group.step(handles, STEPS - 1))
+    with pytest.raises(CheckpointError) as refused:
+        group.load_checkpoint(told.checkpoint.with_name("step-99"))
+    told.load_error = refused.value
+
+
+@pytest.fixture(scope="module")
+def batches(scored):
+    """Return the same trajectories in one micro-batch each of one process."""
+    rows = trajectories([scored])
+    (grids,) = plan_step([len(row.token_ids) for row in rows], 1, 1000).ranks
+    return [build_micro_batch(grid, rows, TOP_K) for grid in grids]
+
+
+@pytest.fixture(scope="module")
+def reference(config, batches, scored):
+    """Train with plain torch as the group did; return the engine, the figures of its steps, and the one after."""
+    engine = ReferenceEngine(load_student(config.student, config.learner), config.learner)
+    tokens = int(ragged(scored, "rollout_logprobs").lengths.sum())
+    measured = {
+        divergence: report(measure_gradient(engine, batches, ObjectiveConfig(divergence), tokens))
+        for divergence in DIVERGENCES
+    }
+    rates = [learning_rate_at(step, STEPS, config.learner) for step in range(STEPS)]
+    steps = [report(train_step(engine, batches, config.objective, tokens, rate)) for rate in rates]
+    return engine, measured, steps
+
+
+def test_ranks_run_equally_many_micro_batches_though_their_shares_differ(story, scored):
+    lengths = ragged(scored, "token_ids").lengths.tolist()
+    plan = plan_step(lengths, 2, 48)
+    assert sorted(sum(bool(grid) for grid in grids) for grids in plan.ranks) == [2, 3]
+    assert story.steps[0]["micro_batches"] == 3
+
+
+def test_loss_and_gradient_of_every_divergence_equal_those_of_plain_torch(story, reference):
+    _, measured, _ = reference
+    for divergence in DIVERGENCES:
+        ours, plain = story.measured[divergence], measured[divergence]
+        for name in ("loss", "kl", "entropy", "importance_mean", "sampler_learner_gap", "student_topk_mass"):
+            assert ours[name] == pytest.approx(plain[name], abs=1e-5), (divergence, name)
+        assert ours["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=1e-4), divergence
+
+
+def test_three_steps_give_the_losses_of_plain_torch(story, reference):
+    _, _, steps = reference
+    for ours, plain in zip(story.steps, steps, strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+        assert ours["learning_rate"] == plain["learning_rate"]
+        assert ours["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=1e-4)
+
+
+def test_three_steps_give_the_weights_of_plain_torch(story, reference):
+    engine, _, _ = reference
+    exported = AutoModelForCausalLM.from_pretrained(story.exported, dtype=torch.float32).state_dict()
+    expected = engine.student.causal_lm.state_dict()
+    torch.testing.assert_close(exported, expected, atol=1e-4, rtol=0)
+
+
+def test_a_student_that_is_its_own_teacher_has_no_loss_and_no_gradient(story):
+    for divergence in DIVERGENCES:
+        assert abs(story.measured_on_itself[divergence]["loss"]) < 1e-5, divergence
+        assert story.measured_on_itself[divergence]["gradient_norm"] < 1e-5, divergence
+
+
+def test_the_export_has_the_groups_own_logprobs_and_a_tokenizer(story, scored):
+    model = AutoModelForCausalLM.from_pretrained(story.exported, dtype=torch.float32)
+    expected = ragged(score_by(model, scored.slice(3)), "teacher_logprobs").values
+    np.testing.assert_allclose(story.logprobs, expected, atol=1e-5)
+    assert AutoTokenizer.from_pretrained(story.exported).eos_token == "<1>"
+    assert (story.exported / "generation_config.json").is_file()
+
+
+def test_rollout_workers_receive_the_exported_weights_under_their_hugging_face_names(story):
+    exported = AutoModelForCausalLM.from_pretrained(story.exported, dtype=torch.float32)
+    events, received = story.received
+    assert received.keys() == dict(exported.named_parameters()).keys()
+    for name, parameter in exported.named_parameters():
+        np.testing.assert_array_equal(received[name], parameter.detach().numpy(), err_msg=name)
+    assert events[0] == "start"
+    assert events[-1] == "finish 3"
+    assert set(events[1:-1]) == {"update"}
+    assert len(events) > 4, "the weights must travel in several buckets"
+    assert story.sync.policy_version == 3
+    assert story.sync.num_bytes == sum(value.nbytes for value in received.values())
+
+
+def test_a_worker_with_another_checksum_is_named(story):
+    assert str(story.deaf_worker_error).startswith("rollout worker 1: policy version 4 was sent with checksum")
+
+
+def test_a_restored_checkpoint_takes_the_same_next_step(story):
+    assert story.restored_state == {"step": 3}
+    assert story.next_step_after_load == story.next_step
+    assert not story.checkpoint.with_name("step-3.partial").exists()
+    assert (story.checkpoint / STATE_FILE).is_file()
+
+
+def test_an_absent_checkpoint_is_one_sentence(story):
+    assert str(story.load_error).endswith("no readable state.json in it")
+
+
+def test_a_missing_student_surfaces_as_our_own_error(make_config, ray_cluster, tmp_path):
+    config = make_config(f"student.model={tmp_path}/absent")
+    with pytest.raises(ModelError, match="no such directory"):
+        LearnerGroup(config, [{"num_cpus": 0.5}])

@@ -1,0 +1,124 @@
+"""Two real vLLM rollout actors against transformers: draws, log-probabilities, weights that change under way."""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.contracts.errors import WeightSyncError
+from cluster.contracts.interfaces import SamplingSettings
+from tests.rollout_workers.conftest import LONG_PROMPT, NUM_PROMPTS, RolloutDeployment, rows_of
+from tests.tiny_qwen3 import HALT, expected_logprobs
+
+pytestmark = pytest.mark.slow
+
+
+def largest_gap(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> float:
+    """Compare a row's log-probabilities with the reference's at the same tokens."""
+    token_ids = row["token_ids"].tolist()
+    sampled = np.flatnonzero(row["loss_mask"])
+    expected = expected_logprobs(rollouts.student, token_ids, temperature)[sampled - 1, row["token_ids"][sampled]]
+    return float(np.abs(expected.numpy() - row["rollout_logprobs"]).max())
+
+
+def change_weights(rollouts: RolloutDeployment) -> None:
+    with torch.no_grad():
+        for parameter in rollouts.student.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def test_every_requested_trajectory_comes_exactly_once_and_batches_have_one_teacher(
+    rollouts: RolloutDeployment,
+) -> None:
+    requests = rollouts.requests([index % NUM_PROMPTS for index in range(30)])
+    handles = list(rollouts.pool.generate(requests, SamplingSettings(16, 1.0), "exact"))
+    seen = Counter(trajectory_id for handle in handles for trajectory_id in handle.trajectory_ids)
+    assert seen == Counter(request.trajectory_id for request in requests)
+    prompt_of = {request.trajectory_id: request.prompt_id for request in requests}
+    for handle in handles:
+        assert {rollouts.prompts.teacher(prompt_of[row]) for row in handle.trajectory_ids} == {handle.teacher}
+        assert len(handle.trajectory_ids) <= 4
+    assert sum(handle.metrics["rollout/tokens"].value for handle in handles) == sum(
+        sum(handle.num_completion_tokens) for handle in handles
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_of_the_distribution_that_was_sampled(
+    rollouts: RolloutDeployment, temperature: float
+) -> None:
+    rows = rollouts.generate(rollouts.requests([0, 1, 2, 3]), SamplingSettings(48, temperature))
+    assert max(largest_gap(rollouts, row, temperature) for row in rows) < 1e-4
+
+
+def test_top_p_renormalises_the_logprobs_over_the_tokens_it_keeps(rollouts: RolloutDeployment) -> None:
+    [row] = rollouts.generate(rollouts.requests([0]), SamplingSettings(12, 1.0, top_p=0.5))
+    sampled = np.flatnonzero(row["loss_mask"])
+    probabilities = expected_logprobs(rollouts.student, row["token_ids"].tolist()).exp()[sampled - 1]
+    for own, token, logprob in zip(probabilities, row["token_ids"][sampled], row["rollout_logprobs"], strict=True):
+        best, _ = own.sort(descending=True)
+        kept = best[: int((best.cumsum(0) < 0.5).sum()) + 1].sum()  # the fewest that reach one half
+        assert logprob == pytest.approx(float((own[token] / kept).log()), abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_draw_and_another_seed_another(rollouts: RolloutDeployment) -> None:
+    sampling = SamplingSettings(24, 1.0)
+    first, again, other = (rollouts.generate(rollouts.requests([5], seed=seed), sampling)[0] for seed in (7, 7, 8))
+    assert first["token_ids"].tolist() == again["token_ids"].tolist() != other["token_ids"].tolist()
+
+
+def test_many_seeded_prompts_beyond_one_step_of_the_engine_are_all_answered(rollouts: RolloutDeployment) -> None:
+    requests = rollouts.requests([LONG_PROMPT] * 40)  # 12,000 prompt tokens, with 8,192 to a step
+    assert len(rollouts.generate(requests, SamplingSettings(2, 1.0))) == 40
+
+
+def test_a_stop_string_ends_a_completion_and_its_tokens_stay(rollouts: RolloutDeployment) -> None:
+    rows = rollouts.generate(rollouts.requests([1] * 40), SamplingSettings(200, 1.0, stop=("halt",)))
+    halted = [row for row in rows if HALT in row["token_ids"][row["loss_mask"] == 1]]
+    assert halted
+    for row in halted:
+        assert row["finish_reason"] == "stop"
+        assert np.flatnonzero(row["token_ids"] == HALT).tolist() == [len(row["token_ids"]) - 1]
+
+
+def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: RolloutDeployment) -> None:
+    rollouts.generate(rollouts.requests([LONG_PROMPT]), SamplingSettings(1, 1.0))  # now its blocks are cached
+    before = rollouts.policy_version
+    stream = rollouts.pool.generate(
+        rollouts.requests([index % NUM_PROMPTS for index in range(64)]), SamplingSettings(400, 1.0), "exact"
+    )
+    versions = [version for _ in range(2) for version in versions_of(next(stream))]  # on their way
+    change_weights(rollouts)
+    rollouts.publish(before + 1)
+    versions += [version for handle in stream for version in versions_of(handle)]
+    assert len(versions) == 64
+    assert set(versions) <= {(before, before), (before, before + 1)}
+    assert (before, before + 1) in versions
+    rows = rollouts.generate(rollouts.requests([LONG_PROMPT, 2, 3]), SamplingSettings(32, 1.0))
+    assert max(largest_gap(rollouts, row) for row in rows) < 1e-5
+    assert {(row["min_policy_version"], row["max_policy_version"]) for row in rows} == {(before + 1, before + 1)}
+
+
+def test_an_incomplete_update_names_what_is_missing_and_a_complete_one_repairs_it(rollouts: RolloutDeployment) -> None:
+    change_weights(rollouts)
+    version = rollouts.policy_version + 1
+    with pytest.raises(
+        WeightSyncError, match=r"lacks model\.norm\.weight, model\.layers\.1\.self_attn\.k_proj\.weight"
+    ):
+        rollouts.publish(version, leave_out=["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+    rollouts.publish(version + 1)
+    [row] = rollouts.generate(rollouts.requests([4]), SamplingSettings(32, 1.0))
+    assert largest_gap(rollouts, row) < 1e-5
+
+
+def test_a_damaged_bucket_is_refused(rollouts: RolloutDeployment) -> None:
+    version = rollouts.policy_version + 1
+    with pytest.raises(WeightSyncError, match="damaged"):
+        rollouts.publish(version, damage=True)
+    rollouts.publish(version + 1)
+
+
+def versions_of(handle: Any) -> list[tuple[int, int]]:
+    return [(row["min_policy_version"], row["max_policy_version"]) for row in rows_of(handle.reference)]
