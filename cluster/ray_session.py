@@ -36,7 +36,10 @@ def ray_session(config: Config) -> Iterator[RaySession]:
     try:
         if address is None:
             context = ray.init(
-                include_dashboard=config.ray.dashboard, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **common
+                address="local",  # without it, Ray would join any cluster that it finds on this machine
+                include_dashboard=config.ray.dashboard,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                **common,
             )
         else:
             context = ray.init(address=address, **common)

@@ -94,7 +94,10 @@ class TrainingRun:
             return {}
         self.history.last_accuracy = found.accuracy
         self.history.last_sample = dict(found.samples[0]) if found.samples else {}
-        return {f"held_out/{name.split('/')[-1]}": value for name, value in found.metrics.items()}
+        figures = {name.removeprefix("rollout/"): value for name, value in found.metrics.items()}
+        if found.accuracy is not None:
+            figures["accuracy"] = figures.pop("reward")
+        return {f"held_out/{name}": value for name, value in figures.items()}
 
     def _evaluate(self, step: int) -> Evaluation | None:
         if not self.inputs.held_out_ids:

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.contracts.errors import TrajectoryError
@@ -112,5 +114,5 @@ def _rows(batch: pa.RecordBatch) -> list[Trajectory]:
 
 
 def _join(parts: Sequence[np.ndarray], dtype: type, width: int | None = None) -> Tensor:
-    empty = np.empty((0,) if width is None else (0, width), dtype)
+    empty: NDArray[Any] = np.empty((0,) if width is None else (0, width), dtype)
     return torch.from_numpy(np.concatenate([empty, *parts]).astype(dtype, copy=False))

@@ -112,7 +112,7 @@ class CompletionHead(nn.Module):
         ids = torch.cat([target_ids.unsqueeze(-1), topk_ids], dim=-1)
         chunks = [
             checkpoint(self._score, chunk, chunk_ids, use_reentrant=False)
-            for chunk, chunk_ids in zip(hidden.split(self.chunk_tokens), ids.split(self.chunk_tokens), strict=True)
+            for chunk, chunk_ids in zip(*(torch.split(part, self.chunk_tokens) for part in (hidden, ids)), strict=True)
         ]
         logprobs = torch.cat([chunk for chunk, _ in chunks])
         return logprobs[:, 0], logprobs[:, 1:], torch.cat([entropy for _, entropy in chunks])

@@ -83,7 +83,7 @@ class VllmSender:
         return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=self._source)
 
 
-class EngineSource(WeightSource):  # type: ignore[misc]
+class EngineSource(WeightSource):
     """The engine's parameters as vLLM reads them, one gathered at a time."""
 
     def __init__(self, engine: TrainEngine, manifest: WeightManifest) -> None:

@@ -20,7 +20,7 @@ from learner.model import Student, StudentScores
 SHARDS_FOLDER = "zero"  # DeepSpeed's tag inside a checkpoint
 
 
-class PausableCPUAdam(DeepSpeedCPUAdam):  # type: ignore[misc]
+class PausableCPUAdam(DeepSpeedCPUAdam):
     """DeepSpeed's AdamW for optimizer state in host memory, which can sit out a step."""
 
     paused = False

@@ -94,7 +94,7 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):  # type: igno
 
     def receive_weights(self, update_info: Bucket) -> None:
         """Check one bucket and load it; after a fault the rest of the update is only counted."""
-        memory = _map(update_info)
+        memory = map_memory(update_info)
         self._digest.update(memory)
         if checksum([memory]) != update_info.checksum:
             self._faults.append(f"the bucket that starts with {update_info.names[0]} was damaged on its way")
@@ -102,7 +102,7 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):  # type: igno
             return
         self._received_names.update(update_info.names)
         try:
-            self._loaded_names.update(self.model.load_weights(_views(memory, update_info)) or ())
+            self._loaded_names.update(self.model.load_weights(parameter_views(memory, update_info)) or ())
         except (KeyError, ValueError, RuntimeError, AssertionError) as error:  # unknown name, or wrong shape
             self._faults.append(f"the model does not take one of {update_info.names}: {error}")
 
@@ -188,7 +188,7 @@ def _parts(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     return []
 
 
-def _map(bucket: Bucket) -> mmap.mmap:
+def map_memory(bucket: Bucket) -> mmap.mmap:
     # The mapping outlives the actor's descriptor, and lives as long as a view of it: vLLM keeps the views of a packed
     # layer until its last part arrives, which may be in the next bucket.
     with Path(bucket.path).open("rb") as shared:
@@ -196,7 +196,7 @@ def _map(bucket: Bucket) -> mmap.mmap:
         return mmap.mmap(shared.fileno(), bucket.num_bytes, access=mmap.ACCESS_COPY)
 
 
-def _views(memory: mmap.mmap, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
+def parameter_views(memory: mmap.mmap, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
     offset = 0
     for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
         view = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=prod(shape), offset=offset).view(shape)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 EOS, HALT, NUM_WORDS = 1, 3, 112
 CONTEXT_TOKENS = 512
+TEACHER_TOP_K = 8
 
 
 def write_tiny_qwen3(folder: Path, seed: int = 0) -> Path:

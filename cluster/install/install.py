@@ -21,7 +21,7 @@ SUPPORTED_PYTHONS = ((3, 11), (3, 12), (3, 13))  # those the locks were resolved
 MIN_GLIBC = (2, 31)  # the oldest that every wheel in the locks accepts
 FREE_GB = {"cpu": 6, "cuda": 20}  # measured 4.0 and 8.9 finished; pip keeps and unpacks downloads beside that
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-STAMP = "preceptor.stamp"  # in the environment, written last; the Makefile looks for it too
+STAMP = "preceptor.stamp"  # in the environment, written once it holds all the packages; the Makefile looks for it too
 
 
 class InstallError(Exception):
@@ -56,7 +56,7 @@ def install(root: Path, backend: str) -> None:
         create_environment(venv)
         install_lock(venv, lock)
     print("Installing preceptor itself.", flush=True)
-    (venv / STAMP).unlink(missing_ok=True)
+    write_stamp(venv, packages_key, "unfinished")
     pip(venv, "install", "--no-deps", "--no-build-isolation", "--editable", str(root))
     write_stamp(venv, packages_key, project_key)
     print(f"Done: {venv / 'bin' / 'preceptor'}", flush=True)
@@ -185,16 +185,16 @@ def pip(venv: Path, *arguments: str, quiet: bool = False) -> None:
 
 
 def read_stamp(venv: Path) -> "tuple[str, str]":
-    """Returns what the environment was built from: (packages, project), two empty strings if it was never finished."""
+    """Returns what the environment was built from: (packages, project), two empty strings without all the packages."""
     stamp = venv / STAMP
-    if not stamp.exists() or not (venv / "bin" / "preceptor").exists() or not (venv / "bin" / "python").exists():
+    if not stamp.exists() or not (venv / "bin" / "python").exists():
         return "", ""
     packages_key, project_key = stamp.read_text().split()
     return packages_key, project_key
 
 
 def write_stamp(venv: Path, packages_key: str, project_key: str) -> None:
-    """Marks the environment as finished."""
+    """Records what the environment was built from."""
     (venv / STAMP).write_text(f"{packages_key} {project_key}\n")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.install.install import InstallError, check_compiler, check_disk, check_python, choose_backend, install_lock
-from tests.install.miniature import Miniature, make_miniature
+from tests.install.miniature import PYPROJECT, Miniature, make_miniature
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = {backend: ROOT / "cluster" / "install" / f"{backend}.lock" for backend in ("cpu", "cuda")}
@@ -146,12 +146,14 @@ def test_a_package_that_left_the_lock_leaves_the_environment_even_from_within(tm
 
 
 @pytest.mark.slow
-def test_a_new_pyproject_keeps_the_packages(tmp_path: Path) -> None:
+def test_neither_a_new_nor_a_broken_pyproject_costs_the_packages(tmp_path: Path) -> None:
     miniature = make_miniature(tmp_path)
     assert miniature.install().returncode == 0
     written = (miniature.site_packages / "apple.py").stat().st_ino
-    with (miniature.root / "pyproject.toml").open("a") as file:
-        file.write("# changed\n")
+    project = tmp_path / "pyproject.toml"
+    project.write_text("[broken")
+    assert miniature.install().returncode == 1
+    project.write_text(PYPROJECT + "# changed\n")
     assert miniature.install().stdout.startswith("Installing preceptor itself.")
     assert (miniature.site_packages / "apple.py").stat().st_ino == written
 

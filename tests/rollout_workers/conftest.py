@@ -1,28 +1,16 @@
-"""One Ray cluster and one pool of two real rollout actors for all tests here, and the weights that it runs on."""
+"""One Ray cluster and one pool of two real rollout actors for all tests here."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import ray
-from transformers import PreTrainedModel
 
-from cluster.actors import PoolTimeouts, call_all
-from cluster.checksum import checksum
+from cluster.actors import PoolTimeouts
 from cluster.contracts.config import EngineConfig, StudentConfig
-from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import from_wire, ragged
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
-from rollout_workers.prompts import PromptSet
+from tests.rollout_workers.deployment import RolloutDeployment, make_prompts
 from tests.tiny_qwen3 import CONTEXT_TOKENS, load, write_tiny_qwen3
-
-NUM_PROMPTS = 8
-LONG_PROMPT_TOKENS = 300  # more than two of vLLM's cache blocks, which hold 128 tokens on CPU
-LONG_PROMPT = NUM_PROMPTS  # its prompt id
 
 
 @pytest.fixture(scope="session")
@@ -36,85 +24,9 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-@dataclass
-class RolloutDeployment:
-    """A running pool, and a transformers model that is kept at the pool's weights."""
-
-    pool: RolloutPool
-    prompts: PromptSet
-    student: PreTrainedModel
-    policy_version: int = 0
-    next_id: int = field(default=0)
-
-    def requests(self, prompt_ids: Sequence[int], seed: int = 0) -> list[RolloutRequest]:
-        """Ask for one completion per prompt id; seeds count up from `seed`."""
-        self.next_id += len(prompt_ids)
-        first = self.next_id - len(prompt_ids)
-        return [
-            RolloutRequest(first + index, prompt_id, index, seed + index) for index, prompt_id in enumerate(prompt_ids)
-        ]
-
-    def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> list[dict[str, Any]]:
-        """Return the rows, in the order of the requests."""
-        handles = self.pool.generate(requests, sampling, "exact")
-        rows = [row for handle in handles for row in rows_of(handle.reference)]
-        return sorted(rows, key=lambda row: row["trajectory_id"])
-
-    def publish(self, policy_version: int, leave_out: Sequence[str] = (), damage: bool = False) -> str:
-        """Send the reference's weights in two buckets; returns the checksum, equal on all actors, and as expected."""
-        timeouts: dict[str, Any] = {"timeout_seconds": 60, "waiting_for": "the test's weight sync"}
-        call_all(self.pool.actors, "start_weight_update", **timeouts)
-        named = [(name, value) for name, value in self.student.named_parameters() if name not in leave_out]
-        buffers = []
-        for part in (named[:5], named[5:]):  # splits the first layer's packed q, k and v
-            arrays = [value.detach().numpy() for _, value in part]
-            buffers.append(pa.py_buffer(np.concatenate([array.reshape(-1) for array in arrays])))
-            update_info = {
-                "names": [name for name, _ in part],
-                "dtypes": ["float32"] * len(part),
-                "shapes": [list(array.shape) for array in arrays],
-                "checksum": "0" * 32 if damage else checksum([buffers[-1]]),
-                "reference": [ray.put(buffers[-1])],
-            }
-            call_all(self.pool.actors, "update_weights", update_info, **timeouts)
-        received = call_all(self.pool.actors, "finish_weight_update", policy_version, **timeouts)
-        assert set(received) == {checksum(buffers)}
-        self.policy_version = policy_version
-        return str(received[0])
-
-
-def rows_of(reference: Any) -> list[dict[str, Any]]:
-    """Return a batch's rows, the list columns as numpy."""
-    batch = from_wire(ray.get(reference))
-    columns = {name: ragged(batch, name) for name in ("token_ids", "loss_mask", "rollout_logprobs")}
-    return [
-        {**row, **{name: column[index] for name, column in columns.items()}}
-        for index, row in enumerate(batch.to_pylist())
-    ]
-
-
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_qwen3(tmp_path_factory.mktemp("student"))
-
-
-def make_prompts() -> PromptSet:
-    """Build short prompts for two teachers in turn, and one long prompt; those of the first teacher have an answer."""
-    token_ids = [list(range(10 + index, 20 + 2 * index)) for index in range(NUM_PROMPTS)]
-    token_ids.append([4 + index * 7 % 100 for index in range(LONG_PROMPT_TOKENS)])
-    columns = {
-        "token_ids": token_ids,
-        "text": ["" for _ in token_ids],
-        "answer": ["w50" if index % 2 == 0 else None for index in range(len(token_ids))],
-        "domain": ["words" for _ in token_ids],
-        "teacher": ["even" if index % 2 == 0 else "odd" for index in range(len(token_ids))],
-    }
-    types = [pa.list_(pa.int32()), pa.string(), pa.string(), pa.string(), pa.string()]
-    arrays = [pa.array(values, type=type_) for values, type_ in zip(columns.values(), types, strict=True)]
-    schema = pa.schema(
-        [pa.field(name, type_, nullable=name == "answer") for name, type_ in zip(columns, types, strict=True)]
-    )
-    return PromptSet(pa.record_batch(arrays, schema=schema))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import torch
 
 from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.interfaces import SamplingSettings
-from tests.rollout_workers.conftest import LONG_PROMPT, NUM_PROMPTS, RolloutDeployment, rows_of
+from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, RolloutDeployment, rows_of
 from tests.tiny_qwen3 import HALT, expected_logprobs
 
 pytestmark = pytest.mark.slow

@@ -3,7 +3,7 @@
 import torch
 
 from rollout_workers.vllm_engine import common_checksum, shared_memory
-from rollout_workers.weight_receiver import Bucket, _map, _views, missing_parameters, tied_layers
+from rollout_workers.weight_receiver import Bucket, map_memory, missing_parameters, parameter_views, tied_layers
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
@@ -35,7 +35,7 @@ def test_views_outlive_the_senders_descriptor() -> None:
     values = torch.arange(6, dtype=torch.float32)
     with shared_memory(values.numpy().tobytes()) as path:
         bucket = Bucket(["a", "b"], ["float32", "float32"], [[2, 2], [2]], "", path, 24)
-        views = dict(_views(_map(bucket), bucket))
+        views = dict(parameter_views(map_memory(bucket), bucket))
     assert views["a"].tolist() == [[0.0, 1.0], [2.0, 3.0]]
     assert views["b"].tolist() == [4.0, 5.0]
 

@@ -9,9 +9,7 @@ import ray
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import EngineConfig, TeacherConfig
 from teacher_workers.pool import TeacherPool
-from tests.tiny_qwen3 import CONTEXT_TOKENS, write_tiny_qwen3
-
-TOP_K = 8
+from tests.tiny_qwen3 import CONTEXT_TOKENS, TEACHER_TOP_K, write_tiny_qwen3
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +31,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_pool(ray_cluster: None, teacher_folder: Path) -> Iterator[TeacherPool]:
     engine = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1)
-    teacher = TeacherConfig(model=str(teacher_folder), top_k=TOP_K, engine=engine)
+    teacher = TeacherConfig(model=str(teacher_folder), top_k=TEACHER_TOP_K, engine=engine)
     timeouts = PoolTimeouts(start_seconds=240, call_seconds=120)
     pool = TeacherPool("even", teacher, CONTEXT_TOKENS, [{"num_cpus": 1}] * 2, timeouts)
     pool.wait_until_ready()

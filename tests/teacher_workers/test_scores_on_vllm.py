@@ -13,8 +13,7 @@ from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.trajectory import from_wire, make_generated, ragged
 from teacher_workers.pool import TeacherPool, TeacherPools
 from tests.builders import make_trajectory
-from tests.teacher_workers.conftest import TOP_K
-from tests.tiny_qwen3 import expected_logprobs, load
+from tests.tiny_qwen3 import TEACHER_TOP_K, expected_logprobs, load
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +46,7 @@ def test_every_batch_is_scored_once_and_equals_transformers(teacher_pool: Teache
             expected = expected_logprobs(model, token_ids.tolist())[sampled - 1]  # [completion_tokens, vocabulary]
             own = ragged(batch, "teacher_logprobs")[row]
             assert np.abs(own - expected[np.arange(len(sampled)), token_ids[sampled]].numpy()).max() < 1e-4
-            best, best_ids = expected.topk(TOP_K)
+            best, best_ids = expected.topk(TEACHER_TOP_K)
             assert np.abs(ragged(batch, "teacher_topk_logprobs")[row] - best.numpy()).max() < 1e-4
             ids = torch.from_numpy(ragged(batch, "teacher_topk_ids")[row].astype(np.int64))
             assert (expected.gather(1, ids) - best).abs().max() < 1e-4  # the same ids, up to ties

@@ -13,7 +13,7 @@ from cluster.contracts.interfaces import Completion, RolloutRequest, SamplingSet
 from cluster.contracts.trajectory import ragged
 from rollout_workers.pool import spread
 from rollout_workers.worker import RolloutWorker
-from tests.rollout_workers.conftest import make_prompts
+from tests.rollout_workers.deployment import make_prompts
 
 SAMPLING = SamplingSettings(max_completion_tokens=8, temperature=1.0)
 

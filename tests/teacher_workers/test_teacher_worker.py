@@ -52,7 +52,7 @@ def test_nan_is_refused_and_the_error_names_teacher_and_replica() -> None:
 
 
 def test_uniform_scores_are_refused() -> None:
-    with pytest.raises(ScoreError, match="teacher-math-1: all 5 tokens were scored -4.7185"):
+    with pytest.raises(ScoreError, match=r"^teacher-math-1: all 5 tokens were scored -4\.7185"):
         asyncio.run(make_worker(-math.log(VOCABULARY)).score(BATCH))
 
 

@@ -1,0 +1,34 @@
+import pytest
+
+from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.metrics import Mean, Sum
+from cluster.contracts.weights import WeightSyncReport
+from cluster.step_record import step_record
+from cluster.stopwatch import Stopwatch
+
+
+def make_watch(**spans: tuple[float, float]) -> Stopwatch:
+    watch = Stopwatch()
+    for stage, (started, ended) in spans.items():
+        watch.started[stage], watch.ended[stage] = started, ended
+    return watch
+
+
+def make_handle(num_tokens: tuple[int, ...], reward: Mean) -> BatchHandle:
+    completion = tuple(length - 10 for length in num_tokens)
+    ids = tuple(range(len(num_tokens)))
+    return BatchHandle(None, "main", ids, num_tokens, completion, {"rollout/reward": reward, "rows": Sum(len(ids))})
+
+
+def test_a_record_joins_what_every_stage_reported() -> None:
+    handles = [make_handle((30, 20), Mean(1.0, 2)), make_handle((15,), Mean(1.0, 1))]
+    watch = make_watch(score=(0.0, 5.0), generate=(0.0, 4.0), learn=(5.0, 7.0), sync=(7.0, 7.5))
+    synced = WeightSyncReport(policy_version=3, checksum="c", num_bytes=100, seconds=0.4)
+    record = step_record(3, handles, {"kl": Mean(6.0, 3)}, synced, watch)
+    assert record["rollout/reward"] == pytest.approx(2 / 3)
+    assert record["train/kl"] == 2.0
+    assert record["generate/tokens_per_second"] == 35 / 4
+    assert record["score/tokens_per_second"] == 35 / 5
+    assert record["score/seconds"] == 1.0  # the part that generation did not hide
+    assert record["learn/tokens_per_second"] == 65 / 2
+    assert (record["step"], record["sync/bytes"], record["sync/seconds"]) == (3, 100, 0.5)

@@ -1,0 +1,96 @@
+"""The loop on the embedded models: real Ray, vLLM, DeepSpeed and Arrow, from the command line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster.demo import EMBEDDED
+from tests.end_to_end.conftest import SHORT, STEPS, ShortRun, preceptor
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+
+
+def test_every_step_is_recorded_with_every_stage(short_run: ShortRun) -> None:
+    records = short_run.records()
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    for record in records:
+        for stage in ("generate", "score", "learn", "sync"):
+            assert record[f"{stage}/seconds"] > 0
+        assert record["train/sampler_learner_gap"] < 1e-4
+        assert record["teacher/scored_tokens"] == record["rollout/tokens"] == record["completion_tokens"]
+
+
+def test_the_student_comes_closer_to_the_teacher(short_run: ShortRun) -> None:
+    records = short_run.records()
+    assert records[-1]["train/loss"] < records[0]["train/loss"]
+
+
+def test_the_last_line_says_what_was_achieved(short_run: ShortRun) -> None:
+    last = short_run.output.splitlines()[-1]
+    assert re.fullmatch(r"held-out accuracy: student 0\.\d\d -> 0\.\d\d, teacher [01]\.\d\d", last)
+    assert float(last.split()[4].rstrip(",")) == pytest.approx(short_run.records()[-1]["held_out/accuracy"], abs=0.005)
+
+
+def test_the_export_is_the_last_policy_and_loads_anywhere(short_run: ShortRun) -> None:
+    exported = AutoModelForCausalLM.from_pretrained(short_run.path / "export")
+    before = AutoModelForCausalLM.from_pretrained(EMBEDDED / "student")
+    tokenizer = AutoTokenizer.from_pretrained(short_run.path / "export")
+    changed = [
+        not torch.equal(new, old.to(new.dtype))
+        for new, old in zip(exported.parameters(), before.parameters(), strict=True)
+    ]
+    assert all(changed)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(EMBEDDED / "student").get_vocab()
+    sample = next(
+        sample
+        for line in reversed((short_run.path / "samples.jsonl").read_text().splitlines())
+        if (sample := json.loads(line))["step"] == STEPS
+    )
+    assert tokenizer(sample["prompt"])["input_ids"]
+
+
+def test_only_complete_checkpoints_stand_in_the_run(short_run: ShortRun) -> None:
+    assert sorted(path.name for path in (short_run.path / "checkpoints").iterdir()) == ["step-3", "step-6"]
+
+
+def test_a_resumed_run_does_the_same_steps_again(short_run: ShortRun, tmp_path: Path) -> None:
+    shutil.copytree(short_run.path, tmp_path / "short")
+    shutil.rmtree(tmp_path / "short/checkpoints/step-6")
+    resumed = preceptor("train", "--resume", str(tmp_path / "short"), "evaluation.every_steps=0")
+    assert resumed.code == 0, resumed.error
+    assert "resuming after step 3" in resumed.output
+    again = ShortRun(tmp_path / "short", resumed.output).records()
+    assert [record["step"] for record in again] == list(range(1, STEPS + 1))
+    for first, second in zip(short_run.records()[3:], again[3:], strict=True):
+        assert second["completion_tokens"] == first["completion_tokens"]
+        assert second["train/loss"] == pytest.approx(first["train/loss"], abs=1e-4)
+    # The comparison of before and after survives the interruption.
+    assert resumed.output.splitlines()[-1].split(" -> ")[0] == short_run.output.splitlines()[-1].split(" -> ")[0]
+
+
+def test_a_finished_run_has_nothing_to_resume(short_run: ShortRun) -> None:
+    found = preceptor("train", "--resume", str(short_run.path))
+    assert found.code == 1
+    assert "step 6 of 6 is done; to go on, resume with run.steps above 6" in found.error
+
+
+def test_the_embedded_pair_passes_every_self_check() -> None:
+    run_file = str(EMBEDDED / "demo.toml")
+    paths = [
+        f"student.model={EMBEDDED / 'student'}",
+        f"teachers.countdown.model={EMBEDDED / 'teacher'}",
+        f"prompts.train={EMBEDDED / 'train.jsonl'}",
+        f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
+    ]
+    found = preceptor("check", run_file, *paths, "teachers.countdown.num_workers=2", *SHORT)
+    assert found.code == 0, found.output + found.error
+    assert "FAIL" not in found.output
+    assert "between 2 replica(s)" in found.output
+    gradients = re.findall(r"(\w+) at student = teacher: gradient norm (\S+)", found.output)
+    assert [name for name, _ in gradients] == ["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"]
+    assert all(float(norm) < 1e-5 for _, norm in gradients)
