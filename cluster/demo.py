@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from cluster.contracts.config import Config, load_run_config
 from cluster.commands import start_training
+from cluster.contracts.config import Config, load_run_config
 from cluster.training_run import History
 
 EMBEDDED = Path(__file__).parent / "embedded"

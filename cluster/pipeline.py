@@ -115,9 +115,7 @@ def held_out_sampling(config: Config) -> SamplingSettings:
 def start_pipeline(config: Config, inputs: Inputs, placement: Placement) -> Iterator[Pipeline]:
     """Start all pools at once; with the `with` statement, they and every process of theirs end."""
     with ExitStack() as stack:
-        rollouts = RolloutPool(
-            _rollout_settings(config, inputs), placement.rollout.options(), _timeouts(config)
-        )
+        rollouts = RolloutPool(_rollout_settings(config, inputs), placement.rollout.options(), _timeouts(config))
         stack.callback(rollouts.shutdown)
         teachers = {}
         for name in config.teachers:
@@ -146,9 +144,7 @@ def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement)
 
 
 @contextmanager
-def start_teacher_rollouts(
-    config: Config, inputs: Inputs, placement: Placement, name: str
-) -> Iterator[RolloutPool]:
+def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement, name: str) -> Iterator[RolloutPool]:
     """Start generators of one teacher, on the resources of its scorers, to let it answer prompts itself."""
     teacher = config.teachers[name]
     settings = RolloutActorSettings(

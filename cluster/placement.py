@@ -83,7 +83,9 @@ def plan_placement(config: Config, nodes: Sequence[NodeResources]) -> Placement:
     rollout = config.rollout
     learner_threads = max(1, cores // config.learner.num_workers)
     placement = Placement(
-        pool("rollout", rollout.num_workers, rollout.engine.tensor_parallel, rollout.engine.cpu_threads, engine_threads),
+        pool(
+            "rollout", rollout.num_workers, rollout.engine.tensor_parallel, rollout.engine.cpu_threads, engine_threads
+        ),
         {
             name: pool(
                 f"teacher-{name}",
@@ -119,7 +121,7 @@ def _check_gpus(placement: Placement, nodes: Sequence[NodeResources]) -> None:
             node = max(range(len(free)), key=lambda index: free[index])
             if free[node] < pool.gpus_per_worker:
                 raise PlacementError(
-                    f"{pool.name} worker {worker} needs {pool.gpus_per_worker} GPUs on one node, {free[node]} are left; "
-                    f"the run needs {needed} GPUs and the cluster has {found} on {len(nodes)} nodes"
+                    f"{pool.name} worker {worker} needs {pool.gpus_per_worker} GPUs on one node, {free[node]} are "
+                    f"left; the run needs {needed} GPUs and the cluster has {found} on {len(nodes)} nodes"
                 )
             free[node] -= pool.gpus_per_worker

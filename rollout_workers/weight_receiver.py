@@ -48,12 +48,12 @@ class ReceivedWeights:
 
 
 @dataclass
-class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]
+class InitInfo(WeightTransferInitInfo):
     """Nothing needs to be opened."""
 
 
 @dataclass
-class Bucket(WeightTransferUpdateInfo):  # type: ignore[misc]
+class Bucket(WeightTransferUpdateInfo):
     """Consecutive parameters, laid out one after another without gaps."""
 
     names: list[str]  # as in the Hugging Face checkpoint
@@ -64,7 +64,7 @@ class Bucket(WeightTransferUpdateInfo):  # type: ignore[misc]
     num_bytes: int
 
 
-class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):  # type: ignore[misc]
+class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
     """Loads buckets of checkpoint-format parameters from shared memory."""
 
     init_info_cls = InitInfo
@@ -121,8 +121,9 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):  # type: igno
         for layer in self._tied_layers:
             # On CPU a tied lm_head multiplies with a packed copy of the embedding. No weights arrive under its own
             # name, so vLLM 0.32 leaves the copy as it was, and the model goes on answering with the old lm_head.
-            if isinstance(getattr(layer, "quant_method", None), UnquantizedEmbeddingMethod):
-                layer.quant_method.process_weights_after_loading(layer)
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, UnquantizedEmbeddingMethod):
+                method.process_weights_after_loading(layer)
 
     def shutdown(self) -> None:
         """Do nothing: nothing stays open."""

@@ -225,12 +225,13 @@ def _check_row(row: GeneratedTrajectory) -> None:
     completion_tokens = int(np.count_nonzero(row.loss_mask))
     if len(row.rollout_logprobs) != completion_tokens:
         raise TrajectoryError(
-            f"{where}: rollout_logprobs has {len(row.rollout_logprobs)} values for {completion_tokens} completion tokens"
+            f"{where}: rollout_logprobs has {len(row.rollout_logprobs)} values for {completion_tokens} completion "
+            "tokens"
         )
     if len(row.loss_mask) and row.loss_mask[0]:
         raise TrajectoryError(f"{where}: the first token is marked as sampled, but nothing precedes it")
     if not np.isfinite(row.rollout_logprobs).all():
-        raise TrajectoryError(f"{where}: rollout_logprobs holds NaN or infinity; the student's weights may have diverged")
+        raise TrajectoryError(f"{where}: rollout_logprobs holds NaN or infinity; the student may have diverged")
 
 
 def _common_top_k(scores: Sequence[TeacherScores]) -> int:

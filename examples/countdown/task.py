@@ -104,6 +104,7 @@ def answer_patterns(problems: Problems) -> Iterator[str]:
 
 def prompt_ids(problems: Problems) -> Ints:  # [problems, list + 4]
     """Tokenize the prompts: begin, target, colon, list, bar."""
+
     def column(token: int) -> Ints:
         return np.full((len(problems), 1), token)
 

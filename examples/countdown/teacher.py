@@ -68,7 +68,7 @@ def _wrong_pairs(rng: np.random.Generator, problems: Problems, num_tries: int) -
     firsts = rng.integers(0, length, size=size)
     seconds = (firsts + rng.integers(1, length, size=size)) % length
     for _ in range(2):  # the next position may be the first number's own; the one after it is free
-        is_right = (np.sort(np.stack([firsts, seconds]), axis=0).T == np.sort(problems.pair, axis=1)).all(axis=2).T
+        is_right = (np.sort(problems.pair, axis=1) == np.sort(np.stack([firsts, seconds]), axis=0).T).all(axis=2).T
         seconds = np.where(is_right | (firsts == seconds), (seconds + 1) % length, seconds)
     return firsts, seconds
 

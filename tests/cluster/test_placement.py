@@ -17,7 +17,7 @@ def test_each_gpu_worker_reserves_whole_gpus() -> None:
 
 def test_too_few_gpus_are_said_with_numbers() -> None:
     config = make_config("rollout.num_workers=4")
-    with pytest.raises(PlacementError, match="learner worker 0 needs 1 GPUs .* needs 6 GPUs and the cluster has 5"):
+    with pytest.raises(PlacementError, match=r"learner worker 0 needs 1 GPUs .* needs 6 GPUs and the cluster has 5"):
         plan_placement(config, [NodeResources(cpus=32, gpus=5)])
 
 

@@ -78,5 +78,5 @@ def test_a_shift_by_one_token_fails_the_self_kl() -> None:
 
 
 def test_a_failed_check_is_one_sentence_with_advice() -> None:
-    with pytest.raises(SelfCheckError, match="self-check 'teacher t: scores are not uniform': found .*; its weights"):
+    with pytest.raises(SelfCheckError, match=r"self-check 'teacher t: scores are not uniform': found .*; its weights"):
         require([check_not_uniform("t", make_scored(-1, -1))])

@@ -11,7 +11,8 @@ FIELDS = {
     "run": "name steps seed directory",
     "student": "model trust_remote_code",
     "prompts": "train held_out template system_prompt prompts_per_step shuffle",
-    "rollout": "num_workers samples_per_prompt max_completion_tokens temperature top_p top_k stop rows_per_batch engine",
+    "rollout": "num_workers samples_per_prompt max_completion_tokens temperature top_p top_k stop rows_per_batch "
+    "engine",
     "teachers": "model trust_remote_code num_workers signal top_k engine",
     "objective": "divergence beta",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "

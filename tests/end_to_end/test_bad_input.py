@@ -63,7 +63,10 @@ def swap_two_tokens(files: Files) -> None:
         (swap_two_tokens, "teachers.countdown: its tokenizer is not the student's: token '1' has id"),
         (lambda files: replace_line(files["train.jsonl"], 5, ""), "train.jsonl:5: the line is empty"),
         (lambda files: replace_line(files["train.jsonl"], 9, '{"prompt": '), "train.jsonl:9: not a prompt object"),
-        (lambda files: replace_line(files["held_out.jsonl"], 2, '{"prompt": ""}'), "held_out.jsonl:2: `prompt` is empty"),
+        (
+            lambda files: replace_line(files["held_out.jsonl"], 2, '{"prompt": ""}'),
+            "held_out.jsonl:2: `prompt` is empty",
+        ),
         (
             lambda files: replace_line(files["train.jsonl"], 3, json.dumps({"prompt": "1 " * 500})),
             "train.jsonl:3: the prompt has 501 tokens, but a context of",

@@ -17,6 +17,12 @@ from tests.learner.support import TOP_K, VOCABULARY, make_scored
 ConfigMaker = Callable[..., Config]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keep torch from spinning on cores that the actors need."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a random Qwen3 with tied embeddings, and its tokenizer."""

@@ -68,7 +68,7 @@ def test_a_damaged_state_is_one_sentence(tmp_path):
 
 def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot create step-1.partial"):
+    with pytest.raises(CheckpointError, match=r"cannot create step-1\.partial"):
         checkpoint.begin(checkpoint.step_folder(tmp_path / "file", 1))
 
 
