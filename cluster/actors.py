@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from cluster.contracts.errors import PreceptorError
+from cluster.contracts.errors import ActorError, PreceptorError
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
 
@@ -24,10 +24,6 @@ class PoolTimeouts:
 
     start_seconds: float
     call_seconds: float
-
-
-class ActorError(PreceptorError, RuntimeError):
-    """An actor died, or did not answer in time."""
 
 
 def create_actors(

@@ -124,8 +124,9 @@ def start_pipeline(config: Config, inputs: Inputs, placement: Placement) -> Iter
         # Blocks until the ranks have met; the engines load their models meanwhile.
         learner = LearnerGroup(config, placement.learner.options())
         stack.callback(learner.shutdown)
-        for pool in (rollouts, *teachers.values()):
-            pool.wait_until_ready()
+        rollouts.wait_until_ready()
+        for teacher in teachers.values():
+            teacher.wait_until_ready()
         rollouts.set_prompts(inputs.prompts)
         yield Pipeline(rollouts, TeacherPools(teachers, config.ray.call_timeout_seconds), learner)
 

@@ -3,7 +3,8 @@
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors import call_all, create_actors, get, shutdown
+from cluster.actors import call_all, create_actors, get, get_all, shutdown
 from cluster.contracts.config import Config, Divergence
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.metrics import Metric, merge
@@ -112,9 +113,10 @@ class LearnerGroup:
             [(config, rank, world_size) for rank in range(world_size)],
             [_with_environment(option, config, rank) for rank, option in enumerate(options)],
         )
-        timeout_seconds = config.ray.start_timeout_seconds
-        address = get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
-        self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout_seconds)
+        with ExitStack() as undo:
+            undo.callback(self.shutdown)
+            self._start(config.ray.start_timeout_seconds)
+            undo.pop_all()
 
     def step(self, handles: Sequence[BatchHandle], step: int) -> dict[str, Metric]:
         """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together."""
@@ -160,6 +162,10 @@ class LearnerGroup:
         """End all ranks."""
         shutdown(self._actors)
 
+    def _start(self, timeout_seconds: float) -> None:
+        address = get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
+        self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout_seconds)
+
     def _shares(self, handles: Sequence[BatchHandle]) -> list[Share]:
         config = self._config.learner
         lengths = [length for handle in handles for length in handle.num_tokens]
@@ -178,10 +184,10 @@ class LearnerGroup:
         )
 
     def _ask_each(self, method: str, shares: Sequence[Share], *args: Any, waiting_for: str) -> list[Any]:
-        calls: list[Callable[..., Any]] = [getattr(actor, method).remote for actor in self._actors]
-        references = [call(share, *args) for call, share in zip(calls, shares, strict=True)]
-        answers: list[Any] = get(references, self._config.ray.call_timeout_seconds, waiting_for)
-        return answers
+        references = [
+            getattr(actor, method).remote(share, *args) for actor, share in zip(self._actors, shares, strict=True)
+        ]
+        return get_all(references, self._config.ray.call_timeout_seconds, waiting_for, self._names)
 
 
 def share_of(handles: Sequence[BatchHandle], grids: Sequence[Grid], num_tokens: int) -> Share:

@@ -13,6 +13,7 @@ import transformers
 from ray.actor import ActorHandle
 
 from cluster.contracts.config import Config, Divergence
+from cluster.contracts.errors import ConfigError
 from cluster.contracts.metrics import Metric
 from cluster.contracts.trajectory import Floats, TeacherScores, add_scores, ragged, stage_of, top_k_of
 from cluster.contracts.weights import WeightSyncReport
@@ -105,8 +106,15 @@ class LearnerWorker:
 
 
 def start_worker(config: Config, rank: int, world_size: int, address: str) -> LearnerWorker:
-    """Load the student, join the group at `tcp://host:port`, and return this rank's worker."""
+    """Load the student, join the group at `tcp://host:port`, and return this rank's worker.
+
+    Raises:
+        ConfigError: this machine cannot train in the dtype asked for.
+        ModelError: the student is missing or cannot be trained.
+    """
     if not torch.cuda.is_available():
+        if config.learner.dtype == "float16":
+            raise ConfigError("learner.dtype = 'float16': DeepSpeed trains it on GPUs only; use bfloat16 or float32")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
     from learner.zero_engine import ZeroEngine  # picks its accelerator as it is imported
 

@@ -13,9 +13,10 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster import actors
-from cluster.actors import ActorError, PoolTimeouts
+from cluster.actors import PoolTimeouts
 from cluster.batch_store import put_batch
 from cluster.contracts.config import EngineConfig, StudentConfig
+from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from cluster.vllm_runtime import prepare_environment
 from rollout_workers.prompts import PromptSet

@@ -11,10 +11,10 @@ import pyarrow as pa
 import ray
 
 from cluster import actors
-from cluster.actors import ActorError, PoolTimeouts
+from cluster.actors import PoolTimeouts
 from cluster.batch_store import put_batch
 from cluster.contracts.config import TeacherConfig
-from cluster.contracts.errors import ScoreError
+from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.trajectory import from_wire
 from cluster.vllm_runtime import prepare_environment

@@ -25,6 +25,10 @@ class TrajectoryError(PreceptorError, ValueError):
     """A trajectory batch breaks its contract."""
 
 
+class ActorError(PreceptorError, RuntimeError):
+    """An actor died, or did not answer in time."""
+
+
 class RolloutError(PreceptorError, RuntimeError):
     """A rollout worker could not produce the trajectories that it was asked for."""
 

@@ -1,8 +1,8 @@
 """The student before distillation: it can add, half knows how to find the pair, picks carelessly and gives up early.
 
-It has seen synthetic transcripts only and nothing of the teacher's. Two phases teach it the skills from mostly careful
-transcripts; the last one makes it careless: it then picks the first number almost at random, takes the partner of
-that number when there is one, writes the true sum, marks a miss, and after a miss nearly always stops.
+It has seen synthetic transcripts only and nothing of the teacher's. Three phases teach it the skills from mostly
+careful transcripts; the last one makes it careless: it then mostly picks the first number at random, takes the partner
+of that number when there is one, writes the true sum, marks a miss, and after a miss nearly always stops.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def phases() -> list[Phase]:
     """Return the student's training."""
     careful_short = Manner(list_lengths=(4, 5, 6), care=0.8, retry_rate=0.3)
     careful = Manner(list_lengths=(6,), care=0.8, retry_rate=0.3)
-    careless = Manner(list_lengths=(6,), care=0.15, retry_rate=0.03)
+    careless = Manner(list_lengths=(6,), care=0.3, retry_rate=0.03)
     return [
         Phase(1_600, partial(draw_batch, manner=careful_short)),
+        Phase(1_200, partial(draw_batch, manner=careful)),
         Phase(1_200, partial(draw_batch, manner=careful)),
         Phase(150, partial(draw_batch, manner=careless), matrix_lr=0.01, other_lr=1.5e-3),
     ]

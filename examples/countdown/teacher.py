@@ -30,9 +30,13 @@ FALSE_SUM_RATE = 0.1  # of the wrong tries
 
 def phases() -> list[Phase]:
     """Return the teacher's training; short lists give it the first foothold."""
+    short = partial(draw_batch, list_lengths=(4, 5, 6, 6), most_wrong_tries=(0, 2, 4, 7))
+    full = partial(draw_batch, list_lengths=(6,), most_wrong_tries=(0, 0, 2, 7))
     return [
-        Phase(1_100, partial(draw_batch, list_lengths=(4, 5, 6, 6), most_wrong_tries=(0, 2, 4, 7))),
-        Phase(800, partial(draw_batch, list_lengths=(6,), most_wrong_tries=(0, 0, 2, 7))),
+        Phase(1_100, short),
+        Phase(800, full),
+        Phase(400, full),
+        Phase(600, full, matrix_lr=0.01, other_lr=1.5e-3, decay_fraction=1.0),
     ]
 
 

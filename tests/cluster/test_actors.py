@@ -5,21 +5,11 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.actors import ActorError, call_all, create_actors, get, shutdown
-from cluster.contracts.errors import ScoreError
+from cluster.actors import call_all, create_actors, get, shutdown
+from cluster.contracts.errors import ActorError, ScoreError
 from tests.moody_actor import Moody
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    is_mine = not ray.is_initialized()
-    if is_mine:
-        ray.init(num_cpus=4, include_dashboard=False)
-    yield
-    if is_mine:
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -95,9 +95,9 @@ def test_the_answer_accepts_the_only_pair_that_sums_to_the_target(name: str) -> 
     ],
 )
 def test_the_answer_refuses(completion: str) -> None:
-    answers = [row["answer"] for row in read_prompts("train") if parse(row["prompt"])[0] == 28]
-    [pattern] = {answer for answer in answers if re.fullmatch(answer, "22 + 6 = 28")}
-    assert not re.fullmatch(pattern, completion)
+    answers = [row["answer"] for row in read_prompts("train") if re.fullmatch(row["answer"], "22 + 6 = 28")]
+    assert answers
+    assert not any(re.fullmatch(answer, completion) for answer in answers)
 
 
 def test_everything_embedded_fits_in_seven_megabytes() -> None:

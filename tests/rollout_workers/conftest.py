@@ -1,27 +1,15 @@
-"""One Ray cluster and one pool of two real rollout actors for all tests here."""
+"""One pool of two real rollout actors for all tests here."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import EngineConfig, StudentConfig
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import RolloutDeployment, make_prompts
 from tests.tiny_qwen3 import CONTEXT_TOKENS, load, write_tiny_qwen3
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """Start a local Ray, unless another fixture has."""
-    is_mine = not ray.is_initialized()
-    if is_mine:
-        ray.init(num_cpus=4, include_dashboard=False)
-    yield
-    if is_mine:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +27,7 @@ def rollouts(ray_cluster: None, student_folder: Path) -> Iterator[RolloutDeploym
         rows_per_batch=4,
         weight_sync_backend="object_store",
     )
-    pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=240, call_seconds=120))
+    pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=500, call_seconds=120))
     pool.wait_until_ready()
     prompts = make_prompts()
     pool.set_prompts(prompts)

@@ -12,7 +12,7 @@ from cluster.contracts.interfaces import SamplingSettings
 from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, RolloutDeployment, rows_of
 from tests.tiny_qwen3 import HALT, expected_logprobs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
 
 
 def largest_gap(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> float:

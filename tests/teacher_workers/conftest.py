@@ -1,26 +1,14 @@
-"""One Ray cluster and one real teacher for all tests here."""
+"""One real teacher for all tests here."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import EngineConfig, TeacherConfig
 from teacher_workers.pool import TeacherPool
 from tests.tiny_qwen3 import CONTEXT_TOKENS, TEACHER_TOP_K, write_tiny_qwen3
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """Start a local Ray, unless another fixture has."""
-    is_mine = not ray.is_initialized()
-    if is_mine:
-        ray.init(num_cpus=4, include_dashboard=False)
-    yield
-    if is_mine:
-        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +20,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher_pool(ray_cluster: None, teacher_folder: Path) -> Iterator[TeacherPool]:
     engine = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1)
     teacher = TeacherConfig(model=str(teacher_folder), top_k=TEACHER_TOP_K, engine=engine)
-    timeouts = PoolTimeouts(start_seconds=240, call_seconds=120)
+    timeouts = PoolTimeouts(start_seconds=500, call_seconds=120)
     pool = TeacherPool("even", teacher, CONTEXT_TOKENS, [{"num_cpus": 1}] * 2, timeouts)
     pool.wait_until_ready()
     yield pool

@@ -15,7 +15,7 @@ from teacher_workers.pool import TeacherPool, TeacherPools
 from tests.builders import make_trajectory
 from tests.tiny_qwen3 import TEACHER_TOP_K, expected_logprobs, load
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
 
 
 def make_handle(first_id: int, num_rows: int = 2, teacher: str = "even") -> BatchHandle:

@@ -1,0 +1,62 @@
+"""One rank over the plain-torch engine: no Ray actor, no DeepSpeed."""
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.metrics import report
+from cluster.contracts.trajectory import generated_schema, ragged
+from learner.model import load_student
+from learner.packing import plan_step
+from learner.reference_engine import ReferenceEngine
+from learner.worker import LearnerWorker, start_worker
+from tests.learner.support import score_by
+
+
+@pytest.fixture
+def make_worker():
+    def make(config):
+        return LearnerWorker(config, ReferenceEngine(load_student(config.student, config.learner), config.learner))
+
+    return make
+
+
+def test_student_logprobs_come_in_row_order_with_or_without_scores(make_config, make_worker, scored):
+    config = make_config()
+    worker = make_worker(config)
+    student = load_student(config.student, config.learner).causal_lm
+    expected = ragged(score_by(student, scored), "rollout_logprobs").values
+    generated = scored.select([field.name for field in generated_schema()])
+    generated = generated.replace_schema_metadata(generated_schema().metadata)
+    for batch in (scored, generated):
+        np.testing.assert_allclose(worker.student_logprobs(batch), expected, atol=1e-5)
+
+
+def test_student_logprobs_of_no_trajectories_are_empty(make_config, make_worker, scored):
+    assert len(make_worker(make_config()).student_logprobs(scored.slice(0, 0))) == 0
+
+
+def test_a_step_without_any_trajectory_reports_no_loss(make_config, make_worker):
+    grids = plan_step([], 1, 64).ranks[0]
+    metrics = report(make_worker(make_config()).step([], grids, num_tokens=0, step=0))
+    assert metrics["gradient_norm"] == 0
+    assert "loss" not in metrics
+
+
+def test_measuring_uses_the_divergence_asked_for(make_config, make_worker, scored):
+    worker = make_worker(make_config("objective.divergence=reverse_kl"))
+    grids = plan_step(ragged(scored, "token_ids").lengths.tolist(), 1, 64).ranks[0]
+    tokens = int(ragged(scored, "rollout_logprobs").lengths.sum())
+    losses = {
+        divergence: report(worker.measure_gradient([scored], grids, tokens, divergence))["loss"]
+        for divergence in ("sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd")
+    }
+    assert len({round(loss, 4) for loss in losses.values()}) == 4
+
+
+def test_half_precision_without_a_gpu_is_refused_in_one_sentence(make_config):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ConfigError, match="DeepSpeed trains it on GPUs only"):
+        start_worker(make_config("learner.dtype=float16"), rank=0, world_size=1, address="tcp://127.0.0.1:1")
