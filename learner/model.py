@@ -99,13 +99,13 @@ class CompletionHead(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         super().__init__()
         linear = causal_lm.get_output_embeddings()
-        config = causal_lm.config.get_text_config()
+        config = causal_lm.config.get_text_config().to_dict()
         self.weight = linear.weight
         self.bias = linear.bias
         self.chunk_tokens = max(1, HEAD_CHUNK_LOGITS // linear.weight.shape[0])
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma
+        self.softcap: float | None = config.get("final_logit_softcapping")  # Gemma
         # Cohere multiplies its logits, Granite divides them; `check_forward` finds models that do anything else.
-        self.logit_factor = getattr(config, "logit_scale", None) or 1.0 / getattr(config, "logits_scaling", 1.0)
+        self.logit_factor = config.get("logit_scale") or 1.0 / config.get("logits_scaling", 1.0)
 
     def forward(self, hidden: Tensor, target_ids: Tensor, topk_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map [tokens, hidden] to logprobs [tokens], top-k logprobs [tokens, k] and entropy [tokens]."""

@@ -1,7 +1,7 @@
 """The sending end of a weight sync over vLLM's own `nccl` and `ipc` backends, for GPUs.
 
 vLLM's trainer side gathers, packs and broadcasts; this file gives it the engine's parameters and a way to reach the
-rollout actors. It needs GPUs, and has so far been type-checked and imported, but not run. vLLM compares no checksum
+rollout actors. It needs GPUs, and has so far been type-checked, not run. vLLM compares no checksum
 here, so the report's is empty.
 """
 

@@ -50,7 +50,7 @@ def write_model(directory: Path, shape: Shape, phases: list[Phase], seed: int) -
     problems = draw_problems(np.random.default_rng(seed), NUM_CHECKED_PROBLEMS)
     model = new_model(shape, seed)
     for index, phase in enumerate(phases):
-        train(model.float(), phase, np.random.default_rng([seed, shape.hidden_size, index]))
+        train(model.to(torch.float32), phase, np.random.default_rng([seed, shape.hidden_size, index]))
         sampled, greedy = accuracy(model, problems), accuracy(model, problems, do_sample=False)
         logger.info("phase %d, (solved, at first try): sampled %s, greedy %s", index, sampled, greedy)
         save(model, directory)

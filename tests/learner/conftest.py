@@ -1,11 +1,10 @@
-"""A tiny student, seven trajectories, and one Ray cluster for the learner's tests."""
+"""A tiny student and seven trajectories for the learner's tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import ray
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -82,12 +81,3 @@ def make_config(student_folder: Path) -> ConfigMaker:
 def scored() -> pa.RecordBatch:
     """Return seven trajectories of unequal length with the scores of a random teacher."""
     return make_scored([(3, 9), (5, 30), (2, 1), (8, 20), (4, 44), (6, 7), (1, 12)])
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """Run one local Ray cluster for the whole session."""
-    variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    ray.init(num_cpus=4, include_dashboard=False, runtime_env={"env_vars": variables})
-    yield
-    ray.shutdown()
