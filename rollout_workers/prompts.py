@@ -145,19 +145,27 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config,
     Raises:
         PromptError: the file is missing or empty, or a line is malformed or does not fit; names file and line.
     """
-    rows: list[dict[str, Any]] = []
+    lines = [(where, _parse(where, line, config.evaluation.verifier)) for where, line in _lines(path)]
+    if not lines:
+        raise PromptError(f"{path}: the file holds no prompt")
+    # One call for all of them: called once per prompt, a tokenizer spends its time in Python.
+    texts = [_render(where, line, tokenizer, config) for where, line in lines]
+    token_ids = tokenizer(texts, add_special_tokens=config.prompts.template == "raw")["input_ids"]
     room = context_tokens - config.rollout.max_completion_tokens - 1  # a scoring engine generates one token
-    for where, line in _lines(path):
-        rows.append(_row(where, line, tokenizer, config))
-        length = len(rows[-1]["token_ids"])
-        if length > room:
+    for (where, _), ids in zip(lines, token_ids, strict=True):
+        if len(ids) > room:
             raise PromptError(
-                f"{where}: the prompt has {length} tokens, but a context of {context_tokens} less "
+                f"{where}: the prompt has {len(ids)} tokens, but a context of {context_tokens} less "
                 f"rollout.max_completion_tokens = {config.rollout.max_completion_tokens} and 1 leaves room for {room}"
             )
-    if not rows:
-        raise PromptError(f"{path}: the file holds no prompt")
-    return PromptSet(pa.RecordBatch.from_pylist(rows, schema=_SCHEMA))
+    columns = {
+        "token_ids": token_ids,
+        "text": [_last_message(line) for _, line in lines],
+        "answer": [line.answer for _, line in lines],
+        "domain": [line.domain for _, line in lines],
+        "teacher": [_route(where, line.teacher, config.teachers) for where, line in lines],
+    }
+    return PromptSet(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -165,31 +173,12 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
         content = path.read_bytes()
     except OSError as error:
         raise PromptError(f"{path}: cannot read the prompt file: {error.strerror}") from error
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        is_last = number == content.count(b"\n") + 1
-        if not line.strip() and is_last:
-            return
+    lines = content.removesuffix(b"\n").split(b"\n") if content else []
+    for number, line in enumerate(lines, start=1):
         yield f"{path}:{number}", line
 
 
-def _row(where: str, line: bytes, tokenizer: PreTrainedTokenizerBase, config: Config) -> dict[str, Any]:
-    parsed = _parse(where, line)
-    if parsed.answer is not None:
-        try:
-            check_answer(config.evaluation.verifier, parsed.answer)
-        except ConfigError as error:
-            raise PromptError(f"{where}: {error}") from error
-    text = parsed.prompt if isinstance(parsed.prompt, str) else str(parsed.prompt[-1].get("content", ""))
-    return {
-        "token_ids": _tokenise(where, parsed, tokenizer, config),
-        "text": text,
-        "answer": parsed.answer,
-        "domain": parsed.domain,
-        "teacher": _route(where, parsed.teacher, config.teachers),
-    }
-
-
-def _parse(where: str, line: bytes) -> PromptLine:
+def _parse(where: str, line: bytes, verifier: str) -> PromptLine:
     if not line.strip():
         raise PromptError(f"{where}: the line is empty")
     try:
@@ -198,20 +187,30 @@ def _parse(where: str, line: bytes) -> PromptLine:
         raise PromptError(f"{where}: not a prompt object: {error}") from error
     if not parsed.prompt or (isinstance(parsed.prompt, str) and not parsed.prompt.strip()):
         raise PromptError(f"{where}: `prompt` is empty")
+    try:
+        if parsed.answer is not None:
+            check_answer(verifier, parsed.answer)
+    except ConfigError as error:
+        raise PromptError(f"{where}: {error}") from error
     return parsed
 
 
-def _tokenise(where: str, line: PromptLine, tokenizer: PreTrainedTokenizerBase, config: Config) -> list[int]:
+def _render(where: str, line: PromptLine, tokenizer: PreTrainedTokenizerBase, config: Config) -> str:
+    """Return the text that the student is given; a chat template writes its own special tokens."""
     if config.prompts.template == "raw":
         if not isinstance(line.prompt, str):
             raise PromptError(f"{where}: `prompt` is a conversation, but prompts.template = 'raw' takes a text")
-        return list(tokenizer(line.prompt)["input_ids"])
+        return line.prompt
     if tokenizer.chat_template is None:
         raise PromptError(f"{where}: the student's tokenizer has no chat template; set prompts.template = 'raw'")
     messages = [{"role": "user", "content": line.prompt}] if isinstance(line.prompt, str) else list(line.prompt)
     if config.prompts.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.prompts.system_prompt})
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def _last_message(line: PromptLine) -> str:
+    return line.prompt if isinstance(line.prompt, str) else str(line.prompt[-1].get("content", ""))
 
 
 def _route(where: str, teacher: str | None, teachers: Iterable[str]) -> str:

@@ -115,9 +115,10 @@ def accuracy(model: Qwen3ForCausalLM, problems: Problems, do_sample: bool = True
 
 
 def save(model: Qwen3ForCausalLM, directory: Path) -> None:
-    """Write the model in bf16, with the tokenizer, as a Hugging Face directory."""
+    """Write the model in bf16, with the tokenizer, as a Hugging Face directory; the model takes on the rounding."""
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.to(torch.bfloat16).save_pretrained(directory)
+    model.to(torch.float32)
     build_tokenizer().save_pretrained(directory)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    parts = {
+    parts: dict[str, Callable[[], None]] = {
         "prompts": lambda: write_prompts(arguments.out, arguments.seed),
         "teacher": lambda: write_model(arguments.out / "teacher", teacher.SHAPE, teacher.phases(), arguments.seed),
         "student": lambda: write_model(arguments.out / "student", student.SHAPE, student.phases(), arguments.seed),
@@ -50,7 +51,7 @@ def write_model(directory: Path, shape: Shape, phases: list[Phase], seed: int) -
     problems = draw_problems(np.random.default_rng(seed), NUM_CHECKED_PROBLEMS)
     model = new_model(shape, seed)
     for index, phase in enumerate(phases):
-        train(model.to(torch.float32), phase, np.random.default_rng([seed, shape.hidden_size, index]))
+        train(model, phase, np.random.default_rng([seed, shape.hidden_size, index]))
         sampled, greedy = accuracy(model, problems), accuracy(model, problems, do_sample=False)
         logger.info("phase %d, (solved, at first try): sampled %s, greedy %s", index, sampled, greedy)
         save(model, directory)
