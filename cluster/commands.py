@@ -1,12 +1,11 @@
 """What each command of the command line does, from a configuration to the last line that it prints."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError
 from cluster.driver import train
-from cluster.evaluation import Evaluation, evaluate, write_samples
+from cluster.evaluation import Evaluation, Evaluator, write_samples
 from cluster.live_checks import run_live_checks
 from cluster.metric_sinks import TerminalView, terminal_view
 from cluster.model_files import load_tokenizer
@@ -87,7 +86,7 @@ def evaluate_models(config: Config) -> None:
         _announce(view, session, placement, None)
         with start_student_rollouts(config, inputs, placement) as pool:
             tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
-            _say(view, "student", evaluate(pool, config, inputs, tokenizer))
+            _say(view, "student", Evaluator(config, inputs, tokenizer).evaluate(pool))
         _measure_teachers(config, inputs, placement, view, None)
 
 
@@ -125,9 +124,8 @@ def _measure_teachers(
         return found
     for name, teacher in config.teachers.items():
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
-        with ExitStack() as stack:
-            pool = stack.enter_context(start_teacher_rollouts(config, inputs, placement, name))
-            evaluation = evaluate(pool, config, inputs, tokenizer)
+        with start_teacher_rollouts(config, inputs, placement, name) as pool:
+            evaluation = Evaluator(config, inputs, tokenizer).evaluate(pool)
         found[name] = evaluation.accuracy
         _say(view, f"teacher {name}", evaluation)
         if directory is not None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from cluster.actors import get
@@ -15,6 +16,7 @@ from cluster.contracts.metrics import merge, report
 from cluster.contracts.trajectory import from_wire, ragged
 from cluster.pipeline import Inputs, held_out_requests, held_out_sampling
 from rollout_workers.pool import RolloutPool
+from teacher_workers.pool import TeacherPools
 
 SAMPLES_KEPT = 8  # completions per evaluation that are written out for people
 
@@ -29,41 +31,57 @@ class Evaluation:
     @property
     def accuracy(self) -> float | None:
         """Return the share of right completions; None when no prompt has an answer."""
-        return self.metrics.get("rollout/reward")
+        return self.metrics.get("accuracy")
+
+    @property
+    def kl(self) -> float | None:
+        """Return KL(model || its teachers) per token, estimated from the samples; None when no teacher scored them."""
+        return self.metrics.get("kl")
 
 
-def evaluate(pool: RolloutPool, config: Config, inputs: Inputs, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
-    """Sample every held-out prompt and verify; a model that is asked twice draws with the same seeds."""
-    requests = held_out_requests(config, inputs)
-    handles = list(pool.generate(requests, held_out_sampling(config), config.evaluation.verifier))
-    figures = report(merge(handle.metrics for handle in handles))
-    return Evaluation(figures, read_samples(handles, config, inputs, tokenizer))
+@dataclass(frozen=True)
+class Evaluator:
+    """Samples every held-out prompt and verifies; who is asked again draws with the same seeds."""
 
+    config: Config
+    inputs: Inputs
+    tokenizer: PreTrainedTokenizerBase
 
-def read_samples(
-    handles: Iterable[BatchHandle], config: Config, inputs: Inputs, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, Any]]:
-    """Fetch the completions of the first few held-out prompts and decode them for people."""
-    wanted = set(range(min(SAMPLES_KEPT, len(inputs.held_out_ids)) * config.evaluation.samples_per_prompt))
-    samples = []
-    for handle in handles:
-        if not wanted.intersection(handle.trajectory_ids):
-            continue
-        batch = from_wire(get(handle.reference, config.ray.call_timeout_seconds, "held-out completions"))
-        token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
-        for row, trajectory_id in enumerate(handle.trajectory_ids):
-            if trajectory_id not in wanted:
+    def evaluate(self, pool: RolloutPool, teachers: TeacherPools | None = None) -> Evaluation:
+        """Measure the model that the pool serves; with teachers, also how far its samples are from theirs."""
+        sampling = held_out_sampling(self.config)
+        requests = held_out_requests(self.config, self.inputs)
+        handles = list(pool.generate(requests, sampling, self.config.evaluation.verifier))
+        samples = self.read_samples(handles)
+        # Elsewhere the samples' log-probabilities are not those of the model itself.
+        if teachers is not None and sampling.temperature == 1:
+            handles = list(teachers.score(handles))
+        return Evaluation(_held_out_names(report(merge(handle.metrics for handle in handles))), samples)
+
+    def read_samples(self, handles: Iterable[BatchHandle]) -> list[dict[str, Any]]:
+        """Fetch the completions of the first few held-out prompts and decode them for people."""
+        wanted = set(
+            range(min(SAMPLES_KEPT, len(self.inputs.held_out_ids)) * self.config.evaluation.samples_per_prompt)
+        )
+        samples = []
+        for handle in handles:
+            if wanted.isdisjoint(handle.trajectory_ids):
                 continue
-            completion = token_ids[row][loss_mask[row] != 0].tolist()
-            samples.append(
-                {
-                    "trajectory_id": trajectory_id,
-                    "prompt": inputs.prompts.text(batch["prompt_id"][row].as_py()),
-                    "completion": tokenizer.decode(completion, skip_special_tokens=True),
-                    "reward": batch["reward"][row].as_py(),
-                }
-            )
-    return sorted(samples, key=lambda sample: sample["trajectory_id"])
+            timeout_seconds = self.config.ray.call_timeout_seconds
+            batch = from_wire(get(handle.reference, timeout_seconds, "held-out completions"))
+            samples += [
+                self._sample(batch, row) for row, chosen in enumerate(handle.trajectory_ids) if chosen in wanted
+            ]
+        return sorted(samples, key=lambda sample: int(sample["trajectory_id"]))
+
+    def _sample(self, batch: pa.RecordBatch, row: int) -> dict[str, Any]:
+        completion = ragged(batch, "token_ids")[row][ragged(batch, "loss_mask")[row] != 0]
+        return {
+            "trajectory_id": batch["trajectory_id"][row].as_py(),
+            "prompt": self.inputs.prompts.text(batch["prompt_id"][row].as_py()),
+            "completion": self.tokenizer.decode(completion.tolist(), skip_special_tokens=True),
+            "reward": batch["reward"][row].as_py(),
+        }
 
 
 def write_samples(path: Path, step: int, model: str, samples: Sequence[dict[str, Any]]) -> None:
@@ -71,3 +89,14 @@ def write_samples(path: Path, step: int, model: str, samples: Sequence[dict[str,
     with path.open("a", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps({"step": step, "model": model, **sample}, ensure_ascii=False) + "\n")
+
+
+def _held_out_names(metrics: dict[str, float]) -> dict[str, float]:
+    """Name the figures after what they mean here: a mean reward over all held-out prompts is an accuracy."""
+    renamed = {"rollout/reward": "accuracy", "teacher/sampled_kl": "kl"}
+    kept = {
+        name: renamed.get(name, name.removeprefix("rollout/"))
+        for name in metrics
+        if name in renamed or "rollout/" in name
+    }
+    return {new: metrics[old] for old, new in kept.items()}

@@ -20,6 +20,7 @@ _COLUMNS = [
     ("KL/token", "train/kl", "{:.4f}"),
     ("accuracy", "rollout/reward", "{:.3f}"),
     ("held-out", "held_out/accuracy", "{:.3f}"),
+    ("held-out KL", "held_out/kl", "{:.4f}"),
     ("length", "rollout/completion_length", "{:.1f}"),
     ("generate tok/s", "generate/tokens_per_second", "{:,.0f}"),
     ("score tok/s", "score/tokens_per_second", "{:,.0f}"),

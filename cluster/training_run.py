@@ -4,14 +4,17 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cluster.contracts.config import Config
-from cluster.evaluation import Evaluation, evaluate, write_samples
+from cluster.evaluation import Evaluation, Evaluator, write_samples
 from cluster.metric_sinks import MetricsFile, Record, TerminalView
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline
 from cluster.run_directory import RunDirectory
 from learner.checkpoint import prune, step_folder
+
+SHOWN_CHARACTERS = 240  # of a sample, in the last lines of a run
 
 
 @dataclass
@@ -21,10 +24,24 @@ class History:
     teacher_accuracy: dict[str, float | None] = field(default_factory=dict)
     first_accuracy: float | None = None
     last_accuracy: float | None = None
-    first_kl: float | None = None
+    first_kl: float | None = None  # on held-out prompts where there are any, else on the step's own
     last_kl: float | None = None
-    first_sample: dict[str, str] = field(default_factory=dict)
-    last_sample: dict[str, str] = field(default_factory=dict)
+    first_sample: dict[str, Any] = field(default_factory=dict)
+    last_sample: dict[str, Any] = field(default_factory=dict)
+
+    def note_evaluation(self, found: Evaluation) -> None:
+        """Keep what the first and the latest evaluation of the student found."""
+        sample = found.samples[0] if found.samples else {}
+        if not self.first_sample:
+            self.first_accuracy, self.first_sample = found.accuracy, sample
+        self.last_accuracy, self.last_sample = found.accuracy, sample
+        if found.kl is not None:
+            self.note_kl(found.kl)
+
+    def note_kl(self, kl: float) -> None:
+        """Keep the first and the latest KL per token."""
+        self.first_kl = kl if self.first_kl is None else self.first_kl
+        self.last_kl = kl
 
 
 @dataclass
@@ -43,29 +60,26 @@ class TrainingRun:
     def __post_init__(self) -> None:
         """Open what every step writes to."""
         student = self.config.student
-        self._tokenizer = load_tokenizer(student.model, student.trust_remote_code)
+        tokenizer = load_tokenizer(student.model, student.trust_remote_code)
+        self._evaluator = Evaluator(self.config, self.inputs, tokenizer)
         self._metrics = MetricsFile(self.directory.metrics)
         self._metrics.drop_from(self.first_step + 1)
 
     def begin(self) -> None:
-        """Measure the untrained student, unless the run is resumed or its first step is its last."""
-        if self.first_step == 0:
-            found = self._evaluate(0)
-            if found is not None:
-                self.history.first_accuracy = self.history.last_accuracy = found.accuracy
-                self.history.first_sample = dict(found.samples[0]) if found.samples else {}
-                self.view.say(f"held-out before training: {describe_evaluation(found)}")
+        """Measure the untrained student, unless the run is resumed."""
+        if self.first_step == 0 and self.inputs.held_out_ids:
+            found = self._evaluate(step=0)
+            self.view.say(f"held-out before training: {describe_evaluation(found)}")
         self.started = time.perf_counter()
 
     def finish_step(self, step: int, record: Record) -> None:
         """Record the step; evaluate and write a checkpoint where they are due."""
         record = dict(record)
-        self.history.last_kl = record["train/kl"]
-        if self.history.first_kl is None:
-            self.history.first_kl = record["train/kl"]
         is_last = step == self.config.run.steps
-        if is_last or _is_due(step, self.config.evaluation.every_steps):
-            record.update(self._evaluate_student(step))
+        if not self.inputs.held_out_ids:
+            self.history.note_kl(record["train/kl"])
+        elif is_last or _is_due(step, self.config.evaluation.every_steps):
+            record |= {f"held_out/{name}": value for name, value in self._evaluate(step).metrics.items()}
         self._metrics.write(record)
         self.view.show(record)
         if is_last or _is_due(step, self.config.checkpoint.every_steps):
@@ -88,34 +102,31 @@ class TrainingRun:
         for line in summary(self.config, self.history, seconds, steps=self.config.run.steps - self.first_step):
             self.view.say(line)
 
-    def _evaluate_student(self, step: int) -> dict[str, float]:
-        found = self._evaluate(step)
-        if found is None:
-            return {}
-        self.history.last_accuracy = found.accuracy
-        self.history.last_sample = dict(found.samples[0]) if found.samples else {}
-        figures = {name.removeprefix("rollout/"): value for name, value in found.metrics.items()}
-        if found.accuracy is not None:
-            figures["accuracy"] = figures.pop("reward")
-        return {f"held_out/{name}": value for name, value in figures.items()}
-
-    def _evaluate(self, step: int) -> Evaluation | None:
-        if not self.inputs.held_out_ids:
-            return None
-        found = evaluate(self.pipeline.rollouts, self.config, self.inputs, self._tokenizer)
+    def _evaluate(self, step: int) -> Evaluation:
+        found = self._evaluator.evaluate(self.pipeline.rollouts, self.pipeline.teachers)
         write_samples(self.directory.samples, step, "student", found.samples)
+        self.history.note_evaluation(found)
         return found
 
 
 def describe_evaluation(found: Evaluation) -> str:
     """Say an evaluation in half a line."""
-    length = f"completion length {found.metrics['rollout/completion_length']:.1f}"
-    return length if found.accuracy is None else f"accuracy {found.accuracy:.3f}, {length}"
+    parts = [f"completion length {found.metrics['completion_length']:.1f}"]
+    if found.kl is not None:
+        parts.insert(0, f"KL per token {found.kl:.4f}")
+    if found.accuracy is not None:
+        parts.insert(0, f"accuracy {found.accuracy:.3f}")
+    return ", ".join(parts)
 
 
 def summary(config: Config, history: History, seconds: float, steps: int) -> list[str]:
     """Return the last lines of a run."""
-    lines = [f"{steps} steps in {seconds:.0f} s"]
+    lines = []
+    if history.first_sample and history.last_sample:
+        lines.append(f"prompt: {_quote(history.first_sample['prompt'])}")
+        lines.append(f"before: {_quote(history.first_sample['completion'])}")
+        lines.append(f"after:  {_quote(history.last_sample['completion'])}")
+    lines.append(f"{steps} steps in {seconds:.0f} s")
     if history.first_kl is not None and history.last_kl is not None:
         lines.append(f"KL to the teacher per token: {history.first_kl:.4f} -> {history.last_kl:.4f}")
     if history.first_accuracy is not None and history.last_accuracy is not None:
@@ -126,11 +137,12 @@ def summary(config: Config, history: History, seconds: float, steps: int) -> lis
         )
         student = f"student {history.first_accuracy:.2f} -> {history.last_accuracy:.2f}"
         lines.append(f"held-out accuracy: {student}{teachers}")
-    elif history.first_sample and history.last_sample:
-        lines.append(f"prompt: {json.dumps(history.first_sample['prompt'])}")
-        lines.append(f"before: {json.dumps(history.first_sample['completion'])}")
-        lines.append(f"after:  {json.dumps(history.last_sample['completion'])}")
     return lines
+
+
+def _quote(text: str) -> str:
+    """Put a text on one line, shortened to what a terminal shows."""
+    return json.dumps(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...", ensure_ascii=False)
 
 
 def _is_due(step: int, every_steps: int) -> bool:

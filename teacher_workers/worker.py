@@ -79,9 +79,12 @@ def refuse_uniform(scores: Sequence[TeacherScores], vocabulary_size: int) -> Non
 
 def _metrics(scored: pa.RecordBatch, num_tokens: int, seconds: float) -> dict[str, Metric]:
     logprobs = ragged(scored, "teacher_logprobs").values
+    written = ragged(scored, "rollout_logprobs").values
     return {
         "teacher/tokens": Sum(float(num_tokens)),
         "teacher/scored_tokens": Sum(float(len(logprobs))),
         "teacher/seconds": Sum(seconds),
         "teacher/logprob": Mean(float(logprobs.sum()), float(len(logprobs))),
+        # One-sample estimate of KL(sampler || teacher); of the student itself when it sampled at temperature 1.
+        "teacher/sampled_kl": Mean(float((written - logprobs).sum(dtype=np.float64)), float(len(logprobs))),
     }

@@ -1,3 +1,4 @@
+from cluster.evaluation import Evaluation
 from cluster.training_run import History, summary
 from tests.builders import make_config
 
@@ -17,7 +18,15 @@ def test_several_teachers_are_named() -> None:
     assert summary(config, history, 1.0, 1)[-1].endswith("teacher main 1.00, teacher code 0.50")
 
 
-def test_without_answers_a_sample_before_and_after_is_shown() -> None:
-    first, last = {"prompt": "p", "completion": "a\nb"}, {"prompt": "p", "completion": "c"}
-    history = History(first_sample=first, last_sample=last)
-    assert summary(make_config(), history, 1.0, 1)[-3:] == ['prompt: "p"', 'before: "a\\nb"', 'after:  "c"']
+def make_evaluation(kl: float, completion: str) -> Evaluation:
+    return Evaluation({"kl": kl, "completion_length": 3.0}, [{"prompt": "p", "completion": completion}])
+
+
+def test_without_answers_a_sample_and_the_kl_before_and_after_are_shown() -> None:
+    history = History()
+    for kl, completion in ((2.0, "a\nb"), (1.5, "between"), (1.0, "c" * 300)):
+        history.note_evaluation(make_evaluation(kl, completion))
+    lines = summary(make_config(), history, 1.0, 1)
+    assert lines[:2] == ['prompt: "p"', 'before: "a\\nb"']
+    assert lines[2] == f'after:  "{"c" * 240}..."'
+    assert lines[-1] == "KL to the teacher per token: 2.0000 -> 1.0000"

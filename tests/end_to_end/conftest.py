@@ -13,8 +13,9 @@ import pytest
 STEPS = 6
 SHORT = (
     f"run.steps={STEPS}",
-    "prompts.prompts_per_step=16",
-    "evaluation.num_prompts=32",
+    "prompts.prompts_per_step=32",
+    "evaluation.num_prompts=64",
+    "learner.warmup_steps=1",
     "evaluation.every_steps=3",
     "checkpoint.every_steps=3",
     "learner.num_workers=2",
