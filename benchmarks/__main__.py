@@ -6,19 +6,17 @@ compared is measured in the same run, in turns.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from benchmarks.report import RESULTS, Row, describe_machine, print_rows, row
 from cluster.commands import start_training
 from cluster.contracts.trajectory import (
     GeneratedTrajectory,
@@ -31,7 +29,6 @@ from cluster.contracts.trajectory import (
 )
 from cluster.demo import embedded_config
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS = 15
 WARM_UP_STEPS = 2
 QUIET = (
@@ -40,7 +37,6 @@ QUIET = (
     "evaluation.every_steps=0",
     "checkpoint.export=false",
 )
-Row = dict[str, Any]
 
 
 def main() -> None:
@@ -50,23 +46,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write; default: benchmarks/results/DATE-loop.json")
     options = parser.parse_args()
     rows = [*wire_rows(), *loop_rows(options.steps)]
-    for row in rows:
-        print(f"{row['name']:<42} {row['size']:<34} {row['value']:>12,.4g} {row['unit']}")
+    print_rows(rows)
     output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-loop.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
+    described = {"command": "make bench", **describe_machine()}
+    output.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
     print(f"written: {output}")
-
-
-def describe_machine() -> Row:
-    """Say what the figures belong to."""
-    return {
-        "command": "make bench",
-        "cpus": os.cpu_count(),
-        "architecture": platform.machine(),
-        "python": platform.python_version(),
-        "load_average": os.getloadavg()[0],
-    }
 
 
 def wire_rows() -> list[Row]:
@@ -136,11 +121,6 @@ def make_scored(rows: int, completion_tokens: int, top_k: int) -> pa.RecordBatch
         topk = random.integers(0, 50_000, (completion_tokens, top_k), dtype=np.int32)
         scores.append(TeacherScores(logprobs, topk, -random.random((completion_tokens, top_k), dtype=np.float32)))
     return add_scores(make_generated(trajectories), scores)
-
-
-def row(name: str, size: str, value: float, unit: str) -> Row:
-    """Return one line of the table."""
-    return {"name": name, "size": size, "value": value, "unit": unit}
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> lis
             replicas = [_read(config, scored) for scored in pool.score_everywhere(routed)]
             dtype = config.teachers[name].engine.dtype
             results += [check_replicas(name, replicas, dtype), check_not_uniform(name, replicas[0])]
+        pipeline.teachers.shutdown()  # their share of the cluster goes to the scorer of the student
         return results + _against_itself(config, inputs, placement, pipeline, handles)
 
 
@@ -59,7 +60,8 @@ def _against_itself(
         config.student.model, config.student.trust_remote_code, top_k=top_k, engine=config.rollout.engine
     )
     mirrored = msgspec.structs.replace(config, teachers={ITSELF: itself})
-    pool = start_teacher(mirrored, inputs, replace(placement.teachers[any_teacher], num_workers=1), ITSELF)
+    share = replace(placement.rollout, num_workers=1)
+    pool = start_teacher(mirrored, inputs, share, ITSELF)
     try:
         pool.wait_until_ready()
         (scored,) = pool.score_everywhere([replace(handle, teacher=ITSELF) for handle in handles])

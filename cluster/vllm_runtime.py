@@ -4,6 +4,8 @@ vLLM reads its environment when it is first imported, so `prepare_environment` c
 """
 
 import os
+import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +15,8 @@ from cluster.contracts.errors import ModelError
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
+OWNER_CHECK_SECONDS = 1.0
 BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.
@@ -44,6 +48,22 @@ def prepare_environment(engine: EngineConfig) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ[OWNER_VARIABLE] = str(os.getpid())
+
+
+def end_with_owner() -> None:
+    """End this process when the actor that started it is gone; vLLM calls it in each of its processes as a plugin.
+
+    An actor that is killed outright cannot end its engine, which would go on holding memory, or a whole GPU.
+    """
+    if os.environ.get(OWNER_VARIABLE) == str(os.getppid()):
+        threading.Thread(target=_watch_owner, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch_owner(owner: int) -> None:
+    while os.getppid() == owner:
+        time.sleep(OWNER_CHECK_SECONDS)
+    os._exit(1)  # the main thread may be deep inside a kernel and would not see a signal
 
 
 def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":

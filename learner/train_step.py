@@ -87,6 +87,7 @@ def describe(scores: StudentScores, batch: MicroBatch, loss_sum: float) -> dict[
         "importance_max": Max(importance.max().item()),
         "importance_p99": Quantile.of(IMPORTANCE_QUANTILE, importance.tolist()),
         "sampler_learner_gap": _mean(age.abs()),
+        "sampler_learner_gap_max": Max(age.abs().max().item()),
     }
     if batch.teacher_topk_ids.shape[1]:
         metrics["teacher_topk_mass"] = _mean(batch.teacher_topk_logprobs.exp().sum(-1))

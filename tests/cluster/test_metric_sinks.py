@@ -1,10 +1,13 @@
 import json
 import math
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.live import Live
 
-from cluster.metric_sinks import MetricsFile, PlainView
+from cluster.metric_sinks import LiveView, MetricsFile, PlainView
 
 
 def test_each_step_is_one_json_object_and_nan_is_null(tmp_path: Path) -> None:
@@ -24,3 +27,17 @@ def test_a_resumed_run_forgets_the_steps_that_it_does_again(tmp_path: Path) -> N
 def test_a_pipe_gets_one_plain_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:
     PlainView().show({"step": 4, "train/kl": 0.25, "unknown": 1.0, "held_out/accuracy": math.nan})
     assert capsys.readouterr().out == "step 4  KL/token 0.2500\n"
+
+
+def test_a_terminal_gets_a_table_of_the_latest_steps() -> None:
+    console = Console(file=StringIO(), force_terminal=True, width=120)
+    with Live(console=console, auto_refresh=False) as live:
+        view = LiveView(console, live, total_steps=20)
+        view.say("Ray dashboard: http://127.0.0.1:8265")
+        for step in range(1, 15):
+            view.show({"step": step, "train/kl": step / 100})
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Ray dashboard: http://127.0.0.1:8265" in shown
+    assert "step 14 of 20" in shown
+    assert "0.1400" in shown.rsplit("step 14 of 20", 1)[1]
+    assert "0.0200" not in shown.rsplit("step 14 of 20", 1)[1]  # twelve rows at a time

@@ -1,6 +1,5 @@
 """The loop on the embedded models: real Ray, vLLM, DeepSpeed and Arrow, from the command line."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.demo import EMBEDDED
 from tests.end_to_end.conftest import SHORT, STEPS, ShortRun, preceptor
 
+EMBEDDED_PATHS = (
+    f"student.model={EMBEDDED / 'student'}",
+    f"teachers.countdown.model={EMBEDDED / 'teacher'}",
+    f"prompts.train={EMBEDDED / 'train.jsonl'}",
+    f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
+)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
 
@@ -21,7 +26,8 @@ def test_every_step_is_recorded_with_every_stage(short_run: ShortRun) -> None:
     for record in records:
         for stage in ("generate", "score", "learn", "sync"):
             assert record[f"{stage}/seconds"] > 0
-        assert record["train/sampler_learner_gap"] < 1e-4
+        # The rollout engine runs on the weights of the sync before; the learner computes with its own.
+        assert record["train/sampler_learner_gap_max"] < 1e-4
         assert record["teacher/scored_tokens"] == record["rollout/tokens"] == record["completion_tokens"]
 
 
@@ -35,7 +41,7 @@ def test_the_student_comes_closer_to_the_teacher(short_run: ShortRun) -> None:
 def test_the_last_line_says_what_was_achieved(short_run: ShortRun) -> None:
     last = short_run.output.splitlines()[-1]
     assert re.fullmatch(r"held-out accuracy: student 0\.\d\d -> 0\.\d\d, teacher [01]\.\d\d", last)
-    assert float(last.split()[4].rstrip(",")) == pytest.approx(short_run.records()[-1]["held_out/accuracy"], abs=0.005)
+    assert float(last.split()[5].rstrip(",")) == pytest.approx(short_run.records()[-1]["held_out/accuracy"], abs=0.005)
 
 
 def test_the_export_is_the_last_policy_and_loads_anywhere(short_run: ShortRun) -> None:
@@ -48,12 +54,21 @@ def test_the_export_is_the_last_policy_and_loads_anywhere(short_run: ShortRun) -
     ]
     assert all(changed)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(EMBEDDED / "student").get_vocab()
-    sample = next(
-        sample
-        for line in reversed((short_run.path / "samples.jsonl").read_text().splitlines())
-        if (sample := json.loads(line))["step"] == STEPS
+
+
+def test_vllm_serves_the_export_as_it_served_the_last_policy(short_run: ShortRun) -> None:
+    found = preceptor(
+        "eval",
+        str(EMBEDDED / "demo.toml"),
+        *EMBEDDED_PATHS,
+        f"student.model={short_run.path / 'export'}",
+        "evaluation.teacher_too=false",
+        *SHORT,
     )
-    assert tokenizer(sample["prompt"])["input_ids"]
+    assert found.code == 0, found.error
+    accuracy = float(re.search(r"held-out, student: accuracy (\S+),", found.output)[1])
+    # The same seeds on the same weights; one sample may tip over by rounding, since the batches differ.
+    assert accuracy == pytest.approx(short_run.records()[-1]["held_out/accuracy"], abs=0.02)
 
 
 def test_only_complete_checkpoints_stand_in_the_run(short_run: ShortRun) -> None:
@@ -82,14 +97,7 @@ def test_a_finished_run_has_nothing_to_resume(short_run: ShortRun) -> None:
 
 
 def test_the_embedded_pair_passes_every_self_check() -> None:
-    run_file = str(EMBEDDED / "demo.toml")
-    paths = [
-        f"student.model={EMBEDDED / 'student'}",
-        f"teachers.countdown.model={EMBEDDED / 'teacher'}",
-        f"prompts.train={EMBEDDED / 'train.jsonl'}",
-        f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
-    ]
-    found = preceptor("check", run_file, *paths, "teachers.countdown.num_workers=2", *SHORT)
+    found = preceptor("check", str(EMBEDDED / "demo.toml"), *EMBEDDED_PATHS, "teachers.countdown.num_workers=2", *SHORT)
     assert found.code == 0, found.output + found.error
     assert "FAIL" not in found.output
     assert "between 2 replica(s)" in found.output

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import re
+import sysconfig
 import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
@@ -181,7 +182,9 @@ def test_the_environment_lacks_what_breaks_model_imports(module: str) -> None:
 
 
 def test_the_environment_holds_the_locked_versions() -> None:
-    distributions = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
+    # Not sys.path: setuptools, once imported, puts copies of other packages on it.
+    found = importlib.metadata.distributions(path=[sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    distributions = {package.metadata["Name"]: package.version for package in found}
     installed_versions = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in distributions.items()}
     pins = pins_of("cuda" if "vllm" in installed_versions else "cpu")
     assert {name: installed_versions.get(name) for name in pins} == pins

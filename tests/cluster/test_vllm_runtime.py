@@ -1,0 +1,38 @@
+import os
+import subprocess
+import sys
+import time
+
+from cluster.vllm_runtime import OWNER_CHECK_SECONDS, OWNER_VARIABLE
+
+CHILD = "from cluster.vllm_runtime import end_with_owner; end_with_owner(); import time; time.sleep(60)"
+OWNER = f"""
+import os, subprocess, sys, time
+os.environ["{OWNER_VARIABLE}"] = str(os.getpid())
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123, a process file
+        return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_an_engine_process_ends_soon_after_its_actor_was_killed() -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    time.sleep(2 * OWNER_CHECK_SECONDS)
+    assert is_running(child)
+    owner.kill()
+    owner.wait()
+    deadline = time.monotonic() + 10 * OWNER_CHECK_SECONDS
+    while is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(child)
