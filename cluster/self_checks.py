@@ -101,11 +101,12 @@ def check_sampler_gap(generated: pa.RecordBatch, student_logprobs: Floats, dtype
 def check_self_kl(scored_by_itself: pa.RecordBatch, dtype: Dtype) -> CheckResult:
     """Measure KL(student || student) through the whole pipeline; a shift of one token shows as several nats."""
     written = ragged(scored_by_itself, "rollout_logprobs").values
-    kl = float((written - ragged(scored_by_itself, "teacher_logprobs").values).mean())
+    log_ratio = written - ragged(scored_by_itself, "teacher_logprobs").values
+    kl, spread = float(log_ratio.mean()), float(np.abs(log_ratio).mean())
     return CheckResult(
         "student scored as its own teacher",
-        f"KL {kl:.2e} nats per token",
-        abs(kl) <= SELF_KL_NATS[dtype],
+        f"KL {kl:.2e} and mean absolute log-ratio {spread:.2e} nats per token",
+        abs(kl) <= SELF_KL_NATS[dtype] and spread <= AGREEMENT_NATS[dtype],
         "generation and scoring disagree on alignment, chat template or temperature",
     )
 
