@@ -1,6 +1,5 @@
 """Says whether a completion answers its prompt; pure functions from text to a reward of 0 or 1."""
 
-import logging
 import re
 from collections.abc import Callable
 
@@ -10,6 +9,7 @@ from math_verify import verify as math_equal
 from cluster.contracts.errors import ConfigError
 
 Verifier = Callable[[str, str], bool]
+MATH_SECONDS = 5
 
 
 def verify(kind: str, completion: str, answer: str, finish_reason: str) -> float:
@@ -52,14 +52,16 @@ def is_regex_match(completion: str, answer: str) -> bool:
 
 
 def is_math_equal(completion: str, answer: str) -> bool:
-    """Compare the completion's last mathematical expression with the answer's, by value (math-verify)."""
-    return bool(math_equal(_parse(answer), _parse(completion), timeout_seconds=None))
+    """Compare the completion's last mathematical expression with the answer's, by value (math-verify).
+
+    What takes longer than MATH_SECONDS to read or to compare counts as wrong. Call it from a main thread.
+    """
+    expected, found = _parse(answer), _parse(completion)
+    return bool(math_equal(expected, found, timeout_seconds=MATH_SECONDS))
 
 
 def _parse(text: str) -> list[object]:
-    # math-verify's timeouts use SIGALRM, which only a main thread may set; actors run elsewhere. It warns each time.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return list(parse(text, parsing_timeout=None))
+    return list(parse(text, parsing_timeout=MATH_SECONDS))
 
 
 VERIFIERS: dict[str, Verifier] = {"exact": is_exact, "regex": is_regex_match, "math": is_math_equal}

@@ -12,6 +12,7 @@ from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.interfaces import RolloutEngine, RolloutRequest, SamplingSettings
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
+from rollout_workers.judge import Judge
 from rollout_workers.prompts import PromptSet
 from rollout_workers.trajectory_builder import (
     PolicyVersions,
@@ -20,7 +21,6 @@ from rollout_workers.trajectory_builder import (
     build_trajectory,
     rollout_metrics,
 )
-from rollout_workers.verifiers import verify
 
 Decode = Callable[[Ints], str]  # completion tokens to text, without special tokens
 
@@ -32,6 +32,7 @@ class RolloutWorker:
         self._engine = engine
         self._decode = decode
         self._rows_per_batch = rows_per_batch
+        self._judge = Judge()
         self._prompts: PromptSet | None = None
         self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
         self._num_requests = 0
@@ -101,7 +102,8 @@ class RolloutWorker:
         return await self._engine.finish_weight_update(policy_version)
 
     async def shutdown(self) -> None:
-        """End the engine."""
+        """End the engine and the judge."""
+        self._judge.close()
         await self._engine.shutdown()
 
     async def _rollout(self, request: RolloutRequest, sampling: SamplingSettings, verifier: str) -> GeneratedTrajectory:
@@ -111,11 +113,11 @@ class RolloutWorker:
         # A request id must not be in use twice at once; a trajectory may be asked for again after a failure.
         request_id = f"{request.trajectory_id}-{self._num_requests}"
         completion = await self._engine.generate(request_id, prompt.token_ids.tolist(), sampling, request.seed)
+        versions = PolicyVersions(oldest, self._current_version)
         reward: float | None = None
         if prompt.answer is not None:
             text = before_stop(self._decode(completion.token_ids), sampling.stop)
-            reward = verify(verifier, text, prompt.answer, completion.finish_reason)
-        versions = PolicyVersions(oldest, self._current_version)
+            reward = await self._judge.reward(verifier, text, prompt.answer, completion.finish_reason)
         return build_trajectory(request, prompt, completion, versions, reward)
 
     @property
