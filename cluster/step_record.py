@@ -25,6 +25,7 @@ def step_record(
         "tokens": tokens,
         "completion_tokens": completion_tokens,
         **report(merge(handle.metrics for handle in scored)),
+        **_by_teacher(scored),
         **{f"train/{name}": value for name, value in report(learned).items()},
         "generate/seconds": generate,
         "generate/tokens_per_second": completion_tokens / generate,
@@ -35,3 +36,19 @@ def step_record(
         "sync/seconds": watch.seconds("sync"),
         "sync/bytes": synced.num_bytes,
     }
+
+
+def _by_teacher(scored: Sequence[BatchHandle]) -> dict[str, float]:
+    """Return each teacher's own figures as teacher/NAME/..., where there are several teachers."""
+    names = sorted({handle.teacher for handle in scored})
+    if len(names) < 2:
+        return {}
+    figures: dict[str, float] = {}
+    for name in names:
+        own = report(merge(handle.metrics for handle in scored if handle.teacher == name))
+        figures |= {
+            f"teacher/{name}/{key.removeprefix('teacher/')}": value
+            for key, value in own.items()
+            if key.startswith("teacher/")
+        }
+    return figures

@@ -183,6 +183,9 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                     f"teachers.{name}.signal is 'sampled', but objective.divergence = '{self.objective.divergence}' "
                     "needs signal = 'topk'"
                 )
+        widths = {name: teacher.top_k * (teacher.signal == "topk") for name, teacher in self.teachers.items()}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"teachers: all must have the same signal and top_k, found top-k widths {widths}")
         if self.learner.offload_parameters == "cpu" and self.learner.zero_stage != 3:
             raise ValueError(
                 f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.learner.zero_stage}"

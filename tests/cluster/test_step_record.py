@@ -14,17 +14,20 @@ def make_watch(**spans: tuple[float, float]) -> Stopwatch:
     return watch
 
 
-def make_handle(num_tokens: tuple[int, ...], reward: Mean) -> BatchHandle:
+def make_handle(num_tokens: tuple[int, ...], reward: Mean, teacher: str = "main", **metrics: Mean) -> BatchHandle:
     completion = tuple(length - 10 for length in num_tokens)
     ids = tuple(range(len(num_tokens)))
-    return BatchHandle(None, "main", ids, num_tokens, completion, {"rollout/reward": reward, "rows": Sum(len(ids))})
+    figures = {"rollout/reward": reward, "rows": Sum(len(ids)), **{f"teacher/{k}": v for k, v in metrics.items()}}
+    return BatchHandle(None, teacher, ids, num_tokens, completion, figures)
+
+
+WATCH = make_watch(score=(0.0, 5.0), generate=(0.0, 4.0), learn=(5.0, 7.0), sync=(7.0, 7.5))
+SYNCED = WeightSyncReport(policy_version=3, checksum="c", num_bytes=100, seconds=0.4)
 
 
 def test_a_record_joins_what_every_stage_reported() -> None:
     handles = [make_handle((30, 20), Mean(1.0, 2)), make_handle((15,), Mean(1.0, 1))]
-    watch = make_watch(score=(0.0, 5.0), generate=(0.0, 4.0), learn=(5.0, 7.0), sync=(7.0, 7.5))
-    synced = WeightSyncReport(policy_version=3, checksum="c", num_bytes=100, seconds=0.4)
-    record = step_record(3, handles, {"kl": Mean(6.0, 3)}, synced, watch)
+    record = step_record(3, handles, {"kl": Mean(6.0, 3)}, SYNCED, WATCH)
     assert record["rollout/reward"] == pytest.approx(2 / 3)
     assert record["train/kl"] == 2.0
     assert record["generate/tokens_per_second"] == 35 / 4
@@ -32,3 +35,14 @@ def test_a_record_joins_what_every_stage_reported() -> None:
     assert record["score/seconds"] == 1.0  # the part that generation did not hide
     assert record["learn/tokens_per_second"] == 65 / 2
     assert (record["step"], record["sync/bytes"], record["sync/seconds"]) == (3, 100, 0.5)
+
+
+def test_several_teachers_have_their_own_figures_beside_the_common_ones() -> None:
+    handles = [
+        make_handle((30,), Mean(1.0, 1), teacher="math", sampled_kl=Mean(2.0, 1)),
+        make_handle((30,), Mean(1.0, 1), teacher="code", sampled_kl=Mean(1.0, 3)),
+    ]
+    record = step_record(1, handles, {}, SYNCED, WATCH)
+    assert record["teacher/math/sampled_kl"] == 2.0
+    assert record["teacher/code/sampled_kl"] == pytest.approx(1 / 3)
+    assert record["teacher/sampled_kl"] == 0.75

@@ -79,6 +79,11 @@ def test_a_run_without_teachers_is_refused() -> None:
         parse_run_config('[student]\nmodel = "a"\n[prompts]\ntrain = "p"\n[teachers]\n')
 
 
+def test_teachers_of_different_widths_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"found top-k widths \{'main': 16, 'code': 8\}"):
+        make_config("teachers.code.model=c", "teachers.code.top_k=8")
+
+
 def test_sampled_reverse_kl_needs_no_top_k() -> None:
     config = make_config("teachers.main.signal=sampled", "objective.divergence=sampled_reverse_kl")
     assert config.objective.divergence == "sampled_reverse_kl"

@@ -1,0 +1,54 @@
+"""Prompts of two domains, each scored by its own teacher, in one step of one student; ZeRO stage 3 underneath."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.demo import EMBEDDED
+from tests.end_to_end.conftest import SHORT, preceptor
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+# Two different models: the embedded teacher, and the student as it was before training.
+RUN_FILE = f"""
+[student]
+model = "{EMBEDDED / "student"}"
+[teachers.better]
+model = "{EMBEDDED / "teacher"}"
+signal = "sampled"
+engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
+[teachers.itself]
+model = "{EMBEDDED / "student"}"
+signal = "sampled"
+engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
+[prompts]
+template = "raw"
+train = "TRAIN"
+[rollout]
+max_completion_tokens = 48
+engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
+[objective]
+divergence = "sampled_reverse_kl"
+[learner]
+zero_stage = 3
+dtype = "float32"
+learning_rate = 1e-3
+[evaluation]
+verifier = "regex"
+"""
+
+
+def test_each_prompt_is_scored_by_the_teacher_that_it_names(tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (EMBEDDED / "train.jsonl").read_text().splitlines()[:64]]
+    routed = [{**line, "teacher": ("better", "itself")[i % 2]} for i, line in enumerate(lines)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in routed))
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(RUN_FILE.replace("TRAIN", str(tmp_path / "train.jsonl")))
+    short = [setting for setting in SHORT if not setting.startswith(("run.steps", "evaluation"))]
+    found = preceptor("train", str(run_file), f"run.directory={tmp_path}", "run.name=two", "run.steps=2", *short)
+    assert found.code == 0, found.error
+    first = json.loads((tmp_path / "two/metrics.jsonl").read_text().splitlines()[0])
+    assert first["teacher/better/sampled_kl"] > 0.5
+    # On the first step the student still is its second teacher.
+    assert abs(first["teacher/itself/sampled_kl"]) < 1e-3
