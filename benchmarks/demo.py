@@ -38,6 +38,7 @@ def main() -> int:
     rows = measure_demo(overrides)
     print_rows(rows)
     described = {"command": "python -m benchmarks.demo", **describe_machine()}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
     return 0 if all(found["met"] for found in rows if "met" in found) else 1
 

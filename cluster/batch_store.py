@@ -1,24 +1,43 @@
-"""Trajectory batches in Ray's object store: the worker that makes a batch puts it, the worker that needs it gets it."""
+"""Trajectory batches in Ray's object store: the worker that makes a batch returns it, the worker that needs it gets it.
+
+A worker returns two values: the batch's wire bytes, which stay in the object store of its node, and what the driver may
+know of the batch. The driver owns both, so a finished batch outlives the worker that made it. (A reference that a
+worker itself made and yielded from a streaming generator does not: Ray loses its count, ray-project/ray#58080.)
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import pyarrow as pa
-import ray
 
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.trajectory import ragged, to_wire
 
+# Ray sends return values below 100 kB inside its reply to the caller: small batches would pass through the driver.
+INLINED_BYTES = 2048
+STORE_ENVIRONMENT: Mapping[str, str] = {"RAY_max_direct_call_object_size": str(INLINED_BYTES)}
 
-def put_batch(batch: pa.RecordBatch, metrics: Metrics) -> BatchHandle:
-    """Store a batch with at least one row, all of one teacher, and return what the driver may know of it.
 
-    A worker returns this handle, and not the bytes: Ray sends a small return value inside its reply to the caller, so
-    the bytes would pass through the driver. What `ray.put` stores stays on this node until another worker fetches it.
+def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[pa.Buffer, BatchHandle]:
+    """Return a batch's bytes and its handle, whose reference the driver fills in.
+
+    Args:
+        batch: at least one row, all of one teacher.
+        metrics: what the worker measured while it made the batch.
     """
-    return BatchHandle(
-        reference=ray.put(to_wire(batch)),
+    handle = BatchHandle(
+        reference=None,
         teacher=batch["teacher"][0].as_py(),
         trajectory_ids=tuple(batch["trajectory_id"].to_pylist()),
         num_tokens=tuple(ragged(batch, "token_ids").lengths.tolist()),
         num_completion_tokens=tuple(ragged(batch, "rollout_logprobs").lengths.tolist()),
         metrics=metrics,
     )
+    return to_wire(batch), handle
+
+
+def add_environment(option: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+    """Return Ray actor options with more environment variables; those that the options set already stay."""
+    runtime_env = dict(option.get("runtime_env", {}))
+    return {**option, "runtime_env": {**runtime_env, "env_vars": {**variables, **runtime_env.get("env_vars", {})}}}

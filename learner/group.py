@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.actors import call_all, create_actors, get, get_all, shutdown
+from cluster.batch_store import add_environment
 from cluster.contracts.config import Config, Divergence
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.metrics import Metric, merge
@@ -208,15 +209,13 @@ def share_of(handles: Sequence[BatchHandle], grids: Sequence[Grid], num_tokens: 
 
 def _with_environment(option: Mapping[str, Any], config: Config, rank: int) -> dict[str, Any]:
     """Add what DeepSpeed and OpenMP read from the environment; every actor sees its own GPU as the only one."""
-    runtime_env = dict(option.get("runtime_env", {}))
     variables = {
         "RANK": str(rank),
         "WORLD_SIZE": str(config.learner.num_workers),
         "LOCAL_RANK": "0",
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONWARNINGS": "ignore::FutureWarning",  # torch's, once per rank, about calls that DeepSpeed makes
-        **runtime_env.get("env_vars", {}),
     }
     if config.learner.cpu_threads is not None:
         variables["OMP_NUM_THREADS"] = str(config.learner.cpu_threads)
-    return {**option, "runtime_env": {**runtime_env, "env_vars": variables}}
+    return add_environment(option, variables)

@@ -5,7 +5,8 @@ Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM'
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -14,10 +15,11 @@ from ray.actor import ActorHandle
 
 from cluster import actors
 from cluster.actors import PoolTimeouts
-from cluster.batch_store import put_batch
+from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
 from cluster.contracts.config import EngineConfig, StudentConfig
 from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.contracts.metrics import Metrics
 from cluster.vllm_runtime import prepare_environment
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker
@@ -34,11 +36,18 @@ class RolloutActorSettings:
     weight_sync_backend: str | None  # None: the weights never change
 
 
+@dataclass(frozen=True)
+class _Awaited:
+    worker: int
+    wire: Any  # reference to the bytes of the batch that was asked for
+
+
 class RolloutActor:
     """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
 
     def __init__(self, settings: RolloutActorSettings) -> None:
         self._settings = settings
+        self._rollouts: dict[int, AsyncIterator[tuple[pa.RecordBatch, Metrics]]] = {}
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
@@ -62,12 +71,20 @@ class RolloutActor:
         """Replace the prompts; Ray hands every actor of a node the same bytes."""
         self._worker.set_prompts(PromptSet.from_wire(wire))
 
-    async def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
-    ) -> AsyncIterator[BatchHandle]:
-        """Yield a handle for each batch as it finishes."""
-        async for batch, metrics in self._worker.generate(requests, sampling, verifier):
-            yield put_batch(batch, metrics)
+    async def start_rollout(
+        self, rollout_id: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
+    ) -> tuple[pa.Buffer | None, BatchHandle | None]:
+        """Hand all requests to the engine and return the first batch that finishes, as `next_batch` does."""
+        self._rollouts[rollout_id] = self._worker.generate(requests, sampling, verifier)
+        return await self.next_batch(rollout_id)
+
+    async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer | None, BatchHandle | None]:
+        """Return the rollout's next batch, waiting for it; two times None when there is none left."""
+        made = await anext(self._rollouts[rollout_id], None)
+        if made is None:
+            del self._rollouts[rollout_id]
+            return None, None
+        return pack(*made)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end of the weight sync."""
@@ -109,7 +126,9 @@ class RolloutPool:
         self._names = [f"{name}-{index}" for index in range(len(options))]
         self._timeouts = timeouts
         self._name = name
+        options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
         self._actors = actors.create_actors(RolloutActor, self._names, [(settings,)] * len(options), options)
+        self._rollout_ids = count()
         self._starting = [actor.start.remote() for actor in self._actors]
 
     @property
@@ -140,22 +159,26 @@ class RolloutPool:
             RolloutError: an engine gave up a request.
             ActorError: an actor died, or none finished a batch in time; says which are late.
         """
-        streams: dict[Any, str] = {}
-        for actor, name, share in zip(self._actors, self._names, spread(requests, len(self._actors)), strict=True):
+        rollout_id = next(self._rollout_ids)
+        awaited: dict[Any, _Awaited] = {}
+        for worker, share in enumerate(spread(requests, len(self._actors))):
             if share:
-                stream = actor.generate.options(num_returns="streaming").remote(share, sampling, verifier)
-                streams[stream] = name
-        while streams:
-            [*ready], _ = ray.wait(list(streams), num_returns=1, timeout=self._timeouts.call_seconds)
+                awaited |= self._ask(worker, "start_rollout", rollout_id, share, sampling, verifier)
+        while awaited:
+            ready, _ = ray.wait(list(awaited), num_returns=1, timeout=self._timeouts.call_seconds)
             if not ready:
-                late = ", ".join(streams.values())
+                late = ", ".join(self._names[batch.worker] for batch in awaited.values())
                 raise ActorError(f"waited {self._timeouts.call_seconds:.0f} s for a batch of trajectories from {late}")
-            for stream in ready:
-                reference = next(stream, None)
-                if reference is None:
-                    del streams[stream]
-                else:
-                    yield actors.get(reference, self._timeouts.call_seconds, f"a batch from {streams[stream]}")
+            batch = awaited.pop(ready[0])
+            handle = actors.get(ready[0], self._timeouts.call_seconds, f"a batch from {self._names[batch.worker]}")
+            if handle is not None:
+                awaited |= self._ask(batch.worker, "next_batch", rollout_id)
+                yield replace(handle, reference=batch.wire)
+
+    def _ask(self, worker: int, method: str, *args: Any) -> dict[Any, "_Awaited"]:
+        """Ask a worker for a batch; the key is the reference to its handle."""
+        wire, handle = getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
+        return {handle: _Awaited(worker, wire)}
 
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""

@@ -12,7 +12,7 @@ import ray
 
 from cluster import actors
 from cluster.actors import PoolTimeouts
-from cluster.batch_store import put_batch
+from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
 from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle
@@ -25,6 +25,7 @@ from teacher_workers.worker import TeacherWorker
 class _Assignment:
     replica: int
     handle: BatchHandle  # as generated
+    wire: Any  # reference to the scored batch's bytes
 
     @property
     def num_tokens(self) -> int:
@@ -48,9 +49,9 @@ class TeacherActor:
         top_k = self._teacher.top_k if self._teacher.signal == "topk" else 0
         self._worker = TeacherWorker(self._name, engine, engine.vocabulary_size, top_k)
 
-    async def score(self, wire: pa.Buffer) -> BatchHandle:
+    async def score(self, wire: pa.Buffer) -> tuple[pa.Buffer, BatchHandle]:
         """Score one batch; Ray has fetched its bytes to this node before the call."""
-        return put_batch(*await self._worker.score(from_wire(wire, "generated")))
+        return pack(*await self._worker.score(from_wire(wire, "generated")))
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
@@ -74,6 +75,7 @@ class TeacherPool:
         self._names = [f"teacher-{name}-{index}" for index in range(len(options))]
         self._timeouts = timeouts
         arguments = [(actor_name, teacher, max_model_len) for actor_name in self._names]
+        options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
         self._actors = actors.create_actors(TeacherActor, self._names, arguments, options)
         self._starting = [actor.start.remote() for actor in self._actors]
         self._outstanding: dict[Any, _Assignment] = {}
@@ -98,8 +100,8 @@ class TeacherPool:
         for assignment in self._outstanding.values():
             loads[assignment.replica] += assignment.num_tokens
         replica = least_loaded(loads)
-        answer = self._actors[replica].score.remote(handle.reference)
-        self._outstanding[answer] = _Assignment(replica, handle)
+        wire, answer = self._score(replica, handle)
+        self._outstanding[answer] = _Assignment(replica, handle, wire)
 
     def collect(self, timeout_seconds: float) -> list[BatchHandle]:
         """Return the batches that are scored, waiting for one if none is; none after the timeout.
@@ -116,11 +118,15 @@ class TeacherPool:
 
     def score_everywhere(self, handles: Sequence[BatchHandle]) -> list[list[BatchHandle]]:
         """Score the same batches on every replica, to compare them; one list per replica, in the batches' order."""
-        answers = [[actor.score.remote(handle.reference) for handle in handles] for actor in self._actors]
-        return [
-            actors.get(answer, self._timeouts.call_seconds, f"scores from {name}")
-            for answer, name in zip(answers, self._names, strict=True)
-        ]
+        everywhere = []
+        for replica, name in enumerate(self._names):
+            asked = [self._score(replica, handle) for handle in handles]
+            waiting_for = f"scores from {name}"
+            scored = actors.get([answer for _, answer in asked], self._timeouts.call_seconds, waiting_for)
+            everywhere.append(
+                [replace(handle, reference=wire) for handle, (wire, _) in zip(scored, asked, strict=True)]
+            )
+        return everywhere
 
     def late(self) -> str:
         """Name the replicas that owe an answer."""
@@ -134,7 +140,13 @@ class TeacherPool:
         assignment = self._outstanding.pop(answer)
         waiting_for = f"scores from {self._names[assignment.replica]}"
         scored: BatchHandle = actors.get(answer, self._timeouts.call_seconds, waiting_for)
-        return replace(scored, metrics={**assignment.handle.metrics, **scored.metrics})
+        metrics = {**assignment.handle.metrics, **scored.metrics}
+        return replace(scored, reference=assignment.wire, metrics=metrics)
+
+    def _score(self, replica: int, handle: BatchHandle) -> tuple[Any, Any]:
+        """Return references to the scored bytes and to their handle."""
+        wire, answer = self._actors[replica].score.options(num_returns=2).remote(handle.reference)
+        return wire, answer
 
 
 class TeacherPools:

@@ -1,5 +1,6 @@
 """Two real vLLM teacher replicas against transformers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import ray
 import torch
 
-from cluster.batch_store import put_batch
+from cluster.batch_store import pack
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.trajectory import from_wire, make_generated, ragged
@@ -29,7 +30,8 @@ def make_handle(first_id: int, num_rows: int = 2, teacher: str = "even") -> Batc
         )
         for row in range(num_rows)
     ]
-    return put_batch(make_generated(rows), {})
+    wire, handle = pack(make_generated(rows), {})
+    return replace(handle, reference=ray.put(wire))
 
 
 def test_every_batch_is_scored_once_and_equals_transformers(teacher_pool: TeacherPool, teacher_folder: Path) -> None:
