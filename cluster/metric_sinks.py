@@ -62,6 +62,9 @@ class TerminalView(Protocol):
     def show(self, record: Record) -> None:
         """Show one step's figures."""
 
+    def finish(self) -> None:
+        """Leave the steps as they stand; what is said from now on comes after them."""
+
 
 class PlainView:
     """One line per step, for logs and pipes."""
@@ -74,6 +77,9 @@ class PlainView:
     def show(self, record: Record) -> None:
         """Print the step's figures as `label value` pairs."""
         self.say("  ".join(f"{label} {text}" for label, text in _cells(record)))
+
+    def finish(self) -> None:
+        """Do nothing: lines stand in the order in which they were said."""
 
 
 class LiveView:
@@ -93,6 +99,10 @@ class LiveView:
         """Add a row."""
         self._records = [*self._records, record][-_ROWS_SHOWN:]
         self._live.update(self._table(), refresh=True)
+
+    def finish(self) -> None:
+        """Stop redrawing the table."""
+        self._live.stop()
 
     def _table(self) -> Table:
         table = Table(title=f"step {self._records[-1]['step']:.0f} of {self._total_steps}", expand=True)

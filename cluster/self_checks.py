@@ -15,8 +15,9 @@ from cluster.contracts.config import Dtype
 from cluster.contracts.errors import ModelError, SelfCheckError
 from cluster.contracts.trajectory import Floats, ragged
 
-# Mean absolute difference, in nats, that two implementations of the same model may show.
-AGREEMENT_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
+# Mean absolute difference, in nats, that two implementations of the same model may show: vLLM and transformers in bf16
+# differ by 0.05 on a 99M-parameter student whose text is still poor; a shift by one token shows as several nats.
+AGREEMENT_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 SELF_KL_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 1e-2}
 OPTIMUM_GRADIENT_NORM: Mapping[Dtype, float] = {"float32": 1e-5, "bfloat16": 5e-1, "float16": 1e-1}
 UNIFORM_NATS = 1e-3  # spread below which scores say nothing about their tokens

@@ -94,6 +94,7 @@ class TrainingRun:
 
     def end(self) -> None:
         """Export the student and say what the run achieved."""
+        self.view.finish()
         seconds = time.perf_counter() - self.started
         if self.config.checkpoint.export:
             self.pipeline.learner.export(self.directory.export)

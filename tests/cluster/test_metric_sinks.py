@@ -36,8 +36,11 @@ def test_a_terminal_gets_a_table_of_the_latest_steps() -> None:
         view.say("Ray dashboard: http://127.0.0.1:8265")
         for step in range(1, 15):
             view.show({"step": step, "train/kl": step / 100})
+        view.finish()
+        view.say("held-out accuracy: student 0.49 -> 0.90")
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Ray dashboard: http://127.0.0.1:8265" in shown
     assert "step 14 of 20" in shown
     assert "0.1400" in shown.rsplit("step 14 of 20", 1)[1]
+    assert shown.rstrip().endswith("held-out accuracy: student 0.49 -> 0.90")  # below the table
     assert "0.0200" not in shown.rsplit("step 14 of 20", 1)[1]  # twelve rows at a time
