@@ -1,7 +1,7 @@
 """What a training engine does for one rank, whatever shards the model underneath."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,22 @@ class PausableAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         """Update the weights unless paused."""
         return None if self.paused else super().step(closure)
+
+
+class Pausable(Protocol):
+    """An optimizer that can sit out a step."""
+
+    paused: bool
+
+
+@contextmanager
+def paused(optimizer: Pausable) -> Iterator[None]:
+    """Let the optimizer sit out the steps of a `with` statement, whatever ends it."""
+    optimizer.paused = True
+    try:
+        yield
+    finally:
+        optimizer.paused = False
 
 
 def adamw_settings(config: LearnerConfig) -> dict[str, Any]:

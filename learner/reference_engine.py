@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cluster.contracts.config import LearnerConfig
-from learner.engine import PausableAdamW, adamw_settings
+from learner.engine import PausableAdamW, adamw_settings, paused
 from learner.micro_batch import MicroBatch
 from learner.model import Student, StudentScores
 
@@ -45,10 +45,8 @@ class ReferenceEngine:
 
     def discard(self) -> float:
         """Clear the gradients and leave the weights as they are; return the gradient's norm."""
-        self._optimizer.paused = True
-        gradient_norm = self.step(learning_rate=0.0)
-        self._optimizer.paused = False
-        return gradient_norm
+        with paused(self._optimizer):
+            return self.step(learning_rate=0.0)
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cluster.contracts.config import LearnerConfig
 from cluster.contracts.errors import CheckpointError
-from learner.engine import PausableAdamW, adamw_settings
+from learner.engine import PausableAdamW, adamw_settings, paused
 from learner.micro_batch import MicroBatch
 from learner.model import Student, StudentScores
 
@@ -82,10 +82,8 @@ class ZeroEngine:
 
     def discard(self) -> float:
         """Clear the gradients and leave the weights as they are; return the gradient's norm."""
-        self._optimizer.paused = True
-        gradient_norm = self.step(learning_rate=0.0)
-        self._optimizer.paused = False
-        return gradient_norm
+        with paused(self._optimizer):
+            return self.step(learning_rate=0.0)
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
