@@ -32,6 +32,8 @@ def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[pa.Buffer, BatchHandl
         trajectory_ids=tuple(batch["trajectory_id"].to_pylist()),
         num_tokens=tuple(ragged(batch, "token_ids").lengths.tolist()),
         num_completion_tokens=tuple(ragged(batch, "rollout_logprobs").lengths.tolist()),
+        prompt_ids=tuple(batch["prompt_id"].to_pylist()),
+        rewards=tuple(batch["reward"].to_pylist()),
         metrics=metrics,
     )
     return to_wire(batch), handle

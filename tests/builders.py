@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from cluster.contracts.config import Config, parse_run_config
-from cluster.contracts.trajectory import GeneratedTrajectory, TeacherScores
+from cluster.contracts.trajectory import GeneratedTrajectory, Scores
 
 MINIMAL_RUN = '[student]\nmodel = "student"\n[teachers.main]\nmodel = "teacher"\n[prompts]\ntrain = "train.jsonl"\n'
 
@@ -37,10 +37,10 @@ def make_trajectory(
     return GeneratedTrajectory(**{**defaults, **fields})
 
 
-def make_scores(completion_tokens: int, top_k: int = 0, logprob: float = -1.0) -> TeacherScores:
-    """Build scores that give every token the same log-probability."""
+def make_scores(completion_tokens: int, top_k: int = 0, logprob: float = -1.0) -> Scores:
+    """Build scores that give every token the same log-probability; the candidates are tokens 0 to top_k - 1."""
+    logprobs = np.full(completion_tokens, logprob, dtype=np.float32)
     if not top_k:
-        return TeacherScores(np.full(completion_tokens, logprob, dtype=np.float32))
+        return Scores(logprobs)
     ids = np.tile(np.arange(top_k, dtype=np.int32), (completion_tokens, 1))
-    values = np.full((completion_tokens, top_k), logprob, dtype=np.float32)
-    return TeacherScores(np.full(completion_tokens, logprob, dtype=np.float32), ids, values)
+    return Scores(logprobs, ids, np.full((completion_tokens, top_k), logprob, dtype=np.float32))

@@ -12,22 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from cluster.contracts.errors import ConfigError
+from cluster.contracts.interfaces import ScoreRequest
+from cluster.contracts.objective import BASE, INITIAL_STUDENT, TEACHER, ObjectiveConfig
+from cluster.contracts.presets import expand_preset
+from cluster.contracts.section import Count, CountOrZero, Fraction, NonNegative, Positive, Section
 
-Count = Annotated[int, Meta(ge=1)]
-CountOrZero = Annotated[int, Meta(ge=0)]
-Positive = Annotated[float, Meta(gt=0)]
-NonNegative = Annotated[float, Meta(ge=0)]
-Fraction = Annotated[float, Meta(ge=0, le=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]
-Signal = Literal["sampled", "topk"]
-Divergence = Literal["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"]
-
-
-class Section(Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every configuration section: immutable and closed."""
 
 
 class RunConfig(Section):
@@ -91,16 +84,8 @@ class TeacherConfig(Section):
     model: str
     trust_remote_code: bool = False
     num_workers: Count = 1
-    signal: Signal = "topk"
-    top_k: Count = 16  # used by signal "topk"
+    base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     engine: EngineConfig = EngineConfig()
-
-
-class ObjectiveConfig(Section):
-    """What the student minimises, per completion token."""
-
-    divergence: Divergence = "reverse_kl"
-    beta: Fraction = 0.5  # jsd: 0 is forward KL, 1 is reverse KL
 
 
 class LearnerConfig(Section):
@@ -176,22 +161,75 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check the rules that span sections; raises ValueError, which the reader turns into a ConfigError."""
-        needed: Signal = "sampled" if self.objective.divergence == "sampled_reverse_kl" else "topk"
-        for name, teacher in self.teachers.items():
-            if needed == "topk" and teacher.signal != "topk":
-                raise ValueError(
-                    f"teachers.{name}.signal is 'sampled', but objective.divergence = '{self.objective.divergence}' "
-                    "needs signal = 'topk'"
-                )
-        widths = {name: teacher.top_k * (teacher.signal == "topk") for name, teacher in self.teachers.items()}
-        if len(set(widths.values())) > 1:
-            raise ValueError(f"teachers: all must have the same signal and top_k, found top-k widths {widths}")
+        _check_targets(self)
+        _check_student_candidates(self)
         if self.learner.offload_parameters == "cpu" and self.learner.zero_stage != 3:
             raise ValueError(
                 f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.learner.zero_stage}"
             )
         if self.prompts.system_prompt is not None and self.prompts.template == "raw":
             raise ValueError("prompts.system_prompt is set, but prompts.template = 'raw' has no place for it")
+
+    @property
+    def routes(self) -> list[str]:
+        """Return the teachers that prompts may name: all but those that only stand beside another in a target."""
+        beside = {teacher.base for teacher in self.teachers.values()} | {*self.objective.models, INITIAL_STUDENT}
+        return [name for name in self.teachers if name not in beside or name == TEACHER] or list(self.teachers)
+
+    def scorers(self, route: str) -> list[tuple[str, ScoreRequest]]:
+        """Return who scores a batch of this route, in order, and what is asked of each: [teachers.NAME], request.
+
+        The routed teacher comes first, since the others may have to score tokens that it chose.
+        """
+        objective = self.objective
+        scorers = []
+        for model in objective.models:
+            chooses = model == TEACHER and objective.candidates_from == "teacher"
+            request = ScoreRequest(
+                model=model,
+                top_k=objective.num_candidates if chooses else 0,
+                given_candidates=bool(objective.num_candidates) and not chooses,
+                entropy=model == TEACHER and objective.needs_teacher_entropy,
+                hidden=objective.support == "full",
+            )
+            scorers.append((self.scoring_teacher(model, route), request))
+        return scorers
+
+    def scoring_teacher(self, model: str, route: str) -> str:
+        """Return which [teachers.NAME] a target's model is for rows of this route."""
+        if model == TEACHER:
+            return route
+        return (self.teachers[route].base or route) if model == BASE else model
+
+
+class _ObjectiveOnly(Section):
+    objective: ObjectiveConfig
+
+
+def _check_targets(config: Config) -> None:
+    """Check that every model of every target is a teacher of the run."""
+    for name, teacher in config.teachers.items():
+        if teacher.base is not None and teacher.base not in config.teachers:
+            raise ValueError(f"teachers.{name}.base is '{teacher.base}'; there are {sorted(config.teachers)}")
+    for model in config.objective.models:
+        if model == BASE:
+            without = [route for route in config.routes if config.teachers[route].base is None]
+            if without:
+                raise ValueError(f"teachers.{without[0]}: the objective's target has the model 'base', so set its base")
+        elif model != TEACHER and model not in config.teachers:
+            raise ValueError(
+                f"objective: a target has the model '{model}'; expected teacher, base, initial_student or one of "
+                f"{sorted(config.teachers)}"
+            )
+
+
+def _check_student_candidates(config: Config) -> None:
+    rollout = config.rollout
+    if config.objective.candidates_from == "student" and (rollout.top_p, rollout.top_k) != (1.0, 0):
+        raise ValueError(
+            f"objective.support = '{config.objective.support}' compares tokens of the student's whole distribution; "
+            f"set rollout.top_p = 1 and rollout.top_k = 0, found {rollout.top_p} and {rollout.top_k}"
+        )
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -231,12 +269,27 @@ def config_from_json(text: str, overrides: Sequence[str] = (), source: str = "co
 
 
 def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
+    if isinstance(tree.get("objective"), str):
+        tree["objective"] = {"preset": tree["objective"]}
     for override in overrides:
         _apply_override(tree, override)
+    if "objective" in tree:
+        tree["objective"] = expand_preset(tree["objective"])
     try:
-        return msgspec.convert(tree, Config)
+        return msgspec.convert(_with_initial_student(tree), Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_in_our_words(error)}") from error
+
+
+def _with_initial_student(tree: dict[str, Any]) -> dict[str, Any]:
+    """Add the teacher `initial_student` where a target names it and the file does not describe it."""
+    student, teachers, rollout = (tree.get(section, {}) for section in ("student", "teachers", "rollout"))
+    objective = msgspec.convert({"objective": tree.get("objective", {})}, _ObjectiveOnly).objective
+    sections = (student, teachers, rollout)
+    if INITIAL_STUDENT not in objective.models or not all(isinstance(section, dict) for section in sections):
+        return tree
+    implied = {**student, "engine": rollout.get("engine", {})}
+    return {**tree, "teachers": {**teachers, INITIAL_STUDENT: teachers.get(INITIAL_STUDENT, implied)}}
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from cluster.contracts.metrics import Metrics
-from cluster.contracts.trajectory import FinishReason, Floats, Ints, TeacherScores
+from cluster.contracts.trajectory import Bytes, FinishReason, Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0  # 0: whole vocabulary
     stop: tuple[str, ...] = ()
+    num_candidates: int = 0  # tokens besides the written one to return per position
+    candidates: Literal["topk", "draws"] = "topk"  # the most likely ones, or independent draws
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Completion:
     token_ids: Ints  # [completion_tokens], the EOS token included when it was sampled
     logprobs: Floats  # [completion_tokens] under the sampling distribution
     finish_reason: FinishReason
+    candidate_ids: Ints | None = None  # [completion_tokens, k] as the sampling settings ask
+    candidate_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,25 @@ class BatchHandle:
     trajectory_ids: tuple[int, ...]
     num_tokens: tuple[int, ...]  # prompt + completion, per row
     num_completion_tokens: tuple[int, ...]  # per row
+    prompt_ids: tuple[int, ...] = ()  # per row
+    rewards: tuple[float | None, ...] = ()  # per row
     metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What one scoring model adds to a batch: always the log-probabilities of the written tokens, and more if asked.
+
+    Example:
+        >>> ScoreRequest("teacher", top_k=16).given_candidates
+        False
+    """
+
+    model: str  # its role in the objective's target; names the columns
+    top_k: int = 0  # above 0: choose this many candidates, its own most likely tokens, and score them
+    given_candidates: bool = False  # score the candidates that the batch already has
+    entropy: bool = False  # of its distribution at every completion position
+    hidden: bool = False  # its last hidden states
 
 
 class RolloutEngine(Protocol):
@@ -75,10 +97,13 @@ class RolloutEngine(Protocol):
 
 
 class ScoringEngine(Protocol):
-    """Gives a teacher's log-probabilities of tokens that another model wrote."""
+    """Reads tokens that another model wrote."""
 
-    async def score(self, request_id: str, token_ids: Ints, loss_mask: Any, top_k: int) -> TeacherScores:
-        """Score the positions whose loss_mask is 1; `top_k = 0` asks for the sampled tokens only."""
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> Any:
+        """Return the last hidden states that predict the tokens whose loss_mask is 1.
+
+        They are a torch tensor [completion_tokens, width] after the final norm, in the model's dtype.
+        """
 
     async def shutdown(self) -> None:
         """End the engine and every process it started."""

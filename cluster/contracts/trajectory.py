@@ -3,11 +3,11 @@
 One row is one trajectory: a prompt and one completion. Two kinds of list column exist, and nothing else does:
 
 - per token (`token_ids`, `loss_mask`): one value per prompt or completion token;
-- per completion token (`rollout_logprobs` and every teacher column): one value per token whose `loss_mask` is 1, in
-  order. Prompt positions are never scored and never shipped.
+- per completion token (`rollout_logprobs`, the candidates and every scoring model's columns): one value, or one list of
+  fixed length, per token whose `loss_mask` is 1, in order. Prompt positions are never scored and never shipped.
 
-The stage ("generated" or "scored") and the width of the teacher's top-k stand in the schema's metadata, so a batch
-without scores cannot pass for one with them.
+Candidates are further tokens per position on which models are compared, chosen by the student or by its teacher. Each
+scoring model adds columns under its role in the objective's target: `teacher_logprobs`, `base_logprobs`, and so on.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cluster.contracts.errors import ScoreError, TrajectoryError
@@ -26,7 +27,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 _GENERATED_FIELDS = [
     pa.field("trajectory_id", pa.int64(), nullable=False),  # unique in the run
@@ -60,15 +61,19 @@ class GeneratedTrajectory:
     rollout_logprobs: Floats  # [completion_tokens]
     finish_reason: FinishReason
     reward: float | None
+    candidate_ids: Ints | None = None  # [completion_tokens, k] tokens that the student chose besides the written one
+    candidate_rollout_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
 
 
 @dataclass(frozen=True)
-class TeacherScores:
-    """What one teacher says of one trajectory; natural logarithms at temperature 1."""
+class Scores:
+    """What one model says of all completion tokens of a batch, rows in order; natural logarithms at temperature 1."""
 
-    logprobs: Floats  # [completion_tokens] of the sampled tokens
-    topk_ids: Ints | None = None  # [completion_tokens, k] the teacher's most likely tokens, best first
-    topk_logprobs: Floats | None = None  # [completion_tokens, k]
+    logprobs: Floats  # [completion_tokens] of the written tokens
+    chosen_ids: Ints | None = None  # [completion_tokens, k] candidates that this model chose, most likely first
+    candidate_logprobs: Floats | None = None  # [completion_tokens, k] of the chosen or given candidates
+    entropy: Floats | None = None  # [completion_tokens] in nats
+    hidden: NDArray[Any] | None = None  # [completion_tokens, width] float32, float16, or bfloat16's bits as uint16
 
 
 @dataclass(frozen=True)
@@ -92,53 +97,63 @@ class Ragged:
         return np.diff(self.offsets)
 
 
-def generated_schema() -> pa.Schema:
-    """Return the schema of a batch that no teacher has seen."""
-    return pa.schema(_GENERATED_FIELDS, metadata=_metadata("generated", top_k=0))
-
-
-def scored_schema(top_k: int) -> pa.Schema:
-    """Return the schema of a scored batch; `top_k = 0` is the `sampled` signal."""
-    fields = [*_GENERATED_FIELDS, pa.field("teacher_logprobs", pa.list_(pa.float32()), nullable=False)]
-    if top_k:
-        ids, logprobs = pa.list_(pa.int32(), top_k), pa.list_(pa.float32(), top_k)
-        fields.append(pa.field("teacher_topk_ids", pa.list_(ids), nullable=False))
-        fields.append(pa.field("teacher_topk_logprobs", pa.list_(logprobs), nullable=False))
-    return pa.schema(fields, metadata=_metadata("scored", top_k))
+def generated_schema(num_candidates: int = 0) -> pa.Schema:
+    """Return the schema of a batch that no model has scored, with so many candidates chosen by the student."""
+    fields = list(_GENERATED_FIELDS)
+    if num_candidates:
+        fields.append(_fixed("candidate_ids", pa.int32(), num_candidates))
+        fields.append(_fixed("candidate_rollout_logprobs", pa.float32(), num_candidates))
+    return pa.schema(fields, metadata={"preceptor.trajectory": SCHEMA_VERSION, "stage": "generated", "models": ""})
 
 
 def make_generated(rows: Sequence[GeneratedTrajectory]) -> pa.RecordBatch:
     """Build a generated batch.
 
     Raises:
-        TrajectoryError: a column's length does not fit its row's tokens, or a log-probability is not finite.
+        TrajectoryError: a column's length does not fit its row's tokens, rows have different numbers of candidates, or
+            a log-probability is not finite.
     """
+    widths = {0 if row.candidate_ids is None else row.candidate_ids.shape[1] for row in rows}
+    if len(widths) > 1:
+        raise TrajectoryError(f"rows of one batch have different numbers of candidates: {sorted(widths)}")
     for row in rows:
         _check_row(row)
-    schema = generated_schema()
+    schema = generated_schema(widths.pop() if widths else 0)
     columns = [_column(field, [getattr(row, field.name) for row in rows]) for field in schema]
     return pa.record_batch(columns, schema=schema)
 
 
-def add_scores(batch: pa.RecordBatch, scores: Sequence[TeacherScores]) -> pa.RecordBatch:
-    """Return the batch with the teacher's columns; the generated columns are shared, not copied.
+def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBatch:
+    """Return the batch with one more model's columns; the present columns are shared, not copied.
+
+    Args:
+        batch: generated, or already scored by other models.
+        model: the scorer's role in the objective's target: "teacher", "base", ...
+        scores: of every completion token of the batch.
 
     Raises:
-        ScoreError: a teacher column is missing, of the wrong length, or not finite.
+        ScoreError: the model has scored this batch before, a column is of the wrong shape, or a value is not finite.
     """
-    if len(scores) != batch.num_rows:
-        raise ScoreError(f"teacher returned {len(scores)} scores for {batch.num_rows} trajectories")
-    expected = ragged(batch, "rollout_logprobs").lengths
-    top_k = _common_top_k(scores)
-    for row, score in enumerate(scores):
-        _check_scores(batch["trajectory_id"][row].as_py(), score, int(expected[row]))
-    schema = scored_schema(top_k)
-    columns = [batch[field.name] for field in generated_schema()]
-    columns.append(_column(schema.field("teacher_logprobs"), [score.logprobs for score in scores]))
-    if top_k:
-        columns.append(_column(schema.field("teacher_topk_ids"), [score.topk_ids for score in scores]))
-        columns.append(_column(schema.field("teacher_topk_logprobs"), [score.topk_logprobs for score in scores]))
-    return pa.record_batch(columns, schema=schema)
+    if model in models_of(batch):
+        raise ScoreError(f"the batch already has the scores of '{model}'")
+    _check_scores(batch, model, scores)
+    offsets = batch["rollout_logprobs"].offsets
+    offsets = pc.subtract(offsets, offsets[0])  # a slice's offsets begin in the middle of its parent
+    fields, columns = list(batch.schema), list(batch.columns)
+    new = {
+        f"{model}_logprobs": scores.logprobs,
+        "candidate_ids": scores.chosen_ids,
+        f"{model}_candidate_logprobs": scores.candidate_logprobs,
+        f"{model}_entropy": scores.entropy,
+        f"{model}_hidden": scores.hidden,
+    }
+    for name, values in new.items():
+        if values is not None:
+            columns.append(_list_column(offsets, values))
+            fields.append(pa.field(name, columns[-1].type, nullable=False))
+    models = ",".join([*models_of(batch), model])
+    metadata = {**batch.schema.metadata, b"stage": b"scored", b"models": models.encode()}
+    return pa.record_batch(columns, schema=pa.schema(fields, metadata=metadata))
 
 
 def to_wire(batch: pa.RecordBatch) -> pa.Buffer:
@@ -181,13 +196,21 @@ def stage_of(batch: pa.RecordBatch) -> Stage:
     return "scored" if batch.schema.metadata[b"stage"] == b"scored" else "generated"
 
 
-def top_k_of(batch: pa.RecordBatch) -> int:
-    """Return the width of the teacher's top-k columns; 0 when there are none."""
-    return int(batch.schema.metadata[b"top_k"])
+def models_of(batch: pa.RecordBatch) -> list[str]:
+    """Return the models that have scored the batch, in that order."""
+    names: str = batch.schema.metadata[b"models"].decode()
+    return names.split(",") if names else []
+
+
+def num_candidates_of(batch: pa.RecordBatch) -> int:
+    """Return how many candidates each completion token has; 0 when there are none."""
+    if "candidate_ids" not in batch.schema.names:
+        return 0
+    return int(batch.schema.field("candidate_ids").type.value_type.list_size)
 
 
 def ragged(batch: pa.RecordBatch, name: str) -> Ragged:
-    """View a list column; top-k columns come as [total, k]."""
+    """View a list column; candidates and hidden states come as [total, k]."""
     column = batch[name]
     offsets = column.offsets.to_numpy().astype(np.int64)
     values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
@@ -198,21 +221,27 @@ def ragged(batch: pa.RecordBatch, name: str) -> Ragged:
     return Ragged(flat, offsets - offsets[0])
 
 
-def _metadata(stage: Stage, top_k: int) -> dict[str, str]:
-    return {"preceptor.trajectory": SCHEMA_VERSION, "stage": stage, "top_k": str(top_k)}
+def _fixed(name: str, item: pa.DataType, width: int) -> pa.Field:
+    return pa.field(name, pa.list_(pa.list_(item, width)), nullable=False)
 
 
 def _column(field: pa.Field, values: list[Any]) -> pa.Array:
     if not pa.types.is_list(field.type):
         return pa.array(values, type=field.type)
-    offsets = np.cumsum([0, *(len(value) for value in values)], dtype=np.int32)
-    if pa.types.is_fixed_size_list(field.type.value_type):
-        width, item = field.type.value_type.list_size, field.type.value_type.value_type
-        flat = np.concatenate(values).reshape(-1) if values else np.empty(0)
-        inner = pa.FixedSizeListArray.from_arrays(pa.array(flat, type=item), width)
-        return pa.ListArray.from_arrays(offsets, inner, type=field.type)
-    flat = np.concatenate(values) if values else np.empty(0)
-    return pa.ListArray.from_arrays(offsets, pa.array(flat, type=field.type.value_type), type=field.type)
+    item = field.type.value_type
+    is_fixed = pa.types.is_fixed_size_list(item)
+    dtype = (item.value_type if is_fixed else item).to_pandas_dtype()
+    empty: NDArray[Any] = np.empty((0, item.list_size) if is_fixed else 0, dtype)
+    offsets = pa.array(np.cumsum([0, *(len(value) for value in values)], dtype=np.int32))
+    return _list_column(offsets, np.concatenate([empty, *values]).astype(dtype, copy=False))
+
+
+def _list_column(offsets: pa.Array, values: NDArray[Any]) -> pa.Array:
+    """Make a list column of [total] values or [total, width] rows without copying them."""
+    inner = pa.array(np.ascontiguousarray(values).reshape(-1))
+    if values.ndim == 2:
+        inner = pa.FixedSizeListArray.from_arrays(inner, values.shape[1])
+    return pa.ListArray.from_arrays(offsets, inner)
 
 
 def _check_row(row: GeneratedTrajectory) -> None:
@@ -223,35 +252,40 @@ def _check_row(row: GeneratedTrajectory) -> None:
             "every per-token column must have one value per token"
         )
     completion_tokens = int(np.count_nonzero(row.loss_mask))
-    if len(row.rollout_logprobs) != completion_tokens:
-        raise TrajectoryError(
-            f"{where}: rollout_logprobs has {len(row.rollout_logprobs)} values for {completion_tokens} completion "
-            "tokens"
-        )
+    for name in ("rollout_logprobs", "candidate_ids", "candidate_rollout_logprobs"):
+        values = getattr(row, name)
+        if values is not None and len(values) != completion_tokens:
+            raise TrajectoryError(f"{where}: {name} has {len(values)} values for {completion_tokens} completion tokens")
+        if name != "candidate_ids" and values is not None and not np.isfinite(values).all():
+            raise TrajectoryError(f"{where}: {name} holds NaN or infinity; the student may have diverged")
     if len(row.loss_mask) and row.loss_mask[0]:
         raise TrajectoryError(f"{where}: the first token is marked as sampled, but nothing precedes it")
-    if not np.isfinite(row.rollout_logprobs).all():
-        raise TrajectoryError(f"{where}: rollout_logprobs holds NaN or infinity; the student may have diverged")
 
 
-def _common_top_k(scores: Sequence[TeacherScores]) -> int:
-    widths = {0 if score.topk_ids is None else score.topk_ids.shape[1] for score in scores}
-    if len(widths) > 1:
-        raise ScoreError(f"teacher returned top-k columns of different widths in one batch: {sorted(widths)}")
-    return widths.pop() if widths else 0
-
-
-def _check_scores(trajectory_id: int, score: TeacherScores, completion_tokens: int) -> None:
-    columns = {"logprobs": score.logprobs, "top-k ids": score.topk_ids, "top-k logprobs": score.topk_logprobs}
-    for name, values in columns.items():
+def _check_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> None:
+    if scores.chosen_ids is not None and num_candidates_of(batch):
+        raise ScoreError(f"{model} chose candidates, but the batch already has some")
+    num_candidates = num_candidates_of(batch) if scores.chosen_ids is None else scores.chosen_ids.shape[1]
+    total = int(ragged(batch, "rollout_logprobs").offsets[-1])
+    expected: dict[str, tuple[int, ...]] = {
+        "logprobs": (total,),
+        "chosen_ids": (total, num_candidates),
+        "candidate_logprobs": (total, num_candidates),
+        "entropy": (total,),
+        "hidden": (total, 0 if scores.hidden is None else scores.hidden.shape[-1]),
+    }
+    for name, shape in expected.items():
+        values = getattr(scores, name)
         if values is None:
             continue
-        if len(values) != completion_tokens:
-            raise ScoreError(
-                f"trajectory {trajectory_id}: teacher {name} cover {len(values)} tokens, "
-                f"the completion has {completion_tokens}"
-            )
-    for name in ("logprobs", "top-k logprobs"):
-        values = columns[name]
-        if values is not None and not np.isfinite(values).all():
-            raise ScoreError(f"trajectory {trajectory_id}: teacher {name} hold NaN or infinity")
+        if values.shape != shape:
+            raise ScoreError(f"{model} {name} have shape {list(values.shape)}, the batch needs {list(shape)}")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            row = _row_of(batch, int(np.argmin(np.isfinite(values).reshape(total, -1).all(-1))))
+            trajectory_id = batch["trajectory_id"][row].as_py()
+            raise ScoreError(f"trajectory {trajectory_id}: {model} {name} hold NaN or infinity")
+
+
+def _row_of(batch: pa.RecordBatch, completion_token: int) -> int:
+    offsets = ragged(batch, "rollout_logprobs").offsets
+    return int(np.searchsorted(offsets, completion_token, side="right")) - 1

@@ -3,14 +3,16 @@ import pytest
 
 from cluster.contracts.errors import ScoreError, TrajectoryError
 from cluster.contracts.trajectory import (
+    Scores,
     add_scores,
     from_wire,
+    generated_schema,
     make_generated,
+    models_of,
+    num_candidates_of,
     ragged,
-    scored_schema,
     stage_of,
     to_wire,
-    top_k_of,
 )
 from tests.builders import make_scores, make_trajectory
 
@@ -37,20 +39,61 @@ def test_ragged_views_a_slice_from_its_own_first_row() -> None:
     assert column.offsets.tolist() == [0, 2, 5]
 
 
-def test_top_k_columns_keep_position_and_rank() -> None:
+def test_candidates_keep_position_and_rank() -> None:
     scores = make_scores(3, top_k=2)
-    scores.topk_ids[:] = [[10, 11], [20, 21], [30, 31]]
-    batch = from_wire(to_wire(add_scores(make_generated([make_trajectory()]), [scores])), "scored")
-    assert top_k_of(batch) == 2
-    assert ragged(batch, "teacher_topk_ids")[0].tolist() == [[10, 11], [20, 21], [30, 31]]
+    scores.chosen_ids[:] = [[10, 11], [20, 21], [30, 31]]
+    batch = from_wire(to_wire(add_scores(make_generated([make_trajectory()]), "teacher", scores)), "scored")
+    assert num_candidates_of(batch) == 2
+    assert ragged(batch, "candidate_ids")[0].tolist() == [[10, 11], [20, 21], [30, 31]]
 
 
-def test_top_k_columns_of_a_slice_start_at_its_first_row() -> None:
-    rows = [make_trajectory(completion=[9] * n) for n in (1, 2)]
-    scores = [make_scores(n, top_k=2) for n in (1, 2)]
-    scores[1].topk_ids[:] = 5
-    batch = add_scores(make_generated(rows), scores).slice(1, 1)
-    assert ragged(batch, "teacher_topk_ids")[0].tolist() == [[5, 5], [5, 5]]
+def test_candidates_of_a_slice_start_at_its_first_row() -> None:
+    scores = make_scores(3, top_k=2)
+    scores.chosen_ids[1:] = 5
+    batch = add_scores(make_generated([make_trajectory(completion=[9] * n) for n in (1, 2)]), "teacher", scores)
+    assert ragged(batch.slice(1, 1), "candidate_ids")[0].tolist() == [[5, 5], [5, 5]]
+
+
+def test_a_slice_can_be_scored() -> None:
+    batch = make_generated([make_trajectory(completion=[9] * n) for n in (1, 2, 3)]).slice(1, 2)
+    scored = add_scores(batch, "teacher", Scores(np.arange(5, dtype=np.float32)))
+    assert [ragged(scored, "teacher_logprobs")[row].tolist() for row in range(2)] == [[0, 1], [2, 3, 4]]
+
+
+def test_each_model_adds_its_own_columns() -> None:
+    scored = add_scores(make_generated([make_trajectory()]), "teacher", make_scores(3, top_k=2, logprob=-1))
+    given = Scores(np.full(3, -2, np.float32), None, np.full((3, 2), -3, np.float32), np.full(3, 0.5, np.float32))
+    both = from_wire(to_wire(add_scores(scored, "base", given)))
+    assert models_of(both) == ["teacher", "base"]
+    assert ragged(both, "teacher_candidate_logprobs").values.tolist() == [[-1, -1]] * 3
+    assert ragged(both, "base_candidate_logprobs").values.tolist() == [[-3, -3]] * 3
+    assert ragged(both, "base_entropy").values.tolist() == [0.5] * 3
+    with pytest.raises(ScoreError, match="already has the scores of 'base'"):
+        add_scores(both, "base", given)
+
+
+def test_candidates_of_the_student_stand_until_the_teacher_scores_them() -> None:
+    ids, logprobs = np.arange(6, dtype=np.int32).reshape(3, 2), np.full((3, 2), -1, np.float32)
+    batch = make_generated([make_trajectory(candidate_ids=ids, candidate_rollout_logprobs=logprobs)])
+    with pytest.raises(ScoreError, match="teacher chose candidates, but the batch already has some"):
+        add_scores(batch, "teacher", make_scores(3, top_k=2))
+    scored = add_scores(batch, "teacher", Scores(np.zeros(3, np.float32), None, logprobs - 1))
+    assert ragged(scored, "candidate_ids").values.tolist() == ids.tolist()
+    assert ragged(scored, "teacher_candidate_logprobs").values.tolist() == [[-2, -2]] * 3
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
+def test_hidden_states_keep_their_bits(dtype: type) -> None:
+    hidden = np.arange(12).astype(dtype).reshape(3, 4)
+    scored = add_scores(make_generated([make_trajectory()]), "teacher", Scores(np.zeros(3, np.float32), hidden=hidden))
+    back = ragged(from_wire(to_wire(scored)), "teacher_hidden").values
+    assert back.dtype == dtype
+    assert back.tolist() == hidden.tolist()
+
+
+def test_rows_of_one_batch_have_equally_many_candidates() -> None:
+    with pytest.raises(TrajectoryError, match=r"different numbers of candidates: \[0, 2\]"):
+        make_generated([make_trajectory(), make_trajectory(candidate_ids=np.zeros((3, 2), np.int32))])
 
 
 def test_a_generated_batch_cannot_pass_for_a_scored_one() -> None:
@@ -63,13 +106,18 @@ def test_bytes_of_something_else_are_refused() -> None:
         from_wire(b"not arrow")
 
 
-def test_the_sampled_signal_costs_four_bytes_per_token_and_top_k_eight_k() -> None:
-    tokens = 4096
-    generated = make_generated([make_trajectory(completion=range(tokens))])
-    plain = to_wire(generated).size
-    for top_k, bytes_per_token in ((0, 4), (16, 4 + 8 * 16)):
-        scored = to_wire(add_scores(generated, [make_scores(tokens, top_k)])).size
-        assert (scored - plain) / tokens == pytest.approx(bytes_per_token, rel=0.02)
+@pytest.mark.parametrize(
+    ("scores", "bytes_per_token"),
+    [
+        (make_scores(4096), 4),
+        (make_scores(4096, top_k=16), 4 + 8 * 16),
+        (Scores(np.zeros(4096, np.float32), hidden=np.zeros((4096, 64), np.uint16)), 4 + 2 * 64),
+    ],
+)
+def test_scores_cost_these_bytes_per_token(scores: Scores, bytes_per_token: int) -> None:
+    generated = make_generated([make_trajectory(completion=range(4096))])
+    added = to_wire(add_scores(generated, "teacher", scores)).size - to_wire(generated).size
+    assert added / 4096 == pytest.approx(bytes_per_token, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -89,18 +137,20 @@ def test_a_row_that_breaks_the_contract_is_named(fields: dict, sentence: str) ->
 @pytest.mark.parametrize(
     ("scores", "sentence"),
     [
-        ([], "teacher returned 0 scores for 1 trajectories"),
-        ([make_scores(2)], "cover 2 tokens, the completion has 3"),
-        ([make_scores(3, logprob=float("nan"))], "NaN or infinity"),
-        ([make_scores(3, top_k=2, logprob=float("-inf"))], "NaN or infinity"),
+        (make_scores(2), r"teacher logprobs have shape \[2\], the batch needs \[3\]"),
+        (Scores(np.zeros(3, np.float32), None, np.zeros((3, 2), np.float32)), r"shape \[3, 2\].* needs \[3, 0\]"),
+        (make_scores(3, logprob=float("nan")), "trajectory 7: teacher logprobs hold NaN or infinity"),
+        (make_scores(3, top_k=2, logprob=float("-inf")), "NaN or infinity"),
     ],
 )
-def test_scores_that_cannot_be_training_data_are_refused(scores: list, sentence: str) -> None:
+def test_scores_that_cannot_be_training_data_are_refused(scores: Scores, sentence: str) -> None:
     with pytest.raises(ScoreError, match=sentence):
-        add_scores(make_generated([make_trajectory()]), scores)
+        add_scores(make_generated([make_trajectory(trajectory_id=7)]), "teacher", scores)
 
 
-def test_an_empty_batch_has_the_scored_schema() -> None:
-    batch = add_scores(make_generated([]), [])
-    assert batch.schema.equals(scored_schema(0))
-    assert stage_of(batch) == "scored"
+def test_an_empty_batch_has_the_schema_of_a_full_one() -> None:
+    assert make_generated([]).schema.equals(generated_schema(), check_metadata=True)
+    empty = add_scores(make_generated([]), "teacher", make_scores(0, top_k=2))
+    full = add_scores(make_generated([make_trajectory()]), "teacher", make_scores(3, top_k=2))
+    assert empty.schema.equals(full.schema, check_metadata=True)
+    assert stage_of(empty) == "scored"
