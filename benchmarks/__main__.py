@@ -20,7 +20,7 @@ from benchmarks.report import RESULTS, Row, describe_machine, print_rows, row
 from cluster.commands import start_training
 from cluster.contracts.trajectory import (
     GeneratedTrajectory,
-    TeacherScores,
+    Scores,
     add_scores,
     from_wire,
     make_generated,
@@ -64,7 +64,7 @@ def wire_rows() -> list[Row]:
         {
             "memcpy": lambda: np.copyto(target, source),
             "to_wire": lambda: to_wire(batch),
-            "from_wire": lambda: ragged(from_wire(wire, "scored"), "teacher_topk_logprobs"),
+            "from_wire": lambda: ragged(from_wire(wire, "scored"), "teacher_candidate_logprobs"),
         }
     )
     size = "256 x 512 tokens, top-16"
@@ -113,14 +113,18 @@ def make_scored(rows: int, completion_tokens: int, top_k: int) -> pa.RecordBatch
     """Build a scored batch of random values."""
     random = np.random.default_rng(0)
     mask = np.repeat(np.array([0, 1], dtype=np.uint8), [64, completion_tokens])
-    trajectories, scores = [], []
+    trajectories = []
     for index in range(rows):
         ids = random.integers(0, 50_000, len(mask), dtype=np.int32)
         logprobs = -random.random(completion_tokens, dtype=np.float32)
         trajectories.append(GeneratedTrajectory(index, index, 0, "main", "", 0, 0, ids, mask, logprobs, "stop", None))
-        topk = random.integers(0, 50_000, (completion_tokens, top_k), dtype=np.int32)
-        scores.append(TeacherScores(logprobs, topk, -random.random((completion_tokens, top_k), dtype=np.float32)))
-    return add_scores(make_generated(trajectories), scores)
+    total = rows * completion_tokens
+    scores = Scores(
+        -random.random(total, dtype=np.float32),
+        random.integers(0, 50_000, (total, top_k), dtype=np.int32),
+        -random.random((total, top_k), dtype=np.float32),
+    )
+    return add_scores(make_generated(trajectories), "teacher", scores)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def _measure_teachers(
     found: dict[str, float | None] = {}
     if not (config.evaluation.teacher_too and inputs.held_out_ids):
         return found
-    for name, teacher in config.teachers.items():
+    for name in config.routes:
+        teacher = config.teachers[name]
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
         with start_teacher_rollouts(config, inputs, placement, name) as pool:
             evaluation = Evaluator(config, inputs, tokenizer).evaluate(pool)

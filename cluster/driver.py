@@ -25,7 +25,7 @@ def train(run: TrainingRun) -> None:
         with watch.measure("score"):
             requests = train_requests(run.config, run.inputs, step)
             generated = watch.watch("generate", rollouts.generate(requests, sampling, verifier))
-            scored = list(teachers.score(generated))
+            scored = list(teachers.score(generated, run.config.scorers))
         with watch.measure("learn"):
             learned = learner.step(scored, step)
         with watch.measure("sync"):

@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.actors import get
 from cluster.contracts.config import Config
-from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import merge, report
+from cluster.contracts.objective import TEACHER
 from cluster.contracts.trajectory import from_wire, ragged
 from cluster.pipeline import Inputs, held_out_requests, held_out_sampling
 from rollout_workers.pool import RolloutPool
@@ -55,7 +56,7 @@ class Evaluator:
         samples = self.read_samples(handles)
         # Elsewhere the samples' log-probabilities are not those of the model itself.
         if teachers is not None and sampling.temperature == 1:
-            handles = list(teachers.score(handles))
+            handles = list(teachers.score(handles, lambda route: [(route, ScoreRequest(TEACHER))]))
         return Evaluation(_held_out_names(report(merge(handle.metrics for handle in handles))), samples)
 
     def read_samples(self, handles: Iterable[BatchHandle]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The self-checks that need running engines: a few real completions through every pool, compared where they meet."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,9 +9,17 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.actors import get
-from cluster.contracts.config import Config, Divergence, TeacherConfig
-from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.config import Config, TeacherConfig
+from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import report
+from cluster.contracts.objective import (
+    TEACHER,
+    AnyTerm,
+    DivergenceTerm,
+    ObjectiveConfig,
+    PolicyGradientTerm,
+    TaskRewardTerm,
+)
 from cluster.contracts.trajectory import from_wire
 from cluster.pipeline import Inputs, Pipeline, start_pipeline, start_teacher, train_requests, train_sampling
 from cluster.placement import Placement
@@ -22,26 +31,50 @@ from cluster.self_checks import (
     check_sampler_gap,
     check_self_kl,
 )
+from teacher_workers.pool import TeacherPools
 
 NUM_PROMPTS = 8  # enough for a few hundred tokens; the checks look for gross disagreement
 ITSELF = "student"  # the name of the teacher pool that serves the student's own weights
-_DIVERGENCES: tuple[Divergence, ...] = ("sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd")
 
 
 def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> list[CheckResult]:
     """Start the run's pools, check them, then start a scorer of the student's own weights and check that too."""
-    with start_pipeline(config, inputs, placement) as pipeline:
+    # The learner takes no part in what is asked of the teachers, so it can be the one of the mirrored run.
+    mirrored = mirror(config)
+    with start_pipeline(config, inputs, placement, learner_config=mirrored) as pipeline:
         pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=0)
         requests = train_requests(config, inputs, step=0)[:NUM_PROMPTS]
         handles = list(pipeline.rollouts.generate(requests, train_sampling(config), config.evaluation.verifier))
         results = [_sampler_gap(config, pipeline, handles)]
         for name, pool in pipeline.teachers.pools.items():
-            routed = [replace(handle, teacher=name) for handle in handles]
-            replicas = [_read(config, scored) for scored in pool.score_everywhere(routed)]
+            replicas = [_read(config, scored) for scored in pool.score_everywhere(handles, ScoreRequest(TEACHER))]
             dtype = config.teachers[name].engine.dtype
             results += [check_replicas(name, replicas, dtype), check_not_uniform(name, replicas[0])]
         pipeline.teachers.shutdown()  # their share of the cluster goes to the scorer of the student
-        return results + _against_itself(config, inputs, placement, pipeline, handles)
+        return results + _against_itself(mirrored, inputs, placement, pipeline, handles)
+
+
+def mirror(config: Config) -> Config:
+    """Return the run with the student's own weights for every teacher, served as the rollout workers serve them."""
+    student, engine = config.student, config.rollout.engine
+    teachers = {
+        name: TeacherConfig(student.model, student.trust_remote_code, base=teacher.base, engine=engine)
+        for name, teacher in config.teachers.items()
+    }
+    return msgspec.structs.replace(config, teachers=teachers)
+
+
+def terms_with_optimum_at_the_student(objective: ObjectiveConfig) -> dict[str, AnyTerm]:
+    """Return the terms whose gradient is 0 when every model of their target is the student."""
+    return {
+        name: term
+        for name, term in objective.terms.items()
+        if not isinstance(term, TaskRewardTerm) and math.isclose(sum(term.target.values()), _student_share(term))
+    }
+
+
+def _student_share(term: PolicyGradientTerm | DivergenceTerm) -> float:
+    return 0.0 if isinstance(term, PolicyGradientTerm) and term.student == "none" else 1.0
 
 
 def _sampler_gap(config: Config, pipeline: Pipeline, handles: Sequence[BatchHandle]) -> CheckResult:
@@ -51,24 +84,22 @@ def _sampler_gap(config: Config, pipeline: Pipeline, handles: Sequence[BatchHand
 
 
 def _against_itself(
-    config: Config, inputs: Inputs, placement: Placement, pipeline: Pipeline, handles: Sequence[BatchHandle]
+    mirrored: Config, inputs: Inputs, placement: Placement, pipeline: Pipeline, handles: Sequence[BatchHandle]
 ) -> list[CheckResult]:
-    """Score the student's completions with the student: every divergence and every gradient must be 0."""
-    any_teacher = next(iter(config.teachers))
-    top_k = config.teachers[any_teacher].top_k
-    itself = TeacherConfig(
-        config.student.model, config.student.trust_remote_code, top_k=top_k, engine=config.rollout.engine
-    )
-    mirrored = msgspec.structs.replace(config, teachers={ITSELF: itself})
-    share = replace(placement.rollout, num_workers=1)
-    pool = start_teacher(mirrored, inputs, share, ITSELF)
+    """Score the student's completions with the student: the divergence and every gradient must be 0."""
+    name = mirrored.routes[0]
+    pool = start_teacher(mirrored, inputs, replace(placement.rollout, num_workers=1), name)
     try:
         pool.wait_until_ready()
-        (scored,) = pool.score_everywhere([replace(handle, teacher=ITSELF) for handle in handles])
-        results = [check_self_kl(_read(config, scored), config.rollout.engine.dtype)]
-        for divergence in _DIVERGENCES:
-            found = report(pipeline.learner.measure_gradient(scored, divergence))
-            results.append(check_gradient_at_optimum(divergence, found["gradient_norm"], config.learner.dtype))
+        itself = TeacherPools({ITSELF: pool}, mirrored.ray.call_timeout_seconds)
+        scored = list(
+            itself.score(handles, lambda route: [(ITSELF, request) for _, request in mirrored.scorers(route)])
+        )
+        results = [check_self_kl(_read(mirrored, scored), mirrored.rollout.engine.dtype)]
+        for term_name, term in terms_with_optimum_at_the_student(mirrored.objective).items():
+            objective = msgspec.structs.replace(mirrored.objective, terms={term_name: term})
+            found = report(pipeline.learner.measure_gradient(scored, objective))
+            results.append(check_gradient_at_optimum(term_name, found["gradient_norm"], mirrored.learner.dtype))
         return results
     finally:
         pool.shutdown()

@@ -99,9 +99,15 @@ def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:
 
 def train_sampling(config: Config) -> SamplingSettings:
     """Return how training completions are drawn."""
-    rollout = config.rollout
+    rollout, objective = config.rollout, config.objective
     return SamplingSettings(
-        rollout.max_completion_tokens, rollout.temperature, rollout.top_p, rollout.top_k, rollout.stop
+        rollout.max_completion_tokens,
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        rollout.stop,
+        num_candidates=objective.num_candidates if objective.candidates_from == "student" else 0,
+        candidates="draws" if objective.support == "samples" else "topk",
     )
 
 
@@ -112,8 +118,17 @@ def held_out_sampling(config: Config) -> SamplingSettings:
 
 
 @contextmanager
-def start_pipeline(config: Config, inputs: Inputs, placement: Placement) -> Iterator[Pipeline]:
-    """Start all pools at once; with the `with` statement, they and every process of theirs end."""
+def start_pipeline(
+    config: Config, inputs: Inputs, placement: Placement, learner_config: Config | None = None
+) -> Iterator[Pipeline]:
+    """Start all pools at once; with the `with` statement, they and every process of theirs end.
+
+    Args:
+        config: the run.
+        inputs: its prompts.
+        placement: where the actors go.
+        learner_config: what the learner is told instead, for checks against other teachers.
+    """
     with ExitStack() as stack:
         rollouts = RolloutPool(_rollout_settings(config, inputs), placement.rollout.options(), _timeouts(config))
         stack.callback(rollouts.shutdown)
@@ -122,7 +137,7 @@ def start_pipeline(config: Config, inputs: Inputs, placement: Placement) -> Iter
             teachers[name] = start_teacher(config, inputs, placement.teachers[name], name)
             stack.callback(teachers[name].shutdown)
         # Blocks until the ranks have met; the engines load their models meanwhile.
-        learner = LearnerGroup(config, placement.learner.options())
+        learner = LearnerGroup(learner_config or config, placement.learner.options())
         stack.callback(learner.shutdown)
         rollouts.wait_until_ready()
         for teacher in teachers.values():
@@ -177,6 +192,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         inputs.max_model_len,
         config.rollout.rows_per_batch,
         config.weight_sync.backend,
+        draws=config.objective.support == "samples",
     )
 
 

@@ -112,10 +112,10 @@ def check_self_kl(scored_by_itself: pa.RecordBatch, dtype: Dtype) -> CheckResult
     )
 
 
-def check_gradient_at_optimum(divergence: str, gradient_norm: float, dtype: Dtype) -> CheckResult:
+def check_gradient_at_optimum(term: str, gradient_norm: float, dtype: Dtype) -> CheckResult:
     """Look at the gradient where student and teacher are the same model; anything but 0 would drive them apart."""
     return CheckResult(
-        f"{divergence} at student = teacher",
+        f"term '{term}' at student = teacher",
         f"gradient norm {gradient_norm:.2e}",
         gradient_norm <= OPTIMUM_GRADIENT_NORM[dtype],
         "the learner and the scoring engine compute different probabilities; compare their dtypes",

@@ -132,7 +132,7 @@ def summary(config: Config, history: History, seconds: float, steps: int) -> lis
         lines.append(f"KL to the teacher per token: {history.first_kl:.4f} -> {history.last_kl:.4f}")
     if history.first_accuracy is not None and history.last_accuracy is not None:
         teachers = "".join(
-            f", teacher{'' if len(config.teachers) == 1 else ' ' + name} {accuracy:.2f}"
+            f", teacher{'' if len(config.routes) == 1 else ' ' + name} {accuracy:.2f}"
             for name, accuracy in history.teacher_accuracy.items()
             if accuracy is not None
         )

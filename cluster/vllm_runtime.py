@@ -21,19 +21,25 @@ BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+# Turns a causal LM into an embedder of tokens; "model" keeps its hidden states in its own dtype, where vLLM would cast
+# them to float32.
+POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"head_dtype": "model"}}
 
 
 @dataclass(frozen=True)
 class EngineRole:
     """What an engine is for."""
 
-    max_model_len: int  # prompt + completion + 1, in tokens
-    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"]  # processed: after temperature, top-k and top-p
-    max_logprobs: int
+    max_model_len: int  # prompt + completion, and 1 more where it generates, in tokens
     prefix_caching: bool
     tokenizer: bool  # without one the engine can neither find stop strings nor know the EOS token
+    pooling: bool = False  # return last hidden states instead of generating
+    priorities: bool = False  # when not all requests fit, those of the lowest priority run first
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # processed: after temperature, top-p
+    max_logprobs: int = 1
     weight_transfer_backend: str | None = None  # None: the weights never change
     worker_extension: str | None = None  # class whose methods are added to vLLM's workers, as "module.Class"
+    logits_processors: tuple[str, str] | None = None  # for vLLM's model runners V1 and V2, as "module:Class"
 
 
 def prepare_environment(engine: EngineConfig) -> None:
@@ -74,13 +80,19 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     """
     prepare_environment(engine)
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.exceptions import VLLMError
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
     try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments))
-    except (ValueError, OSError, RuntimeError) as error:
+        args = AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)
+        config = args.create_engine_config()
+        if role.logits_processors:
+            # Only the finished configuration knows which model runner it leads to.
+            config.model_config.logits_processors = [role.logits_processors[config.use_v2_model_runner]]
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+    except (VLLMError, ValueError, OSError, RuntimeError) as error:
         raise ModelError(f"vLLM cannot serve {model}: {error}") from error
 
 
@@ -99,9 +111,11 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
         "max_logprobs": role.max_logprobs,
         "logprobs_mode": role.logprobs_mode,
         "enable_prefix_caching": role.prefix_caching,
+        "scheduling_policy": "priority" if role.priorities else "fcfs",
         "skip_tokenizer_init": not role.tokenizer,
         "weight_transfer_config": WeightTransferConfig(backend=backend) if backend else None,
         "worker_extension_cls": role.worker_extension or "",
+        **(POOLING_ARGUMENTS if role.pooling else {}),
     }
 
 

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from cluster.contracts.config import LearnerConfig
+from learner.completion_head import Evaluation
 from learner.micro_batch import MicroBatch
-from learner.model import Student, StudentScores
+from learner.model import Student
+from learner.objective.objective import Objective
+from learner.teacher_heads import TeacherHeads
 
 
 class TrainEngine(Protocol):
@@ -23,8 +26,10 @@ class TrainEngine(Protocol):
     world_size: int
     student: Student
 
-    def forward(self, batch: MicroBatch) -> StudentScores:
-        """Score the completion tokens under the current weights."""
+    def forward(
+        self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
+    ) -> Evaluation:
+        """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add this rank's part of the step's loss; gradients of all parts and ranks add up."""

@@ -14,15 +14,17 @@ from ray.actor import ActorHandle
 
 from cluster.actors import call_all, create_actors, get, get_all, shutdown
 from cluster.batch_store import add_environment
-from cluster.contracts.config import Config, Divergence
+from cluster.contracts.config import Config
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.metrics import Metric, merge
+from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Floats, from_wire
 from cluster.contracts.weights import WeightSyncReport
 from learner import checkpoint
 from learner.packing import Grid, plan_step
 from learner.rendezvous import free_address
-from learner.worker import LearnerWorker, start_worker
+from learner.task_advantage import step_advantages
+from learner.worker import LearnerWorker, RankRows, start_worker
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Share:
     """What one rank does in one step."""
 
     references: tuple[Any, ...]  # to wire bytes; inside a dataclass, so Ray hands them over unresolved
+    task_advantages: tuple[float, ...]  # of the rows of `references`, in order
     grids: tuple[Grid, ...]  # indices count the rows of `references` in order
     num_tokens: int  # completion tokens of the step, over all ranks
 
@@ -52,11 +55,11 @@ class LearnerActor:
 
     def step(self, share: Share, step: int) -> dict[str, Metric]:
         """Run this rank's share of an optimizer step."""
-        return self._worker.step(self._fetch(share.references), share.grids, share.num_tokens, step)
+        return self._worker.step(self._fetch_rows(share), step)
 
-    def measure_gradient(self, share: Share, divergence: Divergence) -> dict[str, Metric]:
+    def measure_gradient(self, share: Share, objective: ObjectiveConfig) -> dict[str, Metric]:
         """Measure a step without taking it."""
-        return self._worker.measure_gradient(self._fetch(share.references), share.grids, share.num_tokens, divergence)
+        return self._worker.measure_gradient(self._fetch_rows(share), objective)
 
     def student_logprobs(self, references: Sequence[Any]) -> Floats | None:
         """Return the log-probabilities of one batch on rank 0, and nothing on the others."""
@@ -87,9 +90,10 @@ class LearnerActor:
     def shutdown(self) -> None:
         """End nothing: a rank starts no process of its own."""
 
-    def _fetch(self, references: Sequence[Any]) -> list[Any]:
-        wires = ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
-        return [from_wire(wire, stage="scored") for wire in wires]
+    def _fetch_rows(self, share: Share) -> RankRows:
+        wires = ray.get(list(share.references), timeout=self._config.ray.call_timeout_seconds)
+        batches = [from_wire(wire, stage="scored") for wire in wires]
+        return RankRows(batches, share.task_advantages, share.grids, share.num_tokens)
 
 
 class LearnerGroup:
@@ -121,13 +125,17 @@ class LearnerGroup:
 
     def step(self, handles: Sequence[BatchHandle], step: int) -> dict[str, Metric]:
         """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together."""
-        parts = self._ask_each("step", self._shares(handles), step, waiting_for=f"the learner to take step {step}")
+        shares = self._shares(handles, self._config.objective)
+        parts = self._ask_each("step", shares, step, waiting_for=f"the learner to take step {step}")
         return merge(parts)
 
-    def measure_gradient(self, handles: Sequence[BatchHandle], divergence: Divergence) -> dict[str, Metric]:
-        """Return loss, gradient norm and the other figures of a step of the given divergence, without taking it."""
-        shares = self._shares(handles)
-        return merge(self._ask_each("measure_gradient", shares, divergence, waiting_for="the learner's gradient"))
+    def measure_gradient(self, handles: Sequence[BatchHandle], objective: ObjectiveConfig) -> dict[str, Metric]:
+        """Return loss, gradient norm and the other figures of a step, without taking it.
+
+        The objective's support must be the run's own: it decides what the batches carry.
+        """
+        shares = self._shares(handles, objective)
+        return merge(self._ask_each("measure_gradient", shares, objective, waiting_for="the learner's gradient"))
 
     def student_logprobs(self, handle: BatchHandle) -> Floats:
         """Return the current student's log-probability of every completion token of the batch, rows in order."""
@@ -167,12 +175,13 @@ class LearnerGroup:
         address = get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
         self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout_seconds)
 
-    def _shares(self, handles: Sequence[BatchHandle]) -> list[Share]:
+    def _shares(self, handles: Sequence[BatchHandle], objective: ObjectiveConfig) -> list[Share]:
         config = self._config.learner
         lengths = [length for handle in handles for length in handle.num_tokens]
         plan = plan_step(lengths, config.num_workers, config.micro_batch_tokens)
         num_tokens = sum(sum(handle.num_completion_tokens) for handle in handles)
-        return [share_of(handles, grids, num_tokens) for grids in plan.ranks]
+        advantages = step_advantages(handles, objective)
+        return [share_of(handles, advantages, grids, num_tokens) for grids in plan.ranks]
 
     def _ask(self, method: str, *args: Any, waiting_for: str, timeout_seconds: float | None = None) -> list[Any]:
         return call_all(
@@ -191,10 +200,12 @@ class LearnerGroup:
         return get_all(references, self._config.ray.call_timeout_seconds, waiting_for, self._names)
 
 
-def share_of(handles: Sequence[BatchHandle], grids: Sequence[Grid], num_tokens: int) -> Share:
+def share_of(
+    handles: Sequence[BatchHandle], advantages: Sequence[float], grids: Sequence[Grid], num_tokens: int
+) -> Share:
     """Keep the batches that the grids touch, and count their rows anew."""
     used = {index for grid in grids for grid_row in grid for index in grid_row}
-    references = []
+    references: list[Any] = []
     renumbered: dict[int, int] = {}
     first = 0
     for handle in handles:
@@ -204,7 +215,7 @@ def share_of(handles: Sequence[BatchHandle], grids: Sequence[Grid], num_tokens: 
             references.append(handle.reference)
             renumbered |= {row: len(renumbered) + position for position, row in enumerate(rows)}
     local = tuple(tuple(tuple(renumbered[index] for index in grid_row) for grid_row in grid) for grid in grids)
-    return Share(tuple(references), local, num_tokens)
+    return Share(tuple(references), tuple(advantages[row] for row in renumbered), local, num_tokens)
 
 
 def _with_environment(option: Mapping[str, Any], config: Config, rank: int) -> dict[str, Any]:

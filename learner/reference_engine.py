@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from cluster.contracts.config import LearnerConfig
+from learner.completion_head import Evaluation
 from learner.engine import PausableAdamW, adamw_settings, paused
 from learner.micro_batch import MicroBatch
-from learner.model import Student, StudentScores
+from learner.model import Student
+from learner.objective.objective import Objective
+from learner.teacher_heads import TeacherHeads
 
 STATE_FILE = "state.pt"
 
@@ -26,9 +29,11 @@ class ReferenceEngine:
         self._optimizer = PausableAdamW(student.parameters(), **adamw_settings(config))
         self._max_gradient_norm = config.max_gradient_norm
 
-    def forward(self, batch: MicroBatch) -> StudentScores:
-        """Score the completion tokens under the current weights."""
-        return StudentScores(*self.student(batch))
+    def forward(
+        self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
+    ) -> Evaluation:
+        """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
+        return Evaluation(*self.student(batch, objective, teacher_heads))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add one micro-batch's part of the step's loss."""

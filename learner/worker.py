@@ -1,21 +1,22 @@
 """One rank of the learner: scored trajectories in, new weights out. It knows nothing of how it is deployed."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
 import transformers
 from ray.actor import ActorHandle
 
-from cluster.contracts.config import Config, Divergence
+from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.metrics import Metric
-from cluster.contracts.trajectory import Floats, TeacherScores, add_scores, ragged, stage_of, top_k_of
+from cluster.contracts.objective import ObjectiveConfig
+from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.weights import WeightSyncReport
 from cluster.model_files import load_tokenizer
 from learner import checkpoint
@@ -23,9 +24,21 @@ from learner.engine import TrainEngine
 from learner.lr_schedule import learning_rate_at
 from learner.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.model import load_student
+from learner.objective.objective import Objective
 from learner.packing import Grid, plan_step
-from learner.train_step import measure_gradient, train_step
+from learner.teacher_heads import TeacherHeads, load_teacher_heads
+from learner.train_step import StepTask, measure_gradient, train_step
 from learner.weight_sender import ObjectStoreSender, WeightSender
+
+
+@dataclass(frozen=True)
+class RankRows:
+    """The trajectories of one step that one rank computes, and in which micro-batches."""
+
+    batches: Sequence[pa.RecordBatch]  # scored
+    task_advantages: Sequence[float]  # of the batches' rows, in order
+    grids: Sequence[Grid]  # indices count the batches' rows
+    num_tokens: int  # completion tokens of the step, over all ranks
 
 
 class LearnerWorker:
@@ -34,53 +47,43 @@ class LearnerWorker:
     Args:
         config: the whole run.
         engine: holds the weights of this rank.
+        teacher_heads: for objectives over the whole vocabulary.
     """
 
-    def __init__(self, config: Config, engine: TrainEngine) -> None:
+    def __init__(self, config: Config, engine: TrainEngine, teacher_heads: TeacherHeads) -> None:
         self._config = config
         self._engine = engine
+        self._teacher_heads = teacher_heads
+        self._objective = Objective(config.objective)
         self._sender = _make_sender(config, engine)
 
-    def step(
-        self, batches: Sequence[pa.RecordBatch], grids: Sequence[Grid], num_tokens: int, step: int
-    ) -> dict[str, Metric]:
-        """Run this rank's share of one optimizer step.
+    def step(self, rows: RankRows, step: int) -> dict[str, Metric]:
+        """Run this rank's share of optimizer step `step`, from 0, which decides the learning rate."""
+        learning_rate = learning_rate_at(step, self._config.run.steps, self._config.learner)
+        return train_step(self._engine, self._build(rows), self._task(self._objective, rows), learning_rate)
 
-        Args:
-            batches: scored; their rows, in order, are what the grids' indices mean.
-            grids: this rank's micro-batches.
-            num_tokens: completion tokens of the step, over all ranks.
-            step: from 0; decides the learning rate.
-        """
-        config = self._config
-        learning_rate = learning_rate_at(step, config.run.steps, config.learner)
-        return train_step(self._engine, _build(batches, grids), config.objective, num_tokens, learning_rate)
-
-    def measure_gradient(
-        self, batches: Sequence[pa.RecordBatch], grids: Sequence[Grid], num_tokens: int, divergence: Divergence
-    ) -> dict[str, Metric]:
-        """Return the figures of a step of the given divergence, gradient norm included, without taking it."""
-        objective = msgspec.structs.replace(self._config.objective, divergence=divergence)
-        return measure_gradient(self._engine, _build(batches, grids), objective, num_tokens)
+    def measure_gradient(self, rows: RankRows, objective: ObjectiveConfig) -> dict[str, Metric]:
+        """Return the figures of a step with another objective of the same support, without taking it."""
+        return measure_gradient(self._engine, self._build(rows), self._task(Objective(objective), rows))
 
     def student_logprobs(self, batch: pa.RecordBatch) -> Floats:
         """Return the current student's log-probability of every completion token, in the batch's row order.
 
         Every rank computes all of it: under ZeRO-3 a forward needs them all.
         """
-        if stage_of(batch) == "generated":
-            batch = add_scores(batch, [TeacherScores(row) for row in _rows(batch, "rollout_logprobs")])
         lengths = ragged(batch, "token_ids").lengths.tolist()
         plan = plan_step(lengths, num_ranks=1, micro_batch_tokens=self._config.learner.micro_batch_tokens)
         completion_lengths = ragged(batch, "rollout_logprobs").lengths
-        rows: dict[int, Floats] = {}
-        for grid, micro_batch in zip(plan.ranks[0], _build([batch], plan.ranks[0]), strict=True):
+        found: dict[int, Floats] = {}
+        rows = trajectories([batch])
+        for grid in plan.ranks[0]:
             with torch.no_grad():
+                micro_batch = build_micro_batch(grid, rows, self._config.run.seed)
                 logprobs = self._engine.forward(micro_batch).logprobs.cpu().numpy()
             order = [index for grid_row in grid for index in grid_row]
             ends = np.cumsum([completion_lengths[index] for index in order])
-            rows |= dict(zip(order, np.split(logprobs, ends[:-1]), strict=False))
-        return np.concatenate([np.empty(0, np.float32), *(rows[index] for index in range(len(lengths)))])
+            found |= dict(zip(order, np.split(logprobs, ends[:-1]), strict=False))
+        return np.concatenate([np.empty(0, np.float32), *(found[index] for index in range(len(lengths)))])
 
     def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
         """Bring the current weights to the rollout workers; rank 0's report is the group's."""
@@ -104,13 +107,21 @@ class LearnerWorker:
         student = self._config.student
         checkpoint.export(self._engine, load_tokenizer(student.model, student.trust_remote_code), folder)
 
+    def _build(self, rows: RankRows) -> Iterator[MicroBatch]:
+        """Lay out one micro-batch after the other, when it is wanted: hidden states are large."""
+        found = trajectories(rows.batches, rows.task_advantages)
+        return (build_micro_batch(grid, found, self._config.run.seed) for grid in rows.grids)
+
+    def _task(self, objective: Objective, rows: RankRows) -> StepTask:
+        return StepTask(objective, rows.num_tokens, self._teacher_heads)
+
 
 def start_worker(config: Config, rank: int, world_size: int, address: str) -> LearnerWorker:
     """Load the student, join the group at `tcp://host:port`, and return this rank's worker.
 
     Raises:
         ConfigError: this machine cannot train in the dtype asked for.
-        ModelError: the student is missing or cannot be trained.
+        ModelError: the student is missing or cannot be trained, or a teacher's LM head cannot be read.
     """
     if not torch.cuda.is_available():
         if config.learner.dtype == "float16":
@@ -120,7 +131,8 @@ def start_worker(config: Config, rank: int, world_size: int, address: str) -> Le
 
     transformers.utils.logging.disable_progress_bar()
     student = load_student(config.student, config.learner)
-    return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address))
+    teacher_heads = load_teacher_heads(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address), teacher_heads)
 
 
 def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:
@@ -131,14 +143,3 @@ def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:
     from learner.vllm_weight_sender import VllmSender  # imports vllm, which the other backend does not need
 
     return VllmSender(engine, backend, dtype, config.rollout.engine.tensor_parallel, timeout_seconds)
-
-
-def _build(batches: Sequence[pa.RecordBatch], grids: Sequence[Grid]) -> list[MicroBatch]:
-    rows = trajectories(batches)
-    top_k = top_k_of(batches[0]) if batches else 0
-    return [build_micro_batch(grid, rows, top_k) for grid in grids]
-
-
-def _rows(batch: pa.RecordBatch, name: str) -> list[Floats]:
-    column = ragged(batch, name)
-    return [column[row] for row in range(len(column))]

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from cluster.contracts.config import LearnerConfig
 from cluster.contracts.errors import CheckpointError
+from learner.completion_head import Evaluation
 from learner.engine import PausableAdamW, adamw_settings, paused
 from learner.micro_batch import MicroBatch
-from learner.model import Student, StudentScores
+from learner.model import Student
+from learner.objective.objective import Objective
+from learner.teacher_heads import TeacherHeads
 
 SHARDS_FOLDER = "zero"  # DeepSpeed's tag inside a checkpoint
 
@@ -63,9 +66,11 @@ class ZeroEngine:
             model=student, optimizer=self._optimizer, config=zero_settings(config, world_size), dist_init_required=False
         )
 
-    def forward(self, batch: MicroBatch) -> StudentScores:
-        """Score the completion tokens under the current weights."""
-        return StudentScores(*self._engine(batch.to(self._engine.device)))
+    def forward(
+        self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
+    ) -> Evaluation:
+        """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
+        return Evaluation(*self._engine(batch.to(self._engine.device), objective, teacher_heads))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add this rank's part of the step's loss; gradients of all parts and ranks add up."""

@@ -3,8 +3,7 @@
 Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM's environment first.
 """
 
-from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -21,6 +20,7 @@ from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from cluster.contracts.metrics import Metrics
 from cluster.vllm_runtime import prepare_environment
+from rollout_workers.expected_lengths import ExpectedLengths, spread
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker
 
@@ -34,12 +34,13 @@ class RolloutActorSettings:
     max_model_len: int  # tokens of the longest prompt and completion, plus 1
     rows_per_batch: int
     weight_sync_backend: str | None  # None: the weights never change
+    draws: bool = False  # whether sampling settings may ask for candidate draws
 
 
 @dataclass(frozen=True)
 class _Awaited:
     worker: int
-    wire: Any  # reference to the bytes of the batch that was asked for
+    rollout: int
 
 
 class RolloutActor:
@@ -61,7 +62,7 @@ class RolloutActor:
             settings.student.model, trust_remote_code=settings.student.trust_remote_code
         )
         engine = VllmRolloutEngine(
-            settings.student, settings.engine, settings.max_model_len, settings.weight_sync_backend
+            settings.student, settings.engine, settings.max_model_len, settings.weight_sync_backend, settings.draws
         )
         self._worker = RolloutWorker(
             engine, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), settings.rows_per_batch
@@ -74,8 +75,11 @@ class RolloutActor:
     async def start_rollout(
         self, rollout_id: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
     ) -> tuple[pa.Buffer | None, BatchHandle | None]:
-        """Hand all requests to the engine and return the first batch that finishes, as `next_batch` does."""
-        self._rollouts[rollout_id] = self._worker.generate(requests, sampling, verifier)
+        """Hand all requests to the engine and return the first batch that finishes, as `next_batch` does.
+
+        Requests of a rollout with a lower id run first.
+        """
+        self._rollouts[rollout_id] = self._worker.generate(requests, sampling, verifier, priority=rollout_id)
         return await self.next_batch(rollout_id)
 
     async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer | None, BatchHandle | None]:
@@ -121,14 +125,27 @@ class RolloutPool:
         options: Sequence[Mapping[str, Any]],
         timeouts: PoolTimeouts,
         name: str = "rollout",
+        actor: type = RolloutActor,
+        create: Callable[..., list[ActorHandle]] = actors.create_actors,
     ) -> None:
-        """Begin to start one actor per entry of `options` (Ray's actor options), named `name`-0, `name`-1, ..."""
+        """Begin to start the actors.
+
+        Args:
+            settings: what each is given.
+            options: Ray's actor options, one entry per actor.
+            timeouts: how long to wait for them.
+            name: they are called `name`-0, `name`-1, ...
+            actor: another class with RolloutActor's methods, to run the pool without its engines.
+            create: makes the actors, as `create_actors` does.
+        """
         self._names = [f"{name}-{index}" for index in range(len(options))]
         self._timeouts = timeouts
         self._name = name
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
-        self._actors = actors.create_actors(RolloutActor, self._names, [(settings,)] * len(options), options)
-        self._rollout_ids = count()
+        self._actors = create(actor, self._names, [(settings,)] * len(options), options)
+        self._lengths = ExpectedLengths(lambda prompt_id: "")
+        self._rollout_ids = count(-1, -1)  # below every step, so that who waits for `generate` waits for it alone
+        self._awaited: dict[Any, tuple[_Awaited, Any]] = {}  # reference to a handle -> for whom, reference to its bytes
         self._starting = [actor.start.remote() for actor in self._actors]
 
     @property
@@ -149,36 +166,75 @@ class RolloutPool:
         """Give every actor the prompts; their bytes go into the object store once."""
         wire = ray.put(prompts.to_wire())
         self._call_all("set_prompts", wire)
+        self._lengths = ExpectedLengths(prompts.domain)
+
+    def submit(
+        self, rollout: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
+    ) -> None:
+        """Hand requests to the workers, those expected to be long first, and return at once.
+
+        Args:
+            rollout: a number that no running rollout has, in training the step; a worker that cannot run all its
+                requests together runs those of the lowest number first.
+            requests: the completions to draw.
+            sampling: how to draw.
+            verifier: which verifier gives the rewards.
+        """
+        for worker, share in enumerate(spread(requests, len(self._actors), self._lengths.expect)):
+            if share:
+                self._ask(_Awaited(worker, rollout), "start_rollout", rollout, share, sampling, verifier)
+
+    @property
+    def awaited(self) -> list[Any]:
+        """Return a reference for each worker and rollout that owes a batch; it is ready when the batch is."""
+        return list(self._awaited)
+
+    def take(self, reference: Any) -> BatchHandle | None:
+        """Return the batch of an awaited reference; None when that worker has no more for its rollout.
+
+        Raises:
+            RolloutError: an engine gave up a request.
+            ActorError: the worker died.
+        """
+        asked, wire = self._awaited.pop(reference)
+        waiting_for = f"a batch from {self._names[asked.worker]}"
+        handle: BatchHandle | None = actors.get(reference, self._timeouts.call_seconds, waiting_for)
+        if handle is None:
+            return None
+        self._lengths.observe(handle)
+        self._ask(asked, "next_batch", asked.rollout)
+        return replace(handle, reference=wire, rollout=asked.rollout)
+
+    def late(self) -> str:
+        """Name the workers that owe a batch."""
+        return ", ".join(
+            self._names[worker] for worker in sorted({asked.worker for asked, _ in self._awaited.values()})
+        )
 
     def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
     ) -> Iterator[BatchHandle]:
-        """Yield every requested trajectory once, in batches, in the order in which they finish.
+        """Yield every requested trajectory once, in batches, in the order in which they finish; nothing else may run.
 
         Raises:
             RolloutError: an engine gave up a request.
             ActorError: an actor died, or none finished a batch in time; says which are late.
         """
-        rollout_id = next(self._rollout_ids)
-        awaited: dict[Any, _Awaited] = {}
-        for worker, share in enumerate(spread(requests, len(self._actors))):
-            if share:
-                awaited |= self._ask(worker, "start_rollout", rollout_id, share, sampling, verifier)
-        while awaited:
-            ready, _ = ray.wait(list(awaited), num_returns=1, timeout=self._timeouts.call_seconds)
+        self.submit(next(self._rollout_ids), requests, sampling, verifier)
+        while self._awaited:
+            ready, _ = ray.wait(self.awaited, num_returns=1, timeout=self._timeouts.call_seconds)
             if not ready:
-                late = ", ".join(self._names[batch.worker] for batch in awaited.values())
-                raise ActorError(f"waited {self._timeouts.call_seconds:.0f} s for a batch of trajectories from {late}")
-            batch = awaited.pop(ready[0])
-            handle = actors.get(ready[0], self._timeouts.call_seconds, f"a batch from {self._names[batch.worker]}")
+                raise ActorError(
+                    f"waited {self._timeouts.call_seconds:.0f} s for a batch of trajectories from {self.late()}"
+                )
+            handle = self.take(ready[0])
             if handle is not None:
-                awaited |= self._ask(batch.worker, "next_batch", rollout_id)
-                yield replace(handle, reference=batch.wire)
+                yield handle
 
-    def _ask(self, worker: int, method: str, *args: Any) -> dict[Any, "_Awaited"]:
+    def _ask(self, asked: _Awaited, method: str, *args: Any) -> None:
         """Ask a worker for a batch; the key is the reference to its handle."""
-        wire, handle = getattr(self._actors[worker], method).options(num_returns=2).remote(*args)
-        return {handle: _Awaited(worker, wire)}
+        wire, handle = getattr(self._actors[asked.worker], method).options(num_returns=2).remote(*args)
+        self._awaited[handle] = (asked, wire)
 
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""
@@ -193,19 +249,3 @@ class RolloutPool:
             waiting_for=f"{method} in pool {self._name}",
             names=self._names,
         )
-
-
-def spread(requests: Sequence[RolloutRequest], num_workers: int) -> list[list[RolloutRequest]]:
-    """Deal requests to workers as evenly as keeping a prompt's samples together, to share its prefix, allows.
-
-    Example:
-        >>> [len(share) for share in spread([RolloutRequest(i, i // 2, i % 2, 0) for i in range(6)], 2)]
-        [4, 2]
-    """
-    by_prompt: dict[int, list[RolloutRequest]] = defaultdict(list)
-    for request in requests:
-        by_prompt[request.prompt_id].append(request)
-    shares: list[list[RolloutRequest]] = [[] for _ in range(num_workers)]
-    for group in by_prompt.values():
-        min(shares, key=len).extend(group)
-    return shares

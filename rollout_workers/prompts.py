@@ -4,7 +4,7 @@ A prompt file is JSONL, one object per line: `prompt` (a text, or a list of chat
 `domain` and `teacher` (the NAME of a [teachers.NAME] section; needed when there are several).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config,
         "text": [_last_message(line) for _, line in lines],
         "answer": [line.answer for _, line in lines],
         "domain": [line.domain for _, line in lines],
-        "teacher": [_route(where, line.teacher, config.teachers) for where, line in lines],
+        "teacher": [_route(where, line.teacher, config.routes) for where, line in lines],
     }
     return PromptSet(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
 
@@ -213,10 +213,9 @@ def _last_message(line: PromptLine) -> str:
     return line.prompt if isinstance(line.prompt, str) else str(line.prompt[-1].get("content", ""))
 
 
-def _route(where: str, teacher: str | None, teachers: Iterable[str]) -> str:
-    names = list(teachers)
+def _route(where: str, teacher: str | None, names: Sequence[str]) -> str:
     if teacher is None and len(names) == 1:
         return names[0]
-    if teacher not in names:
+    if teacher is None or teacher not in names:
         raise PromptError(f"{where}: teacher is {teacher!r}; expected one of {names}")
     return teacher

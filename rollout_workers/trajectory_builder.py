@@ -7,7 +7,7 @@ import numpy as np
 
 from cluster.contracts.interfaces import Completion, RolloutRequest
 from cluster.contracts.metrics import Max, Mean, Metric, Sum
-from cluster.contracts.trajectory import GeneratedTrajectory, Ints
+from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,30 @@ class PromptFacts:
 
 @dataclass(frozen=True)
 class PolicyVersions:
-    """The student's versions while one completion was written."""
+    """The student's versions that wrote one completion."""
 
     oldest: int
     newest: int
+    changes: Ints  # [newest - oldest] tokens written before each version after the oldest
+
+    @classmethod
+    def of(cls, by_token: Ints) -> "PolicyVersions":
+        """Read them off the version that wrote each token; of no tokens they are none but 0.
+
+        Example:
+            >>> PolicyVersions.of(np.array([4, 4, 4, 5, 7])).changes.tolist()
+            [3, 4, 4]
+        """
+        oldest, newest = (int(by_token[0]), int(by_token[-1])) if len(by_token) else (0, 0)
+        later = np.arange(oldest + 1, newest + 1)
+        return cls(oldest, newest, np.searchsorted(by_token, later).astype(np.int32))
 
 
 def build_trajectory(
-    request: RolloutRequest, prompt: PromptFacts, completion: Completion, versions: PolicyVersions, reward: float | None
+    request: RolloutRequest, prompt: PromptFacts, completion: Completion, reward: float | None
 ) -> GeneratedTrajectory:
     """Join prompt and completion into one row; `loss_mask` is 1 on what the student sampled, its EOS included."""
+    versions = PolicyVersions.of(completion.policy_versions)
     return GeneratedTrajectory(
         trajectory_id=request.trajectory_id,
         prompt_id=request.prompt_id,
@@ -40,11 +54,14 @@ def build_trajectory(
         domain=prompt.domain,
         min_policy_version=versions.oldest,
         max_policy_version=versions.newest,
+        version_changes=versions.changes,
         token_ids=np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int32),
         loss_mask=np.repeat(np.array([0, 1], np.uint8), [len(prompt.token_ids), len(completion.token_ids)]),
         rollout_logprobs=completion.logprobs,
         finish_reason=completion.finish_reason,
         reward=reward,
+        candidate_ids=completion.candidate_ids,
+        candidate_rollout_logprobs=completion.candidate_logprobs,
     )
 
 
@@ -59,18 +76,31 @@ def before_stop(text: str, stop: Sequence[str]) -> str:
     return text[: min(ends, default=len(text))].strip()
 
 
-def rollout_metrics(rows: Sequence[GeneratedTrajectory], seconds: float) -> dict[str, Metric]:
-    """Measure a batch; `seconds` is the worker's time since its previous batch, so that a worker's sum is its time."""
+def rollout_metrics(
+    rows: Sequence[GeneratedTrajectory], seconds: float, stops_repetition: bool = False
+) -> dict[str, Metric]:
+    """Measure a batch.
+
+    Args:
+        rows: at least one.
+        seconds: the worker's time since its previous batch, so that a worker's sum is its time.
+        stops_repetition: whether repetition was looked for; where it was not, nobody knows how much there is.
+    """
     lengths = [len(row.rollout_logprobs) for row in rows]
-    truncated = sum(row.finish_reason == "length" for row in rows)
     rewards = [row.reward for row in rows if row.reward is not None]
     metrics: dict[str, Metric] = {
         "rollout/tokens": Sum(float(sum(lengths))),
         "rollout/seconds": Sum(seconds),
         "rollout/completion_length": Mean(float(sum(lengths)), float(len(rows))),
         "rollout/completion_length_max": Max(float(max(lengths))),
-        "rollout/truncated_ratio": Mean(float(truncated), float(len(rows))),
+        "rollout/truncated_ratio": _ended_by("length", rows),
     }
+    if stops_repetition:
+        metrics["rollout/repetition_ratio"] = _ended_by("repetition", rows)
     if rewards:
         metrics["rollout/reward"] = Mean(float(sum(rewards)), float(len(rewards)))
     return metrics
+
+
+def _ended_by(reason: FinishReason, rows: Sequence[GeneratedTrajectory]) -> Metric:
+    return Mean(float(sum(row.finish_reason == reason for row in rows)), float(len(rows)))

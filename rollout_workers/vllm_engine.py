@@ -1,33 +1,54 @@
 """The rollout engine on vLLM: seeded completions with log-probabilities, and weights replaced while requests run."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.exceptions import VLLMClientError
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.contracts.config import EngineConfig, StudentConfig
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.interfaces import Completion, SamplingSettings
-from cluster.contracts.trajectory import FinishReason
+from cluster.contracts.trajectory import FinishReason, Ints
 from cluster.vllm_runtime import EngineRole, build_engine
+from rollout_workers.candidate_draws import DrawOrder
+from rollout_workers.draw_fetcher import DrawFetcher, Encoded
+from rollout_workers.draw_processor import ask_for_draws, draws_from_bytes
 
 OBJECT_STORE = "object_store"
+DRAWS = "rollout_workers.draw_processor"  # the module; vLLM loads its classes by name
+NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 UNVERIFIED = "unverified"  # vLLM's own backends report nothing of what they received
-FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "repetition": "repetition",
+    "abort": "abort",
+}
+STARTED_WITH = "default"  # vLLM's label of the weights that it loaded itself
+REPETITIONS = 4  # of a passage, one after the other, that end a completion
 
 
 class VllmRolloutEngine:
     """A RolloutEngine that runs the student in vLLM; build it inside a running event loop."""
 
-    def __init__(self, student: StudentConfig, engine: EngineConfig, max_model_len: int, backend: str | None) -> None:
+    def __init__(
+        self,
+        student: StudentConfig,
+        engine: EngineConfig,
+        max_model_len: int,
+        backend: str | None,
+        draws: bool = False,
+    ) -> None:
         """Start the engine.
 
         Args:
@@ -35,8 +56,10 @@ class VllmRolloutEngine:
             engine: how it is served.
             max_model_len: tokens of the longest prompt and completion, plus 1.
             backend: how new weights arrive: "object_store", or vLLM's "nccl" or "ipc"; None: never.
+            draws: whether requests may ask for candidate draws, which every decoding step then looks out for.
         """
         self._backend = backend
+        self._draws = DrawFetcher(self._take_draws) if draws else None  # None: nothing draws
         self._engine = build_engine(
             student.model,
             student.trust_remote_code,
@@ -44,24 +67,38 @@ class VllmRolloutEngine:
             EngineRole(
                 max_model_len=max_model_len,
                 logprobs_mode="processed_logprobs",
-                max_logprobs=1,
+                max_logprobs=NO_LIMIT,
                 prefix_caching=True,
                 tokenizer=True,
+                priorities=True,
                 weight_transfer_backend=backend,
-                worker_extension="rollout_workers.weight_receiver.WeightReport" if backend == OBJECT_STORE else None,
+                worker_extension=f"{DRAWS}.WorkerExtension",
+                logits_processors=(f"{DRAWS}:DrawProcessor", f"{DRAWS}:DrawProcessorV2") if draws else None,
             ),
         )
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
     ) -> Completion:
-        """Draw one completion; a stop string's own tokens stay, for the student sampled them."""
+        """Draw one completion; a stop string's own tokens stay, for the student sampled them.
+
+        Raises:
+            RolloutError: vLLM refuses the request or gives it up.
+        """
+        draws = self._draws_for(request_id, sampling)
         prompt = {"prompt_token_ids": [int(token) for token in prompt_ids]}
+        is_finished = False
         try:
-            outputs = [out async for out in self._engine.generate(prompt, _sampling_params(sampling, seed), request_id)]
-        except (EngineDeadError, EngineGenerateError, ValueError) as error:
+            params = _sampling_params(request_id, sampling, seed)
+            outputs = [out async for out in self._engine.generate(prompt, params, request_id, priority=priority)]
+            is_finished = True
+        except (EngineDeadError, EngineGenerateError, VLLMClientError, ValueError) as error:
             raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
-        return _completion(request_id, outputs[-1].outputs[0])
+        finally:
+            if draws and not is_finished:
+                draws.give_up(request_id)
+        completion = _completion(request_id, outputs[-1].outputs[0], sampling)
+        return await _with_draws(draws, request_id, completion, sampling.num_candidates) if draws else completion
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end of the configured backend."""
@@ -91,7 +128,7 @@ class VllmRolloutEngine:
         Raises:
             WeightSyncError: a parameter is missing, unknown or damaged, or the engine's workers disagree.
         """
-        await self._engine.finish_weight_update()
+        await self._engine.finish_weight_update(weight_version=str(policy_version))
         checksum = UNVERIFIED
         if self._backend == OBJECT_STORE:
             checksum = common_checksum(await self._engine.collective_rpc("weight_report"), policy_version)
@@ -101,6 +138,27 @@ class VllmRolloutEngine:
     async def shutdown(self) -> None:
         """End the engine's process."""
         self._engine.shutdown()
+
+    def _draws_for(self, request_id: str, sampling: SamplingSettings) -> DrawFetcher | None:
+        """Return whom to ask for a request's draws; None if it wants none."""
+        if sampling.candidates != "draws" or not sampling.num_candidates:
+            return None
+        if self._draws is None:
+            raise RolloutError(f"request {request_id} asks for draws, but its engine was started without them")
+        return self._draws
+
+    async def _take_draws(self, wanted: Mapping[str, int], given_up: list[str]) -> dict[str, Encoded]:
+        # Every rank of the engine draws the same, for each samples on its own; all of them forget.
+        [taken, *_] = await self._engine.collective_rpc("take_draws", args=(wanted, given_up))
+        return {key: (ids, logprobs) for key, (ids, logprobs) in taken.items()}
+
+
+async def _with_draws(draws: DrawFetcher, request_id: str, completion: Completion, count: int) -> Completion:
+    num_tokens = len(completion.token_ids)
+    ids, logprobs = draws_from_bytes(*await draws.fetch(request_id, num_tokens), count)
+    if len(ids) != num_tokens:
+        raise RolloutError(f"request {request_id}: vLLM drew at {len(ids)} of its {num_tokens} tokens")
+    return replace(completion, candidate_ids=ids, candidate_logprobs=logprobs)
 
 
 def common_checksum(reports: Sequence[dict[str, Any]], policy_version: int) -> str:
@@ -137,7 +195,8 @@ def shared_memory(buffer: Any) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _sampling_params(sampling: SamplingSettings, seed: int) -> SamplingParams:
+def _sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> SamplingParams:
+    count, draws = sampling.num_candidates, sampling.candidates == "draws"
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -145,20 +204,45 @@ def _sampling_params(sampling: SamplingSettings, seed: int) -> SamplingParams:
         max_tokens=sampling.max_completion_tokens,
         seed=seed,
         stop=list(sampling.stop) or None,
-        logprobs=0,  # the sampled token's only
+        repetition_detection=_repetition_detection(sampling.stop_repetition),
+        logprobs=0 if draws else count,  # besides the sampled token's
         flat_logprobs=True,
         detokenize=bool(sampling.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
+        extra_args=ask_for_draws(DrawOrder(request_id, count, seed)) if draws and count else None,
     )
 
 
-def _completion(request_id: str, output: CompletionOutput) -> Completion:
-    logprobs = output.logprobs
+def _repetition_detection(longest: int) -> RepetitionDetectionParams | None:
+    """Look for passages of up to `longest` tokens; a shorter one is found as a passage that holds it several times."""
+    if not longest:
+        return None
+    # Each length costs time at every token. Every length has a multiple in the upper half, and what repeats there is
+    # long enough not to be a row of dashes.
+    return RepetitionDetectionParams(max_pattern_size=longest, min_pattern_size=longest // 2 + 1, min_count=REPETITIONS)
+
+
+def _completion(request_id: str, output: CompletionOutput, sampling: SamplingSettings) -> Completion:
     if output.finish_reason not in FINISH_REASONS:
         raise RolloutError(f"request {request_id}: vLLM ended it for the reason {output.finish_reason!r}")
-    assert isinstance(logprobs, FlatLogprobs)
+    assert isinstance(output.logprobs, FlatLogprobs)
+    num_listed = 0 if sampling.candidates == "draws" else sampling.num_candidates
+    # By position: the written token, then the most likely ones, best first.
+    ids = np.asarray(output.logprobs.token_ids, np.int32).reshape(-1, 1 + num_listed)
+    logprobs = np.asarray(output.logprobs.logprobs, np.float32).reshape(-1, 1 + num_listed)
     return Completion(
-        token_ids=np.asarray(output.token_ids, dtype=np.int32),
-        logprobs=np.asarray(logprobs.logprobs, dtype=np.float32),  # one entry per position: logprobs=0
+        token_ids=np.asarray(output.token_ids, np.int32),
+        logprobs=logprobs[:, 0],
         finish_reason=FINISH_REASONS[output.finish_reason],
+        policy_versions=_policy_versions(output),
+        candidate_ids=ids[:, 1:] if num_listed else None,
+        candidate_logprobs=logprobs[:, 1:] if num_listed else None,
     )
+
+
+def _policy_versions(output: CompletionOutput) -> Ints:
+    """Return [completion_tokens]; vLLM keeps the label of the weights that wrote each token."""
+    spans = output.weight_versions
+    assert spans is not None  # only an engine that labels nothing has none
+    versions = [0 if span.version == STARTED_WITH else int(span.version) for span in spans]
+    return np.repeat(np.array(versions, np.int32), [span.end - span.start for span in spans])

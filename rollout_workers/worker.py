@@ -14,19 +14,13 @@ from cluster.contracts.metrics import Metrics
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
 from rollout_workers.judge import Judge
 from rollout_workers.prompts import PromptSet
-from rollout_workers.trajectory_builder import (
-    PolicyVersions,
-    PromptFacts,
-    before_stop,
-    build_trajectory,
-    rollout_metrics,
-)
+from rollout_workers.trajectory_builder import PromptFacts, before_stop, build_trajectory, rollout_metrics
 
 Decode = Callable[[Ints], str]  # completion tokens to text, without special tokens
 
 
 class RolloutWorker:
-    """Draws completions from an engine and stamps each with the policy versions that wrote it."""
+    """Draws completions from an engine and makes rows of them, rewards included."""
 
     def __init__(self, engine: RolloutEngine, decode: Decode, rows_per_batch: int) -> None:
         self._engine = engine
@@ -42,33 +36,25 @@ class RolloutWorker:
         self._prompts = prompts
 
     async def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
+        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int = 0
     ) -> AsyncIterator[tuple[pa.RecordBatch, Metrics]]:
         """Yield a batch whenever `rows_per_batch` trajectories for the same teacher are done, and the rest at the end.
 
         Args:
-            requests: all are handed to the engine at once; it decides how many run together.
+            requests: all are handed to the engine at once, in this order; it decides how many run together.
             sampling: how to draw.
             verifier: which verifier gives the reward of a completion whose prompt has an answer.
+            priority: requests of a call with a lower one run first.
 
         Raises:
             RolloutError: the prompts were never set, or the engine gave up a request.
         """
-        pending: dict[str, list[GeneratedTrajectory]] = defaultdict(list)
         last = perf_counter()
-        tasks = [asyncio.create_task(self._rollout(request, sampling, verifier)) for request in requests]
+        tasks = [asyncio.create_task(self._rollout(request, sampling, verifier, priority)) for request in requests]
         try:
-            for task in asyncio.as_completed(tasks):
-                row = await task
-                pending[row.teacher].append(row)
-                if len(pending[row.teacher]) == self._rows_per_batch:
-                    rows = pending.pop(row.teacher)
-                    now = perf_counter()
-                    yield make_generated(rows), rollout_metrics(rows, now - last)
-                    last = now
-            for rows in pending.values():
+            async for rows in self._batches(tasks):
                 now = perf_counter()
-                yield make_generated(rows), rollout_metrics(rows, now - last)
+                yield make_generated(rows), rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
                 last = now
         finally:
             for unfinished in tasks:
@@ -97,7 +83,6 @@ class RolloutWorker:
                 f"weights of policy version {policy_version} arrived after version {self._policy_version}; "
                 "an update may only go forward"
             )
-        # Before the engine resumes, or a request that ends right after it would not carry the version that ended it.
         self._policy_version = policy_version
         return await self._engine.finish_weight_update(policy_version)
 
@@ -106,23 +91,34 @@ class RolloutWorker:
         self._judge.close()
         await self._engine.shutdown()
 
-    async def _rollout(self, request: RolloutRequest, sampling: SamplingSettings, verifier: str) -> GeneratedTrajectory:
+    async def _batches(
+        self, tasks: Sequence[asyncio.Task[GeneratedTrajectory]]
+    ) -> AsyncIterator[list[GeneratedTrajectory]]:
+        """Collect rows by teacher as they come; what has not filled a batch comes at the end."""
+        pending: dict[str, list[GeneratedTrajectory]] = defaultdict(list)
+        for task in asyncio.as_completed(tasks):
+            row = await task
+            pending[row.teacher].append(row)
+            if len(pending[row.teacher]) == self._rows_per_batch:
+                yield pending.pop(row.teacher)
+        for rows in pending.values():
+            yield rows
+
+    async def _rollout(
+        self, request: RolloutRequest, sampling: SamplingSettings, verifier: str, priority: int
+    ) -> GeneratedTrajectory:
         prompt = self._prompt(request.prompt_id)
         self._num_requests += 1
-        oldest = self._current_version
         # A request id must not be in use twice at once; a trajectory may be asked for again after a failure.
         request_id = f"{request.trajectory_id}-{self._num_requests}"
-        completion = await self._engine.generate(request_id, prompt.token_ids.tolist(), sampling, request.seed)
-        versions = PolicyVersions(oldest, self._current_version)
+        completion = await self._engine.generate(
+            request_id, prompt.token_ids.tolist(), sampling, request.seed, priority
+        )
         reward: float | None = None
         if prompt.answer is not None:
             text = before_stop(self._decode(completion.token_ids), sampling.stop)
             reward = await self._judge.reward(verifier, text, prompt.answer, completion.finish_reason)
-        return build_trajectory(request, prompt, completion, versions, reward)
-
-    @property
-    def _current_version(self) -> int:
-        return 0 if self._policy_version is None else self._policy_version
+        return build_trajectory(request, prompt, completion, reward)
 
     def _prompt(self, prompt_id: int) -> PromptFacts:
         prompts = self._prompts

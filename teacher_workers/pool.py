@@ -1,9 +1,9 @@
 """The teacher pools: per teacher, Ray actors with one TeacherWorker each. The only file here that knows Ray.
 
-Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM's environment first.
+Importing this loads neither vLLM nor torch: the driver needs none, and an actor sets their environment first.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,21 +15,29 @@ from cluster.actors import PoolTimeouts
 from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
 from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
-from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.trajectory import from_wire
 from cluster.vllm_runtime import prepare_environment
-from teacher_workers.worker import TeacherWorker
+
+Chain = Sequence[tuple[str, ScoreRequest]]  # who scores a batch, in order, and what is asked of each: pool, request
+Ticket = Any  # ray.ObjectRef of an answer, to wait for and to collect it by
 
 
 @dataclass(frozen=True)
 class _Assignment:
     replica: int
-    handle: BatchHandle  # as generated
+    handle: BatchHandle  # as it was sent
     wire: Any  # reference to the scored batch's bytes
 
     @property
     def num_tokens(self) -> int:
         return sum(self.handle.num_tokens)
+
+
+@dataclass(frozen=True)
+class _Leg:
+    pool: "TeacherPool"  # scores now
+    rest: Chain  # scores after it
 
 
 class TeacherActor:
@@ -42,16 +50,24 @@ class TeacherActor:
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
-        prepare_environment(self._teacher.engine)
+        teacher = self._teacher
+        prepare_environment(teacher.engine)
+        import torch
+
+        from cluster.lm_head import load_lm_head
         from teacher_workers.vllm_engine import VllmScoringEngine
+        from teacher_workers.worker import TeacherWorker
 
-        engine = VllmScoringEngine(self._teacher, self._max_model_len)
-        top_k = self._teacher.top_k if self._teacher.signal == "topk" else 0
-        self._worker = TeacherWorker(self._name, engine, engine.vocabulary_size, top_k)
+        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype)
+        engine = VllmScoringEngine(teacher, self._max_model_len)
+        # After the engine has taken its share of the GPU's memory: head and logits live in what gpu_memory_fraction
+        # leaves free.
+        head = head.to("cuda" if torch.cuda.is_available() else "cpu")
+        self._worker = TeacherWorker(self._name, engine, head)
 
-    async def score(self, wire: pa.Buffer) -> tuple[pa.Buffer, BatchHandle]:
+    async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
         """Score one batch; Ray has fetched its bytes to this node before the call."""
-        return pack(*await self._worker.score(from_wire(wire, "generated")))
+        return pack(*await self._worker.score(from_wire(wire), request))
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
@@ -78,49 +94,45 @@ class TeacherPool:
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
         self._actors = actors.create_actors(TeacherActor, self._names, arguments, options)
         self._starting = [actor.start.remote() for actor in self._actors]
-        self._outstanding: dict[Any, _Assignment] = {}
-
-    @property
-    def outstanding(self) -> list[Any]:
-        """Return references to the answers that have not been collected."""
-        return list(self._outstanding)
+        self._outstanding: dict[Ticket, _Assignment] = {}
 
     def wait_until_ready(self) -> None:
         """Wait for every engine.
 
         Raises:
-            ModelError: vLLM cannot serve the teacher.
+            ModelError: vLLM cannot serve the teacher, or its LM head cannot be read.
             ActorError: an actor died or took too long; says which.
         """
         actors.get_all(self._starting, self._timeouts.start_seconds, f"teacher {self.name} to start", self._names)
 
-    def submit(self, handle: BatchHandle) -> None:
-        """Send a generated batch to the least loaded replica; returns at once."""
+    def submit(self, handle: BatchHandle, request: ScoreRequest) -> Ticket:
+        """Send a batch to the least loaded replica; returns at once."""
         loads = [0] * len(self._actors)
         for assignment in self._outstanding.values():
             loads[assignment.replica] += assignment.num_tokens
         replica = least_loaded(loads)
-        wire, answer = self._score(replica, handle)
-        self._outstanding[answer] = _Assignment(replica, handle, wire)
+        wire, ticket = self._score(replica, handle, request)
+        self._outstanding[ticket] = _Assignment(replica, handle, wire)
+        return ticket
 
-    def collect(self, timeout_seconds: float) -> list[BatchHandle]:
-        """Return the batches that are scored, waiting for one if none is; none after the timeout.
+    def collect(self, ticket: Ticket) -> BatchHandle:
+        """Return the scored batch, waiting for it.
 
         Raises:
-            ScoreError: a replica's scores cannot be training data; names teacher and replica.
-            ActorError: a replica died.
+            ScoreError: the replica's scores cannot be training data; names teacher and replica.
+            ActorError: the replica died or took too long.
         """
-        if not self._outstanding:
-            return []
-        first, _ = ray.wait(self.outstanding, num_returns=1, timeout=timeout_seconds)
-        others, _ = ray.wait(self.outstanding, num_returns=len(self._outstanding), timeout=0)
-        return [self._take(answer) for answer in {*first, *others}]
+        assignment = self._outstanding.pop(ticket)
+        waiting_for = f"scores from {self._names[assignment.replica]}"
+        scored: BatchHandle = actors.get(ticket, self._timeouts.call_seconds, waiting_for)
+        metrics = {**assignment.handle.metrics, **scored.metrics}
+        return replace(scored, reference=assignment.wire, rollout=assignment.handle.rollout, metrics=metrics)
 
-    def score_everywhere(self, handles: Sequence[BatchHandle]) -> list[list[BatchHandle]]:
+    def score_everywhere(self, handles: Sequence[BatchHandle], request: ScoreRequest) -> list[list[BatchHandle]]:
         """Score the same batches on every replica, to compare them; one list per replica, in the batches' order."""
         everywhere = []
         for replica, name in enumerate(self._names):
-            asked = [self._score(replica, handle) for handle in handles]
+            asked = [self._score(replica, handle, request) for handle in handles]
             waiting_for = f"scores from {name}"
             scored = actors.get([answer for _, answer in asked], self._timeouts.call_seconds, waiting_for)
             everywhere.append(
@@ -136,59 +148,96 @@ class TeacherPool:
         """End engines and actors; no process stays."""
         actors.shutdown(self._actors)
 
-    def _take(self, answer: Any) -> BatchHandle:
-        assignment = self._outstanding.pop(answer)
-        waiting_for = f"scores from {self._names[assignment.replica]}"
-        scored: BatchHandle = actors.get(answer, self._timeouts.call_seconds, waiting_for)
-        metrics = {**assignment.handle.metrics, **scored.metrics}
-        return replace(scored, reference=assignment.wire, metrics=metrics)
-
-    def _score(self, replica: int, handle: BatchHandle) -> tuple[Any, Any]:
+    def _score(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Ticket]:
         """Return references to the scored bytes and to their handle."""
-        wire, answer = self._actors[replica].score.options(num_returns=2).remote(handle.reference)
+        wire, answer = self._actors[replica].score.options(num_returns=2).remote(handle.reference, request)
         return wire, answer
 
 
 class TeacherPools:
-    """All teachers of a run; each batch is scored by the one that its prompt names."""
+    """All teachers of a run; each batch goes from pool to pool along its chain, and each adds its columns.
+
+    `score` is the whole of it for who has nothing else to wait for. A driver that waits for new batches at the same
+    time uses the three parts: `submit`, then `ray.wait` on `outstanding` and whatever else, then `collect`.
+    """
 
     def __init__(self, pools: Mapping[str, TeacherPool], call_seconds: float) -> None:
-        """Take the pools by teacher name; `call_seconds` bounds the wait for the next scored batch."""
+        """Take the pools by teacher name; `call_seconds` bounds the wait for the next answer."""
         self._pools = pools
         self._call_seconds = call_seconds
+        self._legs: dict[Ticket, _Leg] = {}
 
     @property
     def pools(self) -> Mapping[str, TeacherPool]:
         """Return the pools by teacher name."""
         return self._pools
 
-    def score(self, handles: Iterable[BatchHandle]) -> Iterator[BatchHandle]:
-        """Submit each batch as it comes and yield scored ones as they finish, in any order.
+    @property
+    def outstanding(self) -> list[Ticket]:
+        """Return references to wait on: one per batch that is being scored, ready when its present pool is done."""
+        return list(self._legs)
+
+    def score(self, handles: Iterable[BatchHandle], plan: Callable[[str], Chain]) -> Iterator[BatchHandle]:
+        """Submit each batch as it comes and yield those whose chain is done, in any order.
+
+        Args:
+            handles: generated batches.
+            plan: gives the chain of a batch's route, `handle.teacher`.
 
         Raises:
-            ScoreError: a batch names an unknown teacher, or scores cannot be training data.
+            ScoreError: a chain names an unknown teacher, or scores cannot be training data.
             ActorError: a replica died, or nothing was scored in time; says what is late.
         """
         for handle in handles:
-            if handle.teacher not in self._pools:
-                raise ScoreError(f"a batch names the teacher {handle.teacher!r}; there are {sorted(self._pools)}")
-            self._pools[handle.teacher].submit(handle)
-            yield from self._finished()
-        while answers := [answer for pool in self._pools.values() for answer in pool.outstanding]:
-            ready, _ = ray.wait(answers, num_returns=1, timeout=self._call_seconds)
+            self.submit(handle, plan(handle.teacher))
+            yield from self.collect()
+        while self._legs:
+            ready, _ = ray.wait(self.outstanding, num_returns=1, timeout=self._call_seconds)
             if not ready:
-                late = ", ".join(pool.late() for pool in self._pools.values() if pool.outstanding)
-                raise ActorError(f"waited {self._call_seconds:.0f} s for scores from {late}")
-            yield from self._finished()
+                raise ActorError(f"waited {self._call_seconds:.0f} s for scores from {self.late()}")
+            yield from self.collect()
+
+    def submit(self, handle: BatchHandle, chain: Chain) -> None:
+        """Send a batch to the first pool of its chain, of at least one; returns at once.
+
+        Raises:
+            ScoreError: the chain names an unknown teacher.
+        """
+        for name, _ in chain:
+            if name not in self._pools:
+                raise ScoreError(f"a batch names the teacher {name!r}; there are {sorted(self._pools)}")
+        (name, request), *rest = chain
+        pool = self._pools[name]
+        self._legs[pool.submit(handle, request)] = _Leg(pool, rest)
+
+    def collect(self) -> list[BatchHandle]:
+        """Return the batches whose chain is done by now, without waiting, and send the others that are ready on.
+
+        Raises:
+            ScoreError: scores cannot be training data; names teacher and replica.
+            ActorError: a replica died.
+        """
+        if not self._legs:
+            return []
+        ready, _ = ray.wait(self.outstanding, num_returns=len(self._legs), timeout=0)
+        finished = []
+        for ticket in ready:
+            leg = self._legs.pop(ticket)
+            handle = leg.pool.collect(ticket)
+            if leg.rest:
+                self.submit(handle, leg.rest)
+            else:
+                finished.append(handle)
+        return finished
+
+    def late(self) -> str:
+        """Name the replicas that owe an answer."""
+        return ", ".join(names for pool in self._pools.values() if (names := pool.late()))
 
     def shutdown(self) -> None:
         """End every pool."""
         for pool in self._pools.values():
             pool.shutdown()
-
-    def _finished(self) -> Iterator[BatchHandle]:
-        for pool in self._pools.values():
-            yield from pool.collect(timeout_seconds=0)
 
 
 def least_loaded(outstanding_tokens: Sequence[int]) -> int:

@@ -1,74 +1,95 @@
-"""One teacher worker: generated batches in, the same rows with the teacher's columns out."""
+"""One teacher worker: batches in, the same rows with one more model's columns out."""
 
 import asyncio
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cluster.contracts.errors import ScoreError
-from cluster.contracts.interfaces import ScoringEngine
+from cluster.contracts.interfaces import ScoreRequest, ScoringEngine
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
-from cluster.contracts.trajectory import TeacherScores, add_scores, ragged
+from cluster.contracts.objective import TEACHER
+from cluster.contracts.trajectory import Floats, add_scores, num_candidates_of, ragged
+from cluster.lm_head import LmHead
+from teacher_workers.scoring import score_tokens
 
 UNIFORM_TOLERANCE = 1e-5  # nats; float32 log-probabilities near -12 are exact to 1e-6, no real text is this even
 
 
 class TeacherWorker:
-    """Scores batches with an engine and refuses scores that cannot be a language model's."""
+    """Scores batches with an engine and an LM head, and refuses scores that cannot be a language model's."""
 
-    def __init__(self, name: str, engine: ScoringEngine, vocabulary_size: int, top_k: int) -> None:
+    def __init__(self, name: str, engine: ScoringEngine, head: LmHead) -> None:
         """Take an engine.
 
         Args:
             name: teacher and replica, for errors.
-            engine: scores one trajectory at a time, many at once.
-            vocabulary_size: of the teacher.
-            top_k: width of the top-k columns; 0 for the signal "sampled".
+            engine: reads one trajectory at a time, many at once.
+            head: of the engine's model.
         """
         self._name = name
         self._engine = engine
-        self._vocabulary_size = vocabulary_size
-        self._top_k = top_k
+        self._head = head
         self._num_requests = 0
+        # The head runs beside the event loop, which goes on feeding the engine with the next batches. One thread: each
+        # thread that calls torch brings a set of OpenMP threads of its own.
+        self._head_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lm-head")
 
-    async def score(self, batch: pa.RecordBatch) -> tuple[pa.RecordBatch, Metrics]:
-        """Score all rows at once; the engine decides how many run together.
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[pa.RecordBatch, Metrics]:
+        """Score all rows; the engine decides how many run together, and with rows of which batches.
 
         Raises:
-            ScoreError: scores are missing, misaligned, of the wrong length, not finite, or uniform; names the teacher.
+            ScoreError: hidden states are missing or misplaced, scores are not finite or all alike, or the batch lacks
+                the candidates that are to be scored; names the teacher.
         """
         started = perf_counter()
-        token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
-        first = self._num_requests
-        self._num_requests += len(token_ids)
         try:
-            scores = await asyncio.gather(
-                *(
-                    self._engine.score(str(first + row), token_ids[row], loss_mask[row], self._top_k)
-                    for row in range(len(token_ids))
-                )
-            )
-            scored = add_scores(batch, scores)
-            refuse_uniform(scores, self._vocabulary_size)
+            hidden = await self._hidden_states(batch)
+            loop = asyncio.get_running_loop()
+            scored = await loop.run_in_executor(self._head_thread, self._add_scores, batch, request, hidden)
         except ScoreError as error:
             raise ScoreError(f"{self._name}: {error}") from error
-        return scored, _metrics(scored, token_ids.offsets[-1], perf_counter() - started)
+        return scored, _metrics(scored, request.model, perf_counter() - started)
 
     async def shutdown(self) -> None:
         """End the engine."""
+        self._head_thread.shutdown()
         await self._engine.shutdown()
 
+    async def _hidden_states(self, batch: pa.RecordBatch) -> list[torch.Tensor]:
+        """Return [completion_tokens, width] of every row."""
+        token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
+        first = self._num_requests
+        self._num_requests += len(token_ids)
+        rows = range(len(token_ids))
+        return await asyncio.gather(
+            *(self._engine.hidden_states(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
+        )
 
-def refuse_uniform(scores: Sequence[TeacherScores], vocabulary_size: int) -> None:
+    def _add_scores(
+        self, batch: pa.RecordBatch, request: ScoreRequest, hidden: Sequence[torch.Tensor]
+    ) -> pa.RecordBatch:
+        if request.given_candidates and not num_candidates_of(batch):
+            raise ScoreError(f"{request.model} is to score candidates, but the batch has none")
+        written = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
+        candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
+        scores = score_tokens(self._head, torch.cat(list(hidden)), written, request, candidates)
+        scored = add_scores(batch, request.model, scores)
+        refuse_uniform(scores.logprobs, self._head.vocabulary_size)
+        return scored
+
+
+def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:
     """Refuse a batch of several tokens that were all scored -log(vocabulary size): the model's weights are not loaded.
 
     Raises:
         ScoreError: they were.
     """
-    logprobs = np.concatenate([score.logprobs for score in scores]) if scores else np.empty(0)
     uniform = -math.log(vocabulary_size)
     if len(logprobs) > 1 and np.allclose(logprobs, uniform, rtol=0, atol=UNIFORM_TOLERANCE):
         raise ScoreError(
@@ -77,14 +98,17 @@ def refuse_uniform(scores: Sequence[TeacherScores], vocabulary_size: int) -> Non
         )
 
 
-def _metrics(scored: pa.RecordBatch, num_tokens: int, seconds: float) -> dict[str, Metric]:
-    logprobs = ragged(scored, "teacher_logprobs").values
-    written = ragged(scored, "rollout_logprobs").values
-    return {
-        "teacher/tokens": Sum(float(num_tokens)),
-        "teacher/scored_tokens": Sum(float(len(logprobs))),
-        "teacher/seconds": Sum(seconds),
-        "teacher/logprob": Mean(float(logprobs.sum()), float(len(logprobs))),
-        # One-sample estimate of KL(sampler || teacher); of the student itself when it sampled at temperature 1.
-        "teacher/sampled_kl": Mean(float((written - logprobs).sum(dtype=np.float64)), float(len(logprobs))),
+def _metrics(scored: pa.RecordBatch, model: str, seconds: float) -> dict[str, Metric]:
+    logprobs = ragged(scored, f"{model}_logprobs").values
+    num_scored = float(len(logprobs))
+    metrics: dict[str, Metric] = {
+        f"{model}/tokens": Sum(float(ragged(scored, "token_ids").offsets[-1])),
+        f"{model}/scored_tokens": Sum(num_scored),
+        f"{model}/seconds": Sum(seconds),
+        f"{model}/logprob": Mean(float(logprobs.sum(dtype=np.float64)), num_scored),
     }
+    if model == TEACHER:
+        # One-sample estimate of KL(sampler || teacher); of the student itself when it sampled at temperature 1.
+        gap = ragged(scored, "rollout_logprobs").values - logprobs
+        metrics["teacher/sampled_kl"] = Mean(float(gap.sum(dtype=np.float64)), num_scored)
+    return metrics

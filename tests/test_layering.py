@@ -17,6 +17,7 @@ LAYERS = [
     ("cluster.commands", 3),
     ("cluster.driver", 3),
     ("cluster.evaluation", 3),
+    ("cluster.flow", 3),
     ("cluster.pipeline", 3),
     ("cluster.live_checks", 3),
     ("cluster.training_run", 3),
@@ -28,6 +29,7 @@ LAYERS = [
 DOORS = {
     "vllm": {
         "cluster.vllm_runtime",
+        "rollout_workers.draw_processor",
         "rollout_workers.vllm_engine",
         "rollout_workers.weight_receiver",
         "teacher_workers.vllm_engine",

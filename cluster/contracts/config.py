@@ -21,6 +21,7 @@ from cluster.contracts.presets import expand_preset
 from cluster.contracts.section import Count, CountOrZero, Fraction, NonNegative, Positive, Section
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
 
 
 class RunConfig(Section):
@@ -70,10 +71,11 @@ class RolloutConfig(Section):
     num_workers: Count = 1
     samples_per_prompt: Count = 1
     max_completion_tokens: Count = 512
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Meta(gt=0, le=MAX_TEMPERATURE)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: CountOrZero = 0  # 0: whole vocabulary
     stop: tuple[str, ...] = ()
+    stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Count = 8  # trajectories per Arrow batch sent on as they finish
     engine: EngineConfig = EngineConfig()
 
@@ -122,7 +124,7 @@ class EvaluationConfig(Section):
     every_steps: CountOrZero = 0  # 0: before and after only
     num_prompts: CountOrZero = 0  # 0: all held-out prompts
     samples_per_prompt: Count = 1
-    temperature: NonNegative = 1.0
+    temperature: Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)] = 1.0  # 0: greedy
     verifier: Literal["exact", "regex", "math"] = "exact"
     teacher_too: bool = True  # measure the teachers on the same prompts, once
 

@@ -19,6 +19,7 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()
     num_candidates: int = 0  # tokens besides the written one to return per position
     candidates: Literal["topk", "draws"] = "topk"  # the most likely ones, or independent draws
+    stop_repetition: int = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Completion:
     token_ids: Ints  # [completion_tokens], the EOS token included when it was sampled
     logprobs: Floats  # [completion_tokens] under the sampling distribution
     finish_reason: FinishReason
+    policy_versions: Ints  # [completion_tokens] that wrote each token; 0: the weights that the engine started with
     candidate_ids: Ints | None = None  # [completion_tokens, k] as the sampling settings ask
     candidate_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
 
@@ -53,6 +55,7 @@ class BatchHandle:
     num_completion_tokens: tuple[int, ...]  # per row
     prompt_ids: tuple[int, ...] = ()  # per row
     rewards: tuple[float | None, ...] = ()  # per row
+    rollout: int = 0  # which request of the rollout pool it answers; in training the step
     metrics: Metrics = field(default_factory=dict)
 
 
@@ -76,9 +79,12 @@ class RolloutEngine(Protocol):
     """Draws completions; its weights can be replaced while it runs (vLLM's weight-transfer verbs)."""
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
     ) -> Completion:
-        """Draw one completion; many calls run at once and are batched by the engine."""
+        """Draw one completion; many calls run at once and are batched by the engine.
+
+        When not all of them fit, those of the lowest `priority` run first.
+        """
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end of the configured backend, once."""

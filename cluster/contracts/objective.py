@@ -164,6 +164,8 @@ def _policy_gradient_fault(support: Support, term: PolicyGradientTerm) -> str | 
             f"over = 'support' needs tokens that the student chose, found objective.support = '{support}'; "
             "use samples or student_topk"
         )
+    if term.baseline == "kl" and term.over == "support":
+        return "baseline = 'kl' lowers the variance of one draw; a sum over candidates has none; use over = 'sampled'"
     if term.baseline == "kl" and support in ("sampled", "samples"):
         return f"baseline = 'kl' needs support topk, student_topk, intersection or full, found '{support}'"
     if term.log_ratio_map in ("power", "proximal", "forward_kl", "jsd") and term.student == "none":

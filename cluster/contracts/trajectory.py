@@ -1,17 +1,18 @@
 """The Arrow schema of a trajectory batch, its constructors, its checks and its wire encoding.
 
-One row is one trajectory: a prompt and one completion. Two kinds of list column exist, and nothing else does:
+One row is one trajectory: a prompt and one completion. Three kinds of list column exist, and nothing else does:
 
 - per token (`token_ids`, `loss_mask`): one value per prompt or completion token;
 - per completion token (`rollout_logprobs`, the candidates and every scoring model's columns): one value, or one list of
-  fixed length, per token whose `loss_mask` is 1, in order. Prompt positions are never scored and never shipped.
+  fixed length, per token whose `loss_mask` is 1, in order. Prompt positions are never scored and never shipped;
+- per policy version after the first (`version_changes`): the completion token at which it begins to write.
 
 Candidates are further tokens per position on which models are compared, chosen by the student or by its teacher. Each
 scoring model adds columns under its role in the objective's target: `teacher_logprobs`, `base_logprobs`, and so on.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +23,12 @@ from numpy.typing import NDArray
 from cluster.contracts.errors import ScoreError, TrajectoryError
 
 Stage = Literal["generated", "scored"]
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "repetition", "abort"]
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 _GENERATED_FIELDS = [
     pa.field("trajectory_id", pa.int64(), nullable=False),  # unique in the run
@@ -37,6 +38,7 @@ _GENERATED_FIELDS = [
     pa.field("domain", pa.string(), nullable=False),
     pa.field("min_policy_version", pa.int64(), nullable=False),
     pa.field("max_policy_version", pa.int64(), nullable=False),  # above min: weights changed while it was written
+    pa.field("version_changes", pa.list_(pa.int32()), nullable=False),  # entry i: where version min + i + 1 begins
     pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
     pa.field("loss_mask", pa.list_(pa.uint8()), nullable=False),  # 1 where the student sampled
     pa.field("rollout_logprobs", pa.list_(pa.float32()), nullable=False),  # under the sampling distribution
@@ -61,6 +63,9 @@ class GeneratedTrajectory:
     rollout_logprobs: Floats  # [completion_tokens]
     finish_reason: FinishReason
     reward: float | None
+    # [max - min policy version] completion tokens before each further version; one that wrote nothing has the same
+    # entry as the next.
+    version_changes: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     candidate_ids: Ints | None = None  # [completion_tokens, k] tokens that the student chose besides the written one
     candidate_rollout_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
 
@@ -260,6 +265,21 @@ def _check_row(row: GeneratedTrajectory) -> None:
             raise TrajectoryError(f"{where}: {name} holds NaN or infinity; the student may have diverged")
     if len(row.loss_mask) and row.loss_mask[0]:
         raise TrajectoryError(f"{where}: the first token is marked as sampled, but nothing precedes it")
+    _check_versions(where, row, completion_tokens)
+
+
+def _check_versions(where: str, row: GeneratedTrajectory, completion_tokens: int) -> None:
+    oldest, newest, changes = row.min_policy_version, row.max_policy_version, row.version_changes
+    if len(changes) != newest - oldest:
+        raise TrajectoryError(
+            f"{where}: version_changes has {len(changes)} values for policy versions {oldest} to {newest}"
+        )
+    # The oldest version wrote the first token, and the newest wrote the last.
+    if len(changes) and not (changes[0] > 0 and changes[-1] < completion_tokens and (np.diff(changes) >= 0).all()):
+        raise TrajectoryError(
+            f"{where}: version_changes is {changes.tolist()}; expected positions that do not fall, from 1 to "
+            f"{completion_tokens - 1}"
+        )
 
 
 def _check_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> None:

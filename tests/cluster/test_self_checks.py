@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from cluster.contracts.errors import ModelError, SelfCheckError
-from cluster.contracts.trajectory import TeacherScores, add_scores, make_generated
+from cluster.contracts.trajectory import Scores, add_scores, make_generated
 from cluster.self_checks import (
     check_not_uniform,
     check_replicas,
@@ -25,7 +25,7 @@ def make_tokenizer(words: str, **special: str) -> PreTrainedTokenizerFast:
 
 def make_scored(*logprobs: float) -> pa.RecordBatch:
     batch = make_generated([make_trajectory(completion=range(len(logprobs)))])
-    return add_scores(batch, [TeacherScores(np.array(logprobs, dtype=np.float32))])
+    return add_scores(batch, "teacher", Scores(np.array(logprobs, dtype=np.float32)))
 
 
 def test_the_same_tokenizer_passes() -> None:

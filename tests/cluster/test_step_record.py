@@ -18,7 +18,7 @@ def make_handle(num_tokens: tuple[int, ...], reward: Mean, teacher: str = "main"
     completion = tuple(length - 10 for length in num_tokens)
     ids = tuple(range(len(num_tokens)))
     figures = {"rollout/reward": reward, "rows": Sum(len(ids)), **{f"teacher/{k}": v for k, v in metrics.items()}}
-    return BatchHandle(None, teacher, ids, num_tokens, completion, figures)
+    return BatchHandle(None, teacher, ids, num_tokens, completion, metrics=figures)
 
 
 WATCH = make_watch(score=(0.0, 5.0), generate=(0.0, 4.0), learn=(5.0, 7.0), sync=(7.0, 7.5))

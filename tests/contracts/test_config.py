@@ -11,8 +11,8 @@ FIELDS = {
     "run": "name steps seed directory",
     "student": "model trust_remote_code",
     "prompts": "train held_out template system_prompt prompts_per_step shuffle",
-    "rollout": "num_workers samples_per_prompt max_completion_tokens temperature top_p top_k stop rows_per_batch "
-    "engine",
+    "rollout": "num_workers samples_per_prompt max_completion_tokens temperature top_p top_k stop stop_repetition "
+    "rows_per_batch engine",
     "teachers": "model trust_remote_code num_workers base engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
@@ -54,6 +54,9 @@ def test_an_override_reaches_a_named_teacher() -> None:
         ("learner.zero_stage=4", "learner.zero_stage: Invalid enum value 4"),
         ("run.steps=0", "run.steps: Expected `int` >= 1"),
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
+        ("rollout.temperature=2.5", "rollout.temperature: Expected `float` <= 2.0"),
+        ("rollout.temperature=0", "rollout.temperature: Expected `float` > 0.0"),
+        ("evaluation.temperature=2.5", "evaluation.temperature: Expected `float` <= 2.0"),
         ("run.name=a/b", "run.name: Expected `str` matching regex"),
         ("steps", "expected section.field=value"),
         ("run.name.x=1", "Expected `str`, got `object`"),

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -120,6 +122,16 @@ def test_scores_cost_these_bytes_per_token(scores: Scores, bytes_per_token: int)
     assert added / 4096 == pytest.approx(bytes_per_token, rel=0.02)
 
 
+def changes(*positions: int) -> dict[str, Any]:
+    return {"max_policy_version": len(positions), "version_changes": np.array(positions, dtype=np.int32)}
+
+
+def test_each_row_says_where_its_versions_change() -> None:
+    batch = make_generated([make_trajectory(), make_trajectory(**changes(1, 1)), make_trajectory(**changes(2))])
+    column = ragged(from_wire(to_wire(batch)), "version_changes")
+    assert [column[row].tolist() for row in range(3)] == [[], [1, 1], [2]]
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -127,6 +139,10 @@ def test_scores_cost_these_bytes_per_token(scores: Scores, bytes_per_token: int)
         ({"rollout_logprobs": np.zeros(2, dtype=np.float32)}, "rollout_logprobs has 2 values for 3 completion tokens"),
         ({"rollout_logprobs": np.array([0, np.nan, 0], dtype=np.float32)}, "NaN or infinity"),
         ({"loss_mask": np.array([1, 0, 0, 1, 1], dtype=np.uint8)}, "first token is marked as sampled"),
+        ({"max_policy_version": 2}, "version_changes has 0 values for policy versions 0 to 2"),
+        (changes(1, 3), r"version_changes is \[1, 3\].* from 1 to 2"),  # version 2 would have written nothing
+        (changes(0, 1), r"version_changes is \[0, 1\]"),  # version 0 would have written nothing
+        (changes(2, 1), r"version_changes is \[2, 1\]"),
     ],
 )
 def test_a_row_that_breaks_the_contract_is_named(fields: dict, sentence: str) -> None:

@@ -16,11 +16,9 @@ RUN_FILE = f"""
 model = "{EMBEDDED / "student"}"
 [teachers.better]
 model = "{EMBEDDED / "teacher"}"
-signal = "sampled"
 engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
 [teachers.itself]
 model = "{EMBEDDED / "student"}"
-signal = "sampled"
 engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
 [prompts]
 template = "raw"
@@ -29,7 +27,7 @@ train = "TRAIN"
 max_completion_tokens = 48
 engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
 [objective]
-divergence = "sampled_reverse_kl"
+preset = "thinking-machines"
 [learner]
 zero_stage = 3
 dtype = "float32"

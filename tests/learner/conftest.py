@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from cluster.contracts.config import Config, parse_run_config
-from tests.learner.support import TOP_K, VOCABULARY, make_scored
+from tests.learner.support import OBJECTIVES, VOCABULARY, make_scored
 
 ConfigMaker = Callable[..., Config]
 
@@ -25,11 +25,24 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a random Qwen3 with tied embeddings, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("student")
-    torch.manual_seed(0)
+    folder = write_model(tmp_path_factory.mktemp("student"), width=64)
+    vocabulary = {f"<{index}>": index for index in range(VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>", pad_token="<0>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a random Qwen3 that is wider than the student."""
+    return write_model(tmp_path_factory.mktemp("wide"), width=96)
+
+
+def write_model(folder: Path, width: int) -> Path:
+    torch.manual_seed(width)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
-        hidden_size=64,
+        hidden_size=width,
         intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -43,9 +56,6 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    vocabulary = {f"<{index}>": index for index in range(VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<0>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<1>", pad_token="<0>").save_pretrained(folder)
     return folder
 
 
@@ -63,7 +73,6 @@ def make_config(student_folder: Path) -> ConfigMaker:
             dtype = "float32"
             [teachers.only]
             model = "{student_folder}"
-            top_k = {TOP_K}
             [learner]
             dtype = "float32"
             learning_rate = 1e-3
@@ -79,5 +88,5 @@ def make_config(student_folder: Path) -> ConfigMaker:
 
 @pytest.fixture(scope="session")
 def scored() -> pa.RecordBatch:
-    """Return seven trajectories of unequal length with the scores of a random teacher."""
-    return make_scored([(3, 9), (5, 30), (2, 1), (8, 20), (4, 44), (6, 7), (1, 12)])
+    """Return seven trajectories of unequal length, each token with a random teacher's most likely ones."""
+    return make_scored(OBJECTIVES["topk"])

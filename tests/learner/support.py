@@ -1,99 +1,133 @@
-"""Hand-built trajectories, their scores, and a stand-in for a rollout actor."""
+"""Hand-built trajectories, what random teachers or the student say of them, and a stand-in for a rollout actor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import ray
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cluster.checksum import checksum
 from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.objective import ObjectiveConfig
+from cluster.contracts.presets import expand_preset
 from cluster.contracts.trajectory import (
     GeneratedTrajectory,
-    TeacherScores,
+    Scores,
     add_scores,
     generated_schema,
     make_generated,
     ragged,
     to_wire,
 )
+from cluster.lm_head import LmHead
+from learner.teacher_heads import TeacherHeads
 
 VOCABULARY = 112
-TOP_K = 8
+LENGTHS = ((3, 9), (5, 30), (2, 1), (8, 20), (4, 44), (6, 7), (1, 12))  # (prompt, completion) tokens
+ROUTE = "only"
 
 
-def make_scored(lengths: Sequence[tuple[int, int]], seed: int = 0) -> pa.RecordBatch:
-    """Build trajectories of (prompt, completion) tokens, with random logprobs of a true distribution."""
-    random = np.random.default_rng(seed)
-    rows, scores = [], []
-    for index, (prompt, completion) in enumerate(lengths):
-        logits = random.normal(size=(completion, VOCABULARY)).astype(np.float32) * 2
-        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        token_ids = random.integers(2, VOCABULARY, prompt + completion).astype(np.int32)
-        sampled = token_ids[prompt:, None].astype(np.int64)
-        topk_ids = np.argsort(-logprobs, axis=-1)[:, :TOP_K]
-        rows.append(
-            GeneratedTrajectory(
-                trajectory_id=index,
-                prompt_id=index,
-                sample_index=0,
-                teacher="only",
-                domain="",
-                min_policy_version=0,
-                max_policy_version=0,
-                token_ids=token_ids,
-                loss_mask=np.repeat(np.array([0, 1], np.uint8), [prompt, completion]),
-                rollout_logprobs=random.normal(-4.7, 0.3, completion).astype(np.float32),
-                finish_reason="stop",
-                reward=None,
-            )
-        )
-        scores.append(
-            TeacherScores(
-                np.take_along_axis(logprobs, sampled, -1)[:, 0],
-                topk_ids.astype(np.int32),
-                np.take_along_axis(logprobs, topk_ids, -1),
-            )
-        )
-    return add_scores(make_generated(rows), scores)
+def objective_of(preset: str, **written: Any) -> ObjectiveConfig:
+    """Return a published objective, with fields that change it."""
+    return msgspec.convert(expand_preset({"preset": preset, **written}), ObjectiveConfig)
 
 
-def score_by(causal_lm: PreTrainedModel, batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the batch as if the model itself had written and scored it."""
-    rows, scores = batch.select([field.name for field in generated_schema()]).to_pylist(), []
+# One of each kind of support; all candidates of the tiny vocabulary that they need are in the columns of `make_scored`.
+OBJECTIVES = {
+    "sampled": objective_of("thinking-machines"),
+    "topk": objective_of("tail-topk", support_size=8),
+    "samples": objective_of("async-opd", support_size=8),
+    "student_topk": objective_of("rethinking", support_size=8),
+    "full": objective_of("gkd"),
+    "first_pass": objective_of("minillm"),
+    "reward": objective_of("opd-grpo"),
+}
+
+
+def make_scored(
+    objective: ObjectiveConfig,
+    lengths: Sequence[tuple[int, int]] = LENGTHS,
+    route: str = ROUTE,
+    heads: TeacherHeads | None = None,
+    first_id: int = 0,
+) -> pa.RecordBatch:
+    """Build trajectories with all columns that an objective needs, scored by random models.
+
+    Where heads are given, hidden states are random and the scores are what the heads say of them.
+    """
+    random = np.random.default_rng(first_id)
+    rows = [_random_row(random, objective, first_id + index, route, *length) for index, length in enumerate(lengths)]
+    batches = []
     for row in rows:
-        ids = torch.tensor(row["token_ids"])
+        batch = make_generated([row])
+        for model in objective.models:
+            head = None if heads is None else heads[route][model]
+            completion = len(row.rollout_logprobs)
+            width = VOCABULARY if head is None else head.weight.shape[1]
+            hidden = torch.from_numpy(random.normal(size=(completion, width)).astype(np.float32) * 2)
+            logits = hidden if head is None else head.logits(hidden)
+            batch = add_scores(batch, model, _scores(batch, objective, model, logits, hidden))
+        batches.append(batch)
+    return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+
+
+def score_by(causal_lm: PreTrainedModel, objective: ObjectiveConfig, batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the batch as if the model itself had written and scored it."""
+    scored = []
+    for row in batch.select([field.name for field in generated_schema()]).to_pylist():
+        ids, mask = torch.tensor(row["token_ids"]), torch.tensor(row["loss_mask"])
         with torch.no_grad():
-            logprobs = causal_lm(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1]
-        sampled = torch.tensor(row["loss_mask"][1:]) != 0
-        topk = logprobs[sampled].topk(TOP_K)
-        of_sampled = logprobs.gather(-1, ids[1:, None])[:, 0][sampled].numpy()
-        scores.append(TeacherScores(of_sampled, topk.indices.int().numpy(), topk.values.numpy()))
-    written = [
-        GeneratedTrajectory(
-            **{
-                **row,
-                "token_ids": np.array(row["token_ids"], np.int32),
-                "loss_mask": np.array(row["loss_mask"], np.uint8),
-                "rollout_logprobs": score.logprobs,
-            }
-        )
-        for row, score in zip(rows, scores, strict=True)
-    ]
-    return add_scores(make_generated(written), scores)
+            hidden = causal_lm.get_decoder()(input_ids=ids[None]).last_hidden_state[0, :-1][mask[1:] != 0]
+            logits = causal_lm.get_output_embeddings()(hidden)
+        logprobs, targets = logits.log_softmax(-1), ids[mask != 0]
+        arrays = {"token_ids": ids.int().numpy(), "loss_mask": mask.to(torch.uint8).numpy()}
+        arrays["version_changes"] = np.array(row["version_changes"], np.int32)
+        arrays["rollout_logprobs"] = logprobs.gather(-1, targets[:, None])[:, 0].numpy()
+        if objective.candidates_from == "student":
+            best = logprobs.topk(objective.num_candidates)
+            arrays |= {"candidate_ids": best.indices.int().numpy(), "candidate_rollout_logprobs": best.values.numpy()}
+        one = make_generated([GeneratedTrajectory(**{**row, **arrays})])
+        for model in objective.models:
+            one = add_scores(one, model, _scores(one, objective, model, logits, hidden))
+        scored.append(one)
+    return pa.Table.from_batches(scored).combine_chunks().to_batches()[0]
+
+
+def own_heads(causal_lm: PreTrainedModel, objective: ObjectiveConfig) -> TeacherHeads:
+    """Return the model's own head as that of every model of the objective."""
+    weight = causal_lm.get_output_embeddings().weight.detach()
+    return {ROUTE: {model: LmHead(weight) for model in objective.models}}
+
+
+def random_heads(objective: ObjectiveConfig, widths: Mapping[str, int]) -> TeacherHeads:
+    """Return heads of given widths, by route."""
+    random = torch.Generator().manual_seed(5)
+    return {
+        route: {model: LmHead(torch.randn(VOCABULARY, width, generator=random) * 0.3) for model in objective.models}
+        for route, width in widths.items()
+    }
+
+
+def completion_tokens(batch: pa.RecordBatch) -> int:
+    """Return how many tokens of the batch the student wrote."""
+    return int(ragged(batch, "rollout_logprobs").lengths.sum())
 
 
 def put_batch(batch: pa.RecordBatch) -> BatchHandle:
     """Put a batch into the object store as a pool would."""
     return BatchHandle(
         reference=ray.put(to_wire(batch)),
-        teacher="only",
+        teacher=batch["teacher"][0].as_py(),
         trajectory_ids=tuple(batch["trajectory_id"].to_pylist()),
         num_tokens=tuple(ragged(batch, "token_ids").lengths.tolist()),
         num_completion_tokens=tuple(ragged(batch, "rollout_logprobs").lengths.tolist()),
+        prompt_ids=tuple(batch["prompt_id"].to_pylist()),
+        rewards=tuple(batch["reward"].to_pylist()),
     )
 
 
@@ -127,3 +161,52 @@ class Receiver:
 
     def received(self) -> tuple[list[str], dict[str, np.ndarray]]:
         return self.events, self.weights
+
+
+def _random_row(
+    random: np.random.Generator, objective: ObjectiveConfig, index: int, route: str, prompt: int, completion: int
+) -> GeneratedTrajectory:
+    """Return a trajectory; two of each prompt, of which the first is rewarded, and the last prompt's is alone."""
+    candidates: dict[str, Any] = {}
+    if objective.candidates_from == "student":
+        shape = (completion, objective.num_candidates)
+        candidates["candidate_ids"] = random.permuted(
+            np.tile(np.arange(VOCABULARY, dtype=np.int32), (completion, 1)), axis=1
+        )[:, : shape[1]]
+        candidates["candidate_rollout_logprobs"] = random.normal(-4.7, 0.3, shape).astype(np.float32)
+    return GeneratedTrajectory(
+        trajectory_id=index,
+        prompt_id=index // 2,
+        sample_index=index % 2,
+        teacher=route,
+        domain="",
+        min_policy_version=0,
+        max_policy_version=0,
+        token_ids=random.integers(2, VOCABULARY, prompt + completion).astype(np.int32),
+        loss_mask=np.repeat(np.array([0, 1], np.uint8), [prompt, completion]),
+        rollout_logprobs=random.normal(-4.7, 0.3, completion).astype(np.float32),
+        finish_reason="stop",
+        reward=float(index % 2 == 0),
+        **candidates,
+    )
+
+
+def _scores(batch: pa.RecordBatch, objective: ObjectiveConfig, model: str, logits: Tensor, hidden: Tensor) -> Scores:
+    """Return what a model of these logits [completion_tokens, vocabulary] says of a batch of one row."""
+    logprobs = logits.float().log_softmax(-1)
+    token_ids, mask = ragged(batch, "token_ids").values, ragged(batch, "loss_mask").values
+    targets = torch.from_numpy(token_ids[mask != 0].astype(np.int64))
+    chosen, of_candidates = None, None
+    if objective.num_candidates and "candidate_ids" not in batch.schema.names:
+        best = logprobs.topk(objective.num_candidates)
+        chosen, of_candidates = best.indices.int().numpy(), best.values.numpy()
+    elif objective.num_candidates:
+        given = torch.from_numpy(ragged(batch, "candidate_ids").values.astype(np.int64))
+        of_candidates = logprobs.gather(-1, given).numpy()
+    return Scores(
+        logprobs=logprobs.gather(-1, targets[:, None])[:, 0].numpy(),
+        chosen_ids=chosen,
+        candidate_logprobs=of_candidates,
+        entropy=-(logprobs.exp() * logprobs).sum(-1).numpy() if objective.needs_teacher_entropy else None,
+        hidden=hidden.numpy() if objective.support == "full" else None,
+    )

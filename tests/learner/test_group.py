@@ -13,7 +13,6 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.contracts.config import ObjectiveConfig
 from cluster.contracts.errors import CheckpointError, ModelError, WeightSyncError
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import ragged
@@ -23,23 +22,26 @@ from learner.group import LearnerGroup
 from learner.lr_schedule import learning_rate_at
 from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import load_student
+from learner.objective.objective import Objective
 from learner.packing import plan_step
 from learner.reference_engine import ReferenceEngine
-from learner.train_step import measure_gradient, train_step
-from tests.learner.support import TOP_K, Receiver, put_batch, score_by
+from learner.task_advantage import group_advantages
+from learner.teacher_heads import load_teacher_heads
+from learner.train_step import StepTask, measure_gradient, train_step
+from tests.learner.support import LENGTHS, OBJECTIVES, Receiver, completion_tokens, make_scored, put_batch, score_by
 
 pytestmark = pytest.mark.slow
 
-DIVERGENCES = ["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"]
-TRAINED_WITH = {1: "sampled_reverse_kl", 2: "reverse_kl", 3: "jsd"}
 STEPS = 3
+MEASURED = ["sampled", "topk", "samples", "first_pass", "reward", "full"]
+OWN_OPTIMUM = [name for name in MEASURED if name != "reward"]
 
 
 @dataclass
 class Story:
     """What one stage's group did."""
 
-    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # by divergence, before training
+    measured: dict[str, dict[str, float]] = field(default_factory=dict)  # by objective, before training
     measured_on_itself: dict[str, dict[str, float]] = field(default_factory=dict)
     steps: list[dict[str, float]] = field(default_factory=list)
     next_step: dict[str, float] = field(default_factory=dict)
@@ -60,11 +62,13 @@ def stage(request):
 
 
 @pytest.fixture(scope="module")
-def config(stage, make_config):
-    divergence = TRAINED_WITH[stage]
+def config(stage, make_config, wide_folder):
     return make_config(
         f"learner.zero_stage={stage}",
-        f"objective.divergence={divergence}",
+        "objective.preset=gkd",
+        "teachers.only.engine.dtype=float32",
+        f"teachers.wide.model={wide_folder}",
+        "teachers.wide.engine.dtype=float32",
         "learner.num_workers=2",
         "learner.micro_batch_tokens=48",
         "learner.lr_schedule=linear",
@@ -75,28 +79,47 @@ def config(stage, make_config):
 
 
 @pytest.fixture(scope="module")
-def own(make_config, scored):
-    """Return trajectories that the student itself scored."""
-    config = make_config()
-    return score_by(load_student(config.student, config.learner).causal_lm, scored)
+def heads(config):
+    return load_teacher_heads(config, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def story(config, scored, own, ray_cluster, tmp_path_factory):
+def batches(heads):
+    """Return the batches of a step for each objective; two routes where hidden states meet heads."""
+    found = {}
+    for name in MEASURED:
+        objective, of_routes = OBJECTIVES[name], heads if name == "full" else None
+        first = make_scored(objective, LENGTHS[:3], "only", of_routes)
+        found[name] = [first, make_scored(objective, LENGTHS[3:], "wide", of_routes, first_id=3)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def own(make_config, scored):
+    """Return trajectories that the student itself scored, for each objective."""
+    config = make_config()
+    causal_lm = load_student(config.student, config.learner).causal_lm
+    return {name: score_by(causal_lm, OBJECTIVES[name], scored) for name in OWN_OPTIMUM}
+
+
+@pytest.fixture(scope="module")
+def story(config, batches, own, ray_cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("story")
     group = LearnerGroup(config, [{"num_cpus": 0.5}, {"num_cpus": 0.5}])
     told = Story(exported=folder / "export", checkpoint=folder / "step-3")
     try:
-        tell(group, told, [put_batch(scored.slice(0, 3)), put_batch(scored.slice(3))], put_batch(own))
+        handles = {name: [put_batch(batch) for batch in found] for name, found in batches.items()}
+        for name in MEASURED:
+            told.measured[name] = report(group.measure_gradient(handles[name], OBJECTIVES[name]))
+        for name, batch in own.items():
+            told.measured_on_itself[name] = report(group.measure_gradient([put_batch(batch)], OBJECTIVES[name]))
+        tell(group, told, handles["full"])
     finally:
         group.shutdown()
     return told
 
 
-def tell(group, told, handles, own):
-    for divergence in DIVERGENCES:
-        told.measured[divergence] = report(group.measure_gradient(handles, divergence))
-        told.measured_on_itself[divergence] = report(group.measure_gradient([own], divergence))
+def tell(group, told, handles):
     told.steps = [report(group.step(handles, step)) for step in range(STEPS)]
     told.logprobs = group.student_logprobs(handles[1])
     group.export(told.exported)
@@ -116,25 +139,29 @@ def tell(group, told, handles, own):
 
 
 @pytest.fixture(scope="module")
-def batches(scored):
-    """Return the same trajectories in one micro-batch each of one process."""
-    rows = trajectories([scored])
-    (grids,) = plan_step([len(row.token_ids) for row in rows], 1, 1000).ranks
-    return [build_micro_batch(grid, rows, TOP_K) for grid in grids]
-
-
-@pytest.fixture(scope="module")
-def reference(config, batches, scored):
+def reference(config, batches, heads):
     """Train with plain torch as the group did; return the engine, the figures of its steps, and the one after."""
     engine = ReferenceEngine(load_student(config.student, config.learner), config.learner)
-    tokens = int(ragged(scored, "rollout_logprobs").lengths.sum())
-    measured = {
-        divergence: report(measure_gradient(engine, batches, ObjectiveConfig(divergence), tokens))
-        for divergence in DIVERGENCES
-    }
+    measured = {}
+    for name in MEASURED:
+        micro_batch, tokens = in_one_micro_batch(batches[name])
+        task = StepTask(Objective(OBJECTIVES[name]), tokens, heads)
+        measured[name] = report(measure_gradient(engine, [micro_batch], task))
+    micro_batch, tokens = in_one_micro_batch(batches["full"])
+    task = StepTask(Objective(config.objective), tokens, heads)
     rates = [learning_rate_at(step, STEPS, config.learner) for step in range(STEPS)]
-    steps = [report(train_step(engine, batches, config.objective, tokens, rate)) for rate in rates]
+    steps = [report(train_step(engine, [micro_batch], task, rate)) for rate in rates]
     return engine, measured, steps
+
+
+def in_one_micro_batch(found):
+    """Return all trajectories of a step in one micro-batch, and the number of their completion tokens."""
+    columns = {
+        name: [value for batch in found for value in batch[name].to_pylist()] for name in ("prompt_id", "reward")
+    }
+    rows = trajectories(found, group_advantages(*columns.values(), divide_by_deviation=True))
+    ((grid,),) = plan_step([len(row.token_ids) for row in rows], 1, 1000).ranks
+    return build_micro_batch(grid, rows, seed=0), sum(completion_tokens(batch) for batch in found)
 
 
 def test_ranks_run_equally_many_micro_batches_though_their_shares_differ(story, scored):
@@ -144,13 +171,13 @@ def test_ranks_run_equally_many_micro_batches_though_their_shares_differ(story, 
     assert story.steps[0]["micro_batches"] == 3
 
 
-def test_loss_and_gradient_of_every_divergence_equal_those_of_plain_torch(story, reference):
-    _, measured, _ = reference
-    for divergence in DIVERGENCES:
-        ours, plain = story.measured[divergence], measured[divergence]
-        for name in ("loss", "kl", "entropy", "importance_mean", "sampler_learner_gap", "student_topk_mass"):
-            assert ours[name] == pytest.approx(plain[name], abs=1e-5), (divergence, name)
-        assert ours["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=1e-4), divergence
+@pytest.mark.parametrize("name", MEASURED)
+def test_loss_and_gradient_of_every_objective_equal_those_of_plain_torch(story, reference, name):
+    ours, plain = story.measured[name], reference[1][name]
+    assert ours.keys() == plain.keys()
+    for figure in plain.keys() - {"micro_batches", "gradient_norm"}:
+        assert ours[figure] == pytest.approx(plain[figure], abs=1e-5, rel=1e-5), figure
+    assert ours["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=1e-4)
 
 
 def test_three_steps_give_the_losses_of_plain_torch(story, reference):
@@ -169,14 +196,14 @@ def test_three_steps_give_the_weights_of_plain_torch(story, reference):
 
 
 def test_a_student_that_is_its_own_teacher_has_no_loss_and_no_gradient(story):
-    for divergence in DIVERGENCES:
-        assert abs(story.measured_on_itself[divergence]["loss"]) < 1e-5, divergence
-        assert story.measured_on_itself[divergence]["gradient_norm"] < 1e-5, divergence
+    for name, figures in story.measured_on_itself.items():
+        assert abs(figures["loss"]) < 1e-5, name
+        assert figures["gradient_norm"] < 1e-5, name
 
 
-def test_the_export_has_the_groups_own_logprobs_and_a_tokenizer(story, scored):
+def test_the_export_has_the_groups_own_logprobs_and_a_tokenizer(story, batches):
     model = AutoModelForCausalLM.from_pretrained(story.exported, dtype=torch.float32)
-    expected = ragged(score_by(model, scored.slice(3)), "teacher_logprobs").values
+    expected = ragged(score_by(model, OBJECTIVES["sampled"], batches["full"][1]), "teacher_logprobs").values
     np.testing.assert_allclose(story.logprobs, expected, atol=1e-5)
     assert AutoTokenizer.from_pretrained(story.exported).eos_token == "<1>"
     assert (story.exported / "generation_config.json").is_file()

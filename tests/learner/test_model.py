@@ -16,13 +16,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import learner.model
 from cluster.contracts.config import LearnerConfig, StudentConfig
 from cluster.contracts.errors import ModelError
+from learner.completion_head import Evaluation
 from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import check_forward, load_student
 from learner.packing import plan_step
-from tests.learner.support import TOP_K, VOCABULARY
+from learner.projection import LogitScaling
+from tests.learner.support import VOCABULARY
 
 FP32 = LearnerConfig(dtype="float32")
 SMALL = {
@@ -58,26 +59,12 @@ def test_no_trajectory_sees_another_of_its_grid(student_folder, scored, is_train
     (grids,) = plan_step([len(row.token_ids) for row in rows], 1, micro_batch_tokens=96).ranks
     assert max(len(row) for grid in grids for row in grid) > 1, "the plan must pack several trajectories into a row"
     for grid in grids:
-        batch = build_micro_batch(grid, rows, TOP_K)
-        logprobs, topk_logprobs, entropy = student(batch)
+        batch = build_micro_batch(grid, rows, seed=0)
+        found = Evaluation(*student(batch))
         expected = torch.cat([logprobs_alone(reference, rows[index]) for row in grid for index in row])
-        torch.testing.assert_close(logprobs, expected.gather(-1, batch.target_ids[:, None])[:, 0], atol=1e-5, rtol=0)
-        torch.testing.assert_close(topk_logprobs, expected.gather(-1, batch.teacher_topk_ids), atol=1e-5, rtol=0)
-        torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1), atol=1e-4, rtol=0)
-        assert not entropy.requires_grad
-
-
-def test_the_size_of_the_heads_chunks_changes_nothing(student_folder, scored, monkeypatch):
-    batch = build_micro_batch(((3,), (4,)), trajectories([scored]), TOP_K)
-    results = []
-    for chunk_logits in (1 << 25, 7 * VOCABULARY):
-        monkeypatch.setattr(learner.model, "HEAD_CHUNK_LOGITS", chunk_logits)
-        student = load_student(StudentConfig(model=str(student_folder)), FP32)
-        logprobs, topk_logprobs, _ = student(batch)
-        (logprobs.sum() + topk_logprobs.exp().sum()).backward()
-        results.append((logprobs, student.head.weight.grad))
-    assert student.head.chunk_tokens == 7
-    torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-5)
+        of_written = expected.gather(-1, batch.tokens.target_ids[:, None])[:, 0]
+        torch.testing.assert_close(found.logprobs, of_written, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.entropy, -(expected.exp() * expected).sum(-1), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +83,7 @@ def test_models_that_treat_their_logits_specially_pass_the_forward_check(model, 
 
 def test_a_forward_that_scales_its_logits_in_an_unknown_way_is_refused_in_one_sentence(student_folder):
     student = load_student(StudentConfig(model=str(student_folder)), FP32)
-    student.head.logit_factor = 2.0
+    student.head.scaling = LogitScaling(factor=2.0)
     with pytest.raises(ModelError, match="two packed sequences differ by") as error:
         check_forward(student, "tiny")
     assert "\n" not in str(error.value)

@@ -5,126 +5,206 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.contracts.config import ObjectiveConfig
 from cluster.contracts.metrics import merge, report
 from cluster.contracts.trajectory import ragged
 from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import load_student
+from learner.objective.objective import Objective
 from learner.packing import plan_step
 from learner.reference_engine import ReferenceEngine
-from learner.train_step import accumulate, measure_gradient, train_step
-from tests.learner.support import TOP_K, score_by
+from learner.task_advantage import group_advantages
+from learner.train_step import StepTask, accumulate, measure_gradient, train_step
+from tests.learner.support import (
+    LENGTHS,
+    OBJECTIVES,
+    completion_tokens,
+    make_scored,
+    own_heads,
+    random_heads,
+    score_by,
+)
 
-DIVERGENCES = ["sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd"]
+HAS_OPTIMUM_AT_THE_TEACHER = [name for name in OBJECTIVES if name != "reward"]
 
 
 def make_engine(config):
     return ReferenceEngine(load_student(config.student, config.learner), config.learner)
 
 
-def plan_batches(batch, micro_batch_tokens, ranks=1):
-    rows = trajectories([batch])
+def plan_batches(batches, micro_batch_tokens, ranks=1):
+    prompt_ids, rewards = (
+        [row for batch in batches for row in batch[name].to_pylist()] for name in ("prompt_id", "reward")
+    )
+    rows = trajectories(batches, group_advantages(prompt_ids, rewards, divide_by_deviation=True))
     plan = plan_step([len(row.token_ids) for row in rows], ranks, micro_batch_tokens)
-    return [[build_micro_batch(grid, rows, TOP_K) for grid in grids] for grids in plan.ranks]
+    return [[build_micro_batch(grid, rows, seed=0) for grid in grids] for grids in plan.ranks]
 
 
-def completion_tokens(batch):
-    return int(ragged(batch, "rollout_logprobs").lengths.sum())
+def task_of(name, num_tokens, heads=None):
+    return StepTask(Objective(OBJECTIVES[name]), num_tokens, heads or {})
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_the_size_of_micro_batches_changes_nothing(make_config, scored, divergence):
+def scored_for(name):
+    """Return the batches of a step, its teacher heads and its completion tokens; `full` has two routes."""
+    objective = OBJECTIVES[name]
+    if name != "full":
+        batches, heads = [make_scored(objective)], {}
+    else:
+        heads = random_heads(objective, {"narrow": 16, "wide": 48})
+        batches = [
+            make_scored(objective, LENGTHS[:3], "narrow", heads),
+            make_scored(objective, LENGTHS[3:], "wide", heads, first_id=3),
+        ]
+    return batches, heads, sum(completion_tokens(batch) for batch in batches)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_size_of_micro_batches_changes_nothing(make_config, name):
+    scored, heads, tokens = scored_for(name)
     results = []
     for micro_batch_tokens in (50, 100, 1000):
         engine = make_engine(make_config())
         (batches,) = plan_batches(scored, micro_batch_tokens)
-        figures = report(accumulate(engine, batches, ObjectiveConfig(divergence), completion_tokens(scored)))
-        results.append((len(batches), figures["loss"], [parameter.grad for parameter in engine.student.parameters()]))
-    assert [micro_batches for micro_batches, _, _ in results] == [5, 2, 1]
-    for _, loss, gradients in results[1:]:
-        assert loss == pytest.approx(results[0][1], abs=1e-6)
-        torch.testing.assert_close(gradients, results[0][2], atol=1e-6, rtol=1e-5)
+        figures = report(accumulate(engine, batches, task_of(name, tokens, heads)))
+        results.append((figures, torch.cat([parameter.grad.flatten() for parameter in engine.student.parameters()])))
+    assert [figures["micro_batches"] for figures, _ in results] == [5, 2, 1]
+    for figures, gradients in results[1:]:
+        assert figures["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-6, abs=1e-6)
+        assert (gradients - results[0][1]).norm() < 3e-6 * max(1, results[0][1].norm().item())
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_student_that_is_its_own_teacher_has_no_loss_and_no_gradient(make_config, scored, divergence):
+@pytest.mark.parametrize("name", HAS_OPTIMUM_AT_THE_TEACHER)
+def test_a_student_that_is_its_own_teacher_has_no_loss_and_no_gradient(make_config, scored, name):
     engine = make_engine(make_config())
-    own = score_by(engine.student.causal_lm, scored)
-    (batches,) = plan_batches(own, 64)
-    metrics = report(measure_gradient(engine, batches, ObjectiveConfig(divergence), completion_tokens(own)))
+    own = score_by(engine.student.causal_lm, OBJECTIVES[name], scored)
+    heads = own_heads(engine.student.causal_lm, OBJECTIVES[name])
+    (batches,) = plan_batches([own], 64)
+    metrics = report(measure_gradient(engine, batches, task_of(name, completion_tokens(own), heads)))
     assert abs(metrics["loss"]) < 1e-5
     assert metrics["gradient_norm"] < 1e-5
     assert abs(metrics["kl"]) < 1e-5
     assert metrics["sampler_learner_gap"] < 1e-5
     assert metrics["importance_mean"] == pytest.approx(1, abs=1e-5)
-    assert metrics["student_topk_mass"] == pytest.approx(metrics["teacher_topk_mass"], abs=1e-5)
 
 
-def test_training_on_the_same_batch_brings_the_student_closer_to_the_teacher(make_config, scored):
+def test_candidate_masses_of_student_and_teacher_are_the_same_where_they_are_the_same_model(make_config, scored):
     engine = make_engine(make_config())
+    own = score_by(engine.student.causal_lm, OBJECTIVES["topk"], scored)
+    (batches,) = plan_batches([own], 64)
+    metrics = report(measure_gradient(engine, batches, task_of("topk", completion_tokens(own))))
+    expected = np.exp(ragged(own, "teacher_candidate_logprobs").values).sum(-1).mean()
+    assert metrics["teacher_candidate_mass"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["student_candidate_mass"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["topk", "full"])
+def test_training_on_the_same_batch_brings_the_student_closer_to_the_teacher(make_config, name):
+    engine = make_engine(make_config())
+    scored, heads, tokens = scored_for(name)
     (batches,) = plan_batches(scored, 128)
-    losses = [
-        report(train_step(engine, batches, ObjectiveConfig("forward_kl"), completion_tokens(scored), 3e-3))["loss"]
-        for _ in range(8)
-    ]
+    task = task_of(name, tokens, heads)
+    losses = [report(train_step(engine, batches, task, 3e-3))["loss"] for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_task_rewards_make_rewarded_completions_likelier_and_the_others_less_likely(make_config):
+    scored, _, tokens = scored_for("reward")
+    (batches,) = plan_batches(scored, 1000)
+    terms = {"reward": OBJECTIVES["reward"].terms["reward"]}
+    objective = Objective(msgspec.structs.replace(OBJECTIVES["reward"], terms=terms))
+    engine = make_engine(make_config())
+
+    def logprobs():
+        with torch.no_grad():
+            return engine.forward(batches[0]).logprobs.double()
+
+    before, advantage = logprobs(), batches[0].tokens.task_advantage
+    train_step(engine, batches, StepTask(objective, tokens), 1e-3)
+    change = logprobs() - before
+    assert change[advantage > 0].mean() > 0
+    assert change[advantage < 0].mean() < 0
+    assert (advantage == 0).sum() == 12, "the last trajectory is the only sample of its prompt"
+
+
 def test_measuring_leaves_the_weights_and_the_next_step_alone(make_config, scored):
-    (batches,) = plan_batches(scored, 128)
+    (batches,) = plan_batches([scored], 128)
     measured, plain = make_engine(make_config()), make_engine(make_config())
-    objective, tokens = ObjectiveConfig("jsd"), completion_tokens(scored)
-    measure_gradient(measured, batches, objective, tokens)
-    train_step(measured, batches, objective, tokens, 1e-3)
-    train_step(plain, batches, objective, tokens, 1e-3)
+    task = task_of("topk", completion_tokens(scored))
+    measure_gradient(measured, batches, task)
+    train_step(measured, batches, task, 1e-3)
+    train_step(plain, batches, task, 1e-3)
     torch.testing.assert_close(measured.student.state_dict(), plain.student.state_dict(), atol=0, rtol=0)
 
 
-def test_figures_are_means_over_completion_tokens(make_config, scored):
+def test_figures_are_means_over_completion_tokens(make_config):
     engine = make_engine(make_config())
-    (batches,) = plan_batches(scored, 64)
-    objective = ObjectiveConfig("sampled_reverse_kl")
-    metrics = report(measure_gradient(engine, batches, objective, completion_tokens(scored)))
-    own = ragged(score_by(engine.student.causal_lm, scored), "teacher_logprobs").values
+    (scored,), _, tokens = scored_for("sampled")
+    (batches,) = plan_batches([scored], 64)
+    metrics = report(measure_gradient(engine, batches, task_of("sampled", tokens)))
+    scored_by_itself = score_by(engine.student.causal_lm, OBJECTIVES["sampled"], scored)
+    own = ragged(scored_by_itself, "teacher_logprobs").values
     rollout, teacher = ragged(scored, "rollout_logprobs").values, ragged(scored, "teacher_logprobs").values
     assert metrics["kl"] == pytest.approx((own - teacher).mean(), abs=1e-5)
     assert metrics["sampler_learner_gap"] == pytest.approx(np.abs(own - rollout).mean(), abs=1e-5)
     assert metrics["importance_max"] == pytest.approx(np.exp(own - rollout).max(), rel=1e-4)
     assert metrics["loss"] == pytest.approx((np.exp(own - rollout) * (own - teacher)).mean(), abs=1e-5)
-    mass = np.exp(ragged(scored, "teacher_topk_logprobs").values).sum(-1).mean()
-    assert metrics["teacher_topk_mass"] == pytest.approx(mass, abs=1e-5)
+    assert "teacher_candidate_mass" not in metrics
+
+
+def test_draws_have_no_teacher_mass_for_one_may_stand_there_twice(make_config):
+    (scored,), _, tokens = scored_for("samples")
+    (batches,) = plan_batches([scored], 64)
+    metrics = report(measure_gradient(make_engine(make_config()), batches, task_of("samples", tokens)))
+    assert "teacher_candidate_mass" not in metrics
+    assert 0 < metrics["student_candidate_mass"] < 1
 
 
 def test_figures_of_two_ranks_merge_into_those_of_one(make_config, scored):
     engine = make_engine(make_config())
-    objective, tokens = ObjectiveConfig("reverse_kl"), completion_tokens(scored)
-    ((whole,),) = plan_batches(scored, 1000)
-    shares = plan_batches(scored, 64, ranks=2)
-    parts = [measure_gradient(engine, share, objective, tokens) for share in shares]
-    of_one = report(measure_gradient(engine, [whole], objective, tokens))
+    task = task_of("topk", completion_tokens(scored))
+    ((whole,),) = plan_batches([scored], 1000)
+    shares = plan_batches([scored], 64, ranks=2)
+    parts = [measure_gradient(engine, share, task) for share in shares]
+    of_one = report(measure_gradient(engine, [whole], task))
     merged = report(merge(parts))
-    for name in ("loss", "kl", "entropy", "importance_mean", "importance_max", "importance_p99", "teacher_topk_mass"):
+    for name in (
+        "loss",
+        "kl",
+        "entropy",
+        "importance_mean",
+        "importance_max",
+        "importance_p99",
+        "teacher_candidate_mass",
+    ):
         assert merged[name] == pytest.approx(of_one[name], abs=1e-5), name
+
+
+def test_micro_batches_may_come_one_by_one_and_the_last_is_marked(make_config, scored):
+    (batches,) = plan_batches([scored], 50)
+    engine = make_engine(make_config())
+    marks = []
+    backward = engine.backward
+    engine.backward = lambda loss, is_last: (marks.append(is_last), backward(loss, is_last))
+    accumulate(engine, iter(batches), task_of("topk", completion_tokens(scored)))
+    assert marks == [False, False, False, False, True]
 
 
 def test_a_step_without_completion_tokens_changes_no_weight(make_config):
     engine = make_engine(make_config("learner.weight_decay=0.0"))
     before = {name: value.clone() for name, value in engine.student.state_dict().items()}
-    empty = build_micro_batch((), [], TOP_K)
-    metrics = report(train_step(engine, [empty], ObjectiveConfig("reverse_kl"), 0, 1e-3))
+    metrics = report(train_step(engine, [build_micro_batch((), [], seed=0)], task_of("topk", 0), 1e-3))
     assert metrics["gradient_norm"] == 0
     torch.testing.assert_close(engine.student.state_dict(), before, atol=0, rtol=0)
 
 
 def test_a_gradient_above_the_limit_is_scaled_down_to_it(make_config, scored):
     config = make_config()
-    (batches,) = plan_batches(scored, 1000)
-    objective, tokens = ObjectiveConfig("reverse_kl"), completion_tokens(scored)
+    (batches,) = plan_batches([scored], 1000)
     limited = msgspec.structs.replace(config.learner, max_gradient_norm=1e-3, epsilon=1.0)
     engine = ReferenceEngine(load_student(config.student, limited), limited)
     parameters = list(engine.student.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
-    train_step(engine, batches, objective, tokens, 1.0)
+    train_step(engine, batches, task_of("topk", completion_tokens(scored)), 1.0)
     # With epsilon 1 far above the gradient, AdamW's first step is the clipped gradient itself.
     moved = torch.cat([(parameter - old).flatten() for parameter, old in zip(parameters, before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=0.01)

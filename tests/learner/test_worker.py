@@ -1,23 +1,26 @@
 """One rank over the plain-torch engine: no Ray actor, no DeepSpeed."""
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.metrics import report
+from cluster.contracts.objective import DivergenceTerm
 from cluster.contracts.trajectory import generated_schema, ragged
 from learner.model import load_student
 from learner.packing import plan_step
 from learner.reference_engine import ReferenceEngine
-from learner.worker import LearnerWorker, start_worker
-from tests.learner.support import score_by
+from learner.worker import LearnerWorker, RankRows, start_worker
+from tests.learner.support import OBJECTIVES, completion_tokens, score_by
 
 
 @pytest.fixture
 def make_worker():
     def make(config):
-        return LearnerWorker(config, ReferenceEngine(load_student(config.student, config.learner), config.learner))
+        engine = ReferenceEngine(load_student(config.student, config.learner), config.learner)
+        return LearnerWorker(config, engine, {})
 
     return make
 
@@ -26,7 +29,7 @@ def test_student_logprobs_come_in_row_order_with_or_without_scores(make_config, 
     config = make_config()
     worker = make_worker(config)
     student = load_student(config.student, config.learner).causal_lm
-    expected = ragged(score_by(student, scored), "rollout_logprobs").values
+    expected = ragged(score_by(student, OBJECTIVES["sampled"], scored), "rollout_logprobs").values
     generated = scored.select([field.name for field in generated_schema()])
     generated = generated.replace_schema_metadata(generated_schema().metadata)
     for batch in (scored, generated):
@@ -39,20 +42,22 @@ def test_student_logprobs_of_no_trajectories_are_empty(make_config, make_worker,
 
 def test_a_step_without_any_trajectory_reports_no_loss(make_config, make_worker):
     grids = plan_step([], 1, 64).ranks[0]
-    metrics = report(make_worker(make_config()).step([], grids, num_tokens=0, step=0))
+    metrics = report(make_worker(make_config()).step(RankRows([], [], grids, num_tokens=0), step=0))
     assert metrics["gradient_norm"] == 0
     assert "loss" not in metrics
 
 
-def test_measuring_uses_the_divergence_asked_for(make_config, make_worker, scored):
-    worker = make_worker(make_config("objective.divergence=reverse_kl"))
-    grids = plan_step(ragged(scored, "token_ids").lengths.tolist(), 1, 64).ranks[0]
-    tokens = int(ragged(scored, "rollout_logprobs").lengths.sum())
-    losses = {
-        divergence: report(worker.measure_gradient([scored], grids, tokens, divergence))["loss"]
-        for divergence in ("sampled_reverse_kl", "reverse_kl", "forward_kl", "jsd")
-    }
-    assert len({round(loss, 4) for loss in losses.values()}) == 4
+def test_measuring_uses_the_objective_asked_for(make_config, make_worker, scored):
+    config = make_config("objective.support_size=8")
+    worker = make_worker(config)
+    lengths = ragged(scored, "token_ids").lengths.tolist()
+    rows = RankRows([scored], [0.0] * len(lengths), plan_step(lengths, 1, 64).ranks[0], completion_tokens(scored))
+    losses = set()
+    for divergence in ("reverse_kl", "forward_kl", "jsd"):
+        terms = {"main": DivergenceTerm(divergence=divergence)}
+        asked = msgspec.structs.replace(config.objective, terms=terms)
+        losses.add(round(report(worker.measure_gradient(rows, asked))["loss"], 4))
+    assert len(losses) == 3
 
 
 def test_half_precision_without_a_gpu_is_refused_in_one_sentence(make_config):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+import torch
 from transformers import PreTrainedModel
 
 from cluster.actors import call_all
@@ -45,6 +46,12 @@ class RolloutDeployment:
         rows = [row for handle in handles for row in rows_of(handle.reference)]
         return sorted(rows, key=lambda row: row["trajectory_id"])
 
+    def change_weights(self) -> None:
+        """Give the reference other weights; `publish` sends them."""
+        with torch.no_grad():
+            for parameter in self.student.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
     def publish(self, policy_version: int, leave_out: Sequence[str] = (), damage: bool = False) -> str:
         """Send the reference's weights in two buckets; returns the checksum, equal on all actors, and as expected."""
         timeouts: dict[str, Any] = {"timeout_seconds": 60, "waiting_for": "the test's weight sync"}
@@ -71,7 +78,8 @@ class RolloutDeployment:
 def rows_of(reference: Any) -> list[dict[str, Any]]:
     """Return a batch's rows, the list columns as numpy."""
     batch = from_wire(ray.get(reference))
-    columns = {name: ragged(batch, name) for name in ("token_ids", "loss_mask", "rollout_logprobs")}
+    names = [field.name for field in batch.schema if pa.types.is_list(field.type)]
+    columns = {name: ragged(batch, name) for name in names}
     return [
         {**row, **{name: column[index] for name, column in columns.items()}}
         for index, row in enumerate(batch.to_pylist())

@@ -11,7 +11,6 @@ import pytest
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.interfaces import Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import ragged
-from rollout_workers.pool import spread
 from rollout_workers.worker import RolloutWorker
 from tests.rollout_workers.deployment import make_prompts
 
@@ -23,21 +22,20 @@ class ScriptedEngine:
 
     def __init__(self) -> None:
         self.request_ids: list[str] = []
+        self.priorities: list[int] = []
         self.events: list[str] = []
-        self.resumed = asyncio.Event()
 
     async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
     ) -> Completion:
         self.request_ids.append(request_id)
+        self.priorities.append(priority)
         if seed == 0:
             raise RolloutError("request given up")
         for _ in range(seed):
             await asyncio.sleep(0)
-        if seed == 99:
-            await self.resumed.wait()
-            seed = 1
-        return Completion(np.full(seed, 50, np.int32), np.full(seed, -1.0, np.float32), "stop")
+        versions = np.arange(4, 4 + seed, dtype=np.int32)
+        return Completion(np.full(seed, 50, np.int32), np.full(seed, -1.0, np.float32), "stop", versions)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         self.events.append("init")
@@ -49,9 +47,6 @@ class ScriptedEngine:
         self.events.append("update")
 
     async def finish_weight_update(self, policy_version: int) -> str:
-        self.resumed.set()
-        self.resumed = asyncio.Event()
-        await asyncio.sleep(0.01)  # completions of running requests arrive before the answer of this call
         return f"checksum-{policy_version}"
 
     async def shutdown(self) -> None:
@@ -105,17 +100,22 @@ def test_a_failed_request_ends_the_call() -> None:
         asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=5), RolloutRequest(1, 0, 1, seed=0)]))
 
 
-def test_a_request_that_an_update_interrupts_carries_both_versions() -> None:
-    async def scenario() -> list[pa.RecordBatch]:
-        worker, _ = make_worker()
-        await worker.finish_weight_update(4)
-        running = asyncio.create_task(collect(worker, [RolloutRequest(0, 0, 0, seed=99)]))
-        await asyncio.sleep(0.01)
-        await worker.finish_weight_update(5)
-        return await running
+def test_a_row_carries_the_versions_that_the_engine_names() -> None:
+    worker, _ = make_worker()
+    [batch] = asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=3)]))
+    assert (batch["min_policy_version"][0].as_py(), batch["max_policy_version"][0].as_py()) == (4, 6)
+    assert batch["version_changes"][0].as_py() == [1, 2]
 
-    [batch] = asyncio.run(scenario())
-    assert (batch["min_policy_version"][0].as_py(), batch["max_policy_version"][0].as_py()) == (4, 5)
+
+def test_the_engine_is_told_the_priority_of_every_request() -> None:
+    worker, engine = make_worker()
+
+    async def scenario() -> None:
+        requests = [RolloutRequest(0, 0, 0, seed=1), RolloutRequest(1, 0, 1, seed=1)]
+        [_ async for _ in worker.generate(requests, SAMPLING, "exact", priority=7)]
+
+    asyncio.run(scenario())
+    assert engine.priorities == [7, 7]
 
 
 def test_the_first_update_may_set_any_version_and_later_ones_only_go_forward() -> None:
@@ -130,9 +130,3 @@ def test_prompts_must_be_set_first() -> None:
     worker = RolloutWorker(ScriptedEngine(), str, 1)
     with pytest.raises(RolloutError, match="before the prompts were set"):
         asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=1)]))
-
-
-def test_requests_are_spread_evenly_and_samples_of_a_prompt_stay_together() -> None:
-    requests = [RolloutRequest(index, index // 3, index % 3, 0) for index in range(12)]
-    shares = spread(requests, 2)
-    assert [[request.prompt_id for request in share] for share in shares] == [[0, 0, 0, 2, 2, 2], [1, 1, 1, 3, 3, 3]]

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.interfaces import SamplingSettings
@@ -21,12 +20,6 @@ def largest_gap(rollouts: RolloutDeployment, row: dict[str, Any], temperature: f
     sampled = np.flatnonzero(row["loss_mask"])
     expected = expected_logprobs(rollouts.student, token_ids, temperature)[sampled - 1, row["token_ids"][sampled]]
     return float(np.abs(expected.numpy() - row["rollout_logprobs"]).max())
-
-
-def change_weights(rollouts: RolloutDeployment) -> None:
-    with torch.no_grad():
-        for parameter in rollouts.student.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def test_every_requested_trajectory_comes_exactly_once_and_batches_have_one_teacher(
@@ -90,7 +83,7 @@ def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: 
         rollouts.requests([index % NUM_PROMPTS for index in range(64)]), SamplingSettings(400, 1.0), "exact"
     )
     versions = [version for _ in range(2) for version in versions_of(next(stream))]  # on their way
-    change_weights(rollouts)
+    rollouts.change_weights()
     rollouts.publish(before + 1)
     versions += [version for handle in stream for version in versions_of(handle)]
     assert len(versions) == 64
@@ -102,7 +95,7 @@ def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: 
 
 
 def test_an_incomplete_update_names_what_is_missing_and_a_complete_one_repairs_it(rollouts: RolloutDeployment) -> None:
-    change_weights(rollouts)
+    rollouts.change_weights()
     version = rollouts.policy_version + 1
     with pytest.raises(
         WeightSyncError, match=r"lacks model\.norm\.weight, model\.layers\.1\.self_attn\.k_proj\.weight"

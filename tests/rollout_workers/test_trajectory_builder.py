@@ -1,10 +1,13 @@
 """Rows and metrics from requests and completions."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cluster.contracts.interfaces import Completion, RolloutRequest
 from cluster.contracts.metrics import report
+from cluster.contracts.trajectory import make_generated, ragged
 from rollout_workers.trajectory_builder import (
     PolicyVersions,
     PromptFacts,
@@ -15,15 +18,47 @@ from rollout_workers.trajectory_builder import (
 from tests.builders import make_trajectory
 
 
+def written_by(*versions: int) -> Completion:
+    """Return a completion of tokens 50, 51, ..., by the version that wrote each."""
+    token_ids = np.arange(50, 50 + len(versions), dtype=np.int32)
+    return Completion(token_ids, np.zeros(len(versions), np.float32), "stop", np.array(versions, np.int32))
+
+
 def test_the_loss_mask_marks_exactly_the_completion_and_versions_are_kept_in_order() -> None:
     prompt = PromptFacts(np.array([7, 8, 9], np.int32), "math", "algebra", None)
-    completion = Completion(np.array([4, 1], np.int32), np.array([-0.5, -0.25], np.float32), "stop")
-    row = build_trajectory(RolloutRequest(11, 5, 2, seed=0), prompt, completion, PolicyVersions(3, 4), None)
-    assert row.token_ids.tolist() == [7, 8, 9, 4, 1]
+    completion = written_by(3, 4)
+    row = build_trajectory(RolloutRequest(11, 5, 2, seed=0), prompt, completion, None)
+    assert row.token_ids.tolist() == [7, 8, 9, 50, 51]
     assert row.loss_mask.tolist() == [0, 0, 0, 1, 1]
-    assert (row.min_policy_version, row.max_policy_version) == (3, 4)
+    assert (row.min_policy_version, row.max_policy_version, row.version_changes.tolist()) == (3, 4, [1])
     assert (row.trajectory_id, row.prompt_id, row.sample_index) == (11, 5, 2)
     assert (row.teacher, row.domain, row.reward) == ("math", "algebra", None)
+
+
+def test_candidates_travel_from_the_completion_to_the_row() -> None:
+    prompt = PromptFacts(np.array([7], np.int32), "math", "algebra", None)
+    ids, logprobs = np.array([[5, 4], [1, 2]], np.int32), np.full((2, 2), -0.5, np.float32)
+    completion = replace(written_by(0, 0), candidate_ids=ids, candidate_logprobs=logprobs)
+    row = build_trajectory(RolloutRequest(0, 0, 0, seed=0), prompt, completion, None)
+    batch = make_generated([row])
+    assert ragged(batch, "candidate_ids")[0].tolist() == [[5, 4], [1, 2]]
+    assert ragged(batch, "candidate_rollout_logprobs")[0].tolist() == [[-0.5, -0.5], [-0.5, -0.5]]
+
+
+@pytest.mark.parametrize(
+    ("by_token", "oldest", "newest", "changes"),
+    [
+        ([3, 3, 3], 3, 3, []),
+        ([3, 3, 4, 4, 4, 5], 3, 5, [2, 5]),
+        ([3, 3, 6], 3, 6, [2, 2, 2]),  # versions 4 and 5 wrote nothing
+        ([], 0, 0, []),
+    ],
+)
+def test_versions_change_where_the_first_token_of_the_next_was_written(
+    by_token: list[int], oldest: int, newest: int, changes: list[int]
+) -> None:
+    versions = PolicyVersions.of(np.array(by_token, np.int32))
+    assert (versions.oldest, versions.newest, versions.changes.tolist()) == (oldest, newest, changes)
 
 
 def test_text_ends_before_the_earliest_stop_string() -> None:
@@ -44,6 +79,13 @@ def test_metrics_count_completions_and_average_only_verified_rewards() -> None:
     assert values["rollout/truncated_ratio"] == pytest.approx(1 / 3)
     assert values["rollout/reward"] == 0.5
     assert values["rollout/seconds"] == 2.0
+
+
+def test_repetition_is_reported_where_it_is_looked_for_and_is_no_truncation() -> None:
+    rows = [make_trajectory(finish_reason="repetition"), make_trajectory(), make_trajectory(), make_trajectory()]
+    values = report(rollout_metrics(rows, seconds=1.0, stops_repetition=True))
+    assert (values["rollout/repetition_ratio"], values["rollout/truncated_ratio"]) == (0.25, 0.0)
+    assert "rollout/repetition_ratio" not in rollout_metrics(rows, seconds=1.0)
 
 
 def test_without_any_answer_there_is_no_reward_metric() -> None:

@@ -1,32 +1,67 @@
-"""Two real vLLM teacher replicas against transformers."""
+"""Real vLLM teachers against transformers: the embedded teacher in fp32, the embedded student in bf16."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
+from transformers import AutoModelForCausalLM
 
+from cluster.actors import PoolTimeouts
 from cluster.batch_store import pack
-from cluster.contracts.errors import ScoreError
-from cluster.contracts.interfaces import BatchHandle
-from cluster.contracts.trajectory import from_wire, make_generated, ragged
+from cluster.contracts.config import Dtype, EngineConfig, TeacherConfig
+from cluster.contracts.errors import ActorError, ScoreError
+from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.trajectory import from_wire, make_generated, models_of, ragged
+from cluster.lm_head import load_lm_head
 from teacher_workers.pool import TeacherPool, TeacherPools
 from tests.builders import make_trajectory
-from tests.tiny_qwen3 import TEACHER_TOP_K, expected_logprobs, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
 
+EMBEDDED = Path(__file__).parents[2] / "cluster" / "embedded"
+CONTEXT_TOKENS = 128  # all that the embedded models can attend to
+NUM_CANDIDATES = 8
+TOLERANCE = 1e-4  # nats; two implementations of the same fp32 model
 
-def make_handle(first_id: int, num_rows: int = 2, teacher: str = "even") -> BatchHandle:
+
+def start_pool(name: str, model: str, dtype: Dtype, num_replicas: int) -> TeacherPool:
+    engine = EngineConfig(dtype=dtype, kv_cache_gib=0.1, cpu_threads=1)
+    teacher = TeacherConfig(model=str(EMBEDDED / model), engine=engine)
+    timeouts = PoolTimeouts(start_seconds=500, call_seconds=120)
+    return TeacherPool(name, teacher, CONTEXT_TOKENS, [{"num_cpus": 1}] * num_replicas, timeouts)
+
+
+@pytest.fixture(scope="module")
+def pools(ray_cluster: None) -> Iterator[dict[str, TeacherPool]]:
+    """Start the embedded teacher as `exact`, twice, and the embedded student as `coarse`."""
+    exact = start_pool("exact", "teacher", "float32", num_replicas=2)
+    coarse = start_pool("coarse", "student", "bfloat16", num_replicas=1)
+    for pool in (exact, coarse):
+        pool.wait_until_ready()
+    yield {"exact": exact, "coarse": coarse}
+    for pool in (exact, coarse):
+        pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED / "teacher", dtype=torch.float32)
+
+
+def make_handle(first_id: int, num_rows: int = 2, route: str = "exact", longest: int = 60) -> BatchHandle:
     draw = np.random.default_rng(first_id)
     rows = [
         make_trajectory(
             prompt=draw.integers(4, 112, 5 + row),
-            completion=draw.integers(4, 112, 20 + 10 * row),
+            completion=draw.integers(4, 112, longest - 10 * row),
             trajectory_id=first_id + row,
-            teacher=teacher,
+            teacher=route,
         )
         for row in range(num_rows)
     ]
@@ -34,30 +69,101 @@ def make_handle(first_id: int, num_rows: int = 2, teacher: str = "even") -> Batc
     return replace(handle, reference=ray.put(wire))
 
 
-def test_every_batch_is_scored_once_and_equals_transformers(teacher_pool: TeacherPool, teacher_folder: Path) -> None:
-    model = load(teacher_folder)
-    pools = TeacherPools({"even": teacher_pool}, call_seconds=60)
-    handles = list(pools.score(make_handle(10 * index) for index in range(6)))
+def read(handle: BatchHandle) -> pa.RecordBatch:
+    return from_wire(ray.get(handle.reference), "scored")
+
+
+@torch.no_grad()
+def expected_rows(model: Any, batch: pa.RecordBatch) -> Iterator[tuple[int, np.ndarray, torch.Tensor, torch.Tensor]]:
+    """Yield of each row its number, written tokens, their hidden states and log-probabilities by transformers."""
+    for row in range(batch.num_rows):
+        token_ids = ragged(batch, "token_ids")[row]
+        positions = np.flatnonzero(ragged(batch, "loss_mask")[row])
+        ids = torch.from_numpy(token_ids.astype(np.int64)).unsqueeze(0)
+        hidden = model.get_decoder()(ids).last_hidden_state[0, positions - 1]
+        logprobs = model(ids).logits[0, positions - 1].log_softmax(-1)  # [completion_tokens, vocabulary]
+        yield row, token_ids[positions], hidden, logprobs
+
+
+def test_every_batch_is_scored_once_and_equals_transformers(pools: dict[str, TeacherPool], model: Any) -> None:
+    request = ScoreRequest("teacher", top_k=NUM_CANDIDATES, entropy=True, hidden=True)
+    teachers = TeacherPools(pools, call_seconds=60)
+    handles = list(teachers.score((make_handle(10 * i) for i in range(6)), lambda route: [(route, request)]))
     assert sorted(handle.trajectory_ids for handle in handles) == [(10 * i, 10 * i + 1) for i in range(6)]
-    num_outside = 0
-    for handle in handles:
-        batch = from_wire(ray.get(handle.reference), "scored")
-        for row in range(batch.num_rows):
-            token_ids = ragged(batch, "token_ids")[row]
-            sampled = np.flatnonzero(ragged(batch, "loss_mask")[row])
-            expected = expected_logprobs(model, token_ids.tolist())[sampled - 1]  # [completion_tokens, vocabulary]
+    for batch in map(read, handles):
+        for row, written, hidden, logprobs in expected_rows(model, batch):
             own = ragged(batch, "teacher_logprobs")[row]
-            assert np.abs(own - expected[np.arange(len(sampled)), token_ids[sampled]].numpy()).max() < 1e-4
-            best, best_ids = expected.topk(TEACHER_TOP_K)
-            assert np.abs(ragged(batch, "teacher_topk_logprobs")[row] - best.numpy()).max() < 1e-4
-            ids = torch.from_numpy(ragged(batch, "teacher_topk_ids")[row].astype(np.int64))
-            assert (expected.gather(1, ids) - best).abs().max() < 1e-4  # the same ids, up to ties
-            num_outside += int((ids != torch.from_numpy(token_ids[sampled])[:, None]).all(dim=1).sum())
-            assert best_ids.shape == ids.shape
-    assert num_outside > 0  # random tokens: most are not among the best 8 of 112
+            assert np.abs(own - logprobs[np.arange(len(written)), written].numpy()).max() < TOLERANCE
+            # One position too early or too late would be another distribution altogether.
+            assert np.abs(own[1:] - logprobs[np.arange(len(written) - 1), written[1:]].numpy()).max() > 1
+            best = logprobs.topk(NUM_CANDIDATES).values
+            assert np.abs(ragged(batch, "teacher_candidate_logprobs")[row] - best.numpy()).max() < TOLERANCE
+            ids = torch.from_numpy(ragged(batch, "candidate_ids")[row].astype(np.int64))
+            assert (logprobs.gather(1, ids) - best).abs().max() < TOLERANCE  # the same ids, up to ties
+            entropy = -(logprobs.exp() * logprobs).sum(-1)
+            assert np.abs(ragged(batch, "teacher_entropy")[row] - entropy.numpy()).max() < TOLERANCE
+            assert np.abs(ragged(batch, "teacher_hidden")[row] - hidden.numpy()).max() < TOLERANCE
 
 
-def test_a_batch_for_an_unknown_teacher_is_refused(teacher_pool: TeacherPool) -> None:
-    pools = TeacherPools({"even": teacher_pool}, call_seconds=60)
-    with pytest.raises(ScoreError, match="names the teacher 'odd'"):
-        list(pools.score([make_handle(0, teacher="odd")]))
+def test_a_batch_goes_through_its_chain_and_each_model_adds_its_columns(
+    pools: dict[str, TeacherPool], model: Any
+) -> None:
+    chain = [
+        ("coarse", ScoreRequest("base", top_k=NUM_CANDIDATES, hidden=True)),
+        ("exact", ScoreRequest("teacher", given_candidates=True)),
+    ]
+    teachers = TeacherPools(pools, call_seconds=60)
+    handles = list(teachers.score((make_handle(10 * i) for i in range(3)), lambda route: chain))
+    assert sorted(handle.trajectory_ids for handle in handles) == [(0, 1), (10, 11), (20, 21)]
+    assert teachers.outstanding == []
+    num_unlikely = 0
+    for handle, batch in zip(handles, map(read, handles), strict=True):
+        assert models_of(batch) == ["base", "teacher"]
+        assert {"base/logprob", "teacher/logprob"} < set(handle.metrics)
+        for row, _, _, logprobs in expected_rows(model, batch):
+            ids = torch.from_numpy(ragged(batch, "candidate_ids")[row].astype(np.int64))
+            given = logprobs.gather(1, ids)
+            assert np.abs(ragged(batch, "teacher_candidate_logprobs")[row] - given.numpy()).max() < TOLERANCE
+            num_unlikely += int((given < logprobs.topk(NUM_CANDIDATES).values[:, -1:]).sum())
+    assert num_unlikely > 0  # the exact teacher would not have chosen all of them itself
+
+
+def test_bfloat16_hidden_states_give_the_scores_again(pools: dict[str, TeacherPool]) -> None:
+    request = ScoreRequest("teacher", hidden=True)
+    (handle,) = TeacherPools(pools, call_seconds=60).score([make_handle(0)], lambda _: [("coarse", request)])
+    batch = read(handle)
+    bits = ragged(batch, "teacher_hidden").values
+    assert bits.dtype == np.uint16
+    head = load_lm_head(str(EMBEDDED / "student"), False, "bfloat16")
+    logprobs = head.logits(torch.from_numpy(bits.copy()).view(torch.bfloat16)).log_softmax(-1)
+    written = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
+    own = ragged(batch, "teacher_logprobs").values
+    # The product is rounded to bfloat16, now and then to the neighbouring number.
+    np.testing.assert_allclose(own, logprobs[np.arange(len(written)), written].numpy(), atol=0.07)
+
+
+def test_replicas_agree_on_a_trajectory_that_fills_the_context(pools: dict[str, TeacherPool]) -> None:
+    handle = make_handle(0, num_rows=1, longest=CONTEXT_TOKENS - 5)
+    assert handle.num_tokens == (CONTEXT_TOKENS,)
+    first, second = pools["exact"].score_everywhere([handle], ScoreRequest("teacher"))
+    both = [ragged(read(scored), "teacher_logprobs").values for (scored,) in (first, second)]
+    assert len(both[0]) == CONTEXT_TOKENS - 5
+    np.testing.assert_allclose(*both, atol=TOLERANCE)
+
+
+def test_a_trajectory_beyond_the_context_is_an_error_that_names_the_replica(pools: dict[str, TeacherPool]) -> None:
+    handle = make_handle(0, longest=CONTEXT_TOKENS)
+    with pytest.raises(ScoreError, match=r"^teacher-coarse-0: vLLM could not score 133 tokens"):
+        list(TeacherPools(pools, call_seconds=60).score([handle], lambda _: [("coarse", ScoreRequest("teacher"))]))
+
+
+def test_a_batch_for_an_unknown_teacher_is_refused(pools: dict[str, TeacherPool]) -> None:
+    teachers = TeacherPools(pools, call_seconds=60)
+    with pytest.raises(ScoreError, match="names the teacher 'odd'; there are"):
+        list(teachers.score([make_handle(0, route="odd")], lambda route: [(route, ScoreRequest("teacher"))]))
+
+
+def test_a_late_answer_is_an_error_that_names_the_replica(pools: dict[str, TeacherPool]) -> None:
+    hurried = TeacherPools(pools, call_seconds=0)
+    with pytest.raises(ActorError, match="for scores from teacher-coarse-0"):
+        list(hurried.score([make_handle(0)], lambda _: [("coarse", ScoreRequest("teacher"))]))

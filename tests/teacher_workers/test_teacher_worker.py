@@ -5,65 +5,95 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.contracts.errors import ScoreError
+from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.metrics import report
-from cluster.contracts.trajectory import Bytes, Ints, TeacherScores, make_generated, ragged
+from cluster.contracts.trajectory import Bytes, Ints, make_generated, models_of, ragged
+from cluster.lm_head import LmHead
 from teacher_workers.pool import least_loaded
 from teacher_workers.worker import TeacherWorker
 from tests.builders import make_trajectory
 
 VOCABULARY = 112
+HALF_3_QUARTER_5 = torch.full((VOCABULARY,), 0.25 / (VOCABULARY - 2)).index_fill(0, torch.tensor([3]), 0.5)
+HALF_3_QUARTER_5[5] = 0.25
 
 
 class ScriptedEngine:
-    """Gives every sampled token the next of the given log-probabilities, in a circle."""
+    """Gives every completion token the same hidden state, which the worker's head takes for the logits."""
 
-    def __init__(self, *logprobs: float) -> None:
-        self._logprobs = logprobs
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self._hidden = hidden
 
-    async def score(self, request_id: str, token_ids: Ints, loss_mask: Bytes, top_k: int) -> TeacherScores:
-        return TeacherScores(np.resize(np.array(self._logprobs, np.float32), int(loss_mask.sum())))
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> torch.Tensor:
+        return self._hidden.expand(int(loss_mask.sum()), VOCABULARY)
 
     async def shutdown(self) -> None:
         """End nothing."""
 
 
-def make_worker(*logprobs: float) -> TeacherWorker:
-    return TeacherWorker("teacher-math-1", ScriptedEngine(*logprobs), VOCABULARY, top_k=0)
+def make_worker(probabilities: torch.Tensor) -> TeacherWorker:
+    return TeacherWorker("teacher-math-1", ScriptedEngine(probabilities.log()), LmHead(torch.eye(VOCABULARY)))
 
 
-BATCH = make_generated([make_trajectory(completion=[3, 4]), make_trajectory(completion=[5, 6, 7])])
+BATCH = make_generated([make_trajectory(completion=[3, 5]), make_trajectory(completion=[5, 3, 5])])
+TEACHER, BASE = ScoreRequest("teacher"), ScoreRequest("base")
 
 
 def test_scores_are_added_row_by_row_and_counted() -> None:
-    scored, metrics = asyncio.run(make_worker(-1.0, -2.0).score(BATCH))
-    assert ragged(scored, "teacher_logprobs")[0].tolist() == [-1.0, -2.0]
-    assert ragged(scored, "teacher_logprobs")[1].tolist() == [-1.0, -2.0, -1.0]
+    scored, metrics = asyncio.run(make_worker(HALF_3_QUARTER_5).score(BATCH, TEACHER))
+    half, quarter = pytest.approx(math.log(0.5)), pytest.approx(math.log(0.25))
+    assert ragged(scored, "teacher_logprobs")[0].tolist() == [half, quarter]
+    assert ragged(scored, "teacher_logprobs")[1].tolist() == [quarter, half, quarter]
     values = report(metrics)
     assert values["teacher/tokens"] == 9  # two prompt tokens per row
     assert values["teacher/scored_tokens"] == 5
-    assert values["teacher/logprob"] == pytest.approx(-7 / 5)
+    assert values["teacher/logprob"] == pytest.approx((2 * math.log(0.5) + 3 * math.log(0.25)) / 5)
+    assert values["teacher/sampled_kl"] == pytest.approx(3 / 5 * math.log(2))  # the student gave every token one half
+
+
+def test_a_second_model_scores_what_the_first_one_chose() -> None:
+    worker = make_worker(HALF_3_QUARTER_5)
+    first, _ = asyncio.run(worker.score(BATCH, ScoreRequest("teacher", top_k=2)))
+    second, metrics = asyncio.run(worker.score(first, ScoreRequest("base", given_candidates=True)))
+    assert models_of(second) == ["teacher", "base"]
+    assert ragged(second, "candidate_ids")[0].tolist() == [[3, 5], [3, 5]]
+    assert ragged(second, "base_candidate_logprobs")[0] == pytest.approx(np.log([[0.5, 0.25]] * 2))
+    assert sorted(metrics) == ["base/logprob", "base/scored_tokens", "base/seconds", "base/tokens"]
+
+
+def test_candidates_that_nobody_chose_cannot_be_scored() -> None:
+    with pytest.raises(ScoreError, match=r"^teacher-math-1: base is to score candidates, but the batch has none"):
+        asyncio.run(make_worker(HALF_3_QUARTER_5).score(BATCH, ScoreRequest("base", given_candidates=True)))
+
+
+def test_rows_without_completion_are_scored_with_nothing() -> None:
+    batch = make_generated([make_trajectory(completion=[]), make_trajectory(completion=[])])
+    scored, metrics = asyncio.run(make_worker(HALF_3_QUARTER_5).score(batch, TEACHER))
+    assert ragged(scored, "teacher_logprobs").lengths.tolist() == [0, 0]
+    assert report(metrics)["teacher/scored_tokens"] == 0
 
 
 def test_nan_is_refused_and_the_error_names_teacher_and_replica() -> None:
     with pytest.raises(ScoreError, match=r"^teacher-math-1: .*NaN"):
-        asyncio.run(make_worker(-1.0, math.nan).score(BATCH))
+        asyncio.run(make_worker(HALF_3_QUARTER_5 * math.nan).score(BATCH, TEACHER))
 
 
 def test_uniform_scores_are_refused() -> None:
     with pytest.raises(ScoreError, match=r"^teacher-math-1: all 5 tokens were scored -4\.7185"):
-        asyncio.run(make_worker(-math.log(VOCABULARY)).score(BATCH))
+        asyncio.run(make_worker(torch.ones(VOCABULARY)).score(BATCH, BASE))
 
 
 def test_equal_scores_of_another_value_pass() -> None:
-    scored, _ = asyncio.run(make_worker(-4.71).score(BATCH))
-    assert scored.num_rows == 2
+    batch = make_generated([make_trajectory(completion=[5, 5, 5])])
+    assert asyncio.run(make_worker(HALF_3_QUARTER_5).score(batch, TEACHER))[0].num_rows == 1
 
 
 def test_one_token_may_be_scored_uniformly_by_chance() -> None:
     batch = make_generated([make_trajectory(completion=[3])])
-    assert asyncio.run(make_worker(-math.log(VOCABULARY)).score(batch))[0].num_rows == 1
+    assert asyncio.run(make_worker(torch.ones(VOCABULARY)).score(batch, TEACHER))[0].num_rows == 1
 
 
 def test_the_replica_with_the_fewest_outstanding_tokens_is_next() -> None:

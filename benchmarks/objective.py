@@ -1,0 +1,246 @@
+"""`python -m benchmarks.objective`: what objectives cost on top of the products with the LM head, in time and memory.
+
+The unit is plain cross-entropy of the same student head, forward and backward: three products of tokens x width x
+vocabulary. An objective over the whole vocabulary has one more, with the teacher's head, so its time is compared per
+product. On a CPU, time is that of the process on all its threads, which other processes' load does not change much.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.report import RESULTS, Row, describe_machine, print_rows, row
+from cluster.contracts.objective import (
+    DivergenceTerm,
+    ImportanceConfig,
+    ObjectiveConfig,
+    PolicyGradientTerm,
+)
+from cluster.lm_head import LmHead
+from learner.completion_head import CompletionHead, chunk_size
+from learner.micro_batch import MicroBatch, RoutedTokens
+from learner.objective.objective import Objective
+from learner.objective.tokens import CompletionTokens
+from learner.projection import LogitScaling
+
+VOCABULARY, WIDTH = 151_936, 1_024
+TIMED_TOKENS = 1_024
+MEMORY_TOKENS = (256, 1_024, 4_096)
+CPU_THREADS = 2
+ROUTE = "teacher"
+SAMPLED = ObjectiveConfig(support="sampled", terms={"main": PolicyGradientTerm()})
+SAMPLES = ObjectiveConfig(
+    support="samples",
+    support_size=16,
+    terms={"main": PolicyGradientTerm(over="support", importance=ImportanceConfig())},
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One objective, and the width of the teacher's hidden states if it needs them."""
+
+    name: str
+    config: ObjectiveConfig
+    teacher_width: int = 0
+    bar: float | None = None  # time per product, in that of cross-entropy
+
+    @property
+    def products(self) -> float:
+        """Return how many products of tokens x WIDTH x vocabulary one forward and backward take."""
+        return 3 + self.teacher_width / WIDTH
+
+
+def exact(divergence: str) -> ObjectiveConfig:
+    """Return a divergence over the whole vocabulary."""
+    return ObjectiveConfig(support="full", terms={"main": DivergenceTerm(divergence=divergence)})  # type: ignore[arg-type]
+
+
+CASES = [
+    Case("sampled policy gradient", SAMPLED, bar=1.1),
+    Case("policy gradient over 16 draws", SAMPLES, bar=1.1),
+    Case("top-16 and tail, reverse KL", ObjectiveConfig(support="topk", support_size=16), bar=1.1),
+    Case("top-64 and tail, reverse KL", ObjectiveConfig(support="topk", support_size=64), bar=1.1),
+    Case("exact reverse KL", exact("reverse_kl"), teacher_width=1_024, bar=1.3),
+    Case("exact reverse KL, wide teacher", exact("reverse_kl"), teacher_width=2_048, bar=1.3),
+    Case("exact JSD", exact("jsd"), teacher_width=1_024, bar=1.3),
+]
+MEMORY_CASES = ("top-16 and tail, reverse KL", "exact reverse KL")
+
+
+class Bench:
+    """A student head, teacher heads, and hidden states for so many tokens, all random."""
+
+    def __init__(self, num_tokens: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.random = torch.Generator(device).manual_seed(0)
+        self.device, self.dtype, self.num_tokens = device, dtype, num_tokens
+        linear = nn.Linear(WIDTH, VOCABULARY, bias=False, device=device, dtype=dtype)
+        self.head = CompletionHead(linear, LogitScaling())
+        self.hidden = self.normal(num_tokens, WIDTH)
+        self.targets = torch.randint(VOCABULARY, (num_tokens,), generator=self.random, device=device)
+        widths = {case.teacher_width for case in CASES if case.teacher_width}
+        self.teacher_heads = {width: LmHead(self.normal(VOCABULARY, width, scale=0.05)) for width in widths}
+        self.batches = {case.name: self.batch_of(case) for case in CASES}
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=self.random, device=self.device) * scale).to(self.dtype)
+
+    def batch_of(self, case: Case) -> MicroBatch:
+        """Return a micro-batch of one trajectory with the columns that the objective reads."""
+        n, k = self.num_tokens, case.config.num_candidates
+        flat, nothing = torch.full((n,), -12.0, device=self.device), torch.empty(0, device=self.device)
+        drawn = k if case.config.candidates_from == "student" else 0
+        of_candidates = torch.full((n, k), -12.0, device=self.device)
+        tokens = CompletionTokens(
+            target_ids=self.targets,
+            rollout_logprobs=flat,
+            candidate_ids=torch.randint(VOCABULARY, (n, k), generator=self.random, device=self.device),
+            candidate_rollout_logprobs=of_candidates[:, :drawn],
+            logprobs={"teacher": flat - 1},
+            candidate_logprobs={"teacher": of_candidates - 1} if k else {},
+            teacher_entropy=nothing,
+            trajectory=torch.zeros(n, dtype=torch.int64, device=self.device),
+            position=torch.arange(n, device=self.device),
+            length=torch.full((n,), n, device=self.device),
+            uniform=torch.rand(n, generator=self.random, device=self.device),
+            task_advantage=torch.zeros(n, device=self.device),
+        )
+        places = torch.arange(n, device=self.device)
+        hidden = {"teacher": self.normal(n, case.teacher_width)} if case.teacher_width else {}
+        return MicroBatch(nothing, nothing, nothing, tokens, (RoutedTokens(ROUTE, places, hidden),))
+
+    def run(self, case: Case) -> None:
+        """Run the learner's head forward and backward."""
+        hidden = self.hidden.detach().requires_grad_()
+        heads = {ROUTE: {"teacher": self.teacher_heads[case.teacher_width]}} if case.teacher_width else {}
+        loss, *_ = self.head(hidden, self.batches[case.name], Objective(case.config), heads)
+        torch.autograd.backward(loss / self.num_tokens)
+        self.head.weight.grad = None
+
+    def cross_entropy(self, chunk_tokens: int) -> None:
+        """Run torch's cross-entropy over the same head, with one backward per chunk."""
+        for part, targets in zip(self.hidden.split(chunk_tokens), self.targets.split(chunk_tokens), strict=True):
+            logits = part.detach().requires_grad_() @ self.head.weight.t()
+            loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
+            torch.autograd.backward(loss / self.num_tokens)
+        self.head.weight.grad = None
+
+
+def main() -> int:
+    """Measure and write the rows; exit code 1 when a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.objective", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--output", type=Path, help="JSON file to write; default: benchmarks/results/DATE-objective.json"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(CPU_THREADS)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    rows = [*time_rows(device, dtype, options.repeats), *memory_rows(device, dtype)]
+    print_rows(rows)
+    output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-objective.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    described = {"command": "python -m benchmarks.objective", "device": name_of(device), **describe_machine()}
+    output.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
+    return 0 if all(found["met"] for found in rows if "met" in found) else 1
+
+
+def time_rows(device: torch.device, dtype: torch.dtype, repeats: int) -> list[Row]:
+    """Time every case and two kinds of cross-entropy in turns."""
+    bench = Bench(TIMED_TOKENS, device, dtype)
+    runs: dict[str, Callable[[], None]] = {
+        "cross-entropy, whole": lambda: bench.cross_entropy(TIMED_TOKENS),
+        "cross-entropy, in chunks": lambda: bench.cross_entropy(chunk_size(VOCABULARY, device)),
+        **{case.name: partial(bench.run, case) for case in CASES},
+    }
+    seconds = interleaved(runs, device, repeats)
+    baseline = min(list(runs)[:2], key=lambda name: seconds[name])
+    size = f"{TIMED_TOKENS} tokens, {str(dtype).removeprefix('torch.')}"
+    unit = "s" if device.type == "cuda" else "CPU-s"
+    rows = [row(name, size, value, unit) for name, value in seconds.items()]
+    for case in CASES:
+        ratio = (seconds[case.name] / case.products) / (seconds[baseline] / 3)
+        rows.append(with_bar(row(f"{case.name} / {baseline}", "per product", ratio, "ratio"), case.bar))
+    return rows
+
+
+def memory_rows(device: torch.device, dtype: torch.dtype) -> list[Row]:
+    """Measure the peak memory above what is held before, for more and more tokens."""
+    rows = []
+    for name in MEMORY_CASES:
+        case = next(case for case in CASES if case.name == name)
+        peaks = {}
+        for num_tokens in MEMORY_TOKENS:
+            bench = Bench(num_tokens, device, dtype)
+            peaks[num_tokens] = peak_bytes(partial(bench.run, case), device)
+            rows.append(row(f"peak memory, {name}", f"{num_tokens} tokens", peaks[num_tokens] / 1e9, "GB"))
+            del bench
+        least, most = min(MEMORY_TOKENS), max(MEMORY_TOKENS)
+        # Two gradients of the hidden states, one of them the leaf's own.
+        growth = (peaks[most] - peaks[least]) / ((most - least) * WIDTH * dtype.itemsize)
+        rows.append(with_bar(row(f"growth of peak memory, {name}", "in [tokens, width]", growth, "ratio"), 4.0))
+    return rows
+
+
+def interleaved(runs: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Return the median seconds of each, after one run that warms up, in turns so that noise meets them alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            started = now(device)
+            run()
+            if repeat:
+                times[name].append(now(device) - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def now(device: torch.device) -> float:
+    """Return seconds: of a GPU, after all of its work; of a CPU, those that this process has computed."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes(run: Callable[[], None], device: torch.device) -> int:
+    """Return the most memory that torch holds at once of what it allocates during a run."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    assert found.profiler is not None
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def with_bar(found: Row, bar: float | None) -> Row:
+    """Add the bar that the figure has to meet."""
+    return found if bar is None else {**found, "bar": f"<= {bar:g}", "met": found["value"] <= bar}
+
+
+def name_of(device: torch.device) -> str:
+    """Return what computes."""
+    return f"CPU, {CPU_THREADS} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""What `teacher_scoring` asks of vLLM; apart from it, because vLLM reads its environment when it is first imported."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from vllm import PoolingParams, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from cluster.contracts.config import TeacherConfig
+from cluster.contracts.trajectory import Ints
+from cluster.vllm_runtime import EngineRole, build_engine
+from teacher_workers.vllm_engine import VllmScoringEngine
+
+
+class MeasuredEngine(VllmScoringEngine):
+    """The teacher's engine, which can also be asked for less."""
+
+    async def prefill(self, sequences: Sequence[Ints]) -> None:
+        """Read all tokens and return the last vector of each sequence."""
+        params = PoolingParams(task="embed", use_activation=False)
+        await asyncio.gather(*(self._read(ids, params) for ids in sequences))
+
+    async def read_hidden(self, sequences: Sequence[Ints]) -> None:
+        """Read all tokens and return all of their hidden states."""
+        params = PoolingParams(task="token_embed", use_activation=False)
+        await asyncio.gather(*(self._read(ids, params) for ids in sequences))
+
+    async def _read(self, ids: Ints, params: PoolingParams) -> None:
+        prompt: Any = {"prompt_token_ids": ids.tolist()}
+        async for _ in self._engine.encode(prompt, params, _next_id(ids)):
+            pass
+
+
+def build_generating_engine(teacher: TeacherConfig, max_model_len: int, top_k: int) -> AsyncLLM:
+    """Start an engine that can score prompts by itself."""
+    role = EngineRole(max_model_len=max_model_len, prefix_caching=False, tokenizer=False, max_logprobs=top_k)
+    return build_engine(teacher.model, teacher.trust_remote_code, teacher.engine, role)
+
+
+async def read_prompt_logprobs(engine: AsyncLLM, sequences: Sequence[Ints], top_k: int | None, is_flat: bool) -> None:
+    """Let vLLM score all positions itself; flat lists are made arrays, dicts are left as they come."""
+    params = SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=top_k,
+        flat_logprobs=is_flat,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+    async def read(ids: Ints) -> None:
+        prompt: Any = {"prompt_token_ids": ids.tolist()}
+        async for output in engine.generate(prompt, params, _next_id(ids)):
+            if top_k is not None and is_flat:
+                np.asarray(output.prompt_logprobs.logprobs, np.float32)
+                np.asarray(output.prompt_logprobs.token_ids, np.int32)
+
+    await asyncio.gather(*(read(ids) for ids in sequences))
+
+
+def _next_id(ids: Ints) -> str:
+    return f"measured-{id(ids)}"

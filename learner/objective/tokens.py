@@ -1,0 +1,90 @@
+"""What an objective sees of completion tokens: columns of data, what the student says, and what came of it.
+
+All tensors of one object are on one device and cover the same n completion tokens in the same order; log-probabilities
+are float32 natural logarithms at temperature 1, except those of the rollout worker, which are under its sampling
+distribution.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CompletionTokens:
+    """The data of n completion tokens of one micro-batch: everything but the student."""
+
+    target_ids: Tensor  # [n] int64: the written tokens
+    rollout_logprobs: Tensor  # [n]
+    candidate_ids: Tensor  # [n, k] int64; k is 0 where the support lists no candidates
+    candidate_rollout_logprobs: Tensor  # [n, k], or [n, 0] where the student did not choose the candidates
+    logprobs: Mapping[str, Tensor]  # model -> [n], of the written tokens
+    candidate_logprobs: Mapping[str, Tensor]  # model -> [n, k]; empty where there are no candidates
+    teacher_entropy: Tensor  # [n], or [0] where the objective does not need it
+    trajectory: Tensor  # [n] int64: which trajectory of the micro-batch, from 0; equal values stand together
+    position: Tensor  # [n] int64: place in the trajectory's completion tokens, from 0
+    length: Tensor  # [n] int64: completion tokens of the trajectory
+    uniform: Tensor  # [n] in [0, 1): random, and the same whenever this token of this trajectory is seen
+    task_advantage: Tensor  # [n]: of the trajectory's reward within its group; 0 without a reward
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.target_ids)
+
+    def __getitem__(self, chosen: slice | Tensor) -> "CompletionTokens":
+        """Return some of the tokens, chosen by slice or by index."""
+        return CompletionTokens(**{field.name: _take(getattr(self, field.name), chosen) for field in fields(self)})
+
+    def to(self, device: torch.device) -> "CompletionTokens":
+        """Return the same tokens on a device."""
+        return CompletionTokens(**{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class StudentFacts:
+    """What the current student says of completion tokens; without gradient."""
+
+    logprobs: Tensor  # [n] of the written tokens
+    entropy: Tensor  # [n] over the whole vocabulary, in nats
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """What an objective has derived from whole trajectories for n completion tokens; without gradient."""
+
+    weights: Tensor  # [n] how much each token counts in every term
+    later_advantages: Mapping[str, Tensor]  # term -> [n] the discounted advantages of the tokens after this one
+    trusted_trajectory: Mapping[str, Tensor]  # term -> [n] whether the trajectory's importance ratio is within bounds
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.weights)
+
+    def __getitem__(self, chosen: slice | Tensor) -> "TokenPlan":
+        """Return the plan of some of the tokens, chosen by slice or by index."""
+        return TokenPlan(**{field.name: _take(getattr(self, field.name), chosen) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class TokenResults:
+    """What an objective makes of n completion tokens."""
+
+    losses: Tensor  # [n] without gradient; their sum over the step, divided by its completion tokens, is the loss
+    student: StudentFacts
+    candidate_mass: Tensor  # [n] the student's probability of all candidates together; 0 where there are none
+    logits_gradient: Tensor | None  # [n, vocabulary] of losses.sum() by the student's logits; None if not asked for
+
+
+def _take(values: Any, chosen: slice | Tensor) -> Any:
+    if isinstance(values, Tensor):
+        return values[chosen] if len(values) else values
+    return {name: value[chosen] for name, value in values.items()}
+
+
+def _move(values: Any, device: torch.device) -> Any:
+    if isinstance(values, Tensor):
+        return values.to(device)
+    return {name: value.to(device) for name, value in values.items()}

@@ -1,0 +1,64 @@
+"""Plans the micro-batches of one optimizer step while its trajectories still arrive.
+
+The gradients of a step add up, whatever the order and the cut, so the learner need not wait for the last trajectory. A
+round is one micro-batch on every rank. Rounds go out when enough has arrived to fill them, or when the learner has
+nothing to do; the last one, which may be empty, tells DeepSpeed that the step is complete.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from learner.packing import Grid, plan_step
+
+Round = tuple[Grid, ...]  # one grid per rank; indices count the trajectories of the step in the order of arrival
+
+
+@dataclass
+class RoundPlanner:
+    """Collects trajectories and hands out rounds; every trajectory stands in exactly one of them.
+
+    Example:
+        >>> planner = RoundPlanner(num_ranks=2, micro_batch_tokens=4)
+        >>> planner.add([4, 2])
+        >>> planner.full_rounds()
+        []
+        >>> planner.add([3])
+        >>> planner.full_rounds()
+        [(((0,),), ((2,),))]
+        >>> planner.all_rounds()
+        [(((1,),), ())]
+    """
+
+    num_ranks: int
+    micro_batch_tokens: int
+    _lengths: list[int] = field(default_factory=list)  # of all trajectories so far
+    _waiting: list[int] = field(default_factory=list)  # indices of those in no round yet
+
+    def add(self, num_tokens: Sequence[int]) -> None:
+        """Take in trajectories of so many prompt and completion tokens."""
+        self._waiting += range(len(self._lengths), len(self._lengths) + len(num_tokens))
+        self._lengths += num_tokens
+
+    def full_rounds(self) -> list[Round]:
+        """Return the rounds that waiting trajectories fill: all planned ones but the last, which more may join."""
+        return self._take(len(self._plan()) - 1)
+
+    def all_rounds(self) -> list[Round]:
+        """Return rounds for everything that waits; none where nothing does."""
+        return self._take(len(self._plan()))
+
+    def _plan(self) -> list[Round]:
+        if not self._waiting:
+            return []
+        lengths = [self._lengths[index] for index in self._waiting]
+        ranks = plan_step(lengths, self.num_ranks, self.micro_batch_tokens).ranks
+        return [tuple(self._renumber(grid) for grid in grids) for grids in zip(*ranks, strict=True)]
+
+    def _take(self, count: int) -> list[Round]:
+        rounds = self._plan()[: max(0, count)]
+        taken = {index for grids in rounds for grid in grids for row in grid for index in row}
+        self._waiting = [index for index in self._waiting if index not in taken]
+        return rounds
+
+    def _renumber(self, grid: Grid) -> Grid:
+        return tuple(tuple(self._waiting[index] for index in row) for row in grid)

@@ -1,0 +1,167 @@
+"""Draws further tokens from the distribution that a written token came from, and keeps them until they are fetched.
+
+Draws are independent and with replacement, by inverting the cumulative distribution at uniform numbers that depend on
+nothing but the request's seed and the position. They therefore repeat with the seed, whatever else is in the batch,
+and when a position is computed again its draws are replaced by those that its new distribution gives.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.contracts.trajectory import Floats, Ints
+
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea and Flood 2014): added before each output
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+# Not 53: the product of a total and 1 - 2**-53 may be rounded up to the total, which lies beyond every token.
+UNIFORM_BITS = 52
+MAX_LOGITS_AT_ONCE = 1 << 24  # bounds the copies of logits in flight, the largest of them to 128 MiB
+MAX_STEPS_ON_DEVICE = 64  # a GPU is waited for no more often than this, except when draws are fetched
+
+
+@dataclass(frozen=True)
+class DrawOrder:
+    """How many draws per position a request wants, and from which random numbers."""
+
+    key: str  # its name when the draws are fetched
+    count: int
+    seed: int  # in [0, 2**63)
+
+
+class Step:
+    """What one step of the model drew, for the rows of several requests."""
+
+    def __init__(self, ids: Tensor, logprobs: Tensor) -> None:
+        self.ids: NDArray[Any] | Tensor = ids  # [rows, largest count]
+        self.logprobs: NDArray[Any] | Tensor = logprobs  # [rows, largest count]
+
+    def to_host(self) -> None:
+        """Wait for the device and let go of its memory."""
+        if isinstance(self.ids, Tensor) and isinstance(self.logprobs, Tensor):
+            self.ids, self.logprobs = self.ids.cpu().numpy(), self.logprobs.cpu().numpy()
+
+
+@dataclass
+class RequestDraws:
+    """Where the draws of one request are, by position; a step lives as long as a request that it drew for."""
+
+    order: DrawOrder
+    places: dict[int, tuple[Step, int]] = field(default_factory=dict)
+
+    def gather(self, num_tokens: int) -> tuple[Ints, Floats]:
+        """Return ids and log-probabilities [tokens, count], as far as no position is missing."""
+        positions = takewhile(self.places.__contains__, range(num_tokens))
+        places = [self.places[position] for position in positions]
+        none = np.empty((0, self.order.count))
+        ids = np.vstack([none, *(step.ids[row, : self.order.count] for step, row in places)])
+        logprobs = np.vstack([none, *(step.logprobs[row, : self.order.count] for step, row in places)])
+        return ids.astype(np.int32), logprobs.astype(np.float32)
+
+
+class LogitsRow(NamedTuple):
+    """Where in a step's logits a request's next token is decided."""
+
+    draws: RequestDraws
+    row: int  # of the logits
+    position: int  # number of tokens that the request has written
+    temperature: float  # by which the logits are yet to be divided
+
+
+class DrawLog:
+    """Draws at each step of the model, and knows every request's draws."""
+
+    def __init__(self) -> None:
+        self._requests: dict[str, RequestDraws] = {}
+        self._on_device: list[Step] = []
+
+    def __len__(self) -> int:
+        """Return how many requests' draws are kept."""
+        return len(self._requests)
+
+    def open(self, order: DrawOrder) -> RequestDraws:
+        """Return where a request's draws go; a request that was interrupted finds those it has."""
+        return self._requests.setdefault(order.key, RequestDraws(order))
+
+    def record(self, rows: Sequence[LogitsRow], logits: Tensor) -> None:
+        """Draw for some rows of the logits [any, vocabulary]; does not wait for a GPU."""
+        rows_at_once = max(1, MAX_LOGITS_AT_ONCE // logits.shape[-1])
+        for first in range(0, len(rows), rows_at_once):
+            some = rows[first : first + rows_at_once]
+            step = Step(*_draw_rows(some, logits))
+            self._on_device.append(step)
+            for place, row in enumerate(some):
+                row.draws.places[row.position] = (step, place)
+        if len(self._on_device) >= MAX_STEPS_ON_DEVICE:
+            self._to_host()
+
+    def take(self, key: str, num_tokens: int) -> tuple[Ints, Floats] | None:
+        """Forget a request and return its draws, of the tokens that were kept; None if it is not known."""
+        self._to_host()
+        draws = self._requests.pop(key, None)
+        return None if draws is None else draws.gather(num_tokens)
+
+    def drop(self, keys: Iterable[str]) -> None:
+        """Forget requests that were given up."""
+        for key in keys:
+            self._requests.pop(key, None)
+
+    def _to_host(self) -> None:
+        for step in self._on_device:
+            step.to_host()
+        self._on_device.clear()
+
+
+def _draw_rows(rows: Sequence[LogitsRow], logits: Tensor) -> tuple[Tensor, Tensor]:
+    def on_device(values: Any) -> Tensor:
+        return torch.as_tensor(values).to(logits.device, non_blocking=True)
+
+    seeds = np.array([row.draws.order.seed for row in rows], np.uint64)
+    positions = np.array([row.position for row in rows], np.uint64)
+    count = max(row.draws.order.count for row in rows)
+    temperatures = on_device([row.temperature for row in rows]).unsqueeze(-1)
+    some = logits[on_device([row.row for row in rows])] / temperatures
+    return draw(some, on_device(uniforms(seeds, positions, count)))
+
+
+def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw tokens with replacement from softmax(logits).
+
+    Args:
+        logits: [rows, vocabulary] float32; minus infinity is never drawn.
+        uniform: [rows, draws] float64 in [0, 1).
+
+    Returns:
+        ids [rows, draws] int32, and their log-probabilities [rows, draws] float32.
+    """
+    log_total = logits.logsumexp(-1, keepdim=True)
+    cumulative = (logits - log_total).exp().cumsum(-1, dtype=torch.float64)
+    # The first token whose cumulative probability lies above; one of probability 0 never lies above its predecessor.
+    ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return ids.int(), logits.gather(-1, ids) - log_total
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
+    """Return [rows, count] numbers in [0, 1), by SplitMix64 with one stream per pair of seed [rows], position [rows].
+
+    Example:
+        >>> one, other = uniforms(np.array([7, 7], np.uint64), np.array([0, 1], np.uint64), 2)
+        >>> bool((one == other).any())
+        False
+    """
+    streams = scramble(scramble(seeds) + positions * np.uint64(GOLDEN_GAMMA))
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
+    bits = scramble(streams[:, None] + steps) >> np.uint64(64 - UNIFORM_BITS)
+    return bits.astype(np.float64) * 2.0**-UNIFORM_BITS
+
+
+def scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return SplitMix64's output of each state."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
+    return state ^ (state >> np.uint64(31))

@@ -1,0 +1,45 @@
+"""An actor that answers as RolloutActor does, without an engine; a module of its own, so that Ray can import it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cluster.batch_store import pack
+from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.contracts.trajectory import make_generated
+from tests.builders import make_trajectory
+
+
+class StubRolloutActor:
+    """Writes `seed` tokens for each request, one batch per request, in the order in which it was given them."""
+
+    def __init__(self, settings: Any) -> None:
+        self._left: dict[int, list[RolloutRequest]] = {}
+
+    async def start(self) -> None:
+        """Start nothing."""
+
+    async def set_prompts(self, wire: pa.Buffer) -> None:
+        """Need none."""
+
+    async def start_rollout(
+        self, rollout_id: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
+    ) -> tuple[pa.Buffer | None, BatchHandle | None]:
+        """Take the requests and answer the first."""
+        self._left[rollout_id] = list(requests)
+        return await self.next_batch(rollout_id)
+
+    async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer | None, BatchHandle | None]:
+        """Answer the next request."""
+        if not self._left[rollout_id]:
+            return None, None
+        request = self._left[rollout_id].pop(0)
+        row = make_trajectory(
+            completion=np.full(request.seed, 3), trajectory_id=request.trajectory_id, prompt_id=request.prompt_id
+        )
+        return pack(make_generated([row]), {})
+
+    async def shutdown(self) -> None:
+        """End nothing."""
