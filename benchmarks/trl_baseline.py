@@ -43,7 +43,7 @@ FASTEST: dict[tuple[str, Trainer], Settings] = {
     ("embedded", "gkd"): Settings("gkd", "float32", 96),
     ("embedded", "distillation"): Settings("distillation", "float32", 96),
     ("smollm2", "gkd"): Settings("gkd", "bfloat16", 32),
-    ("smollm2", "distillation"): Settings("distillation", "bfloat16", 32),
+    ("smollm2", "distillation"): Settings("distillation", "bfloat16", 8),
 }
 
 

@@ -20,7 +20,8 @@ from learner.objective.tokens import StudentFacts, TokenResults
 from learner.projection import LogitScaling, Projection
 from learner.teacher_heads import TeacherHeads
 
-# Float32 logits alive at once, of each model. Every chunk reads and writes the whole gradient of the weight.
+# Float32 logits alive at once, of each model. Every chunk reads and writes the whole gradient of the weight: for 1,024
+# tokens of 151,936 on a CPU, the products take 18 % longer in chunks of 128 than in one, 7 % in 256, 1 % in 441.
 CPU_CHUNK_LOGITS = 1 << 26  # 256 MiB
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GiB: a GPU needs larger products to be busy
 

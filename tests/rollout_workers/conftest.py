@@ -1,4 +1,4 @@
-"""One pool of two real rollout actors for all tests here."""
+"""The pools of real rollout actors that the tests here share."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +26,7 @@ def rollouts(ray_cluster: None, student_folder: Path) -> Iterator[RolloutDeploym
         max_model_len=CONTEXT_TOKENS,
         rows_per_batch=4,
         weight_sync_backend="object_store",
+        draws=True,
     )
     pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=500, call_seconds=120))
     pool.wait_until_ready()

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.interfaces import SamplingSettings
@@ -14,12 +15,25 @@ from tests.tiny_qwen3 import HALT, expected_logprobs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
 
 
-def largest_gap(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> float:
-    """Compare a row's log-probabilities with the reference's at the same tokens."""
+def gaps(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> np.ndarray:
+    """Return [completion_tokens]: how far a row's log-probabilities are from the reference's at the same tokens."""
     token_ids = row["token_ids"].tolist()
     sampled = np.flatnonzero(row["loss_mask"])
     expected = expected_logprobs(rollouts.student, token_ids, temperature)[sampled - 1, row["token_ids"][sampled]]
-    return float(np.abs(expected.numpy() - row["rollout_logprobs"]).max())
+    return np.asarray(np.abs(expected.numpy() - row["rollout_logprobs"]))
+
+
+def largest_gap(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> float:
+    return float(gaps(rollouts, row, temperature).max())
+
+
+def positions(row: dict[str, Any]) -> np.ndarray:
+    """Return 0, 1, ... for each completion token."""
+    return np.arange(len(row["rollout_logprobs"]))
+
+
+def copy_weights(rollouts: RolloutDeployment) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in rollouts.student.state_dict().items()}
 
 
 def test_every_requested_trajectory_comes_exactly_once_and_batches_have_one_teacher(
@@ -92,6 +106,29 @@ def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: 
     rows = rollouts.generate(rollouts.requests([LONG_PROMPT, 2, 3]), SamplingSettings(32, 1.0))
     assert max(largest_gap(rollouts, row) for row in rows) < 1e-5
     assert {(row["min_policy_version"], row["max_policy_version"]) for row in rows} == {(before + 1, before + 1)}
+
+
+def test_a_row_says_which_of_its_tokens_each_version_wrote(rollouts: RolloutDeployment) -> None:
+    first = rollouts.policy_version
+    stream = rollouts.pool.generate(
+        rollouts.requests([index % NUM_PROMPTS for index in range(48)]), SamplingSettings(400, 1.0), "exact"
+    )
+    handles = [next(stream)]  # the rest is under way
+    weights = {first: copy_weights(rollouts)}
+    for version in (first + 1, first + 3):  # one version never reaches the workers
+        rollouts.change_weights()
+        rollouts.publish(version)
+        weights[version] = copy_weights(rollouts)
+        handles.append(next(stream))
+    rows = [row for handle in [*handles, *stream] for row in rows_of(handle.reference)]
+    by_row = [first + np.searchsorted(row["version_changes"], positions(row), side="right") for row in rows]
+    assert sum(set(versions) == set(weights) for versions in by_row) > 10  # rows that saw both updates
+    by_token = np.concatenate(by_row)
+    for version, kept in weights.items():
+        rollouts.student.load_state_dict(kept)
+        gap = np.concatenate([gaps(rollouts, row) for row in rows])
+        assert gap[by_token == version].max() < 1e-4
+        assert np.median(gap[by_token != version]) > 1e-2
 
 
 def test_an_incomplete_update_names_what_is_missing_and_a_complete_one_repairs_it(rollouts: RolloutDeployment) -> None:
