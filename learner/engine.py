@@ -32,13 +32,16 @@ class TrainEngine(Protocol):
         """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add this rank's part of the step's loss; gradients of all parts and ranks add up."""
+        """Add this rank's part of the step's summed loss; gradients of all parts and ranks add up."""
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping."""
+    def step(self, learning_rate: float, num_tokens: int) -> float:
+        """Divide the gradients by the step's tokens, clip, update the weights, clear the gradients.
 
-    def discard(self) -> float:
-        """Clear the gradients and leave the weights as they are; return the gradient's norm."""
+        Returns the gradient's norm before clipping.
+        """
+
+    def discard(self, num_tokens: int) -> float:
+        """Do as `step` does, but leave the weights as they are."""
 
     def full_parameters(self, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
         """Give whole parameters by Hugging Face name for as long as the context lasts."""

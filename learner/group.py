@@ -3,9 +3,8 @@
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,10 @@ from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Floats, from_wire
 from cluster.contracts.weights import WeightSyncReport
 from learner import checkpoint
-from learner.packing import Grid, plan_step
+from learner.arrivals import Arrivals, Share
 from learner.rendezvous import free_address
-from learner.task_advantage import step_advantages
+from learner.rounds import Round, RoundPlanner
 from learner.worker import LearnerWorker, RankRows, start_worker
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank does in one step."""
-
-    references: tuple[Any, ...]  # to wire bytes; inside a dataclass, so Ray hands them over unresolved
-    task_advantages: tuple[float, ...]  # of the rows of `references`, in order
-    grids: tuple[Grid, ...]  # indices count the rows of `references` in order
-    num_tokens: int  # completion tokens of the step, over all ranks
 
 
 class LearnerActor:
@@ -53,13 +42,19 @@ class LearnerActor:
         """Load the student and join the group."""
         self._worker = start_worker(self._config, self._rank, self._world_size, address)
 
-    def step(self, share: Share, step: int) -> dict[str, Metric]:
-        """Run this rank's share of an optimizer step."""
-        return self._worker.step(self._fetch_rows(share), step)
+    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
+        """Add the gradients of this rank's share of a round."""
+        wires = ray.get(list(share.references), timeout=self._config.ray.call_timeout_seconds)
+        batches = [from_wire(wire, stage="scored") for wire in wires]
+        return self._worker.accumulate(RankRows(batches, share.task_advantages, share.grids), completes_step, objective)
 
-    def measure_gradient(self, share: Share, objective: ObjectiveConfig) -> dict[str, Metric]:
-        """Measure a step without taking it."""
-        return self._worker.measure_gradient(self._fetch_rows(share), objective)
+    def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
+        """Update the weights with the gradients added up."""
+        return self._worker.take_step(num_tokens, step)
+
+    def discard_step(self, num_tokens: int) -> dict[str, Metric]:
+        """Measure the gradients added up and clear them."""
+        return self._worker.discard_step(num_tokens)
 
     def student_logprobs(self, references: Sequence[Any]) -> Floats | None:
         """Return the log-probabilities of one batch on rank 0, and nothing on the others."""
@@ -90,11 +85,6 @@ class LearnerActor:
     def shutdown(self) -> None:
         """End nothing: a rank starts no process of its own."""
 
-    def _fetch_rows(self, share: Share) -> RankRows:
-        wires = ray.get(list(share.references), timeout=self._config.ray.call_timeout_seconds)
-        batches = [from_wire(wire, stage="scored") for wire in wires]
-        return RankRows(batches, share.task_advantages, share.grids, share.num_tokens)
-
 
 class LearnerGroup:
     """N ranks that hold one student between them.
@@ -123,19 +113,23 @@ class LearnerGroup:
             self._start(config.ray.start_timeout_seconds)
             undo.pop_all()
 
-    def step(self, handles: Sequence[BatchHandle], step: int) -> dict[str, Metric]:
-        """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together."""
-        shares = self._shares(handles, self._config.objective)
-        parts = self._ask_each("step", shares, step, waiting_for=f"the learner to take step {step}")
-        return merge(parts)
+    def step(self, handles: Iterable[BatchHandle], step: int) -> dict[str, Metric]:
+        """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together.
 
-    def measure_gradient(self, handles: Sequence[BatchHandle], objective: ObjectiveConfig) -> dict[str, Metric]:
+        Learning begins while batches still arrive: gradients of full micro-batches, or of what there is when the ranks
+        have nothing to do, are added up at once. The weights change when the last batch is in.
+        """
+        num_tokens, parts = self._accumulate(handles, None, waiting_for=f"the learner to compute step {step}")
+        taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}")
+        return merge([*parts, *taken])
+
+    def measure_gradient(self, handles: Iterable[BatchHandle], objective: ObjectiveConfig) -> dict[str, Metric]:
         """Return loss, gradient norm and the other figures of a step, without taking it.
 
         The objective's support must be the run's own: it decides what the batches carry.
         """
-        shares = self._shares(handles, objective)
-        return merge(self._ask_each("measure_gradient", shares, objective, waiting_for="the learner's gradient"))
+        num_tokens, parts = self._accumulate(handles, objective, waiting_for="the learner's gradient")
+        return merge([*parts, *self._ask("discard_step", num_tokens, waiting_for="the learner's gradient")])
 
     def student_logprobs(self, handle: BatchHandle) -> Floats:
         """Return the current student's log-probability of every completion token of the batch, rows in order."""
@@ -175,13 +169,35 @@ class LearnerGroup:
         address = get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
         self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout_seconds)
 
-    def _shares(self, handles: Sequence[BatchHandle], objective: ObjectiveConfig) -> list[Share]:
-        config = self._config.learner
-        lengths = [length for handle in handles for length in handle.num_tokens]
-        plan = plan_step(lengths, config.num_workers, config.micro_batch_tokens)
-        num_tokens = sum(sum(handle.num_completion_tokens) for handle in handles)
-        advantages = step_advantages(handles, objective)
-        return [share_of(handles, advantages, grids, num_tokens) for grids in plan.ranks]
+    def _accumulate(
+        self, handles: Iterable[BatchHandle], objective: ObjectiveConfig | None, waiting_for: str
+    ) -> tuple[int, list[dict[str, Metric]]]:
+        """Add up the gradients of batches as they come; return their completion tokens and the ranks' figures."""
+        config = self._config
+        arrivals = Arrivals(objective or config.objective, config.rollout.samples_per_prompt)
+        planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
+        sent: list[Any] = []
+
+        def send(rounds: Sequence[Round], completes_step: bool) -> None:
+            for grids in rounds:
+                shares = [arrivals.share((grid,)) for grid in grids]
+                sent.extend(
+                    actor.accumulate.remote(share, completes_step, objective)
+                    for actor, share in zip(self._actors, shares, strict=True)
+                )
+
+        for handle in handles:
+            planner.add({index: arrivals.num_tokens(index) for index in arrivals.add(handle)})
+            send(
+                planner.all_rounds() if _is_done(sent[-len(self._actors) :]) else planner.full_rounds(),
+                completes_step=False,
+            )
+        planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
+        *others, last = planner.all_rounds() or [((),) * config.learner.num_workers]
+        send(others, completes_step=False)
+        send([last], completes_step=True)
+        names = self._names * (len(sent) // len(self._names))
+        return arrivals.num_completion_tokens, get_all(sent, config.ray.call_timeout_seconds, waiting_for, names)
 
     def _ask(self, method: str, *args: Any, waiting_for: str, timeout_seconds: float | None = None) -> list[Any]:
         return call_all(
@@ -193,29 +209,10 @@ class LearnerGroup:
             names=self._names,
         )
 
-    def _ask_each(self, method: str, shares: Sequence[Share], *args: Any, waiting_for: str) -> list[Any]:
-        references = [
-            getattr(actor, method).remote(share, *args) for actor, share in zip(self._actors, shares, strict=True)
-        ]
-        return get_all(references, self._config.ray.call_timeout_seconds, waiting_for, self._names)
 
-
-def share_of(
-    handles: Sequence[BatchHandle], advantages: Sequence[float], grids: Sequence[Grid], num_tokens: int
-) -> Share:
-    """Keep the batches that the grids touch, and count their rows anew."""
-    used = {index for grid in grids for grid_row in grid for index in grid_row}
-    references: list[Any] = []
-    renumbered: dict[int, int] = {}
-    first = 0
-    for handle in handles:
-        rows = range(first, first + len(handle.num_tokens))
-        first = rows.stop
-        if not used.isdisjoint(rows):
-            references.append(handle.reference)
-            renumbered |= {row: len(renumbered) + position for position, row in enumerate(rows)}
-    local = tuple(tuple(tuple(renumbered[index] for index in grid_row) for grid_row in grid) for grid in grids)
-    return Share(tuple(references), tuple(advantages[row] for row in renumbered), local, num_tokens)
+def _is_done(references: Sequence[Any]) -> bool:
+    """Return whether all calls have been answered."""
+    return not references or not ray.wait(references, num_returns=len(references), timeout=0)[1]
 
 
 def _with_environment(option: Mapping[str, Any], config: Config, rank: int) -> dict[str, Any]:

@@ -36,11 +36,14 @@ class ReferenceEngine:
         return Evaluation(*self.student(batch, objective, teacher_heads))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add one micro-batch's part of the step's loss."""
+        """Add one micro-batch's part of the step's summed loss."""
         torch.autograd.backward(loss)
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping."""
+    def step(self, learning_rate: float, num_tokens: int) -> float:
+        """Divide by the tokens, clip, update the weights, clear the gradients; return the norm before clipping."""
+        for parameter in self.student.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= max(1, num_tokens)
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         gradient_norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._max_gradient_norm)
@@ -48,10 +51,10 @@ class ReferenceEngine:
         self._optimizer.zero_grad()
         return float(gradient_norm)
 
-    def discard(self) -> float:
-        """Clear the gradients and leave the weights as they are; return the gradient's norm."""
+    def discard(self, num_tokens: int) -> float:
+        """Do as `step` does, but leave the weights as they are."""
         with paused(self._optimizer):
-            return self.step(learning_rate=0.0)
+            return self.step(0.0, num_tokens)
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:

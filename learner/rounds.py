@@ -5,12 +5,12 @@ round is one micro-batch on every rank. Rounds go out when enough has arrived to
 nothing to do; the last one, which may be empty, tells DeepSpeed that the step is complete.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from learner.packing import Grid, plan_step
 
-Round = tuple[Grid, ...]  # one grid per rank; indices count the trajectories of the step in the order of arrival
+Round = tuple[Grid, ...]  # one grid per rank
 
 
 @dataclass
@@ -19,10 +19,10 @@ class RoundPlanner:
 
     Example:
         >>> planner = RoundPlanner(num_ranks=2, micro_batch_tokens=4)
-        >>> planner.add([4, 2])
+        >>> planner.add({0: 4, 1: 2})
         >>> planner.full_rounds()
         []
-        >>> planner.add([3])
+        >>> planner.add({2: 3})
         >>> planner.full_rounds()
         [(((0,),), ((2,),))]
         >>> planner.all_rounds()
@@ -31,13 +31,11 @@ class RoundPlanner:
 
     num_ranks: int
     micro_batch_tokens: int
-    _lengths: list[int] = field(default_factory=list)  # of all trajectories so far
-    _waiting: list[int] = field(default_factory=list)  # indices of those in no round yet
+    _waiting: dict[int, int] = field(default_factory=dict)  # trajectories in no round yet, and their tokens
 
-    def add(self, num_tokens: Sequence[int]) -> None:
-        """Take in trajectories of so many prompt and completion tokens."""
-        self._waiting += range(len(self._lengths), len(self._lengths) + len(num_tokens))
-        self._lengths += num_tokens
+    def add(self, num_tokens: Mapping[int, int]) -> None:
+        """Take in trajectories: index -> prompt and completion tokens."""
+        self._waiting |= num_tokens
 
     def full_rounds(self) -> list[Round]:
         """Return the rounds that waiting trajectories fill: all planned ones but the last, which more may join."""
@@ -50,15 +48,16 @@ class RoundPlanner:
     def _plan(self) -> list[Round]:
         if not self._waiting:
             return []
-        lengths = [self._lengths[index] for index in self._waiting]
-        ranks = plan_step(lengths, self.num_ranks, self.micro_batch_tokens).ranks
-        return [tuple(self._renumber(grid) for grid in grids) for grids in zip(*ranks, strict=True)]
+        indices = list(self._waiting)
+        ranks = plan_step(list(self._waiting.values()), self.num_ranks, self.micro_batch_tokens).ranks
+        return [tuple(_named(grid, indices) for grid in grids) for grids in zip(*ranks, strict=True)]
 
     def _take(self, count: int) -> list[Round]:
         rounds = self._plan()[: max(0, count)]
-        taken = {index for grids in rounds for grid in grids for row in grid for index in row}
-        self._waiting = [index for index in self._waiting if index not in taken]
+        for index in [index for grids in rounds for grid in grids for row in grid for index in row]:
+            del self._waiting[index]
         return rounds
 
-    def _renumber(self, grid: Grid) -> Grid:
-        return tuple(tuple(self._waiting[index] for index in row) for row in grid)
+
+def _named(grid: Grid, indices: Sequence[int]) -> Grid:
+    return tuple(tuple(indices[position] for position in row) for row in grid)

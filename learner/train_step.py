@@ -1,13 +1,14 @@
-"""One optimizer step of one rank: forward, objective, backward over its micro-batches, then the update."""
+"""Forward, objective and backward over micro-batches of one rank, and what they say of the student."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from cluster.contracts.metrics import Max, Mean, Metric, Quantile, merge
+from cluster.contracts.metrics import Max, Mean, Metric, Quantile, Sum, merge
 from cluster.contracts.objective import TEACHER
 from learner.completion_head import Evaluation
 from learner.engine import TrainEngine
@@ -23,42 +24,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepTask:
-    """What all ranks have in common in one step."""
+    """What all micro-batches of a step have in common."""
 
     objective: Objective
-    num_tokens: int  # completion tokens of the step, over all ranks
     teacher_heads: TeacherHeads = field(default_factory=dict)
 
 
-def train_step(
-    engine: TrainEngine, batches: Iterable[MicroBatch], task: StepTask, learning_rate: float
+def accumulate(
+    engine: TrainEngine, batches: Iterable[MicroBatch], task: StepTask, completes_step: bool
 ) -> dict[str, Metric]:
-    """Update the weights once and return what this rank saw; `metrics.merge` over ranks gives the step's figures.
+    """Run forward and backward over some of a step's micro-batches; the gradients' sums stay in the engine.
 
     Args:
         engine: holds the weights.
-        batches: this rank's micro-batches, at least one and as many as every other rank has.
-        task: what to minimise, over how many tokens.
-        learning_rate: of this step.
+        batches: this rank's micro-batches, at least one and as many as every other rank has in this call.
+        task: what to minimise.
+        completes_step: whether these are the last micro-batches of the step.
     """
-    parts = accumulate(engine, batches, task)
-    return {**parts, "gradient_norm": Max(engine.step(learning_rate)), "learning_rate": Max(learning_rate)}
-
-
-def measure_gradient(engine: TrainEngine, batches: Iterable[MicroBatch], task: StepTask) -> dict[str, Metric]:
-    """Return what `train_step` would, without changing the weights."""
-    parts = accumulate(engine, batches, task)
-    return {**parts, "gradient_norm": Max(engine.discard())}
-
-
-def accumulate(engine: TrainEngine, batches: Iterable[MicroBatch], task: StepTask) -> dict[str, Metric]:
-    """Run forward and backward over the micro-batches; the gradients stay in the engine."""
     parts: list[dict[str, Metric]] = []
     for batch, is_last in _with_last(batches):
+        started = perf_counter()
         found = engine.forward(batch, task.objective, task.teacher_heads)
-        engine.backward(found.loss / max(1, task.num_tokens), is_last)
-        parts.append(describe(found, batch.tokens.to(found.loss.device), task.objective.config.support == "samples"))
-    return {**merge(parts), "micro_batches": Max(len(parts))}
+        engine.backward(found.loss, is_last and completes_step)
+        busy = {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)}
+        tokens = batch.tokens.to(found.loss.device)
+        parts.append(describe(found, tokens, task.objective.config.support == "samples") | busy)
+    return merge(parts)
 
 
 @torch.no_grad()

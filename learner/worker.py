@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
-from cluster.contracts.metrics import Metric
+from cluster.contracts.metrics import Max, Metric
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.weights import WeightSyncReport
@@ -27,18 +27,17 @@ from learner.model import load_student
 from learner.objective.objective import Objective
 from learner.packing import Grid, plan_step
 from learner.teacher_heads import TeacherHeads, load_teacher_heads
-from learner.train_step import StepTask, measure_gradient, train_step
+from learner.train_step import StepTask, accumulate
 from learner.weight_sender import ObjectStoreSender, WeightSender
 
 
 @dataclass(frozen=True)
 class RankRows:
-    """The trajectories of one step that one rank computes, and in which micro-batches."""
+    """Trajectories that one rank computes, and in which micro-batches."""
 
     batches: Sequence[pa.RecordBatch]  # scored
     task_advantages: Sequence[float]  # of the batches' rows, in order
     grids: Sequence[Grid]  # indices count the batches' rows
-    num_tokens: int  # completion tokens of the step, over all ranks
 
 
 class LearnerWorker:
@@ -57,14 +56,28 @@ class LearnerWorker:
         self._objective = Objective(config.objective)
         self._sender = _make_sender(config, engine)
 
-    def step(self, rows: RankRows, step: int) -> dict[str, Metric]:
-        """Run this rank's share of optimizer step `step`, from 0, which decides the learning rate."""
-        learning_rate = learning_rate_at(step, self._config.run.steps, self._config.learner)
-        return train_step(self._engine, self._build(rows), self._task(self._objective, rows), learning_rate)
+    def accumulate(
+        self, rows: RankRows, completes_step: bool, objective: ObjectiveConfig | None = None
+    ) -> dict[str, Metric]:
+        """Add the gradients of this rank's share of a round.
 
-    def measure_gradient(self, rows: RankRows, objective: ObjectiveConfig) -> dict[str, Metric]:
-        """Return the figures of a step with another objective of the same support, without taking it."""
-        return measure_gradient(self._engine, self._build(rows), self._task(Objective(objective), rows))
+        Args:
+            rows: the trajectories and their micro-batches.
+            completes_step: whether no round of the step follows.
+            objective: another one than the run's, of the same support.
+        """
+        task = StepTask(self._objective if objective is None else Objective(objective), self._teacher_heads)
+        return accumulate(self._engine, self._build(rows), task, completes_step)
+
+    def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
+        """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""
+        learning_rate = learning_rate_at(step, self._config.run.steps, self._config.learner)
+        gradient_norm = self._engine.step(learning_rate, num_tokens)
+        return {"gradient_norm": Max(gradient_norm), "learning_rate": Max(learning_rate)}
+
+    def discard_step(self, num_tokens: int) -> dict[str, Metric]:
+        """Measure the gradients and clear them."""
+        return {"gradient_norm": Max(self._engine.discard(num_tokens))}
 
     def student_logprobs(self, batch: pa.RecordBatch) -> Floats:
         """Return the current student's log-probability of every completion token, in the batch's row order.
@@ -111,9 +124,6 @@ class LearnerWorker:
         """Lay out one micro-batch after the other, when it is wanted: hidden states are large."""
         found = trajectories(rows.batches, rows.task_advantages)
         return (build_micro_batch(grid, found, self._config.run.seed) for grid in rows.grids)
-
-    def _task(self, objective: Objective, rows: RankRows) -> StepTask:
-        return StepTask(objective, rows.num_tokens, self._teacher_heads)
 
 
 def start_worker(config: Config, rank: int, world_size: int, address: str) -> LearnerWorker:

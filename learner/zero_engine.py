@@ -73,22 +73,27 @@ class ZeroEngine:
         return Evaluation(*self._engine(batch.to(self._engine.device), objective, teacher_heads))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add this rank's part of the step's loss; gradients of all parts and ranks add up."""
+        """Add this rank's part of the step's summed loss; gradients of all parts and ranks add up."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
         self._engine.backward(loss * self.world_size)
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update the weights, clear the gradients; return the gradient's norm before clipping."""
+    def step(self, learning_rate: float, num_tokens: int) -> float:
+        """Divide by the tokens, clip, update the weights, clear the gradients; return the norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        # How many tokens a step has is known only when all have been added up. A loss scale is what DeepSpeed divides
+        # gradients and their norm by; it would also multiply the losses, so it is 1 while they are added up.
+        optimizer = self._engine.optimizer
+        optimizer.override_loss_scale(float(max(1, num_tokens)))
         self._engine.step()
+        optimizer.override_loss_scale(1.0)
         return float(self._engine.get_global_grad_norm())
 
-    def discard(self) -> float:
-        """Clear the gradients and leave the weights as they are; return the gradient's norm."""
+    def discard(self, num_tokens: int) -> float:
+        """Do as `step` does, but leave the weights as they are."""
         with paused(self._optimizer):
-            return self.step(learning_rate=0.0)
+            return self.step(0.0, num_tokens)
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:

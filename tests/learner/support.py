@@ -1,6 +1,7 @@
 """Hand-built trajectories, what random teachers or the student say of them, and a stand-in for a rollout actor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from cluster.checksum import checksum
 from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.metrics import Max, Metric
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.presets import expand_preset
 from cluster.contracts.trajectory import (
@@ -25,7 +27,12 @@ from cluster.contracts.trajectory import (
     to_wire,
 )
 from cluster.lm_head import LmHead
+from learner.engine import TrainEngine
+from learner.micro_batch import MicroBatch
+from learner.objective.objective import Objective
+from learner.task_advantage import group_advantages
 from learner.teacher_heads import TeacherHeads
+from learner.train_step import StepTask, accumulate
 
 VOCABULARY = 112
 LENGTHS = ((3, 9), (5, 30), (2, 1), (8, 20), (4, 44), (6, 7), (1, 12))  # (prompt, completion) tokens
@@ -79,7 +86,7 @@ def make_scored(
 def score_by(causal_lm: PreTrainedModel, objective: ObjectiveConfig, batch: pa.RecordBatch) -> pa.RecordBatch:
     """Return the batch as if the model itself had written and scored it."""
     scored = []
-    for row in batch.select([field.name for field in generated_schema()]).to_pylist():
+    for row in batch.select([column.name for column in generated_schema()]).to_pylist():
         ids, mask = torch.tensor(row["token_ids"]), torch.tensor(row["loss_mask"])
         with torch.no_grad():
             hidden = causal_lm.get_decoder()(input_ids=ids[None]).last_hidden_state[0, :-1][mask[1:] != 0]
@@ -210,3 +217,44 @@ def _scores(batch: pa.RecordBatch, objective: ObjectiveConfig, model: str, logit
         entropy=-(logprobs.exp() * logprobs).sum(-1).numpy() if objective.needs_teacher_entropy else None,
         hidden=hidden.numpy() if objective.support == "full" else None,
     )
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """A step whose micro-batches are all there."""
+
+    objective: Objective
+    num_tokens: int
+    teacher_heads: TeacherHeads = field(default_factory=dict)
+
+
+def accumulate_all(engine: TrainEngine, batches: Iterable[MicroBatch], step: WholeStep) -> dict[str, Metric]:
+    """Add up the gradients of all micro-batches of a step."""
+    return accumulate(engine, batches, StepTask(step.objective, step.teacher_heads), completes_step=True)
+
+
+def train_step(
+    engine: TrainEngine, batches: Iterable[MicroBatch], step: WholeStep, learning_rate: float
+) -> dict[str, Metric]:
+    """Update the weights once and return what this rank saw."""
+    parts = accumulate_all(engine, batches, step)
+    return {**parts, "gradient_norm": Max(engine.step(learning_rate, step.num_tokens))}
+
+
+def measure_gradient(engine: TrainEngine, batches: Iterable[MicroBatch], step: WholeStep) -> dict[str, Metric]:
+    """Return what `train_step` would, without changing the weights."""
+    parts = accumulate_all(engine, batches, step)
+    return {**parts, "gradient_norm": Max(engine.discard(step.num_tokens))}
+
+
+def advantages_of(batches: Sequence[pa.RecordBatch]) -> list[float]:
+    """Return each row's reward relative to the others of its prompt, rows in order."""
+    prompt_ids = [value for batch in batches for value in batch["prompt_id"].to_pylist()]
+    rewards = [value for batch in batches for value in batch["reward"].to_pylist()]
+    advantages = [0.0] * len(rewards)
+    for prompt_id in set(prompt_ids):
+        rows = [row for row, found in enumerate(prompt_ids) if found == prompt_id]
+        compared = group_advantages([rewards[row] for row in rows], divide_by_deviation=True)
+        for row, advantage in zip(rows, compared, strict=True):
+            advantages[row] = advantage
+    return advantages

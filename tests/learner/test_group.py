@@ -25,10 +25,20 @@ from learner.model import load_student
 from learner.objective.objective import Objective
 from learner.packing import plan_step
 from learner.reference_engine import ReferenceEngine
-from learner.task_advantage import group_advantages
 from learner.teacher_heads import load_teacher_heads
-from learner.train_step import StepTask, measure_gradient, train_step
-from tests.learner.support import LENGTHS, OBJECTIVES, Receiver, completion_tokens, make_scored, put_batch, score_by
+from tests.learner.support import (
+    LENGTHS,
+    OBJECTIVES,
+    Receiver,
+    WholeStep,
+    advantages_of,
+    completion_tokens,
+    make_scored,
+    measure_gradient,
+    put_batch,
+    score_by,
+    train_step,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +80,7 @@ def config(stage, make_config, wide_folder):
         f"teachers.wide.model={wide_folder}",
         "teachers.wide.engine.dtype=float32",
         "learner.num_workers=2",
+        "rollout.samples_per_prompt=2",
         "learner.micro_batch_tokens=48",
         "learner.lr_schedule=linear",
         "learner.gradient_checkpointing=true",
@@ -145,10 +156,10 @@ def reference(config, batches, heads):
     measured = {}
     for name in MEASURED:
         micro_batch, tokens = in_one_micro_batch(batches[name])
-        task = StepTask(Objective(OBJECTIVES[name]), tokens, heads)
+        task = WholeStep(Objective(OBJECTIVES[name]), tokens, heads)
         measured[name] = report(measure_gradient(engine, [micro_batch], task))
     micro_batch, tokens = in_one_micro_batch(batches["full"])
-    task = StepTask(Objective(config.objective), tokens, heads)
+    task = WholeStep(Objective(config.objective), tokens, heads)
     rates = [learning_rate_at(step, STEPS, config.learner) for step in range(STEPS)]
     steps = [report(train_step(engine, [micro_batch], task, rate)) for rate in rates]
     return engine, measured, steps
@@ -156,10 +167,7 @@ def reference(config, batches, heads):
 
 def in_one_micro_batch(found):
     """Return all trajectories of a step in one micro-batch, and the number of their completion tokens."""
-    columns = {
-        name: [value for batch in found for value in batch[name].to_pylist()] for name in ("prompt_id", "reward")
-    }
-    rows = trajectories(found, group_advantages(*columns.values(), divide_by_deviation=True))
+    rows = trajectories(found, advantages_of(found))
     ((grid,),) = plan_step([len(row.token_ids) for row in rows], 1, 1000).ranks
     return build_micro_batch(grid, rows, seed=0), sum(completion_tokens(batch) for batch in found)
 
@@ -168,7 +176,7 @@ def test_ranks_run_equally_many_micro_batches_though_their_shares_differ(story, 
     lengths = ragged(scored, "token_ids").lengths.tolist()
     plan = plan_step(lengths, 2, 48)
     assert sorted(sum(bool(grid) for grid in grids) for grids in plan.ranks) == [2, 3]
-    assert story.steps[0]["micro_batches"] == 3
+    assert story.steps[0]["micro_batches"] == 2 * 3  # of both ranks
 
 
 @pytest.mark.parametrize("name", MEASURED)

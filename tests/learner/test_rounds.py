@@ -16,7 +16,7 @@ def test_every_trajectory_stands_in_exactly_one_round_however_it_arrives(arrival
     lengths: list[int] = []
     rounds: list[Round] = []
     for arrival in arrivals:
-        planner.add(arrival)
+        planner.add(dict(enumerate(arrival, start=len(lengths))))
         lengths += arrival
         learner_is_idle = data.draw(st.booleans())
         rounds += planner.all_rounds() if learner_is_idle else planner.full_rounds()
@@ -31,9 +31,9 @@ def test_every_trajectory_stands_in_exactly_one_round_however_it_arrives(arrival
 
 def test_a_full_round_goes_out_before_the_step_is_complete() -> None:
     planner = RoundPlanner(num_ranks=1, micro_batch_tokens=8)
-    planner.add([4])
+    planner.add({0: 4})
     assert planner.full_rounds() == []
-    planner.add([4, 2])
+    planner.add({1: 4, 2: 2})
     assert planner.full_rounds() == [(((0,), (1,)),)]
     assert planner.all_rounds() == [(((2,),),)]
 

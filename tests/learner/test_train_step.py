@@ -12,16 +12,19 @@ from learner.model import load_student
 from learner.objective.objective import Objective
 from learner.packing import plan_step
 from learner.reference_engine import ReferenceEngine
-from learner.task_advantage import group_advantages
-from learner.train_step import StepTask, accumulate, measure_gradient, train_step
 from tests.learner.support import (
     LENGTHS,
     OBJECTIVES,
+    WholeStep,
+    accumulate_all,
+    advantages_of,
     completion_tokens,
     make_scored,
+    measure_gradient,
     own_heads,
     random_heads,
     score_by,
+    train_step,
 )
 
 HAS_OPTIMUM_AT_THE_TEACHER = [name for name in OBJECTIVES if name != "reward"]
@@ -32,16 +35,13 @@ def make_engine(config):
 
 
 def plan_batches(batches, micro_batch_tokens, ranks=1):
-    prompt_ids, rewards = (
-        [row for batch in batches for row in batch[name].to_pylist()] for name in ("prompt_id", "reward")
-    )
-    rows = trajectories(batches, group_advantages(prompt_ids, rewards, divide_by_deviation=True))
+    rows = trajectories(batches, advantages_of(batches))
     plan = plan_step([len(row.token_ids) for row in rows], ranks, micro_batch_tokens)
     return [[build_micro_batch(grid, rows, seed=0) for grid in grids] for grids in plan.ranks]
 
 
 def task_of(name, num_tokens, heads=None):
-    return StepTask(Objective(OBJECTIVES[name]), num_tokens, heads or {})
+    return WholeStep(Objective(OBJECTIVES[name]), num_tokens, heads or {})
 
 
 def scored_for(name):
@@ -65,7 +65,7 @@ def test_the_size_of_micro_batches_changes_nothing(make_config, name):
     for micro_batch_tokens in (50, 100, 1000):
         engine = make_engine(make_config())
         (batches,) = plan_batches(scored, micro_batch_tokens)
-        figures = report(accumulate(engine, batches, task_of(name, tokens, heads)))
+        figures = report(accumulate_all(engine, batches, task_of(name, tokens, heads)))
         results.append((figures, torch.cat([parameter.grad.flatten() for parameter in engine.student.parameters()])))
     assert [figures["micro_batches"] for figures, _ in results] == [5, 2, 1]
     for figures, gradients in results[1:]:
@@ -119,7 +119,7 @@ def test_task_rewards_make_rewarded_completions_likelier_and_the_others_less_lik
             return engine.forward(batches[0]).logprobs.double()
 
     before, advantage = logprobs(), batches[0].tokens.task_advantage
-    train_step(engine, batches, StepTask(objective, tokens), 1e-3)
+    train_step(engine, batches, WholeStep(objective, tokens), 1e-3)
     change = logprobs() - before
     assert change[advantage > 0].mean() > 0
     assert change[advantage < 0].mean() < 0
@@ -185,7 +185,7 @@ def test_micro_batches_may_come_one_by_one_and_the_last_is_marked(make_config, s
     marks = []
     backward = engine.backward
     engine.backward = lambda loss, is_last: (marks.append(is_last), backward(loss, is_last))
-    accumulate(engine, iter(batches), task_of("topk", completion_tokens(scored)))
+    accumulate_all(engine, iter(batches), task_of("topk", completion_tokens(scored)))
     assert marks == [False, False, False, False, True]
 
 
