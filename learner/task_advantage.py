@@ -4,21 +4,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cluster.contracts.errors import ConfigError
 from cluster.contracts.objective import ObjectiveConfig, TaskRewardTerm
 
 EPSILON = 1e-4  # added to the deviation, which is 0 where all samples have the same reward
 
 
 def divides_by_deviation(objective: ObjectiveConfig) -> bool | None:
-    """Return how the objective's task reward is normalised; None where it has none.
-
-    Raises:
-        ConfigError: two task rewards of the objective want different advantages.
-    """
+    """Return how the objective's task rewards are normalised, which is the same for all; None where it has none."""
     found = {term.divide_by_deviation for term in objective.terms.values() if isinstance(term, TaskRewardTerm)}
-    if len(found) > 1:
-        raise ConfigError("objective.terms: all task_reward terms must have the same divide_by_deviation")
     return found.pop() if found else None
 
 

@@ -105,6 +105,8 @@ class ObjectiveConfig(Section, frozen=True):
         """Check each term against the support; raises ValueError, which the reader turns into a ConfigError."""
         if self.support == "samples" and self.support_size < 2:
             raise ValueError("objective.support = 'samples' needs support_size = 2 or more; one draw is 'sampled'")
+        if len({term.divide_by_deviation for term in self.terms.values() if isinstance(term, TaskRewardTerm)}) > 1:
+            raise ValueError("objective.terms: all task_reward terms must have the same divide_by_deviation")
         for name, term in self.terms.items():
             if fault := _fault(self.support, term):
                 raise ValueError(f"objective.terms.{name}: {fault}")

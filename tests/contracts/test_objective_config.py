@@ -69,6 +69,10 @@ def test_a_target_replaces_the_preset_s_whole() -> None:
         ("preset = 'async-opd'\nsupport_size = 1", "needs support_size = 2 or more"),
         ("terms.main = {loss = 'divergence', target = {teacher = 0.0}}", "no model with a coefficient other than 0"),
         ("terms.main = {loss = 'divergence', target = {maths = 1.0}}", r"the model 'maths'; expected .* \['main'\]"),
+        (
+            "preset = 'opd-grpo'\nterms.other = {loss = 'task_reward', divide_by_deviation = false}",
+            "all task_reward terms must have the same divide_by_deviation",
+        ),
         ("preset = 'delta-opd'", "teachers.main: .* has the model 'base', so set its base"),
     ],
 )

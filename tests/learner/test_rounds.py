@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.rounds import Round, RoundPlanner
@@ -10,6 +10,7 @@ def indices(rounds: list[Round]) -> list[int]:
     return [index for grids in rounds for grid in grids for row in grid for index in row]
 
 
+@settings(deadline=None)
 @given(arrivals=st.lists(LENGTHS, max_size=8), num_ranks=st.integers(1, 4), data=st.data())
 def test_every_trajectory_stands_in_exactly_one_round_however_it_arrives(arrivals, num_ranks, data) -> None:
     planner = RoundPlanner(num_ranks, micro_batch_tokens=60)

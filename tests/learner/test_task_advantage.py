@@ -2,7 +2,6 @@
 
 import pytest
 
-from cluster.contracts.errors import ConfigError
 from cluster.contracts.objective import ObjectiveConfig, TaskRewardTerm
 from learner.task_advantage import divides_by_deviation, group_advantages
 
@@ -36,8 +35,3 @@ def test_a_reward_without_another_to_compare_with_gives_no_advantage():
 def test_an_objective_without_a_task_reward_compares_nothing():
     assert divides_by_deviation(ObjectiveConfig()) is None
     assert divides_by_deviation(objective(reward=False)) is False
-
-
-def test_task_rewards_that_want_different_advantages_are_refused():
-    with pytest.raises(ConfigError, match="the same divide_by_deviation"):
-        divides_by_deviation(objective(one=True, other=False))
