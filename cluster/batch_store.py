@@ -34,6 +34,7 @@ def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[pa.Buffer, BatchHandl
         num_completion_tokens=tuple(ragged(batch, "rollout_logprobs").lengths.tolist()),
         prompt_ids=tuple(batch["prompt_id"].to_pylist()),
         rewards=tuple(batch["reward"].to_pylist()),
+        min_policy_versions=tuple(batch["min_policy_version"].to_pylist()),
         metrics=metrics,
     )
     return to_wire(batch), handle

@@ -86,7 +86,7 @@ def evaluate_models(config: Config) -> None:
         _announce(view, session, placement, None)
         with start_student_rollouts(config, inputs, placement) as pool:
             tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
-            _say(view, "student", Evaluator(config, inputs, tokenizer).evaluate(pool))
+            _say(view, "student", Evaluator(config, inputs, tokenizer).evaluate_pool(pool))
         _measure_teachers(config, inputs, placement, view, None)
 
 
@@ -126,7 +126,7 @@ def _measure_teachers(
         teacher = config.teachers[name]
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
         with start_teacher_rollouts(config, inputs, placement, name) as pool:
-            evaluation = Evaluator(config, inputs, tokenizer).evaluate(pool)
+            evaluation = Evaluator(config, inputs, tokenizer).evaluate_pool(pool)
         found[name] = evaluation.accuracy
         _say(view, f"teacher {name}", evaluation)
         if directory is not None:

@@ -3,6 +3,8 @@
 The driver sees object references, row counts and token counts; trajectories and weights go from worker to worker.
 """
 
+from cluster.flow import Flow
+from cluster.permits import Permits
 from cluster.pipeline import train_requests, train_sampling
 from cluster.step_record import step_record
 from cluster.stopwatch import Stopwatch
@@ -10,26 +12,29 @@ from cluster.training_run import TrainingRun
 
 
 def train(run: TrainingRun) -> None:
-    """Do the remaining steps of the run, strictly on-policy: every step learns from what its own weights wrote.
+    """Do the remaining steps of the run.
 
-    The pools work at the same time within a step: a batch is scored as soon as its completions are finished, while
-    the others are still being written. `generate` and `score` are lazy: asking for scored batches drives both.
+    All stages work at the same time: a batch is scored as soon as its completions are finished, and learned from as
+    soon as it is scored, while others are still being written. The weights change when a step's last batch is in. With
+    `max_staleness = 0` the next step is asked for only then: the weights that wrote a token are those that learn from it.
     """
-    rollouts, teachers, learner = run.pipeline.rollouts, run.pipeline.teachers, run.pipeline.learner
-    sampling, verifier = train_sampling(run.config), run.config.evaluation.verifier
+    config, learner = run.config, run.pipeline.learner
+    rollouts, teachers = run.pipeline.rollouts, run.pipeline.teachers
+    flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds)
+    permits = Permits(run.first_step, config.run.steps, config.rollout.max_staleness)
+    sampling, verifier = train_sampling(config), config.evaluation.verifier
     learner.publish_weights(rollouts.actors, policy_version=run.first_step)
-    run.begin()
+    run.begin(flow)
 
-    for step in range(run.first_step, run.config.run.steps):
+    for step in range(run.first_step, config.run.steps):
         watch = Stopwatch()
-        with watch.measure("score"):
-            requests = train_requests(run.config, run.inputs, step)
-            generated = watch.watch("generate", rollouts.generate(requests, sampling, verifier))
-            scored = list(teachers.score(generated, run.config.scorers))
-        with watch.measure("learn"):
-            learned = learner.step(scored, step)
-        with watch.measure("sync"):
-            synced = learner.publish_weights(rollouts.actors, policy_version=step + 1)
-        run.finish_step(step + 1, step_record(step + 1, scored, learned, synced, watch))
+        for admitted in permits.admit(step):
+            flow.admit(admitted, train_requests(config, run.inputs, admitted), sampling, verifier, config.scorers)
+        progress = flow.progress(step)
+        with watch.measure("step"):
+            learned = learner.step(flow.batches(step), step)
+            with watch.measure("sync"):
+                synced = learner.publish_weights(rollouts.actors, policy_version=step + 1)
+        run.finish_step(step + 1, step_record(step + 1, progress, learned, synced, watch))
 
     run.end()

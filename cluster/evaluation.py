@@ -15,9 +15,10 @@ from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import merge, report
 from cluster.contracts.objective import TEACHER
 from cluster.contracts.trajectory import from_wire, ragged
+from cluster.flow import Flow
 from cluster.pipeline import Inputs, held_out_requests, held_out_sampling
 from rollout_workers.pool import RolloutPool
-from teacher_workers.pool import TeacherPools
+from teacher_workers.pool import Chain
 
 SAMPLES_KEPT = 8  # completions per evaluation that are written out for people
 
@@ -48,16 +49,24 @@ class Evaluator:
     inputs: Inputs
     tokenizer: PreTrainedTokenizerBase
 
-    def evaluate(self, pool: RolloutPool, teachers: TeacherPools | None = None) -> Evaluation:
-        """Measure the model that the pool serves; with teachers, also how far its samples are from theirs."""
-        sampling = held_out_sampling(self.config)
-        requests = held_out_requests(self.config, self.inputs)
-        handles = list(pool.generate(requests, sampling, self.config.evaluation.verifier))
-        samples = self.read_samples(handles)
-        # Elsewhere the samples' log-probabilities are not those of the model itself.
-        if teachers is not None and sampling.temperature == 1:
-            handles = list(teachers.score(handles, lambda route: [(route, ScoreRequest(TEACHER))]))
-        return Evaluation(_held_out_names(report(merge(handle.metrics for handle in handles))), samples)
+    def evaluate_pool(self, pool: RolloutPool) -> Evaluation:
+        """Measure the model that a pool serves."""
+        requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
+        return self._describe(list(pool.generate(requests, sampling, self.config.evaluation.verifier)))
+
+    def evaluate_run(self, flow: Flow) -> Evaluation:
+        """Measure the student of a run, and how far its samples are from its teachers."""
+        requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
+
+        def scorers(route: str) -> Chain:
+            # At another temperature the samples' log-probabilities are not those of the model itself.
+            return [(route, ScoreRequest(TEACHER))] if sampling.temperature == 1 else []
+
+        return self._describe(flow.run(requests, sampling, self.config.evaluation.verifier, scorers))
+
+    def _describe(self, handles: Sequence[BatchHandle]) -> Evaluation:
+        metrics = report(merge(handle.metrics for handle in handles))
+        return Evaluation(_held_out_names(metrics), self.read_samples(handles))
 
     def read_samples(self, handles: Iterable[BatchHandle]) -> list[dict[str, Any]]:
         """Fetch the completions of the first few held-out prompts and decode them for people."""

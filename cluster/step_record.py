@@ -5,37 +5,52 @@ from collections.abc import Sequence
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.metrics import Metrics, merge, report
 from cluster.contracts.weights import WeightSyncReport
+from cluster.flow import Progress
 from cluster.stopwatch import Stopwatch
 
 
 def step_record(
-    step: int, scored: Sequence[BatchHandle], learned: Metrics, synced: WeightSyncReport, watch: Stopwatch
+    step: int, progress: Progress, learned: Metrics, synced: WeightSyncReport, watch: Stopwatch
 ) -> dict[str, float]:
     """Return the record of one step.
 
-    `generate/seconds` runs to the last completion, `score/seconds` is what scoring took beyond that: the teachers work
-    while the students write, so only the rest is waited for. Rates are tokens over those wall-clock seconds;
-    scoring's rate is over the whole time in which it had work.
+    The stages overlap. `generate/seconds` runs from the step's admission to its last completion, `score/seconds` from
+    there to the last score, `learn/seconds` is what a rank computed, most of it before, and `learn/wait_seconds` what
+    the step still took after the last score, weight sync aside. Rates are tokens over the time in which a stage had
+    work.
     """
+    scored = progress.finished
     tokens = sum(sum(handle.num_tokens) for handle in scored)
     completion_tokens = sum(sum(handle.num_completion_tokens) for handle in scored)
-    generate, learn = watch.seconds("generate"), watch.seconds("learn")
+    figures = report(learned)
+    generate, learn = progress.written_at - progress.admitted_at, figures.pop("busy_seconds")
+    whole, sync = watch.seconds("step"), watch.seconds("sync")
     return {
         "step": step,
         "tokens": tokens,
         "completion_tokens": completion_tokens,
         **report(merge(handle.metrics for handle in scored)),
         **_by_teacher(scored),
-        **{f"train/{name}": value for name, value in report(learned).items()},
+        **_staleness(step, scored),
+        **{f"train/{name}": value for name, value in figures.items()},
+        "step/seconds": whole,
+        "step/tokens_per_second": completion_tokens / whole,
         "generate/seconds": generate,
         "generate/tokens_per_second": completion_tokens / generate,
-        "score/seconds": watch.seconds_after("score", "generate"),
-        "score/tokens_per_second": completion_tokens / watch.seconds("score"),
+        "score/seconds": progress.finished_at - progress.written_at,
+        "score/tokens_per_second": completion_tokens / (progress.finished_at - progress.admitted_at),
         "learn/seconds": learn,
+        "learn/wait_seconds": watch.started["sync"] - max(progress.finished_at, watch.started["step"]),
         "learn/tokens_per_second": tokens / learn,
-        "sync/seconds": watch.seconds("sync"),
+        "sync/seconds": sync,
         "sync/bytes": synced.num_bytes,
     }
+
+
+def _staleness(step: int, scored: Sequence[BatchHandle]) -> dict[str, float]:
+    """Return how many updates old the oldest token of each trajectory was when it was learned from."""
+    ages = [step - 1 - version for handle in scored for version in handle.min_policy_versions]
+    return {"staleness/mean": sum(ages) / len(ages), "staleness/max": max(ages)} if ages else {}
 
 
 def _by_teacher(scored: Sequence[BatchHandle]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.contracts.config import Config
 from cluster.evaluation import Evaluation, Evaluator, write_samples
+from cluster.flow import Flow
 from cluster.metric_sinks import MetricsFile, Record, TerminalView
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline
@@ -65,8 +66,9 @@ class TrainingRun:
         self._metrics = MetricsFile(self.directory.metrics)
         self._metrics.drop_from(self.first_step + 1)
 
-    def begin(self) -> None:
-        """Measure the untrained student, unless the run is resumed."""
+    def begin(self, flow: Flow) -> None:
+        """Measure the untrained student, unless the run is resumed; `flow` serves this and all later evaluations."""
+        self._flow = flow
         if self.first_step == 0 and self.inputs.held_out_ids:
             found = self._evaluate(step=0)
             self.view.say(f"held-out before training: {describe_evaluation(found)}")
@@ -104,7 +106,7 @@ class TrainingRun:
             self.view.say(line)
 
     def _evaluate(self, step: int) -> Evaluation:
-        found = self._evaluator.evaluate(self.pipeline.rollouts, self.pipeline.teachers)
+        found = self._evaluator.evaluate_run(self._flow)
         write_samples(self.directory.samples, step, "student", found.samples)
         self.history.note_evaluation(found)
         return found

@@ -15,7 +15,7 @@ from cluster.actors import call_all, create_actors, get, get_all, shutdown
 from cluster.batch_store import add_environment
 from cluster.contracts.config import Config
 from cluster.contracts.interfaces import BatchHandle
-from cluster.contracts.metrics import Metric, merge
+from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Floats, from_wire
 from cluster.contracts.weights import WeightSyncReport
@@ -121,7 +121,9 @@ class LearnerGroup:
         """
         num_tokens, parts = self._accumulate(handles, None, waiting_for=f"the learner to compute step {step}")
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}")
-        return merge([*parts, *taken])
+        figures = merge([*parts, *taken])
+        busy_seconds = sum(found["busy_seconds"].value for found in (*parts, *taken)) / len(self._actors)
+        return figures | {"busy_seconds": Sum(busy_seconds)}
 
     def measure_gradient(self, handles: Iterable[BatchHandle], objective: ObjectiveConfig) -> dict[str, Metric]:
         """Return loss, gradient norm and the other figures of a step, without taking it.

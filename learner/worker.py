@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ray.actor import ActorHandle
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
-from cluster.contracts.metrics import Max, Metric
+from cluster.contracts.metrics import Max, Metric, Sum
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.weights import WeightSyncReport
@@ -72,8 +73,13 @@ class LearnerWorker:
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""
         learning_rate = learning_rate_at(step, self._config.run.steps, self._config.learner)
+        started = perf_counter()
         gradient_norm = self._engine.step(learning_rate, num_tokens)
-        return {"gradient_norm": Max(gradient_norm), "learning_rate": Max(learning_rate)}
+        return {
+            "gradient_norm": Max(gradient_norm),
+            "learning_rate": Max(learning_rate),
+            "busy_seconds": Sum(perf_counter() - started),
+        }
 
     def discard_step(self, num_tokens: int) -> dict[str, Metric]:
         """Measure the gradients and clear them."""

@@ -77,6 +77,7 @@ class RolloutConfig(Section):
     stop: tuple[str, ...] = ()
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Count = 8  # trajectories per Arrow batch sent on as they finish
+    max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
     engine: EngineConfig = EngineConfig()
 
 

@@ -55,6 +55,7 @@ class BatchHandle:
     num_completion_tokens: tuple[int, ...]  # per row
     prompt_ids: tuple[int, ...] = ()  # per row
     rewards: tuple[float | None, ...] = ()  # per row
+    min_policy_versions: tuple[int, ...] = ()  # per row
     rollout: int = 0  # which request of the rollout pool it answers; in training the step
     metrics: Metrics = field(default_factory=dict)
 
