@@ -16,7 +16,8 @@ def train(run: TrainingRun) -> None:
 
     All stages work at the same time: a batch is scored as soon as its completions are finished, and learned from as
     soon as it is scored, while others are still being written. The weights change when a step's last batch is in. With
-    `max_staleness = 0` the next step is asked for only then: the weights that wrote a token are those that learn from it.
+    `max_staleness = 0` the next step is asked for only then: the weights that wrote a token are those that learn from
+    it.
     """
     config, learner = run.config, run.pipeline.learner
     rollouts, teachers = run.pipeline.rollouts, run.pipeline.teachers

@@ -3,7 +3,7 @@
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,17 +92,23 @@ class LearnerGroup:
     Args:
         config: the whole run.
         options: Ray actor options of each rank (num_cpus, num_gpus, scheduling_strategy, runtime_env).
+        create: makes the actors, as `create_actors` does; another one can run the group without a model.
 
     Raises:
         ModelError: the student is missing or cannot be trained.
         ActorError: a rank died or did not start in time.
     """
 
-    def __init__(self, config: Config, options: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        options: Sequence[Mapping[str, Any]],
+        create: Callable[..., list[ActorHandle]] = create_actors,
+    ) -> None:
         world_size = config.learner.num_workers
         self._config = config
         self._names = [f"learner-{rank}" for rank in range(world_size)]
-        self._actors = create_actors(
+        self._actors = create(
             LearnerActor,
             self._names,
             [(config, rank, world_size) for rank in range(world_size)],

@@ -95,6 +95,13 @@ class PromptSet:
         return cls(table.to_batches()[0])
 
     @classmethod
+    def of_token_ids(cls, token_ids: "Sequence[Sequence[int]]", teacher: str) -> "PromptSet":
+        """Return prompts of given tokens, without texts or answers, all of one teacher."""
+        nothing = [""] * len(token_ids)
+        columns = {"token_ids": token_ids, "text": nothing, "answer": [None] * len(token_ids), "domain": nothing}
+        return cls(pa.RecordBatch.from_pydict({**columns, "teacher": [teacher] * len(token_ids)}, schema=_SCHEMA))
+
+    @classmethod
     def from_wire(cls, wire: pa.Buffer) -> "PromptSet":
         """Decode `to_wire`'s bytes without copying the values."""
         with pa.ipc.open_stream(wire) as reader:

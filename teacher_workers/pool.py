@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.actor import ActorHandle
 
 from cluster import actors
 from cluster.actors import PoolTimeouts
@@ -85,14 +86,26 @@ class TeacherPool:
         max_model_len: int,
         options: Sequence[Mapping[str, Any]],
         timeouts: PoolTimeouts,
+        actor: type = TeacherActor,
+        create: Callable[..., list[ActorHandle]] = actors.create_actors,
     ) -> None:
-        """Begin to start one actor per entry of `options` (Ray's actor options), named teacher-NAME-0, and so on."""
+        """Begin to start the actors, called teacher-NAME-0, teacher-NAME-1, ...
+
+        Args:
+            name: of the teacher.
+            teacher: what each is given.
+            max_model_len: tokens of the longest trajectory, plus 1.
+            options: Ray's actor options, one entry per actor.
+            timeouts: how long to wait for them.
+            actor: another class with TeacherActor's methods, to run the pool without its engines.
+            create: makes the actors, as `create_actors` does.
+        """
         self.name = name
         self._names = [f"teacher-{name}-{index}" for index in range(len(options))]
         self._timeouts = timeouts
         arguments = [(actor_name, teacher, max_model_len) for actor_name in self._names]
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
-        self._actors = actors.create_actors(TeacherActor, self._names, arguments, options)
+        self._actors = create(actor, self._names, arguments, options)
         self._starting = [actor.start.remote() for actor in self._actors]
         self._outstanding: dict[Ticket, _Assignment] = {}
 

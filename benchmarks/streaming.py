@@ -1,0 +1,209 @@
+"""How the stages overlap on separate pools, and what the driver costs: `python -m benchmarks.streaming`.
+
+Stub engines (benchmarks/stub_pools.py) wait as long as hardware of given rates would; pools, Arrow, Ray, flow, permits
+and the learner's planning are the real ones. Cases are run in turns; figures are medians over steps.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+import ray
+
+from benchmarks.report import RESULTS, Row, describe_machine, print_rows, row
+from benchmarks.stub_pools import (
+    SharedProcesses,
+    StubLearnerActor,
+    StubRates,
+    StubRolloutProcess,
+    StubTeacherProcess,
+    completion_length,
+)
+from cluster.actors import PoolTimeouts, create_actors
+from cluster.contracts.config import Config, EngineConfig, StudentConfig, TeacherConfig, parse_run_config
+from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
+from cluster.flow import Flow
+from cluster.permits import Permits
+from learner.group import LearnerGroup
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.prompts import PromptSet, sampling_seed
+from teacher_workers.pool import TeacherPool, TeacherPools
+
+RUN = '[student]\nmodel = "stub"\n[teachers.main]\nmodel = "stub"\n[prompts]\ntrain = "stub"\n'
+SAMPLING = SamplingSettings(max_completion_tokens=800, temperature=1.0)
+TIMEOUTS = PoolTimeouts(start_seconds=300, call_seconds=300)
+SEQUENCES_PER_WORKER = 16
+PROMPT_TOKENS = 8
+# Lengths between 10 and 800 tokens, most near 100: a step waits for its longest.
+LONG_TAIL = StubRates(2.5e-3, SEQUENCES_PER_WORKER, 1.0, 1.0, median_length=100, sigma=0.8, longest=800)
+INSTANT = replace(LONG_TAIL, seconds_per_token=0.0, score_tokens_per_second=1e12, learn_tokens_per_second=1e12)
+SCORE_SECONDS, LEARN_SECONDS = 1.0, 1.2  # of one step, if nothing else ran; generation takes 2 s for its longest
+
+
+@dataclass
+class StubRun:
+    """Running pools and the steps that they are asked for."""
+
+    config: Config
+    rollouts: RolloutPool
+    teachers: TeacherPools
+    learner: LearnerGroup
+    rows_per_step: int
+
+    def requests(self, step: int) -> list[RolloutRequest]:
+        """Return the requests of a step: the same ones whenever it is done again."""
+        first = step * self.rows_per_step
+        return [RolloutRequest(first + row, row, 0, sampling_seed(0, step, row)) for row in range(self.rows_per_step)]
+
+    def sequential(self, steps: Sequence[int]) -> list[float]:
+        """Generate, then score, then learn; return the seconds of each step."""
+        seconds = []
+        for step in steps:
+            started = time.perf_counter()
+            generated = list(self.rollouts.generate(self.requests(step), SAMPLING, "exact"))
+            scored = list(self.teachers.score(generated, self.config.scorers))
+            self.learner.step(scored, step)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def streaming(self, steps: Sequence[int], max_staleness: int = 0) -> list[float]:
+        """Do the steps as the driver does, weight sync aside; return the seconds of each."""
+        flow = Flow(self.rollouts, self.teachers, TIMEOUTS.call_seconds)
+        permits = Permits(steps[0], steps[-1] + 1, max_staleness)
+        seconds = []
+        for step in steps:
+            started = time.perf_counter()
+            for admitted in permits.admit(step):
+                flow.admit(admitted, self.requests(admitted), SAMPLING, "exact", self.config.scorers)
+            self.learner.step(flow.batches(step), step)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+
+@contextmanager
+def stub_run(num_workers: int, rates: StubRates, rows_per_step: int) -> Iterator[StubRun]:
+    """Start pools of `num_workers` rollout workers, a quarter as many teacher workers, and one learner rank."""
+    config = parse_run_config(RUN, ["objective=thinking-machines", "learner.micro_batch_tokens=4096"])
+    rollout_processes, teacher_processes = SharedProcesses(rates, 4), SharedProcesses(rates)
+    settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, 4, None)
+    rollouts = RolloutPool(
+        settings,
+        [{"num_cpus": 0}] * num_workers,
+        TIMEOUTS,
+        actor=StubRolloutProcess,
+        create=rollout_processes.create,
+    )
+    num_teachers = max(1, num_workers // 4)
+    pool = TeacherPool(
+        "main",
+        TeacherConfig("stub"),
+        1,
+        [{"num_cpus": 0}] * num_teachers,
+        TIMEOUTS,
+        actor=StubTeacherProcess,
+        create=teacher_processes.create,
+    )
+    learner = LearnerGroup(
+        config,
+        [{"num_cpus": 0}],
+        create=lambda _cls, names, _arguments, options: create_actors(StubLearnerActor, names, [(rates,)], options),
+    )
+    rollouts.wait_until_ready()
+    pool.wait_until_ready()
+    rollouts.set_prompts(PromptSet.of_token_ids([[1] * PROMPT_TOKENS] * rows_per_step, teacher="main"))
+    try:
+        yield StubRun(config, rollouts, TeacherPools({"main": pool}, TIMEOUTS.call_seconds), learner, rows_per_step)
+    finally:
+        rollout_processes.end()
+        teacher_processes.end()
+        learner.shutdown()
+
+
+def overlap_rows(num_workers: int, steps: int) -> list[Row]:
+    """Compare sequential, strictly on-policy streaming and staleness 1 on pools of balanced rates."""
+    rows_per_step = num_workers * SEQUENCES_PER_WORKER
+    rates = balanced_rates(rows_per_step, num_teachers=max(1, num_workers // 4))
+    with stub_run(num_workers, rates, rows_per_step) as run:
+        run.streaming(range(1))  # warms up
+        seconds: dict[str, list[float]] = {"sequential": [], "strict streaming": [], "staleness 1": []}
+        for turn in range(steps):
+            at = range(1 + turn, 2 + turn)
+            seconds["sequential"] += run.sequential(at)
+            seconds["strict streaming"] += run.streaming(at)
+        # Of a run that is ahead: its first step has nobody to run ahead of.
+        seconds["staleness 1"] = run.streaming(range(1, 3 + steps), max_staleness=1)[1:-1]
+        generate = [generation_seconds(run, 1 + turn, rates) for turn in range(steps)]
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    slowest = max(statistics.median(generate), SCORE_SECONDS, LEARN_SECONDS)
+    size = f"{num_workers} rollout workers"
+    return [
+        *(row(f"step, {name}", size, value, "s") for name, value in median.items()),
+        with_bar(
+            row("sequential / strict streaming", size, median["sequential"] / median["strict streaming"], "ratio"), 1.5
+        ),
+        with_bar(
+            row("slowest stage alone / strict streaming", size, slowest / median["strict streaming"], "ratio"), 0.85
+        ),
+        row("sequential / staleness 1", size, median["sequential"] / median["staleness 1"], "ratio"),
+    ]
+
+
+def driver_rows(num_workers: int, steps: int) -> list[Row]:
+    """Count trajectories per second when the engines take no time: what is left is Ray, Arrow and the driver."""
+    rows_per_step = num_workers * SEQUENCES_PER_WORKER
+    with stub_run(num_workers, INSTANT, rows_per_step) as run:
+        run.streaming(range(1))
+        seconds = statistics.median(run.streaming(range(1, 1 + steps)))
+    found = row(
+        "driver, trajectories through all stages", f"{num_workers} rollout workers", rows_per_step / seconds, "1/s"
+    )
+    return [with_bar(found, 2000) if num_workers == 256 else found]
+
+
+def balanced_rates(rows_per_step: int, num_teachers: int) -> StubRates:
+    """Return rates at which scoring and learning alone take SCORE_SECONDS and LEARN_SECONDS of a mean step."""
+    lengths = [completion_length(sampling_seed(0, 1, row), LONG_TAIL) + PROMPT_TOKENS for row in range(rows_per_step)]
+    tokens = sum(lengths)
+    return replace(
+        LONG_TAIL,
+        score_tokens_per_second=tokens / num_teachers / SCORE_SECONDS,
+        learn_tokens_per_second=tokens / LEARN_SECONDS,
+    )
+
+
+def generation_seconds(run: StubRun, step: int, rates: StubRates) -> float:
+    """Return how long the step's longest completion takes."""
+    return max(completion_length(request.seed, rates) for request in run.requests(step)) * rates.seconds_per_token
+
+
+def with_bar(found: Row, at_least: float) -> Row:
+    """Add a bar to a row."""
+    return {**found, "bar": f">= {at_least:g}", "met": found["value"] >= at_least}
+
+
+def main() -> None:
+    """Run all sizes, print the table and write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__)
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each case")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 8, 64, 256], help="sizes of the rollout pool")
+    parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/DATE-streaming.json")
+    options = parser.parse_args()
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    measures: list[Callable[[int, int], list[Row]]] = [overlap_rows, driver_rows]
+    rows = [found for measure in measures for size in options.workers for found in measure(size, options.steps)]
+    ray.shutdown()
+    print_rows(rows)
+    output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-streaming.json"
+    described = {"command": "python -m benchmarks.streaming", **describe_machine()}
+    output.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
+    print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    main()

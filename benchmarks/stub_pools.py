@@ -1,0 +1,216 @@
+"""Stub engines behind the real pools: they wait as long as hardware of given rates would, and compute nothing.
+
+For questions about scheduling and scale only: how the stages overlap, what the driver costs. The pools, the actors'
+handling of batches, Arrow, Ray and the driver's code are the real ones; models, vLLM and DeepSpeed are not there. Many
+stub workers share a process, since they only wait.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.actor import ActorHandle
+
+from cluster.actors import create_actors
+from cluster.batch_store import pack
+from cluster.contracts.interfaces import BatchHandle, Completion, RolloutRequest, SamplingSettings, ScoreRequest
+from cluster.contracts.metrics import Metric, Sum
+from cluster.contracts.objective import ObjectiveConfig
+from cluster.contracts.trajectory import Scores, add_scores, from_wire, ragged
+from learner.arrivals import Share
+from rollout_workers.prompts import PromptSet
+from rollout_workers.worker import RolloutWorker
+
+WORKERS_PER_PROCESS = 32
+
+
+@dataclass(frozen=True)
+class StubRates:
+    """How fast the simulated hardware is."""
+
+    seconds_per_token: float  # of each sequence, however many run together
+    concurrent_sequences: int  # per rollout worker
+    score_tokens_per_second: float  # per teacher worker
+    learn_tokens_per_second: float  # per rank
+    median_length: float  # completion lengths are log-normal
+    sigma: float
+    longest: int
+
+
+def completion_length(seed: int, rates: StubRates) -> int:
+    """Return how many tokens a stub writes for a seed."""
+    drawn = rates.median_length * np.exp(rates.sigma * np.random.default_rng(seed).normal())
+    return int(np.clip(drawn, 1, rates.longest))
+
+
+class StubRolloutEngine:
+    """Sleeps through completions; those of the lowest priority first when not all fit."""
+
+    def __init__(self, rates: StubRates) -> None:
+        self._rates = rates
+        self._free = rates.concurrent_sequences
+        self._waiting: asyncio.PriorityQueue[tuple[int, int, asyncio.Event]] = asyncio.PriorityQueue()
+        self._arrivals = 0
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
+        """Write as many tokens as the seed says, at the rate of the simulated engine."""
+        length = completion_length(seed, self._rates)
+        if self._free:
+            self._free -= 1
+        else:
+            turn = asyncio.Event()
+            self._arrivals += 1
+            self._waiting.put_nowait((priority, self._arrivals, turn))
+            await turn.wait()
+        await asyncio.sleep(length * self._rates.seconds_per_token)
+        if self._waiting.empty():
+            self._free += 1
+        else:
+            self._waiting.get_nowait()[2].set()
+        zeros = np.zeros(length, np.int32)
+        return Completion(zeros, zeros.astype(np.float32), "stop", policy_versions=zeros)
+
+    async def shutdown(self) -> None:
+        """End nothing."""
+
+
+class StubRolloutProcess:
+    """Hosts stub rollout workers; every method of RolloutActor that training calls, with the worker's index first."""
+
+    def __init__(self, rates: StubRates, rows_per_batch: int) -> None:
+        self._rates, self._rows_per_batch = rates, rows_per_batch
+        self._workers: dict[int, RolloutWorker] = {}
+        self._rollouts: dict[tuple[int, int], Any] = {}
+
+    async def start(self, worker: int) -> None:
+        """Build a worker."""
+        self._workers[worker] = RolloutWorker(StubRolloutEngine(self._rates), lambda ids: "", self._rows_per_batch)
+
+    async def set_prompts(self, worker: int, wire: pa.Buffer) -> None:
+        """Replace the prompts."""
+        self._workers[worker].set_prompts(PromptSet.from_wire(wire))
+
+    async def start_rollout(
+        self, worker: int, rollout: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
+    ) -> tuple[pa.Buffer | None, BatchHandle | None]:
+        """Begin a rollout and return its first batch."""
+        generated = self._workers[worker].generate(requests, sampling, verifier, priority=rollout)
+        self._rollouts[worker, rollout] = generated
+        return await self.next_batch(worker, rollout)
+
+    async def next_batch(self, worker: int, rollout: int) -> tuple[pa.Buffer | None, BatchHandle | None]:
+        """Return the rollout's next batch."""
+        made = await anext(self._rollouts[worker, rollout], None)
+        return (None, None) if made is None else pack(*made)
+
+    async def shutdown(self, worker: int) -> None:
+        """End a worker's verifier."""
+        await self._workers[worker].shutdown()
+
+
+class StubTeacherProcess:
+    """Hosts stub teacher workers, each of which reads one batch after the other."""
+
+    def __init__(self, rates: StubRates) -> None:
+        self._rates = rates
+        self._turns: dict[int, asyncio.Lock] = {}
+
+    async def start(self, worker: int) -> None:
+        """Build a worker."""
+        self._turns[worker] = asyncio.Lock()
+
+    async def score(self, worker: int, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
+        """Score every token as the student did."""
+        batch = from_wire(wire)
+        num_tokens = int(ragged(batch, "token_ids").offsets[-1])
+        async with self._turns[worker]:
+            await asyncio.sleep(num_tokens / self._rates.score_tokens_per_second)
+        scores = Scores(np.array(ragged(batch, "rollout_logprobs").values))
+        return pack(add_scores(batch, request.model, scores), {"teacher/scored_tokens": Sum(float(num_tokens))})
+
+    async def shutdown(self, worker: int) -> None:
+        """End nothing."""
+
+
+class StubLearnerActor:
+    """A rank that waits as long as forward and backward would take."""
+
+    def __init__(self, rates: StubRates) -> None:
+        self._rates = rates
+
+    def address(self) -> str:
+        """Return where the group would meet."""
+        return "nowhere"
+
+    def start(self, address: str) -> None:
+        """Load nothing."""
+
+    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
+        """Wait for one round."""
+        started = time.perf_counter()
+        batches = [from_wire(wire, "scored") for wire in ray.get(list(share.references))]
+        lengths = [int(length) for batch in batches for length in ragged(batch, "token_ids").lengths]
+        tokens = sum(lengths[index] for grid in share.grids for row in grid for index in row)
+        time.sleep(tokens / self._rates.learn_tokens_per_second)
+        return {"tokens": Sum(float(tokens)), "busy_seconds": Sum(time.perf_counter() - started)}
+
+    def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
+        """Change nothing."""
+        return {"busy_seconds": Sum(0.0)}
+
+    def shutdown(self) -> None:
+        """End nothing."""
+
+
+class _Method:
+    """One method of one worker inside a shared process, called as Ray's actor methods are."""
+
+    def __init__(self, method: Any, worker: int) -> None:
+        self._method, self._worker = method, worker
+
+    def options(self, **options: Any) -> "_Method":
+        return _Method(self._method.options(**options), self._worker)
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._method.remote(self._worker, *arguments)
+
+
+class SharedWorker:
+    """Stands for one worker of a process as an actor handle does."""
+
+    def __init__(self, process: ActorHandle, worker: int) -> None:
+        self._process, self._worker = process, worker
+
+    def __getattr__(self, method: str) -> _Method:
+        """Return a method that names this worker to the process."""
+        return _Method(getattr(self._process, method), self._worker)
+
+
+class SharedProcesses:
+    """Makes the workers of a pool in few processes, and ends them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+        self._processes: list[ActorHandle] = []
+
+    def create(
+        self, cls: type, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Mapping[str, Any]]
+    ) -> list[Any]:
+        """Return one handle per name; `arguments` are those of the real actors, which the stubs do not need."""
+        count = -(-len(names) // WORKERS_PER_PROCESS)
+        option = {**options[0], "num_cpus": 0, "max_concurrency": 4 * WORKERS_PER_PROCESS}
+        labels = [f"stub-{names[0]}-process-{index}" for index in range(count)]
+        self._processes = create_actors(cls, labels, [self._arguments] * count, [option] * count)
+        return [SharedWorker(self._processes[index % count], index) for index in range(len(names))]
+
+    def end(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            ray.kill(process)
