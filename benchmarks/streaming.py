@@ -138,9 +138,8 @@ def overlap_rows(num_workers: int, steps: int) -> list[Row]:
             seconds["strict streaming"] += run.streaming(at)
         # Of a run that is ahead: its first step has nobody to run ahead of.
         seconds["staleness 1"] = run.streaming(range(1, 3 + steps), max_staleness=1)[1:-1]
-        generate = [generation_seconds(run, 1 + turn, rates) for turn in range(steps)]
+        slowest = statistics.median(slowest_stage_seconds(run, 1 + turn, rates) for turn in range(steps))
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    slowest = max(statistics.median(generate), SCORE_SECONDS, LEARN_SECONDS)
     size = f"{num_workers} rollout workers"
     return [
         *(row(f"step, {name}", size, value, "s") for name, value in median.items()),
@@ -177,9 +176,13 @@ def balanced_rates(rows_per_step: int, num_teachers: int) -> StubRates:
     )
 
 
-def generation_seconds(run: StubRun, step: int, rates: StubRates) -> float:
-    """Return how long the step's longest completion takes."""
-    return max(completion_length(request.seed, rates) for request in run.requests(step)) * rates.seconds_per_token
+def slowest_stage_seconds(run: StubRun, step: int, rates: StubRates) -> float:
+    """Return the longest of: writing the step's longest completion, scoring its tokens, learning from them."""
+    lengths = [completion_length(request.seed, rates) for request in run.requests(step)]
+    tokens = sum(lengths) + PROMPT_TOKENS * len(lengths)
+    num_teachers = max(1, len(lengths) // SEQUENCES_PER_WORKER // 4)
+    score = tokens / num_teachers / rates.score_tokens_per_second
+    return max(max(lengths) * rates.seconds_per_token, score, tokens / rates.learn_tokens_per_second)
 
 
 def with_bar(found: Row, at_least: float) -> Row:

@@ -23,8 +23,7 @@ from rollout_workers.prompts import PromptOrder, load_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "cluster/embedded"
-# Passive: beside another busy process, threads that spin while they wait made a step 10 to 60 times slower.
-THREADS = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+NUM_THREADS = 2
 
 Trainer = Literal["gkd", "distillation"]
 Precision = Literal["float32", "autocast", "bfloat16"]
@@ -116,8 +115,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="file for the JSON lines")
     parser.add_argument("--precision", choices=["float32", "autocast", "bfloat16"], help="default: the fastest")
     parser.add_argument("--device-batch", type=int, help="prompts per forward; default: the fastest")
+    parser.add_argument("--spin", action="store_true", help="let idle threads spin; only for a machine without others")
     options = parser.parse_args()
-    os.environ.update(THREADS)
+    set_threads(options.spin)
     from benchmarks.trl_trainers import train  # loads torch
 
     fastest = FASTEST[options.pair, options.trainer]
@@ -125,6 +125,18 @@ def main() -> None:
         options.trainer, options.precision or fastest.precision, options.device_batch or fastest.device_batch
     )
     train(pair_config(options.pair), settings, options.steps, StepRecorder(options.output))
+
+
+def set_threads(spin: bool) -> None:
+    """Say how torch's threads work, before it is loaded.
+
+    Beside another busy process, threads that spin while they wait make a step 5 to 60 times slower.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(NUM_THREADS)
+    if spin:
+        os.environ.pop("OMP_WAIT_POLICY", None)
+    else:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def pair_config(pair: str) -> Config:

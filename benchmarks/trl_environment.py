@@ -8,7 +8,7 @@ import argparse
 import subprocess
 from pathlib import Path
 
-from cluster.install.install import create_environment, digest, install_cpu_torch, pip
+from cluster.install.install import create_environment, digest, install_cpu_torch, only_one, pip
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = ROOT / "benchmarks/.trl"
@@ -31,15 +31,15 @@ def make_environment(folder: Path = ENVIRONMENT) -> Path:
     Raises:
         InstallError: venv or pip failed.
     """
-    interpreter, stamp, key = folder / "bin/python", folder / STAMP, environment_key()
-    if stamp.exists() and stamp.read_text() == key:
-        return interpreter
-    create_environment(folder)
-    torch = next(pin for pin in LOCK.read_text().splitlines() if pin.startswith("torch=="))
-    install_cpu_torch(folder, torch)
-    pip(folder, "install", "--constraint", str(LOCK), *TRL_PACKAGES, *PROMPT_PACKAGES)
-    stamp.write_text(key)
-    return interpreter
+    stamp, key = folder / STAMP, environment_key()
+    with only_one(ROOT):
+        if not stamp.exists() or stamp.read_text() != key:
+            create_environment(folder)
+            torch = next(pin for pin in LOCK.read_text().splitlines() if pin.startswith("torch=="))
+            install_cpu_torch(folder, torch)
+            pip(folder, "install", "--constraint", str(LOCK), *TRL_PACKAGES, *PROMPT_PACKAGES)
+            stamp.write_text(key)
+    return folder / "bin/python"
 
 
 def environment_key() -> str:

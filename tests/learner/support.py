@@ -238,7 +238,8 @@ def train_step(
 ) -> dict[str, Metric]:
     """Update the weights once and return what this rank saw."""
     parts = accumulate_all(engine, batches, step)
-    return {**parts, "gradient_norm": Max(engine.step(learning_rate, step.num_tokens))}
+    gradient_norm = engine.step(learning_rate, step.num_tokens)
+    return {**parts, "gradient_norm": Max(gradient_norm), "learning_rate": Max(learning_rate)}
 
 
 def measure_gradient(engine: TrainEngine, batches: Iterable[MicroBatch], step: WholeStep) -> dict[str, Metric]:
