@@ -90,8 +90,9 @@ class StubRun:
 def stub_run(num_workers: int, rates: StubRates, rows_per_step: int) -> Iterator[StubRun]:
     """Start pools of `num_workers` rollout workers, a quarter as many teacher workers, and one learner rank."""
     config = parse_run_config(RUN, ["objective=thinking-machines", "learner.micro_batch_tokens=4096"])
-    rollout_processes, teacher_processes = SharedProcesses(rates, 4), SharedProcesses(rates)
-    settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, 4, None)
+    rollout_processes = SharedProcesses(rates, config.rollout.rows_per_batch)
+    teacher_processes = SharedProcesses(rates)
+    settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, config.rollout.rows_per_batch, None)
     rollouts = RolloutPool(
         settings,
         [{"num_cpus": 0}] * num_workers,
@@ -158,11 +159,14 @@ def driver_rows(num_workers: int, steps: int) -> list[Row]:
     rows_per_step = num_workers * SEQUENCES_PER_WORKER
     with stub_run(num_workers, INSTANT, rows_per_step) as run:
         run.streaming(range(1))
+        started = time.process_time()
         seconds = statistics.median(run.streaming(range(1, 1 + steps)))
-    found = row(
-        "driver, trajectories through all stages", f"{num_workers} rollout workers", rows_per_step / seconds, "1/s"
-    )
-    return [with_bar(found, 2000) if num_workers == 256 else found]
+        cpu_seconds = (time.process_time() - started) / steps
+    size = f"{num_workers} rollout workers"
+    found = row("driver and all stages, trajectories", size, rows_per_step / seconds, "1/s")
+    # The workers' processes share these cores; in a cluster they do not share the driver's.
+    of_driver = row("driver, trajectories per CPU-second", size, rows_per_step / cpu_seconds, "1/s")
+    return [found, with_bar(of_driver, 2000)]
 
 
 def balanced_rates(rows_per_step: int, num_teachers: int) -> StubRates:

@@ -106,6 +106,7 @@ def train_sampling(config: Config) -> SamplingSettings:
         rollout.top_p,
         rollout.top_k,
         rollout.stop,
+        stop_repetition=rollout.stop_repetition,
         num_candidates=objective.num_candidates if objective.candidates_from == "student" else 0,
         candidates="draws" if objective.support == "samples" else "topk",
     )
