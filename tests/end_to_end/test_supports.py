@@ -16,6 +16,12 @@ from cluster.contracts.trajectory import from_wire, ragged
 from cluster.demo import EMBEDDED, embedded_config
 from cluster.pipeline import Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
 from cluster.placement import cluster_nodes, plan_placement
+from learner.micro_batch import build_micro_batch, trajectories
+from learner.model import load_student
+from learner.objective.objective import Objective
+from learner.packing import plan_step
+from learner.reference_engine import ReferenceEngine
+from learner.teacher_heads import load_teacher_heads
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -66,6 +72,18 @@ def logits_of(model: PreTrainedModel, batch: pa.RecordBatch) -> torch.Tensor:
     return torch.cat(rows)
 
 
+def gradients_of_learner(config: Config, batches: Sequence[pa.RecordBatch], num_tokens: int) -> dict[str, torch.Tensor]:
+    """Return what the learner's own code computes of batches as they arrived, in one process of plain torch."""
+    student = load_student(config.student, config.learner)
+    rows = trajectories(batches, [0.0] * sum(batch.num_rows for batch in batches))
+    ((grid,),) = plan_step([len(row.token_ids) for row in rows], num_ranks=1, micro_batch_tokens=1 << 20).ranks
+    micro_batch = build_micro_batch(grid, rows, config.run.seed)
+    heads = load_teacher_heads(config, torch.device("cpu"))
+    evaluated = ReferenceEngine(student, config.learner).forward(micro_batch, Objective(config.objective), heads)
+    (evaluated.loss / num_tokens).backward()
+    return {name: parameter.grad for name, parameter in student.causal_lm.named_parameters()}
+
+
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
@@ -93,6 +111,8 @@ def test_the_exact_divergence_through_hidden_states_is_that_of_full_logits(
     found = report(pipeline.learner.measure_gradient(handles, config.objective))
     assert found["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert found["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    for name, gradient in gradients_of_learner(config, batches, num_tokens).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_candidates_of_the_student_are_scored_as_transformers_scores_them(
