@@ -37,6 +37,20 @@ from learner.train_step import StepTask, accumulate
 VOCABULARY = 112
 LENGTHS = ((3, 9), (5, 30), (2, 1), (8, 20), (4, 44), (6, 7), (1, 12))  # (prompt, completion) tokens
 ROUTE = "only"
+# The configuration of models of several families, small enough to build for every test.
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 
 
 def objective_of(preset: str, **written: Any) -> ObjectiveConfig:

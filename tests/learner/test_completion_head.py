@@ -26,22 +26,9 @@ from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import load_student
 from learner.objective.objective import Objective
 from learner.projection import LogitScaling
-from tests.learner.support import OBJECTIVES, ROUTE, VOCABULARY, make_scored, objective_of, random_heads
+from tests.learner.support import OBJECTIVES, ROUTE, SMALL, VOCABULARY, make_scored, objective_of, random_heads
 
 WIDTH = 24
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 MODELS = {
     "tied": (Qwen3ForCausalLM, {"tie_word_embeddings": True}),
     "untied": (LlamaForCausalLM, {"tie_word_embeddings": False}),

@@ -23,22 +23,9 @@ from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import check_forward, load_student
 from learner.packing import plan_step
 from learner.projection import LogitScaling
-from tests.learner.support import VOCABULARY
+from tests.learner.support import SMALL, VOCABULARY
 
 FP32 = LearnerConfig(dtype="float32")
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
 
 
 def logprobs_alone(causal_lm, row):
