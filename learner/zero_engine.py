@@ -137,7 +137,6 @@ def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.max_gradient_norm,
         "bf16": {"enabled": config.dtype == "bfloat16"},
-        "fp16": {"enabled": config.dtype == "float16"},
         # Sums over micro-batches and ranks stay in fp32 whatever the parameters are.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -96,7 +96,7 @@ class LearnerConfig(Section):
 
     num_workers: Count = 1
     zero_stage: Literal[1, 2, 3] = 2
-    dtype: Dtype = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # sums of a step's gradients leave float16's range
     micro_batch_tokens: Count = 8192  # prompt and completion tokens per forward and rank
     gradient_checkpointing: bool = False
     learning_rate: Positive = 1e-6

@@ -51,6 +51,7 @@ def test_an_override_reaches_a_named_teacher() -> None:
     ("override", "sentence"),
     [
         ("learner.zero_stag=2", "learner: .*unknown field `zero_stag`"),
+        ("learner.dtype=float16", "learner.dtype: Invalid enum value 'float16'"),
         ("learner.zero_stage=4", "learner.zero_stage: Invalid enum value 4"),
         ("run.steps=0", "run.steps: Expected `int` >= 1"),
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),

@@ -3,16 +3,14 @@
 import msgspec
 import numpy as np
 import pytest
-import torch
 
-from cluster.contracts.errors import ConfigError
 from cluster.contracts.metrics import report
 from cluster.contracts.objective import DivergenceTerm
 from cluster.contracts.trajectory import generated_schema, ragged
 from learner.model import load_student
 from learner.packing import plan_step
 from learner.reference_engine import ReferenceEngine
-from learner.worker import LearnerWorker, RankRows, start_worker
+from learner.worker import LearnerWorker, RankRows
 from tests.learner.support import OBJECTIVES, completion_tokens, score_by
 
 
@@ -59,10 +57,3 @@ def test_measuring_uses_the_objective_asked_for(make_config, make_worker, scored
         losses.add(round(report(worker.accumulate(rows, True, asked))["loss"], 4))
         worker.discard_step(completion_tokens(scored))
     assert len(losses) == 3
-
-
-def test_half_precision_without_a_gpu_is_refused_in_one_sentence(make_config):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(ConfigError, match="DeepSpeed trains it on GPUs only"):
-        start_worker(make_config("learner.dtype=float16"), rank=0, world_size=1, address="tcp://127.0.0.1:1")
