@@ -26,8 +26,9 @@ from benchmarks.stub_pools import (
     completion_length,
 )
 from cluster.actors import PoolTimeouts, create_actors
-from cluster.contracts.config import Config, EngineConfig, StudentConfig, TeacherConfig, parse_run_config
+from cluster.contracts.config import Config, EngineConfig, StudentConfig, TeacherConfig
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
+from cluster.contracts.run_file import parse_run_config
 from cluster.flow import Flow
 from cluster.permits import Permits
 from learner.group import LearnerGroup

@@ -18,7 +18,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.contracts.config import Config, load_run_config
+from cluster.contracts.config import Config
+from cluster.contracts.run_file import load_run_config
 from rollout_workers.prompts import PromptOrder, load_prompts
 
 ROOT = Path(__file__).resolve().parents[1]

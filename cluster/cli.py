@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cluster.contracts.config import Config, load_run_config
+from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.contracts.run_file import load_run_config
 from cluster.run_directory import RunDirectory
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C

@@ -5,7 +5,8 @@ from datetime import datetime
 from pathlib import Path
 
 from cluster.commands import start_training
-from cluster.contracts.config import Config, load_run_config
+from cluster.contracts.config import Config
+from cluster.contracts.run_file import load_run_config
 from cluster.training_run import History
 
 EMBEDDED = Path(__file__).parent / "embedded"

@@ -81,14 +81,15 @@ def read_logit_scaling(config: Any) -> tuple[float, float | None]:
         (0.25, None)
     """
     text_config = config.get_text_config()
+    settings = text_config.to_dict()  # families differ in what they have
     factor = 1.0
     for name, power in LOGIT_FACTORS.items():
-        value = getattr(text_config, name, None)
+        value = settings.get(name)
         if value is not None:
             factor *= float(value) ** power
     if text_config.model_type.startswith(MULTIPLIED_BY_LOGITS_SCALING):
         factor = 1.0 / factor
-    return factor, getattr(text_config, "final_logit_softcapping", None)  # Gemma
+    return factor, settings.get("final_logit_softcapping")  # Gemma
 
 
 def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype) -> LmHead:
@@ -118,8 +119,8 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype) -> LmHead:
 
 def _is_tied(config: Any) -> bool:
     """Tell whether embedding and head are one tensor; of a model of several parts, the outer word counts."""
-    tied = getattr(config, "tie_word_embeddings", None)
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False) if tied is None else tied)
+    outer, inner = (part.to_dict().get("tie_word_embeddings") for part in (config, config.get_text_config()))
+    return bool(inner if outer is None else outer)
 
 
 def _head_name(model: str, shards: Iterable[str], is_tied: bool) -> str:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.contracts.config import Config, config_from_json, dump_run_config
+from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, ConfigError
+from cluster.contracts.run_file import config_from_json, dump_run_config
 
 
 class RunDirectory:

@@ -3,8 +3,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from cluster.contracts.config import Config, config_from_json, dump_run_config, load_run_config, parse_run_config
+from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
+from cluster.contracts.run_file import config_from_json, dump_run_config, load_run_config, parse_run_config
 from tests.builders import MINIMAL_RUN, make_config
 
 FIELDS = {

@@ -1,7 +1,6 @@
 import msgspec
 import pytest
 
-from cluster.contracts.config import config_from_json, dump_run_config, parse_run_config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.objective import (
@@ -13,6 +12,7 @@ from cluster.contracts.objective import (
     TokenWeightsConfig,
 )
 from cluster.contracts.presets import PRESETS
+from cluster.contracts.run_file import config_from_json, dump_run_config, parse_run_config
 from tests.builders import MINIMAL_RUN, make_config
 
 BASE = "\n[teachers.before]\nmodel = 'before'"
@@ -125,6 +125,11 @@ def test_prompts_are_routed_to_teachers_not_to_models_that_stand_beside_them() -
 def test_a_base_that_is_no_teacher_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"teachers.main.base is 'gone'; there are \['main'\]"):
         make_config("teachers.main.base=gone")
+
+
+def test_no_teacher_is_called_base() -> None:
+    with pytest.raises(ConfigError, match=r"teachers.base: the name 'base' means another teacher's base"):
+        make_config("teachers.base.model=b")
 
 
 def test_presets_are_not_changed_by_what_is_laid_over_them() -> None:
