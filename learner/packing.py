@@ -36,7 +36,7 @@ def plan_step(num_tokens: Sequence[int], num_ranks: int, micro_batch_tokens: int
 
     Example:
         >>> plan_step([4, 3, 2], num_ranks=1, micro_batch_tokens=6).ranks
-        ((((0,),), ((1, 2),)),)
+        ((((0,),), ((1,), (2,))),)
     """
     shares = balance(num_tokens, num_ranks)
     grids = [_plan_grids(num_tokens, share, micro_batch_tokens) for share in shares]
