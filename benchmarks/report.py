@@ -1,5 +1,6 @@
 """The form that every benchmark's figures take."""
 
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -16,11 +17,28 @@ def row(name: str, size: str, value: float, unit: str) -> Row:
     return {"name": name, "size": size, "value": round(value, 6), "unit": unit}
 
 
+def at_least(found: Row, bar: float) -> Row:
+    """Add the bar that a row's value has to reach.
+
+    Example:
+        >>> at_least(row("speed-up", "2 workers", 1.9, "ratio"), 2)["met"]
+        False
+    """
+    return {**found, "bar": f">= {bar:g}", "met": found["value"] >= bar}
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """Print the table."""
     for found in rows:
         bar = f"   bar {found['bar']}: {'met' if found['met'] else 'MISSED'}" if "bar" in found else ""
-        print(f"{found['name']:<42} {found['size']:<30} {found['value']:>12,.4g} {found['unit']}{bar}")
+        print(f"{found['name']:<58} {found['size']:<36} {found['value']:>12,.4g} {found['unit']}{bar}")
+
+
+def write_rows(output: Path, command: str, rows: Sequence[Row]) -> None:
+    """Write a part's figures, and what they belong to."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    described = {"command": command, **describe_machine()}
+    output.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
 
 
 def describe_machine() -> Row:

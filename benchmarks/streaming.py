@@ -27,9 +27,9 @@ from benchmarks.stub_pools import (
 )
 from cluster.actors import PoolTimeouts, create_actors
 from cluster.contracts.config import Config, EngineConfig, StudentConfig, TeacherConfig
-from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
+from cluster.contracts.interfaces import AtHand, RolloutRequest, SamplingSettings
 from cluster.contracts.run_file import parse_run_config
-from cluster.flow import Flow
+from cluster.flow import Flow, StepBatches
 from cluster.permits import Permits
 from learner.group import LearnerGroup
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
@@ -69,7 +69,7 @@ class StubRun:
             started = time.perf_counter()
             generated = list(self.rollouts.generate(self.requests(step), SAMPLING, "exact"))
             scored = list(self.teachers.score(generated, self.config.scorers))
-            self.learner.step(scored, step)
+            self.learner.step(AtHand(scored), step)
             seconds.append(time.perf_counter() - started)
         return seconds
 
@@ -77,12 +77,13 @@ class StubRun:
         """Do the steps as the driver does, weight sync aside; return the seconds of each."""
         flow = Flow(self.rollouts, self.teachers, TIMEOUTS.call_seconds)
         permits = Permits(steps[0], steps[-1] + 1, max_staleness)
+        asked: dict[int, StepBatches] = {}
         seconds = []
         for step in steps:
             started = time.perf_counter()
             for admitted in permits.admit(step):
-                flow.admit(admitted, self.requests(admitted), SAMPLING, "exact", self.config.scorers)
-            self.learner.step(flow.batches(step), step)
+                asked[admitted] = flow.admit(admitted, self.requests(admitted), SAMPLING, "exact", self.config.scorers)
+            self.learner.step(asked.pop(step), step)
             seconds.append(time.perf_counter() - started)
         return seconds
 

@@ -8,7 +8,7 @@ stub workers share a process, since they only wait.
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,16 +99,17 @@ class StubRolloutProcess:
 
     async def start_rollout(
         self, worker: int, rollout: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
-    ) -> tuple[pa.Buffer | None, BatchHandle | None]:
+    ) -> tuple[pa.Buffer, BatchHandle]:
         """Begin a rollout and return its first batch."""
         generated = self._workers[worker].generate(requests, sampling, verifier, priority=rollout)
         self._rollouts[worker, rollout] = generated
         return await self.next_batch(worker, rollout)
 
-    async def next_batch(self, worker: int, rollout: int) -> tuple[pa.Buffer | None, BatchHandle | None]:
+    async def next_batch(self, worker: int, rollout: int) -> tuple[pa.Buffer, BatchHandle]:
         """Return the rollout's next batch."""
-        made = await anext(self._rollouts[worker, rollout], None)
-        return (None, None) if made is None else pack(*made)
+        written = await anext(self._rollouts[worker, rollout])
+        wire, handle = pack(written.rows, written.metrics)
+        return wire, replace(handle, is_last=written.is_last)
 
     async def shutdown(self, worker: int) -> None:
         """End a worker's verifier."""

@@ -1,9 +1,10 @@
 """`python -m benchmarks.trl_baseline`: trains one of our pairs with TRL on CPU, and writes one JSON line per step.
 
-To be run by the interpreter that `python -m benchmarks.trl_environment` prints. The run file says everything that both
-sides share: models, prompts and their order, completion lengths, sampling, learning rate, AdamW, clipping. The
-objective is the exact reverse KL over the whole vocabulary, per completion token. What TRL alone decides (precision,
-prompts per forward) has the value that was fastest on two cores; `--precision` and `--device-batch` try others.
+To be run by the interpreter that `python -m benchmarks.trl_environment` prints. The run file, with overrides as on our
+own command line, says everything that both sides share: models, prompts and their order, completion lengths, sampling,
+learning rate, AdamW, clipping. The objective is the exact reverse KL over the whole vocabulary, per completion token.
+What TRL alone decides (precision, prompts per forward) has the value that was fastest on two cores; `--precision` and
+`--device-batch` try others.
 
 Nothing that this file imports loads torch, which reads its thread settings once, when it is loaded.
 """
@@ -18,12 +19,10 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.pairs import PAIRS, pair_config
 from cluster.contracts.config import Config
-from cluster.contracts.run_file import load_run_config
 from rollout_workers.prompts import PromptOrder, load_prompts
 
-ROOT = Path(__file__).resolve().parents[1]
-EMBEDDED = ROOT / "cluster/embedded"
 NUM_THREADS = 2
 
 Trainer = Literal["gkd", "distillation"]
@@ -110,22 +109,26 @@ class Prompt:
 def main() -> None:
     """Train as the arguments say."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_baseline", description=__doc__)
-    parser.add_argument("--pair", choices=["embedded", "smollm2"], required=True)
+    parser.add_argument("--pair", choices=PAIRS, required=True)
     parser.add_argument("--trainer", choices=["gkd", "distillation"], required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True, help="file for the JSON lines")
     parser.add_argument("--precision", choices=["float32", "autocast", "bfloat16"], help="default: the fastest")
     parser.add_argument("--device-batch", type=int, help="prompts per forward; default: the fastest")
     parser.add_argument("--spin", action="store_true", help="let idle threads spin; only for a machine without others")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes to the pair's run file")
     options = parser.parse_args()
     set_threads(options.spin)
     from benchmarks.trl_trainers import train  # loads torch
 
+    config = pair_config(options.pair, options.overrides)
     fastest = FASTEST[options.pair, options.trainer]
     settings = Settings(
-        options.trainer, options.precision or fastest.precision, options.device_batch or fastest.device_batch
+        options.trainer,
+        options.precision or fastest.precision,
+        min(options.device_batch or fastest.device_batch, config.prompts.prompts_per_step),
     )
-    train(pair_config(options.pair), settings, options.steps, StepRecorder(options.output))
+    train(config, settings, options.steps, StepRecorder(options.output))
 
 
 def set_threads(spin: bool) -> None:
@@ -138,19 +141,6 @@ def set_threads(spin: bool) -> None:
         os.environ.pop("OMP_WAIT_POLICY", None)
     else:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-
-
-def pair_config(pair: str) -> Config:
-    """Return the run file's settings; the embedded pair's file leaves its paths to the caller."""
-    if pair == "smollm2":
-        return load_run_config(ROOT / "examples/smollm2.toml")
-    paths = [
-        f"student.model={EMBEDDED / 'student'}",
-        f"teachers.countdown.model={EMBEDDED / 'teacher'}",
-        f"prompts.train={EMBEDDED / 'train.jsonl'}",
-        f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
-    ]
-    return load_run_config(EMBEDDED / "demo.toml", paths)
 
 
 def step_prompts(config: Config, steps: int, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> list[Prompt]:

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cluster.commands import start_training
 from cluster.contracts.config import Config
 from cluster.contracts.run_file import load_run_config
-from cluster.training_run import History
+
+if TYPE_CHECKING:
+    from cluster.training_run import History
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -23,7 +25,10 @@ def embedded_config(overrides: Sequence[str] = ()) -> Config:
     return load_run_config(EMBEDDED / "demo.toml", [*paths, *overrides])
 
 
-def run_demo(overrides: Sequence[str] = ()) -> History:
+def run_demo(overrides: Sequence[str] = ()) -> "History":
     """Train the embedded student in a run directory of its own."""
+    # Here, because who asks for the configuration alone may have neither Ray nor vLLM installed.
+    from cluster.commands import start_training
+
     name = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     return start_training(embedded_config([f"run.name={name}", *overrides]))

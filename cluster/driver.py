@@ -3,7 +3,7 @@
 The driver sees object references, row counts and token counts; trajectories and weights go from worker to worker.
 """
 
-from cluster.flow import Flow
+from cluster.flow import Flow, StepBatches
 from cluster.permits import Permits
 from cluster.pipeline import train_requests, train_sampling
 from cluster.step_record import step_record
@@ -24,18 +24,20 @@ def train(run: TrainingRun) -> None:
     flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds)
     permits = Permits(run.first_step, config.run.steps, config.rollout.max_staleness)
     sampling, verifier = train_sampling(config), config.evaluation.verifier
+    asked: dict[int, StepBatches] = {}  # of steps that are under way
     learner.publish_weights(rollouts.actors, policy_version=run.first_step)
     run.begin(flow)
 
     for step in range(run.first_step, config.run.steps):
         watch = Stopwatch()
         for admitted in permits.admit(step):
-            flow.admit(admitted, train_requests(config, run.inputs, admitted), sampling, verifier, config.scorers)
-        progress = flow.progress(step)
+            requests = train_requests(config, run.inputs, admitted)
+            asked[admitted] = flow.admit(admitted, requests, sampling, verifier, config.scorers)
+        batches = asked.pop(step)
         with watch.measure("step"):
-            learned = learner.step(flow.batches(step), step)
+            learned = learner.step(batches, step)
             with watch.measure("sync"):
                 synced = learner.publish_weights(rollouts.actors, policy_version=step + 1)
-        run.finish_step(step + 1, step_record(step + 1, progress, learned, synced, watch))
+        run.finish_step(step + 1, step_record(step + 1, batches.progress, learned, synced, watch))
 
     run.end()

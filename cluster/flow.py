@@ -4,10 +4,11 @@ Whatever finishes anywhere is passed on at once: completions to their teachers, 
 rollout. In training a rollout is a step, and several can be under way together.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
+from typing import Any
 
 import ray
 
@@ -50,53 +51,33 @@ class Flow:
         sampling: SamplingSettings,
         verifier: str,
         scorers: Scorers,
-    ) -> None:
-        """Hand a step's requests to the rollout workers; returns at once."""
+    ) -> "StepBatches":
+        """Hand a step's requests to the rollout workers, and return at once what gives its batches out."""
         now = perf_counter()
-        self._under_way[step] = Progress(scorers, len(requests), now, now, now)
+        progress = self._under_way[step] = Progress(scorers, len(requests), now, now, now)
         self._rollouts.submit(step, requests, sampling, verifier)
-
-    def progress(self, step: int) -> Progress:
-        """Return how far an admitted step is."""
-        return self._under_way[step]
-
-    def batches(self, step: int) -> Iterator[BatchHandle]:
-        """Yield an admitted step's batches as they are scored, in any order, until every trajectory was given out.
-
-        Raises:
-            RolloutError: an engine gave up a request.
-            ScoreError: scores cannot be training data.
-            ActorError: an actor died, or nothing finished in time; says who is late.
-        """
-        progress = self._under_way[step]
-        given = 0
-        while given < len(progress.finished) or progress.missing:
-            if given == len(progress.finished):
-                self._advance()
-            for handle in progress.finished[given:]:
-                given += 1
-                yield handle
-        del self._under_way[step]
+        return StepBatches(progress, self._advance)
 
     def run(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, scorers: Scorers
     ) -> list[BatchHandle]:
         """Return the batches of requests that belong to no step, ahead of those that do."""
-        rollout = next(self._extra_ids)
-        self.admit(rollout, requests, sampling, verifier, scorers)
-        return list(self.batches(rollout))
+        batches, handles = self.admit(next(self._extra_ids), requests, sampling, verifier, scorers), []
+        while not batches.is_exhausted:
+            handles += batches.take()
+        return handles
 
-    def _advance(self) -> None:
-        """Wait until something finishes, then pass on everything that has."""
-        written, scored = self._rollouts.awaited, self._teachers.outstanding
-        if not ray.wait([*written, *scored], num_returns=1, timeout=self._timeout_seconds)[0]:
+    def _advance(self, wake_on: Sequence[Any]) -> bool:
+        """Wait until something finishes, pass on everything that has, and say whether a reference of `wake_on` has."""
+        references = [*self._rollouts.awaited, *self._teachers.outstanding, *wake_on]
+        if not ray.wait(references, num_returns=1, timeout=self._timeout_seconds)[0]:
             late = ", ".join(names for names in (self._rollouts.late(), self._teachers.late()) if names)
             raise ActorError(f"waited {self._timeout_seconds:.0f} s for trajectories from {late}")
-        for reference in _ready(written):
-            handle = self._rollouts.take(reference)
-            if handle is not None:
-                self._send_on(handle)
-        self._finish(self._teachers.collect())
+        ready = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+        for reference in ready.intersection(self._rollouts.awaited):
+            self._send_on(self._rollouts.take(reference))
+        self._finish(self._teachers.collect(ready))
+        return not ready.isdisjoint(wake_on)
 
     def _send_on(self, handle: BatchHandle) -> None:
         progress = self._under_way[handle.rollout]
@@ -113,10 +94,36 @@ class Flow:
             progress.finished_at = perf_counter()
             progress.missing -= len(handle.trajectory_ids)
             progress.finished.append(handle)
+            if not progress.missing:
+                self._under_way.pop(handle.rollout)
 
 
-def _ready(references: Sequence[object]) -> list[object]:
-    if not references:
-        return []
-    ready: list[object] = ray.wait(references, num_returns=len(references), timeout=0)[0]
-    return ready
+class StepBatches:
+    """A BatchSource: one step's batches as they are scored."""
+
+    def __init__(self, progress: Progress, advance: Callable[[Sequence[Any]], bool]) -> None:
+        """Take the step, and what moves the flow on by at least one event."""
+        self.progress = progress
+        self._advance = advance
+        self._num_given = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Return whether every batch was given out."""
+        return not self.progress.missing and self._num_given == len(self.progress.finished)
+
+    def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
+        """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready.
+
+        Raises:
+            RolloutError: an engine gave up a request.
+            ScoreError: scores cannot be training data.
+            ActorError: an actor died, or nothing finished in time; says who is late.
+        """
+        finished = self.progress.finished
+        while self._num_given == len(finished) and self.progress.missing:
+            if self._advance(wake_on):
+                break
+        given = finished[self._num_given :]
+        self._num_given = len(finished)
+        return given

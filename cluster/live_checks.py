@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cluster.actors import get
 from cluster.contracts.config import Config, TeacherConfig
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.interfaces import AtHand, BatchHandle, ScoreRequest
 from cluster.contracts.metrics import report
 from cluster.contracts.objective import (
     TEACHER,
@@ -98,7 +98,7 @@ def _against_itself(
         results = [check_self_kl(_read(mirrored, scored), mirrored.rollout.engine.dtype)]
         for term_name, term in terms_with_optimum_at_the_student(mirrored.objective).items():
             objective = msgspec.structs.replace(mirrored.objective, terms={term_name: term})
-            found = report(pipeline.learner.measure_gradient(scored, objective))
+            found = report(pipeline.learner.measure_gradient(AtHand(scored), objective))
             results.append(check_gradient_at_optimum(term_name, found["gradient_norm"], mirrored.learner.dtype))
         return results
     finally:

@@ -3,7 +3,7 @@
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,17 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors import call_all, create_actors, get, get_all, shutdown
+from cluster.actors import call_all, create_actors, get, shutdown
 from cluster.batch_store import add_environment
 from cluster.contracts.config import Config
-from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.interfaces import BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Floats, from_wire
 from cluster.contracts.weights import WeightSyncReport
 from learner import checkpoint
 from learner.arrivals import Arrivals, Share
+from learner.calls import Calls
 from learner.rendezvous import free_address
 from learner.rounds import Round, RoundPlanner
 from learner.worker import LearnerWorker, RankRows, start_worker
@@ -119,24 +120,24 @@ class LearnerGroup:
             self._start(config.ray.start_timeout_seconds)
             undo.pop_all()
 
-    def step(self, handles: Iterable[BatchHandle], step: int) -> dict[str, Metric]:
+    def step(self, batches: BatchSource, step: int) -> dict[str, Metric]:
         """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together.
 
         Learning begins while batches still arrive: gradients of full micro-batches, or of what there is when the ranks
         have nothing to do, are added up at once. The weights change when the last batch is in.
         """
-        num_tokens, parts = self._accumulate(handles, None, waiting_for=f"the learner to compute step {step}")
+        num_tokens, parts = self._accumulate(batches, None, waiting_for=f"the learner to compute step {step}")
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}")
         figures = merge([*parts, *taken])
         busy_seconds = sum(found["busy_seconds"].value for found in (*parts, *taken)) / len(self._actors)
         return figures | {"busy_seconds": Sum(busy_seconds)}
 
-    def measure_gradient(self, handles: Iterable[BatchHandle], objective: ObjectiveConfig) -> dict[str, Metric]:
+    def measure_gradient(self, batches: BatchSource, objective: ObjectiveConfig) -> dict[str, Metric]:
         """Return loss, gradient norm and the other figures of a step, without taking it.
 
         The objective's support must be the run's own: it decides what the batches carry.
         """
-        num_tokens, parts = self._accumulate(handles, objective, waiting_for="the learner's gradient")
+        num_tokens, parts = self._accumulate(batches, objective, waiting_for="the learner's gradient")
         return merge([*parts, *self._ask("discard_step", num_tokens, waiting_for="the learner's gradient")])
 
     def student_logprobs(self, handle: BatchHandle) -> Floats:
@@ -178,34 +179,34 @@ class LearnerGroup:
         self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout_seconds)
 
     def _accumulate(
-        self, handles: Iterable[BatchHandle], objective: ObjectiveConfig | None, waiting_for: str
+        self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str
     ) -> tuple[int, list[dict[str, Metric]]]:
         """Add up the gradients of batches as they come; return their completion tokens and the ranks' figures."""
         config = self._config
         arrivals = Arrivals(objective or config.objective, config.rollout.samples_per_prompt)
         planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
-        sent: list[Any] = []
+        calls = Calls(self._names, config.ray.call_timeout_seconds, waiting_for)
 
-        def send(rounds: Sequence[Round], completes_step: bool) -> None:
+        def send(rounds: Sequence[Round], completes_step: bool = False) -> None:
             for grids in rounds:
                 shares = [arrivals.share((grid,)) for grid in grids]
-                sent.extend(
+                calls.add(
                     actor.accumulate.remote(share, completes_step, objective)
                     for actor, share in zip(self._actors, shares, strict=True)
                 )
 
-        for handle in handles:
-            planner.add({index: arrivals.num_tokens(index) for index in arrivals.add(handle)})
-            send(
-                planner.all_rounds() if _is_done(sent[-len(self._actors) :]) else planner.full_rounds(),
-                completes_step=False,
-            )
+        while True:
+            for handle in batches.take(wake_on=calls.unanswered()):
+                planner.add({index: arrivals.num_tokens(index) for index in arrivals.add(handle)})
+            if batches.is_exhausted:
+                break
+            # While the ranks compute, what is not enough for a round waits for more.
+            send(planner.full_rounds() if calls.unanswered() else planner.full_rounds() or planner.all_rounds())
         planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
         *others, last = planner.all_rounds() or [((),) * config.learner.num_workers]
-        send(others, completes_step=False)
+        send(others)
         send([last], completes_step=True)
-        names = self._names * (len(sent) // len(self._names))
-        return arrivals.num_completion_tokens, get_all(sent, config.ray.call_timeout_seconds, waiting_for, names)
+        return arrivals.num_completion_tokens, calls.answers()
 
     def _ask(self, method: str, *args: Any, waiting_for: str, timeout_seconds: float | None = None) -> list[Any]:
         return call_all(
@@ -216,11 +217,6 @@ class LearnerGroup:
             waiting_for=waiting_for,
             names=self._names,
         )
-
-
-def _is_done(references: Sequence[Any]) -> bool:
-    """Return whether all calls have been answered."""
-    return not references or not ray.wait(references, num_returns=len(references), timeout=0)[1]
 
 
 def _with_environment(option: Mapping[str, Any], config: Config, rank: int) -> dict[str, Any]:

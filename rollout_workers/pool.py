@@ -18,11 +18,10 @@ from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
 from cluster.contracts.config import EngineConfig, StudentConfig
 from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from cluster.contracts.metrics import Metrics
 from cluster.vllm_runtime import prepare_environment
 from rollout_workers.expected_lengths import ExpectedLengths, spread
 from rollout_workers.prompts import PromptSet
-from rollout_workers.worker import RolloutWorker
+from rollout_workers.worker import RolloutWorker, WrittenBatch
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class RolloutActor:
 
     def __init__(self, settings: RolloutActorSettings) -> None:
         self._settings = settings
-        self._rollouts: dict[int, AsyncIterator[tuple[pa.RecordBatch, Metrics]]] = {}
+        self._rollouts: dict[int, AsyncIterator[WrittenBatch]] = {}
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
@@ -74,21 +73,21 @@ class RolloutActor:
 
     async def start_rollout(
         self, rollout_id: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
-    ) -> tuple[pa.Buffer | None, BatchHandle | None]:
-        """Hand all requests to the engine and return the first batch that finishes, as `next_batch` does.
+    ) -> tuple[pa.Buffer, BatchHandle]:
+        """Hand all requests, at least one, to the engine and return the first batch, as `next_batch` does.
 
         Requests of a rollout with a lower id run first.
         """
         self._rollouts[rollout_id] = self._worker.generate(requests, sampling, verifier, priority=rollout_id)
         return await self.next_batch(rollout_id)
 
-    async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer | None, BatchHandle | None]:
-        """Return the rollout's next batch, waiting for it; two times None when there is none left."""
-        made = await anext(self._rollouts[rollout_id], None)
-        if made is None:
+    async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer, BatchHandle]:
+        """Return the rollout's next batch, waiting for it; none may be asked for after the last."""
+        written = await anext(self._rollouts[rollout_id])
+        if written.is_last:
             del self._rollouts[rollout_id]
-            return None, None
-        return pack(*made)
+        wire, handle = pack(written.rows, written.metrics)
+        return wire, replace(handle, is_last=written.is_last)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end of the weight sync."""
@@ -189,8 +188,8 @@ class RolloutPool:
         """Return a reference for each worker and rollout that owes a batch; it is ready when the batch is."""
         return list(self._awaited)
 
-    def take(self, reference: Any) -> BatchHandle | None:
-        """Return the batch of an awaited reference; None when that worker has no more for its rollout.
+    def take(self, reference: Any) -> BatchHandle:
+        """Return the batch of an awaited reference, which must be ready, and ask its worker for the next one, if any.
 
         Raises:
             RolloutError: an engine gave up a request.
@@ -198,11 +197,10 @@ class RolloutPool:
         """
         asked, wire = self._awaited.pop(reference)
         waiting_for = f"a batch from {self._names[asked.worker]}"
-        handle: BatchHandle | None = actors.get(reference, self._timeouts.call_seconds, waiting_for)
-        if handle is None:
-            return None
+        handle: BatchHandle = actors.get(reference, self._timeouts.call_seconds, waiting_for)
         self._lengths.observe(handle)
-        self._ask(asked, "next_batch", asked.rollout)
+        if not handle.is_last:
+            self._ask(asked, "next_batch", asked.rollout)
         return replace(handle, reference=wire, rollout=asked.rollout)
 
     def late(self) -> str:
@@ -227,9 +225,7 @@ class RolloutPool:
                 raise ActorError(
                     f"waited {self._timeouts.call_seconds:.0f} s for a batch of trajectories from {self.late()}"
                 )
-            handle = self.take(ready[0])
-            if handle is not None:
-                yield handle
+            yield self.take(ready[0])
 
     def _ask(self, asked: _Awaited, method: str, *args: Any) -> None:
         """Ask a worker for a batch; the key is the reference to its handle."""

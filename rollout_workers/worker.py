@@ -1,8 +1,8 @@
 """One rollout worker: requests in, Arrow batches of trajectories out, as they finish."""
 
 import asyncio
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
@@ -12,11 +12,21 @@ from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.interfaces import RolloutEngine, RolloutRequest, SamplingSettings
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
+from rollout_workers.batching import in_batches
 from rollout_workers.judge import Judge
 from rollout_workers.prompts import PromptSet
 from rollout_workers.trajectory_builder import PromptFacts, before_stop, build_trajectory, rollout_metrics
 
 Decode = Callable[[Ints], str]  # completion tokens to text, without special tokens
+
+
+@dataclass(frozen=True)
+class WrittenBatch:
+    """Some finished trajectories of a rollout."""
+
+    rows: pa.RecordBatch
+    metrics: Metrics
+    is_last: bool  # whether none follow
 
 
 class RolloutWorker:
@@ -37,8 +47,8 @@ class RolloutWorker:
 
     async def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int = 0
-    ) -> AsyncIterator[tuple[pa.RecordBatch, Metrics]]:
-        """Yield a batch whenever `rows_per_batch` trajectories for the same teacher are done, and the rest at the end.
+    ) -> AsyncIterator[WrittenBatch]:
+        """Yield trajectories as they are done, up to `rows_per_batch` for the same teacher at a time.
 
         Args:
             requests: all are handed to the engine at once, in this order; it decides how many run together.
@@ -52,9 +62,10 @@ class RolloutWorker:
         last = perf_counter()
         tasks = [asyncio.create_task(self._rollout(request, sampling, verifier, priority)) for request in requests]
         try:
-            async for rows in self._batches(tasks):
+            async for rows, is_last in in_batches(tasks, self._rows_per_batch):
                 now = perf_counter()
-                yield make_generated(rows), rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
+                metrics = rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
+                yield WrittenBatch(make_generated(rows), metrics, is_last)
                 last = now
         finally:
             for unfinished in tasks:
@@ -90,19 +101,6 @@ class RolloutWorker:
         """End the engine and the judge."""
         self._judge.close()
         await self._engine.shutdown()
-
-    async def _batches(
-        self, tasks: Sequence[asyncio.Task[GeneratedTrajectory]]
-    ) -> AsyncIterator[list[GeneratedTrajectory]]:
-        """Collect rows by teacher as they come; what has not filled a batch comes at the end."""
-        pending: dict[str, list[GeneratedTrajectory]] = defaultdict(list)
-        for task in asyncio.as_completed(tasks):
-            row = await task
-            pending[row.teacher].append(row)
-            if len(pending[row.teacher]) == self._rows_per_batch:
-                yield pending.pop(row.teacher)
-        for rows in pending.values():
-            yield rows
 
     async def _rollout(
         self, request: RolloutRequest, sampling: SamplingSettings, verifier: str, priority: int

@@ -108,6 +108,7 @@ class TeacherPool:
         self._actors = create(actor, self._names, arguments, options)
         self._starting = [actor.start.remote() for actor in self._actors]
         self._outstanding: dict[Ticket, _Assignment] = {}
+        self._loads = [0] * len(self._actors)  # tokens still to score, of each replica
 
     def wait_until_ready(self) -> None:
         """Wait for every engine.
@@ -120,12 +121,10 @@ class TeacherPool:
 
     def submit(self, handle: BatchHandle, request: ScoreRequest) -> Ticket:
         """Send a batch to the least loaded replica; returns at once."""
-        loads = [0] * len(self._actors)
-        for assignment in self._outstanding.values():
-            loads[assignment.replica] += assignment.num_tokens
-        replica = least_loaded(loads)
+        replica = least_loaded(self._loads)
         wire, ticket = self._score(replica, handle, request)
         self._outstanding[ticket] = _Assignment(replica, handle, wire)
+        self._loads[replica] += self._outstanding[ticket].num_tokens
         return ticket
 
     def collect(self, ticket: Ticket) -> BatchHandle:
@@ -136,6 +135,7 @@ class TeacherPool:
             ActorError: the replica died or took too long.
         """
         assignment = self._outstanding.pop(ticket)
+        self._loads[assignment.replica] -= assignment.num_tokens
         waiting_for = f"scores from {self._names[assignment.replica]}"
         scored: BatchHandle = actors.get(ticket, self._timeouts.call_seconds, waiting_for)
         metrics = {**assignment.handle.metrics, **scored.metrics}
@@ -203,12 +203,12 @@ class TeacherPools:
         """
         for handle in handles:
             self.submit(handle, plan(handle.teacher))
-            yield from self.collect()
+            yield from self.collect(ray.wait(self.outstanding, num_returns=len(self._legs), timeout=0)[0])
         while self._legs:
             ready, _ = ray.wait(self.outstanding, num_returns=1, timeout=self._call_seconds)
             if not ready:
                 raise ActorError(f"waited {self._call_seconds:.0f} s for scores from {self.late()}")
-            yield from self.collect()
+            yield from self.collect(ready)
 
     def submit(self, handle: BatchHandle, chain: Chain) -> None:
         """Send a batch to the first pool of its chain, of at least one; returns at once.
@@ -223,19 +223,21 @@ class TeacherPools:
         pool = self._pools[name]
         self._legs[pool.submit(handle, request)] = _Leg(pool, rest)
 
-    def collect(self) -> list[BatchHandle]:
-        """Return the batches whose chain is done by now, without waiting, and send the others that are ready on.
+    def collect(self, ready: Iterable[Any]) -> list[BatchHandle]:
+        """Return the batches whose chain is done, and send the others on.
+
+        Args:
+            ready: references that are ready; those that are not `outstanding` here are passed over.
 
         Raises:
             ScoreError: scores cannot be training data; names teacher and replica.
             ActorError: a replica died.
         """
-        if not self._legs:
-            return []
-        ready, _ = ray.wait(self.outstanding, num_returns=len(self._legs), timeout=0)
         finished = []
         for ticket in ready:
-            leg = self._legs.pop(ticket)
+            leg = self._legs.pop(ticket, None)
+            if leg is None:
+                continue
             handle = leg.pool.collect(ticket)
             if leg.rest:
                 self.submit(handle, leg.rest)

@@ -1,6 +1,6 @@
 """The seams: what the driver passes between pools, and what an engine must do to serve a worker."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -57,7 +57,36 @@ class BatchHandle:
     rewards: tuple[float | None, ...] = ()  # per row
     min_policy_versions: tuple[int, ...] = ()  # per row
     rollout: int = 0  # which request of the rollout pool it answers; in training the step
+    is_last: bool = False  # whether the worker that wrote it has written everything of the rollout
     metrics: Metrics = field(default_factory=dict)
+
+
+class BatchSource(Protocol):
+    """The scored batches of one step, of which some may still be on their way."""
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Return whether every batch was given out."""
+
+    def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
+        """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready."""
+
+
+class AtHand:
+    """A BatchSource of batches that are all there."""
+
+    def __init__(self, handles: Iterable[BatchHandle]) -> None:
+        self._handles = list(handles)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Return whether the batches were given out."""
+        return not self._handles
+
+    def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
+        """Return all."""
+        handles, self._handles = self._handles, []
+        return handles
 
 
 @dataclass(frozen=True)

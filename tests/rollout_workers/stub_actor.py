@@ -1,6 +1,7 @@
 """An actor that answers as RolloutActor does, without an engine; a module of its own, so that Ray can import it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,20 +27,19 @@ class StubRolloutActor:
 
     async def start_rollout(
         self, rollout_id: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
-    ) -> tuple[pa.Buffer | None, BatchHandle | None]:
+    ) -> tuple[pa.Buffer, BatchHandle]:
         """Take the requests and answer the first."""
         self._left[rollout_id] = list(requests)
         return await self.next_batch(rollout_id)
 
-    async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer | None, BatchHandle | None]:
+    async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer, BatchHandle]:
         """Answer the next request."""
-        if not self._left[rollout_id]:
-            return None, None
         request = self._left[rollout_id].pop(0)
         row = make_trajectory(
             completion=np.full(request.seed, 3), trajectory_id=request.trajectory_id, prompt_id=request.prompt_id
         )
-        return pack(make_generated([row]), {})
+        wire, handle = pack(make_generated([row]), {})
+        return wire, replace(handle, is_last=not self._left[rollout_id])
 
     async def shutdown(self) -> None:
         """End nothing."""

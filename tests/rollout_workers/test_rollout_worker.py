@@ -61,7 +61,7 @@ def make_worker(rows_per_batch: int = 2) -> tuple[RolloutWorker, ScriptedEngine]
 
 
 async def collect(worker: RolloutWorker, requests: Sequence[RolloutRequest]) -> list[pa.RecordBatch]:
-    return [batch async for batch, _ in worker.generate(requests, SAMPLING, "exact")]
+    return [written.rows async for written in worker.generate(requests, SAMPLING, "exact")]
 
 
 def test_batches_are_filled_in_the_order_of_completion_and_never_mix_teachers() -> None:

@@ -1,0 +1,134 @@
+"""`python -m benchmarks.end_to_end --pair PAIR`: completion tokens per second of Preceptor and of TRL, side by side.
+
+Same models, prompts and their order, sampling, lengths, learning rate, and objective: the exact reverse KL over the
+whole vocabulary. One program at a time has the machine, in turns. In the first round all take part; in later rounds
+Preceptor and the fastest of TRL's, the opponent. Start-up and the first steps are left out; both sides are measured
+over the same steps, since lengths change while the student learns. Figures are medians over rounds.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+
+from benchmarks.contenders import Contender, Measured, Span
+from benchmarks.pairs import PAIRS, missing_models, pair_config
+from benchmarks.report import RESULTS, Row, at_least, print_rows, row, write_rows
+
+BAR = 2.0
+OURS = (
+    Contender("Preceptor, strictly on-policy"),
+    Contender("Preceptor, staleness 2", options=("rollout.max_staleness=2",)),
+)
+GKD = Contender("TRL GKDTrainer", "gkd")
+SPINNING_GKD = Contender("TRL GKDTrainer, idle threads spin", "gkd", ("--spin",))
+DISTILLATION = Contender("TRL DistillationTrainer", "distillation")
+TRL = {"embedded": (GKD, SPINNING_GKD, DISTILLATION), "smollm2": (GKD, DISTILLATION)}
+
+# Long-tailed lengths: most of the embedded student's completions are short, and a few run to the end of the context.
+OVERRIDES = {
+    "embedded": ("rollout.max_completion_tokens=112",),
+    "smollm2": ("rollout.max_completion_tokens=192", "prompts.prompts_per_step=16"),
+}
+WARM_UP_STEPS = {"embedded": 5, "smollm2": 2}  # with staleness 2, generation is ahead after two steps
+STEPS = {"embedded": 20, "smollm2": 3}
+
+Results = Mapping[str, Sequence[Measured]]  # by contender's name, in the order of the rounds
+
+
+def main() -> None:
+    """Measure, print the table, and write it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__)
+    parser.add_argument("--pair", choices=PAIRS, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help=f"measured steps of each program; default: {STEPS}")
+    parser.add_argument("--warm-up", type=int, help=f"steps before them; default: {WARM_UP_STEPS}")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-end-to-end-PAIR.json")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help=f"after these: {OVERRIDES}")
+    options = parser.parse_args()
+    pair: str = options.pair
+    if lacking := missing_models(pair):
+        raise SystemExit(lacking)
+    overrides = [*OVERRIDES[pair], *options.overrides]
+    span = Span(options.warm_up or WARM_UP_STEPS[pair], options.steps or STEPS[pair])
+    results = measure(TRL[pair], options.rounds, lambda contender: contender.run(pair, span, overrides))
+    rows = comparison_rows(results, describe(pair, overrides, span))
+    print_rows(rows)
+    command = " ".join(["python -m benchmarks.end_to_end --pair", pair, *options.overrides])
+    write_rows(options.output or RESULTS / f"{date.today():%Y-%m-%d}-end-to-end-{pair}.json", command, rows)
+
+
+def measure(theirs: Sequence[Contender], rounds: int, run: Callable[[Contender], Measured]) -> Results:
+    """Run the contenders in turns."""
+    results: dict[str, list[Measured]] = {}
+    contenders: Sequence[Contender] = (*OURS, *theirs)
+    for number in range(1, rounds + 1):
+        for contender in contenders:
+            found = run(contender)
+            results.setdefault(contender.name, []).append(found)
+            print(
+                f"round {number}, {contender.name}: {found.tokens_per_second:,.0f} tokens/s, "
+                f"{found.seconds / found.steps:.2f} s per step, load average before {found.load_average:.2f}",
+                flush=True,
+            )
+        opponent = fastest(results, [contender.name for contender in theirs])
+        contenders = (*OURS, *(contender for contender in theirs if contender.name == opponent))
+    return results
+
+
+def fastest(results: Results, names: Sequence[str]) -> str:
+    """Return which of the named was fastest in the first round."""
+    return max(names, key=lambda name: results[name][0].tokens_per_second)
+
+
+def comparison_rows(results: Results, size: str) -> list[Row]:
+    """Return every contender's figures, and ours against those of TRL's that took part in all rounds."""
+    ours = [contender.name for contender in OURS]
+    opponent = fastest(results, [name for name in results if name not in ours])
+    rows = [found for name, measured in results.items() for found in _contender_rows(name, measured, size)]
+    for name in ours:
+        ratios = [
+            one.tokens_per_second / other.tokens_per_second
+            for one, other in zip(results[name], results[opponent], strict=True)
+        ]
+        rows.append(at_least(_over_rounds(f"end to end: {name} / {opponent}", size, ratios, "ratio"), BAR))
+    return rows
+
+
+def _contender_rows(name: str, measured: Sequence[Measured], size: str) -> list[Row]:
+    speeds = [found.tokens_per_second for found in measured]
+    costs = [found.cpu_seconds_per_1000_tokens for found in measured]
+    loads = [round(found.load_average, 2) for found in measured]
+    return [
+        {**_over_rounds(f"end to end: {name}", size, speeds, "tokens/s"), "load_averages": loads},
+        _over_rounds(f"end to end: {name}, CPU per 1,000 tokens", size, costs, "CPU-s"),
+        _over_rounds(
+            f"end to end: {name}, tokens per step",
+            size,
+            [found.completion_tokens / found.steps for found in measured],
+            "tokens",
+        ),
+    ]
+
+
+def _over_rounds(name: str, size: str, values: Sequence[float], unit: str) -> Row:
+    """Return the median over rounds, with the smallest and the largest value."""
+    found = row(name, size, statistics.median(values), unit)
+    return {**found, "min": round(min(values), 6), "max": round(max(values), 6), "rounds": len(values)}
+
+
+def describe(pair: str, overrides: Sequence[str], span: Span) -> str:
+    """Say what was trained.
+
+    Example:
+        >>> describe("embedded", ["rollout.max_completion_tokens=112"], Span(5, 20))
+        'embedded pair, 96 x at most 112 tokens, 20 steps'
+    """
+    config = pair_config(pair, overrides)
+    count = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
+    return f"{pair} pair, {count} x at most {config.rollout.max_completion_tokens} tokens, {span.steps} steps"
+
+
+if __name__ == "__main__":
+    main()

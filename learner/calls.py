@@ -1,0 +1,55 @@
+"""Calls to the ranks of a group that are under way."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ray
+
+from cluster.actors import get_all
+from cluster.contracts.metrics import Metric
+
+
+class Calls:
+    """Keeps the answers of calls that every rank gets in the same order, and notices a failure at the next look."""
+
+    def __init__(self, names: Sequence[str], timeout_seconds: float, waiting_for: str) -> None:
+        """Say who is called, how long the last answer may take, and what an error says was waited for."""
+        self._names = names
+        self._timeout_seconds = timeout_seconds
+        self._waiting_for = waiting_for
+        self._pending: list[tuple[str, Any]] = []  # who, reference
+        self._answers: list[dict[str, Metric]] = []
+
+    def add(self, references: Iterable[Any]) -> None:
+        """Take the references of one call to each rank, in their order."""
+        self._pending += zip(self._names, references, strict=True)
+
+    def unanswered(self) -> list[Any]:
+        """Return the references that are not ready yet.
+
+        Raises:
+            ActorError: a rank died.
+            PreceptorError: what a rank raised.
+        """
+        if self._pending:
+            references = [reference for _, reference in self._pending]
+            ready = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+            self._take([call for call in self._pending if call[1] in ready])
+            self._pending = [call for call in self._pending if call[1] not in ready]
+        return [reference for _, reference in self._pending]
+
+    def answers(self) -> list[dict[str, Metric]]:
+        """Return all answers, waiting for those that are missing.
+
+        Raises:
+            ActorError: a rank died, or did not answer in time; says which.
+            PreceptorError: what a rank raised.
+        """
+        self._take(self._pending)
+        self._pending = []
+        return self._answers
+
+    def _take(self, calls: Sequence[tuple[str, Any]]) -> None:
+        references = [reference for _, reference in calls]
+        names = [name for name, _ in calls]
+        self._answers += get_all(references, self._timeout_seconds, self._waiting_for, names)

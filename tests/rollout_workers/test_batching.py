@@ -1,0 +1,51 @@
+"""When finished trajectories leave a worker."""
+
+import asyncio
+
+from cluster.contracts.trajectory import GeneratedTrajectory
+from rollout_workers.batching import in_batches
+from tests.builders import make_trajectory
+
+LONG = 1.0  # seconds; far above what a machine under load adds to a short wait
+
+
+async def write(trajectory_id: int, seconds: float, teacher: str = "only") -> GeneratedTrajectory:
+    await asyncio.sleep(seconds)
+    return make_trajectory(trajectory_id=trajectory_id, teacher=teacher)
+
+
+def run(*completions: tuple[int, float, str], rows_per_batch: int) -> list[tuple[list[int], bool, bool]]:
+    """Return the ids of each batch, whether it was the last, and whether it came while something was still written."""
+
+    async def scenario() -> list[tuple[list[int], bool, bool]]:
+        tasks = [asyncio.create_task(write(*completion)) for completion in completions]
+        return [
+            ([row.trajectory_id for row in rows], is_last, not all(task.done() for task in tasks))
+            async for rows, is_last in in_batches(tasks, rows_per_batch)
+        ]
+
+    return asyncio.run(scenario())
+
+
+def test_a_full_batch_leaves_while_others_are_written() -> None:
+    batches = run((0, 0.0, "a"), (1, 0.0, "a"), (2, LONG, "a"), rows_per_batch=2)
+    assert batches == [([0, 1], False, True), ([2], True, False)]
+
+
+def test_a_batch_that_does_not_fill_leaves_before_the_last_completion() -> None:
+    batches = run((0, 0.0, "a"), (1, LONG, "a"), rows_per_batch=2)
+    assert batches == [([0], False, True), ([1], True, False)]
+
+
+def test_rows_that_finish_together_leave_together() -> None:
+    assert run((0, 0.0, "a"), (1, 0.0, "a"), rows_per_batch=8) == [([0, 1], True, False)]
+
+
+def test_what_is_left_of_several_teachers_leaves_apart_and_only_the_last_says_so() -> None:
+    assert run((0, 0.0, "a"), (1, 0.0, "b"), rows_per_batch=8) == [([0], False, False), ([1], True, False)]
+
+
+def test_a_rollouts_early_batches_grow_with_the_logarithm_of_its_time() -> None:
+    # A completion every 10 ms for 0.6 s; a fixed wait of 10 ms would make 30 batches or more.
+    completions = [(index, 0.01 * index, "a") for index in range(60)]
+    assert len(run(*completions, rows_per_batch=1000)) < 25
