@@ -20,15 +20,19 @@ class MeasuredEngine(VllmScoringEngine):
 
     async def prefill(self, sequences: Sequence[Ints]) -> None:
         """Read all tokens and return the last vector of each sequence."""
-        params = PoolingParams(task="embed", use_activation=False)
-        await asyncio.gather(*(self._read(ids, params) for ids in sequences))
+        params = PoolingParams(task="embed", use_activation=False, skip_reading_prefix_cache=True)
+        await asyncio.gather(*(self._encode(ids, params) for ids in sequences))
 
     async def read_hidden(self, sequences: Sequence[Ints]) -> None:
         """Read all tokens and return all of their hidden states."""
-        params = PoolingParams(task="token_embed", use_activation=False)
-        await asyncio.gather(*(self._read(ids, params) for ids in sequences))
+        params = PoolingParams(task="token_embed", use_activation=False, skip_reading_prefix_cache=True)
+        await asyncio.gather(*(self._encode(ids, params) for ids in sequences))
 
-    async def _read(self, ids: Ints, params: PoolingParams) -> None:
+    async def forget(self) -> None:
+        """Drop what was read, so that the same sequences are read anew."""
+        await self._engine.reset_prefix_cache()
+
+    async def _encode(self, ids: Ints, params: PoolingParams) -> None:
         prompt: Any = {"prompt_token_ids": ids.tolist()}
         async for _ in self._engine.encode(prompt, params, _next_id(ids)):
             pass

@@ -106,6 +106,7 @@ def _cases(ours: Any, generating: Any, worker: TeacherWorker, head: LmHead, batc
     num_completion = sum(len(ragged(batch, "rollout_logprobs").values) for batch in batches)
 
     async def score(**asked: Any) -> None:
+        await ours.forget()
         await asyncio.gather(*(worker.score(batch, ScoreRequest("teacher", **asked)) for batch in batches))
 
     def vllm_scores(top_k: int | None, is_flat: bool) -> Awaitable[None]:

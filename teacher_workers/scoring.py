@@ -23,21 +23,23 @@ CHUNK_LOGITS = 1 << 23
 MIN_CHUNK_TOKENS = 128
 
 
-def predicting_rows(hidden: Tensor, loss_mask: Bytes) -> Tensor:
-    """Return, of the hidden states of all tokens, those that predict the tokens whose loss_mask is 1.
+def predicting_rows(hidden: Tensor, loss_mask: Bytes, num_cached: int = 0) -> Tensor:
+    """Return the hidden states that predict the tokens whose loss_mask is 1.
 
     Args:
-        hidden: [tokens, width] of one trajectory.
+        hidden: [tokens - num_cached, width] of one trajectory.
         loss_mask: [tokens]; the first is 0.
+        num_cached: positions at the beginning that have no hidden states, because the engine did not compute them.
 
     Raises:
-        ScoreError: there is not one hidden state per token, so positions would be shifted.
+        ScoreError: there is not one hidden state for each position after those, so positions would be shifted.
     """
-    if len(hidden) != len(loss_mask):
+    if len(hidden) + num_cached != len(loss_mask):
         raise ScoreError(
-            f"the engine returned {len(hidden)} hidden states for {len(loss_mask)} tokens; positions would be shifted"
+            f"the engine returned {len(hidden)} hidden states for {len(loss_mask)} tokens, {num_cached} of them "
+            "cached; positions would be shifted"
         )
-    return hidden[torch.from_numpy(np.flatnonzero(loss_mask) - 1)]
+    return hidden[torch.from_numpy(np.flatnonzero(loss_mask) - 1 - num_cached)]
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ScoreError
+from cluster.contracts.interfaces import HiddenStates
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.vllm_runtime import EngineRole, build_engine
 from teacher_workers.scoring import predicting_rows
@@ -25,25 +26,39 @@ class VllmScoringEngine:
             teacher.engine,
             EngineRole(
                 max_model_len=max_model_len,
-                prefix_caching=False,  # a cached position has no hidden state, so vLLM could not return it
+                prefix_caching=True,  # for the prompts that several trajectories share
                 tokenizer=False,
                 pooling=True,
             ),
         )
 
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> torch.Tensor:
-        """Return [completion_tokens, width]: after the final norm, on CPU, in the dtype that the engine runs in.
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
+        """Return the hidden states after the final norm, on CPU, in the dtype that the engine runs in.
 
         Raises:
             ScoreError: vLLM gave the request up or returned another number of positions.
         """
+        first = int(loss_mask.argmax()) - 1  # the position that predicts the first completion token
+        found, num_cached = await self._read(request_id, token_ids, use_cache=True)
+        if num_cached > first:
+            # Another trajectory began with the same completion tokens, or the prompt's cached blocks end where the
+            # prompt does. vLLM returns no hidden states of cached positions.
+            found, num_cached = await self._read(f"{request_id}-whole", token_ids, use_cache=False)
+        return HiddenStates(predicting_rows(found, loss_mask, num_cached), num_cached)
+
+    async def _read(self, request_id: str, token_ids: Ints, use_cache: bool) -> tuple[torch.Tensor, int]:
+        """Return the hidden states of the positions that vLLM computed, and how many before them it had cached."""
         prompt: Any = {"prompt_token_ids": token_ids.tolist()}
-        params = PoolingParams(task="token_embed", use_activation=False)  # the activation would normalise lengths to 1
+        params = PoolingParams(
+            task="token_embed",
+            use_activation=False,  # it would normalise lengths to 1
+            skip_reading_prefix_cache=not use_cache,
+        )
         try:
-            outputs = [out async for out in self._engine.encode(prompt, params, request_id)]
+            *_, output = [out async for out in self._engine.encode(prompt, params, request_id)]
         except (EngineDeadError, EngineGenerateError, VLLMValidationError, ValueError) as error:
             raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
-        return predicting_rows(outputs[-1].outputs.data, loss_mask)
+        return output.outputs.data, output.num_cached_tokens
 
     async def shutdown(self) -> None:
         """End the engine's process."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from cluster.contracts.errors import ScoreError
-from cluster.contracts.interfaces import ScoreRequest, ScoringEngine
+from cluster.contracts.interfaces import HiddenStates, ScoreRequest, ScoringEngine
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
 from cluster.contracts.objective import TEACHER
 from cluster.contracts.trajectory import Floats, add_scores, num_candidates_of, ragged
@@ -49,20 +49,21 @@ class TeacherWorker:
         """
         started = perf_counter()
         try:
-            hidden = await self._hidden_states(batch)
+            found = await self._hidden_states(batch)
+            hidden = [row.values for row in found]
             loop = asyncio.get_running_loop()
             scored = await loop.run_in_executor(self._head_thread, self._add_scores, batch, request, hidden)
         except ScoreError as error:
             raise ScoreError(f"{self._name}: {error}") from error
-        return scored, _metrics(scored, request.model, perf_counter() - started)
+        num_cached = sum(row.num_cached_tokens for row in found)
+        return scored, _metrics(scored, request.model, num_cached, perf_counter() - started)
 
     async def shutdown(self) -> None:
         """End the engine."""
         self._head_thread.shutdown()
         await self._engine.shutdown()
 
-    async def _hidden_states(self, batch: pa.RecordBatch) -> list[torch.Tensor]:
-        """Return [completion_tokens, width] of every row."""
+    async def _hidden_states(self, batch: pa.RecordBatch) -> list[HiddenStates]:
         token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
         first = self._num_requests
         self._num_requests += len(token_ids)
@@ -98,11 +99,12 @@ def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:
         )
 
 
-def _metrics(scored: pa.RecordBatch, model: str, seconds: float) -> dict[str, Metric]:
+def _metrics(scored: pa.RecordBatch, model: str, num_cached: int, seconds: float) -> dict[str, Metric]:
     logprobs = ragged(scored, f"{model}_logprobs").values
-    num_scored = float(len(logprobs))
+    num_tokens, num_scored = float(ragged(scored, "token_ids").offsets[-1]), float(len(logprobs))
     metrics: dict[str, Metric] = {
-        f"{model}/tokens": Sum(float(ragged(scored, "token_ids").offsets[-1])),
+        f"{model}/tokens": Sum(num_tokens),
+        f"{model}/prefix_hit_ratio": Mean(float(num_cached), num_tokens),
         f"{model}/scored_tokens": Sum(num_scored),
         f"{model}/seconds": Sum(seconds),
         f"{model}/logprob": Mean(float(logprobs.sum(dtype=np.float64)), num_scored),

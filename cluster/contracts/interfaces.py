@@ -132,14 +132,19 @@ class RolloutEngine(Protocol):
         """End the engine and every process it started."""
 
 
+@dataclass(frozen=True)
+class HiddenStates:
+    """What a scoring engine read of one trajectory."""
+
+    values: Any  # torch tensor [completion_tokens, width]: they predict the completion tokens
+    num_cached_tokens: int  # at the trajectory's beginning, that were computed for another one
+
+
 class ScoringEngine(Protocol):
     """Reads tokens that another model wrote."""
 
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> Any:
-        """Return the last hidden states that predict the tokens whose loss_mask is 1.
-
-        They are a torch tensor [completion_tokens, width] after the final norm, in the model's dtype.
-        """
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
+        """Return the last hidden states, after the final norm, that predict the tokens whose loss_mask is 1."""
 
     async def shutdown(self) -> None:
         """End the engine and every process it started."""

@@ -136,6 +136,10 @@ def test_a_token_is_predicted_by_the_position_before_it() -> None:
     hidden = torch.arange(6.0).unsqueeze(-1)
     assert predicting_rows(hidden, np.array([0, 0, 1, 0, 1, 1], np.uint8)).flatten().tolist() == [1, 3, 4]
     assert predicting_rows(hidden, np.zeros(6, np.uint8)).shape == (0, 1)
+    assert predicting_rows(hidden[2:], np.array([0, 0, 0, 1, 0, 1], np.uint8), num_cached=2).flatten().tolist() == [
+        2,
+        4,
+    ]
 
 
 def test_another_number_of_hidden_states_than_tokens_is_refused() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.contracts.errors import ScoreError
-from cluster.contracts.interfaces import ScoreRequest
+from cluster.contracts.interfaces import HiddenStates, ScoreRequest
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import Bytes, Ints, make_generated, models_of, ragged
 from cluster.lm_head import LmHead
@@ -27,8 +27,8 @@ class ScriptedEngine:
     def __init__(self, hidden: torch.Tensor) -> None:
         self._hidden = hidden
 
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> torch.Tensor:
-        return self._hidden.expand(int(loss_mask.sum()), VOCABULARY)
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
+        return HiddenStates(self._hidden.expand(int(loss_mask.sum()), VOCABULARY), num_cached_tokens=1)
 
     async def shutdown(self) -> None:
         """End nothing."""
@@ -50,6 +50,7 @@ def test_scores_are_added_row_by_row_and_counted() -> None:
     values = report(metrics)
     assert values["teacher/tokens"] == 9  # two prompt tokens per row
     assert values["teacher/scored_tokens"] == 5
+    assert values["teacher/prefix_hit_ratio"] == pytest.approx(2 / 9)  # one token per row was there already
     assert values["teacher/logprob"] == pytest.approx((2 * math.log(0.5) + 3 * math.log(0.25)) / 5)
     assert values["teacher/sampled_kl"] == pytest.approx(3 / 5 * math.log(2))  # the student gave every token one half
 
@@ -61,7 +62,7 @@ def test_a_second_model_scores_what_the_first_one_chose() -> None:
     assert models_of(second) == ["teacher", "base"]
     assert ragged(second, "candidate_ids")[0].tolist() == [[3, 5], [3, 5]]
     assert ragged(second, "base_candidate_logprobs")[0] == pytest.approx(np.log([[0.5, 0.25]] * 2))
-    assert sorted(metrics) == ["base/logprob", "base/scored_tokens", "base/seconds", "base/tokens"]
+    assert sorted(name.removeprefix("base/") for name in metrics) == ["logprob", "prefix_hit_ratio", "scored_tokens", "seconds", "tokens"]
 
 
 def test_candidates_that_nobody_chose_cannot_be_scored() -> None:

@@ -1,0 +1,38 @@
+"""A learner rank that only waits; a module of its own, so that Ray can import it."""
+
+import time
+
+from cluster.contracts.errors import ScoreError
+from cluster.contracts.metrics import Max, Metric, Sum
+from cluster.contracts.objective import ObjectiveConfig
+from learner.arrivals import Share
+
+
+class StubRank:
+    """Answers as LearnerActor does; computes one token per millisecond, and fails on an empty trajectory."""
+
+    def address(self) -> str:
+        return "nowhere"
+
+    def start(self, address: str) -> None:
+        """Load nothing."""
+
+    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
+        # The tests give each batch one row, and its length for a reference.
+        tokens = sum(share.references[index] for grid in share.grids for row in grid for index in row)
+        if not tokens:
+            raise ScoreError("the stub refuses an empty trajectory")
+        time.sleep(tokens / 1000)
+        return {
+            "tokens": Sum(float(tokens)),
+            "rounds": Sum(1.0),
+            "completing_rounds": Sum(float(completes_step)),
+            "largest_round_tokens": Max(float(tokens)),
+            "busy_seconds": Sum(tokens / 1000),
+        }
+
+    def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
+        return {"busy_seconds": Sum(0.0)}
+
+    def shutdown(self) -> None:
+        """End nothing."""
