@@ -1,0 +1,152 @@
+"""The driver with `max_staleness = 0` against one stage after the other, on the same real pools."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from cluster.contracts.config import Config
+from cluster.contracts.interfaces import AtHand, BatchHandle, BatchSource
+from cluster.contracts.metrics import Metric
+from cluster.contracts.trajectory import from_wire, ragged
+from cluster.demo import embedded_config
+from cluster.driver import train
+from cluster.metric_sinks import terminal_view
+from cluster.pipeline import Inputs, Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
+from cluster.placement import cluster_nodes, plan_placement
+from cluster.run_directory import RunDirectory
+from cluster.training_run import History, TrainingRun
+from learner.group import LearnerGroup
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+STEPS = 3
+SETTINGS = (
+    f"run.steps={STEPS}",
+    "run.name=strict",
+    "prompts.prompts_per_step=32",
+    "rollout.rows_per_batch=4",
+    "learner.micro_batch_tokens=256",
+    "learner.warmup_steps=0",
+    "evaluation.num_prompts=4",
+    "checkpoint.export=false",
+    "ray.dashboard=false",
+)
+
+Rows = dict[int, list[int]]  # trajectory id -> its tokens
+
+
+class Recorder:
+    """A learner that notes what each of its steps learned from, and in how many rounds."""
+
+    def __init__(self, learner: LearnerGroup) -> None:
+        self._learner = learner
+        self.rows: list[Rows] = []
+        self.num_rounds: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._learner, name)
+
+    def step(self, batches: BatchSource, step: int) -> dict[str, Metric]:
+        noted = Noted(batches)
+        figures = self._learner.step(noted, step)
+        wires = [ray.get(handle.reference) for handle in noted.handles]
+        self.rows.append({key: ids for wire in wires for key, ids in rows_of(wire).items()})
+        self.num_rounds.append(int(figures["micro_batches"].value))
+        return figures
+
+
+class Noted:
+    """A BatchSource that notes what it gives out."""
+
+    def __init__(self, batches: BatchSource) -> None:
+        self._batches = batches
+        self.handles: list[BatchHandle] = []
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self._batches.is_exhausted
+
+    def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
+        taken = self._batches.take(wake_on)
+        self.handles += taken
+        return taken
+
+
+def rows_of(wire: Any) -> Rows:
+    batch = from_wire(wire, "scored")
+    token_ids = ragged(batch, "token_ids")
+    return {key: token_ids[row].tolist() for row, key in enumerate(batch["trajectory_id"].to_pylist())}
+
+
+def one_stage_after_the_other(config: Config, inputs: Inputs, pipeline: Pipeline, learner: Recorder) -> None:
+    for step in range(STEPS):
+        requests = train_requests(config, inputs, step)
+        written = list(pipeline.rollouts.generate(requests, train_sampling(config), config.evaluation.verifier))
+        learner.step(AtHand(pipeline.teachers.score(written, config.scorers)), step)
+        learner.publish_weights(pipeline.rollouts.actors, policy_version=step + 1)
+
+
+@pytest.fixture(scope="module")
+def two_ways(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Train twice from the same weights; return what each learned from, and the weights that it led to."""
+    folder = tmp_path_factory.mktemp("strict")
+    config = embedded_config([*SETTINGS, f"run.directory={folder}"])
+    inputs = load_inputs(config)
+    found: dict[str, Any] = {}
+    with start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as pipeline:
+        recorder = Recorder(pipeline.learner)
+        pipeline.learner.save_checkpoint(folder / "start", {})
+        pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=0)
+        one_stage_after_the_other(config, inputs, pipeline, recorder)
+        found["apart"] = recorder, weights(pipeline.learner, folder / "apart")
+
+        pipeline.learner.load_checkpoint(folder / "start")
+        recorder = Recorder(LaterVersions(pipeline.learner))
+        with terminal_view(STEPS) as view:
+            streamed = replace(pipeline, learner=recorder)
+            train(TrainingRun(config, inputs, streamed, RunDirectory.create(config), view, 0, History()))
+        found["streamed"] = recorder, weights(pipeline.learner, folder / "streamed")
+    return found
+
+
+class LaterVersions:
+    """A learner whose policy versions go on from those that the workers have seen."""
+
+    def __init__(self, learner: LearnerGroup) -> None:
+        self._learner = learner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._learner, name)
+
+    def publish_weights(self, workers: Sequence[Any], policy_version: int) -> Any:
+        return self._learner.publish_weights(workers, policy_version + STEPS + 1)
+
+
+def weights(learner: LearnerGroup, folder: Path) -> dict[str, torch.Tensor]:
+    learner.export(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def test_streaming_learns_from_the_same_rows_in_the_same_steps(two_ways: dict[str, Any]) -> None:
+    apart, streamed = two_ways["apart"][0], two_ways["streamed"][0]
+    assert [len(rows) for rows in streamed.rows] == [32] * STEPS
+    assert streamed.rows == apart.rows
+
+
+def test_streaming_learns_before_the_last_row_has_come(two_ways: dict[str, Any]) -> None:
+    apart, streamed = two_ways["apart"][0], two_ways["streamed"][0]
+    assert sum(streamed.num_rounds) > sum(apart.num_rounds)
+
+
+def test_streaming_leads_to_the_same_weights(two_ways: dict[str, Any]) -> None:
+    apart, streamed = two_ways["apart"][1], two_ways["streamed"][1]
+    assert set(apart) == set(streamed)
+    for name, expected in apart.items():
+        # AdamW's first steps divide each gradient by its own size: what rounds to 0 in one order may move in the other.
+        torch.testing.assert_close(streamed[name], expected, rtol=1e-4, atol=1e-5)
