@@ -8,6 +8,7 @@ nothing a loop does between two steps is left out.
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,9 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
-from benchmarks.pairs import PAIRS, ROOT
+from benchmarks.pairs import PAIRS, ROOT, pair_config
 from benchmarks.process_trees import cpu_seconds, descendants, end, spent
 from benchmarks.trl_environment import make_environment
 
@@ -48,10 +47,9 @@ class Span:
         """Return how many steps are done when the last measured one is."""
         return self.warm_up + self.steps
 
-    @property
-    def run_steps(self) -> int:
+    def run_steps(self, run_file_steps: int) -> int:
         """Return what both sides are told that the run has; the learning rate's schedule depends on it."""
-        return self.end + STEPS_AFTER
+        return max(run_file_steps, self.end + STEPS_AFTER)
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ class Measured:
     seconds: float
     cpu_seconds: float  # of all its processes
     completion_tokens: int
+    longest_tokens: float  # longest completion of a step, mean over steps
     load_average: float  # before it was started
 
     @property
@@ -89,7 +88,8 @@ class Contender:
         Raises:
             SystemExit: the program failed; says what it printed last.
         """
-        overrides = [*overrides, f"run.steps={span.run_steps}"]
+        run_steps = span.run_steps(pair_config(pair, overrides).run.steps)
+        overrides = [*overrides, f"run.steps={run_steps}"]
         with tempfile.TemporaryDirectory() as folder:
             if self.trainer is None:
                 return _run_preceptor(pair, span, [*overrides, *OURS_ONLY, *self.options], Path(folder))
@@ -109,11 +109,13 @@ def _run_preceptor(pair: str, span: Span, overrides: Sequence[str], folder: Path
             ended, cpu_after = _when_done(span.end, metrics, process, folder)
         finally:
             _stop(process)
+    steps = _read_steps(metrics, span)
     return Measured(
         steps=span.steps,
         seconds=ended - started,
         cpu_seconds=spent(cpu_before, cpu_after),
-        completion_tokens=_completion_tokens(metrics, span),
+        completion_tokens=int(sum(step["completion_tokens"] for step in steps)),
+        longest_tokens=statistics.mean(step["rollout/completion_length_max"] for step in steps),
         load_average=load_average,
     )
 
@@ -127,12 +129,13 @@ def _run_trl(span: Span, arguments: Sequence[str], folder: Path) -> Measured:
         )
     if found.returncode:
         raise _failed("TRL", folder)
-    steps = [json.loads(line) for line in lines.read_text().splitlines()][span.warm_up : span.end]
+    steps = _read_steps(lines, span)
     return Measured(
         steps=span.steps,
         seconds=sum(step["seconds"] for step in steps),
         cpu_seconds=sum(step["cpu_seconds"] for step in steps),
-        completion_tokens=_completion_tokens(lines, span),
+        completion_tokens=int(sum(step["completion_tokens"] for step in steps)),
+        longest_tokens=statistics.mean(step["longest_completion_tokens"] for step in steps),
         load_average=load_average,
     )
 
@@ -153,7 +156,7 @@ def _when_done(
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Interrupt a run as Ctrl-C does, and see that nothing of it stays."""
-    everything: list[psutil.Process] = descendants(process.pid)
+    everything = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     try:
         process.wait(STOP_SECONDS)
@@ -162,10 +165,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     end(everything)
 
 
-def _completion_tokens(lines: Path, span: Span) -> int:
-    """Add up one range of JSON lines, ours or those of `trl_baseline`."""
-    steps = [json.loads(line) for line in lines.read_text().splitlines()]
-    return int(sum(step["completion_tokens"] for step in steps[span.warm_up : span.end]))
+def _read_steps(lines: Path, span: Span) -> list[dict[str, float]]:
+    """Return the measured steps of JSON lines, ours or those of `trl_baseline`."""
+    return [json.loads(line) for line in lines.read_text().splitlines()][span.warm_up : span.end]
 
 
 def _failed(program: str, folder: Path) -> SystemExit:

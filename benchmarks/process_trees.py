@@ -1,24 +1,25 @@
-"""What a program and everything that it started have computed, and how to end them; for benchmarks of whole programs."""
+"""What a program and everything that it started have computed, and how to end them."""
 
 from collections.abc import Iterable, Mapping
 
-import psutil
+import psutil  # type: ignore[import-untyped]
+from psutil import Process
 
 END_SECONDS = 20.0  # Ray's daemons follow their driver within a few seconds
 
 CpuSeconds = Mapping[int, float]  # by process id
 
 
-def descendants(pid: int) -> list[psutil.Process]:
+def descendants(pid: int) -> list[Process]:
     """Return the process and all that descend from it; nothing where it is gone."""
     try:
-        root = psutil.Process(pid)
+        root = Process(pid)
         return [root, *root.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
 
-def cpu_seconds(processes: Iterable[psutil.Process]) -> dict[int, float]:
+def cpu_seconds(processes: Iterable[Process]) -> dict[int, float]:
     """Return what each process has computed so far, on all its threads; those that are gone are left out."""
     found = {}
     for process in processes:
@@ -40,7 +41,7 @@ def spent(before: CpuSeconds, after: CpuSeconds) -> float:
     return sum(seconds - before.get(pid, 0.0) for pid, seconds in after.items())
 
 
-def end(processes: Iterable[psutil.Process]) -> None:
+def end(processes: Iterable[Process]) -> None:
     """Wait a little for the processes to end by themselves, then kill those that have not."""
     _, alive = psutil.wait_procs(list(processes), timeout=END_SECONDS)
     for process in alive:

@@ -29,9 +29,10 @@ def at_least(found: Row, bar: float) -> Row:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """Print the table."""
+    name, size = (max((len(found[column]) for found in rows), default=0) for column in ("name", "size"))
     for found in rows:
         bar = f"   bar {found['bar']}: {'met' if found['met'] else 'MISSED'}" if "bar" in found else ""
-        print(f"{found['name']:<58} {found['size']:<36} {found['value']:>12,.4g} {found['unit']}{bar}")
+        print(f"{found['name']:<{name}} {found['size']:<{size}} {found['value']:>12,.4g} {found['unit']}{bar}")
 
 
 def write_rows(output: Path, command: str, rows: Sequence[Row]) -> None:

@@ -14,7 +14,7 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from benchmarks.soak_pools import Delays
+from benchmarks.soak_actors import Delays
 from cluster.contracts.config import Config
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.objective import ObjectiveConfig
@@ -23,8 +23,7 @@ from learner.group import LearnerActor
 from learner.weight_sender import ObjectStoreSender
 from learner.worker import RankRows
 
-NUM_PARAMETERS, PARAMETER_VALUES = 4, 1 << 18  # of 1 MiB each in float32
-BUCKET_BYTES = 2 << 20  # two buckets per update
+NUM_PARAMETERS, PARAMETER_VALUES = 4, 1 << 14  # of 64 KiB each in float32
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class WaitingLearner:
         self._rank, self._delays = rank, delays
         self._parameters = StubParameters(rank)
         engine: Any = self._parameters
-        self._sender = ObjectStoreSender(engine, "float32", BUCKET_BYTES, config.ray.call_timeout_seconds)
+        self._sender = ObjectStoreSender(engine, config.weight_sync, "float32", config.ray.call_timeout_seconds)
         self._num_rounds = 0
         self._rows: list[LearnedRow] = []
         self._steps: list[int] = []

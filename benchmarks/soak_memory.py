@@ -1,5 +1,6 @@
-"""How much memory a local Ray cluster and its driver hold: each process's own, and what is in the object store."""
+"""How much memory a local Ray cluster and its driver hold: the heaps of processes, and what is in the object store."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -9,13 +10,19 @@ import psutil  # type: ignore[import-untyped]
 import ray
 from ray._private import internal_api  # `ray memory` prints these figures; there is no public call for them
 
+from benchmarks.process_trees import descendants
+
 RAY_ITSELF = ("raylet", "gcs_server", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::IDLE", "python")
 SLOPE_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class MemorySample:
-    """One moment. Shared pages count once; those of the object store are in no process's figure."""
+    """One moment.
+
+    Of processes, their heaps: pages of no file and not of the object store, those shared after a fork counted once.
+    (Pages of files, shared with processes of other programs, would say what those do.)
+    """
 
     seconds: float  # since the sampler was built
     driver_bytes: int
@@ -26,8 +33,8 @@ class MemorySample:
     store_objects: int
 
     @property
-    def process_bytes(self) -> int:
-        """Return what all processes hold themselves."""
+    def heap_bytes(self) -> int:
+        """Return the heaps of all processes."""
         return self.driver_bytes + self.actor_bytes + self.ray_bytes
 
 
@@ -43,17 +50,16 @@ class MemorySampler:
 
     def sample(self) -> MemorySample:
         """Return the present figures."""
-        driver = psutil.Process()
         own = {"driver": 0, "actor": 0, "ray": 0}
         shared = 0
-        for process in [driver, *driver.children(recursive=True)]:
+        for process in descendants(os.getpid()):
             try:
                 name = process.name()
-                proportional, of_store = _proportional_bytes(process.pid)
+                heap, of_store = _page_bytes(process.pid)
             except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 continue  # ended meanwhile
-            kind = "driver" if process == driver else "ray" if name.startswith(RAY_ITSELF) else "actor"
-            own[kind] += proportional - of_store
+            kind = "driver" if process.pid == os.getpid() else "ray" if name.startswith(RAY_ITSELF) else "actor"
+            own[kind] += heap
             shared += of_store
         store = internal_api.get_memory_info_reply(self._state).store_stats
         return MemorySample(
@@ -77,8 +83,8 @@ def growth_per_ten_minutes(seconds: list[float], values: list[int]) -> float:
     return float(np.polyfit(seconds, values, 1)[0]) * SLOPE_SECONDS
 
 
-def _proportional_bytes(pid: int) -> tuple[int, int]:
-    """Return a process's share of its pages, and how much of it is shared memory."""
+def _page_bytes(pid: int) -> tuple[int, int]:
+    """Return a process's share of pages without a file, and of shared memory."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     kilobytes = {name: int(value.split()[0]) for name, value in (line.split(":") for line in lines)}
-    return kilobytes["Pss"] * 1024, kilobytes["Pss_Shmem"] * 1024
+    return kilobytes["Pss_Anon"] * 1024, kilobytes["Pss_Shmem"] * 1024

@@ -1,144 +1,101 @@
-"""Rollout and teacher actors whose engines do nothing but wait, each time for a random time with a heavy tail.
+"""Pools, learner and prompts of the soak: the real ones, made of actors that wait (benchmarks/soak_actors.py)."""
 
-The actors are the real ones; only what they start is a stub: `python -m benchmarks.soak` asks what delays do to the
-machinery around models.
-"""
-
-import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from zlib import crc32
 
-import numpy as np
-import pyarrow as pa
+from ray.actor import ActorHandle
 
-from cluster.checksum import new_digest
-from cluster.contracts.config import TeacherConfig
-from cluster.contracts.interfaces import Completion, SamplingSettings, ScoreRequest
-from cluster.contracts.metrics import Metric, Sum
-from cluster.contracts.trajectory import Scores, add_scores, ragged
-from rollout_workers.pool import RolloutActor, RolloutActorSettings
-from rollout_workers.worker import RolloutWorker
-from teacher_workers.pool import TeacherActor
+from benchmarks.soak_actors import Delays, WaitingRolloutActor, WaitingTeacherActor
+from benchmarks.soak_learner import WaitingLearnerActor
+from cluster.actors import PoolTimeouts, create_actors
+from cluster.contracts.config import Config, EngineConfig, StudentConfig
+from cluster.contracts.run_file import parse_run_config
+from cluster.pipeline import Inputs
+from learner.group import LearnerGroup
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.prompts import PromptOrder, PromptSet
+from teacher_workers.pool import TeacherPool, TeacherPools
 
-TAIL_EXPONENT = 1.5  # P(delay > x) falls as x^-1.5: the mean exists, the variance does not
-LONGEST_COMPLETION_TOKENS = 400
+WAIT_SECONDS = 60.0  # the timeout of every wait; twenty times the longest delay
+RUN = f"""
+objective = "opd-grpo"                # a prompt's samples wait for each other at the learner
+student.model = "stub"
+teachers.left.model = "stub"
+teachers.right.model = "stub"
+prompts = {{ train = "stub", prompts_per_step = 16 }}
+rollout = {{ samples_per_prompt = 2, rows_per_batch = 4, max_staleness = 2, max_completion_tokens = 400 }}
+learner = {{ num_workers = 2, micro_batch_tokens = 2048 }}
+weight_sync = {{ bucket_bytes = {1 << 17} }}  # two per update
+ray = {{ start_timeout_seconds = 120.0, call_timeout_seconds = {WAIT_SECONDS} }}
+"""
+NUM_ROLLOUT_WORKERS, NUM_TEACHER_WORKERS = 3, 2  # the latter for each of the two teachers
+NUM_PROMPTS, PROMPT_TOKENS = 100, 8
+NO_CPU = {"num_cpus": 0}  # of Ray's accounting: waiting takes none
 
 
 @dataclass(frozen=True)
-class Delays:
-    """Waits of one mean, drawn from a Lomax distribution and cut; the same for the same key."""
+class SoakPools:
+    """The running pools."""
 
-    seed: int
-    mean_seconds: float
-    longest_seconds: float
-
-    def seconds(self, stage: str, *key: int) -> float:
-        """Return the wait of one event of a stage."""
-        random = np.random.default_rng([self.seed, crc32(stage.encode()), *key])
-        drawn = self.mean_seconds * (TAIL_EXPONENT - 1) * random.pareto(TAIL_EXPONENT)
-        return float(min(drawn, self.longest_seconds))
+    config: Config
+    inputs: Inputs
+    rollouts: RolloutPool
+    teachers: TeacherPools
+    learner: LearnerGroup
+    ranks: Sequence[ActorHandle]  # of `learner`
 
 
-class WaitingRolloutEngine:
-    """A RolloutEngine that waits instead of writing, and pauses while its weights are replaced."""
+@contextmanager
+def soak_pools(delays: Delays) -> Iterator[SoakPools]:
+    """Start waiting rollout workers, two teachers with two workers each, and two learner ranks."""
+    config = parse_run_config(RUN)
+    timeouts = PoolTimeouts(config.ray.start_timeout_seconds, WAIT_SECONDS)
+    create = partial(_create_waiting, delays)
+    ranks: list[ActorHandle] = []
 
-    def __init__(self, delays: Delays, worker: int) -> None:
-        self._delays, self._worker = delays, worker
-        self._policy_version = 0
-        self._num_verbs = 0  # weight verbs so far
-        self._runs = asyncio.Event()
-        self._runs.set()
+    def create_ranks(_: type, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Any]) -> Any:
+        with_delays = [(*argument, delays) for argument in arguments]
+        ranks.extend(create_actors(WaitingLearnerActor, names, with_delays, options))
+        return ranks
 
-    async def generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
-    ) -> Completion:
-        """Return as many tokens as the seed says; the second half carries the version at the end of the wait."""
-        await self._runs.wait()
-        length = 1 + seed % LONGEST_COMPLETION_TOKENS
-        policy_versions = np.full(length, self._policy_version, np.int32)
-        await asyncio.sleep(self._delays.seconds("request", seed))
-        await self._runs.wait()
-        policy_versions[(length + 1) // 2 :] = self._policy_version
-        return Completion(np.ones(length, np.int32), np.full(length, -1, np.float32), "stop", policy_versions)
-
-    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        """Open nothing."""
-
-    async def start_weight_update(self) -> None:
-        """Pause generation."""
-        await self._wait()
-        self._runs.clear()
-        self._digest = new_digest()
-
-    async def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Read a bucket as far as its checksum goes."""
-        await self._wait()
-        self._digest.update(update_info["buffer"])
-
-    async def finish_weight_update(self, policy_version: int) -> str:
-        """Go on as `policy_version`, and return the checksum of what came."""
-        await self._wait()
-        self._policy_version = policy_version
-        self._runs.set()
-        return self._digest.hexdigest()
-
-    async def shutdown(self) -> None:
-        """End nothing."""
-
-    async def _wait(self) -> None:
-        self._num_verbs += 1
-        await asyncio.sleep(self._delays.seconds("weights", self._worker, self._num_verbs))
+    with ExitStack() as stack:
+        settings = RolloutActorSettings(
+            StudentConfig("stub"), EngineConfig(), 1, config.rollout.rows_per_batch, config.weight_sync.backend
+        )
+        of_rollouts, of_teachers = [NO_CPU] * NUM_ROLLOUT_WORKERS, [NO_CPU] * NUM_TEACHER_WORKERS
+        rollouts = RolloutPool(settings, of_rollouts, timeouts, actor=WaitingRolloutActor, create=create)
+        stack.callback(rollouts.shutdown)
+        teachers = TeacherPools(
+            {
+                name: TeacherPool(name, teacher, 1, of_teachers, timeouts, actor=WaitingTeacherActor, create=create)
+                for name, teacher in config.teachers.items()
+            },
+            WAIT_SECONDS,
+        )
+        stack.callback(teachers.shutdown)
+        learner = LearnerGroup(config, [NO_CPU] * config.learner.num_workers, create=create_ranks)
+        stack.callback(learner.shutdown)
+        rollouts.wait_until_ready()
+        for pool in teachers.pools.values():
+            pool.wait_until_ready()
+        inputs = _inputs(config)
+        rollouts.set_prompts(inputs.prompts)
+        yield SoakPools(config, inputs, rollouts, teachers, learner, ranks)
 
 
-class WaitingRolloutActor(RolloutActor):
-    """A RolloutActor on a waiting engine, which also waits before it answers with a batch."""
-
-    def __init__(self, settings: RolloutActorSettings, delays: Delays, worker: int) -> None:
-        super().__init__(settings)
-        self._delays, self._index = delays, worker
-        self._num_batches = 0
-
-    async def start(self) -> None:
-        """Build the worker."""
-        engine = WaitingRolloutEngine(self._delays, self._index)
-        self._worker = RolloutWorker(engine, lambda ids: "", self._settings.rows_per_batch)
-
-    async def next_batch(self, rollout_id: int) -> Any:
-        """Return what the real actor would, later."""
-        answer = await super().next_batch(rollout_id)
-        self._num_batches += 1
-        await asyncio.sleep(self._delays.seconds("batch", self._index, self._num_batches))
-        return answer
+def _create_waiting(
+    delays: Delays, cls: type, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Any]
+) -> list[ActorHandle]:
+    """Make the actors of a pool as `create_actors` does, and tell each the delays and its number."""
+    with_delays = [(*argument, delays, index) for index, argument in enumerate(arguments)]
+    return create_actors(cls, names, with_delays, options)
 
 
-class WaitingTeacher:
-    """Scores every token alike, after a wait."""
-
-    def __init__(self, delays: Delays, worker: int) -> None:
-        self._delays, self._index = delays, worker
-        self._num_batches = 0
-
-    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[pa.RecordBatch, dict[str, Metric]]:
-        """Add the model's columns; several batches may wait at once."""
-        self._num_batches += 1
-        await asyncio.sleep(self._delays.seconds("score", self._index, self._num_batches))
-        num_tokens = len(ragged(batch, "rollout_logprobs").values)
-        scores = Scores(np.full(num_tokens, -2, np.float32))
-        return add_scores(batch, request.model, scores), {f"{request.model}/scored_tokens": Sum(float(num_tokens))}
-
-    async def shutdown(self) -> None:
-        """End nothing."""
-
-
-class WaitingTeacherActor(TeacherActor):
-    """A TeacherActor with a waiting teacher."""
-
-    def __init__(self, name: str, teacher: TeacherConfig, max_model_len: int, delays: Delays, worker: int) -> None:
-        super().__init__(name, teacher, max_model_len)
-        self._delays, self._index = delays, worker
-
-    async def start(self) -> None:
-        """Build the worker."""
-        self._worker = WaitingTeacher(self._delays, self._index)  # type: ignore[assignment]
+def _inputs(config: Config) -> Inputs:
+    """Return prompts of which each teacher has half."""
+    token_ids = [[1] * PROMPT_TOKENS] * (NUM_PROMPTS // len(config.teachers))
+    prompts = PromptSet.join([PromptSet.of_token_ids(token_ids, teacher) for teacher in config.teachers])
+    return Inputs(prompts, PromptOrder(len(prompts), config.run.seed, shuffle=True), (), max_model_len=1)

@@ -1,10 +1,12 @@
 """`python -m benchmarks.stages --pair PAIR`: every stage of the loop alone and all of them together, on the same pools.
 
 Each step is done twice. "Alone": generate everything, then score it, then learn from it, then sync the weights, with
-what the pools' processes compute in each. "Together": the step as the training loop does it. The pools share this
-machine's cores, so the loop can at best keep all cores busy with nothing but what the stages need: "together / alone" is
-the CPU-seconds that the stages need alone over cores x seconds of the step together, both per completion token. Rates
-count completion tokens. What the driver and Ray compute is no stage's and counts against the loop.
+what the pools' processes compute in each. "Together": the step as the training loop does it, strictly on-policy. Rates
+count completion tokens.
+
+The pools share this machine's cores, so the loop can at best keep all cores busy with nothing but what the stages need.
+Its ratio to that is the CPU-seconds of all stages alone over cores x seconds of the step together, both per completion
+token. What the driver and Ray compute is no stage's and counts against the loop.
 """
 
 import argparse
@@ -16,8 +18,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import psutil
 import ray
+from psutil import Process  # type: ignore[import-untyped]
 
 from benchmarks.pairs import PAIRS, missing_models, pair_config
 from benchmarks.process_trees import cpu_seconds, descendants, spent
@@ -34,7 +36,7 @@ from cluster.step_record import step_record
 from cluster.stopwatch import Stopwatch
 
 BAR = 0.85
-STEPS = {"embedded": 20, "smollm2": 3}
+STEPS = {"embedded": 20, "smollm2": 2}
 WARM_UP_STEPS = {"embedded": 3, "smollm2": 1}
 STAGES = ("generate", "score", "learn", "sync")
 ACTORS = {"generate": "ray::RolloutActor", "score": "ray::TeacherActor", "learn": "ray::LearnerActor"}
@@ -91,9 +93,9 @@ class Meter:
         return {pool: cpu_seconds(processes) for pool, processes in self._groups.items()}
 
 
-def group_processes(processes: Iterable[psutil.Process]) -> dict[str, list[psutil.Process]]:
+def group_processes(processes: Iterable[Process]) -> dict[str, list[Process]]:
     """Tell by the titles that Ray gives its actors which process is which pool's; engines belong to their actors."""
-    groups: dict[str, list[psutil.Process]] = {pool: [] for pool in (*ACTORS, DRIVER_AND_RAY)}
+    groups: dict[str, list[Process]] = {pool: [] for pool in (*ACTORS, DRIVER_AND_RAY)}
     others = {process.pid: process for process in processes}
     for process in list(others.values()):
         title = " ".join(process.cmdline())
@@ -229,7 +231,7 @@ def _together_rows(together: Sequence[Together], cores: int, size: str) -> list[
         row("together: learn", size, median("learn/tokens_per_second") * per_token, "tokens/s"),
         row("together: sync", size, median("sync/seconds"), "s"),
         *(row(f"together: cores busy, {pool}", size, share, "share") for pool, share in busy.items()),
-        row("together: cores idle", size, 1 - sum(busy.values()), "share"),
+        row("together: cores, not in use by the run", size, 1 - sum(busy.values()), "share"),
     ]
 
 

@@ -44,6 +44,7 @@ def step_record(
         "learn/tokens_per_second": tokens / learn,
         "sync/seconds": sync,
         "sync/bytes": synced.num_bytes,
+        **({} if synced.changed_fraction is None else {"sync/changed_fraction": synced.changed_fraction}),
     }
 
 

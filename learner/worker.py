@@ -151,7 +151,7 @@ def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:
     dtype, timeout_seconds = config.rollout.engine.dtype, config.ray.call_timeout_seconds
     backend = config.weight_sync.backend
     if backend == "object_store":
-        return ObjectStoreSender(engine, dtype, config.weight_sync.bucket_bytes, timeout_seconds)
+        return ObjectStoreSender(engine, config.weight_sync, dtype, timeout_seconds)
     from learner.vllm_weight_sender import VllmSender  # imports vllm, which the other backend does not need
 
     return VllmSender(engine, backend, dtype, config.rollout.engine.tensor_parallel, timeout_seconds)

@@ -48,6 +48,8 @@ class RolloutActor:
     def __init__(self, settings: RolloutActorSettings) -> None:
         self._settings = settings
         self._rollouts: dict[int, AsyncIterator[WrittenBatch]] = {}
+        self._held_version: int | None = None
+        self._arriving_version: int | None = None
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
@@ -93,8 +95,15 @@ class RolloutActor:
         """Open the receiving end of the weight sync."""
         await self._worker.init_weight_transfer(init_info)
 
-    async def start_weight_update(self) -> None:
-        """Pause generation and make the engine ready to receive."""
+    async def held_version(self) -> int | None:
+        """Return the policy version whose changes alone this worker can take; None: it needs whole parameters."""
+        return self._held_version
+
+    async def start_weight_update(self, first: Sequence[Any] = ()) -> None:
+        """Pause generation and make the engine ready to receive, once the objects of `first` are on this node."""
+        for reference in first:
+            await reference
+        self._held_version = self._arriving_version = None
         await self._worker.start_weight_update()
 
     async def update_weights(self, update_info: Any) -> None:
@@ -103,11 +112,14 @@ class RolloutActor:
             [reference] = update_info["reference"]
             kept = {name: value for name, value in update_info.items() if name != "reference"}
             update_info = kept | {"buffer": await reference}
+            self._arriving_version = update_info.get("kept_as")
         await self._worker.update_weights(update_info)
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights as `policy_version`, go on generating, and return their checksum."""
-        return await self._worker.finish_weight_update(policy_version)
+        checksum = await self._worker.finish_weight_update(policy_version)
+        self._held_version = self._arriving_version
+        return checksum
 
     async def shutdown(self) -> None:
         """End the engine's processes."""

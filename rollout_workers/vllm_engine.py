@@ -1,12 +1,12 @@
 """The rollout engine on vLLM: seeded completions with log-probabilities, and weights replaced while requests run."""
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.exceptions import VLLMClientError
@@ -23,6 +23,7 @@ from cluster.vllm_runtime import EngineRole, build_engine
 from rollout_workers.candidate_draws import DrawOrder
 from rollout_workers.draw_fetcher import DrawFetcher, Encoded
 from rollout_workers.draw_processor import ask_for_draws, draws_from_bytes
+from rollout_workers.mapped_memory import mappable
 
 OBJECT_STORE = "object_store"
 DRAWS = "rollout_workers.draw_processor"  # the module; vLLM loads its classes by name
@@ -59,6 +60,7 @@ class VllmRolloutEngine:
             draws: whether requests may ask for candidate draws, which every decoding step then looks out for.
         """
         self._backend = backend
+        self._buffers: list[pa.Buffer] = []  # of the update under way
         self._draws = DrawFetcher(self._take_draws) if draws else None  # None: nothing draws
         self._engine = build_engine(
             student.model,
@@ -108,7 +110,9 @@ class VllmRolloutEngine:
         """Pause, keeping running requests, whose keys and values are computed anew under the new weights."""
         # Clearing the caches here, while nothing runs, covers both running requests and shared prefixes: vLLM puts the
         # former back in its queue. A reset after the update would fail as long as a request holds a block.
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        # vLLM's `pause_generation` does the same and then sleeps for 20 ms, so that outputs on their way reach their
+        # callers before it returns. Nothing here waits for that: each output carries the label of its weights.
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
         await self._engine.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -117,10 +121,11 @@ class VllmRolloutEngine:
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
             return
         buffer = update_info["buffer"]
-        with shared_memory(buffer) as path:
+        # Until the update ends: vLLM may read a bucket once more when a later one completes a packed layer.
+        self._buffers.append(buffer)
+        with mappable(buffer) as region:
             described = {name: value for name, value in update_info.items() if name != "buffer"}
-            bucket = described | {"path": path, "num_bytes": len(buffer)}
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=bucket))
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=described | asdict(region)))
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights, resume, and return the checksum that every worker of this engine received.
@@ -128,10 +133,17 @@ class VllmRolloutEngine:
         Raises:
             WeightSyncError: a parameter is missing, unknown or damaged, or the engine's workers disagree.
         """
-        await self._engine.finish_weight_update(weight_version=str(policy_version))
         checksum = UNVERIFIED
         if self._backend == OBJECT_STORE:
-            checksum = common_checksum(await self._engine.collective_rpc("weight_report"), policy_version)
+            # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
+            reports, _ = await asyncio.gather(
+                self._engine.collective_rpc("finish_and_report"),
+                self._engine.update_weight_version(str(policy_version)),
+            )
+            self._buffers.clear()
+            checksum = common_checksum(reports, policy_version)
+        else:
+            await self._engine.finish_weight_update(weight_version=str(policy_version))
         await self._engine.resume_generation()
         return checksum
 
@@ -177,22 +189,6 @@ def common_checksum(reports: Sequence[dict[str, Any]], policy_version: int) -> s
             f"with checksums {sorted(checksums)}"
         )
     return str(checksums.pop())
-
-
-@contextmanager
-def shared_memory(buffer: Any) -> Iterator[str]:
-    """Copy the bytes into memory that other processes of this user can map, and yield the path to open it by.
-
-    The memory has no name in a file system, so it is limited by RAM instead of by /dev/shm, and nothing is left behind
-    when the process dies. It is freed when this context and the last mapping are gone.
-    """
-    descriptor = os.memfd_create("preceptor-weights")
-    try:
-        with open(descriptor, "wb", closefd=False) as shared:
-            shared.write(buffer)
-        yield f"/proc/{os.getpid()}/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
 
 
 def _sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> SamplingParams:

@@ -1,19 +1,20 @@
 """The receiving end of a weight sync: a weight-transfer engine that vLLM runs beside the model.
 
-vLLM's worker is no Ray process and cannot fetch an object, so the rollout actor puts each bucket into anonymous shared
-memory and passes where it is; the receiver maps it, checks it, and loads views of it into the model.
+vLLM's worker is no Ray process and cannot fetch an object, so the rollout actor passes where each bucket can be mapped;
+the receiver maps it, checks it, and loads its parameters into the model. Of changes it first makes whole parameters,
+from a copy that it keeps: vLLM repacks weights for its kernels, so nothing can be changed in place there.
 
 A fault is recorded instead of raised: an exception here would reach the actor as text without a class, and would leave
-vLLM's update half open. `WeightReport.weight_report` hands the outcome to the actor once the update is finished.
+vLLM's update half open. `WeightReport.finish_and_report` hands the outcome to the actor.
 """
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import prod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -25,6 +26,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from cluster.checksum import checksum, new_digest
+from rollout_workers.weight_copy import Bytes, WeightCopy, parts
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig, WeightTransferConfig
@@ -43,7 +45,7 @@ def register() -> None:
 class ReceivedWeights:
     """What one worker received in one update."""
 
-    checksum: str  # of all bytes of all buckets, in order
+    checksum: str  # of all bytes of all parameters, in order
     fault: str | None  # a sentence, or None when every parameter arrived intact
 
 
@@ -54,14 +56,19 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class Bucket(WeightTransferUpdateInfo):
-    """Consecutive parameters, laid out one after another without gaps."""
+    """Consecutive parameters, whole, or as what changed since `base_version` (see `cluster.weight_delta`)."""
 
     names: list[str]  # as in the Hugging Face checkpoint
     dtypes: list[str]  # keys of TORCH_DTYPES
     shapes: list[list[int]]
-    checksum: str  # of this bucket's bytes
-    path: str  # names the shared memory while the actor holds it
+    checksum: str  # of all the update's bytes to the end of this bucket; of changes: of this bucket's bytes
+    path: str  # names the memory while the actor holds it
     num_bytes: int
+    offset: int = 0  # of the bytes in the file
+    encodings: list[str] = field(default_factory=list)  # per parameter; empty: all whole, without gaps
+    num_values: list[int] = field(default_factory=list)  # per parameter, that come
+    base_version: int | None = None  # policy version to which the changes apply; None: all whole
+    kept_as: int | None = None  # policy version as which the parameters are kept for the next changes; None: not kept
 
 
 class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
@@ -77,6 +84,7 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
         # Read before the first update: while one runs, vLLM gives tied layers parameters of their own.
         self._model_names = {name for name, _ in model.named_parameters()}
         self._tied_layers = tied_layers(model)
+        self._copy = WeightCopy()
         self._begin()
 
     @property
@@ -93,16 +101,17 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: Bucket) -> None:
-        """Check one bucket and load it; after a fault the rest of the update is only counted."""
+        """Check one bucket and load it; after a fault the rest of the update is left alone."""
         memory = map_memory(update_info)
-        self._digest.update(memory)
-        if checksum([memory]) != update_info.checksum:
-            self._faults.append(f"the bucket that starts with {update_info.names[0]} was damaged on its way")
+        fault = self._fault_of(update_info, memory)
+        if fault is not None:
+            self._faults.append(fault)
         if self._faults:
             return
+        self._arriving_version = update_info.kept_as
         self._received_names.update(update_info.names)
         try:
-            self._loaded_names.update(self.model.load_weights(parameter_views(memory, update_info)) or ())
+            self._loaded_names.update(self.model.load_weights(self._parameters(update_info, memory)) or ())
         except (KeyError, ValueError, RuntimeError, AssertionError) as error:  # unknown name, or wrong shape
             self._faults.append(f"the model does not take one of {update_info.names}: {error}")
 
@@ -117,6 +126,10 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
             )
             if missing:
                 self._faults.append(f"the update lacks {', '.join(missing)}")
+        if self._faults or self._arriving_version is None:
+            self._copy.forget()
+        else:
+            self._copy.version = self._arriving_version
         finalize_layerwise_reload(self.model, self.model_config)
         for layer in self._tied_layers:
             # On CPU a tied lm_head multiplies with a packed copy of the embedding. No weights arrive under its own
@@ -133,15 +146,40 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
         self._faults: list[str] = []
         self._received_names: set[str] = set()  # Hugging Face names
         self._loaded_names: set[str] = set()  # vLLM names
+        self._arriving_version = None
+
+    def _fault_of(self, bucket: Bucket, memory: Bytes) -> str | None:
+        if self._checksum(bucket, memory) != bucket.checksum:
+            return f"the bucket that starts with {bucket.names[0]} was damaged on its way"
+        if bucket.base_version is not None and bucket.base_version != self._copy.version:
+            held = "none" if self._copy.version is None else f"version {self._copy.version}"
+            return f"changes since policy version {bucket.base_version} arrived where {held} is kept"
+        return None
+
+    def _checksum(self, bucket: Bucket, memory: Bytes) -> str:
+        if bucket.encodings:
+            return checksum([memory])
+        self._digest.update(memory.data)  # of whole parameters one digest says both: no byte is read twice
+        return self._digest.hexdigest()
+
+    def _parameters(self, bucket: Bucket, memory: Bytes) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the bucket's parameters whole, kept ones out of the copy."""
+        for part, shape in zip(parts(bucket), bucket.shapes, strict=True):
+            whole = memory[part.place] if bucket.kept_as is None else self._copy.take(part, memory)
+            if bucket.encodings:
+                self._digest.update(whole.data)
+            yield part.name, torch.from_numpy(whole).view(TORCH_DTYPES[part.dtype]).view(shape)
 
 
 class WeightReport:
-    """Adds `weight_report` to vLLM's worker class, so that `collective_rpc` can call it by name."""
+    """Adds `finish_and_report` to vLLM's worker class, so that `collective_rpc` can call it by name."""
 
     weight_transfer_engine: WeightTransferEngine[Any, Any] | None
+    finish_weight_update: Callable[[], None]
 
-    def weight_report(self) -> dict[str, Any]:
-        """Return the outcome of the last update as plain values, which vLLM can pass between processes."""
+    def finish_and_report(self) -> dict[str, Any]:
+        """Finish the update and return its outcome as plain values, which vLLM can pass between processes."""
+        self.finish_weight_update()
         engine = self.weight_transfer_engine
         assert isinstance(engine, ObjectStoreReceiver)
         return asdict(engine.received)
@@ -189,17 +227,15 @@ def _parts(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     return []
 
 
-def map_memory(bucket: Bucket) -> mmap.mmap:
-    # The mapping outlives the actor's descriptor, and lives as long as a view of it: vLLM keeps the views of a packed
-    # layer until its last part arrives, which may be in the next bucket.
+def map_memory(bucket: Bucket) -> Bytes:
+    """Return the bucket's bytes, mapped for as long as a view of them lives.
+
+    vLLM keeps the views of a packed layer until its last part arrives, which may be in a later bucket.
+    """
+    skipped = bucket.offset % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
     with Path(bucket.path).open("rb") as shared:
         # A private mapping is writable for torch's sake; nothing writes, so no page is ever copied.
-        return mmap.mmap(shared.fileno(), bucket.num_bytes, access=mmap.ACCESS_COPY)
-
-
-def parameter_views(memory: mmap.mmap, bucket: Bucket) -> Iterator[tuple[str, torch.Tensor]]:
-    offset = 0
-    for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
-        view = torch.frombuffer(memory, dtype=TORCH_DTYPES[dtype], count=prod(shape), offset=offset).view(shape)
-        offset += view.nbytes
-        yield name, view
+        memory = mmap.mmap(
+            shared.fileno(), skipped + bucket.num_bytes, access=mmap.ACCESS_COPY, offset=bucket.offset - skipped
+        )
+    return np.frombuffer(memory, np.uint8)[skipped:]

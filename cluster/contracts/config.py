@@ -107,7 +107,13 @@ class WeightSyncConfig(Section):
     """How new student weights reach the rollout workers after each step."""
 
     backend: Literal["object_store", "nccl", "ipc"] = "object_store"
+    mode: Literal["full", "delta"] = "full"  # delta: values that changed; a copy of the weights at both ends
     bucket_bytes: Count = 1 << 28
+
+    def __post_init__(self) -> None:
+        """Check that the backend can do what is asked; raises ValueError, which the reader turns into a ConfigError."""
+        if self.mode == "delta" and self.backend != "object_store":
+            raise ValueError(f'mode = "delta" needs backend = "object_store", found "{self.backend}"')
 
 
 class EvaluationConfig(Section):

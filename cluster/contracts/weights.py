@@ -39,8 +39,10 @@ class WeightSyncReport:
 
     policy_version: int
     checksum: str  # of all parameter bytes in manifest order; equal on the sender and on every receiver
-    num_bytes: int
+    num_bytes: int  # put where the workers get them; how many get them does not count
     seconds: float
+    paused_seconds: float | None = None  # from the first worker's pause to the last one's answer; None: not measured
+    changed_fraction: float | None = None  # of the values, since the last sync; None: not compared
 
 
 def plan_buckets(tensors: Sequence[TensorSpec], bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:

@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.trl_baseline import StepRecorder, pair_config, step_prompts
+from benchmarks.pairs import pair_config
+from benchmarks.trl_baseline import StepRecorder, step_prompts
 from benchmarks.trl_environment import LOCK, STAMP, environment_key, make_environment
-from cluster.demo import embedded_config
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import load_inputs, train_requests
-
-
-def test_the_embedded_pair_is_trained_as_the_demo_trains_it() -> None:
-    assert pair_config("embedded") == embedded_config()
 
 
 def test_each_step_asks_the_prompts_that_our_own_loop_asks_in_its_order() -> None:

@@ -19,7 +19,7 @@ FIELDS = {
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
     "warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
     "offload_parameters cpu_threads",
-    "weight_sync": "backend bucket_bytes",
+    "weight_sync": "backend mode bucket_bytes",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
     "checkpoint": "every_steps keep_last export",
     "ray": "address dashboard start_timeout_seconds call_timeout_seconds",
@@ -56,6 +56,7 @@ def test_an_override_reaches_a_named_teacher() -> None:
         ("learner.zero_stage=4", "learner.zero_stage: Invalid enum value 4"),
         ("run.steps=0", "run.steps: Expected `int` >= 1"),
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
+        ("weight_sync={backend='nccl',mode='delta'}", 'weight_sync: .*needs backend = "object_store", found "nccl"'),
         ("rollout.temperature=2.5", "rollout.temperature: Expected `float` <= 2.0"),
         ("rollout.temperature=0", "rollout.temperature: Expected `float` > 0.0"),
         ("evaluation.temperature=2.5", "evaluation.temperature: Expected `float` <= 2.0"),

@@ -161,15 +161,15 @@ class Receiver:
         self.payloads: list[bytes] = []
         self.weights: dict[str, np.ndarray] = {}
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, first: Sequence[Any]) -> None:
         self.events.append("start")
         self.payloads, self.weights = [], {}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         payload = ray.get(update_info["reference"][0])
-        assert checksum([payload]) == update_info["checksum"]
         self.events.append("update")
         self.payloads.append(bytes(payload))
+        assert checksum(self.payloads) == update_info["checksum"]
         start = 0
         for name, dtype, shape in zip(update_info["names"], update_info["dtypes"], update_info["shapes"], strict=True):
             values = np.frombuffer(payload, dtype, int(np.prod(shape)), start).reshape(shape)

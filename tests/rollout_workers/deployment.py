@@ -1,6 +1,7 @@
 """A running rollout pool beside a transformers model with the same weights, and the prompts that both are asked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from cluster.actors import call_all
 from cluster.checksum import checksum
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import from_wire, ragged
+from learner.model import Student
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet
 
@@ -52,7 +54,19 @@ class RolloutDeployment:
             for parameter in self.student.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
 
-    def publish(self, policy_version: int, leave_out: Sequence[str] = (), damage: bool = False) -> str:
+    def change_some_weights(self, every: int) -> None:
+        """Give the reference another value at one of `every` places of each parameter, if it has as many."""
+        with torch.no_grad():
+            for parameter in self.student.parameters():
+                parameter.view(-1)[every - 1 :: every] *= 1.5
+
+    def publish(
+        self,
+        policy_version: int,
+        leave_out: Sequence[str] = (),
+        damage: bool = False,
+        base_version: int | None = None,
+    ) -> str:
         """Send the reference's weights in two buckets; returns the checksum, equal on all actors, and as expected."""
         timeouts: dict[str, Any] = {"timeout_seconds": 60, "waiting_for": "the test's weight sync"}
         call_all(self.pool.actors, "start_weight_update", **timeouts)
@@ -65,14 +79,29 @@ class RolloutDeployment:
                 "names": [name for name, _ in part],
                 "dtypes": ["float32"] * len(part),
                 "shapes": [list(array.shape) for array in arrays],
-                "checksum": "0" * 32 if damage else checksum([buffers[-1]]),
+                "checksum": "0" * 32 if damage else checksum(buffers),
                 "reference": [ray.put(buffers[-1])],
+                "base_version": base_version,
             }
             call_all(self.pool.actors, "update_weights", update_info, **timeouts)
         received = call_all(self.pool.actors, "finish_weight_update", policy_version, **timeouts)
         assert set(received) == {checksum(buffers)}
         self.policy_version = policy_version
         return str(received[0])
+
+
+class FrozenEngine:
+    """What a sender needs of a TrainEngine, over one transformers model."""
+
+    rank = 0
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        self.student = Student(causal_lm)
+
+    @contextmanager
+    def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Give whole parameters."""
+        yield {name: self.student.causal_lm.get_parameter(name).detach() for name in names}
 
 
 def rows_of(reference: Any) -> list[dict[str, Any]]:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.contracts.config import WeightSyncConfig
 from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.interfaces import SamplingSettings
-from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, RolloutDeployment, rows_of
+from learner.weight_sender import ObjectStoreSender
+from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, FrozenEngine, RolloutDeployment, rows_of
 from tests.tiny_qwen3 import HALT, expected_logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
@@ -147,6 +149,43 @@ def test_a_damaged_bucket_is_refused(rollouts: RolloutDeployment) -> None:
     version = rollouts.policy_version + 1
     with pytest.raises(WeightSyncError, match="damaged"):
         rollouts.publish(version, damage=True)
+    rollouts.publish(version + 1)
+
+
+def test_changes_alone_make_the_same_model_as_whole_parameters(rollouts: RolloutDeployment) -> None:
+    sender = ObjectStoreSender(FrozenEngine(rollouts.student), WeightSyncConfig(mode="delta"), "float32", 60)
+    first = rollouts.policy_version + 1
+    whole = sender.publish(rollouts.pool.actors, first)
+    rollouts.change_some_weights(every=50)
+    delta = sender.publish(rollouts.pool.actors, first + 1)
+    assert whole.changed_fraction is None
+    assert delta.changed_fraction == pytest.approx(1 / 50, rel=0.05)
+    assert delta.num_bytes < 0.03 * whole.num_bytes  # of 4 bytes per value, 5 per changed one
+    rollouts.policy_version = first + 1
+    rows = rollouts.generate(rollouts.requests([LONG_PROMPT, 2, 3]), SamplingSettings(32, 1.0))
+    assert max(largest_gap(rollouts, row) for row in rows) < 1e-5
+    assert rollouts.publish(first + 2) == delta.checksum
+
+
+def test_a_worker_that_missed_a_version_is_sent_whole_parameters(rollouts: RolloutDeployment) -> None:
+    sender = ObjectStoreSender(FrozenEngine(rollouts.student), WeightSyncConfig(mode="delta"), "float32", 60)
+    up_to_date, late = rollouts.pool.actors
+    first = rollouts.policy_version + 1
+    whole = sender.publish([up_to_date, late], first)
+    rollouts.change_some_weights(every=50)
+    for_one = sender.publish([up_to_date], first + 1)
+    rollouts.change_some_weights(every=50)
+    for_both = sender.publish([up_to_date, late], first + 2)
+    assert whole.num_bytes < for_both.num_bytes < whole.num_bytes + 1.1 * for_one.num_bytes
+    rollouts.policy_version = first + 2
+    rows = rollouts.generate(rollouts.requests([1, 2, 3, 4]), SamplingSettings(32, 1.0))
+    assert max(largest_gap(rollouts, row) for row in rows) < 1e-5
+
+
+def test_changes_to_a_version_that_a_worker_does_not_hold_are_refused(rollouts: RolloutDeployment) -> None:
+    version = rollouts.policy_version + 1
+    with pytest.raises(WeightSyncError, match=r"changes since policy version 99 arrived where (none|version \d+) is kept"):
+        rollouts.publish(version, base_version=99)
     rollouts.publish(version + 1)
 
 

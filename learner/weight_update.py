@@ -1,0 +1,195 @@
+"""One update of the rollout workers' weights through Ray's object store, as the learner's rank 0 conducts it."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+
+from cluster.actors import call_all, get
+from cluster.checksum import checksum, new_digest
+from cluster.contracts.errors import WeightSyncError
+from cluster.contracts.weights import DTYPE_BYTES, TensorSpec, WeightSyncReport
+from cluster.weight_delta import ALIGNMENT, BITS, Delta, encode
+
+Bucket = Sequence[TensorSpec]
+Bytes = NDArray[np.uint8]
+
+
+class SentCopy:
+    """The parameters as they were last sent, in manifest order; the next ones are compared with them.
+
+    It takes as much of rank 0's host memory as the weights in the dtype that travels.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self.version: int | None = None  # None: nothing was sent yet, or the last update failed
+        self.memory: Bytes = np.empty(num_bytes, np.uint8)
+
+
+class WeightUpdate:
+    """Sends buckets to all workers: what changed to those that hold what was sent last, whole parameters to the others.
+
+    Generation pauses when the first bucket is in the object store of the worker's node.
+    """
+
+    def __init__(
+        self, workers: Sequence[ActorHandle], policy_version: int, sent: SentCopy | None, timeout_seconds: float
+    ) -> None:
+        """Find out which workers can take changes.
+
+        Args:
+            workers: the rollout actors.
+            policy_version: what they will run on.
+            sent: what was sent last, brought up to date on the way; None: send whole parameters and keep none.
+            timeout_seconds: for each answer of the workers.
+        """
+        self._started = time.perf_counter()
+        self._paused: float | None = None
+        self._policy_version = policy_version
+        self._timeout_seconds = timeout_seconds
+        self._workers = list(workers)
+        self._sent = sent
+        self._base_version = sent.version if sent else None
+        if sent:
+            sent.version = None  # until this update has succeeded
+        self._takes_changes = self._compare_versions()
+        self._receiving: list[Any] = []
+        self._digest = new_digest()
+        self._num_bytes = self._num_values = self._num_changed = self._position = 0
+
+    def send(self, bucket: Bucket, payload: Bytes) -> None:
+        """Put a bucket into the object store and let the workers read it while the next one is made."""
+        self._digest.update(payload.data)
+        messages = self._put(bucket, payload)
+        if self._paused is None:
+            self._start(messages)
+        get(self._receiving, self._timeout_seconds, "rollout workers to receive a bucket of weights")
+        self._receiving = [
+            worker.update_weights.remote(message) for worker, message in zip(self._workers, messages, strict=True)
+        ]
+
+    def finish(self) -> WeightSyncReport:
+        """Wait until every worker runs on the new weights.
+
+        Raises:
+            WeightSyncError: a worker received other bytes than were sent.
+        """
+        get(self._receiving, self._timeout_seconds, "rollout workers to receive the last bucket of weights")
+        received = call_all(
+            self._workers,
+            "finish_weight_update",
+            self._policy_version,
+            timeout_seconds=self._timeout_seconds,
+            waiting_for="rollout workers to answer finish_weight_update",
+        )
+        check_received(received, self._digest.hexdigest(), self._policy_version)
+        if self._sent:
+            self._sent.version = self._policy_version
+        now = time.perf_counter()
+        return WeightSyncReport(
+            policy_version=self._policy_version,
+            checksum=self._digest.hexdigest(),
+            num_bytes=self._num_bytes,
+            seconds=now - self._started,
+            paused_seconds=None if self._paused is None else now - self._paused,
+            changed_fraction=None if self._base_version is None else self._num_changed / self._num_values,
+        )
+
+    def _compare_versions(self) -> list[bool]:
+        if self._base_version is None:
+            return [False] * len(self._workers)
+        held = call_all(
+            self._workers,
+            "held_version",
+            timeout_seconds=self._timeout_seconds,
+            waiting_for="rollout workers to say which weights they hold",
+        )
+        return [version == self._base_version for version in held]
+
+    def _start(self, messages: Sequence[dict[str, Any]]) -> None:
+        self._paused = time.perf_counter()
+        starting = [
+            worker.start_weight_update.remote(message["reference"])
+            for worker, message in zip(self._workers, messages, strict=True)
+        ]
+        get(starting, self._timeout_seconds, "rollout workers to answer start_weight_update")
+
+    def _put(self, bucket: Bucket, payload: Bytes) -> list[dict[str, Any]]:
+        """Put what is needed of a bucket, changes or all of it or both, and return each worker's message."""
+        delta = self._compare(bucket, payload)
+        whole: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
+        if not all(self._takes_changes):
+            whole = self._describe(bucket, payload, self._digest.hexdigest())
+        if any(self._takes_changes):
+            joined = join(delta)
+            changes = self._describe(bucket, joined, checksum([joined])) | {
+                "encodings": [part.encoding for part in delta],
+                "num_values": [len(part.values) for part in delta],
+                "base_version": self._base_version,
+            }
+        return [changes if takes_changes else whole for takes_changes in self._takes_changes]
+
+    def _compare(self, bucket: Bucket, payload: Bytes) -> list[Delta]:
+        """Return what changed since the last update, if there was one, and remember the new values."""
+        if self._sent is None:
+            return []
+        last = self._sent.memory[self._position : self._position + len(payload)]
+        self._position += len(payload)
+        delta = [] if self._base_version is None else compare(bucket, last, payload)
+        self._num_values += sum(tensor.num_bytes // DTYPE_BYTES[tensor.dtype] for tensor in bucket)
+        self._num_changed += sum(part.num_changed for part in delta)
+        last[:] = payload
+        return delta
+
+    def _describe(self, bucket: Bucket, payload: Bytes, digest: str) -> dict[str, Any]:
+        self._num_bytes += len(payload)
+        return describe_bucket(bucket, payload, digest) | ({"kept_as": self._policy_version} if self._sent else {})
+
+
+def compare(bucket: Bucket, old: Bytes, new: Bytes) -> list[Delta]:
+    """Return what changed in each parameter of a bucket."""
+    deltas = []
+    start = 0
+    for tensor in bucket:
+        place = slice(start, start + tensor.num_bytes)
+        deltas.append(encode(old[place].view(BITS[tensor.dtype]), new[place].view(BITS[tensor.dtype])))
+        start += tensor.num_bytes
+    return deltas
+
+
+def join(deltas: Sequence[Delta]) -> Bytes:
+    """Return the bytes of all parts, one after the other."""
+    joined = np.concatenate([delta.to_bytes() for delta in deltas])
+    return joined if joined.size else np.zeros(ALIGNMENT, np.uint8)  # nothing cannot be mapped
+
+
+def describe_bucket(bucket: Bucket, payload: Bytes, digest: str) -> dict[str, Any]:
+    """Put the bytes into the object store and return what a worker needs to read and check them."""
+    return {
+        "names": [tensor.name for tensor in bucket],
+        "dtypes": [tensor.dtype for tensor in bucket],
+        "shapes": [list(tensor.shape) for tensor in bucket],
+        "checksum": digest,
+        # In a list, Ray hands the worker the reference; bare, it would resolve it before the call.
+        "reference": [ray.put(pa.py_buffer(payload))],
+    }
+
+
+def check_received(received: Sequence[str], sent: str, policy_version: int) -> None:
+    """Compare the workers' checksums with the sender's.
+
+    Raises:
+        WeightSyncError: they differ; names the first such worker.
+    """
+    for position, digest in enumerate(received):
+        if digest != sent:
+            raise WeightSyncError(
+                f"rollout worker {position}: policy version {policy_version} was sent with checksum {sent} and arrived "
+                f"with {digest}; the worker must not be used"
+            )

@@ -1,0 +1,101 @@
+"""How a process beside the actor, which is no Ray process, reads a buffer that the actor got from Ray's object store.
+
+Ray's store is one shared-memory file per node, unlinked once it is open; its raylet keeps a descriptor to hand to new
+workers. The actor reads in its own memory map which file a buffer lies in and where, and finds the raylet's descriptor
+of that file under /proc: any process of this user can open it by that path. Bytes that travelled to a node once are
+so read in place by every engine there, without a copy per engine.
+
+Where that fails (a buffer outside the store, a raylet that is not the actor's parent, a /proc that hides it), the
+bytes are copied into an anonymous memory file of the actor.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+STORE_FILE = "/plasma"  # begins the name of every file that Ray's object store maps, /dev/shm and spilling alike
+
+
+@dataclass(frozen=True)
+class Region:
+    """Bytes that another process of this user on this node can map."""
+
+    path: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _MappedFile:
+    device: int
+    inode: int
+    offset: int  # where in the file the address lies
+
+
+@contextmanager
+def mappable(buffer: pa.Buffer) -> Iterator[Region]:
+    """Say where another process can map the buffer; the caller keeps the buffer for as long as it is read."""
+    region = region_in_store(buffer)
+    if region is not None:
+        yield region
+        return
+    with shared_memory(buffer) as path:
+        yield Region(path, 0, buffer.size)
+
+
+def region_in_store(buffer: pa.Buffer) -> Region | None:
+    """Return where the buffer lies in the node's object store; None if it does not, or the store cannot be reached."""
+    mapped = _mapped_file(buffer.address)
+    path = _open_by_parent(mapped) if mapped else None
+    return Region(path, mapped.offset, buffer.size) if mapped and path else None
+
+
+@contextmanager
+def shared_memory(buffer: pa.Buffer | bytes) -> Iterator[str]:
+    """Copy the bytes into memory that other processes of this user can map, and yield the path to open it by.
+
+    The memory has no name in a file system, so it is limited by RAM instead of by /dev/shm, and nothing is left behind
+    when the process dies. It is freed when this context and the last mapping are gone.
+    """
+    descriptor = os.memfd_create("preceptor-weights")
+    try:
+        with open(descriptor, "wb", closefd=False) as shared:
+            shared.write(buffer)
+        yield f"/proc/{os.getpid()}/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def _mapped_file(address: int) -> _MappedFile | None:
+    """Return the store's mapping that an address lies in; the format is that of proc(5)."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if STORE_FILE not in line:
+            continue
+        addresses, permissions, offset, device, inode, *_ = line.split(maxsplit=5)
+        first, last = (int(bound, 16) for bound in addresses.split("-"))
+        if first <= address < last:
+            major, minor = (int(number, 16) for number in device.split(":"))
+            found = _MappedFile(os.makedev(major, minor), int(inode), int(offset, 16) + address - first)
+            return found if permissions.endswith("s") else None
+    return None
+
+
+def _open_by_parent(mapped: _MappedFile) -> str | None:
+    """Return a path of the file that the parent process, for a Ray worker its raylet, has open."""
+    try:
+        descriptors = list(Path(f"/proc/{os.getppid()}/fd").iterdir())
+    except OSError:
+        return None
+    return next((str(path) for path in descriptors if _is_file(path, mapped)), None)
+
+
+def _is_file(path: Path, mapped: _MappedFile) -> bool:
+    try:
+        found = path.stat()
+        return (found.st_dev, found.st_ino) == (mapped.device, mapped.inode) and os.access(path, os.R_OK)
+    except OSError:  # closed meanwhile, or not ours to see
+        return False
