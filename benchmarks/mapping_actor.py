@@ -2,6 +2,7 @@
 
 import multiprocessing
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Any
@@ -41,14 +42,15 @@ class MappingActor:
 
 
 def check_buckets(pipe: Connection) -> None:
-    """Answer each bucket with the checksum to its end; after None begin anew."""
+    """Answer each bucket with the checksum to its end; after None begin anew. Ends when the other end is gone."""
     from rollout_workers.weight_receiver import Bucket, map_memory
 
     digest = new_digest()
-    while True:
-        region = pipe.recv()
-        if region is not None:
-            digest.update(map_memory(Bucket([], [], [], "", **region)).data)
-        pipe.send(digest.hexdigest())
-        if region is None:
-            digest = new_digest()
+    with suppress(EOFError):
+        while True:
+            region = pipe.recv()
+            if region is not None:
+                digest.update(map_memory(Bucket([], [], [], "", **region)).data)
+            pipe.send(digest.hexdigest())
+            if region is None:
+                digest = new_digest()

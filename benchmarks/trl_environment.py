@@ -5,7 +5,6 @@ environment (torch, transformers, accelerate, numpy, ...) it has in the version 
 """
 
 import argparse
-import subprocess
 from pathlib import Path
 
 from cluster.install.install import create_environment, digest, install_cpu_torch, only_one, pip
@@ -45,17 +44,6 @@ def make_environment(folder: Path = ENVIRONMENT) -> Path:
 def environment_key() -> str:
     """Return what tells one choice of packages from another."""
     return digest(LOCK.read_bytes(), *(package.encode() for package in (*TRL_PACKAGES, *PROMPT_PACKAGES)))
-
-
-def run_baseline(pair: str, trainer: str, steps: int, output: Path, environment: Path = ENVIRONMENT) -> None:
-    """Train with TRL in its own environment; `output` gets one JSON line per step.
-
-    Raises:
-        CalledProcessError: the training failed; what it printed says why.
-    """
-    command = [str(make_environment(environment)), "-m", "benchmarks.trl_baseline"]
-    options = ["--pair", pair, "--trainer", trainer, "--steps", str(steps), "--output", str(output.resolve())]
-    subprocess.run([*command, *options], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

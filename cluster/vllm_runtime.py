@@ -123,14 +123,13 @@ def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
     if not is_cpu:
         return {
             "gpu_memory_utilization": engine.gpu_memory_fraction,
-            "enforce_eager": engine.enforce_eager,
+            "enforce_eager": bool(engine.enforce_eager),
             # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
             "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
         }
     return {
         "kv_cache_memory_bytes": int(engine.kv_cache_gib * BYTES_PER_GIB),
-        # Compiling takes longer than it saves for models that a CPU can serve.
-        "enforce_eager": True,
+        "enforce_eager": engine.enforce_eager is not False,
         # A seeded request whose prompt is split ends vLLM 0.32's engine on CPU: it rewinds the generator by an offset
         # that only CUDA generators have.
         "enable_chunked_prefill": False,

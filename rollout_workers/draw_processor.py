@@ -96,7 +96,7 @@ class DrawProcessorV2(LogitsProcessorV2):
 
 
 class WorkerExtension(WeightReport):
-    """Adds `take_draws` and `weight_report` to vLLM's worker class, so that `collective_rpc` can call them by name."""
+    """Adds `take_draws` and `finish_and_report` to vLLM's worker class, for `collective_rpc` to call by name."""
 
     model_runner: Any
     use_v2_model_runner: bool

@@ -52,7 +52,7 @@ class EngineConfig(Section):
     gpu_memory_fraction: Fraction = 0.9
     kv_cache_gib: Positive = 1.0  # on CPU; on GPU the memory fraction decides
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
-    enforce_eager: bool = False  # on GPU; on CPU vLLM runs eagerly here
+    enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
     quantization: str | None = None  # as vLLM names it, for example "fp8" or "awq"
 
 

@@ -168,10 +168,18 @@ def to_wire(batch: pa.RecordBatch) -> pa.Buffer:
         >>> from_wire(to_wire(make_generated([]))).num_rows
         0
     """
-    sink = pa.BufferOutputStream()
+    # A buffer that grows while it is written is copied several times; the first pass only counts.
+    counted = pa.MockOutputStream()
+    _write_stream(counted, batch)
+    wire: pa.Buffer = pa.allocate_buffer(counted.size())
+    with pa.FixedSizeBufferWriter(wire) as sink:
+        _write_stream(sink, batch)
+    return wire
+
+
+def _write_stream(sink: Any, batch: pa.RecordBatch) -> None:
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return sink.getvalue()
 
 
 def from_wire(wire: pa.Buffer | bytes | memoryview, stage: Stage | None = None) -> pa.RecordBatch:

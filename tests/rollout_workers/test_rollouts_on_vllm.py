@@ -184,7 +184,9 @@ def test_a_worker_that_missed_a_version_is_sent_whole_parameters(rollouts: Rollo
 
 def test_changes_to_a_version_that_a_worker_does_not_hold_are_refused(rollouts: RolloutDeployment) -> None:
     version = rollouts.policy_version + 1
-    with pytest.raises(WeightSyncError, match=r"changes since policy version 99 arrived where (none|version \d+) is kept"):
+    with pytest.raises(
+        WeightSyncError, match=r"changes since policy version 99 arrived where (none|version \d+) is kept"
+    ):
         rollouts.publish(version, base_version=99)
     rollouts.publish(version + 1)
 

@@ -62,7 +62,8 @@ def test_a_second_model_scores_what_the_first_one_chose() -> None:
     assert models_of(second) == ["teacher", "base"]
     assert ragged(second, "candidate_ids")[0].tolist() == [[3, 5], [3, 5]]
     assert ragged(second, "base_candidate_logprobs")[0] == pytest.approx(np.log([[0.5, 0.25]] * 2))
-    assert sorted(name.removeprefix("base/") for name in metrics) == ["logprob", "prefix_hit_ratio", "scored_tokens", "seconds", "tokens"]
+    names = sorted(name.removeprefix("base/") for name in metrics)
+    assert names == ["logprob", "prefix_hit_ratio", "scored_tokens", "seconds", "tokens"]
 
 
 def test_candidates_that_nobody_chose_cannot_be_scored() -> None:
