@@ -32,7 +32,7 @@ OURS_ALONE = {"embedded": ("rollout.engine.enforce_eager=false",), "smollm2": ()
 # Long-tailed lengths: most of the embedded student's completions are short, and a few run to the end of the context.
 OVERRIDES = {
     "embedded": ("rollout.max_completion_tokens=112",),
-    "smollm2": ("rollout.max_completion_tokens=192", "prompts.prompts_per_step=16"),
+    "smollm2": ("rollout.max_completion_tokens=128", "prompts.prompts_per_step=8"),
 }
 # The embedded student begins to write long completions after about 15 steps.
 WARM_UP_STEPS = {"embedded": 15, "smollm2": 1}

@@ -30,7 +30,7 @@ PARTS = {
     "end-to-end-embedded-demo": Part(
         "end_to_end", ("--pair", "embedded", "--rounds", "1", "rollout.max_completion_tokens=48")
     ),
-    "end-to-end-smollm2": Part("end_to_end", ("--pair", "smollm2", "--rounds", "1"), "smollm2"),
+    "end-to-end-smollm2": Part("end_to_end", ("--pair", "smollm2", "--rounds", "1", "--steps", "1"), "smollm2"),
 }
 
 
