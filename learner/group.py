@@ -17,8 +17,9 @@ from cluster.contracts.config import Config
 from cluster.contracts.interfaces import BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.objective import ObjectiveConfig
-from cluster.contracts.trajectory import Floats, from_wire
+from cluster.contracts.trajectory import Floats
 from cluster.contracts.weights import WeightSyncReport
+from cluster.contracts.wire import from_wire
 from learner import checkpoint
 from learner.arrivals import Arrivals, Share
 from learner.calls import Calls

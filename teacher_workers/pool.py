@@ -17,7 +17,7 @@ from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
 from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
-from cluster.contracts.trajectory import from_wire
+from cluster.contracts.wire import from_wire
 from cluster.vllm_runtime import prepare_environment
 
 Chain = Sequence[tuple[str, ScoreRequest]]  # who scores a batch, in order, and what is asked of each: pool, request
