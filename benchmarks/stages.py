@@ -6,8 +6,8 @@ count completion tokens.
 
 The pools share this machine's cores, so the loop can at best keep all cores busy with nothing but what the stages need.
 Its ratio to that is the CPU-seconds of all stages alone over cores x seconds of the step together, both per completion
-token. What the driver and Ray compute is no stage's and counts against the loop. Where cores are hardware threads of the
-same core, all work takes longer as soon as both are busy, and the ratio cannot reach 1: the last row says how much.
+token. What the driver and Ray compute is no stage's and counts against the loop. Where cores are hardware threads of
+the same core, all work takes longer as soon as both are busy, and the ratio cannot reach 1: the last row says how much.
 """
 
 import argparse

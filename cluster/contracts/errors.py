@@ -49,5 +49,13 @@ class CheckpointError(PreceptorError, RuntimeError):
     """A checkpoint cannot be written, found or restored."""
 
 
+class TrainingError(PreceptorError, RuntimeError):
+    """Training goes wrong, and an alarm that is to stop it went off."""
+
+
+class RunStopped(PreceptorError):
+    """The run ended in order before its last step, because somebody asked for it."""
+
+
 class SelfCheckError(PreceptorError, RuntimeError):
     """A start-up self-check found student, teacher or engines in disagreement."""
