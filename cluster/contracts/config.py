@@ -143,6 +143,7 @@ class RayConfig(Section):
     dashboard: bool = True
     start_timeout_seconds: Positive = 600.0
     call_timeout_seconds: Positive = 1800.0
+    max_restarts: CountOrZero = 3  # of the actors of each teacher's pool, in all
 
 
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

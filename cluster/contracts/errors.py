@@ -29,6 +29,10 @@ class ActorError(PreceptorError, RuntimeError):
     """An actor died, or did not answer in time."""
 
 
+class ActorDiedError(ActorError):
+    """An actor's process is gone."""
+
+
 class RolloutError(PreceptorError, RuntimeError):
     """A rollout worker could not produce the trajectories that it was asked for."""
 
