@@ -20,7 +20,7 @@ from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from rollout_workers.pool import RolloutActor, RolloutActorSettings
 from rollout_workers.worker import RolloutWorker
-from teacher_workers.pool import TeacherActor
+from teacher_workers.actor import TeacherActor
 
 TAIL_EXPONENT = 1.5  # P(delay > x) falls as x^-1.5: the mean exists, the variance does not
 LONGEST_COMPLETION_TOKENS = 400

@@ -6,7 +6,8 @@ count completion tokens.
 
 The pools share this machine's cores, so the loop can at best keep all cores busy with nothing but what the stages need.
 Its ratio to that is the CPU-seconds of all stages alone over cores x seconds of the step together, both per completion
-token. What the driver and Ray compute is no stage's and counts against the loop.
+token. What the driver and Ray compute is no stage's and counts against the loop. Where cores are hardware threads of
+the same core, all work takes longer as soon as both are busy, and the ratio cannot reach 1: the last row says how much.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 import ray
 from psutil import Process  # type: ignore[import-untyped]
 
+from benchmarks.contention import slowdown
 from benchmarks.pairs import PAIRS, missing_models, pair_config
 from benchmarks.process_trees import cpu_seconds, descendants, spent
 from benchmarks.report import RESULTS, Row, at_least, print_rows, row, write_rows
@@ -170,7 +172,11 @@ def main() -> None:
         raise SystemExit(lacking)
     config = pair_config(pair, options.overrides)
     alone, together = measure(config, WARM_UP_STEPS[pair], options.steps or STEPS[pair])
-    rows = stage_rows(alone, together, len(os.sched_getaffinity(0)), f"{pair} pair, {len(alone)} steps")
+    cores = len(os.sched_getaffinity(0))
+    rows = [
+        *stage_rows(alone, together, cores, f"{pair} pair, {len(alone)} steps"),
+        row("machine: one process alone / beside others, speed", f"{cores} cores", slowdown(cores), "ratio"),
+    ]
     print_rows(rows)
     command = " ".join(["python -m benchmarks.stages --pair", pair, *options.overrides])
     write_rows(options.output or RESULTS / f"{date.today():%Y-%m-%d}-stages-{pair}.json", command, rows)

@@ -14,15 +14,8 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.report import RESULTS, Row, print_rows, row, write_rows
-from cluster.contracts.trajectory import (
-    GeneratedTrajectory,
-    Scores,
-    add_scores,
-    from_wire,
-    make_generated,
-    ragged,
-    to_wire,
-)
+from cluster.contracts.trajectory import GeneratedTrajectory, Scores, add_scores, make_generated, ragged
+from cluster.contracts.wire import from_wire, to_wire
 
 REPEATS = 15
 ROWS, PROMPT_TOKENS, COMPLETION_TOKENS, TOP_K = 256, 64, 512, 16

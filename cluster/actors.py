@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from cluster.contracts.errors import ActorError, PreceptorError
+from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
 
@@ -58,7 +58,7 @@ def call_all(
     """Call the method on every actor at once and return the answers in the actors' order.
 
     Raises:
-        ActorError: an actor died, or did not answer in time; says which by `names`, else by position.
+        ActorError: an actor died (ActorDiedError), or did not answer in time; says which by `names`, else by position.
         PreceptorError: what an actor raised.
     """
     references = [getattr(actor, method).remote(*args) for actor in actors]
@@ -115,7 +115,7 @@ def _checked_get(references: Any, timeout_seconds: float, waiting_for: str) -> A
             raise error.cause from error
         raise
     except RayActorError as error:
-        raise ActorError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
+        raise ActorDiedError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,8 @@ import pyarrow as pa
 
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.metrics import Metrics
-from cluster.contracts.trajectory import ragged, to_wire
+from cluster.contracts.trajectory import ragged
+from cluster.contracts.wire import to_wire
 
 # Ray sends return values below 100 kB inside its reply to the caller: small batches would pass through the driver.
 INLINED_BYTES = 2048

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.contracts.config import Config
-from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped
 from cluster.contracts.run_file import load_run_config
 from cluster.run_directory import RunDirectory
 
@@ -19,6 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
+    except RunStopped as stopped:
+        sys.stderr.write(f"preceptor: {stopped}\n")
+        return INTERRUPTED
     except PreceptorError as error:
         if options.debug:
             raise

@@ -6,6 +6,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError
 from cluster.driver import train
 from cluster.evaluation import Evaluation, Evaluator, write_samples
+from cluster.interruption import stop_on_signals
 from cluster.live_checks import run_live_checks
 from cluster.metric_sinks import TerminalView, terminal_view
 from cluster.model_files import load_tokenizer
@@ -111,7 +112,8 @@ def _train(config: Config, inputs: Inputs, placement: Placement, view: TerminalV
             checkpoint = latest_checkpoint(start.directory.checkpoints)
             assert checkpoint is not None, "the caller found one"
             pipeline.learner.load_checkpoint(checkpoint)
-        train(TrainingRun(config, inputs, pipeline, start.directory, view, start.first_step, start.history))
+        with stop_on_signals(view.say) as stop:
+            train(TrainingRun(config, inputs, pipeline, start.directory, view, start.first_step, start.history, stop))
     return start.history
 
 

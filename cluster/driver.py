@@ -5,7 +5,7 @@ The driver sees object references, row counts and token counts; trajectories and
 
 from cluster.flow import Flow, StepBatches
 from cluster.permits import Permits
-from cluster.pipeline import train_requests, train_sampling
+from cluster.pipeline import train_requests
 from cluster.step_record import step_record
 from cluster.stopwatch import Stopwatch
 from cluster.training_run import TrainingRun
@@ -23,7 +23,7 @@ def train(run: TrainingRun) -> None:
     rollouts, teachers = run.pipeline.rollouts, run.pipeline.teachers
     flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds)
     permits = Permits(run.first_step, config.run.steps, config.rollout.max_staleness)
-    sampling, verifier = train_sampling(config), config.evaluation.verifier
+    verifier = config.evaluation.verifier
     asked: dict[int, StepBatches] = {}  # of steps that are under way
     learner.publish_weights(rollouts.actors, policy_version=run.first_step)
     run.begin(flow)
@@ -32,7 +32,7 @@ def train(run: TrainingRun) -> None:
         watch = Stopwatch()
         for admitted in permits.admit(step):
             requests = train_requests(config, run.inputs, admitted)
-            asked[admitted] = flow.admit(admitted, requests, sampling, verifier, config.scorers)
+            asked[admitted] = flow.admit(admitted, requests, run.sampling(admitted), verifier, config.scorers)
         batches = asked.pop(step)
         with watch.measure("step"):
             learned = learner.step(batches, step)

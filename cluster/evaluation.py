@@ -14,7 +14,8 @@ from cluster.contracts.config import Config
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import merge, report
 from cluster.contracts.objective import TEACHER
-from cluster.contracts.trajectory import from_wire, ragged
+from cluster.contracts.trajectory import ragged
+from cluster.contracts.wire import from_wire
 from cluster.flow import Flow
 from cluster.pipeline import Inputs, held_out_requests, held_out_sampling
 from rollout_workers.pool import RolloutPool

@@ -70,10 +70,13 @@ class Flow:
     def _advance(self, wake_on: Sequence[Any]) -> bool:
         """Wait until something finishes, pass on everything that has, and say whether a reference of `wake_on` has."""
         references = [*self._rollouts.awaited, *self._teachers.outstanding, *wake_on]
-        if not ray.wait(references, num_returns=1, timeout=self._timeout_seconds)[0]:
+        # First what is there: under load there always is something, and no second look is needed.
+        found = ray.wait(references, num_returns=len(references), timeout=0)[0]
+        found = found or ray.wait(references, num_returns=1, timeout=self._timeout_seconds)[0]
+        if not found:
             late = ", ".join(names for names in (self._rollouts.late(), self._teachers.late()) if names)
             raise ActorError(f"waited {self._timeout_seconds:.0f} s for trajectories from {late}")
-        ready = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+        ready = set(found)
         for reference in ready.intersection(self._rollouts.awaited):
             self._send_on(self._rollouts.take(reference))
         self._finish(self._teachers.collect(ready))

@@ -20,7 +20,7 @@ from cluster.contracts.objective import (
     PolicyGradientTerm,
     TaskRewardTerm,
 )
-from cluster.contracts.trajectory import from_wire
+from cluster.contracts.wire import from_wire
 from cluster.pipeline import Inputs, Pipeline, start_pipeline, start_teacher, train_requests, train_sampling
 from cluster.placement import Placement
 from cluster.self_checks import (

@@ -1,4 +1,4 @@
-"""Where a run's figures go: metrics.jsonl, and the terminal as a live table or as plain lines."""
+"""Where a run's figures go: files of JSON lines, and the terminal as a live table or as plain lines."""
 
 import json
 import math
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -33,11 +33,16 @@ _COLUMNS = [
 _ROWS_SHOWN = 12
 
 
-class MetricsFile:
-    """metrics.jsonl: one object per optimizer step, in order, each step once."""
+class RecordsFile:
+    """A file of one JSON object per line, each with the step that it belongs to, in order."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return what was written so far, without the figures that were not finite."""
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        return [{name: value for name, value in json.loads(line).items() if value is not None} for line in lines]
 
     def drop_from(self, step: int) -> None:
         """Forget `step` and what followed: a resumed run does those steps again."""
@@ -46,9 +51,12 @@ class MetricsFile:
         kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] < step]
         self._path.write_text("".join(line + "\n" for line in kept))
 
-    def write(self, record: Record) -> None:
-        """Append one step's figures; a figure that is not finite becomes null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object; a figure that is not finite becomes null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 

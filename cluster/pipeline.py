@@ -149,7 +149,14 @@ def start_pipeline(
 
 def start_teacher(config: Config, inputs: Inputs, placement: PoolPlacement, name: str) -> TeacherPool:
     """Begin to start the scorers of one teacher."""
-    return TeacherPool(name, config.teachers[name], inputs.max_model_len, placement.options(), _timeouts(config))
+    return TeacherPool(
+        name,
+        config.teachers[name],
+        inputs.max_model_len,
+        placement.options(),
+        _timeouts(config),
+        max_restarts=config.ray.max_restarts,
+    )
 
 
 @contextmanager

@@ -59,6 +59,11 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def alarms(self) -> Path:
+        """One JSON object per alarm that went off."""
+        return self.path / "alarms.jsonl"
+
+    @property
     def samples(self) -> Path:
         """Completions of held-out prompts, one JSON object each."""
         return self.path / "samples.jsonl"

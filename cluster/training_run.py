@@ -2,16 +2,21 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.alarms import Alarms, LengthCap, Raised
 from cluster.contracts.config import Config
+from cluster.contracts.errors import RunStopped, TrainingError
+from cluster.contracts.interfaces import SamplingSettings
 from cluster.evaluation import Evaluation, Evaluator, write_samples
 from cluster.flow import Flow
-from cluster.metric_sinks import MetricsFile, Record, TerminalView
+from cluster.interruption import StopRequest
+from cluster.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.model_files import load_tokenizer
-from cluster.pipeline import Inputs, Pipeline
+from cluster.pipeline import Inputs, Pipeline, train_sampling
 from cluster.run_directory import RunDirectory
 from learner.checkpoint import prune, step_folder
 
@@ -56,6 +61,7 @@ class TrainingRun:
     view: TerminalView
     first_step: int
     history: History
+    stop: StopRequest = field(default_factory=StopRequest)
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -63,8 +69,15 @@ class TrainingRun:
         student = self.config.student
         tokenizer = load_tokenizer(student.model, student.trust_remote_code)
         self._evaluator = Evaluator(self.config, self.inputs, tokenizer)
-        self._metrics = MetricsFile(self.directory.metrics)
-        self._metrics.drop_from(self.first_step + 1)
+        self._metrics = RecordsFile(self.directory.metrics)
+        self._alarms_file = RecordsFile(self.directory.alarms)
+        for file in (self._metrics, self._alarms_file):
+            file.drop_from(self.first_step + 1)
+        self._alarms = Alarms(self.config.alarms)
+        rollout = self.config.rollout
+        self._cap = LengthCap(rollout.max_completion_tokens, rollout.max_staleness)
+        for record in self._metrics.read():  # of a resumed run
+            self._shorten(self._alarms.look(record))
 
     def begin(self, flow: Flow) -> None:
         """Measure the untrained student, unless the run is resumed; `flow` serves this and all later evaluations."""
@@ -74,8 +87,17 @@ class TrainingRun:
             self.view.say(f"held-out before training: {describe_evaluation(found)}")
         self.started = time.perf_counter()
 
+    def sampling(self, step: int) -> SamplingSettings:
+        """Return how the completions of a step, from 0, are drawn."""
+        return replace(train_sampling(self.config), max_completion_tokens=self._cap.at(step))
+
     def finish_step(self, step: int, record: Record) -> None:
-        """Record the step; evaluate and write a checkpoint where they are due."""
+        """Record the step; evaluate and write a checkpoint where they are due.
+
+        Raises:
+            TrainingError: an alarm went off that is to stop the run; a checkpoint of the step is written.
+            RunStopped: somebody asked for it; a checkpoint of the step is written.
+        """
         record = dict(record)
         is_last = step == self.config.run.steps
         if not self.inputs.held_out_ids:
@@ -84,8 +106,17 @@ class TrainingRun:
             record |= {f"held_out/{name}": value for name, value in self._evaluate(step).metrics.items()}
         self._metrics.write(record)
         self.view.show(record)
-        if is_last or _is_due(step, self.config.checkpoint.every_steps):
+        raised = self._alarms.look(record)
+        stopping = [alarm for alarm in raised if alarm.config.action == "stop"]
+        asked = self.stop.is_asked and not is_last
+        if is_last or stopping or asked or _is_due(step, self.config.checkpoint.every_steps):
             self.write_checkpoint(step)
+        self._report(raised)
+        self._shorten(raised)
+        if stopping:
+            raise TrainingError(f"{stopping[0]}; the run stopped as alarms.{stopping[0].name}.action asks")
+        if asked:
+            raise RunStopped(f"stopped after step {step}; go on with preceptor train --resume {self.directory.path}")
 
     def write_checkpoint(self, step: int) -> Path:
         """Write the whole training state; it is complete or absent."""
@@ -104,6 +135,25 @@ class TrainingRun:
         self.view.say(f"figures: {self.directory.metrics}")
         for line in summary(self.config, self.history, seconds, steps=self.config.run.steps - self.first_step):
             self.view.say(line)
+
+    def _report(self, raised: Sequence[Raised]) -> None:
+        for alarm in raised:
+            self.view.say(str(alarm))
+            self._alarms_file.write(
+                {
+                    "step": alarm.step,
+                    "alarm": alarm.name,
+                    "figure": alarm.config.figure,
+                    "value": alarm.value,
+                    "limit": alarm.limit,
+                    "action": alarm.config.action,
+                }
+            )
+
+    def _shorten(self, raised: Sequence[Raised]) -> None:
+        for alarm in raised:
+            if alarm.config.action == "shorten":
+                self._cap.lower(after_step=alarm.step)
 
     def _evaluate(self, step: int) -> Evaluation:
         found = self._evaluator.evaluate_run(self._flow)

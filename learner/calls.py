@@ -10,7 +10,7 @@ from cluster.contracts.metrics import Metric
 
 
 class Calls:
-    """Keeps the answers of calls that every rank gets in the same order, and notices a failure at the next look."""
+    """Keeps the answers of calls that every rank gets in the same order."""
 
     def __init__(self, names: Sequence[str], timeout_seconds: float, waiting_for: str) -> None:
         """Say who is called, how long the last answer may take, and what an error says was waited for."""
@@ -24,19 +24,23 @@ class Calls:
         """Take the references of one call to each rank, in their order."""
         self._pending += zip(self._names, references, strict=True)
 
-    def unanswered(self) -> list[Any]:
-        """Return the references that are not ready yet.
+    @property
+    def pending(self) -> list[Any]:
+        """Return the references whose answers were not taken yet."""
+        return [reference for _, reference in self._pending]
+
+    def collect(self) -> bool:
+        """Take the answers that are there, and say whether none is missing.
 
         Raises:
             ActorError: a rank died.
             PreceptorError: what a rank raised.
         """
         if self._pending:
-            references = [reference for _, reference in self._pending]
-            ready = set(ray.wait(references, num_returns=len(references), timeout=0)[0])
+            ready = set(ray.wait(self.pending, num_returns=len(self._pending), timeout=0)[0])
             self._take([call for call in self._pending if call[1] in ready])
             self._pending = [call for call in self._pending if call[1] not in ready]
-        return [reference for _, reference in self._pending]
+        return not self._pending
 
     def answers(self) -> list[dict[str, Metric]]:
         """Return all answers, waiting for those that are missing.

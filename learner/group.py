@@ -17,8 +17,9 @@ from cluster.contracts.config import Config
 from cluster.contracts.interfaces import BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.objective import ObjectiveConfig
-from cluster.contracts.trajectory import Floats, from_wire
+from cluster.contracts.trajectory import Floats
 from cluster.contracts.weights import WeightSyncReport
+from cluster.contracts.wire import from_wire
 from learner import checkpoint
 from learner.arrivals import Arrivals, Share
 from learner.calls import Calls
@@ -196,12 +197,13 @@ class LearnerGroup:
                 )
 
         while True:
-            for handle in batches.take(wake_on=calls.unanswered()):
+            for handle in batches.take(wake_on=calls.pending):
                 planner.add({index: arrivals.num_tokens(index) for index in arrivals.add(handle)})
             if batches.is_exhausted:
                 break
             # While the ranks compute, what is not enough for a round waits for more.
-            send(planner.full_rounds() if calls.unanswered() else planner.full_rounds() or planner.all_rounds())
+            are_idle = calls.collect()
+            send(planner.full_rounds() or planner.all_rounds() if are_idle else planner.full_rounds())
         planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
         *others, last = planner.all_rounds() or [((),) * config.learner.num_workers]
         send(others)

@@ -3,22 +3,23 @@
 Importing this loads neither vLLM nor torch: the driver needs none, and an actor sets their environment first.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
 from cluster import actors
 from cluster.actors import PoolTimeouts
-from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
+from cluster.batch_store import STORE_ENVIRONMENT, add_environment
 from cluster.contracts.config import TeacherConfig
-from cluster.contracts.errors import ActorError, ScoreError
+from cluster.contracts.errors import ActorDiedError, ActorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
-from cluster.contracts.trajectory import from_wire
-from cluster.vllm_runtime import prepare_environment
+from teacher_workers.actor import TeacherActor
+
+_log = logging.getLogger("preceptor")
 
 Chain = Sequence[tuple[str, ScoreRequest]]  # who scores a batch, in order, and what is asked of each: pool, request
 Ticket = Any  # ray.ObjectRef of an answer, to wait for and to collect it by
@@ -28,6 +29,7 @@ Ticket = Any  # ray.ObjectRef of an answer, to wait for and to collect it by
 class _Assignment:
     replica: int
     handle: BatchHandle  # as it was sent
+    request: ScoreRequest
     wire: Any  # reference to the scored batch's bytes
 
     @property
@@ -41,43 +43,11 @@ class _Leg:
     rest: Chain  # scores after it
 
 
-class TeacherActor:
-    """Runs one TeacherWorker in an actor and keeps trajectory bytes in the object store."""
-
-    def __init__(self, name: str, teacher: TeacherConfig, max_model_len: int) -> None:
-        self._name = name
-        self._teacher = teacher
-        self._max_model_len = max_model_len
-
-    async def start(self) -> None:
-        """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
-        teacher = self._teacher
-        prepare_environment(teacher.engine)
-        import torch
-
-        from cluster.lm_head import load_lm_head
-        from teacher_workers.vllm_engine import VllmScoringEngine
-        from teacher_workers.worker import TeacherWorker
-
-        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype)
-        engine = VllmScoringEngine(teacher, self._max_model_len)
-        # After the engine has taken its share of the GPU's memory: head and logits live in what gpu_memory_fraction
-        # leaves free.
-        head = head.to("cuda" if torch.cuda.is_available() else "cpu")
-        self._worker = TeacherWorker(self._name, engine, head)
-
-    async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
-        """Score one batch; Ray has fetched its bytes to this node before the call."""
-        return pack(*await self._worker.score(from_wire(wire), request))
-
-    async def shutdown(self) -> None:
-        """End the engine's processes."""
-        if hasattr(self, "_worker"):
-            await self._worker.shutdown()
-
-
 class TeacherPool:
-    """The replicas of one teacher; each batch goes to the one with the fewest tokens still to score."""
+    """The replicas of one teacher; each batch goes to the one with the fewest tokens still to score.
+
+    A replica that dies is started again, and its batches go to the others meanwhile.
+    """
 
     def __init__(
         self,
@@ -88,6 +58,7 @@ class TeacherPool:
         timeouts: PoolTimeouts,
         actor: type = TeacherActor,
         create: Callable[..., list[ActorHandle]] = actors.create_actors,
+        max_restarts: int = 0,
     ) -> None:
         """Begin to start the actors, called teacher-NAME-0, teacher-NAME-1, ...
 
@@ -99,6 +70,7 @@ class TeacherPool:
             timeouts: how long to wait for them.
             actor: another class with TeacherActor's methods, to run the pool without its engines.
             create: makes the actors, as `create_actors` does.
+            max_restarts: how many replicas may die before the pool gives up.
         """
         self.name = name
         self._names = [f"teacher-{name}-{index}" for index in range(len(options))]
@@ -106,7 +78,12 @@ class TeacherPool:
         arguments = [(actor_name, teacher, max_model_len) for actor_name in self._names]
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
         self._actors = create(actor, self._names, arguments, options)
-        self._starting = [actor.start.remote() for actor in self._actors]
+        self._create_again: Callable[[int], ActorHandle] = lambda replica: create(
+            actor, [self._names[replica]], [arguments[replica]], [options[replica]]
+        )[0]
+        self._restarts_left = max_restarts
+        # Replicas that do not serve yet, or not any more until they have started again.
+        self._starting = {replica: actor.start.remote() for replica, actor in enumerate(self._actors)}
         self._outstanding: dict[Ticket, _Assignment] = {}
         self._loads = [0] * len(self._actors)  # tokens still to score, of each replica
 
@@ -117,13 +94,20 @@ class TeacherPool:
             ModelError: vLLM cannot serve the teacher, or its LM head cannot be read.
             ActorError: an actor died or took too long; says which.
         """
-        actors.get_all(self._starting, self._timeouts.start_seconds, f"teacher {self.name} to start", self._names)
+        waiting_for = f"teacher {self.name} to start"
+        actors.get_all(list(self._starting.values()), self._timeouts.start_seconds, waiting_for, self._names)
+        self._starting = {}
 
     def submit(self, handle: BatchHandle, request: ScoreRequest) -> Ticket:
-        """Send a batch to the least loaded replica; returns at once."""
-        replica = least_loaded(self._loads)
+        """Send a batch to the least loaded replica; returns at once unless none serves.
+
+        Raises:
+            ActorError: no replica serves, and those that start again died or took too long.
+        """
+        serving = self._serving()
+        replica = serving[least_loaded([self._loads[index] for index in serving])]
         wire, ticket = self._score(replica, handle, request)
-        self._outstanding[ticket] = _Assignment(replica, handle, wire)
+        self._outstanding[ticket] = _Assignment(replica, handle, request, wire)
         self._loads[replica] += self._outstanding[ticket].num_tokens
         return ticket
 
@@ -132,14 +116,34 @@ class TeacherPool:
 
         Raises:
             ScoreError: the replica's scores cannot be training data; names teacher and replica.
-            ActorError: the replica died or took too long.
+            ActorDiedError: the replica died; `reassign` sends the batch elsewhere.
+            ActorError: the replica took too long.
         """
-        assignment = self._outstanding.pop(ticket)
-        self._loads[assignment.replica] -= assignment.num_tokens
+        assignment = self._outstanding[ticket]
         waiting_for = f"scores from {self._names[assignment.replica]}"
         scored: BatchHandle = actors.get(ticket, self._timeouts.call_seconds, waiting_for)
+        self._forget(ticket)
         metrics = {**assignment.handle.metrics, **scored.metrics}
         return replace(scored, reference=assignment.wire, rollout=assignment.handle.rollout, metrics=metrics)
+
+    def reassign(self, ticket: Ticket, error: ActorDiedError) -> dict[Ticket, Ticket]:
+        """Start the replica that owes this answer again, and send all its batches elsewhere.
+
+        Args:
+            ticket: of a batch whose replica died.
+            error: how it did.
+
+        Returns:
+            The tickets of the batches that it had, and which take their places.
+
+        Raises:
+            ActorError: as many replicas died as may, or none is left that serves.
+        """
+        replica = self._outstanding[ticket].replica
+        self._start_again(replica, error)
+        orphans = [owed for owed, assignment in self._outstanding.items() if assignment.replica == replica]
+        moved = {owed: self._forget(owed) for owed in orphans}
+        return {owed: self.submit(assignment.handle, assignment.request) for owed, assignment in moved.items()}
 
     def score_everywhere(self, handles: Sequence[BatchHandle], request: ScoreRequest) -> list[list[BatchHandle]]:
         """Score the same batches on every replica, to compare them; one list per replica, in the batches' order."""
@@ -160,6 +164,42 @@ class TeacherPool:
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""
         actors.shutdown(self._actors)
+
+    def _serving(self) -> list[int]:
+        """Return the replicas that serve, at least one; those that have started again are among them from now on."""
+        patience = 0.0
+        while True:
+            starting = list(self._starting.values())
+            ready = ray.wait(starting, num_returns=1, timeout=patience)[0] if starting else []
+            if patience and not ready:
+                raise ActorError(f"waited {patience:.0f} s for a replica of teacher {self.name} to start again")
+            for replica in [replica for replica, reference in self._starting.items() if reference in ready]:
+                self._welcome(replica)
+            serving = [replica for replica in range(len(self._actors)) if replica not in self._starting]
+            if serving:
+                return serving
+            patience = self._timeouts.start_seconds
+
+    def _welcome(self, replica: int) -> None:
+        """Let a replica serve that has started again, or start it once more."""
+        try:
+            actors.get(self._starting[replica], 0, f"{self._names[replica]} to start again")
+            del self._starting[replica]
+        except ActorDiedError as error:
+            self._start_again(replica, error)
+
+    def _start_again(self, replica: int, error: ActorDiedError) -> None:
+        if not self._restarts_left:
+            raise ActorError(f"{error}; no restarts are left for teacher {self.name} (ray.max_restarts)") from error
+        self._restarts_left -= 1
+        _log.warning("%s; it is started again, and its batches go to the other replicas", error)
+        self._actors[replica] = self._create_again(replica)
+        self._starting[replica] = self._actors[replica].start.remote()
+
+    def _forget(self, ticket: Ticket) -> _Assignment:
+        assignment = self._outstanding.pop(ticket)
+        self._loads[assignment.replica] -= assignment.num_tokens
+        return assignment
 
     def _score(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Ticket]:
         """Return references to the scored bytes and to their handle."""
@@ -235,10 +275,16 @@ class TeacherPools:
         """
         finished = []
         for ticket in ready:
-            leg = self._legs.pop(ticket, None)
+            leg = self._legs.get(ticket)
             if leg is None:
                 continue
-            handle = leg.pool.collect(ticket)
+            try:
+                handle = leg.pool.collect(ticket)
+            except ActorDiedError as error:
+                for old, new in leg.pool.reassign(ticket, error).items():
+                    self._legs[new] = self._legs.pop(old)
+                continue
+            del self._legs[ticket]
             if leg.rest:
                 self.submit(handle, leg.rest)
             else:

@@ -5,8 +5,9 @@
 
 from typing import Annotated, Literal
 
-from msgspec import Meta
+from msgspec import Meta, field
 
+from cluster.contracts.alarms import AlarmConfig
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.objective import BASE, INITIAL_STUDENT, TEACHER, ObjectiveConfig
 from cluster.contracts.section import Count, CountOrZero, Fraction, NonNegative, Positive, Section
@@ -142,6 +143,7 @@ class RayConfig(Section):
     dashboard: bool = True
     start_timeout_seconds: Positive = 600.0
     call_timeout_seconds: Positive = 1800.0
+    max_restarts: CountOrZero = 3  # of the actors of each teacher's pool, in all
 
 
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -157,6 +159,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    alarms: dict[str, AlarmConfig] = field(default_factory=dict)  # the reader adds the default ones
     ray: RayConfig = RayConfig()
 
     def __post_init__(self) -> None:

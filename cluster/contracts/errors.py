@@ -29,6 +29,10 @@ class ActorError(PreceptorError, RuntimeError):
     """An actor died, or did not answer in time."""
 
 
+class ActorDiedError(ActorError):
+    """An actor's process is gone."""
+
+
 class RolloutError(PreceptorError, RuntimeError):
     """A rollout worker could not produce the trajectories that it was asked for."""
 
@@ -47,6 +51,14 @@ class PlacementError(PreceptorError, RuntimeError):
 
 class CheckpointError(PreceptorError, RuntimeError):
     """A checkpoint cannot be written, found or restored."""
+
+
+class TrainingError(PreceptorError, RuntimeError):
+    """Training goes wrong, and an alarm that is to stop it went off."""
+
+
+class RunStopped(PreceptorError):
+    """The run ended in order before its last step, because somebody asked for it."""
 
 
 class SelfCheckError(PreceptorError, RuntimeError):

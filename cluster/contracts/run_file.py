@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.contracts.alarms import with_default_alarms
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.objective import INITIAL_STUDENT, ObjectiveConfig
@@ -67,6 +68,7 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
         _apply_override(tree, override)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
+    tree["alarms"] = with_default_alarms(tree.get("alarms", {}))
     try:
         return msgspec.convert(_with_initial_student(tree), Config)
     except msgspec.ValidationError as error:

@@ -5,7 +5,8 @@ import ray
 
 from cluster.actors import create_actors, shutdown
 from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
-from cluster.contracts.trajectory import from_wire, make_generated
+from cluster.contracts.trajectory import make_generated
+from cluster.contracts.wire import from_wire
 from tests.builders import make_trajectory
 from tests.cluster.batch_maker import BatchMaker
 

@@ -7,16 +7,16 @@ import pytest
 from rich.console import Console
 from rich.live import Live
 
-from cluster.metric_sinks import LiveView, MetricsFile, PlainView
+from cluster.metric_sinks import LiveView, PlainView, RecordsFile
 
 
 def test_each_step_is_one_json_object_and_nan_is_null(tmp_path: Path) -> None:
-    MetricsFile(tmp_path / "m.jsonl").write({"step": 3, "train/kl": math.nan})
+    RecordsFile(tmp_path / "m.jsonl").write({"step": 3, "train/kl": math.nan})
     assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 3, "train/kl": None}
 
 
 def test_a_resumed_run_forgets_the_steps_that_it_does_again(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path / "m.jsonl")
+    file = RecordsFile(tmp_path / "m.jsonl")
     for step in range(5):
         file.write({"step": step})
     file.drop_from(3)

@@ -1,5 +1,19 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster.contracts.config import Config
+from cluster.contracts.errors import RunStopped, TrainingError
+from cluster.demo import embedded_config
 from cluster.evaluation import Evaluation
-from cluster.training_run import History, summary
+from cluster.metric_sinks import PlainView
+from cluster.pipeline import load_inputs
+from cluster.run_directory import RunDirectory
+from cluster.training_run import History, TrainingRun, summary
 from tests.builders import make_config
 
 
@@ -30,3 +44,74 @@ def test_without_answers_a_sample_and_the_kl_before_and_after_are_shown() -> Non
     assert lines[:2] == ['prompt: "p"', 'before: "a\\nb"']
     assert lines[2] == f'after:  "{"c" * 240}..."'
     assert lines[-1] == "KL to the teacher per token: 2.0000 -> 1.0000"
+
+
+class ScriptedLearner:
+    """Notes the checkpoints that it is asked for."""
+
+    def __init__(self) -> None:
+        self.checkpoints: list[str] = []
+
+    def save_checkpoint(self, folder: Path, state: Any) -> None:
+        folder.mkdir(parents=True)
+        self.checkpoints.append(folder.name)
+
+
+def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tuple[TrainingRun, ScriptedLearner]:
+    """Return a run of the embedded pair without pools and held-out prompts."""
+    learner = ScriptedLearner()
+    pipeline: Any = SimpleNamespace(learner=learner)
+    inputs = replace(load_inputs(config), held_out_ids=())
+    return TrainingRun(config, inputs, pipeline, directory, PlainView(), first_step, History()), learner
+
+
+def config_in(folder: Path, *overrides: str) -> Config:
+    settings = ("rollout.max_completion_tokens=40", "rollout.max_staleness=1", "alarms.truncation.steps=2")
+    return embedded_config([f"run.directory={folder}", *settings, *overrides])
+
+
+def finish(run: TrainingRun, steps: range, truncated_ratio: float) -> None:
+    for step in steps:
+        run.finish_step(step, {"step": step, "train/kl": 0.5, "rollout/truncated_ratio": truncated_ratio})
+
+
+def test_an_alarm_that_is_to_stop_the_run_leaves_a_checkpoint_and_says_why(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "alarms.truncation.action=stop")
+    directory = RunDirectory.create(config)
+    run, learner = make_run(directory, config)
+    finish(run, range(1, 2), truncated_ratio=0.9)
+    with pytest.raises(TrainingError, match=r"alarm truncation at step 2: .* is 0.9, above 0.5, .*action asks"):
+        finish(run, range(2, 3), truncated_ratio=0.9)
+    assert learner.checkpoints == ["step-2"]
+    [noted] = [json.loads(line) for line in directory.alarms.read_text().splitlines()]
+    assert (noted["alarm"], noted["step"], noted["action"]) == ("truncation", 2, "stop")
+
+
+def test_an_alarm_that_shortens_lowers_the_cap_of_the_steps_that_are_not_under_way(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "alarms.truncation.action=shorten")
+    run, _ = make_run(RunDirectory.create(config), config)
+    finish(run, range(1, 3), truncated_ratio=0.9)
+    assert [run.sampling(step).max_completion_tokens for step in (2, 3, 4)] == [40, 30, 30]
+
+
+def test_a_resumed_run_has_the_cap_of_the_steps_that_it_keeps(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "alarms.truncation.action=shorten")
+    directory = RunDirectory.create(config)
+    run, _ = make_run(directory, config)
+    finish(run, range(1, 3), truncated_ratio=0.9)
+    finish(run, range(3, 4), truncated_ratio=0.1)
+    finish(run, range(4, 6), truncated_ratio=0.9)  # a second alarm, at a step that is done again
+    resumed, _ = make_run(directory, config, first_step=3)
+    assert [resumed.sampling(step).max_completion_tokens for step in (3, 6, 9)] == [30, 30, 30]
+    assert [json.loads(line)["step"] for line in directory.alarms.read_text().splitlines()] == [2]
+    assert run.sampling(6).max_completion_tokens == 22
+
+
+def test_a_run_that_is_asked_to_stop_finishes_its_step_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    run, learner = make_run(RunDirectory.create(config), config)
+    finish(run, range(1, 2), truncated_ratio=0.0)
+    run.stop.ask()
+    with pytest.raises(RunStopped, match=f"stopped after step 2; go on with preceptor train --resume {tmp_path}"):
+        finish(run, range(2, 3), truncated_ratio=0.0)
+    assert learner.checkpoints == ["step-2"]

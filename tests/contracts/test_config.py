@@ -22,14 +22,19 @@ FIELDS = {
     "weight_sync": "backend mode bucket_bytes",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
     "checkpoint": "every_steps keep_last export",
-    "ray": "address dashboard start_timeout_seconds call_timeout_seconds",
+    "alarms": "figure above below relative_to steps action",
+    "ray": "address dashboard start_timeout_seconds call_timeout_seconds max_restarts",
 }
 
 
 def test_the_knobs_are_these_and_no_others() -> None:
     found = {}
     for field in msgspec.structs.fields(Config):
-        section = field.type.__args__[0].__args__[1] if field.name == "teachers" else field.type
+        section = field.type
+        if field.name == "teachers":
+            section = section.__args__[0].__args__[1]
+        elif field.name == "alarms":
+            section = section.__args__[1]
         found[field.name] = " ".join(section.__struct_fields__)
     assert found == FIELDS
 

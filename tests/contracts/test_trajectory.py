@@ -7,15 +7,14 @@ from cluster.contracts.errors import ScoreError, TrajectoryError
 from cluster.contracts.trajectory import (
     Scores,
     add_scores,
-    from_wire,
     generated_schema,
     make_generated,
     models_of,
     num_candidates_of,
     ragged,
     stage_of,
-    to_wire,
 )
+from cluster.contracts.wire import from_wire, to_wire
 from tests.builders import make_scores, make_trajectory
 
 

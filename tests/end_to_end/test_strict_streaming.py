@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from cluster.contracts.config import Config
 from cluster.contracts.interfaces import AtHand, BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric
-from cluster.contracts.trajectory import from_wire, ragged
+from cluster.contracts.trajectory import ragged
+from cluster.contracts.wire import from_wire
 from cluster.demo import embedded_config
 from cluster.driver import train
 from cluster.metric_sinks import terminal_view

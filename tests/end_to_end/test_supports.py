@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cluster.contracts.config import Config
 from cluster.contracts.interfaces import AtHand, BatchHandle
 from cluster.contracts.metrics import report
-from cluster.contracts.trajectory import from_wire, ragged
+from cluster.contracts.trajectory import ragged
+from cluster.contracts.wire import from_wire
 from cluster.demo import EMBEDDED, embedded_config
 from cluster.pipeline import Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
 from cluster.placement import cluster_nodes, plan_placement

@@ -24,8 +24,8 @@ from cluster.contracts.trajectory import (
     generated_schema,
     make_generated,
     ragged,
-    to_wire,
 )
+from cluster.contracts.wire import to_wire
 from cluster.lm_head import LmHead
 from learner.engine import TrainEngine
 from learner.micro_batch import MicroBatch

@@ -17,7 +17,8 @@ from cluster.batch_store import pack
 from cluster.contracts.config import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
-from cluster.contracts.trajectory import from_wire, make_generated, models_of, ragged
+from cluster.contracts.trajectory import make_generated, models_of, ragged
+from cluster.contracts.wire import from_wire
 from cluster.lm_head import load_lm_head
 from teacher_workers.pool import TeacherPool, TeacherPools
 from tests.builders import make_trajectory

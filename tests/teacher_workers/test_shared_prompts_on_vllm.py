@@ -13,7 +13,8 @@ from cluster.batch_store import pack
 from cluster.contracts.config import EngineConfig, TeacherConfig
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import report
-from cluster.contracts.trajectory import Ints, from_wire, make_generated, ragged
+from cluster.contracts.trajectory import Ints, make_generated, ragged
+from cluster.contracts.wire import from_wire
 from teacher_workers.pool import TeacherPool, TeacherPools
 from tests.builders import make_trajectory
 from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3

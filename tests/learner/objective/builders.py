@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from cluster.contracts.objective import ObjectiveConfig
-from cluster.contracts.presets import expand_preset
+from cluster.contracts.presets import PRESETS, expand_preset
 from learner.objective.objective import Objective
 from learner.objective.softmax import student_facts
 from learner.objective.tokens import CompletionTokens, StudentFacts, TokenResults
+
+VOCABULARY = 40
+LENGTHS = [7, 1, 4]
+TOKENS = sum(LENGTHS)
+MODELS = ("teacher", "base", "initial_student")
 
 
 def make_objective(preset: str | None = None, **fields: Any) -> Objective:
@@ -88,3 +93,43 @@ def written(logprobs: Tensor, target_ids: Tensor) -> Tensor:
 def entropy(logprobs: Tensor) -> Tensor:
     """Return the entropy of each row."""
     return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def small(preset: str) -> Objective:
+    """Return the preset with a support that is smaller than the vocabulary of these tests."""
+    return make_objective(preset, **({} if PRESETS[preset]["support"] in ("sampled", "full") else {"support_size": 6}))
+
+
+def tokens_of(
+    objective: Objective, models: dict[str, Tensor], rollout: Tensor | None = None, **columns: Tensor
+) -> CompletionTokens:
+    """Draw written tokens and candidates as the objective's support has them."""
+    rollout = models["teacher"] if rollout is None else rollout
+    n, generator = len(rollout), torch.Generator().manual_seed(0)
+    num_candidates = objective.config.num_candidates
+    candidate_ids = torch.zeros(n, 0, dtype=torch.long)
+    if objective.config.support == "samples":
+        candidate_ids = torch.multinomial(rollout.exp(), num_candidates, replacement=True, generator=generator)
+    elif num_candidates:
+        chooser = rollout if objective.config.candidates_from == "student" else models["teacher"]
+        candidate_ids = chooser.topk(num_candidates).indices
+    target_ids = torch.multinomial(rollout.exp(), 1, generator=generator)[:, 0] if n else torch.zeros(0).long()
+    student_chose = objective.config.candidates_from == "student"
+    lengths = LENGTHS if n == TOKENS else [n] if n else []
+    return make_tokens(target_ids, models, rollout, candidate_ids, student_chose, lengths, **columns)
+
+
+def random_case(preset: str, dtype: torch.dtype = torch.float64) -> tuple[Objective, Tensor, CompletionTokens, Any]:
+    """Return an objective, a student, tokens that an older student wrote, and the models' logits."""
+    objective = small(preset)
+    models = {name: random_logprobs(TOKENS, VOCABULARY, seed=seed, dtype=dtype) for seed, name in enumerate(MODELS)}
+    logits = models["teacher"] + random_logprobs(TOKENS, VOCABULARY, seed=5, scale=0.5, dtype=dtype)
+    rollout = logits.log_softmax(-1) + random_logprobs(TOKENS, VOCABULARY, seed=6, scale=0.1, dtype=dtype)
+    tokens = tokens_of(
+        objective,
+        models,
+        rollout.log_softmax(-1),
+        task_advantage=torch.linspace(-1, 1, TOKENS, dtype=dtype),
+        uniform=torch.linspace(0, 0.99, TOKENS, dtype=dtype),
+    )
+    return objective, logits, tokens, models

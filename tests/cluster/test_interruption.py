@@ -1,0 +1,42 @@
+"""What signals do to a run; sent to this very process."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from cluster.interruption import SIGNALS, stop_on_signals
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_asks_and_says_so_and_the_second_interrupts(number: signal.Signals) -> None:
+    said: list[str] = []
+    with stop_on_signals(said.append) as stop:
+        assert not stop.is_asked
+        os.kill(os.getpid(), number)
+        assert stop.is_asked
+        assert len(said) == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+def test_signals_do_afterwards_what_they_did_before() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(RuntimeError), stop_on_signals(print):
+        raise RuntimeError
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_another_thread_than_the_main_one_changes_no_handlers() -> None:
+    found = []
+
+    def run() -> None:
+        before = signal.getsignal(signal.SIGINT)
+        with stop_on_signals(print) as stop:
+            found.append((signal.getsignal(signal.SIGINT) is before, stop.is_asked))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(True, False)]

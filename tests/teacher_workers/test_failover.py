@@ -1,0 +1,93 @@
+"""A teacher's replicas die and come back; on actors without engines."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from cluster.actors import PoolTimeouts
+from cluster.batch_store import pack
+from cluster.contracts.config import TeacherConfig
+from cluster.contracts.errors import ActorError
+from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.trajectory import make_generated
+from teacher_workers.pool import TeacherPool, TeacherPools
+from tests.builders import make_trajectory
+from tests.teacher_workers.mortal_teacher import MortalTeacher
+
+NUM_BATCHES = 12
+TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
+
+
+def start(folder: Path, num_replicas: int, max_restarts: int) -> TeacherPools:
+    pool = TeacherPool(
+        "main",
+        TeacherConfig(str(folder)),
+        512,
+        [{"num_cpus": 0}] * num_replicas,
+        TIMEOUTS,
+        actor=MortalTeacher,
+        max_restarts=max_restarts,
+    )
+    pool.wait_until_ready()
+    return TeacherPools({"main": pool}, call_seconds=60)
+
+
+@pytest.fixture
+def teachers(tmp_path: Path, ray_cluster: None) -> Iterator[TeacherPools]:
+    pools = start(tmp_path, num_replicas=2, max_restarts=2)
+    yield pools
+    pools.shutdown()
+
+
+def handles() -> list[BatchHandle]:
+    found = []
+    for trajectory_id in range(NUM_BATCHES):
+        wire, handle = pack(make_generated([make_trajectory(trajectory_id=trajectory_id, teacher="main")]), {})
+        found.append(replace(handle, reference=ray.put(wire)))
+    return found
+
+
+def score(teachers: TeacherPools) -> list[int]:
+    """Return the ids of all scored trajectories."""
+    scored = teachers.score(handles(), lambda route: [(route, ScoreRequest("teacher"))])
+    return [key for handle in scored for key in handle.trajectory_ids]
+
+
+def test_every_batch_is_scored_once_though_a_replica_dies(teachers: TeacherPools, tmp_path: Path) -> None:
+    (tmp_path / "teacher-main-0").touch()
+    assert sorted(score(teachers)) == list(range(NUM_BATCHES))
+    assert not (tmp_path / "teacher-main-0").exists()  # it did die
+
+
+def test_every_batch_is_scored_once_though_all_replicas_die(teachers: TeacherPools, tmp_path: Path) -> None:
+    for replica in (0, 1):
+        (tmp_path / f"teacher-main-{replica}").touch()
+    assert sorted(score(teachers)) == list(range(NUM_BATCHES))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replica_that_came_back_serves_again(teachers: TeacherPools, tmp_path: Path) -> None:
+    (tmp_path / "teacher-main-0").touch()
+    score(teachers)
+    (tmp_path / "teacher-main-1").touch()
+    assert sorted(score(teachers)) == list(range(NUM_BATCHES))
+
+
+def test_without_restarts_left_the_death_is_one_sentence(tmp_path: Path, ray_cluster: None) -> None:
+    teachers = start(tmp_path, num_replicas=2, max_restarts=0)
+    (tmp_path / "teacher-main-0").touch()
+    with pytest.raises(ActorError, match=r"scores from teacher-main-0: .*no restarts are left for teacher main"):
+        score(teachers)
+    teachers.shutdown()
+
+
+def test_a_replica_that_never_comes_back_uses_the_restarts_up(tmp_path: Path, ray_cluster: None) -> None:
+    teachers = start(tmp_path, num_replicas=1, max_restarts=3)
+    (tmp_path / "teacher-main-0").touch()
+    (tmp_path / "stillborn").touch()
+    with pytest.raises(ActorError, match=r"teacher-main-0 to start again: .*no restarts are left"):
+        score(teachers)
+    teachers.shutdown()
