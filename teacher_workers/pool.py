@@ -6,6 +6,7 @@ Importing this loads neither vLLM nor torch: the driver needs none, and an actor
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import ray
@@ -78,8 +79,10 @@ class TeacherPool:
         arguments = [(actor_name, teacher, max_model_len) for actor_name in self._names]
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
         self._actors = create(actor, self._names, arguments, options)
+        again = count(1)
+        # Ray may hold a dead actor's name for a while yet, so the next one has a number of its own.
         self._create_again: Callable[[int], ActorHandle] = lambda replica: create(
-            actor, [self._names[replica]], [arguments[replica]], [options[replica]]
+            actor, [f"{self._names[replica]}-again-{next(again)}"], [arguments[replica]], [options[replica]]
         )[0]
         self._restarts_left = max_restarts
         # Replicas that do not serve yet, or not any more until they have started again.

@@ -1,6 +1,7 @@
 """A teacher's replicas die and come back; on actors without engines."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ NUM_BATCHES = 12
 TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
 
 
-def start(folder: Path, num_replicas: int, max_restarts: int) -> TeacherPools:
+@contextmanager
+def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[TeacherPools]:
     pool = TeacherPool(
         "main",
         TeacherConfig(str(folder)),
@@ -31,15 +33,17 @@ def start(folder: Path, num_replicas: int, max_restarts: int) -> TeacherPools:
         actor=MortalTeacher,
         max_restarts=max_restarts,
     )
-    pool.wait_until_ready()
-    return TeacherPools({"main": pool}, call_seconds=60)
+    try:
+        pool.wait_until_ready()
+        yield TeacherPools({"main": pool}, call_seconds=60)
+    finally:
+        pool.shutdown()
 
 
 @pytest.fixture
 def teachers(tmp_path: Path, ray_cluster: None) -> Iterator[TeacherPools]:
-    pools = start(tmp_path, num_replicas=2, max_restarts=2)
-    yield pools
-    pools.shutdown()
+    with start(tmp_path, num_replicas=2, max_restarts=2) as pools:
+        yield pools
 
 
 def handles() -> list[BatchHandle]:
@@ -77,17 +81,17 @@ def test_a_replica_that_came_back_serves_again(teachers: TeacherPools, tmp_path:
 
 
 def test_without_restarts_left_the_death_is_one_sentence(tmp_path: Path, ray_cluster: None) -> None:
-    teachers = start(tmp_path, num_replicas=2, max_restarts=0)
     (tmp_path / "teacher-main-0").touch()
-    with pytest.raises(ActorError, match=r"scores from teacher-main-0: .*no restarts are left for teacher main"):
+    with (
+        start(tmp_path, num_replicas=2, max_restarts=0) as teachers,
+        pytest.raises(ActorError, match=r"scores from teacher-main-0: .*no restarts are left for teacher main"),
+    ):
         score(teachers)
-    teachers.shutdown()
 
 
 def test_a_replica_that_never_comes_back_uses_the_restarts_up(tmp_path: Path, ray_cluster: None) -> None:
-    teachers = start(tmp_path, num_replicas=1, max_restarts=3)
-    (tmp_path / "teacher-main-0").touch()
-    (tmp_path / "stillborn").touch()
-    with pytest.raises(ActorError, match=r"teacher-main-0 to start again: .*no restarts are left"):
-        score(teachers)
-    teachers.shutdown()
+    with start(tmp_path, num_replicas=1, max_restarts=3) as teachers:
+        (tmp_path / "teacher-main-0").touch()
+        (tmp_path / "stillborn").touch()
+        with pytest.raises(ActorError, match=r"teacher-main-0 to start again: .*no restarts are left"):
+            score(teachers)
