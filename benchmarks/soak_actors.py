@@ -18,7 +18,7 @@ from cluster.contracts.config import TeacherConfig
 from cluster.contracts.interfaces import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.trajectory import Scores, add_scores, ragged
-from rollout_workers.pool import RolloutActor, RolloutActorSettings
+from rollout_workers.actor import RolloutActor, RolloutActorSettings
 from rollout_workers.worker import RolloutWorker
 from teacher_workers.actor import TeacherActor
 
@@ -105,9 +105,9 @@ class WaitingRolloutActor(RolloutActor):
         engine = WaitingRolloutEngine(self._delays, self._index)
         self._worker = RolloutWorker(engine, lambda ids: "", self._settings.rows_per_batch)
 
-    async def next_batch(self, rollout_id: int) -> Any:
+    async def next_batch(self, call: int) -> Any:
         """Return what the real actor would, later."""
-        answer = await super().next_batch(rollout_id)
+        answer = await super().next_batch(call)
         self._num_batches += 1
         await asyncio.sleep(self._delays.seconds("batch", self._index, self._num_batches))
         return answer

@@ -15,9 +15,11 @@ from cluster.contracts.config import Config, EngineConfig, StudentConfig
 from cluster.contracts.run_file import parse_run_config
 from cluster.pipeline import Inputs
 from learner.group import LearnerGroup
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet
-from teacher_workers.pool import TeacherPool, TeacherPools
+from teacher_workers.pool import TeacherPool
+from teacher_workers.pools import TeacherPools
 
 WAIT_SECONDS = 60.0  # the timeout of every wait; twenty times the longest delay
 RUN = f"""

@@ -32,9 +32,11 @@ from cluster.contracts.run_file import parse_run_config
 from cluster.flow import Flow, StepBatches
 from cluster.permits import Permits
 from learner.group import LearnerGroup
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet, sampling_seed
-from teacher_workers.pool import TeacherPool, TeacherPools
+from teacher_workers.pool import TeacherPool
+from teacher_workers.pools import TeacherPools
 
 RUN = '[student]\nmodel = "stub"\n[teachers.main]\nmodel = "stub"\n[prompts]\ntrain = "stub"\n'
 SAMPLING = SamplingSettings(max_completion_tokens=800, temperature=1.0)

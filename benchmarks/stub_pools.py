@@ -99,16 +99,21 @@ class StubRolloutProcess:
         self._workers[worker].set_prompts(PromptSet.from_wire(wire))
 
     async def start_rollout(
-        self, worker: int, rollout: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
+        self,
+        worker: int,
+        call: int,
+        requests: Sequence[RolloutRequest],
+        sampling: SamplingSettings,
+        verifier: str,
+        priority: int,
     ) -> tuple[pa.Buffer, BatchHandle]:
         """Begin a rollout and return its first batch."""
-        generated = self._workers[worker].generate(requests, sampling, verifier, priority=rollout)
-        self._rollouts[worker, rollout] = generated
-        return await self.next_batch(worker, rollout)
+        self._rollouts[worker, call] = self._workers[worker].generate(requests, sampling, verifier, priority)
+        return await self.next_batch(worker, call)
 
-    async def next_batch(self, worker: int, rollout: int) -> tuple[pa.Buffer, BatchHandle]:
+    async def next_batch(self, worker: int, call: int) -> tuple[pa.Buffer, BatchHandle]:
         """Return the rollout's next batch."""
-        written = await anext(self._rollouts[worker, rollout])
+        written = await anext(self._rollouts[worker, call])
         wire, handle = pack(written.rows, written.metrics)
         return wire, replace(handle, is_last=written.is_last)
 

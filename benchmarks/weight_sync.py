@@ -31,7 +31,8 @@ from cluster.contracts.config import EngineConfig, LearnerConfig, StudentConfig,
 from cluster.contracts.weights import TensorSpec, WeightManifest, WeightSyncReport
 from learner.model import Student, load_student
 from learner.weight_sender import ObjectStoreSender
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
 
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.weight_sync"
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,18 +4,20 @@ Ray wraps what an actor raises in its own exception, whose text is a stack trace
 own PreceptorError instead, and an ActorError when an actor died or did not answer in time.
 """
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
-from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
+from cluster.contracts.errors import ActorDiedError, ActorError, LostBytesError, PreceptorError
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
+LOOK_SECONDS = 1.0  # how long a wait lasts before it looks again at what it waits for
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,51 @@ def get(reference: Any, timeout_seconds: float, waiting_for: str) -> Any:
 
     Raises:
         ActorError: its actor died, or the value did not come in time.
+        LostBytesError: the node that held the value, or what the actor was to read, is gone.
         PreceptorError: what the actor raised.
     """
     try:
         return _checked_get(reference, timeout_seconds, waiting_for)
     except GetTimeoutError as error:
         raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}") from error
+
+
+def wait_for_any(
+    look: Callable[[], Sequence[Any]], timeout_seconds: float, waiting_for: Callable[[], str]
+) -> list[Any]:
+    """Return the references that are ready, at least one.
+
+    Args:
+        look: returns what to wait for; asked anew every second, since what it looks at may change meanwhile.
+        timeout_seconds: how long nothing may be ready.
+        waiting_for: says what is late.
+
+    Raises:
+        ActorError: nothing was ready in time.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    patience = 0.0  # first what is there: under load there always is something, and no second look is needed
+    while True:
+        references = list(look())
+        if references:
+            ready = ray.wait(references, num_returns=1 if patience else len(references), timeout=patience)[0]
+            if ready:
+                return list(ready)
+        else:
+            time.sleep(patience)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for()}")
+        patience = min(LOOK_SECONDS, left)
+
+
+def is_dead(sign_of_life: Any) -> bool:
+    """Return whether the actor that was asked for it is gone; the reference must be ready."""
+    try:
+        ray.get(sign_of_life)
+    except RayActorError:
+        return True
+    return False
 
 
 def shutdown(actors: Sequence[ActorHandle], timeout_seconds: float = SHUTDOWN_TIMEOUT_SECONDS) -> None:
@@ -113,9 +154,13 @@ def _checked_get(references: Any, timeout_seconds: float, waiting_for: str) -> A
     except RayTaskError as error:
         if isinstance(error.cause, PreceptorError):
             raise error.cause from error
+        if isinstance(error.cause, ObjectLostError):
+            raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error.cause)}") from error
         raise
     except RayActorError as error:
         raise ActorDiedError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
+    except ObjectLostError as error:
+        raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,10 +1,7 @@
 """What each command of the command line does, from a configuration to the last line that it prints."""
 
-from dataclasses import dataclass
-
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError
-from cluster.driver import train
 from cluster.evaluation import Evaluation, Evaluator, write_samples
 from cluster.interruption import stop_on_signals
 from cluster.live_checks import run_live_checks
@@ -20,17 +17,9 @@ from cluster.pipeline import (
 from cluster.placement import Placement, cluster_nodes, describe, plan_placement
 from cluster.ray_session import RaySession, ray_session
 from cluster.run_directory import RunDirectory
-from cluster.training_run import History, TrainingRun, describe_evaluation
+from cluster.supervisor import Start, Supervisor
+from cluster.training_run import History, describe_evaluation
 from learner.checkpoint import latest_checkpoint, read_state
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where a training run begins."""
-
-    directory: RunDirectory
-    first_step: int
-    history: History
 
 
 def start_training(config: Config) -> History:
@@ -45,7 +34,7 @@ def start_training(config: Config) -> History:
         directory = RunDirectory.create(config)
         _announce(view, session, placement, directory)
         history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
-        return _train(config, inputs, placement, view, _Start(directory, 0, history))
+        return _train(config, inputs, placement, view, directory, Start(0, history))
 
 
 def resume_training(directory: RunDirectory, config: Config) -> History:
@@ -69,8 +58,7 @@ def resume_training(directory: RunDirectory, config: Config) -> History:
         placement = plan_placement(config, cluster_nodes())
         _announce(view, session, placement, directory)
         view.say(f"resuming after step {first_step}")
-        start = _Start(directory, first_step, History(**state["history"]))
-        return _train(config, inputs, placement, view, start)
+        return _train(config, inputs, placement, view, directory, Start(first_step, History(**state["history"])))
 
 
 def evaluate_models(config: Config) -> None:
@@ -106,15 +94,11 @@ def check_run(config: Config) -> bool:
         return all(result.passed for result in results)
 
 
-def _train(config: Config, inputs: Inputs, placement: Placement, view: TerminalView, start: _Start) -> History:
-    with start_pipeline(config, inputs, placement) as pipeline:
-        if start.first_step:
-            checkpoint = latest_checkpoint(start.directory.checkpoints)
-            assert checkpoint is not None, "the caller found one"
-            pipeline.learner.load_checkpoint(checkpoint)
-        with stop_on_signals(view.say) as stop:
-            train(TrainingRun(config, inputs, pipeline, start.directory, view, start.first_step, start.history, stop))
-    return start.history
+def _train(
+    config: Config, inputs: Inputs, placement: Placement, view: TerminalView, directory: RunDirectory, start: Start
+) -> History:
+    with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
+        return Supervisor(config, inputs, pipeline, directory, view).train(start, stop)
 
 
 def _measure_teachers(

@@ -26,6 +26,7 @@ def train(run: TrainingRun) -> None:
     verifier = config.evaluation.verifier
     asked: dict[int, StepBatches] = {}  # of steps that are under way
     learner.publish_weights(rollouts.actors, policy_version=run.first_step)
+    rollouts.bring_weights_with(learner.bring_weights)  # to workers that are started again
     run.begin(flow)
 
     for step in range(run.first_step, config.run.steps):

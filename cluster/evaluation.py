@@ -19,7 +19,7 @@ from cluster.contracts.wire import from_wire
 from cluster.flow import Flow
 from cluster.pipeline import Inputs, held_out_requests, held_out_sampling
 from rollout_workers.pool import RolloutPool
-from teacher_workers.pool import Chain
+from teacher_workers.pools import Chain
 
 SAMPLES_KEPT = 8  # completions per evaluation that are written out for people
 

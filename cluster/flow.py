@@ -4,18 +4,19 @@ Whatever finishes anywhere is passed on at once: completions to their teachers, 
 rollout. In training a rollout is a step, and several can be under way together.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
 from typing import Any
 
-import ray
-
-from cluster.contracts.errors import ActorError
+from cluster.actors import wait_for_any
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from rollout_workers.pool import RolloutPool
-from teacher_workers.pool import Chain, TeacherPools
+from rollout_workers.pool import Order, RolloutPool
+from teacher_workers.pools import Chain, TeacherPools
+
+_log = logging.getLogger("preceptor")
 
 Scorers = Callable[[str], Chain]  # route -> who scores its batches; nobody: they are given out as they were written
 
@@ -24,6 +25,7 @@ Scorers = Callable[[str], Chain]  # route -> who scores its batches; nobody: the
 class Progress:
     """One rollout, from its admission to its last scored batch; times are on the clock of `perf_counter`."""
 
+    order: Order
     scorers: Scorers
     missing: int  # trajectories that are still written or scored
     admitted_at: float
@@ -54,8 +56,9 @@ class Flow:
     ) -> "StepBatches":
         """Hand a step's requests to the rollout workers, and return at once what gives its batches out."""
         now = perf_counter()
-        progress = self._under_way[step] = Progress(scorers, len(requests), now, now, now)
-        self._rollouts.submit(step, requests, sampling, verifier)
+        order = Order(step, tuple(requests), sampling, verifier)
+        progress = self._under_way[step] = Progress(order, scorers, len(requests), now, now, now)
+        self._rollouts.submit(order)
         return StepBatches(progress, self._advance)
 
     def run(
@@ -69,18 +72,21 @@ class Flow:
 
     def _advance(self, wake_on: Sequence[Any]) -> bool:
         """Wait until something finishes, pass on everything that has, and say whether a reference of `wake_on` has."""
-        references = [*self._rollouts.awaited, *self._teachers.outstanding, *wake_on]
-        # First what is there: under load there always is something, and no second look is needed.
-        found = ray.wait(references, num_returns=len(references), timeout=0)[0]
-        found = found or ray.wait(references, num_returns=1, timeout=self._timeout_seconds)[0]
-        if not found:
-            late = ", ".join(names for names in (self._rollouts.late(), self._teachers.late()) if names)
-            raise ActorError(f"waited {self._timeout_seconds:.0f} s for trajectories from {late}")
-        ready = set(found)
-        for reference in ready.intersection(self._rollouts.awaited):
-            self._send_on(self._rollouts.take(reference))
+        ready = wait_for_any(
+            lambda: [*self._rollouts.look_after(), *self._teachers.look_after(), *wake_on],
+            self._timeout_seconds,
+            self._waited_for,
+        )
+        for handle in self._rollouts.collect(ready):
+            self._send_on(handle)
         self._finish(self._teachers.collect(ready))
-        return not ready.isdisjoint(wake_on)
+        for handle in self._teachers.take_lost():
+            self._write_again(handle)
+        return not set(ready).isdisjoint(wake_on)
+
+    def _waited_for(self) -> str:
+        late = ", ".join(names for names in (self._rollouts.late(), self._teachers.late()) if names)
+        return f"trajectories from {late}"
 
     def _send_on(self, handle: BatchHandle) -> None:
         progress = self._under_way[handle.rollout]
@@ -90,6 +96,12 @@ class Flow:
             self._teachers.submit(handle, chain)
         else:
             self._finish([handle])
+
+    def _write_again(self, handle: BatchHandle) -> None:
+        """Ask once more for completions whose bytes are gone with the node that held them."""
+        progress = self._under_way[handle.rollout]
+        _log.warning("%d completions are gone with their node and are asked for again", len(handle.trajectory_ids))
+        self._rollouts.submit(progress.order.only(handle.trajectory_ids))
 
     def _finish(self, handles: Iterable[BatchHandle]) -> None:
         for handle in handles:

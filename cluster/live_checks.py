@@ -31,7 +31,7 @@ from cluster.self_checks import (
     check_sampler_gap,
     check_self_kl,
 )
-from teacher_workers.pool import TeacherPools
+from teacher_workers.pools import TeacherPools
 
 NUM_PROMPTS = 8  # enough for a few hundred tokens; the checks look for gross disagreement
 ITSELF = "student"  # the name of the teacher pool that serves the student's own weights

@@ -1,7 +1,7 @@
 """Everything a run needs, read and started in the right order: inputs first, so that bad ones cost no start-up."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +10,16 @@ from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
 from cluster.model_files import context_length, load_model_config, load_tokenizer
 from cluster.placement import Placement, PoolPlacement
+from cluster.replicas import Supervision
+from cluster.restarts import RestartLimit
 from cluster.self_checks import check_tokenizers
+from cluster.watch import Watch
 from learner.group import LearnerGroup
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
-from teacher_workers.pool import TeacherPool, TeacherPools
+from teacher_workers.pool import TeacherPool
+from teacher_workers.pools import TeacherPools
 
 _TRAIN, _HELD_OUT = 0, 1  # keep the draws of training and evaluation apart
 
@@ -131,11 +136,18 @@ def start_pipeline(
         learner_config: what the learner is told instead, for checks against other teachers.
     """
     with ExitStack() as stack:
-        rollouts = RolloutPool(_rollout_settings(config, inputs), placement.rollout.options(), _timeouts(config))
+        watch = stack.enter_context(closing(Watch(config.ray.silence_seconds)))
+        supervision = Supervision(restart_limit(config), watch)
+        rollouts = RolloutPool(
+            _rollout_settings(config, inputs),
+            placement.rollout.options(),
+            _timeouts(config),
+            supervision=supervision,
+        )
         stack.callback(rollouts.shutdown)
         teachers = {}
         for name in config.teachers:
-            teachers[name] = start_teacher(config, inputs, placement.teachers[name], name)
+            teachers[name] = start_teacher(config, inputs, placement.teachers[name], name, supervision)
             stack.callback(teachers[name].shutdown)
         # Blocks until the ranks have met; the engines load their models meanwhile.
         learner = LearnerGroup(learner_config or config, placement.learner.options())
@@ -147,15 +159,17 @@ def start_pipeline(
         yield Pipeline(rollouts, TeacherPools(teachers, config.ray.call_timeout_seconds), learner)
 
 
-def start_teacher(config: Config, inputs: Inputs, placement: PoolPlacement, name: str) -> TeacherPool:
-    """Begin to start the scorers of one teacher."""
+def start_teacher(
+    config: Config, inputs: Inputs, placement: PoolPlacement, name: str, supervision: Supervision | None = None
+) -> TeacherPool:
+    """Begin to start the scorers of one teacher; without supervision, a dead one ends the run."""
     return TeacherPool(
         name,
         config.teachers[name],
         inputs.max_model_len,
         placement.options(),
         _timeouts(config),
-        max_restarts=config.ray.max_restarts,
+        supervision=supervision,
     )
 
 
@@ -202,6 +216,11 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         config.weight_sync.backend,
         draws=config.objective.support == "samples",
     )
+
+
+def restart_limit(config: Config) -> RestartLimit:
+    """Return how often each worker, and the learner, may be started again."""
+    return RestartLimit(config.ray.max_restarts, config.ray.restart_window_seconds)
 
 
 def _timeouts(config: Config) -> PoolTimeouts:

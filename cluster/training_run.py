@@ -70,6 +70,7 @@ class TrainingRun:
         tokenizer = load_tokenizer(student.model, student.trust_remote_code)
         self._evaluator = Evaluator(self.config, self.inputs, tokenizer)
         self._metrics = RecordsFile(self.directory.metrics)
+        self._last_step = self.first_step  # finished
         self._alarms_file = RecordsFile(self.directory.alarms)
         for file in (self._metrics, self._alarms_file):
             file.drop_from(self.first_step + 1)
@@ -99,6 +100,7 @@ class TrainingRun:
             RunStopped: somebody asked for it; a checkpoint of the step is written.
         """
         record = dict(record)
+        self._last_step = step
         is_last = step == self.config.run.steps
         if not self.inputs.held_out_ids:
             self.history.note_kl(record["train/kl"])
@@ -124,6 +126,11 @@ class TrainingRun:
         self.pipeline.learner.save_checkpoint(folder, {"step": step, "history": vars(self.history)})
         prune(self.directory.checkpoints, self.config.checkpoint.keep_last)
         return folder
+
+    def save_unsaved(self) -> None:
+        """Write a checkpoint of the last finished step if there is none, for a run that cannot go on."""
+        if self._last_step > self.first_step and not step_folder(self.directory.checkpoints, self._last_step).exists():
+            self.write_checkpoint(self._last_step)
 
     def end(self) -> None:
         """Export the student and say what the run achieved."""

@@ -3,17 +3,20 @@
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 
-from cluster.actors import call_all, create_actors, get, shutdown
+from cluster.actors import call_all, create_actors, get, is_dead, shutdown
 from cluster.batch_store import add_environment
 from cluster.contracts.config import Config
+from cluster.contracts.errors import ActorDiedError, LearnerDiedError
 from cluster.contracts.interfaces import BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.objective import ObjectiveConfig
@@ -26,6 +29,8 @@ from learner.calls import Calls
 from learner.rendezvous import free_address
 from learner.rounds import Round, RoundPlanner
 from learner.worker import LearnerWorker, RankRows, start_worker
+
+SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail within this
 
 
 class LearnerActor:
@@ -107,19 +112,24 @@ class LearnerGroup:
         options: Sequence[Mapping[str, Any]],
         create: Callable[..., list[ActorHandle]] = create_actors,
     ) -> None:
-        world_size = config.learner.num_workers
         self._config = config
-        self._names = [f"learner-{rank}" for rank in range(world_size)]
-        self._actors = create(
-            LearnerActor,
-            self._names,
-            [(config, rank, world_size) for rank in range(world_size)],
-            [_with_environment(option, config, rank) for rank, option in enumerate(options)],
-        )
-        with ExitStack() as undo:
-            undo.callback(self.shutdown)
-            self._start(config.ray.start_timeout_seconds)
-            undo.pop_all()
+        self._names = [f"learner-{rank}" for rank in range(config.learner.num_workers)]
+        self._options = [_with_environment(option, config, rank) for rank, option in enumerate(options)]
+        self._create = create
+        self._restarts = count(1)
+        self._published_version = 0
+        self._begin(self._names)
+
+    def start_again(self) -> None:
+        """End all ranks and start others, with the student as its files are.
+
+        Raises:
+            ActorError: a rank died or did not start in time.
+        """
+        shutdown(self._actors, timeout_seconds=0)
+        # Ray may hold a dead actor's name for a while yet, so the next ones have a number of their own.
+        restart = next(self._restarts)
+        self._begin([f"{name}-again-{restart}" for name in self._names])
 
     def step(self, batches: BatchSource, step: int) -> dict[str, Metric]:
         """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together.
@@ -127,7 +137,8 @@ class LearnerGroup:
         Learning begins while batches still arrive: gradients of full micro-batches, or of what there is when the ranks
         have nothing to do, are added up at once. The weights change when the last batch is in.
         """
-        num_tokens, parts = self._accumulate(batches, None, waiting_for=f"the learner to compute step {step}")
+        with self._deaths_told():
+            num_tokens, parts = self._accumulate(batches, None, waiting_for=f"the learner to compute step {step}")
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}")
         figures = merge([*parts, *taken])
         busy_seconds = sum(found["busy_seconds"].value for found in (*parts, *taken)) / len(self._actors)
@@ -138,7 +149,8 @@ class LearnerGroup:
 
         The objective's support must be the run's own: it decides what the batches carry.
         """
-        num_tokens, parts = self._accumulate(batches, objective, waiting_for="the learner's gradient")
+        with self._deaths_told():
+            num_tokens, parts = self._accumulate(batches, objective, waiting_for="the learner's gradient")
         return merge([*parts, *self._ask("discard_step", num_tokens, waiting_for="the learner's gradient")])
 
     def student_logprobs(self, handle: BatchHandle) -> Floats:
@@ -152,7 +164,16 @@ class LearnerGroup:
         workers = list(rollout_workers)
         waiting_for = f"the learner to publish policy version {policy_version}"
         reports: list[WeightSyncReport] = self._ask("publish_weights", workers, policy_version, waiting_for=waiting_for)
+        self._published_version = policy_version
         return reports[0]
+
+    def bring_weights(self, rollout_worker: ActorHandle) -> Any:
+        """Begin to send one rollout worker the weights that the others have; return a reference that is ready then.
+
+        The gradients of a step under way are not touched.
+        """
+        answers = [actor.publish_weights.remote([rollout_worker], self._published_version) for actor in self._actors]
+        return answers[0]
 
     def save_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Write the whole training state and the driver's own `state` (JSON values); complete or absent."""
@@ -174,6 +195,15 @@ class LearnerGroup:
     def shutdown(self) -> None:
         """End all ranks."""
         shutdown(self._actors)
+
+    def _begin(self, names: Sequence[str]) -> None:
+        world_size = len(names)
+        arguments = [(self._config, rank, world_size) for rank in range(world_size)]
+        self._actors = self._create(LearnerActor, names, arguments, self._options)
+        with ExitStack() as undo:
+            undo.callback(self.shutdown)
+            self._start(self._config.ray.start_timeout_seconds)
+            undo.pop_all()
 
     def _start(self, timeout_seconds: float) -> None:
         address = get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
@@ -211,14 +241,36 @@ class LearnerGroup:
         return arrivals.num_completion_tokens, calls.answers()
 
     def _ask(self, method: str, *args: Any, waiting_for: str, timeout_seconds: float | None = None) -> list[Any]:
-        return call_all(
-            self._actors,
-            method,
-            *args,
-            timeout_seconds=timeout_seconds or self._config.ray.call_timeout_seconds,
-            waiting_for=waiting_for,
-            names=self._names,
-        )
+        with self._deaths_told():
+            return call_all(
+                self._actors,
+                method,
+                *args,
+                timeout_seconds=timeout_seconds or self._config.ray.call_timeout_seconds,
+                waiting_for=waiting_for,
+                names=self._names,
+            )
+
+    @contextmanager
+    def _deaths_told(self) -> Iterator[None]:
+        """Tell a rank's death from what else may go wrong; the others fail too then, each in its own words.
+
+        Raises:
+            LearnerDiedError: a rank is gone.
+        """
+        try:
+            yield
+        except (ActorDiedError, RayTaskError) as error:
+            dead = self._dead_ranks()
+            if not dead:
+                raise
+            raise LearnerDiedError(f"{', '.join(dead)} died; the step under way is lost") from error
+
+    def _dead_ranks(self) -> list[str]:
+        """Ask every rank for a sign of life; a rank that is busy for long counts as alive."""
+        answers = {actor.__ray_ready__.remote(): name for actor, name in zip(self._actors, self._names, strict=True)}
+        ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=SIGN_OF_LIFE_SECONDS)
+        return [answers[reference] for reference in ready if is_dead(reference)]
 
 
 def _with_environment(option: Mapping[str, Any], config: Config, rank: int) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One update of the rollout workers' weights through Ray's object store, as the learner's rank 0 conducts it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
-from cluster.actors import call_all, get
+from cluster.actors import get
 from cluster.checksum import checksum, new_digest
-from cluster.contracts.errors import WeightSyncError
+from cluster.contracts.errors import ActorDiedError, WeightSyncError
 from cluster.contracts.weights import DTYPE_BYTES, TensorSpec, WeightSyncReport
 from cluster.weight_delta import ALIGNMENT, BITS, Delta, encode
 
@@ -34,7 +35,8 @@ class SentCopy:
 class WeightUpdate:
     """Sends buckets to all workers: what changed to those that hold what was sent last, whole parameters to the others.
 
-    Generation pauses when the first bucket is in the object store of the worker's node.
+    Generation pauses when the first bucket is in the object store of the worker's node. Workers that die are passed
+    over.
     """
 
     def __init__(
@@ -52,13 +54,13 @@ class WeightUpdate:
         self._paused: float | None = None
         self._policy_version = policy_version
         self._timeout_seconds = timeout_seconds
-        self._workers = list(workers)
+        self._workers = dict(enumerate(workers))  # those that live, by position
         self._sent = sent
         self._base_version = sent.version if sent else None
         if sent:
             sent.version = None  # until this update has succeeded
         self._takes_changes = self._compare_versions()
-        self._receiving: list[Any] = []
+        self._receiving: dict[int, Any] = {}  # worker -> reference
         self._digest = new_digest()
         self._num_bytes = self._num_values = self._num_changed = self._position = 0
 
@@ -68,10 +70,8 @@ class WeightUpdate:
         messages = self._put(bucket, payload)
         if self._paused is None:
             self._start(messages)
-        get(self._receiving, self._timeout_seconds, "rollout workers to receive a bucket of weights")
-        self._receiving = [
-            worker.update_weights.remote(message) for worker, message in zip(self._workers, messages, strict=True)
-        ]
+        self._answers(self._receiving, "receive a bucket of weights")
+        self._receiving = self._call("update_weights", messages)
 
     def finish(self) -> WeightSyncReport:
         """Wait until every worker runs on the new weights.
@@ -79,14 +79,9 @@ class WeightUpdate:
         Raises:
             WeightSyncError: a worker received other bytes than were sent.
         """
-        get(self._receiving, self._timeout_seconds, "rollout workers to receive the last bucket of weights")
-        received = call_all(
-            self._workers,
-            "finish_weight_update",
-            self._policy_version,
-            timeout_seconds=self._timeout_seconds,
-            waiting_for="rollout workers to answer finish_weight_update",
-        )
+        self._answers(self._receiving, "receive the last bucket of weights")
+        versions = dict.fromkeys(self._workers, self._policy_version)
+        received = self._answers(self._call("finish_weight_update", versions), "answer finish_weight_update")
         check_received(received, self._digest.hexdigest(), self._policy_version)
         if self._sent:
             self._sent.version = self._policy_version
@@ -100,40 +95,57 @@ class WeightUpdate:
             changed_fraction=None if self._base_version is None else self._num_changed / self._num_values,
         )
 
-    def _compare_versions(self) -> list[bool]:
+    def _compare_versions(self) -> dict[int, bool]:
+        """Return which workers hold what the changes apply to."""
         if self._base_version is None:
-            return [False] * len(self._workers)
-        held = call_all(
-            self._workers,
-            "held_version",
-            timeout_seconds=self._timeout_seconds,
-            waiting_for="rollout workers to say which weights they hold",
-        )
-        return [version == self._base_version for version in held]
+            return dict.fromkeys(self._workers, False)
+        asked = {position: worker.held_version.remote() for position, worker in self._workers.items()}
+        held = self._answers(asked, "say which weights they hold")
+        return {position: version == self._base_version for position, version in held.items()}
 
-    def _start(self, messages: Sequence[dict[str, Any]]) -> None:
+    def _start(self, messages: Mapping[int, dict[str, Any]]) -> None:
         self._paused = time.perf_counter()
-        starting = [
-            worker.start_weight_update.remote(message["reference"])
-            for worker, message in zip(self._workers, messages, strict=True)
-        ]
-        get(starting, self._timeout_seconds, "rollout workers to answer start_weight_update")
+        first = {position: message["reference"] for position, message in messages.items()}
+        self._answers(self._call("start_weight_update", first), "answer start_weight_update")
 
-    def _put(self, bucket: Bucket, payload: Bytes) -> list[dict[str, Any]]:
+    def _call(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
+        """Call every worker that lives with its own argument."""
+        return {
+            position: getattr(worker, method).remote(arguments[position]) for position, worker in self._workers.items()
+        }
+
+    def _answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
+        """Return the answers of the workers that live; from now on the others are passed over.
+
+        Whoever runs the pool learns of a death by itself and brings the weights to the next actor.
+        """
+        try:
+            answers = get(list(references.values()), self._timeout_seconds, f"rollout workers to {what_for}")
+            return dict(zip(references, answers, strict=True))
+        except ActorDiedError:
+            found = {}
+            for position, reference in references.items():
+                with suppress(ActorDiedError):
+                    found[position] = get(reference, self._timeout_seconds, f"rollout worker {position} to {what_for}")
+            self._workers = {position: self._workers[position] for position in found}
+            return found
+
+    def _put(self, bucket: Bucket, payload: Bytes) -> dict[int, dict[str, Any]]:
         """Put what is needed of a bucket, changes or all of it or both, and return each worker's message."""
         delta = self._compare(bucket, payload)
+        takes_changes = {position: self._takes_changes[position] for position in self._workers}
         whole: dict[str, Any] = {}
         changes: dict[str, Any] = {}
-        if not all(self._takes_changes):
+        if not all(takes_changes.values()):
             whole = self._describe(bucket, payload, self._digest.hexdigest())
-        if any(self._takes_changes):
+        if any(takes_changes.values()):
             joined = join(delta)
             changes = self._describe(bucket, joined, checksum([joined])) | {
                 "encodings": [part.encoding for part in delta],
                 "num_values": [len(part.values) for part in delta],
                 "base_version": self._base_version,
             }
-        return [changes if takes_changes else whole for takes_changes in self._takes_changes]
+        return {position: changes if takes else whole for position, takes in takes_changes.items()}
 
     def _compare(self, bucket: Bucket, payload: Bytes) -> list[Delta]:
         """Return what changed since the last update, if there was one, and remember the new values."""
@@ -181,13 +193,13 @@ def describe_bucket(bucket: Bucket, payload: Bytes, digest: str) -> dict[str, An
     }
 
 
-def check_received(received: Sequence[str], sent: str, policy_version: int) -> None:
+def check_received(received: Mapping[int, str], sent: str, policy_version: int) -> None:
     """Compare the workers' checksums with the sender's.
 
     Raises:
         WeightSyncError: they differ; names the first such worker.
     """
-    for position, digest in enumerate(received):
+    for position, digest in received.items():
         if digest != sent:
             raise WeightSyncError(
                 f"rollout worker {position}: policy version {policy_version} was sent with checksum {sent} and arrived "

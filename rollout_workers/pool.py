@@ -1,134 +1,62 @@
-"""The rollout pool: Ray actors, each with one RolloutWorker on vLLM. The only file here that knows Ray.
+"""The rollout pool: who is asked for which completions, and what happens when one of them dies."""
 
-Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM's environment first.
-"""
-
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
 from cluster import actors
 from cluster.actors import PoolTimeouts
-from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
-from cluster.contracts.config import EngineConfig, StudentConfig
-from cluster.contracts.errors import ActorError
+from cluster.batch_store import STORE_ENVIRONMENT, add_environment
+from cluster.contracts.errors import ActorDiedError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from cluster.vllm_runtime import prepare_environment
+from cluster.replicas import Recipe, Replicas, Supervision
+from rollout_workers.actor import RolloutActor, RolloutActorSettings
 from rollout_workers.expected_lengths import ExpectedLengths, spread
 from rollout_workers.prompts import PromptSet
-from rollout_workers.worker import RolloutWorker, WrittenBatch
+
+_log = logging.getLogger("preceptor")
 
 
 @dataclass(frozen=True)
-class RolloutActorSettings:
-    """What one actor needs to start; equal for all actors of a pool."""
+class Order:
+    """Completions to draw, whoever does it."""
 
-    student: StudentConfig
-    engine: EngineConfig
-    max_model_len: int  # tokens of the longest prompt and completion, plus 1
-    rows_per_batch: int
-    weight_sync_backend: str | None  # None: the weights never change
-    draws: bool = False  # whether sampling settings may ask for candidate draws
+    rollout: int  # in training the step; a worker that cannot run all at once runs those of the lowest number first
+    requests: tuple[RolloutRequest, ...]
+    sampling: SamplingSettings
+    verifier: str  # gives the rewards
+
+    def only(self, trajectory_ids: Iterable[int]) -> "Order":
+        """Return the part that asks for these."""
+        wanted = set(trajectory_ids)
+        return replace(self, requests=tuple(request for request in self.requests if request.trajectory_id in wanted))
+
+    def without(self, trajectory_ids: Iterable[int]) -> "Order":
+        """Return what is left when these have been written."""
+        written = set(trajectory_ids)
+        left = tuple(request for request in self.requests if request.trajectory_id not in written)
+        return replace(self, requests=left)
 
 
 @dataclass(frozen=True)
 class _Awaited:
     worker: int
-    rollout: int
-
-
-class RolloutActor:
-    """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
-
-    def __init__(self, settings: RolloutActorSettings) -> None:
-        self._settings = settings
-        self._rollouts: dict[int, AsyncIterator[WrittenBatch]] = {}
-        self._held_version: int | None = None
-        self._arriving_version: int | None = None
-
-    async def start(self) -> None:
-        """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
-        settings = self._settings
-        prepare_environment(settings.engine)
-        from transformers import AutoTokenizer
-
-        from rollout_workers.vllm_engine import VllmRolloutEngine
-
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.student.model, trust_remote_code=settings.student.trust_remote_code
-        )
-        engine = VllmRolloutEngine(
-            settings.student, settings.engine, settings.max_model_len, settings.weight_sync_backend, settings.draws
-        )
-        self._worker = RolloutWorker(
-            engine, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), settings.rows_per_batch
-        )
-
-    async def set_prompts(self, wire: pa.Buffer) -> None:
-        """Replace the prompts; Ray hands every actor of a node the same bytes."""
-        self._worker.set_prompts(PromptSet.from_wire(wire))
-
-    async def start_rollout(
-        self, rollout_id: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
-    ) -> tuple[pa.Buffer, BatchHandle]:
-        """Hand all requests, at least one, to the engine and return the first batch, as `next_batch` does.
-
-        Requests of a rollout with a lower id run first.
-        """
-        self._rollouts[rollout_id] = self._worker.generate(requests, sampling, verifier, priority=rollout_id)
-        return await self.next_batch(rollout_id)
-
-    async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer, BatchHandle]:
-        """Return the rollout's next batch, waiting for it; none may be asked for after the last."""
-        written = await anext(self._rollouts[rollout_id])
-        if written.is_last:
-            del self._rollouts[rollout_id]
-        wire, handle = pack(written.rows, written.metrics)
-        return wire, replace(handle, is_last=written.is_last)
-
-    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        """Open the receiving end of the weight sync."""
-        await self._worker.init_weight_transfer(init_info)
-
-    async def held_version(self) -> int | None:
-        """Return the policy version whose changes alone this worker can take; None: it needs whole parameters."""
-        return self._held_version
-
-    async def start_weight_update(self, first: Sequence[Any] = ()) -> None:
-        """Pause generation and make the engine ready to receive, once the objects of `first` are on this node."""
-        for reference in first:
-            await reference
-        self._held_version = self._arriving_version = None
-        await self._worker.start_weight_update()
-
-    async def update_weights(self, update_info: Any) -> None:
-        """Receive one bucket; a `reference` (in a list, so that Ray leaves it alone) is fetched to become `buffer`."""
-        if self._settings.weight_sync_backend == "object_store":
-            [reference] = update_info["reference"]
-            kept = {name: value for name, value in update_info.items() if name != "reference"}
-            update_info = kept | {"buffer": await reference}
-            self._arriving_version = update_info.get("kept_as")
-        await self._worker.update_weights(update_info)
-
-    async def finish_weight_update(self, policy_version: int) -> str:
-        """Install the weights as `policy_version`, go on generating, and return their checksum."""
-        checksum = await self._worker.finish_weight_update(policy_version)
-        self._held_version = self._arriving_version
-        return checksum
-
-    async def shutdown(self) -> None:
-        """End the engine's processes."""
-        if hasattr(self, "_worker"):
-            await self._worker.shutdown()
+    call: int  # what the worker knows the order by
+    order: Order  # without what has been written
+    wire: Any  # reference to the next batch's bytes
 
 
 class RolloutPool:
-    """Spreads requests over rollout actors and hands back batches as they finish anywhere."""
+    """Spreads requests over rollout actors and hands back batches as they finish anywhere.
+
+    What a dead worker had not written yet is asked of the others, at once; the worker is started again, is given the
+    prompts and the current weights, and takes part from then on.
+    """
 
     def __init__(
         self,
@@ -138,6 +66,7 @@ class RolloutPool:
         name: str = "rollout",
         actor: type = RolloutActor,
         create: Callable[..., list[ActorHandle]] = actors.create_actors,
+        supervision: Supervision | None = None,
     ) -> None:
         """Begin to start the actors.
 
@@ -148,21 +77,27 @@ class RolloutPool:
             name: they are called `name`-0, `name`-1, ...
             actor: another class with RolloutActor's methods, to run the pool without its engines.
             create: makes the actors, as `create_actors` does.
+            supervision: how often dead ones are started again; None: never.
         """
-        self._names = [f"{name}-{index}" for index in range(len(options))]
         self._timeouts = timeouts
         self._name = name
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
-        self._actors = create(actor, self._names, [(settings,)] * len(options), options)
+        self._names = [f"{name}-{index}" for index in range(len(options))]
+        recipe = Recipe(actor, lambda _name: (settings,), options, create)
+        self._replicas = Replicas(self._names, recipe, supervision or Supervision())
+        self._replicas.prepare_with(self._prepare)
         self._lengths = ExpectedLengths(lambda prompt_id: "")
+        self._prompts: Any = None  # reference to the prompts' wire bytes
+        self._bring_weights: Callable[[ActorHandle], Any] | None = None
         self._rollout_ids = count(-1, -1)  # below every step, so that who waits for `generate` waits for it alone
-        self._awaited: dict[Any, tuple[_Awaited, Any]] = {}  # reference to a handle -> for whom, reference to its bytes
-        self._starting = [actor.start.remote() for actor in self._actors]
+        self._calls = count()
+        self._awaited: dict[Any, _Awaited] = {}  # reference to a handle -> who owes it
+        self._unassigned: list[Order] = []  # nobody serves who could do them
 
     @property
     def actors(self) -> list[ActorHandle]:
-        """Return the actors, whose weight verbs the learner's sender calls."""
-        return self._actors
+        """Return the actors whose weights are kept current; the learner's sender calls their weight verbs."""
+        return self._replicas.prepared
 
     def wait_until_ready(self) -> None:
         """Wait for every engine.
@@ -171,55 +106,88 @@ class RolloutPool:
             ModelError: vLLM cannot serve the model.
             ActorError: an actor died or took too long; says which.
         """
-        actors.get_all(self._starting, self._timeouts.start_seconds, f"pool {self._name} to start", self._names)
+        self._replicas.wait_until_ready(self._timeouts.start_seconds, f"pool {self._name} to start")
 
     def set_prompts(self, prompts: PromptSet) -> None:
         """Give every actor the prompts; their bytes go into the object store once."""
-        wire = ray.put(prompts.to_wire())
-        self._call_all("set_prompts", wire)
+        self._prompts = ray.put(prompts.to_wire())
+        actors.call_all(
+            self.actors,
+            "set_prompts",
+            self._prompts,
+            timeout_seconds=self._timeouts.call_seconds,
+            waiting_for=f"set_prompts in pool {self._name}",
+            names=self._names,
+        )
         self._lengths = ExpectedLengths(prompts.domain)
 
-    def submit(
-        self, rollout: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
-    ) -> None:
-        """Hand requests to the workers, those expected to be long first, and return at once.
+    def bring_weights_with(self, bring: Callable[[ActorHandle], Any]) -> None:
+        """Set how a worker that was started again gets the current weights; returns a reference that is ready then."""
+        self._bring_weights = bring
 
-        Args:
-            rollout: a number that no running rollout has, in training the step; a worker that cannot run all its
-                requests together runs those of the lowest number first.
-            requests: the completions to draw.
-            sampling: how to draw.
-            verifier: which verifier gives the rewards.
-        """
-        for worker, share in enumerate(spread(requests, len(self._actors), self._lengths.expect)):
+    def submit(self, order: Order) -> None:
+        """Hand requests to the workers that serve, those expected to be long first, and return at once."""
+        serving = self._replicas.serving
+        if not serving:
+            self._unassigned.append(order)
+            return
+        for worker, share in zip(serving, spread(order.requests, len(serving), self._lengths.expect), strict=True):
             if share:
-                self._ask(_Awaited(worker, rollout), "start_rollout", rollout, share, sampling, verifier)
+                call = next(self._calls)
+                given = replace(order, requests=tuple(share))
+                self._ask(
+                    worker, call, given, "start_rollout", call, share, order.sampling, order.verifier, order.rollout
+                )
 
-    @property
-    def awaited(self) -> list[Any]:
-        """Return a reference for each worker and rollout that owes a batch; it is ready when the batch is."""
-        return list(self._awaited)
+    def collect(self, ready: Collection[Any]) -> list[BatchHandle]:
+        """Return the batches among references that are ready, and ask their workers for the next ones, if any.
 
-    def take(self, reference: Any) -> BatchHandle:
-        """Return the batch of an awaited reference, which must be ready, and ask its worker for the next one, if any.
+        References that are not of this pool are passed over.
 
         Raises:
             RolloutError: an engine gave up a request.
-            ActorError: the worker died.
+            ActorError: workers died more often than they may.
         """
-        asked, wire = self._awaited.pop(reference)
-        waiting_for = f"a batch from {self._names[asked.worker]}"
-        handle: BatchHandle = actors.get(reference, self._timeouts.call_seconds, waiting_for)
-        self._lengths.observe(handle)
-        if not handle.is_last:
-            self._ask(asked, "next_batch", asked.rollout)
-        return replace(handle, reference=wire, rollout=asked.rollout)
+        taken = (self._take(reference) for reference in ready if reference in self._awaited)
+        handles = [handle for handle in taken if handle is not None]
+        if self._replicas.welcome(ready):
+            orders, self._unassigned = self._unassigned, []
+            for order in orders:
+                self.submit(order)
+        return handles
+
+    def look_after(self) -> list[Any]:
+        """Replace workers that died unnoticed, start those whose rest is over, and return references to wait for.
+
+        They are of batches that are owed, and of what starting workers do; `collect` takes those that are ready.
+
+        Raises:
+            ActorError: workers died more often than they may.
+        """
+        for worker in self._replicas.look():
+            self._hand_on(worker)
+        return [*self._awaited, *self._replicas.arriving]
+
+    def abandon(self) -> None:
+        """Forget all rollouts, and let weights of an earlier policy version follow.
+
+        Raises:
+            ActorError: workers died more often than they may.
+        """
+        self._awaited.clear()
+        self._unassigned.clear()
+        for worker in self._replicas.serving:
+            try:
+                answer = self._replicas.actor(worker).abandon.remote()
+                actors.get(answer, self._timeouts.call_seconds, f"{self._names[worker]} to abandon its rollouts")
+            except ActorDiedError as error:
+                self._replicas.lose(worker, error)
 
     def late(self) -> str:
-        """Name the workers that owe a batch."""
-        return ", ".join(
-            self._names[worker] for worker in sorted({asked.worker for asked, _ in self._awaited.values()})
-        )
+        """Name the workers that owe a batch, or are on their way."""
+        owing = sorted({awaited.worker for awaited in self._awaited.values()})
+        names = [self._names[worker] for worker in owing]
+        return ", ".join(names or [f"{self._name}, of which nobody serves"] * bool(self._unassigned))
 
     def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
@@ -230,30 +198,49 @@ class RolloutPool:
             RolloutError: an engine gave up a request.
             ActorError: an actor died, or none finished a batch in time; says which are late.
         """
-        self.submit(next(self._rollout_ids), requests, sampling, verifier)
-        while self._awaited:
-            ready, _ = ray.wait(self.awaited, num_returns=1, timeout=self._timeouts.call_seconds)
-            if not ready:
-                raise ActorError(
-                    f"waited {self._timeouts.call_seconds:.0f} s for a batch of trajectories from {self.late()}"
-                )
-            yield self.take(ready[0])
-
-    def _ask(self, asked: _Awaited, method: str, *args: Any) -> None:
-        """Ask a worker for a batch; the key is the reference to its handle."""
-        wire, handle = getattr(self._actors[asked.worker], method).options(num_returns=2).remote(*args)
-        self._awaited[handle] = (asked, wire)
+        self.submit(Order(next(self._rollout_ids), tuple(requests), sampling, verifier))
+        while self._awaited or self._unassigned:
+            ready = actors.wait_for_any(self.look_after, self._timeouts.call_seconds, self._waited_for)
+            yield from self.collect(ready)
 
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""
-        actors.shutdown(self._actors)
+        self._replicas.shutdown()
 
-    def _call_all(self, method: str, *args: Any) -> list[Any]:
-        return actors.call_all(
-            self._actors,
-            method,
-            *args,
-            timeout_seconds=self._timeouts.call_seconds,
-            waiting_for=f"{method} in pool {self._name}",
-            names=self._names,
-        )
+    def _waited_for(self) -> str:
+        return f"a batch of trajectories from {self.late()}"
+
+    def _take(self, reference: Any) -> BatchHandle | None:
+        """Return a batch that is there, or nothing when its worker died."""
+        awaited = self._awaited[reference]
+        waiting_for = f"a batch from {self._names[awaited.worker]}"
+        try:
+            handle: BatchHandle = actors.get(reference, self._timeouts.call_seconds, waiting_for)
+        except ActorDiedError as error:
+            self._replicas.lose(awaited.worker, error)
+            self._hand_on(awaited.worker)
+            return None
+        del self._awaited[reference]
+        self._lengths.observe(handle)
+        if not handle.is_last:
+            left = awaited.order.without(handle.trajectory_ids)
+            self._ask(awaited.worker, awaited.call, left, "next_batch", awaited.call)
+        return replace(handle, reference=awaited.wire, rollout=awaited.order.rollout)
+
+    def _hand_on(self, worker: int) -> None:
+        """Ask others for what a lost worker owes."""
+        owed = {reference: awaited for reference, awaited in self._awaited.items() if awaited.worker == worker}
+        for reference in owed:
+            del self._awaited[reference]
+        for awaited in owed.values():
+            _log.warning("%d completions of %s are asked for again", len(awaited.order.requests), self._names[worker])
+            self.submit(awaited.order)
+
+    def _ask(self, worker: int, call: int, order: Order, method: str, *args: Any) -> None:
+        """Ask a worker for a batch; the key is the reference to its handle."""
+        wire, handle = getattr(self._replicas.actor(worker), method).options(num_returns=2).remote(*args)
+        self._awaited[handle] = _Awaited(worker, call, order, wire)
+
+    def _prepare(self, actor: ActorHandle) -> list[Any]:
+        prompts = [] if self._prompts is None else [actor.set_prompts.remote(self._prompts)]
+        return prompts + ([self._bring_weights(actor)] if self._bring_weights else [])

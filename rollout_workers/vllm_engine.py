@@ -1,7 +1,8 @@
 """The rollout engine on vLLM: seeded completions with log-probabilities, and weights replaced while requests run."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.contracts.config import EngineConfig, StudentConfig
-from cluster.contracts.errors import RolloutError, WeightSyncError
+from cluster.contracts.errors import ActorDiedError, RolloutError, WeightSyncError
 from cluster.contracts.interfaces import Completion, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, Ints
 from cluster.vllm_runtime import EngineRole, build_engine
@@ -86,21 +87,28 @@ class VllmRolloutEngine:
 
         Raises:
             RolloutError: vLLM refuses the request or gives it up.
+            ActorDiedError: the engine's process is gone.
         """
         draws = self._draws_for(request_id, sampling)
         prompt = {"prompt_token_ids": [int(token) for token in prompt_ids]}
         is_finished = False
         try:
             params = _sampling_params(request_id, sampling, seed)
-            outputs = [out async for out in self._engine.generate(prompt, params, request_id, priority=priority)]
+            with _told_as_death():
+                outputs = [out async for out in self._engine.generate(prompt, params, request_id, priority=priority)]
             is_finished = True
-        except (EngineDeadError, EngineGenerateError, VLLMClientError, ValueError) as error:
+        except (EngineGenerateError, VLLMClientError, ValueError) as error:
             raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
         finally:
             if draws and not is_finished:
                 draws.give_up(request_id)
         completion = _completion(request_id, outputs[-1].outputs[0], sampling)
         return await _with_draws(draws, request_id, completion, sampling.num_candidates) if draws else completion
+
+    @property
+    def is_dead(self) -> bool:
+        """Return whether the engine's process is gone."""
+        return bool(self._engine.errored)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end of the configured backend."""
@@ -112,20 +120,21 @@ class VllmRolloutEngine:
         # former back in its queue. A reset after the update would fail as long as a request holds a block.
         # vLLM's `pause_generation` does the same and then sleeps for 20 ms, so that outputs on their way reach their
         # callers before it returns. Nothing here waits for that: each output carries the label of its weights.
-        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-        await self._engine.start_weight_update()
+        with _told_as_death():
+            await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+            await self._engine.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one bucket; for the object store, `update_info["buffer"]` holds its bytes."""
         if self._backend != OBJECT_STORE:
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+            await self._update_weights(update_info)
             return
         buffer = update_info["buffer"]
         # Until the update ends: vLLM may read a bucket once more when a later one completes a packed layer.
         self._buffers.append(buffer)
         with mappable(buffer) as region:
             described = {name: value for name, value in update_info.items() if name != "buffer"}
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=described | asdict(region)))
+            await self._update_weights(described | asdict(region))
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights, resume, and return the checksum that every worker of this engine received.
@@ -133,23 +142,30 @@ class VllmRolloutEngine:
         Raises:
             WeightSyncError: a parameter is missing, unknown or damaged, or the engine's workers disagree.
         """
-        checksum = UNVERIFIED
-        if self._backend == OBJECT_STORE:
-            # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
-            reports, _ = await asyncio.gather(
-                self._engine.collective_rpc("finish_and_report"),
-                self._engine.update_weight_version(str(policy_version)),
-            )
-            self._buffers.clear()
-            checksum = common_checksum(reports, policy_version)
-        else:
-            await self._engine.finish_weight_update(weight_version=str(policy_version))
-        await self._engine.resume_generation()
+        with _told_as_death():
+            checksum = await self._install(policy_version)
+            await self._engine.resume_generation()
         return checksum
 
     async def shutdown(self) -> None:
         """End the engine's process."""
         self._engine.shutdown()
+
+    async def _update_weights(self, update_info: dict[str, Any]) -> None:
+        with _told_as_death():
+            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def _install(self, policy_version: int) -> str:
+        if self._backend != OBJECT_STORE:
+            await self._engine.finish_weight_update(weight_version=str(policy_version))
+            return UNVERIFIED
+        # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
+        reports, _ = await asyncio.gather(
+            self._engine.collective_rpc("finish_and_report"),
+            self._engine.update_weight_version(str(policy_version)),
+        )
+        self._buffers.clear()
+        return common_checksum(reports, policy_version)
 
     def _draws_for(self, request_id: str, sampling: SamplingSettings) -> DrawFetcher | None:
         """Return whom to ask for a request's draws; None if it wants none."""
@@ -163,6 +179,19 @@ class VllmRolloutEngine:
         # Every rank of the engine draws the same, for each samples on its own; all of them forget.
         [taken, *_] = await self._engine.collective_rpc("take_draws", args=(wanted, given_up))
         return {key: (ids, logprobs) for key, (ids, logprobs) in taken.items()}
+
+
+@contextmanager
+def _told_as_death() -> Iterator[None]:
+    """Tell of a dead engine as of a dead actor, whose calls all end in the same error.
+
+    Raises:
+        ActorDiedError: the engine's process is gone.
+    """
+    try:
+        yield
+    except EngineDeadError as error:
+        raise ActorDiedError("the process of a rollout engine is gone") from error
 
 
 async def _with_draws(draws: DrawFetcher, request_id: str, completion: Completion, count: int) -> Completion:

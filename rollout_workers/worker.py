@@ -1,7 +1,7 @@
 """One rollout worker: requests in, Arrow batches of trajectories out, as they finish."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -47,7 +47,7 @@ class RolloutWorker:
 
     async def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int = 0
-    ) -> AsyncIterator[WrittenBatch]:
+    ) -> AsyncGenerator[WrittenBatch]:
         """Yield trajectories as they are done, up to `rows_per_batch` for the same teacher at a time.
 
         Args:
@@ -96,6 +96,10 @@ class RolloutWorker:
             )
         self._policy_version = policy_version
         return await self._engine.finish_weight_update(policy_version)
+
+    def forget_version(self) -> None:
+        """Let the next update bring any policy version, an earlier one too."""
+        self._policy_version = None
 
     async def shutdown(self) -> None:
         """End the engine and the judge."""

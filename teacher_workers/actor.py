@@ -1,11 +1,14 @@
 """What runs in each Ray actor of a teacher pool: one TeacherWorker behind calls that pass bytes and handles."""
 
+import asyncio
+
 import pyarrow as pa
 
 from cluster.batch_store import pack
 from cluster.contracts.config import TeacherConfig
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.wire import from_wire
+from cluster.engine_death import end_with_engine
 from cluster.vllm_runtime import prepare_environment
 
 
@@ -16,6 +19,7 @@ class TeacherActor:
         self._name = name
         self._teacher = teacher
         self._max_model_len = max_model_len
+        self._watching: asyncio.Task[None] | None = None  # None: there is no engine yet
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
@@ -33,6 +37,7 @@ class TeacherActor:
         # leaves free.
         head = head.to("cuda" if torch.cuda.is_available() else "cpu")
         self._worker = TeacherWorker(self._name, engine, head)
+        self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
 
     async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
         """Score one batch; Ray has fetched its bytes to this node before the call."""
@@ -40,5 +45,7 @@ class TeacherActor:
 
     async def shutdown(self) -> None:
         """End the engine's processes."""
+        if self._watching is not None:
+            self._watching.cancel()
         if hasattr(self, "_worker"):
             await self._worker.shutdown()

@@ -8,7 +8,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.contracts.config import TeacherConfig
-from cluster.contracts.errors import ScoreError
+from cluster.contracts.errors import ActorDiedError, ScoreError
 from cluster.contracts.interfaces import HiddenStates
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.vllm_runtime import EngineRole, build_engine
@@ -32,11 +32,17 @@ class VllmScoringEngine:
             ),
         )
 
+    @property
+    def is_dead(self) -> bool:
+        """Return whether the engine's process is gone."""
+        return bool(self._engine.errored)
+
     async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
         """Return the hidden states after the final norm, on CPU, in the dtype that the engine runs in.
 
         Raises:
             ScoreError: vLLM gave the request up or returned another number of positions.
+            ActorDiedError: the engine's process is gone.
         """
         first = int(loss_mask.argmax()) - 1  # the position that predicts the first completion token
         found, num_cached = await self._read(request_id, token_ids, use_cache=True)
@@ -56,7 +62,9 @@ class VllmScoringEngine:
         )
         try:
             *_, output = [out async for out in self._engine.encode(prompt, params, request_id)]
-        except (EngineDeadError, EngineGenerateError, VLLMValidationError, ValueError) as error:
+        except EngineDeadError as error:
+            raise ActorDiedError("the process of a teacher's engine is gone") from error
+        except (EngineGenerateError, VLLMValidationError, ValueError) as error:
             raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
         return output.outputs.data, output.num_cached_tokens
 

@@ -19,6 +19,7 @@ LAYERS = [
     ("cluster.evaluation", 3),
     ("cluster.flow", 3),
     ("cluster.step_record", 3),
+    ("cluster.supervisor", 3),
     ("cluster.pipeline", 3),
     ("cluster.live_checks", 3),
     ("cluster.training_run", 3),

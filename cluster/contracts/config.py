@@ -143,7 +143,9 @@ class RayConfig(Section):
     dashboard: bool = True
     start_timeout_seconds: Positive = 600.0
     call_timeout_seconds: Positive = 1800.0
-    max_restarts: CountOrZero = 3  # of the actors of each teacher's pool, in all
+    max_restarts: CountOrZero = 3  # of each worker, and of the learner, within the window
+    restart_window_seconds: Positive = 600.0
+    silence_seconds: Positive = 30.0  # a rollout or teacher worker that gives no sign of life for so long is ended
 
 
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):

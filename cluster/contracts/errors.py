@@ -33,6 +33,14 @@ class ActorDiedError(ActorError):
     """An actor's process is gone."""
 
 
+class LearnerDiedError(ActorDiedError):
+    """A rank of the learner is gone, and with it the step under way."""
+
+
+class LostBytesError(PreceptorError, RuntimeError):
+    """Bytes in Ray's object store are gone with the node that held them."""
+
+
 class RolloutError(PreceptorError, RuntimeError):
     """A rollout worker could not produce the trajectories that it was asked for."""
 

@@ -1,11 +1,12 @@
 import pytest
 
-from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.interfaces import BatchHandle, SamplingSettings
 from cluster.contracts.metrics import Mean, Sum
 from cluster.contracts.weights import WeightSyncReport
 from cluster.flow import Progress
 from cluster.step_record import step_record
 from cluster.stopwatch import Stopwatch
+from rollout_workers.pool import Order
 
 
 def make_watch(**spans: tuple[float, float]) -> Stopwatch:
@@ -24,7 +25,15 @@ def make_handle(num_tokens: tuple[int, ...], reward: Mean, teacher: str = "main"
 
 def make_progress(handles: list[BatchHandle]) -> Progress:
     """Make a step that was admitted at 0 s, written at 4 s and scored at 5 s."""
-    return Progress(lambda route: [], 0, admitted_at=0.0, written_at=4.0, finished_at=5.0, finished=handles)
+    return Progress(
+        Order(0, (), SamplingSettings(1, 1.0), "exact"),
+        lambda route: [],
+        0,
+        admitted_at=0.0,
+        written_at=4.0,
+        finished_at=5.0,
+        finished=handles,
+    )
 
 
 WATCH = make_watch(step=(0.0, 7.5), sync=(7.0, 7.5))

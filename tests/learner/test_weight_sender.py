@@ -40,8 +40,8 @@ def test_the_checksum_does_not_depend_on_how_the_bytes_are_cut():
 
 def test_the_worker_with_other_bytes_is_named():
     with pytest.raises(WeightSyncError, match="rollout worker 1: policy version 4 was sent with checksum aa"):
-        check_received(["aa", "bb"], "aa", policy_version=4)
-    check_received(["aa", "aa"], "aa", policy_version=4)
+        check_received({0: "aa", 1: "bb"}, "aa", policy_version=4)
+    check_received({0: "aa", 2: "aa"}, "aa", policy_version=4)
 
 
 def test_a_delta_has_a_part_per_parameter_and_one_that_changed_everywhere_comes_whole() -> None:

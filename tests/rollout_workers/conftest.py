@@ -7,7 +7,8 @@ import pytest
 
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import EngineConfig, StudentConfig
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
 from tests.rollout_workers.deployment import RolloutDeployment, make_prompts
 from tests.tiny_qwen3 import CONTEXT_TOKENS, load, write_tiny_qwen3
 

@@ -26,20 +26,20 @@ class StubRolloutActor:
         """Need none."""
 
     async def start_rollout(
-        self, rollout_id: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
+        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int
     ) -> tuple[pa.Buffer, BatchHandle]:
         """Take the requests and answer the first."""
-        self._left[rollout_id] = list(requests)
-        return await self.next_batch(rollout_id)
+        self._left[call] = list(requests)
+        return await self.next_batch(call)
 
-    async def next_batch(self, rollout_id: int) -> tuple[pa.Buffer, BatchHandle]:
+    async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
         """Answer the next request."""
-        request = self._left[rollout_id].pop(0)
+        request = self._left[call].pop(0)
         row = make_trajectory(
             completion=np.full(request.seed, 3), trajectory_id=request.trajectory_id, prompt_id=request.prompt_id
         )
         wire, handle = pack(make_generated([row]), {})
-        return wire, replace(handle, is_last=not self._left[rollout_id])
+        return wire, replace(handle, is_last=not self._left[call])
 
     async def shutdown(self) -> None:
         """End nothing."""

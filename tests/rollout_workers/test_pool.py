@@ -7,7 +7,8 @@ import pytest
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import EngineConfig, StudentConfig
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
 from tests.rollout_workers.deployment import make_prompts
 from tests.rollout_workers.stub_actor import StubRolloutActor
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
-from cluster.actors import PoolTimeouts
+from cluster.actors import PoolTimeouts, wait_for_any
 from cluster.contracts.config import EngineConfig, StudentConfig
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import make_prompts, rows_of
 from tests.tiny_qwen3 import CONTEXT_TOKENS
 
@@ -54,14 +54,12 @@ def loops(tokens: list[int]) -> bool:
 
 def test_requests_of_an_earlier_step_overtake_those_of_a_later_one_that_wait(pool: RolloutPool) -> None:
     sampling = SamplingSettings(64, 1.0)
-    pool.submit(8, requests(12), sampling, "exact")
-    pool.submit(7, requests(6), sampling, "exact")
+    for step, count in ((8, 12), (7, 6)):
+        pool.submit(Order(step, tuple(requests(count)), sampling, "exact"))
     finished: list[int] = []
-    while pool.awaited:
-        ready, _ = ray.wait(pool.awaited, num_returns=1)
-        handle = pool.take(ready[0])
-        if handle is not None:
-            finished.append(handle.rollout)
+    while len(finished) < 18:
+        ready = wait_for_any(pool.look_after, 120, pool.late)
+        finished += [handle.rollout for handle in pool.collect(ready)]
     assert sorted(finished) == [7] * 6 + [8] * 12
     assert finished[-5:] == [8] * 5  # in the order of arrival the last would be of step 7
 

@@ -14,7 +14,10 @@ from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from teacher_workers.pool import TeacherPool, TeacherPools
+from cluster.replicas import Supervision
+from cluster.restarts import RestartLimit
+from teacher_workers.pool import TeacherPool
+from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory
 from tests.teacher_workers.mortal_teacher import MortalTeacher
 
@@ -31,7 +34,7 @@ def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[Teache
         [{"num_cpus": 0}] * num_replicas,
         TIMEOUTS,
         actor=MortalTeacher,
-        max_restarts=max_restarts,
+        supervision=Supervision(RestartLimit(max_restarts, window_seconds=600)),
     )
     try:
         pool.wait_until_ready()
@@ -84,7 +87,7 @@ def test_without_restarts_left_the_death_is_one_sentence(tmp_path: Path, ray_clu
     (tmp_path / "teacher-main-0").touch()
     with (
         start(tmp_path, num_replicas=2, max_restarts=0) as teachers,
-        pytest.raises(ActorError, match=r"scores from teacher-main-0: .*no restarts are left for teacher main"),
+        pytest.raises(ActorError, match=r"scores from teacher-main-0: .*teacher-main-0 has no restart left of the 0"),
     ):
         score(teachers)
 
@@ -93,5 +96,5 @@ def test_a_replica_that_never_comes_back_uses_the_restarts_up(tmp_path: Path, ra
     with start(tmp_path, num_replicas=1, max_restarts=3) as teachers:
         (tmp_path / "teacher-main-0").touch()
         (tmp_path / "stillborn").touch()
-        with pytest.raises(ActorError, match=r"teacher-main-0 to start again: .*no restarts are left"):
+        with pytest.raises(ActorError, match=r"to start again: .*has no restart left of the 3 that ray.max_restarts"):
             score(teachers)

@@ -20,7 +20,8 @@ from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.trajectory import make_generated, models_of, ragged
 from cluster.contracts.wire import from_wire
 from cluster.lm_head import load_lm_head
-from teacher_workers.pool import TeacherPool, TeacherPools
+from teacher_workers.pool import TeacherPool
+from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start

@@ -1,0 +1,224 @@
+"""The actors of one pool: who serves, who is on the way, and who is started again after a death."""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from cluster import actors
+from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
+from cluster.restarts import RestartBudget, RestartLimit
+from cluster.watch import Watch
+
+NO_RESTARTS = RestartLimit(max_restarts=0, window_seconds=1.0)
+
+_log = logging.getLogger("preceptor")
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How a pool deals with dead actors."""
+
+    restarts: RestartLimit = NO_RESTARTS
+    watch: Watch | None = None  # None: a death is noticed by who waits for an answer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the actors of a pool are made; each has a method `start`, which is called once."""
+
+    cls: type
+    arguments: Callable[[str], tuple[Any, ...]]  # of the constructor, by the actor's name
+    options: Sequence[Mapping[str, Any]]  # Ray's, one entry per replica
+    create: Callable[..., list[ActorHandle]] = actors.create_actors
+
+    def make(self, replica: int, name: str) -> ActorHandle:
+        """Ask Ray for a replica's actor."""
+        [actor] = self.create(self.cls, [name], [self.arguments(name)], [self.options[replica]])
+        return actor
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A replica's present actor. It starts, is prepared, and serves; or rests before it starts again."""
+
+    name: str
+    actor: ActorHandle | None  # None: it rests
+    due: float = 0.0  # when it rests no longer, on the clock of `monotonic`
+    waits_for: tuple[Any, ...] = ()  # references to what it does before it serves
+    is_prepared: bool = False  # whether `waits_for` is the last of it
+
+    @property
+    def serves(self) -> bool:
+        return self.actor is not None and not self.waits_for
+
+
+class Replicas:
+    """A fixed number of replicas, each with an actor that may die.
+
+    Nothing here blocks but `wait_until_ready`: a replica that is started again serves once `welcome` has seen the last
+    of its `arriving` references.
+    """
+
+    def __init__(self, names: Sequence[str], recipe: Recipe, supervision: Supervision) -> None:
+        """Begin to start the actors; `names` are what Ray's dashboard shows."""
+        self._names = list(names)
+        self._recipe = recipe
+        self._supervision = supervision
+        self._budget = RestartBudget(supervision.restarts)
+        self._numbers = count(1)
+        self._prepare: Callable[[ActorHandle], list[Any]] = lambda actor: []
+        options = recipe.options
+        made = recipe.create(recipe.cls, self._names, [recipe.arguments(name) for name in names], options)
+        self._members = {
+            replica: _Member(name, actor, waits_for=(actor.start.remote(),))
+            for replica, (name, actor) in enumerate(zip(names, made, strict=True))
+        }
+
+    def wait_until_ready(self, timeout_seconds: float, waiting_for: str) -> None:
+        """Wait for the first start of every actor.
+
+        Raises:
+            PreceptorError: what an actor raised.
+            ActorError: an actor died or took too long; says which.
+        """
+        started = [reference for member in self._members.values() for reference in member.waits_for]
+        actors.get_all(started, timeout_seconds, waiting_for, self._names)
+        for replica in self._members:
+            self._let_serve(replica)
+
+    def prepare_with(self, prepare: Callable[[ActorHandle], list[Any]]) -> None:
+        """Set what an actor that was started again is brought before it serves; it returns references to wait for."""
+        self._prepare = prepare
+
+    @property
+    def serving(self) -> list[int]:
+        """Return the replicas that take work."""
+        return [replica for replica, member in self._members.items() if member.serves]
+
+    @property
+    def prepared(self) -> list[ActorHandle]:
+        """Return the actors that serve, or were asked for all that they need before they do."""
+        return [
+            member.actor for member in self._members.values() if member.actor and (member.serves or member.is_prepared)
+        ]
+
+    @property
+    def arriving(self) -> list[Any]:
+        """Return references to wait for; `welcome` takes those that are ready."""
+        return [reference for member in self._members.values() for reference in member.waits_for]
+
+    @property
+    def are_gone(self) -> bool:
+        """Return whether no replica is left, neither serving nor on the way."""
+        return not self._members
+
+    def actor(self, replica: int) -> ActorHandle:
+        """Return a serving replica's actor."""
+        actor = self._members[replica].actor
+        assert actor is not None, "a resting replica serves nobody"
+        return actor
+
+    def name(self, replica: int) -> str:
+        """Return what a replica is called, whichever actor it has."""
+        return self._names[replica]
+
+    def welcome(self, ready: Collection[Any]) -> list[int]:
+        """Move replicas on whose `arriving` references are ready, and return those that serve from now on."""
+        arrived = []
+        for replica, member in list(self._members.items()):
+            came = [reference for reference in member.waits_for if reference in ready]
+            if came and self._move_on(replica, member, came):
+                arrived.append(replica)
+        return arrived
+
+    def look(self) -> list[int]:
+        """Start those that have rested, and return the serving replicas that were found dead and are started again."""
+        now = time.monotonic()
+        for replica, member in list(self._members.items()):
+            if member.actor is None and member.due <= now:
+                self._start(replica)
+        watch = self._supervision.watch
+        lost = watch.lost if watch else ()
+        found = [replica for replica, member in self._members.items() if member.serves and member.name in lost]
+        for replica in found:
+            self.lose(replica, ActorDiedError(f"{self._members[replica].name} died or fell silent"))
+        return found
+
+    def lose(self, replica: int, error: PreceptorError) -> None:
+        """End a replica's actor, which failed, and start another, at once or after a rest.
+
+        Raises:
+            ActorError: it has failed as often as it may.
+        """
+        self._end(replica)
+        delay = self._budget.spend(replica)
+        if delay is None:
+            limit = self._supervision.restarts
+            del self._members[replica]
+            raise ActorError(
+                f"{error}; {self._names[replica]} has no restart left of the {limit.max_restarts} that "
+                f"ray.max_restarts allows within {limit.window_seconds:.0f} s"
+            ) from error
+        _log.warning("%s; it is started again%s", error, f" in {delay:.0f} s" if delay else "")
+        self._members[replica] = replace(self._members[replica], actor=None, due=time.monotonic() + delay, waits_for=())
+        if not delay:
+            self._start(replica)
+
+    def retire(self, replica: int) -> None:
+        """End a replica's actor and start no other."""
+        self._end(replica)
+        del self._members[replica]
+
+    def shutdown(self) -> None:
+        """End engines and actors; no process stays."""
+        for member in self._members.values():
+            self._forget(member)
+        actors.shutdown([member.actor for member in self._members.values() if member.actor])
+
+    def _start(self, replica: int) -> None:
+        # Ray may hold a dead actor's name for a while yet, so the next one has a number of its own.
+        name = f"{self._names[replica]}-again-{next(self._numbers)}"
+        actor = self._recipe.make(replica, name)
+        self._members[replica] = _Member(name, actor, waits_for=(actor.start.remote(),))
+
+    def _move_on(self, replica: int, member: _Member, came: Iterable[Any]) -> bool:
+        """Take what a replica was waited for, and return whether it serves now."""
+        assert member.actor is not None
+        left = tuple(reference for reference in member.waits_for if reference not in came)
+        try:
+            for reference in came:
+                actors.get(reference, 0, f"{member.name} to start again")
+            if not left and not member.is_prepared:
+                left = tuple(self._prepare(member.actor))
+                member = replace(member, is_prepared=True)
+        except PreceptorError as error:
+            self.lose(replica, error)
+            return False
+        self._members[replica] = replace(member, waits_for=left)
+        if not left:
+            self._let_serve(replica)
+        return not left
+
+    def _let_serve(self, replica: int) -> None:
+        member = self._members[replica] = replace(self._members[replica], waits_for=())
+        if self._supervision.watch and member.actor:
+            self._supervision.watch.add(member.name, member.actor)
+
+    def _end(self, replica: int) -> None:
+        member = self._members[replica]
+        self._forget(member)
+        if member.actor:
+            with suppress(RayError):  # already dead
+                ray.kill(member.actor)
+
+    def _forget(self, member: _Member) -> None:
+        if self._supervision.watch:
+            self._supervision.watch.forget(member.name)

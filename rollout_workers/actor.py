@@ -1,0 +1,157 @@
+"""What runs in each Ray actor of the rollout pool: one RolloutWorker behind calls that pass bytes and handles.
+
+Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM's environment first.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.batch_store import pack
+from cluster.contracts.config import EngineConfig, StudentConfig
+from cluster.contracts.errors import RolloutError, WeightSyncError
+from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.engine_death import end_with_engine
+from cluster.vllm_runtime import prepare_environment
+from rollout_workers.prompts import PromptSet
+from rollout_workers.worker import RolloutWorker, WrittenBatch
+
+
+@dataclass(frozen=True)
+class RolloutActorSettings:
+    """What one actor needs to start; equal for all actors of a pool."""
+
+    student: StudentConfig
+    engine: EngineConfig
+    max_model_len: int  # tokens of the longest prompt and completion, plus 1
+    rows_per_batch: int
+    weight_sync_backend: str | None  # None: the weights never change
+    draws: bool = False  # whether sampling settings may ask for candidate draws
+
+
+class RolloutActor:
+    """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
+
+    def __init__(self, settings: RolloutActorSettings) -> None:
+        self._settings = settings
+        self._rollouts: dict[int, AsyncGenerator[WrittenBatch]] = {}
+        self._running: dict[int, asyncio.Task[WrittenBatch]] = {}  # what is asked of a rollout
+        self._watching: asyncio.Task[None] | None = None  # None: there is no engine yet
+        self._is_updating = False
+        self._held_version: int | None = None
+        self._arriving_version: int | None = None
+
+    async def start(self) -> None:
+        """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
+        settings = self._settings
+        prepare_environment(settings.engine)
+        from transformers import AutoTokenizer
+
+        from rollout_workers.vllm_engine import VllmRolloutEngine
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.student.model, trust_remote_code=settings.student.trust_remote_code
+        )
+        engine = VllmRolloutEngine(
+            settings.student, settings.engine, settings.max_model_len, settings.weight_sync_backend, settings.draws
+        )
+        self._worker = RolloutWorker(
+            engine, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), settings.rows_per_batch
+        )
+        self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
+
+    async def set_prompts(self, wire: pa.Buffer) -> None:
+        """Replace the prompts; Ray hands every actor of a node the same bytes."""
+        self._worker.set_prompts(PromptSet.from_wire(wire))
+
+    async def start_rollout(
+        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int
+    ) -> tuple[pa.Buffer, BatchHandle]:
+        """Hand all requests, at least one, to the engine and return the first batch, as `next_batch` does.
+
+        Args:
+            call: what to ask for the next batches by; no two are equal.
+            requests: the completions to draw.
+            sampling: how to draw.
+            verifier: which verifier gives the rewards.
+            priority: requests of a call with a lower one run first.
+        """
+        self._rollouts[call] = self._worker.generate(requests, sampling, verifier, priority)
+        return await self.next_batch(call)
+
+    async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
+        """Return the call's next batch, waiting for it; none may be asked for after the last.
+
+        Raises:
+            RolloutError: the engine gave up a request, or all rollouts were abandoned.
+        """
+        self._running[call] = asyncio.create_task(anext(self._rollouts[call]))
+        try:
+            written = await self._running[call]
+        except asyncio.CancelledError as error:
+            raise RolloutError(f"rollout call {call} was abandoned") from error
+        finally:
+            del self._running[call]
+        if written.is_last:
+            del self._rollouts[call]
+        wire, handle = pack(written.rows, written.metrics)
+        return wire, replace(handle, is_last=written.is_last)
+
+    async def abandon(self) -> None:
+        """Give up all rollouts, and be ready for weights of any policy version.
+
+        Raises:
+            WeightSyncError: an update has begun and not ended, so that the engine's weights are of no version.
+        """
+        if self._is_updating:
+            raise WeightSyncError("an update of the weights was begun and never ended; the engine must be started anew")
+        running = list(self._running.values())
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for rollout in self._rollouts.values():
+            await rollout.aclose()
+        self._rollouts.clear()
+        self._worker.forget_version()
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Open the receiving end of the weight sync."""
+        await self._worker.init_weight_transfer(init_info)
+
+    async def held_version(self) -> int | None:
+        """Return the policy version whose changes alone this worker can take; None: it needs whole parameters."""
+        return self._held_version
+
+    async def start_weight_update(self, first: Sequence[Any] = ()) -> None:
+        """Pause generation and make the engine ready to receive, once the objects of `first` are on this node."""
+        for reference in first:
+            await reference
+        self._held_version = self._arriving_version = None
+        self._is_updating = True
+        await self._worker.start_weight_update()
+
+    async def update_weights(self, update_info: Any) -> None:
+        """Receive one bucket; a `reference` (in a list, so that Ray leaves it alone) is fetched to become `buffer`."""
+        if self._settings.weight_sync_backend == "object_store":
+            [reference] = update_info["reference"]
+            kept = {name: value for name, value in update_info.items() if name != "reference"}
+            update_info = kept | {"buffer": await reference}
+            self._arriving_version = update_info.get("kept_as")
+        await self._worker.update_weights(update_info)
+
+    async def finish_weight_update(self, policy_version: int) -> str:
+        """Install the weights as `policy_version`, go on generating, and return their checksum."""
+        checksum = await self._worker.finish_weight_update(policy_version)
+        self._held_version = self._arriving_version
+        self._is_updating = False
+        return checksum
+
+    async def shutdown(self) -> None:
+        """End the engine's processes."""
+        if self._watching is not None:
+            self._watching.cancel()
+        if hasattr(self, "_worker"):
+            await self._worker.shutdown()

@@ -1,0 +1,173 @@
+"""Rollout workers die, fall silent and come back; on actors without engines."""
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.actors import PoolTimeouts, wait_for_any
+from cluster.contracts.config import EngineConfig, StudentConfig
+from cluster.contracts.errors import ActorError
+from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.replicas import Supervision
+from cluster.restarts import RestartLimit
+from cluster.watch import Watch
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import Order, RolloutPool
+from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts
+from tests.rollout_workers.mortal_rollout import MortalRollout
+
+NUM_ROWS = 24
+SAMPLING = SamplingSettings(64, 1.0)
+SILENCE_SECONDS = 2.0
+
+
+@contextmanager
+def start(folder: Path, num_workers: int, max_restarts: int = 3) -> Iterator[RolloutPool]:
+    settings = RolloutActorSettings(StudentConfig(str(folder)), EngineConfig(), 512, 1, None)
+    with closing(Watch(SILENCE_SECONDS)) as watch:
+        pool = RolloutPool(
+            settings,
+            [{"num_cpus": 0}] * num_workers,
+            PoolTimeouts(300, 120),
+            name="writer",
+            actor=MortalRollout,
+            supervision=Supervision(RestartLimit(max_restarts, window_seconds=600), watch),
+        )
+        try:
+            pool.wait_until_ready()
+            pool.set_prompts(make_prompts())
+            yield pool
+        finally:
+            pool.shutdown()
+
+
+@pytest.fixture
+def pool(tmp_path: Path, ray_cluster: None) -> Iterator[RolloutPool]:
+    with start(tmp_path, num_workers=2) as pool:
+        yield pool
+
+
+def requests(count: int = NUM_ROWS) -> tuple[RolloutRequest, ...]:
+    return tuple(RolloutRequest(number, number % NUM_PROMPTS, 0, seed=5) for number in range(count))
+
+
+def generate(pool: RolloutPool, count: int = NUM_ROWS) -> list[BatchHandle]:
+    return list(pool.generate(requests(count), SAMPLING, "exact"))
+
+
+def ids(handles: list[BatchHandle]) -> list[int]:
+    return sorted(key for handle in handles for key in handle.trajectory_ids)
+
+
+def pids(pool: RolloutPool) -> list[int]:
+    found: list[int] = ray.get([actor.pid.remote() for actor in pool.actors])
+    return found
+
+
+def wait_until(pool: RolloutPool, num_workers: int, seconds: float) -> None:
+    """Look after an idle pool until so many workers take part."""
+    deadline = time.monotonic() + seconds
+    while len(pool.actors) != num_workers:
+        assert time.monotonic() < deadline
+        references = pool.look_after()
+        pool.collect(ray.wait(references, timeout=0.1)[0] if references else [])
+        time.sleep(0.05)
+
+
+def test_every_completion_is_written_once_though_a_worker_dies(pool: RolloutPool, tmp_path: Path) -> None:
+    (tmp_path / "writer-0").touch()
+    assert ids(generate(pool)) == list(range(NUM_ROWS))
+    assert not (tmp_path / "writer-0").exists()  # it did die
+
+
+def test_every_completion_is_written_once_though_all_workers_die(pool: RolloutPool, tmp_path: Path) -> None:
+    for worker in ("writer-0", "writer-1"):
+        (tmp_path / worker).touch()
+    assert ids(generate(pool)) == list(range(NUM_ROWS))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_rollouts_of_a_dead_worker_go_on_under_their_own_names(pool: RolloutPool, tmp_path: Path) -> None:
+    (tmp_path / "writer-1").touch()
+    for step in (3, 4):
+        pool.submit(Order(step, requests(), SAMPLING, "exact"))
+    found: Counter[tuple[int, int]] = Counter()
+    while found.total() < 2 * NUM_ROWS:
+        for handle in pool.collect(wait_for_any(pool.look_after, 60, pool.late)):
+            found.update((handle.rollout, key) for key in handle.trajectory_ids)
+    assert found == Counter((step, key) for step in (3, 4) for key in range(NUM_ROWS))
+
+
+def test_a_worker_that_came_back_writes_with_the_weights_it_was_brought(pool: RolloutPool, tmp_path: Path) -> None:
+    pool.bring_weights_with(lambda actor: actor.bring.remote(7))
+    for worker in ("writer-0", "writer-1"):
+        (tmp_path / worker).touch()
+    generate(pool)
+    wait_until(pool, num_workers=2, seconds=30)
+    assert {handle.min_policy_versions for handle in generate(pool)} == {(7,)}
+
+
+def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(pool: RolloutPool) -> None:
+    before = pids(pool)
+    os.kill(before[0], signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while len(pool.actors) == 2:  # until it is noticed
+        assert time.monotonic() < deadline
+        pool.look_after()
+        time.sleep(0.1)
+    wait_until(pool, num_workers=2, seconds=30)
+    assert before[0] not in pids(pool)
+    assert before[1] in pids(pool)
+
+
+def test_a_silent_worker_is_ended_within_seconds_and_its_work_done_by_others(pool: RolloutPool) -> None:
+    started = time.monotonic()
+    os.kill(pids(pool)[0], signal.SIGSTOP)
+    assert ids(generate(pool)) == list(range(NUM_ROWS))
+    assert time.monotonic() - started < SILENCE_SECONDS + 10
+
+
+def test_without_restarts_left_the_death_is_one_sentence(tmp_path: Path, ray_cluster: None) -> None:
+    (tmp_path / "writer-0").touch()
+    with (
+        start(tmp_path, num_workers=2, max_restarts=0) as pool,
+        pytest.raises(ActorError, match=r"a batch from writer-0: .*writer-0 has no restart left of the 0"),
+    ):
+        generate(pool)
+
+
+def test_a_worker_that_never_comes_back_uses_its_restarts_up(tmp_path: Path, ray_cluster: None) -> None:
+    with start(tmp_path, num_workers=1, max_restarts=3) as pool:
+        (tmp_path / "writer-0").touch()
+        (tmp_path / "stillborn").touch()
+        with pytest.raises(ActorError, match=r"to start again: .*writer-0 has no restart left of the 3"):
+            generate(pool)
+
+
+def test_nothing_is_owed_after_abandoning_and_the_same_ids_can_be_asked_anew(pool: RolloutPool) -> None:
+    pool.submit(Order(0, requests(), SAMPLING, "exact"))
+    pool.abandon()
+    assert pool.look_after() == []
+    assert ids(generate(pool)) == list(range(NUM_ROWS))
+
+
+def test_the_others_write_as_fast_while_one_of_eight_is_away(tmp_path: Path, ray_cluster: None) -> None:
+    with start(tmp_path, num_workers=8) as pool:
+        finished: list[tuple[float, str]] = []
+        for handle in pool.generate(requests(400), SAMPLING, "exact"):
+            finished.append((time.monotonic(), str(handle.teacher)))
+            if len(finished) == 180:
+                (tmp_path / "writer-3").touch()
+        times = np.array([moment for moment, _ in finished])
+        # Rows of 8 workers, then of the 7 that are left while the eighth starts again, which takes over a second.
+        before = 100 / (times[170] - times[70]) / 8
+        away = 100 / (times[300] - times[200]) / 7
+        assert away > 0.9 * before
