@@ -27,6 +27,11 @@ def at_least(found: Row, bar: float) -> Row:
     return {**found, "bar": f">= {bar:g}", "met": found["value"] >= bar}
 
 
+def at_most(found: Row, bar: float) -> Row:
+    """Add the bar that a row's value may not exceed."""
+    return {**found, "bar": f"<= {bar:g}", "met": found["value"] <= bar}
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """Print the table."""
     name, size = (max((len(found[column]) for found in rows), default=0) for column in ("name", "size"))

@@ -22,7 +22,7 @@ from statistics import mean, median
 
 import ray
 
-from benchmarks.report import RESULTS, Row, describe_machine, print_rows, row
+from benchmarks.report import RESULTS, Row, at_most, describe_machine, print_rows, row
 from benchmarks.soak_actors import Delays
 from benchmarks.soak_learner import RankReport
 from benchmarks.soak_memory import MemorySample, MemorySampler, growth_per_ten_minutes
@@ -217,11 +217,6 @@ def memory_rows(samples: Sequence[MemorySample], warm_up_seconds: float) -> list
         row("soak: object store", size, mean(sample.store_bytes for sample in judged) / 1e6, "MB"),
         store,
     ]
-
-
-def at_most(found: Row, bar: float) -> Row:
-    """Add a bar to a row."""
-    return {**found, "bar": f"<= {bar:g}", "met": found["value"] <= bar}
 
 
 if __name__ == "__main__":

@@ -212,15 +212,15 @@ class RolloutPool:
 
     def _take(self, reference: Any) -> BatchHandle | None:
         """Return a batch that is there, or nothing when its worker died."""
-        awaited = self._awaited[reference]
+        awaited = self._awaited.pop(reference)
         waiting_for = f"a batch from {self._names[awaited.worker]}"
         try:
             handle: BatchHandle = actors.get(reference, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
+            self._awaited[reference] = awaited
             self._replicas.lose(awaited.worker, error)
             self._hand_on(awaited.worker)
             return None
-        del self._awaited[reference]
         self._lengths.observe(handle)
         if not handle.is_last:
             left = awaited.order.without(handle.trajectory_ids)
