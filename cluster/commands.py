@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 
+from cluster.checkpoints import ResumePoint, find_resume_point
 from cluster.contracts.config import Config
-from cluster.contracts.errors import CheckpointError
+from cluster.contracts.errors import CheckpointError, PreceptorError
 from cluster.driver import train
 from cluster.evaluation import Evaluation, Evaluator, write_samples
+from cluster.history import History
 from cluster.interruption import stop_on_signals
 from cluster.live_checks import run_live_checks
 from cluster.metric_sinks import TerminalView, terminal_view
@@ -20,8 +22,7 @@ from cluster.pipeline import (
 from cluster.placement import Placement, cluster_nodes, describe, plan_placement
 from cluster.ray_session import RaySession, ray_session
 from cluster.run_directory import RunDirectory
-from cluster.training_run import History, TrainingRun, describe_evaluation
-from learner.checkpoint import latest_checkpoint, read_state
+from cluster.training_run import TrainingRun, describe_evaluation
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class _Start:
     directory: RunDirectory
     first_step: int
     history: History
+    resumed_from: ResumePoint | None = None  # None: the run is a new one
 
 
 def start_training(config: Config) -> History:
@@ -54,11 +56,9 @@ def resume_training(directory: RunDirectory, config: Config) -> History:
     Raises:
         CheckpointError: the run has no complete checkpoint, or has nothing left to do.
     """
-    checkpoint = latest_checkpoint(directory.checkpoints)
-    if checkpoint is None:
-        raise CheckpointError(f"{directory.path}: has no complete checkpoint to resume from; start the run anew")
-    state = read_state(checkpoint)
-    first_step = int(state["step"])
+    warnings: list[str] = []
+    point = find_resume_point(directory, config, warnings.append)
+    first_step = point.state.step
     if first_step >= config.run.steps:
         raise CheckpointError(
             f"{directory.path}: step {first_step} of {config.run.steps} is done; "
@@ -68,8 +68,10 @@ def resume_training(directory: RunDirectory, config: Config) -> History:
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = plan_placement(config, cluster_nodes())
         _announce(view, session, placement, directory)
+        for warning in warnings:
+            view.say(warning)
         view.say(f"resuming after step {first_step}")
-        start = _Start(directory, first_step, History(**state["history"]))
+        start = _Start(directory, first_step, point.state.history, point)
         return _train(config, inputs, placement, view, start)
 
 
@@ -107,13 +109,16 @@ def check_run(config: Config) -> bool:
 
 
 def _train(config: Config, inputs: Inputs, placement: Placement, view: TerminalView, start: _Start) -> History:
-    with start_pipeline(config, inputs, placement) as pipeline:
-        if start.first_step:
-            checkpoint = latest_checkpoint(start.directory.checkpoints)
-            assert checkpoint is not None, "the caller found one"
-            pipeline.learner.load_checkpoint(checkpoint)
-        with stop_on_signals(view.say) as stop:
-            train(TrainingRun(config, inputs, pipeline, start.directory, view, start.first_step, start.history, stop))
+    with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
+        run = TrainingRun(config, inputs, pipeline, start.directory, view, start.first_step, start.history, stop)
+        if start.resumed_from is not None:
+            run.ledger.check(start.resumed_from.state.ledger)
+            pipeline.learner.load_checkpoint(start.resumed_from.folder)
+        try:
+            train(run)
+        except PreceptorError as error:
+            run.save_after(error)
+            raise
     return start.history
 
 
