@@ -68,6 +68,8 @@ CASES = {
     **{f"zero{stage}-2-bf16": (stage, 2, "bfloat16", ()) for stage in (2, 3)},
 }
 
+IN_ANOTHER_GROUP = ("zero1-2", "zero2-2", "zero3-2")  # processes take long to start
+
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest, make_config: Any, ray_cluster: None, tmp_path_factory: Any) -> Case:
@@ -93,8 +95,11 @@ def case(request: pytest.FixtureRequest, make_config: Any, ray_cluster: None, tm
         first.load_checkpoint(folder / "step-2")
         told.logprobs["restored"] = first.student_logprobs(batch)
         told.restored = snapshots(first, folder / "step-4", ranks)
+        told.next_loss["restored"] = report(first.step(AtHand([batch]), TRAINED_STEPS))["loss"]
     finally:
         first.shutdown()
+    if request.param not in IN_ANOTHER_GROUP:
+        return told
     second = LearnerGroup(config, [{"num_cpus": 0.5}] * ranks)
     try:
         second.load_checkpoint(folder / "step-2")
@@ -121,18 +126,22 @@ def assert_same(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]
 @pytest.mark.slow
 def test_weights_optimizer_state_and_random_state_are_restored_to_the_bit(case: Case) -> None:
     assert_same(case.restored, case.saved)
-    assert_same(case.restored_elsewhere, case.saved)
+    if case.name in IN_ANOTHER_GROUP:
+        assert_same(case.restored_elsewhere, case.saved)
 
 
 @pytest.mark.slow
 def test_the_restored_weights_compute_the_same_log_probabilities(case: Case) -> None:
     np.testing.assert_array_equal(case.logprobs["restored"], case.logprobs["saved"])
-    np.testing.assert_array_equal(case.logprobs["elsewhere"], case.logprobs["saved"])
+    if case.name in IN_ANOTHER_GROUP:
+        np.testing.assert_array_equal(case.logprobs["elsewhere"], case.logprobs["saved"])
 
 
 @pytest.mark.slow
-def test_the_next_step_of_a_second_group_has_the_same_loss(case: Case) -> None:
-    assert case.next_loss["elsewhere"] == pytest.approx(case.next_loss["saved"], abs=1e-6)
+def test_the_next_step_has_the_same_loss(case: Case) -> None:
+    assert len(case.next_loss) == (3 if case.name in IN_ANOTHER_GROUP else 2)
+    for loss in case.next_loss.values():
+        assert loss == pytest.approx(case.next_loss["saved"], abs=1e-6)
 
 
 @pytest.mark.slow
