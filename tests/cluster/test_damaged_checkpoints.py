@@ -135,8 +135,9 @@ def all_damages() -> Iterator[tuple[str, Damage]]:
     yield "a file is listed twice", edit_files(lambda files: [*files, files[0]])
     yield "a path out of the folder", edit_files(lambda files: [{**files[0], "name": "../../x"}, *files[1:]])
     yield "sizes of another type", edit_files(lambda files: [{**file, "num_bytes": "9"} for file in files])
-    yield "checksums exchanged", edit_files(
-        lambda files: [{**file, "checksum": files[0]["checksum"]} for file in files]
+    yield (
+        "checksums exchanged",
+        edit_files(lambda files: [{**file, "checksum": files[0]["checksum"]} for file in files]),
     )
     for text in ("", "[]", "1", "null", '"step"', "{", '{"step": 6', "[" * 100_000, "\x00", '{"step": 1e999}'):
         yield f"state is {text[:20]!r}", replace_state(text)
