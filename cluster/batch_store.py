@@ -36,6 +36,7 @@ def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[pa.Buffer, BatchHandl
         prompt_ids=tuple(batch["prompt_id"].to_pylist()),
         rewards=tuple(batch["reward"].to_pylist()),
         min_policy_versions=tuple(batch["min_policy_version"].to_pylist()),
+        max_policy_versions=tuple(batch["max_policy_version"].to_pylist()),
         metrics=metrics,
     )
     return to_wire(batch), handle

@@ -1,8 +1,10 @@
 """What each command of the command line does, from a configuration to the last line that it prints."""
 
+from cluster.checkpoints import find_resume_point
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError
 from cluster.evaluation import Evaluation, Evaluator, write_samples
+from cluster.history import History
 from cluster.interruption import stop_on_signals
 from cluster.live_checks import run_live_checks
 from cluster.metric_sinks import TerminalView, terminal_view
@@ -17,9 +19,8 @@ from cluster.pipeline import (
 from cluster.placement import Placement, cluster_nodes, describe, plan_placement
 from cluster.ray_session import RaySession, ray_session
 from cluster.run_directory import RunDirectory
-from cluster.supervisor import Start, Supervisor
-from cluster.training_run import History, describe_evaluation
-from learner.checkpoint import latest_checkpoint, read_state
+from cluster.supervisor import Beginning, Supervisor
+from cluster.training_run import describe_evaluation
 
 
 def start_training(config: Config) -> History:
@@ -34,31 +35,35 @@ def start_training(config: Config) -> History:
         directory = RunDirectory.create(config)
         _announce(view, session, placement, directory)
         history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
-        return _train(config, inputs, placement, view, directory, Start(0, history))
+        return _train(config, inputs, placement, view, Beginning(directory, history))
 
 
 def resume_training(directory: RunDirectory, config: Config) -> History:
-    """Continue a run from its last complete checkpoint.
+    """Continue a run from its last intact checkpoint; from its beginning when none was written.
 
     Raises:
-        CheckpointError: the run has no complete checkpoint, or has nothing left to do.
+        CheckpointError: all checkpoints are damaged, or nothing is left to do.
     """
-    checkpoint = latest_checkpoint(directory.checkpoints)
-    if checkpoint is None:
-        raise CheckpointError(f"{directory.path}: has no complete checkpoint to resume from; start the run anew")
-    state = read_state(checkpoint)
-    first_step = int(state["step"])
-    if first_step >= config.run.steps:
+    warnings: list[str] = []
+    point = find_resume_point(directory, config, warnings.append)
+    if point is not None and point.state.step >= config.run.steps:
         raise CheckpointError(
-            f"{directory.path}: step {first_step} of {config.run.steps} is done; "
-            f"to go on, resume with run.steps above {first_step}"
+            f"{directory.path}: step {point.state.step} of {config.run.steps} is done; "
+            f"to go on, resume with run.steps above {point.state.step}"
         )
     inputs = load_inputs(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = plan_placement(config, cluster_nodes())
         _announce(view, session, placement, directory)
-        view.say(f"resuming after step {first_step}")
-        return _train(config, inputs, placement, view, directory, Start(first_step, History(**state["history"])))
+        for warning in warnings:
+            view.say(warning)
+        if point is not None:
+            view.say(f"resuming after step {point.state.step}")
+            return _train(config, inputs, placement, view, Beginning(directory, point.state.history, point))
+        view.say("resuming from the beginning: the run wrote no checkpoint")
+        directory.samples.unlink(missing_ok=True)
+        history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
+        return _train(config, inputs, placement, view, Beginning(directory, history))
 
 
 def evaluate_models(config: Config) -> None:
@@ -94,11 +99,9 @@ def check_run(config: Config) -> bool:
         return all(result.passed for result in results)
 
 
-def _train(
-    config: Config, inputs: Inputs, placement: Placement, view: TerminalView, directory: RunDirectory, start: Start
-) -> History:
+def _train(config: Config, inputs: Inputs, placement: Placement, view: TerminalView, beginning: Beginning) -> History:
     with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
-        return Supervisor(config, inputs, pipeline, directory, view).train(start, stop)
+        return Supervisor(config, inputs, pipeline, view, stop).train(beginning)
 
 
 def _measure_teachers(

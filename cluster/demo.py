@@ -9,7 +9,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.run_file import load_run_config
 
 if TYPE_CHECKING:
-    from cluster.training_run import History
+    from cluster.history import History
 
 EMBEDDED = Path(__file__).parent / "embedded"
 

@@ -34,9 +34,10 @@ def train(run: TrainingRun) -> None:
         for admitted in permits.admit(step):
             requests = train_requests(config, run.inputs, admitted)
             asked[admitted] = flow.admit(admitted, requests, run.sampling(admitted), verifier, config.scorers)
+            run.ledger.admit(admitted + 1, requests)
         batches = asked.pop(step)
         with watch.measure("step"):
-            learned = learner.step(batches, step)
+            learned = learner.step(run.ledger.watch(step + 1, batches), step)
             with watch.measure("sync"):
                 synced = learner.publish_weights(rollouts.actors, policy_version=step + 1)
         run.finish_step(step + 1, step_record(step + 1, batches.progress, learned, synced, watch))

@@ -17,6 +17,7 @@ from cluster.contracts.objective import TEACHER
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.flow import Flow
+from cluster.metric_sinks import RecordsFile
 from cluster.pipeline import Inputs, held_out_requests, held_out_sampling
 from rollout_workers.pool import RolloutPool
 from teacher_workers.pools import Chain
@@ -100,6 +101,13 @@ def write_samples(path: Path, step: int, model: str, samples: Sequence[dict[str,
     with path.open("a", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps({"step": step, "model": model, **sample}, ensure_ascii=False) + "\n")
+
+
+def forget_samples(path: Path, last_step: int) -> None:
+    """Drop what a run that goes on after `last_step` samples again; one that has not trained yet begins with step 0."""
+    RecordsFile(path).keep(
+        lambda sample: sample["step"] <= last_step and not (last_step == 0 and sample.get("model") == "student")
+    )
 
 
 def _held_out_names(metrics: dict[str, float]) -> dict[str, float]:

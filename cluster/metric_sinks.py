@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+
+from cluster.contracts.errors import CheckpointError
 
 Record = Mapping[str, float]  # one step's figures by name
 
@@ -34,31 +37,72 @@ _ROWS_SHOWN = 12
 
 
 class RecordsFile:
-    """A file of one JSON object per line, each with the step that it belongs to, in order."""
+    """A file of one JSON object per line, each with the step that it belongs to, in order.
+
+    A crash can cut the last line short; such a line does not count. Other damage is a CheckpointError.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
+
+    def lines(self) -> list[str]:
+        """Return the lines that were written completely."""
+        return [line for line, _ in self._parsed()]
 
     def read(self) -> list[dict[str, Any]]:
         """Return what was written so far, without the figures that were not finite."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        return [{name: value for name, value in json.loads(line).items() if value is not None} for line in lines]
+        return [{name: value for name, value in found.items() if value is not None} for _, found in self._parsed()]
 
     def drop_from(self, step: int) -> None:
         """Forget `step` and what followed: a resumed run does those steps again."""
-        if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["step"] < step]
-        self._path.write_text("".join(line + "\n" for line in kept))
+        self.keep(lambda record: record["step"] < step)
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object; a figure that is not finite becomes null."""
+    def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+        """Forget all records but those that are to be kept, and a last line that was cut short."""
+        if not self.path.exists():
+            return
+        shortened = self.path.with_name(self.path.name + ".partial")
+        with shortened.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line, record in self._parsed() if is_kept(record))
+            file.flush()
+            os.fsync(file.fileno())
+        shortened.replace(self.path)
+
+    def write(self, record: Mapping[str, Any]) -> str:
+        """Append one object and return its line; a figure that is not finite becomes null."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        line = json.dumps(finite)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        return line
+
+    def sync(self) -> None:
+        """Bring what was written to disk."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _parsed(self) -> list[tuple[str, dict[str, Any]]]:
+        *complete, _torn = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        found = []
+        for number, line in enumerate(complete, start=1):
+            try:
+                found.append((line.decode(), _record(line)))
+            except ValueError as error:
+                if number == len(complete):  # a crash of the whole machine can leave zeros in the place of a line
+                    break
+                raise CheckpointError(f"{self.path}:{number}: not a record of a step; restore the line") from error
+        return found
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    found = json.loads(line)
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        raise ValueError("no object with a step")
+    return found
 
 
 class TerminalView(Protocol):

@@ -64,6 +64,11 @@ class RunDirectory:
         return self.path / "alarms.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """One JSON object per step: which trajectories it learned from."""
+        return self.path / "ledger.jsonl"
+
+    @property
     def samples(self) -> Path:
         """Completions of held-out prompts, one JSON object each."""
         return self.path / "samples.jsonl"

@@ -1,10 +1,10 @@
 """Keeps a run going when its learner dies, and brings it to an orderly end when it cannot go on."""
 
-import logging
 import time
 from copy import deepcopy
 from dataclasses import dataclass
 
+from cluster.checkpoints import ResumePoint, find_resume_point
 from cluster.contracts.config import Config
 from cluster.contracts.errors import (
     ActorDiedError,
@@ -15,95 +15,95 @@ from cluster.contracts.errors import (
     RunStopped,
 )
 from cluster.driver import train
+from cluster.history import History
 from cluster.interruption import StopRequest
 from cluster.metric_sinks import TerminalView
 from cluster.pipeline import Inputs, Pipeline, restart_limit
 from cluster.restarts import RestartBudget
 from cluster.run_directory import RunDirectory
-from cluster.training_run import History, TrainingRun
-from learner.checkpoint import latest_checkpoint
-
-_log = logging.getLogger("preceptor")
+from cluster.training_run import TrainingRun
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where training begins."""
+class Beginning:
+    """Where a training run begins."""
 
-    first_step: int
+    directory: RunDirectory
     history: History
+    point: ResumePoint | None = None  # None: at the first step
 
 
 class Supervisor:
-    """Runs the loop; after the death of a learner's rank, everything goes back to the last complete checkpoint.
+    """Runs the loop; after the death of a learner's rank, everything goes back to the last intact checkpoint.
 
     Deaths of rollout and teacher workers are their pools' own affair and lose nothing.
     """
 
     def __init__(
-        self, config: Config, inputs: Inputs, pipeline: Pipeline, directory: RunDirectory, view: TerminalView
+        self, config: Config, inputs: Inputs, pipeline: Pipeline, view: TerminalView, stop: StopRequest
     ) -> None:
         """Take what a run needs besides its beginning."""
         self._config = config
         self._inputs = inputs
         self._pipeline = pipeline
-        self._directory = directory
         self._view = view
+        self._stop = stop
         self._budget = RestartBudget(restart_limit(config))
 
-    def train(self, beginning: Start, stop: StopRequest) -> History:
-        """Do the run's steps from the beginning, and return what it achieved.
+    def train(self, beginning: Beginning) -> History:
+        """Do the run's steps, and return what it achieved.
 
         Raises:
             RunStopped: somebody asked for it; a checkpoint is written.
             PreceptorError: the run cannot go on; a checkpoint of its last step is written if the learner lives.
         """
-        start = self._restore(beginning)
+        start = beginning
         while True:
-            run = TrainingRun(
-                self._config,
-                self._inputs,
-                self._pipeline,
-                self._directory,
-                self._view,
-                start.first_step,
-                start.history,
-                stop,
-            )
             try:
-                train(run)
-                return run.history
+                return self._attempt(start)
             except (LearnerDiedError, LostBytesError) as error:
-                start = self._rewind(error, beginning)
-            except RunStopped:
-                raise
-            except PreceptorError:
-                run.save_unsaved()
-                raise
+                start = self._rewind(beginning, error)
 
-    def _rewind(self, error: PreceptorError, beginning: Start) -> Start:
-        """Start the learner again and put it, the pools and the run's files back to the last complete checkpoint."""
+    def _attempt(self, start: Beginning) -> History:
+        run = self._restore(start)
+        try:
+            train(run)
+            return run.history
+        except (LearnerDiedError, LostBytesError, RunStopped):
+            raise
+        except PreceptorError as error:
+            run.save_after(error)
+            raise
+
+    def _restore(self, start: Beginning) -> TrainingRun:
+        """Bring the run's files, and the learner if it has done anything yet, to where the run is to begin."""
+        step = start.point.state.step if start.point else 0
+        history = deepcopy(start.history)
+        run = TrainingRun(
+            self._config, self._inputs, self._pipeline, start.directory, self._view, step, history, self._stop
+        )
+        if start.point:
+            run.ledger.check(start.point.state.ledger)
+            self._pipeline.learner.load_checkpoint(start.point.folder)
+        return run
+
+    def _rewind(self, beginning: Beginning, error: PreceptorError) -> Beginning:
+        """Start the learner again, let the pools forget what they do, and find the last intact checkpoint."""
+        directory = beginning.directory
         delay = self._budget.spend(0)
         if delay is None:
             limit = restart_limit(self._config)
             raise ActorError(
                 f"{error}; the learner has no restart left of the {limit.max_restarts} that ray.max_restarts allows "
-                f"within {limit.window_seconds:.0f} s; go on with preceptor train --resume {self._directory.path}"
+                f"within {limit.window_seconds:.0f} s; go on with preceptor train --resume {directory.path}"
             ) from error
-        _log.warning("%s; the learner is started again and the run goes back to its last checkpoint", error)
+        self._view.say(f"{error}; the learner is started again, and the run goes back to its last checkpoint")
         time.sleep(delay)
         try:
             self._pipeline.teachers.abandon()
             self._pipeline.learner.start_again()
             self._pipeline.rollouts.abandon()
-            return self._restore(beginning)
         except ActorDiedError as another:
-            return self._rewind(another, beginning)
-
-    def _restore(self, beginning: Start) -> Start:
-        """Bring the learner to the last complete checkpoint, if there is one, and say where the run goes on."""
-        checkpoint = latest_checkpoint(self._directory.checkpoints)
-        if checkpoint is None:
-            return Start(0, deepcopy(beginning.history))
-        state = self._pipeline.learner.load_checkpoint(checkpoint)
-        return Start(int(state["step"]), History(**state["history"]))
+            return self._rewind(beginning, another)
+        point = find_resume_point(directory, self._config, self._view.say)
+        return beginning if point is None else Beginning(directory, point.state.history, point)

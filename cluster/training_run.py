@@ -3,51 +3,26 @@
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 from cluster.alarms import Alarms, LengthCap, Raised
+from cluster.checkpoints import Checkpoints, RunState
 from cluster.contracts.config import Config
-from cluster.contracts.errors import RunStopped, TrainingError
+from cluster.contracts.errors import CheckpointError, PreceptorError, RunStopped, TrainingError
 from cluster.contracts.interfaces import SamplingSettings
-from cluster.evaluation import Evaluation, Evaluator, write_samples
+from cluster.evaluation import Evaluation, Evaluator, forget_samples, write_samples
 from cluster.flow import Flow
+from cluster.history import History
 from cluster.interruption import StopRequest
+from cluster.ledger import Ledger
 from cluster.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline, train_sampling
 from cluster.run_directory import RunDirectory
-from learner.checkpoint import prune, step_folder
+from learner.checkpoint import tidy
 
 SHOWN_CHARACTERS = 240  # of a sample, in the last lines of a run
-
-
-@dataclass
-class History:
-    """The figures that the last lines of a run compare; part of every checkpoint."""
-
-    teacher_accuracy: dict[str, float | None] = field(default_factory=dict)
-    first_accuracy: float | None = None
-    last_accuracy: float | None = None
-    first_kl: float | None = None  # on held-out prompts where there are any, else on the step's own
-    last_kl: float | None = None
-    first_sample: dict[str, Any] = field(default_factory=dict)
-    last_sample: dict[str, Any] = field(default_factory=dict)
-
-    def note_evaluation(self, found: Evaluation) -> None:
-        """Keep what the first and the latest evaluation of the student found."""
-        sample = found.samples[0] if found.samples else {}
-        if not self.first_sample:
-            self.first_accuracy, self.first_sample = found.accuracy, sample
-        self.last_accuracy, self.last_sample = found.accuracy, sample
-        if found.kl is not None:
-            self.note_kl(found.kl)
-
-    def note_kl(self, kl: float) -> None:
-        """Keep the first and the latest KL per token."""
-        self.first_kl = kl if self.first_kl is None else self.first_kl
-        self.last_kl = kl
 
 
 @dataclass
@@ -70,10 +45,14 @@ class TrainingRun:
         tokenizer = load_tokenizer(student.model, student.trust_remote_code)
         self._evaluator = Evaluator(self.config, self.inputs, tokenizer)
         self._metrics = RecordsFile(self.directory.metrics)
-        self._last_step = self.first_step  # finished
+        self._finished_step = self._saved_step = self.first_step
         self._alarms_file = RecordsFile(self.directory.alarms)
         for file in (self._metrics, self._alarms_file):
             file.drop_from(self.first_step + 1)
+        forget_samples(self.directory.samples, self.first_step)
+        tidy(self.directory.checkpoints, self.first_step)
+        self.ledger = Ledger(self.directory.ledger, self.first_step)
+        self._checkpoints = Checkpoints(self.directory, self.config.checkpoint, self.pipeline.learner)
         self._alarms = Alarms(self.config.alarms)
         rollout = self.config.rollout
         self._cap = LengthCap(rollout.max_completion_tokens, rollout.max_staleness)
@@ -93,14 +72,16 @@ class TrainingRun:
         return replace(train_sampling(self.config), max_completion_tokens=self._cap.at(step))
 
     def finish_step(self, step: int, record: Record) -> None:
-        """Record the step; evaluate and write a checkpoint where they are due.
+        """Record the step; evaluate and begin a checkpoint where they are due, and complete the one before.
 
         Raises:
+            CheckpointError: a checkpoint cannot be written; those before it stay.
             TrainingError: an alarm went off that is to stop the run; a checkpoint of the step is written.
             RunStopped: somebody asked for it; a checkpoint of the step is written.
         """
-        record = dict(record)
-        self._last_step = step
+        self.ledger.close(step)
+        self._finished_step = step
+        record = {**record, **self._checkpoints.complete_if_written()}
         is_last = step == self.config.run.steps
         if not self.inputs.held_out_ids:
             self.history.note_kl(record["train/kl"])
@@ -112,25 +93,24 @@ class TrainingRun:
         stopping = [alarm for alarm in raised if alarm.config.action == "stop"]
         asked = self.stop.is_asked and not is_last
         if is_last or stopping or asked or _is_due(step, self.config.checkpoint.every_steps):
-            self.write_checkpoint(step)
+            self._begin_checkpoint(step)
         self._report(raised)
         self._shorten(raised)
+        if is_last or stopping or asked:
+            self._checkpoints.complete()
         if stopping:
             raise TrainingError(f"{stopping[0]}; the run stopped as alarms.{stopping[0].name}.action asks")
         if asked:
             raise RunStopped(f"stopped after step {step}; go on with preceptor train --resume {self.directory.path}")
 
-    def write_checkpoint(self, step: int) -> Path:
-        """Write the whole training state; it is complete or absent."""
-        folder = step_folder(self.directory.checkpoints, step)
-        self.pipeline.learner.save_checkpoint(folder, {"step": step, "history": vars(self.history)})
-        prune(self.directory.checkpoints, self.config.checkpoint.keep_last)
-        return folder
-
-    def save_unsaved(self) -> None:
-        """Write a checkpoint of the last finished step if there is none, for a run that cannot go on."""
-        if self._last_step > self.first_step and not step_folder(self.directory.checkpoints, self._last_step).exists():
-            self.write_checkpoint(self._last_step)
+    def save_after(self, error: PreceptorError) -> None:
+        """Leave a checkpoint of the last finished step, as far as that is possible, when `error` ends the run."""
+        if isinstance(error, CheckpointError):
+            return
+        with suppress(PreceptorError):  # the error that ends the run is the one to report
+            if self._finished_step > self._saved_step:
+                self._begin_checkpoint(self._finished_step)
+            self._checkpoints.complete()
 
     def end(self) -> None:
         """Export the student and say what the run achieved."""
@@ -142,6 +122,11 @@ class TrainingRun:
         self.view.say(f"figures: {self.directory.metrics}")
         for line in summary(self.config, self.history, seconds, steps=self.config.run.steps - self.first_step):
             self.view.say(line)
+
+    def _begin_checkpoint(self, step: int) -> None:
+        self._saved_step = step
+        self._metrics.sync()  # a resumed run reads it again
+        self._checkpoints.begin(RunState(step, self.history, self.ledger.state()))
 
     def _report(self, raised: Sequence[Raised]) -> None:
         for alarm in raised:

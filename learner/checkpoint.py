@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from cluster.contracts.errors import CheckpointError
 from cluster.contracts.weights import plan_buckets
 from learner.engine import TrainEngine
+from learner.manifest import MANIFEST_FILE, STATE_FILE, FileEntry, Layout, entry_of, write_manifest
 
-STATE_FILE = "state.json"
 GATHER_BYTES = 1 << 28  # of parameters that an export gathers at once
-_STEP_FOLDER = re.compile(r"step-(\d+)")
+PARTIAL, REMOVED, DAMAGED = ".partial", ".removed", ".damaged"
+_STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_LEFTOVER = re.compile(_STEP_FOLDER.pattern + r"(\.partial|\.removed)")
 
 
 def step_folder(directory: Path, step: int) -> Path:
@@ -30,19 +32,49 @@ def step_folder(directory: Path, step: int) -> Path:
     return directory / f"step-{step}"
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """Return the complete checkpoint of the highest step; None when there is none."""
-    found = _checkpoints(directory)
-    return found[-1] if found else None
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the folders of checkpoints, whole or damaged, from the earliest step to the latest."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if _STEP_FOLDER.fullmatch(path.name)), key=step_of)
 
 
 def prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the `keep_last` latest complete checkpoints."""
-    for folder in _checkpoints(directory)[:-keep_last]:
-        # Out of the way first: a removal that is interrupted must not leave a folder that looks complete.
-        doomed = folder.with_name(folder.name + ".removed")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
+    """Remove all but the `keep_last` latest complete checkpoints.
+
+    Raises:
+        CheckpointError: the place cannot be written to.
+    """
+    complete = [folder for folder in checkpoints(directory) if (folder / MANIFEST_FILE).is_file()]
+    for folder in complete[:-keep_last]:
+        _remove(folder)
+
+
+def tidy(directory: Path, last_step: int) -> None:
+    """Make the folder what a run needs that goes on after `last_step`.
+
+    What a killed run left half-written or half-removed goes. Checkpoints of later steps, which were passed over since
+    they are damaged, are set aside as NAME.damaged, so that they neither count nor are taken up again.
+
+    Raises:
+        CheckpointError: the place cannot be written to.
+    """
+    try:
+        for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
+        for folder in checkpoints(directory):
+            if step_of(folder) > last_step:
+                aside = folder.with_name(folder.name + DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be tidied up: {error.strerror}") from error
 
 
 def begin(folder: Path) -> Path:
@@ -60,7 +92,28 @@ def begin(folder: Path) -> Path:
     return partial
 
 
-def commit(folder: Path) -> None:
+def commit(folder: Path, state: Mapping[str, Any], layout: Layout, shards: Sequence[FileEntry]) -> None:
+    """Complete a checkpoint whose shards are written: add the driver's state and the manifest, and publish it.
+
+    Raises:
+        CheckpointError: the disk is full or the place cannot be written to.
+    """
+    partial = _partial(folder)
+    try:
+        path = partial / STATE_FILE
+        path.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_manifest(partial, layout, [*shards, entry_of(path)])
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: cannot be completed: {error.strerror}") from error
+    publish(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove what `begin` began, as far as that is possible."""
+    shutil.rmtree(_partial(folder), ignore_errors=True)
+
+
+def publish(folder: Path) -> None:
     """Bring the partial folder to disk and give it its name; a folder of that name is replaced.
 
     Raises:
@@ -72,28 +125,25 @@ def commit(folder: Path) -> None:
             _to_disk(path)
         _to_disk(partial)
         if folder.exists():
-            shutil.rmtree(folder)
+            _remove(folder)
         partial.rename(folder)
         _to_disk(folder.parent)
     except OSError as error:
         raise CheckpointError(f"checkpoint {folder}: cannot be completed: {error.strerror}") from error
 
 
-def write_state(partial: Path, state: Mapping[str, Any]) -> None:
-    """Write the driver's part of a checkpoint."""
-    (partial / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the driver's part of a checkpoint.
 
     Raises:
-        CheckpointError: there is no complete checkpoint there.
+        CheckpointError: the file is missing or holds no JSON object.
     """
     try:
-        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {folder}: no readable {STATE_FILE} in it") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {folder}: {STATE_FILE} holds no JSON object")
     return state
 
 
@@ -109,7 +159,7 @@ def export(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path
     causal_lm = engine.student.causal_lm
     causal_lm.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
-    commit(folder)
+    publish(folder)
 
 
 def _whole_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
@@ -124,20 +174,19 @@ def _whole_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
     return weights | {name: buffers[name].to("cpu", copy=True) for name in persistent}
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    """Return complete checkpoints from the earliest step to the latest."""
-    if not directory.is_dir():
-        return []
-    steps = {
-        int(match[1]): path
-        for path in directory.iterdir()
-        if (match := _STEP_FOLDER.fullmatch(path.name)) and (path / STATE_FILE).is_file()
-    }
-    return [steps[step] for step in sorted(steps)]
+def _remove(folder: Path) -> None:
+    # Out of the way first: a removal that is interrupted must not leave a folder that looks complete.
+    doomed = folder.with_name(folder.name + REMOVED)
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: cannot be removed: {error.strerror}") from error
 
 
 def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+    return folder.with_name(folder.name + PARTIAL)
 
 
 def _to_disk(path: Path) -> None:

@@ -1,8 +1,7 @@
 """What a training engine does for one rank, whatever shards the model underneath."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -46,11 +45,15 @@ class TrainEngine(Protocol):
     def full_parameters(self, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
         """Give whole parameters by Hugging Face name for as long as the context lasts."""
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state, every rank its part."""
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return a copy, in host memory, of this rank's part of what training changes."""
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote with the same number of ranks."""
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot of a group with the same number of ranks.
+
+        Raises:
+            CheckpointError: it is of another model or optimizer.
+        """
 
 
 class PausableAdamW(torch.optim.AdamW):

@@ -26,6 +26,8 @@ from cluster.contracts.wire import from_wire
 from learner import checkpoint
 from learner.arrivals import Arrivals, Share
 from learner.calls import Calls
+from learner.manifest import Layout, WrittenShard, verify
+from learner.pending_checkpoint import PendingCheckpoint
 from learner.rendezvous import free_address
 from learner.rounds import Round, RoundPlanner
 from learner.worker import LearnerWorker, RankRows, start_worker
@@ -73,17 +75,21 @@ class LearnerActor:
         """Bring the weights to the rollout workers."""
         return self._worker.publish_weights(rollout_workers, policy_version)
 
-    def save_shards(self, partial: Path) -> None:
-        """Write this rank's part of a checkpoint."""
-        self._worker.save_shards(partial)
+    def begin_shard(self, partial: Path) -> float:
+        """Begin to write this rank's part of a checkpoint."""
+        return self._worker.begin_shard(partial)
 
-    def commit_checkpoint(self, folder: Path, partial: Path, state: Mapping[str, Any]) -> None:
-        """Complete a checkpoint."""
-        self._worker.commit_checkpoint(folder, partial, state)
+    def shard_is_written(self) -> bool:
+        """Return whether it is written."""
+        return self._worker.shard_is_written()
 
-    def load_shards(self, folder: Path) -> None:
+    def finish_shard(self) -> WrittenShard:
+        """Wait until it is written."""
+        return self._worker.finish_shard()
+
+    def load_shard(self, folder: Path) -> None:
         """Restore this rank's part of a checkpoint."""
-        self._worker.load_shards(folder)
+        self._worker.load_shard(folder)
 
     def export(self, folder: Path) -> None:
         """Write the student as a Hugging Face directory."""
@@ -175,17 +181,23 @@ class LearnerGroup:
         answers = [actor.publish_weights.remote([rollout_worker], self._published_version) for actor in self._actors]
         return answers[0]
 
+    def begin_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> PendingCheckpoint:
+        """Begin to write the whole training state and the driver's own `state` (JSON values); one at a time."""
+        return PendingCheckpoint(folder, state, Layout.of(self._config.learner), self._ask)
+
     def save_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Write the whole training state and the driver's own `state` (JSON values); complete or absent."""
-        partial = checkpoint.begin(folder)
-        self._ask("save_shards", partial, waiting_for=f"the learner to write {partial}")
-        completed = self._actors[0].commit_checkpoint.remote(folder, partial, dict(state))
-        get(completed, self._config.ray.call_timeout_seconds, f"learner-0 to complete {folder}")
+        """Write a checkpoint and wait for it; complete or absent."""
+        self.begin_checkpoint(folder, state).complete()
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Restore the training state and return the driver's own."""
+        """Restore the training state, after every file's checksum, and return the driver's own.
+
+        Raises:
+            CheckpointError: the checkpoint is missing, damaged, or of another group or student; names the file.
+        """
+        verify(folder, Layout.of(self._config.learner))
         state = checkpoint.read_state(folder)
-        self._ask("load_shards", folder, waiting_for=f"the learner to restore {folder}")
+        self._ask("load_shard", folder, waiting_for=f"the learner to restore {folder}")
         return state
 
     def export(self, folder: Path) -> None:

@@ -1,8 +1,7 @@
 """A training engine of plain torch in one process: the oracle that the ZeRO engine is held against."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,9 +12,9 @@ from learner.engine import PausableAdamW, adamw_settings, paused
 from learner.micro_batch import MicroBatch
 from learner.model import Student
 from learner.objective.objective import Objective
+from learner.shard_files import host_copy
 from learner.teacher_heads import TeacherHeads
-
-STATE_FILE = "state.pt"
+from learner.training_state import flatten, unflatten
 
 
 class ReferenceEngine:
@@ -62,13 +61,14 @@ class ReferenceEngine:
         parameters = dict(self.student.causal_lm.named_parameters())
         yield {name: parameters[name].detach() for name in names}
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state."""
-        state = {"student": self.student.state_dict(), "optimizer": self._optimizer.state_dict()}
-        torch.save(state, folder / STATE_FILE)
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return a copy of weights and optimizer state."""
+        return host_copy(flatten(list(self.student.parameters()), self._optimizer.state_dict()["state"]))
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote."""
-        state = torch.load(folder / STATE_FILE, weights_only=True)
-        self.student.load_state_dict(state["student"])
-        self._optimizer.load_state_dict(state["optimizer"])
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot."""
+        weights, optimizer = unflatten(state, list(self.student.parameters()))
+        with torch.no_grad():
+            for parameter, saved in zip(self.student.parameters(), weights, strict=True):
+                parameter.copy_(saved)
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": optimizer})

@@ -1,11 +1,10 @@
 """One rank of the learner: scored trajectories in, new weights out. It knows nothing of how it is deployed."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +21,15 @@ from cluster.model_files import load_tokenizer
 from learner import checkpoint
 from learner.engine import TrainEngine
 from learner.lr_schedule import learning_rate_at
+from learner.manifest import WrittenShard, shard_name
 from learner.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.model import load_student
 from learner.objective.objective import Objective
 from learner.packing import Grid, plan_step
+from learner.shard_files import ShardWriter, read_shard
 from learner.teacher_heads import TeacherHeads, load_teacher_heads
 from learner.train_step import StepTask, accumulate
+from learner.training_state import random_state, set_random_state, split_random_state
 from learner.weight_sender import ObjectStoreSender, WeightSender
 
 
@@ -55,6 +57,7 @@ class LearnerWorker:
         self._teacher_heads = teacher_heads
         self._objective = Objective(config.objective)
         self._sender = _make_sender(config, engine)
+        self._writer = ShardWriter()
 
     def accumulate(
         self, rows: RankRows, completes_step: bool, objective: ObjectiveConfig | None = None
@@ -107,18 +110,34 @@ class LearnerWorker:
         """Bring the current weights to the rollout workers; rank 0's report is the group's."""
         return self._sender.publish(rollout_workers, policy_version)
 
-    def save_shards(self, partial: Path) -> None:
-        """Write this rank's part of a checkpoint."""
-        self._engine.save(partial)
+    def begin_shard(self, partial: Path) -> float:
+        """Copy this rank's state, begin to write the copy, and return for how many seconds training was held up."""
+        started = perf_counter()
+        state = self._engine.snapshot() | random_state()
+        self._writer.begin(partial / shard_name(self._engine.rank), state)
+        return perf_counter() - started
 
-    def commit_checkpoint(self, folder: Path, partial: Path, state: Mapping[str, Any]) -> None:
-        """Complete a checkpoint whose shards are all written; called on rank 0 alone."""
-        checkpoint.write_state(partial, state)
-        checkpoint.commit(folder)
+    def shard_is_written(self) -> bool:
+        """Return whether `finish_shard` would not wait; not collective."""
+        return self._writer.is_done
 
-    def load_shards(self, folder: Path) -> None:
-        """Restore this rank's part of a checkpoint."""
-        self._engine.load(folder)
+    def finish_shard(self) -> WrittenShard:
+        """Wait for the file that `begin_shard` began; not collective.
+
+        Raises:
+            CheckpointError: the disk is full or the place cannot be written to.
+        """
+        return self._writer.finish()
+
+    def load_shard(self, folder: Path) -> None:
+        """Restore this rank's part of a checkpoint.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is of another model.
+        """
+        generators, state = split_random_state(read_shard(folder / shard_name(self._engine.rank)))
+        self._engine.restore(state)
+        set_random_state(generators)
 
     def export(self, folder: Path) -> None:
         """Write the student as a Hugging Face directory."""

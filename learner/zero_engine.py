@@ -1,26 +1,46 @@
 """The training engine over DeepSpeed ZeRO stages 1, 2 and 3; no other file imports deepspeed."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    FP32_FLAT_GROUPS,
+    OPTIMIZER_STATE_DICT,
+    SINGLE_PARTITION_OF_FP32_GROUPS,
+)
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
 from cluster.contracts.config import LearnerConfig
-from cluster.contracts.errors import CheckpointError
 from learner.completion_head import Evaluation
 from learner.engine import PausableAdamW, adamw_settings, paused
 from learner.micro_batch import MicroBatch
 from learner.model import Student
 from learner.objective.objective import Objective
+from learner.shard_files import host_copy
 from learner.teacher_heads import TeacherHeads
+from learner.training_state import flatten, unflatten
 
-SHARDS_FOLDER = "zero"  # DeepSpeed's tag inside a checkpoint
+
+@dataclass(frozen=True)
+class StateKeys:
+    """Where a ZeRO optimizer's state_dict has the master weights and the state of the optimizer inside."""
+
+    weights: str
+    optimizer: str
+
+
+STATE_KEYS = {
+    1: StateKeys(SINGLE_PARTITION_OF_FP32_GROUPS, BASE_OPTIMIZER_STATE),
+    2: StateKeys(SINGLE_PARTITION_OF_FP32_GROUPS, BASE_OPTIMIZER_STATE),
+    3: StateKeys(FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT),
+}
 
 
 class PausableCPUAdam(DeepSpeedCPUAdam):
@@ -48,7 +68,7 @@ class ZeroEngine:
         self.student = student
         self.rank, self.world_size = rank, world_size
         self._parameters = dict(student.causal_lm.named_parameters())
-        self._zero_stage = config.zero_stage
+        self._zero_stage, self._keys = config.zero_stage, STATE_KEYS[config.zero_stage]
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings doubt the optimizer subclass
         _skip_shared_memory_op()
         deepspeed.init_distributed(
@@ -103,22 +123,38 @@ class ZeroEngine:
         with deepspeed.zero.GatheredParameters(list(chosen.values())) if is_sharded else nullcontext():
             yield {name: parameter.detach() for name, parameter in chosen.items()}
 
-    def save(self, folder: Path) -> None:
-        """Write weights and optimizer state, every rank its part."""
-        self._engine.save_checkpoint(str(folder), tag=SHARDS_FOLDER, save_latest=False)
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return a copy, in host memory, of this rank's master weights and their optimizer state."""
+        found = self._engine.optimizer.state_dict()
+        return host_copy(flatten(self._masters(), found[self._keys.optimizer]["state"]))
 
-    def load(self, folder: Path) -> None:
-        """Restore what `save` wrote with the same number of ranks.
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot of a group with the same number of ranks and the same stage.
+
+        What is no tensor in DeepSpeed's own state (loss scaler, slices, settings) stays that of this engine.
 
         Raises:
-            CheckpointError: the shards are missing, unreadable, or of another number of ranks.
+            CheckpointError: it is of another model or optimizer.
         """
-        try:
-            restored, _ = self._engine.load_checkpoint(str(folder), tag=SHARDS_FOLDER)
-        except (OSError, RuntimeError, ValueError, AssertionError) as error:
-            raise CheckpointError(f"checkpoint {folder}: cannot restore rank {self.rank}: {error}") from error
-        if restored is None:
-            raise CheckpointError(f"checkpoint {folder}: no shards of {self.world_size} ranks found in it")
+        weights, values = unflatten(state, self._masters())
+        optimizer = self._engine.optimizer
+        found = optimizer.state_dict()
+        found[self._keys.weights] = weights
+        found[self._keys.optimizer] = {**found[self._keys.optimizer], "state": values}
+        if self._zero_stage == 3:
+            optimizer.checkpoint_event_prologue()
+        optimizer.load_state_dict([found] * self.world_size, load_from_fp32_weights=True)
+        if self._zero_stage == 3:
+            optimizer.checkpoint_event_epilogue()
+        else:
+            optimizer.update_lp_params()  # the weights that compute, from the masters of all ranks
+
+    def _masters(self) -> list[Tensor]:
+        """Return the fp32 weights that this rank's optimizer updates, with the padding of their partition."""
+        optimizer = self._engine.optimizer
+        is_sharded = self._zero_stage == 3
+        masters = optimizer.fp32_partitioned_groups_flat if is_sharded else optimizer.single_partition_of_fp32_groups
+        return list(masters)
 
 
 def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class BatchHandle:
     prompt_ids: tuple[int, ...] = ()  # per row
     rewards: tuple[float | None, ...] = ()  # per row
     min_policy_versions: tuple[int, ...] = ()  # per row
+    max_policy_versions: tuple[int, ...] = ()  # per row
     rollout: int = 0  # which request of the rollout pool it answers; in training the step
     is_last: bool = False  # whether the worker that wrote it has written everything of the rollout
     metrics: Metrics = field(default_factory=dict)

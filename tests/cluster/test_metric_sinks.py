@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from rich.live import Live
 
+from cluster.contracts.errors import CheckpointError
 from cluster.metric_sinks import LiveView, PlainView, RecordsFile
 
 
@@ -44,3 +45,21 @@ def test_a_terminal_gets_a_table_of_the_latest_steps() -> None:
     assert "0.1400" in shown.rsplit("step 14 of 20", 1)[1]
     assert shown.rstrip().endswith("held-out accuracy: student 0.49 -> 0.90")  # below the table
     assert "0.0200" not in shown.rsplit("step 14 of 20", 1)[1]  # twelve rows at a time
+
+
+def test_a_last_line_that_a_crash_cut_short_does_not_count_and_goes(tmp_path: Path) -> None:
+    file = RecordsFile(tmp_path / "m.jsonl")
+    file.write({"step": 1})
+    with file.path.open("a") as torn:
+        torn.write('{"step": 2, "tra')
+    assert [record["step"] for record in file.read()] == [1]
+    file.drop_from(3)
+    file.write({"step": 2})
+    assert [record["step"] for record in file.read()] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": "1"}', '{"other": 1}'])
+def test_a_damaged_line_among_others_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "m.jsonl").write_text(f'{line}\n{{"step": 2}}\n')
+    with pytest.raises(CheckpointError, match=r"m.jsonl:1: not a record of a step"):
+        RecordsFile(tmp_path / "m.jsonl").read()

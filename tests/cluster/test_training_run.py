@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 
+from cluster.checksum import checksum
 from cluster.contracts.config import Config
-from cluster.contracts.errors import RunStopped, TrainingError
+from cluster.contracts.errors import ActorDiedError, CheckpointError, RunStopped, TrainingError
+from cluster.contracts.interfaces import AtHand, BatchHandle, RolloutRequest
 from cluster.demo import embedded_config
-from cluster.evaluation import Evaluation
+from cluster.evaluation import Evaluation, write_samples
+from cluster.history import History
 from cluster.metric_sinks import PlainView
 from cluster.pipeline import load_inputs
 from cluster.run_directory import RunDirectory
-from cluster.training_run import History, TrainingRun, summary
+from cluster.training_run import TrainingRun, summary
+from learner.pending_checkpoint import CheckpointSeconds
 from tests.builders import make_config
 
 
@@ -47,14 +51,36 @@ def test_without_answers_a_sample_and_the_kl_before_and_after_are_shown() -> Non
 
 
 class ScriptedLearner:
-    """Notes the checkpoints that it is asked for."""
+    """Notes the checkpoints that it is asked for, and those that were completed."""
 
     def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.states: list[dict[str, Any]] = []
         self.checkpoints: list[str] = []
+        self.is_fast = True
+        self.error: CheckpointError | None = None
 
-    def save_checkpoint(self, folder: Path, state: Any) -> None:
-        folder.mkdir(parents=True)
-        self.checkpoints.append(folder.name)
+    def begin_checkpoint(self, folder: Path, state: Any) -> "ScriptedCheckpoint":
+        self.begun.append(folder.name)
+        self.states.append(state)
+        return ScriptedCheckpoint(self, folder)
+
+
+class ScriptedCheckpoint:
+    """A checkpoint that is written when the learner says so."""
+
+    def __init__(self, learner: ScriptedLearner, folder: Path) -> None:
+        self._learner, self._folder = learner, folder
+
+    @property
+    def is_written(self) -> bool:
+        return self._learner.is_fast
+
+    def complete(self) -> CheckpointSeconds:
+        if self._learner.error is not None:
+            raise self._learner.error
+        self._learner.checkpoints.append(self._folder.name)
+        return CheckpointSeconds(held=0.5, writing=2.0)
 
 
 def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tuple[TrainingRun, ScriptedLearner]:
@@ -70,8 +96,16 @@ def config_in(folder: Path, *overrides: str) -> Config:
     return embedded_config([f"run.directory={folder}", *settings, *overrides])
 
 
+def consume(run: TrainingRun, step: int) -> None:
+    requests = [RolloutRequest(trajectory_id=step, prompt_id=0, sample_index=0, seed=1)]
+    run.ledger.admit(step, requests)
+    handle = BatchHandle(None, "main", (step,), (2,), (1,), (0,), min_policy_versions=(0,), max_policy_versions=(0,))
+    run.ledger.watch(step, AtHand([handle])).take()
+
+
 def finish(run: TrainingRun, steps: range, truncated_ratio: float) -> None:
     for step in steps:
+        consume(run, step)
         run.finish_step(step, {"step": step, "train/kl": 0.5, "rollout/truncated_ratio": truncated_ratio})
 
 
@@ -115,3 +149,93 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_leaves_a_checkpoint(t
     with pytest.raises(RunStopped, match=f"stopped after step 2; go on with preceptor train --resume {tmp_path}"):
         finish(run, range(2, 3), truncated_ratio=0.0)
     assert learner.checkpoints == ["step-2"]
+
+
+def test_a_checkpoint_is_completed_beside_the_next_steps_and_its_cost_recorded(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "checkpoint.every_steps=2")
+    directory = RunDirectory.create(config)
+    run, learner = make_run(directory, config)
+    learner.is_fast = False
+    finish(run, range(1, 4), truncated_ratio=0.0)
+    assert (learner.begun, learner.checkpoints) == (["step-2"], [])
+    learner.is_fast = True
+    finish(run, range(4, 5), truncated_ratio=0.0)
+    assert (learner.begun, learner.checkpoints) == (["step-2", "step-4"], ["step-2"])
+    records = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+    assert [record.get("checkpoint/held_seconds") for record in records] == [None, None, None, 0.5]
+    assert records[3]["checkpoint/writing_seconds"] == 2.0
+
+
+def test_a_checkpoint_begins_only_when_the_one_before_is_complete(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "checkpoint.every_steps=1")
+    run, learner = make_run(RunDirectory.create(config), config)
+    learner.is_fast = False
+    finish(run, range(1, 4), truncated_ratio=0.0)
+    assert (learner.begun, learner.checkpoints) == (["step-1", "step-2", "step-3"], ["step-1", "step-2"])
+
+
+def test_the_last_checkpoint_is_complete_when_the_run_ends(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "run.steps=2")
+    run, learner = make_run(RunDirectory.create(config), config)
+    learner.is_fast = False
+    finish(run, range(1, 3), truncated_ratio=0.0)
+    assert learner.checkpoints == ["step-2"]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_steps_end(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "checkpoint.every_steps=2")
+    run, learner = make_run(RunDirectory.create(config), config)
+    learner.error = CheckpointError("checkpoint step-2: cannot write rank-0.safetensors: No space left on device")
+    finish(run, range(1, 3), truncated_ratio=0.0)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        finish(run, range(3, 4), truncated_ratio=0.0)
+
+
+@pytest.mark.parametrize(("num_steps", "expected"), [(2, ["step-2"]), (3, ["step-2", "step-3"])])
+def test_another_error_leaves_a_checkpoint_of_the_last_step(
+    tmp_path: Path, num_steps: int, expected: list[str]
+) -> None:
+    config = config_in(tmp_path, "checkpoint.every_steps=2")
+    run, learner = make_run(RunDirectory.create(config), config)
+    finish(run, range(1, num_steps + 1), truncated_ratio=0.0)
+    run.save_after(ActorDiedError("rollout-0 died"))
+    assert learner.checkpoints == expected
+
+
+def test_an_error_before_the_first_step_leaves_none(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    run, learner = make_run(RunDirectory.create(config), config)
+    run.save_after(ActorDiedError("rollout-0 died"))
+    assert learner.checkpoints == []
+
+
+def test_a_checkpoint_knows_the_ledger_and_what_was_in_flight(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "checkpoint.every_steps=2")
+    directory = RunDirectory.create(config)
+    run, learner = make_run(directory, config)
+    finish(run, range(1, 2), truncated_ratio=0.0)
+    consume(run, 3)
+    finish(run, range(2, 3), truncated_ratio=0.0)
+    state = learner.states[0]
+    assert (state["step"], list(state["ledger"]["in_flight"])) == (2, [3])
+    assert state["ledger"]["checksum"] == checksum([directory.ledger.read_bytes()])
+
+
+def test_a_resumed_run_repeats_no_sample_and_no_record(tmp_path: Path) -> None:
+    config = config_in(tmp_path)
+    directory = RunDirectory.create(config)
+    run, _ = make_run(directory, config)
+    for step, model in ((0, "teacher main"), (0, "student"), (2, "student"), (4, "student")):
+        write_samples(directory.samples, step, model, [{"completion": "line\u2028break"}])
+    finish(run, range(1, 5), truncated_ratio=0.0)
+    make_run(directory, config, first_step=2)
+    samples = [json.loads(line) for line in directory.samples.read_text().split("\n")[:-1]]
+    assert [(sample["step"], sample["model"]) for sample in samples] == [
+        (0, "teacher main"),
+        (0, "student"),
+        (2, "student"),
+    ]
+    for file in (directory.metrics, directory.ledger):
+        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+    make_run(directory, config, first_step=0)  # the untrained student is measured again, its teacher is not
+    assert [json.loads(line)["model"] for line in directory.samples.read_text().split("\n")[:-1]] == ["teacher main"]

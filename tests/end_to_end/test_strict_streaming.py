@@ -17,11 +17,12 @@ from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import embedded_config
 from cluster.driver import train
+from cluster.history import History
 from cluster.metric_sinks import terminal_view
 from cluster.pipeline import Inputs, Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
 from cluster.placement import cluster_nodes, plan_placement
 from cluster.run_directory import RunDirectory
-from cluster.training_run import History, TrainingRun
+from cluster.training_run import TrainingRun
 from learner.group import LearnerGroup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

@@ -86,8 +86,21 @@ def test_a_resumed_run_does_the_same_steps_again(short_run: ShortRun, tmp_path: 
     for first, second in zip(short_run.records()[3:], again[3:], strict=True):
         assert second["completion_tokens"] == first["completion_tokens"]
         assert second["train/loss"] == pytest.approx(first["train/loss"], abs=1e-4)
+    # Nothing is lost and nothing repeated: to the letter, the ledger is that of the undisturbed run.
+    assert (tmp_path / "short/ledger.jsonl").read_text() == (short_run.path / "ledger.jsonl").read_text()
     # The comparison of before and after survives the interruption.
     assert resumed.output.splitlines()[-1].split(" -> ")[0] == short_run.output.splitlines()[-1].split(" -> ")[0]
+
+
+def test_damage_to_the_only_checkpoint_is_one_sentence(short_run: ShortRun, tmp_path: Path) -> None:
+    shutil.copytree(short_run.path, tmp_path / "short")
+    shutil.rmtree(tmp_path / "short/checkpoints/step-3")
+    (tmp_path / "short/checkpoints/step-6/rank-1.safetensors").write_bytes(b"\x80\x04.")
+    found = preceptor("train", "--resume", str(tmp_path / "short"), "run.steps=8")
+    assert found.code == 1
+    assert re.fullmatch(
+        r"preceptor: checkpoint \S+step-6: rank-1.safetensors has 3 bytes where manifest.json says \d+\n", found.error
+    )
 
 
 def test_a_finished_run_has_nothing_to_resume(short_run: ShortRun) -> None:

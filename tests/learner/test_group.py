@@ -19,7 +19,6 @@ from cluster.contracts.interfaces import AtHand, BatchHandle
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.weights import WeightSyncReport
-from learner.checkpoint import STATE_FILE
 from learner.group import LearnerGroup
 from learner.lr_schedule import learning_rate_at
 from learner.micro_batch import build_micro_batch, trajectories
@@ -264,11 +263,12 @@ def test_a_restored_checkpoint_takes_the_same_next_step(story):
         # How the step is cut depends on when batches arrive, and the cut on the last digits.
         assert story.next_step_after_load[figure] == pytest.approx(story.next_step[figure], rel=1e-6), figure
     assert not story.checkpoint.with_name("step-3.partial").exists()
-    assert (story.checkpoint / STATE_FILE).is_file()
+    names = ["manifest.json", "rank-0.safetensors", "rank-1.safetensors", "state.json"]
+    assert sorted(path.name for path in story.checkpoint.iterdir()) == names
 
 
 def test_an_absent_checkpoint_is_one_sentence(story):
-    assert str(story.load_error).endswith("no readable state.json in it")
+    assert str(story.load_error).endswith("step-99: no readable manifest.json in it: No such file or directory")
 
 
 def test_a_missing_student_surfaces_as_our_own_error(make_config, ray_cluster, tmp_path):
