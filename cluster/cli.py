@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.contracts.config import Config
-from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped
+from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped, in_one_line
 from cluster.contracts.run_file import load_run_config
 from cluster.run_directory import RunDirectory
 
@@ -30,6 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("preceptor: interrupted; the last complete checkpoint stays\n")
         return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - a fault of ours, which its user cannot read a trace of
+        if options.debug:
+            raise
+        found = f"{type(error).__name__}: {in_one_line(str(error))}".rstrip(": ")
+        sys.stderr.write(f"preceptor: unexpected {found}; this is a fault of the program; --debug shows its trace\n")
+        return 1
 
 
 def train(options: argparse.Namespace) -> int:
