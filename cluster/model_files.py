@@ -1,5 +1,6 @@
 """Reads what stands beside a model's weights: configuration, tokenizer, context length."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedCo
 from cluster.contracts.errors import ModelError
 from cluster.json_files import read_object
 
+MAX_LAYERS = 100_000  # transformers makes a list of them, which takes for ever where the number is damaged
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,10 +37,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     Raises:
         ModelError: the directory or hub id does not exist or cannot be read.
     """
-    folder = Path(model)
-    found = (*(folder / name for name in TOKENIZER_FILES), *folder.glob("*.tiktoken")) if looks_local(model) else ()
     # Without one, transformers makes up an empty tokenizer of the family.
-    if folder.is_dir() and not any(path.exists() or path.is_symlink() for path in found):
+    if _is(model, Path.is_dir) and not _has_tokenizer(Path(model)):
         raise ModelError(f"model '{model}': has no tokenizer; copy its {TOKENIZER_FILES[0]} there")
     return _read(AutoTokenizer, model, "tokenizer", trust_remote_code)
 
@@ -60,12 +60,12 @@ def context_length(config: PretrainedConfig) -> int:
 
 def looks_local(model: str) -> bool:
     """Tell a path from a hub id: a hub id is `name` or `owner/name` and never exists as a folder here."""
-    return model.startswith((".", "/", "~")) or model.count("/") > 1 or _exists(model)
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or _is(model, Path.exists)
 
 
-def _exists(model: str) -> bool:
+def _is(model: str, kind: Callable[[Path], bool]) -> bool:
     try:
-        return Path(model).exists()
+        return kind(Path(model))
     except OSError:  # longer than a file name may be
         return False
 
@@ -80,15 +80,32 @@ def _read(loader: Any, model: str, what: str, trust_remote_code: bool) -> Any:
         raise ModelError(f"model '{model}': cannot read its {what}: {reason}") from error
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return not names.isdisjoint(TOKENIZER_FILES) or any(name.endswith(".tiktoken") for name in names)
+
+
 def _check_folder(model: str, trust_remote_code: bool) -> None:
     """Check what transformers would answer with a trace, a guess or a warning."""
     folder = Path(model)
-    if not folder.is_dir():
+    if not _is(model, Path.is_dir):
         raise ModelError(f"model '{model}': no such directory; give a Hugging Face directory or a hub id")
     config = read_object(folder / "config.json", model)
     for name in JSON_FILES:
         if (folder / name).exists() or (folder / name).is_symlink():
             read_object(folder / name, model)
+    _check_layers(model, config)
+    _check_kind(model, config, trust_remote_code)
+
+
+def _check_layers(model: str, config: dict[str, Any]) -> None:
+    for part in (config, config.get("text_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise ModelError(f"model '{model}': num_hidden_layers in its config.json is {layers}; is it damaged?")
+
+
+def _check_kind(model: str, config: dict[str, Any], trust_remote_code: bool) -> None:
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return

@@ -66,7 +66,7 @@ def _read_stream(wire: pa.Buffer | bytes | memoryview) -> pa.RecordBatch:
         with pa.ipc.open_stream(pa.py_buffer(wire)) as reader:
             batch = reader.read_next_batch()
         batch.validate(full=True)
-        str(batch.schema)  # decodes every name, which Arrow leaves as bytes until somebody asks
+        _ = batch.schema.names  # decodes them: Arrow leaves names as bytes until somebody asks
     except (pa.ArrowException, OSError, StopIteration, UnicodeDecodeError) as error:
         raise TrajectoryError(f"wire: not an Arrow trajectory batch: {error or 'the stream ends early'}") from error
     return batch
@@ -81,13 +81,15 @@ def _check_schema(schema: pa.Schema) -> None:
     for position, field in enumerate(expected):
         found = schema.field(position) if position < len(schema) else None
         if found is None or not found.equals(field):
-            raise TrajectoryError(f"wire: column {position} is '{found}', expected '{field}'")
+            raise TrajectoryError(f"wire: column {position} is {_describe(found)}, expected {_describe(field)}")
     further = list(schema)[len(expected) :]
     known = _further_fields(models, further)
     names = [field.name for field in further]
     for field in further:
         if names.count(field.name) > 1 or not any(field.equals(one) for one in known.get(field.name, ())):
-            raise TrajectoryError(f"wire: column '{field}' is unknown, of another type or width, or there twice")
+            raise TrajectoryError(
+                f"wire: column {_describe(field)} is unknown, of another type or width, or there twice"
+            )
     missing = {f"{model}_logprobs" for model in models} - set(names)
     if missing:
         raise TrajectoryError(f"wire: column '{min(missing)}' is missing; the batch says that {models} scored it")
@@ -106,6 +108,10 @@ def _further_fields(models: Sequence[str], found: Sequence[pa.Field]) -> dict[st
         if field.name in {f"{model}_hidden" for model in models} and _width(field):
             known[field.name] = [pa.list_(pa.list_(dtype, _width(field))) for dtype in HIDDEN_TYPES]
     return {name: [pa.field(name, dtype, nullable=False) for dtype in types] for name, types in known.items()}
+
+
+def _describe(field: pa.Field | None) -> str:
+    return "missing" if field is None else f"'{field.name}: {field.type}'"
 
 
 def _width(field: pa.Field) -> int:

@@ -59,7 +59,9 @@ PROMPTS: dict[str, PromptCase] = {
     "text": _raw('"w4"', "not a prompt object: Expected `object`, got `str`"),
     "null": _raw("null", "not a prompt object: Expected `object`, got `null`"),
     "no prompt": _raw('{"answer": "w4"}', "not a prompt object: Object missing required field `prompt`"),
-    "unknown field": _raw('{"prompt": "w4", "answr": "x"}', "not a prompt object: Object contains unknown field `answr`"),
+    "unknown field": _raw(
+        '{"prompt": "w4", "answr": "x"}', "not a prompt object: Object contains unknown field `answr`"
+    ),
     "unknown field with a line break": _raw('{"prompt": "w4", "a\\nb": 1}', "not a prompt object: Object contains"),
     "prompt null": _raw('{"prompt": null}', "not a prompt object: Expected `str | array`, got `null`"),
     "prompt a number": _raw('{"prompt": 3}', "not a prompt object: Expected `str | array`, got `int`"),
@@ -78,11 +80,17 @@ PROMPTS: dict[str, PromptCase] = {
     "teacher with a line break": _raw('{"prompt": "w4", "teacher": "a\\nb"}', "teacher is 'a\\nb'"),
     "no teacher of two": PromptCase(ONE.encode(), "teacher is None; expected one of", (*RAW, "teachers.b.model=b")),
     "nested deeply": _raw('{"prompt": [{"role": ' + "[" * 100_000 + "]" * 100_000 + "}]}", "not a prompt object"),
-    "longer than the context": _raw('{"prompt": "' + "w4 " * 600 + '"}', "the prompt has 600 tokens, but a context of 512"),
+    "longer than the context": _raw(
+        '{"prompt": "' + "w4 " * 600 + '"}', "the prompt has 600 tokens, but a context of 512"
+    ),
     "special tokens beyond the context": _raw('{"prompt": "' + "<eos>" * 504 + '"}', "the prompt has 504 tokens"),
     "one gigantic line": _raw('{"prompt": "' + "w" * (1 << 24) + '"}', "the line has 167772"),
-    "conversation for a raw prompt": _raw('{"prompt": [{"role": "user", "content": "w4"}]}', "`prompt` is a conversation"),
-    "regular expression open": _raw('{"prompt": "w4", "answer": "("}', "answer '(' is not", "evaluation.verifier=regex"),
+    "conversation for a raw prompt": _raw(
+        '{"prompt": [{"role": "user", "content": "w4"}]}', "`prompt` is a conversation"
+    ),
+    "regular expression open": _raw(
+        '{"prompt": "w4", "answer": "("}', "answer '(' is not", "evaluation.verifier=regex"
+    ),
     "regular expression of a great count": _raw(
         '{"prompt": "w4", "answer": "a{99999999999}"}', "answer 'a{99999999999}' is not", "evaluation.verifier=regex"
     ),
@@ -90,7 +98,9 @@ PROMPTS: dict[str, PromptCase] = {
         '{"prompt": "w4", "answer": "' + "(" * 5_000 + ")" * 5_000 + '"}', "answer '((((", "evaluation.verifier=regex"
     ),
     "no mathematics": _raw('{"prompt": "w4", "answer": "hello"}', "answer 'hello' holds", "evaluation.verifier=math"),
-    "no mathematics, two lines": _raw('{"prompt": "w4", "answer": "a\\nb"}', "answer 'a\\nb' holds", "evaluation.verifier=math"),
+    "no mathematics, two lines": _raw(
+        '{"prompt": "w4", "answer": "a\\nb"}', "answer 'a\\nb' holds", "evaluation.verifier=math"
+    ),
     "no chat template": _chat(ONE, "the student's tokenizer has no chat template", None),
     "no messages": _chat('{"prompt": []}', "`prompt` is empty"),
     "message a text": _chat('{"prompt": ["w4"]}', "not a prompt object: Expected `object`, got `str`"),
@@ -114,4 +124,4 @@ PROMPTS: dict[str, PromptCase] = {
     "template divides by zero": _chat(ONE, "the chat template of the student", "{{ 1 / 0 }}"),
     "template without end": _chat(ONE, "the chat template", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
     "template writes nothing": _chat(ONE, "the prompt has no tokens", "{# nothing #}"),
-}  # fmt: skip
+}

@@ -42,7 +42,10 @@ RUN_FILES: dict[str, tuple[bytes, str]] = {
     "no prompts": (b'[teachers.t]\nmodel = "a"\n[student]\nmodel = "p"\n', "missing required field `prompts`"),
     "no teachers": (b'[student]\nmodel = "a"\n[prompts]\ntrain = "p"\n', "missing required field `teachers`"),
     "teacher without model": (_with("[teachers.second]\nnum_workers = 1\n"), "teachers.second: Object missing"),
-    "teacher is a text": (_with("").replace(b'[teachers.main]\nmodel = "teacher"', b'[teachers]\nmain = "x"'), "teachers"),
+    "teacher is a text": (
+        _with("").replace(b'[teachers.main]\nmodel = "teacher"', b'[teachers]\nmain = "x"'),
+        "teachers",
+    ),
     "teachers is a list": (b"teachers = []\n" + GOOD.replace(b"[teachers.main]\nmodel", b"[run]\nname"), "got `array`"),
     "teacher's name is empty": (_with('[teachers.""]\nmodel = "b"\n'), "'' cannot be a name"),
     "teacher's name has a comma": (_with('[teachers."a,b"]\nmodel = "b"\n'), "'a,b' cannot be a name"),
@@ -73,15 +76,20 @@ RUN_FILES: dict[str, tuple[bytes, str]] = {
         _with('[objective.terms.a]\nloss = "divergence"\ntarget = {teacher = nan}\n'),
         "objective.terms.a.target[...]: Expected `float`",
     ),
-    "weight of infinity": (_with('[objective.terms.a]\nloss = "divergence"\nweight = inf\n'), "terms.a.weight: Expected"),
+    "weight of infinity": (
+        _with('[objective.terms.a]\nloss = "divergence"\nweight = inf\n'),
+        "terms.a.weight: Expected",
+    ),
     "bounds that exclude each other": (
-        _with('[objective]\nsupport = "sampled"\n[objective.terms.a]\nloss = "policy_gradient"\n'
-              '[objective.terms.a.importance]\nkind = "icepop"\nlow = 5.0\nhigh = 2.0\n'),
+        _with(
+            '[objective]\nsupport = "sampled"\n[objective.terms.a]\nloss = "policy_gradient"\n'
+            '[objective.terms.a.importance]\nkind = "icepop"\nlow = 5.0\nhigh = 2.0\n'
+        ),
         "low = 5.0 is not below high = 2.0",
     ),
     "alarm without limit": (_with('[alarms.mine]\nfigure = "train/kl"\n'), "alarms.mine: an alarm has one limit"),
     "alarms is a number": (b"alarms = 3\n" + GOOD, "alarms: Expected `object`, got `int`"),
-}  # fmt: skip
+}
 
 OVERRIDES: dict[str, tuple[str, str]] = {
     "no equals sign": ("steps", "expected section.field=value"),
@@ -166,7 +174,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "teacher with a space": ("teachers.a b.model=x", "'a b' cannot be a name"),
     "alarm limit NaN": ("alarms.truncation.above=nan", "alarms.truncation.above: Expected `float` > 0"),
     "alarm with two limits": ("alarms.truncation={above=1.0,below=0.5}", "alarms.truncation: an alarm has one limit"),
-}  # fmt: skip
+}
 
 # What config.json of a run directory holds when it is resumed.
 RESUMED: dict[str, tuple[bytes, str]] = {
