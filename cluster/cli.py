@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.contracts.config import Config
-from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped
+from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped, in_one_line
 from cluster.contracts.run_file import load_run_config
 from cluster.run_directory import RunDirectory
 
@@ -16,20 +16,35 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
     options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    return report_errors(lambda: command(options), options.debug)
+
+
+def report_errors(command: Callable[[], int], debug: bool) -> int:
+    """Run a command; say in one line what ended it, and return its exit code.
+
+    Raises:
+        Exception: with `debug`, what the command raised, for its trace to be seen.
+    """
     try:
-        command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
+        return command()
     except RunStopped as stopped:
         sys.stderr.write(f"preceptor: {stopped}\n")
         return INTERRUPTED
     except PreceptorError as error:
-        if options.debug:
+        if debug:
             raise
         sys.stderr.write(f"preceptor: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("preceptor: interrupted; the last complete checkpoint stays\n")
         return INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        found = f"{type(error).__name__}: {in_one_line(str(error))}".rstrip(": ")
+        sys.stderr.write(f"preceptor: unexpected {found}; this is a fault of the program; --debug shows its trace\n")
+        return 1
 
 
 def train(options: argparse.Namespace) -> int:

@@ -4,23 +4,21 @@ A teacher's engine returns hidden states, so whoever needs probabilities keeps t
 learner when it compares whole distributions.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
-from transformers.utils.hub import cached_file
+from transformers import PretrainedConfig
 
 from cluster.contracts.config import Dtype
 from cluster.contracts.errors import ModelError
 from cluster.model_files import load_model_config
+from cluster.weight_files import find_file, open_weights, weight_files
 
-INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 # The last parts of the names that models give these tensors; a checkpoint has one of each at most, or one per
 # multi-token-prediction layer besides, whose names are longer.
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
@@ -37,6 +35,7 @@ LOGIT_FACTORS = {
     "lm_head_multiplier": 1,  # Falcon-H1
     "logits_scaling": -1,  # Granite, MiniCPM3
 }
+WIDTHS = ("hidden_size", "word_embed_proj_dim")  # the latter: OPT, whose last layer is projected
 MULTIPLIED_BY_LOGITS_SCALING = "hyperclovax"  # the one family that multiplies by what Granite divides by
 
 
@@ -99,7 +98,7 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype) -> LmHead:
         ModelError: the model has no safetensors, no tensor in them is known to be its head, or the head is quantised.
     """
     config = load_model_config(model, trust_remote_code)
-    shards = _shards(model)
+    shards = weight_files(model)
     name = _head_name(model, shards, _is_tied(config))
     vocabulary_size = int(config.get_text_config().vocab_size)
     weight = _read(model, shards, name, vocabulary_size)
@@ -115,6 +114,23 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype) -> LmHead:
     torch_dtype = getattr(torch, dtype)
     factor, softcap = read_logit_scaling(config)
     return LmHead(weight.to(torch_dtype), None if bias is None else bias.to(torch_dtype), factor, softcap)
+
+
+def check_lm_head(model: str, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the head's shape against the configuration, from the headers of the files.
+
+    Raises:
+        ModelError: no tensor is known to be the head, or it is not [vocabulary or more, hidden].
+    """
+    name = _head_name(model, shapes, _is_tied(config))
+    text = config.get_text_config()
+    shape, rows = shapes[name], text.vocab_size
+    widths = {getattr(text, field, None) for field in WIDTHS} - {None}
+    if len(shape) != 2 or shape[0] < rows or (widths and shape[1] not in widths):
+        raise ModelError(
+            f"model '{model}': its LM head '{name}' is {list(shape)}, but config.json says vocab_size = {rows} and "
+            f"hidden_size = {', '.join(map(str, widths))}; weights and config.json are of different models"
+        )
 
 
 def _is_tied(config: Any) -> bool:
@@ -134,39 +150,11 @@ def _head_name(model: str, shards: Iterable[str], is_tied: bool) -> str:
     return min(found, key=len)
 
 
-def _shards(model: str) -> dict[str, Path]:
-    """Return the file of each tensor; a hub id's are in the hub's cache, where the engine has put them."""
-    index = _file(model, INDEX_FILE)
-    if index is None:
-        single = _file(model, SINGLE_FILE)
-        if single is None:
-            raise ModelError(f"model '{model}': found neither {SINGLE_FILE} nor {INDEX_FILE}; save it as safetensors")
-        with _open(model, single) as tensors:
-            return dict.fromkeys(tensors.keys(), single)
-    weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-    return {name: index.parent / shard for name, shard in weight_map.items()}
-
-
-def _file(model: str, name: str) -> Path | None:
-    """Return where a file of the model is, fetched from the hub if it has to be; None if the model has none."""
-    try:
-        return Path(cached_file(model, name))
-    except OSError:  # also what a hub that cannot be reached raises, but the configuration has just been read from it
-        return None
-
-
 def _read(model: str, shards: dict[str, Path], name: str, num_rows: int) -> Tensor:
     shard = shards[name]
-    path = shard if shard.exists() else _file(model, shard.name)  # of a hub id, only the index may have been fetched
+    path = shard if shard.exists() else find_file(model, shard.name)  # of a hub id, the index alone may be here
     if path is None:
         raise ModelError(f"model '{model}': its index names {shard.name}, which is missing")
-    with _open(model, path) as tensors:
+    with open_weights(model, path) as tensors:
         rows: Tensor = tensors.get_slice(name)[:num_rows]
     return rows
-
-
-def _open(model: str, path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"model '{model}': cannot read {path.name}: {error}") from error

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import Config, StudentConfig
+from cluster.contracts.errors import ConfigError
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
-from cluster.model_files import context_length, load_model_config, load_tokenizer
+from cluster.model_checks import read_model
 from cluster.placement import Placement, PoolPlacement
 from cluster.replicas import Supervision
 from cluster.restarts import RestartLimit
@@ -50,18 +51,17 @@ def load_inputs(config: Config) -> Inputs:
         ModelError: a model is missing, or a teacher's tokenizer is not the student's.
         PromptError: a prompt file is missing, malformed, or has a prompt that does not fit a context.
     """
-    student = config.student
-    tokenizer = load_tokenizer(student.model, student.trust_remote_code)
-    contexts = [context_length(load_model_config(student.model, student.trust_remote_code))]
-    teacher_tokenizers = {}
-    for name, teacher in config.teachers.items():
-        teacher_tokenizers[name] = load_tokenizer(teacher.model, teacher.trust_remote_code)
-        contexts.append(context_length(load_model_config(teacher.model, teacher.trust_remote_code)))
-    check_tokenizers(tokenizer, teacher_tokenizers, compare_templates=config.prompts.template == "chat")
-    train = load_prompts(Path(config.prompts.train), tokenizer, config, min(contexts))
+    student = read_model(config.student, is_student=True)
+    teachers = {name: read_model(teacher, is_student=False) for name, teacher in config.teachers.items()}
+    tokenizers = {name: facts.tokenizer for name, facts in teachers.items()}
+    check_tokenizers(student.tokenizer, tokenizers, compare_templates=config.prompts.template == "chat")
+    models = [student, *teachers.values()]
+    _check_support(config, min(model.vocabulary for model in models))
+    context = min(model.context_tokens for model in models)
+    train = load_prompts(Path(config.prompts.train), student.tokenizer, config, context)
     parts = [train]
     if config.prompts.held_out is not None:
-        parts.append(load_prompts(Path(config.prompts.held_out), tokenizer, config, min(contexts)))
+        parts.append(load_prompts(Path(config.prompts.held_out), student.tokenizer, config, context))
     prompts = PromptSet.join(parts)
     return Inputs(
         prompts=prompts,
@@ -69,6 +69,14 @@ def load_inputs(config: Config) -> Inputs:
         held_out_ids=tuple(range(len(train), len(prompts)))[: config.evaluation.num_prompts or None],
         max_model_len=prompts.longest_tokens + config.rollout.max_completion_tokens + 1,
     )
+
+
+def _check_support(config: Config, vocabulary: int) -> None:
+    if config.objective.num_candidates > vocabulary:
+        raise ConfigError(
+            f"objective.support_size = {config.objective.support_size} is more than the {vocabulary} tokens of the "
+            "models' vocabulary; lower it"
+        )
 
 
 def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, ConfigError
-from cluster.contracts.run_file import config_from_json, dump_run_config
+from cluster.contracts.files import read_text
+from cluster.contracts.run_file import MAX_RUN_FILE_BYTES, config_from_json, dump_run_config
 
 
 class RunDirectory:
@@ -46,7 +47,8 @@ class RunDirectory:
 
     def read_config(self, overrides: Sequence[str] = ()) -> Config:
         """Return the configuration that the run was started with, changed by `section.field=value` overrides."""
-        return config_from_json(self.config.read_text(encoding="utf-8"), overrides, source=str(self.config))
+        text = read_text(self.config, "run's configuration", ConfigError, MAX_RUN_FILE_BYTES)
+        return config_from_json(text, overrides, source=str(self.config))
 
     @property
     def config(self) -> Path:

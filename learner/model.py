@@ -34,17 +34,25 @@ def load_student(student: StudentConfig, config: LearnerConfig) -> "Student":
     model_config = load_model_config(student.model, student.trust_remote_code)
     _disable_dropout(model_config)
     try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
             student.model,
             config=model_config,
             dtype=getattr(torch, config.dtype),
             attn_implementation="sdpa",
+            use_safetensors=True,  # anything else is a pickle, which can run code
+            output_loading_info=True,
             trust_remote_code=student.trust_remote_code,
             local_files_only=looks_local(student.model) and Path(student.model).is_dir(),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = str(error).strip() or type(error).__name__
         raise ModelError(f"student '{student.model}': cannot load its weights: {reason}") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"student '{student.model}': its safetensors lack {len(missing)} of its parameters, first '{missing[0]}'; "
+            "random ones would take their place, so save the whole model again"
+        )
     model = Student(causal_lm)
     check_forward(model, student.model)
     if config.gradient_checkpointing:

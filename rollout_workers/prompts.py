@@ -12,13 +12,26 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError, PromptError
+from cluster.contracts.files import read_file
 from cluster.contracts.trajectory import Ints, ragged
 from rollout_workers.verifiers import check_answer
 
+MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
+# A chat template is a program of the model's author, and what it does to messages can fail in as many ways.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 _SCHEMA = pa.schema(
     [
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
@@ -158,13 +171,8 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config,
     # One call for all of them: called once per prompt, a tokenizer spends its time in Python.
     texts = [_render(where, line, tokenizer, config) for where, line in lines]
     token_ids = tokenizer(texts, add_special_tokens=config.prompts.template == "raw")["input_ids"]
-    room = context_tokens - config.rollout.max_completion_tokens - 1  # a scoring engine generates one token
     for (where, _), ids in zip(lines, token_ids, strict=True):
-        if len(ids) > room:
-            raise PromptError(
-                f"{where}: the prompt has {len(ids)} tokens, but a context of {context_tokens} less "
-                f"rollout.max_completion_tokens = {config.rollout.max_completion_tokens} and 1 leaves room for {room}"
-            )
+        _check_length(where, len(ids), config.rollout.max_completion_tokens, context_tokens)
     columns = {
         "token_ids": token_ids,
         "text": [_last_message(line) for _, line in lines],
@@ -176,10 +184,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config,
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PromptError(f"{path}: cannot read the prompt file: {error.strerror}") from error
+    content = read_file(path, "prompt file", PromptError)
     lines = content.removesuffix(b"\n").split(b"\n") if content else []
     for number, line in enumerate(lines, start=1):
         yield f"{path}:{number}", line
@@ -188,11 +193,17 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 def _parse(where: str, line: bytes, verifier: str) -> PromptLine:
     if not line.strip():
         raise PromptError(f"{where}: the line is empty")
+    if len(line) > MAX_LINE_BYTES:
+        raise PromptError(
+            f"{where}: the line has {len(line)} bytes; expected one JSON object of up to {MAX_LINE_BYTES}"
+        )
     try:
         parsed = msgspec.json.decode(line, type=PromptLine)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PromptError(f"{where}: not a prompt object: {error}") from error
-    if not parsed.prompt or (isinstance(parsed.prompt, str) and not parsed.prompt.strip()):
+    if not isinstance(parsed.prompt, str):
+        _check_messages(where, parsed.prompt)
+    elif not parsed.prompt.strip():
         raise PromptError(f"{where}: `prompt` is empty")
     try:
         if parsed.answer is not None:
@@ -200,6 +211,29 @@ def _parse(where: str, line: bytes, verifier: str) -> PromptLine:
     except ConfigError as error:
         raise PromptError(f"{where}: {error}") from error
     return parsed
+
+
+def _check_messages(where: str, messages: list[dict[str, Any]]) -> None:
+    """Check what every chat template reads: a template that finds no content writes nothing, and says so to nobody."""
+    if not messages:
+        raise PromptError(f"{where}: `prompt` is empty")
+    for number, message in enumerate(messages, start=1):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            raise PromptError(f"{where}: message {number} has role {role!r}; expected a text such as 'user'")
+        if not (isinstance(content, str | list) and content) and not message.get("tool_calls"):
+            raise PromptError(f"{where}: message {number} has content {content!r}; expected a text that is not empty")
+
+
+def _check_length(where: str, tokens: int, completion_tokens: int, context_tokens: int) -> None:
+    if not tokens:
+        raise PromptError(f"{where}: the prompt has no tokens; the student needs one to go on from")
+    room = context_tokens - completion_tokens - 1  # a scoring engine generates one token
+    if tokens > room:
+        raise PromptError(
+            f"{where}: the prompt has {tokens} tokens, but a context of {context_tokens} less "
+            f"rollout.max_completion_tokens = {completion_tokens} and 1 leaves room for {room}"
+        )
 
 
 def _render(where: str, line: PromptLine, tokenizer: PreTrainedTokenizerBase, config: Config) -> str:
@@ -213,7 +247,10 @@ def _render(where: str, line: PromptLine, tokenizer: PreTrainedTokenizerBase, co
     messages = [{"role": "user", "content": line.prompt}] if isinstance(line.prompt, str) else list(line.prompt)
     if config.prompts.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": config.prompts.system_prompt})
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    try:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    except _TEMPLATE_ERRORS as error:
+        raise PromptError(f"{where}: the chat template of the student refuses the prompt: {error}") from error
 
 
 def _last_message(line: PromptLine) -> str:

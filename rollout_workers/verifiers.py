@@ -35,7 +35,7 @@ def check_answer(kind: str, answer: str) -> None:
     if kind == "regex":
         try:
             re.compile(answer)
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"answer {answer!r} is not a regular expression: {error}") from error
     elif kind == "math" and not _parse(answer):
         raise ConfigError(f"answer {answer!r} holds no mathematical expression")

@@ -10,36 +10,39 @@ from msgspec import Meta, field
 from cluster.contracts.alarms import AlarmConfig
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.objective import BASE, INITIAL_STUDENT, TEACHER, ObjectiveConfig
-from cluster.contracts.section import Count, CountOrZero, Fraction, NonNegative, Positive, Section
+from cluster.contracts.section import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Decay = Annotated[float, Meta(ge=0, lt=1)]  # of a moving average; one of 1 would never move
+MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
+MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 
 
 class RunConfig(Section):
     """What the run is called, how long it lasts and where it writes."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=128)] = "run"
     steps: Count = 100  # optimizer steps
     seed: CountOrZero = 0
-    directory: str = "runs"  # the run writes into directory/name
+    directory: Text = "runs"  # the run writes into directory/name
 
 
 class StudentConfig(Section):
     """The model that writes and learns."""
 
-    model: str  # Hugging Face directory or hub id
+    model: Text  # Hugging Face directory or hub id
     trust_remote_code: bool = False
 
 
 class PromptsConfig(Section):
     """What the student is asked."""
 
-    train: str  # JSONL: {"prompt": ..., "answer"?, "domain"?, "teacher"?}
-    held_out: str | None = None
+    train: Text  # JSONL: {"prompt": ..., "answer"?, "domain"?, "teacher"?}
+    held_out: Text | None = None
     template: Literal["chat", "raw"] = "chat"
     system_prompt: str | None = None  # chat template only
-    prompts_per_step: Count = 64
+    prompts_per_step: Items = 64
     shuffle: bool = True  # a new order each epoch, fixed by run.seed
 
 
@@ -50,7 +53,7 @@ class EngineConfig(Section):
     tensor_parallel: Count = 1
     max_concurrent_sequences: Count = 256
     max_batched_tokens: Count = 8192
-    gpu_memory_fraction: Fraction = 0.9
+    gpu_memory_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9
     kv_cache_gib: Positive = 1.0  # on CPU; on GPU the memory fraction decides
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
     enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
@@ -60,15 +63,15 @@ class EngineConfig(Section):
 class RolloutConfig(Section):
     """The student's generators."""
 
-    num_workers: Count = 1
-    samples_per_prompt: Count = 1
+    num_workers: Items = 1
+    samples_per_prompt: Items = 1
     max_completion_tokens: Count = 512
-    temperature: Annotated[float, Meta(gt=0, le=MAX_TEMPERATURE)] = 1.0
+    temperature: Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: CountOrZero = 0  # 0: whole vocabulary
-    stop: tuple[str, ...] = ()
+    stop: tuple[Text, ...] = ()
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
-    rows_per_batch: Count = 8  # trajectories per Arrow batch sent on as they finish
+    rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
     engine: EngineConfig = EngineConfig()
 
@@ -76,9 +79,9 @@ class RolloutConfig(Section):
 class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
 
-    model: str
+    model: Text
     trust_remote_code: bool = False
-    num_workers: Count = 1
+    num_workers: Items = 1
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     engine: EngineConfig = EngineConfig()
 
@@ -86,7 +89,7 @@ class TeacherConfig(Section):
 class LearnerConfig(Section):
     """The DeepSpeed ZeRO group that trains the student."""
 
-    num_workers: Count = 1
+    num_workers: Items = 1
     zero_stage: Literal[1, 2, 3] = 2
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # sums of a step's gradients leave float16's range
     micro_batch_tokens: Count = 8192  # prompt and completion tokens per forward and rank
@@ -95,7 +98,7 @@ class LearnerConfig(Section):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0
     min_learning_rate_ratio: Fraction = 0.1  # final rate / peak rate of a decaying schedule
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     epsilon: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     max_gradient_norm: Positive = 1.0
@@ -122,7 +125,7 @@ class EvaluationConfig(Section):
 
     every_steps: CountOrZero = 0  # 0: before and after only
     num_prompts: CountOrZero = 0  # 0: all held-out prompts
-    samples_per_prompt: Count = 1
+    samples_per_prompt: Items = 1
     temperature: Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)] = 1.0  # 0: greedy
     verifier: Literal["exact", "regex", "math"] = "exact"
     teacher_too: bool = True  # measure the teachers on the same prompts, once
@@ -139,7 +142,7 @@ class CheckpointConfig(Section):
 class RayConfig(Section):
     """Where the actors run."""
 
-    address: str | None = None  # None: RAY_ADDRESS if set, else a local cluster that the run starts and ends
+    address: Text | None = None  # None: RAY_ADDRESS if set, else a local cluster that the run starts and ends
     dashboard: bool = True
     start_timeout_seconds: Positive = 600.0
     call_timeout_seconds: Positive = 1800.0
@@ -171,6 +174,12 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if self.learner.offload_parameters == "cpu" and self.learner.zero_stage != 3:
             raise ValueError(
                 f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.learner.zero_stage}"
+            )
+        completions = self.prompts.prompts_per_step * self.rollout.samples_per_prompt
+        if completions > MAX_COMPLETIONS_PER_STEP:
+            raise ValueError(
+                f"prompts.prompts_per_step times rollout.samples_per_prompt is {completions}; "
+                f"a step takes up to {MAX_COMPLETIONS_PER_STEP} completions"
             )
         if self.prompts.system_prompt is not None and self.prompts.template == "raw":
             raise ValueError("prompts.system_prompt is set, but prompts.template = 'raw' has no place for it")
@@ -211,9 +220,7 @@ def _check_targets(config: Config) -> None:
     """Check that every model of every target is a teacher of the run."""
     if BASE in config.teachers:
         raise ValueError("teachers.base: the name 'base' means another teacher's base in targets; give it another name")
-    for name, teacher in config.teachers.items():
-        if teacher.base is not None and teacher.base not in config.teachers:
-            raise ValueError(f"teachers.{name}.base is '{teacher.base}'; there are {sorted(config.teachers)}")
+    _check_bases(config.teachers)
     for model in config.objective.models:
         if model == BASE:
             without = [route for route in config.routes if config.teachers[route].base is None]
@@ -224,6 +231,14 @@ def _check_targets(config: Config) -> None:
                 f"objective: a target has the model '{model}'; expected teacher, base, initial_student or one of "
                 f"{sorted(config.teachers)}"
             )
+
+
+def _check_bases(teachers: dict[str, TeacherConfig]) -> None:
+    for name, teacher in teachers.items():
+        if teacher.base == name:
+            raise ValueError(f"teachers.{name}.base names the teacher itself; name the model that it was trained from")
+        if teacher.base is not None and teacher.base not in teachers:
+            raise ValueError(f"teachers.{name}.base is '{teacher.base}'; there are {sorted(teachers)}")
 
 
 def _check_student_candidates(config: Config) -> None:

@@ -4,9 +4,29 @@ Each takes one message and nothing else, so Ray can pickle it from an actor to t
 sentence: where, what was found, what to do.
 """
 
+LONGEST_MESSAGE = 2000  # characters; what a damaged file holds may be quoted in full by the library that reads it
+
+
+def in_one_line(message: str) -> str:
+    """Return the text without line breaks, its middle left out where it is very long.
+
+    Example:
+        >>> in_one_line("Validation error:" + chr(10) + "  expected int")
+        'Validation error: expected int'
+    """
+    line = " ".join(part.strip() for part in message.splitlines())
+    half = LONGEST_MESSAGE // 2
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[:half]} ... {line[-half:]}"
+
 
 class PreceptorError(Exception):
-    """Base of every error that the program raises on purpose."""
+    """Base of every error that the program raises on purpose.
+
+    File names, field names and other libraries' findings may hold line breaks; the message never does.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(in_one_line(message))
 
 
 class ConfigError(PreceptorError, ValueError):

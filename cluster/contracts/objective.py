@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
-from cluster.contracts.section import Count, Fraction, NonNegative, Positive, Section
+from cluster.contracts.section import LARGEST_FLOAT, Finite, Fraction, Items, NonNegative, Positive, Section
 
 Support = Literal["sampled", "samples", "topk", "student_topk", "intersection", "full"]
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
@@ -24,7 +24,7 @@ Condition = Literal[
     "trusted",
     "untrusted",
 ]
-Target = dict[str, float]  # model -> its coefficient in the log-linear target
+Target = dict[str, Finite]  # model -> its coefficient in the log-linear target
 
 TEACHER = "teacher"  # in a target: the teacher that the prompt is routed to
 BASE = "base"  # in a target: what that teacher's `base` field names
@@ -37,13 +37,19 @@ class ImportanceConfig(Section, frozen=True):
     kind: ImportanceKind = "ratio"
     low: NonNegative = 0.5  # icepop, sequence_mask, ppo_clip
     high: Positive = 2.0  # truncated, icepop, sequence_mask, ppo_clip
-    dual_clip: Annotated[float, Meta(gt=1)] | None = None  # ppo_clip: bounds the loss of tokens with a bad advantage
+    # ppo_clip: bounds the loss of tokens with a bad advantage
+    dual_clip: Annotated[float, Meta(gt=1, le=LARGEST_FLOAT)] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the bounds leave room; raises ValueError, which the reader turns into a ConfigError."""
+        if self.kind in ("icepop", "sequence_mask", "ppo_clip") and self.low >= self.high:
+            raise ValueError(f"low = {self.low} is not below high = {self.high}; no ratio would be left between them")
 
 
 class TokenWeightsConfig(Section, frozen=True):
     """How much each completion token counts; all given weights multiply. Token counts are never renormalised."""
 
-    first_tokens: Count | None = None  # only so many at the start of each completion
+    first_tokens: Items | None = None  # only so many at the start of each completion
     first_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None  # only this part of each completion
     position_importance: NonNegative = 0.0  # extra weight of early tokens (IW-OPD's gamma)
     entropy: Literal["none", "student", "teacher", "both"] = "none"  # FiRe: unsure student, sure teacher
@@ -52,7 +58,7 @@ class TokenWeightsConfig(Section, frozen=True):
 class Term(Section, frozen=True):
     """What all terms have: how much they count, and at which tokens."""
 
-    weight: float = 1.0
+    weight: Finite = 1.0
     when: Condition = "always"
     threshold: NonNegative = 0.8  # nats; of teacher_entropy_above and teacher_entropy_below
 
@@ -97,7 +103,7 @@ class ObjectiveConfig(Section, frozen=True):
 
     preset: str | None = None  # a name of presets.py; whatever else is written here overrides it
     support: Support = "topk"  # the tokens per position on which models are compared
-    support_size: Count = 16  # all supports but sampled and full; of `samples`, the written token is one
+    support_size: Items = 16  # all supports but sampled and full; of `samples`, the written token is one
     terms: Annotated[dict[str, AnyTerm], Meta(min_length=1)] = field(default_factory=lambda: {"main": DivergenceTerm()})
     token_weights: TokenWeightsConfig = TokenWeightsConfig()
 

@@ -6,19 +6,27 @@ Example:
     'topk'
 """
 
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from cluster.contracts.alarms import with_default_alarms
-from cluster.contracts.config import Config
+from cluster.contracts.alarms import AlarmConfig, with_default_alarms
+from cluster.contracts.config import Config, TeacherConfig
 from cluster.contracts.errors import ConfigError
-from cluster.contracts.objective import INITIAL_STUDENT, ObjectiveConfig
+from cluster.contracts.files import read_text
+from cluster.contracts.objective import INITIAL_STUDENT, AnyTerm, ObjectiveConfig
 from cluster.contracts.presets import expand_preset
 from cluster.contracts.section import Section
+
+MAX_RUN_FILE_BYTES = 1 << 20
+MAX_DOTS = 4096  # tomllib takes the square of a dotted key's length
+# Tables whose keys are the user's own names. They become names of actors, columns, figures and overrides.
+_NAMED_TABLES: Mapping[str, Any] = {"teachers": TeacherConfig, "alarms": AlarmConfig, "objective.terms": AnyTerm}
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
 class _ObjectiveOnly(Section, frozen=True):
@@ -31,17 +39,14 @@ def load_run_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: the file is missing or not TOML, a field is unknown or out of range, or settings contradict.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the run file: {error.strerror}") from error
+    text = read_text(path, "run file", ConfigError, MAX_RUN_FILE_BYTES)
     return parse_run_config(text, overrides, source=str(path))
 
 
 def parse_run_config(text: str, overrides: Sequence[str] = (), source: str = "run file") -> Config:
     """Build a Config from TOML text; `source` is the name that errors give it."""
     try:
-        tree = tomllib.loads(text)
+        tree = _toml(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not valid TOML: {error}") from error
     return _build(tree, overrides, source)
@@ -56,8 +61,10 @@ def config_from_json(text: str, overrides: Sequence[str] = (), source: str = "co
     """Read back what `dump_run_config` wrote, and apply overrides to it."""
     try:
         tree = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise ConfigError(f"{source}: not valid JSON: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: expected a JSON object, found {type(tree).__name__}")
     return _build(tree, overrides, source)
 
 
@@ -66,13 +73,15 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
         tree["objective"] = {"preset": tree["objective"]}
     for override in overrides:
         _apply_override(tree, override)
+    _check_texts(tree, source)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
     tree["alarms"] = with_default_alarms(tree.get("alarms", {}))
+    _check_names(tree, source)
     try:
         return msgspec.convert(_with_initial_student(tree), Config)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_in_our_words(error)}") from error
+        raise ConfigError(f"{source}: {_in_our_words(error, tree)}") from error
 
 
 def _with_initial_student(tree: dict[str, Any]) -> dict[str, Any]:
@@ -100,15 +109,78 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _toml_value(text: str) -> Any:
+    if "\n" in text or "\r" in text:
+        return text  # a second line would be a second field
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return _toml(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 
 
-def _in_our_words(error: Exception) -> str:
+def _toml(text: str) -> dict[str, Any]:
+    """Parse TOML, refusing what takes tomllib for ever or out of the stack."""
+    if any(part.count(".") > MAX_DOTS for line in text.splitlines() for part in line.split("=")):
+        raise tomllib.TOMLDecodeError(f"a line has more than {MAX_DOTS} dots before the next '='")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise tomllib.TOMLDecodeError("values are nested too deeply") from error
+    except ValueError as error:  # besides tomllib's own, that of an integer of thousands of digits
+        raise tomllib.TOMLDecodeError(str(error)) from error
+
+
+def _check_texts(tree: dict[str, Any], source: str) -> None:
+    """Refuse characters that no file name, and no encoder, takes."""
+    for field, text in _texts(tree):
+        odd = next((character for character in text if character == "\0" or "\ud800" <= character <= "\udfff"), None)
+        if odd is not None:
+            raise ConfigError(f"{source}: {field!r} holds the character {odd!r}, which is no text; remove it")
+
+
+def _texts(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield every key and every text with the key that it stands under."""
+    left: list[tuple[str, Any]] = [("", tree)]
+    while left:
+        field, value = left.pop()
+        if isinstance(value, str):
+            yield field, value
+        elif isinstance(value, dict):
+            left.extend(value.items())
+            yield from ((key, key) for key in value)
+        elif isinstance(value, list):
+            left.extend((field, item) for item in value)
+
+
+def _check_names(tree: dict[str, Any], source: str) -> None:
+    for table in _NAMED_TABLES:
+        for name in _entries(tree, table):
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"{source}: {table}: {name!r} cannot be a name; use up to 64 letters, digits, '.', '_' and '-'"
+                )
+
+
+def _entries(tree: Any, table: str) -> dict[str, Any]:
+    """Return a table of the tree, empty where there is none."""
+    for key in table.split("."):
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _in_our_words(error: Exception, tree: dict[str, Any]) -> str:
     """Say msgspec's finding with the field's path first: `learner.zero_stage: ...`."""
     message, at, path = str(error).rpartition(" - at `$.")
     if not at:
         return str(error).removesuffix(" - at `$`")
-    return f"{path.rstrip('`')}: {message}"
+    return f"{_with_name(path.rstrip('`'), tree)}: {message}"
+
+
+def _with_name(path: str, tree: dict[str, Any]) -> str:
+    """Put the name of the first entry that is wrong by itself in the place of msgspec's `[...]`."""
+    table, _, rest = path.partition("[...]")
+    for name, entry in _entries(tree, table).items() if table in _NAMED_TABLES else ():
+        try:
+            msgspec.convert(entry, _NAMED_TABLES[table])
+        except msgspec.ValidationError:
+            return f"{table}.{name}{rest}"
+    return path

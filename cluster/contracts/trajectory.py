@@ -13,7 +13,7 @@ scoring model adds columns under its role in the objective's target: `teacher_lo
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cluster.contracts.errors import ScoreError, TrajectoryError
+from cluster.contracts.list_columns import Ragged as Ragged
+from cluster.contracts.list_columns import ragged as ragged
+from cluster.contracts.row_checks import check_rows
 
 Stage = Literal["generated", "scored"]
 FinishReason = Literal["stop", "length", "repetition", "abort"]
@@ -81,27 +84,6 @@ class Scores:
     hidden: NDArray[Any] | None = None  # [completion_tokens, width] float32, float16, or bfloat16's bits as uint16
 
 
-@dataclass(frozen=True)
-class Ragged:
-    """A list column as numpy views: row i is `values[offsets[i]:offsets[i + 1]]`."""
-
-    values: NDArray[Any]  # [total] or [total, k]
-    offsets: NDArray[np.int64]  # [rows + 1], first is 0
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return len(self.offsets) - 1
-
-    def __getitem__(self, row: int) -> NDArray[Any]:
-        """Return a view of one row's values."""
-        return self.values[self.offsets[row] : self.offsets[row + 1]]
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Return the number of values per row."""
-        return np.diff(self.offsets)
-
-
 def generated_schema(num_candidates: int = 0) -> pa.Schema:
     """Return the schema of a batch that no model has scored, with so many candidates chosen by the student."""
     fields = list(_GENERATED_FIELDS)
@@ -121,11 +103,11 @@ def make_generated(rows: Sequence[GeneratedTrajectory]) -> pa.RecordBatch:
     widths = {0 if row.candidate_ids is None else row.candidate_ids.shape[1] for row in rows}
     if len(widths) > 1:
         raise TrajectoryError(f"rows of one batch have different numbers of candidates: {sorted(widths)}")
-    for row in rows:
-        _check_row(row)
     schema = generated_schema(widths.pop() if widths else 0)
     columns = [_column(field, [getattr(row, field.name) for row in rows]) for field in schema]
-    return pa.record_batch(columns, schema=schema)
+    batch = pa.record_batch(columns, schema=schema)
+    check_values(batch)
+    return batch
 
 
 def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBatch:
@@ -161,6 +143,18 @@ def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBa
     return pa.record_batch(columns, schema=pa.schema(fields, metadata=metadata))
 
 
+def check_values(batch: pa.RecordBatch) -> None:
+    """Check what holds in every row, whoever made the batch.
+
+    Raises:
+        TrajectoryError: a column's length does not fit its row's tokens, an id is negative, or a log-probability is not
+            finite; names the first such row.
+    """
+    shared = {field.name for field in _GENERATED_FIELDS} - {"rollout_logprobs"}
+    per_completion_token = [name for name in batch.schema.names if name not in shared]
+    check_rows(batch, per_completion_token, get_args(FinishReason))
+
+
 def stage_of(batch: pa.RecordBatch) -> Stage:
     """Return how far along the flow the batch is."""
     return "scored" if batch.schema.metadata[b"stage"] == b"scored" else "generated"
@@ -177,18 +171,6 @@ def num_candidates_of(batch: pa.RecordBatch) -> int:
     if "candidate_ids" not in batch.schema.names:
         return 0
     return int(batch.schema.field("candidate_ids").type.value_type.list_size)
-
-
-def ragged(batch: pa.RecordBatch, name: str) -> Ragged:
-    """View a list column; candidates and hidden states come as [total, k]."""
-    column = batch[name]
-    offsets = column.offsets.to_numpy().astype(np.int64)
-    values = column.values.slice(offsets[0], offsets[-1] - offsets[0])
-    if pa.types.is_fixed_size_list(values.type):
-        flat = values.flatten().to_numpy().reshape(-1, values.type.list_size)
-    else:
-        flat = values.to_numpy()
-    return Ragged(flat, offsets - offsets[0])
 
 
 def _fixed(name: str, item: pa.DataType, width: int) -> pa.Field:
@@ -212,39 +194,6 @@ def _list_column(offsets: pa.Array, values: NDArray[Any]) -> pa.Array:
     if values.ndim == 2:
         inner = pa.FixedSizeListArray.from_arrays(inner, values.shape[1])
     return pa.ListArray.from_arrays(offsets, inner)
-
-
-def _check_row(row: GeneratedTrajectory) -> None:
-    where = f"trajectory {row.trajectory_id}"
-    if len(row.loss_mask) != len(row.token_ids):
-        raise TrajectoryError(
-            f"{where}: loss_mask has {len(row.loss_mask)} values for {len(row.token_ids)} tokens; "
-            "every per-token column must have one value per token"
-        )
-    completion_tokens = int(np.count_nonzero(row.loss_mask))
-    for name in ("rollout_logprobs", "candidate_ids", "candidate_rollout_logprobs"):
-        values = getattr(row, name)
-        if values is not None and len(values) != completion_tokens:
-            raise TrajectoryError(f"{where}: {name} has {len(values)} values for {completion_tokens} completion tokens")
-        if name != "candidate_ids" and values is not None and not np.isfinite(values).all():
-            raise TrajectoryError(f"{where}: {name} holds NaN or infinity; the student may have diverged")
-    if len(row.loss_mask) and row.loss_mask[0]:
-        raise TrajectoryError(f"{where}: the first token is marked as sampled, but nothing precedes it")
-    _check_versions(where, row, completion_tokens)
-
-
-def _check_versions(where: str, row: GeneratedTrajectory, completion_tokens: int) -> None:
-    oldest, newest, changes = row.min_policy_version, row.max_policy_version, row.version_changes
-    if len(changes) != newest - oldest:
-        raise TrajectoryError(
-            f"{where}: version_changes has {len(changes)} values for policy versions {oldest} to {newest}"
-        )
-    # The oldest version wrote the first token, and the newest wrote the last.
-    if len(changes) and not (changes[0] > 0 and changes[-1] < completion_tokens and (np.diff(changes) >= 0).all()):
-        raise TrajectoryError(
-            f"{where}: version_changes is {changes.tolist()}; expected positions that do not fall, from 1 to "
-            f"{completion_tokens - 1}"
-        )
 
 
 def _check_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> None:

@@ -64,7 +64,7 @@ def test_an_override_reaches_a_named_teacher() -> None:
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
         ("weight_sync={backend='nccl',mode='delta'}", 'weight_sync: .*needs backend = "object_store", found "nccl"'),
         ("rollout.temperature=2.5", "rollout.temperature: Expected `float` <= 2.0"),
-        ("rollout.temperature=0", "rollout.temperature: Expected `float` > 0.0"),
+        ("rollout.temperature=0", "rollout.temperature: Expected `float` >= 0.01"),
         ("evaluation.temperature=2.5", "evaluation.temperature: Expected `float` <= 2.0"),
         ("run.name=a/b", "run.name: Expected `str` matching regex"),
         ("steps", "expected section.field=value"),

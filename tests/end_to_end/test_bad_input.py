@@ -59,7 +59,10 @@ def swap_two_tokens(files: Files) -> None:
     ("spoil", "sentence"),
     [
         (lambda files: shutil.rmtree(files["teacher"]), "teacher': no such directory; give a Hugging Face directory"),
-        (lambda files: (files["student"] / "config.json").unlink(), "student': cannot read its"),
+        (
+            lambda files: (files["student"] / "config.json").unlink(),
+            "student/config.json: cannot read the model file: No such file",
+        ),
         (swap_two_tokens, "teachers.countdown: its tokenizer is not the student's: token '1' has id"),
         (lambda files: replace_line(files["train.jsonl"], 5, ""), "train.jsonl:5: the line is empty"),
         (lambda files: replace_line(files["train.jsonl"], 9, '{"prompt": '), "train.jsonl:9: not a prompt object"),

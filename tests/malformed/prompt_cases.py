@@ -1,0 +1,127 @@
+"""Prompt files that are wrong: what the file holds, the settings it is read with, and words of its error."""
+
+from dataclasses import dataclass
+
+RAW = ("prompts.template=raw",)
+CHAT = "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+
+
+@dataclass(frozen=True)
+class PromptCase:
+    """One prompt file; the third line of it is wrong unless the whole file is."""
+
+    content: bytes
+    says: str
+    overrides: tuple[str, ...] = RAW
+    template: str | None = None
+
+
+def _raw(line: bytes | str, says: str, *overrides: str) -> PromptCase:
+    encoded = line if isinstance(line, bytes) else line.encode()
+    good = b'{"prompt": "w4"}\n'
+    return PromptCase(good * 2 + encoded + b"\n" + good, f"prompts.jsonl:3: {says}", (*RAW, *overrides))
+
+
+def _chat(line: str, says: str, template: str | None = CHAT) -> PromptCase:
+    return PromptCase(line.encode() + b"\n", f"prompts.jsonl:1: {says}", (), template)
+
+
+def _messages(*messages: str) -> str:
+    return '{"prompt": [' + ", ".join(messages) + "]}"
+
+
+ONE = '{"prompt": "w4"}'
+PROMPTS: dict[str, PromptCase] = {
+    "empty file": PromptCase(b"", "prompts.jsonl: the file holds no prompt"),
+    "line break alone": PromptCase(b"\n", "prompts.jsonl:1: the line is empty"),
+    "utf-8 mark": PromptCase(b"\xef\xbb\xbf" + ONE.encode(), "byte order mark"),
+    "utf-16": PromptCase(ONE.encode("utf-16"), "byte order mark"),
+    "utf-16 without mark": PromptCase(ONE.encode("utf-16-le"), "prompts.jsonl:1: not a prompt object"),
+    "old line ends": PromptCase(f"{ONE}\r{ONE}".encode(), "prompts.jsonl:1: not a prompt object"),
+    "Parquet": PromptCase(b"PAR1\x15\x04\x15\x10", "prompts.jsonl:1: not a prompt object"),
+    "gzip": PromptCase(b"\x1f\x8b\x08\x00\x00", "prompts.jsonl:1: not a prompt object"),
+    "one JSON array": PromptCase(f"[\n{ONE}\n]\n".encode(), "prompts.jsonl:1: not a prompt object"),
+    "pretty-printed": PromptCase(b'{\n  "prompt": "w4"\n}\n', "prompts.jsonl:1: not a prompt object"),
+    "CSV": PromptCase(b"prompt,answer\nw4,w5\n", "prompts.jsonl:1: not a prompt object"),
+    "cut in a text": _raw('{"prompt": "w4', "not a prompt object"),
+    "cut after a key": _raw('{"prompt":', "not a prompt object"),
+    "cut in a character": _raw(b'{"prompt": "w4 \xc3', "not a prompt object"),
+    "not JSON": _raw("hello", "not a prompt object"),
+    "single quotes": _raw("{'prompt': 'w4'}", "not a prompt object"),
+    "comment": _raw("# w4", "not a prompt object"),
+    "two objects": _raw(ONE + ONE, "not a prompt object"),
+    "trailing comma": _raw('{"prompt": "w4",}', "not a prompt object"),
+    "NaN": _raw('{"prompt": NaN}', "not a prompt object"),
+    "empty line": _raw("", "the line is empty"),
+    "white space": _raw(" \t", "the line is empty"),
+    "array": _raw('["w4"]', "not a prompt object: Expected `object`, got `array`"),
+    "number": _raw("3", "not a prompt object: Expected `object`, got `int`"),
+    "text": _raw('"w4"', "not a prompt object: Expected `object`, got `str`"),
+    "null": _raw("null", "not a prompt object: Expected `object`, got `null`"),
+    "no prompt": _raw('{"answer": "w4"}', "not a prompt object: Object missing required field `prompt`"),
+    "unknown field": _raw(
+        '{"prompt": "w4", "answr": "x"}', "not a prompt object: Object contains unknown field `answr`"
+    ),
+    "unknown field with a line break": _raw('{"prompt": "w4", "a\\nb": 1}', "not a prompt object: Object contains"),
+    "prompt null": _raw('{"prompt": null}', "not a prompt object: Expected `str | array`, got `null`"),
+    "prompt a number": _raw('{"prompt": 3}', "not a prompt object: Expected `str | array`, got `int`"),
+    "prompt an object": _raw('{"prompt": {"role": "user"}}', "not a prompt object: Expected `str | array`"),
+    "prompt empty": _raw('{"prompt": ""}', "`prompt` is empty"),
+    "prompt white space": _raw('{"prompt": " \\n\\t "}', "`prompt` is empty"),
+    "invalid UTF-8": _raw(b'{"prompt": "w4 \xff"}', "not a prompt object"),
+    "encoded surrogate": _raw(b'{"prompt": "w4 \xed\xa0\x80"}', "not a prompt object"),
+    "lone surrogate": _raw('{"prompt": "w4 \\ud800"}', "not a prompt object"),
+    "surrogates in the wrong order": _raw('{"prompt": "w4 \\udc00\\ud800"}', "not a prompt object"),
+    "NUL": _raw(b'{"prompt": "w4 \x00"}', "not a prompt object"),
+    "answer a number": _raw('{"prompt": "w4", "answer": 4}', "not a prompt object: Expected `str | null`"),
+    "domain null": _raw('{"prompt": "w4", "domain": null}', "not a prompt object: Expected `str`, got `null`"),
+    "teacher a number": _raw('{"prompt": "w4", "teacher": 1}', "not a prompt object: Expected `str | null`"),
+    "teacher unknown": _raw('{"prompt": "w4", "teacher": "x"}', "teacher is 'x'; expected one of ['main']"),
+    "teacher with a line break": _raw('{"prompt": "w4", "teacher": "a\\nb"}', "teacher is 'a\\nb'"),
+    "no teacher of two": PromptCase(ONE.encode(), "teacher is None; expected one of", (*RAW, "teachers.b.model=b")),
+    "nested deeply": _raw('{"prompt": [{"role": ' + "[" * 100_000 + "]" * 100_000 + "}]}", "not a prompt object"),
+    "longer than the context": _raw(
+        '{"prompt": "' + "w4 " * 600 + '"}', "the prompt has 600 tokens, but a context of 512"
+    ),
+    "special tokens beyond the context": _raw('{"prompt": "' + "<eos>" * 504 + '"}', "the prompt has 504 tokens"),
+    "one gigantic line": _raw('{"prompt": "' + "w" * (1 << 24) + '"}', "the line has 167772"),
+    "conversation for a raw prompt": _raw(
+        '{"prompt": [{"role": "user", "content": "w4"}]}', "`prompt` is a conversation"
+    ),
+    "regular expression open": _raw(
+        '{"prompt": "w4", "answer": "("}', "answer '(' is not", "evaluation.verifier=regex"
+    ),
+    "regular expression of a great count": _raw(
+        '{"prompt": "w4", "answer": "a{99999999999}"}', "answer 'a{99999999999}' is not", "evaluation.verifier=regex"
+    ),
+    "regular expression nested": _raw(
+        '{"prompt": "w4", "answer": "' + "(" * 5_000 + ")" * 5_000 + '"}', "answer '((((", "evaluation.verifier=regex"
+    ),
+    "no mathematics": _raw('{"prompt": "w4", "answer": "hello"}', "answer 'hello' holds", "evaluation.verifier=math"),
+    "no mathematics, two lines": _raw(
+        '{"prompt": "w4", "answer": "a\\nb"}', "answer 'a\\nb' holds", "evaluation.verifier=math"
+    ),
+    "no chat template": _chat(ONE, "the student's tokenizer has no chat template", None),
+    "no messages": _chat('{"prompt": []}', "`prompt` is empty"),
+    "message a text": _chat('{"prompt": ["w4"]}', "not a prompt object: Expected `object`, got `str`"),
+    "message null": _chat('{"prompt": [null]}', "not a prompt object: Expected `object`, got `null`"),
+    "message in a list": _chat('{"prompt": [[]]}', "not a prompt object: Expected `object`, got `array`"),
+    "message empty": _chat(_messages("{}"), "message 1 has role None"),
+    "no role": _chat(_messages('{"content": "w4"}'), "message 1 has role None"),
+    "role a number": _chat(_messages('{"role": 3, "content": "w4"}'), "message 1 has role 3"),
+    "role empty": _chat(_messages('{"role": "", "content": "w4"}'), "message 1 has role ''"),
+    "no content": _chat(_messages('{"role": "user"}'), "message 1 has content None"),
+    "content null": _chat(_messages('{"role": "user", "content": null}'), "message 1 has content None"),
+    "content a number": _chat(_messages('{"role": "user", "content": 3}'), "message 1 has content 3"),
+    "content empty": _chat(_messages('{"role": "user", "content": ""}'), "message 1 has content ''"),
+    "second message wrong": _chat(
+        _messages('{"role": "user", "content": "w4"}', '{"role": "user"}'), "message 2 has content None"
+    ),
+    "template refuses": _chat(ONE, "the chat template of the student", "{{ raise_exception('only\\nsystem') }}"),
+    "template does not parse": _chat(ONE, "the chat template of the student", "{% for %}"),
+    "template names what is not there": _chat(ONE, "the chat template of the student", "{{ a.b.c }}"),
+    "template adds texts and numbers": _chat(ONE, "the chat template of the student", "{{ messages + 3 }}"),
+    "template divides by zero": _chat(ONE, "the chat template of the student", "{{ 1 / 0 }}"),
+    "template without end": _chat(ONE, "the chat template", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
+    "template writes nothing": _chat(ONE, "the prompt has no tokens", "{# nothing #}"),
+}
