@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -163,8 +163,9 @@ def look_on(run: Run) -> WatchedRun:
         seen.addresses |= listening([pid for pid, _ in census.count()])
         for folder in run.watch.temporary.iterdir():
             if folder.name.startswith("preceptor-"):
-                if folder.exists() and folder.stat().st_mode & 0o077:
-                    seen.open_folders.add(folder)
+                with suppress(FileNotFoundError):
+                    if folder.stat().st_mode & 0o077:
+                        seen.open_folders.add(folder)
                 seen.temporary |= read_all(folder)
         time.sleep(0.5)
     assert run.process.returncode == 0, "".join(run.lines)
@@ -174,12 +175,11 @@ def look_on(run: Run) -> WatchedRun:
 def read_all(folder: Path) -> dict[Path, bytes]:
     """Return the contents of all files below a folder that changes meanwhile."""
     found = {}
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                found[path] = path.read_bytes()
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent, name) for name in names):
+            with suppress(OSError):
+                if path.is_file():
+                    found[path] = path.read_bytes()
     return found
 
 
