@@ -50,7 +50,7 @@ def local_cluster(**arguments: Any) -> Iterator[LocalCluster]:
         stack.enter_context(private_umask())
         folder = stack.enter_context(_kept_folder())
         stack.callback(_reload_authentication)
-        with _environment(_variables(folder)), _on_loopback():
+        with _environment(_variables(folder)), on_loopback():
             _reload_authentication()
             context = ray.init(address="local", _temp_dir=str(folder / RAY_FOLDER), **arguments)
         stack.callback(ray.shutdown)
@@ -137,7 +137,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _on_loopback() -> Iterator[None]:
+def on_loopback() -> Iterator[None]:
     """Let Ray take 127.0.0.1 as the node's address, as it does where it supports one node only.
 
     Ray replaces a loopback address that it is given by the machine's own, and listens on all of its interfaces then.

@@ -1,21 +1,24 @@
 """Connects to a Ray cluster, or starts a local one for the length of the run."""
 
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub is not complete
-from ray.exceptions import AuthenticationError, RaySystemError
+from ray.exceptions import AuthenticationError, RpcError
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import PlacementError
-from cluster.local_cluster import local_cluster, private_umask
+from cluster.local_cluster import LOOPBACK, local_cluster, on_loopback, private_umask
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # a step's trajectories and one copy of the weights; Ray spills the rest to disk
+CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,16 @@ def ray_session(config: Config) -> Iterator[RaySession]:
 
 @contextmanager
 def _joined(address: str, arguments: dict[str, Any]) -> Iterator[RaySession]:
-    _check_token(address)
     try:
-        context = ray.init(address=address, **arguments)
+        # A cluster like our local ones is there for loopback only; Ray would look for it at the machine's own address.
+        with on_loopback() if _lives_on_loopback(address) else nullcontext():
+            context = ray.init(address=address, **arguments)
     except AuthenticationError as error:
-        raise _refused(address) from error
-    except ConnectionError as error:
+        raise PlacementError(
+            f"ray.address '{address}': the cluster refuses this token; set RAY_AUTH_MODE=token and give the cluster's "
+            "own token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+        ) from error
+    except (ConnectionError, RpcError) as error:
         raise PlacementError(f"ray.address '{address}': no Ray cluster answers there: {error}") from error
     try:
         with private_umask():
@@ -73,23 +80,23 @@ def _joined(address: str, arguments: dict[str, Any]) -> Iterator[RaySession]:
         ray.shutdown()
 
 
-def _check_token(address: str) -> None:
-    """Ask the cluster for its id; `ray.init` would try for 20 s, and then not say that it is the token."""
+def _lives_on_loopback(address: str) -> bool:
+    """Ask the cluster where its nodes are; `ray.init` would try for 20 s, and then not say what is wrong.
+
+    Raises:
+        AuthenticationError: the token is missing or not the cluster's.
+        ConnectionError: nobody answers.
+    """
     if ":" not in address or "://" in address:  # "auto", or Ray's client protocol, which has its own answer
-        return
+        return False
+    host, port = address.rsplit(":", 1)
     try:
-        GcsClient(address=address)
-    except AuthenticationError as error:
-        raise _refused(address) from error
-    except RaySystemError as error:
-        raise PlacementError(f"ray.address '{address}': no Ray cluster answers there") from error
-
-
-def _refused(address: str) -> PlacementError:
-    return PlacementError(
-        f"ray.address '{address}': the cluster refuses this token; set RAY_AUTH_MODE=token and give the cluster's own "
-        "token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
-    )
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(str(error)) from error
+    ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one, the client would end this process
+    nodes = GcsClient(address=address).get_all_node_info().values()
+    return {node.node_manager_address for node in nodes} == {LOOPBACK}
 
 
 def _first_sentence(error: Exception) -> str:
