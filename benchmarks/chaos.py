@@ -219,3 +219,7 @@ def main() -> int:
     command = f"python -m benchmarks.chaos --kills {options.kills} --steps {options.steps} --seed {options.seed}"
     write_rows(options.output, command, rows)
     return 0 if all(found["met"] for found in rows if "met" in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -125,7 +125,8 @@ def _measure_teachers(
 
 def _announce(view: TerminalView, session: RaySession, placement: Placement, directory: RunDirectory | None) -> None:
     if session.dashboard_address is not None:
-        view.say(f"Ray dashboard: http://{session.dashboard_address}")
+        token = "" if session.token_file is None else f" (it asks for the token in {session.token_file})"
+        view.say(f"Ray dashboard: http://{session.dashboard_address}{token}")
     for name, share in describe(placement):
         view.say(f"  {name}: {share}")
     if directory is not None:

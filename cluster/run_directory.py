@@ -28,8 +28,8 @@ class RunDirectory:
                 f"{directory.path}: holds a run already; continue it with --resume {directory.path} "
                 "or choose another run.name"
             )
-        directory.path.mkdir(parents=True, exist_ok=True)
-        directory.path.chmod(0o700)
+        _make_private(directory.path)
+        directory.config.touch(mode=0o600)
         directory.config.write_text(dump_run_config(config), encoding="utf-8")
         return directory
 
@@ -84,3 +84,11 @@ class RunDirectory:
     def export(self) -> Path:
         """The trained student as a Hugging Face directory."""
         return self.path / "export"
+
+
+def _make_private(path: Path) -> None:
+    """Make a folder and those above it that are missing, for their owner only, and close one that is there already."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    path.chmod(0o700)

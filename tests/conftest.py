@@ -3,8 +3,32 @@
 from collections.abc import Iterator
 
 import pytest
-import ray
 import torch
+
+from cluster.local_cluster import local_cluster
+from tests.leftovers import Watch
+
+WATCH = pytest.StashKey[Watch]()
+LEFT = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Mark everything that the tests start, and give it a folder of its own for temporary files."""
+    config.stash[WATCH] = Watch.begin()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run if a process, a shared-memory segment or a temporary file of its tests is left."""
+    left = session.config.stash[WATCH].end()
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.stash[LEFT] = left
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what is left."""
+    for line in config.stash.get(LEFT, []):
+        terminalreporter.write_line(f"LEFT BEHIND by the tests: {line}", red=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,13 +44,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_cluster() -> Iterator[None]:
     """Start one local Ray cluster for all tests that talk to actors themselves."""
     variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    ray.init(
-        address="local",
+    with local_cluster(
         num_cpus=8,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={"env_vars": variables},
-    )
-    yield
-    ray.shutdown()
+    ):
+        yield

@@ -144,6 +144,7 @@ class RayConfig(Section):
 
     address: Text | None = None  # None: RAY_ADDRESS if set, else a local cluster that the run starts and ends
     dashboard: bool = True
+    dashboard_host: str = "127.0.0.1"  # of a local cluster's dashboard; 0.0.0.0: all interfaces, behind the token
     start_timeout_seconds: Positive = 600.0
     call_timeout_seconds: Positive = 1800.0
     max_restarts: CountOrZero = 3  # of each worker, and of the learner, within the window

@@ -1,3 +1,5 @@
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,30 @@ def test_a_run_writes_its_resolved_configuration(tmp_path: Path) -> None:
     assert RunDirectory.open(directory.path).read_config() == config
 
 
-def test_only_the_owner_may_read_a_run(tmp_path: Path) -> None:
-    directory = RunDirectory.create(make_config(f"run.directory='{tmp_path}'"))
-    assert directory.path.stat().st_mode & 0o077 == 0
+@pytest.fixture(params=[0o000, 0o022, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Every mask of modes that a shell may have set."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_only_the_owner_may_read_a_run_whatever_the_umask(umask: int, tmp_path: Path) -> None:
+    directory = RunDirectory.create(make_config(f"run.directory='{tmp_path}/made/by the run'"))
+    made = [tmp_path / "made", tmp_path / "made/by the run", directory.path]
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o700] * 3
+    assert directory.config.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_was_there_before_stays_as_open_as_it_was(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    RunDirectory.create(make_config(f"run.directory='{tmp_path}'"))
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_empty_folder_of_the_runs_name_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o755)
+    assert RunDirectory.create(make_config(f"run.directory='{tmp_path}'")).path.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_second_run_of_the_same_name_is_refused(tmp_path: Path) -> None:

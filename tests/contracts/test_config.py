@@ -23,8 +23,8 @@ FIELDS = {
     "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
     "checkpoint": "every_steps keep_last export",
     "alarms": "figure above below relative_to steps action",
-    "ray": "address dashboard start_timeout_seconds call_timeout_seconds max_restarts restart_window_seconds "
-    "silence_seconds",
+    "ray": "address dashboard dashboard_host start_timeout_seconds call_timeout_seconds max_restarts "
+    "restart_window_seconds silence_seconds",
 }
 
 

@@ -1,0 +1,132 @@
+"""Clears away what a local Ray cluster leaves behind, whatever ended the process that started it.
+
+A program of its own, on the standard library alone, because a process that is killed clears nothing away. It waits for
+the end of its standard input, which is the end of its owner, gives the cluster's processes time to end by themselves,
+ends the rest, and removes their shared memory and their folder.
+"""
+
+import os
+import select
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+MARK = "PRECEPTOR_CLUSTER"  # environment variable of every process of the cluster: its folder
+SHARED_MEMORY = Path("/dev/shm")
+POLL_SECONDS = 0.5
+CENSUS_SECONDS = 5.0  # reading all of /proc takes about 10 ms
+GRACE_SECONDS = 10.0  # Ray's workers see within a few seconds that their raylet is gone
+CLOSING_POLL_SECONDS = 0.05
+
+ProcessKey = tuple[int, int]  # process id and start time in clock ticks: an id alone may be given out again
+
+
+class Census:
+    """The processes that were started with a variable set to a value, and what they hold in shared memory.
+
+    Ray writes process titles over the environment of some, so descendants count too.
+    """
+
+    def __init__(self, variable: str, value: str) -> None:
+        self._mark = f"{variable}={value}".encode()
+        self._members: set[ProcessKey] = set()
+        self._seen = _shared_memory()
+        self._owned: set[str] = set()
+
+    def count(self) -> set[ProcessKey]:
+        """Return the members that run now."""
+        table = {pid: stat for pid in _process_ids() if (stat := _stat(pid)) is not None}
+        self._members &= {(pid, start) for pid, (_, start) in table.items()}
+        pids = {pid for pid, _ in self._members} | {pid for pid in table if self._is_marked(pid)}
+        while grown := {pid for pid, (parent, _) in table.items() if parent in pids} - pids:
+            pids |= grown
+        self._members = {(pid, table[pid][1]) for pid in pids}
+        return self._members
+
+    def note_shared_memory(self) -> None:
+        """Note which of the entries that are new since the last call a member has mapped."""
+        found = _shared_memory()
+        new, self._seen = found - self._seen, found
+        if new:
+            mapped = {inode for pid, _ in self.count() for inode in _mapped_inodes(pid)}
+            self._owned |= {name for name in new if _inode(SHARED_MEMORY / name) in mapped}
+
+    def shared_memory(self) -> list[Path]:
+        """Return the noted entries that are still there."""
+        return [path for name in sorted(self._owned) if (path := SHARED_MEMORY / name).exists()]
+
+    def _is_marked(self, pid: int) -> bool:
+        return self._mark in _read(pid, "environ").split(b"\0")
+
+
+def main(folder: Path) -> None:
+    """Wait for the owner's end, then clear away."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    census = Census(MARK, str(folder))
+    next_count = 0.0
+    while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
+        census.note_shared_memory()
+        if time.monotonic() >= next_count:
+            census.count()
+            next_count = time.monotonic() + CENSUS_SECONDS
+    census.note_shared_memory()
+    _end_members(census)
+    for path in census.shared_memory():
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_members(census: Census) -> None:
+    """Wait until no member runs; kill those that still do after GRACE_SECONDS."""
+    began = time.monotonic()
+    while (members := census.count()) and (waited := time.monotonic() - began) < 2 * GRACE_SECONDS:
+        if waited > GRACE_SECONDS:
+            for pid, _ in members:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        time.sleep(CLOSING_POLL_SECONDS)
+
+
+def _process_ids() -> Iterator[int]:
+    return (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
+
+
+def _stat(pid: int) -> tuple[int, int] | None:
+    """Return parent and start time of a process that runs."""
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    return None if not fields or fields[0] in (b"Z", b"X") else (int(fields[1]), int(fields[19]))
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:  # gone, or another user's
+        return b""
+
+
+def _mapped_inodes(pid: int) -> Iterator[int]:
+    """Yield what a process has mapped of shared memory; by number, since a semaphore is mapped before it is named."""
+    for line in _read(pid, "maps").splitlines():
+        fields = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, path
+        if len(fields) == 6 and fields[5].startswith(bytes(SHARED_MEMORY)):
+            yield int(fields[4])
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _shared_memory() -> set[str]:
+    return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
