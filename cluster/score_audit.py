@@ -10,69 +10,33 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import ray
 
 from cluster.actors import get
+from cluster.audited_teacher import AuditedPool, AuditedTeacher, audited_teacher
 from cluster.batch_store import pack
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ActorError, ScoreError
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
-from cluster.contracts.objective import TEACHER
-from cluster.contracts.trajectory import Ints
+from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.wire import from_wire
-from cluster.self_checks import AGREEMENT_NATS
-from teacher_workers.answers import Answer, Tolerance
+from teacher_workers.answers import Answer
 from teacher_workers.audit import Finding, judge
 from teacher_workers.probes import Probes, choose_rows, make_probes
-from teacher_workers.reference import Origin, Reference, fingerprint, load_reference, save_reference
-
-HIDDEN_PER_NAT = 2.0  # a hidden state's tolerance: in bfloat16, two tenths of its length
-MAX_HIDDEN = 0.3  # unrelated states after the same norm are at least as far apart
+from teacher_workers.reference import Reference, fingerprint, save_reference
 
 FETCH_SECONDS = 60.0  # for a scored probe, which is there and is small
 
 _log = logging.getLogger("preceptor")
 
 
-class AuditedPool(Protocol):
-    """What an audit needs of one teacher's pool."""
-
-    def serving(self) -> Mapping[int, str]:
-        """Return the replicas that serve now, and their names; one that was started again has another name."""
-
-    def ask(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Any]:
-        """Let one replica score a batch, and return references to the scored bytes and to their handle.
-
-        The handle's `reference` is the batch's wire bytes themselves: a few kilobytes that Ray sends with the call.
-        """
-
-    def fence(self, replica: int, reason: str) -> None:
-        """Give this replica no more batches, send those that it has elsewhere, and replace it if that is allowed."""
-
-
-@dataclass
-class _Subject:
-    """One teacher, and what is known of it."""
-
-    name: str
-    pool: AuditedPool
-    request: ScoreRequest
-    tolerance: Tolerance
-    origin: Origin
-    path: Path
-    rows: list[Ints] = field(default_factory=list)
-    reference: Reference | None = None
-    audited: set[str] = field(default_factory=set)  # replicas that have been asked at least once
-
-
 @dataclass
 class _Audit:
     """One teacher's audit that is under way."""
 
-    subject: _Subject
+    subject: AuditedTeacher
     probes: Probes
     deadline: float
     waiting: dict[Any, "_Part"] = field(default_factory=dict)  # by the reference to its handle
@@ -115,18 +79,20 @@ class ScoreAudit:
 
         Raises:
             CheckpointError: a kept reference cannot be read.
+            ModelError: a teacher's files cannot be found.
         """
         self._settings = config.score_audit
         self._timeout_seconds = config.ray.call_timeout_seconds
         self._clock = clock
-        self._subjects = [_subject(config, name, pool, folder) for name, pool in pools.items()]
+        audited = pools if config.score_audit.rows else {}
+        self._subjects = [audited_teacher(config, name, pool, folder) for name, pool in audited.items()]
         self._under_way: list[_Audit] = []
         self._begun_at: int | None = None  # when everybody was asked last; None: not yet
 
     @property
     def needs_rows(self) -> bool:
         """Return whether a teacher has no rows yet to be asked about; a resumed run has kept them."""
-        return bool(self._settings.rows) and any(not subject.rows for subject in self._subjects)
+        return any(not subject.rows for subject in self._subjects)
 
     def take_rows(self, handles: Sequence[BatchHandle]) -> None:
         """Choose the rows of the run's audits among generated or scored batches, which it fetches.
@@ -195,8 +161,8 @@ class ScoreAudit:
             findings += self.look(found)
         return findings
 
-    def _whom_to_ask(self, subject: _Subject, step: int) -> dict[int, str]:
-        if not subject.rows or not self._settings.rows:
+    def _whom_to_ask(self, subject: AuditedTeacher, step: int) -> dict[int, str]:
+        if not subject.rows:
             return {}
         every_steps, begun_at = self._settings.every_steps, self._begun_at
         everybody = begun_at is None or (every_steps > 0 and step % every_steps == 0 and step != begun_at)
@@ -204,39 +170,7 @@ class ScoreAudit:
         return {replica: name for replica, name in serving.items() if everybody or name not in subject.audited}
 
 
-def _subject(config: Config, name: str, pool: AuditedPool, folder: Path) -> _Subject:
-    teacher, request = config.teachers[name], audit_request(config, name)
-    engine = teacher.engine
-    # Quantised layers round what they multiply, so they are no more exact than the coarsest dtype.
-    nats = config.score_audit.tolerance_nats or AGREEMENT_NATS["bfloat16" if engine.quantization else engine.dtype]
-    tolerance = Tolerance(nats, min(MAX_HIDDEN, HIDDEN_PER_NAT * nats))
-    origin = Origin(teacher.model, engine.dtype, engine.quantization, fingerprint(teacher.model), request)
-    subject = _Subject(name, pool, request, tolerance, origin, folder / f"{name}.arrow")
-    kept = load_reference(subject.path)
-    if kept is not None:
-        subject.rows = kept.rows
-        if kept.origin.is_same_teacher(origin):
-            subject.reference = kept
-        else:
-            was = f"{kept.origin.model} in {kept.origin.dtype}"
-            _log.warning("teacher %s was %s; its scores are held against new ones from now on", name, was)
-    return subject
-
-
-def audit_request(config: Config, name: str) -> ScoreRequest:
-    """Return what an audit asks of a teacher: all that the run asks of it in any role, and always the entropy."""
-    asked = [request for route in config.routes for teacher, request in config.scorers(route) if teacher == name]
-    top_k = max((request.top_k for request in asked), default=0)
-    return ScoreRequest(
-        TEACHER,
-        top_k=top_k,
-        given_candidates=not top_k and any(request.given_candidates for request in asked),
-        entropy=True,
-        hidden=any(request.hidden for request in asked),
-    )
-
-
-def _ask(subject: _Subject, replicas: Mapping[int, str], deadline: float) -> _Audit:
+def _ask(subject: AuditedTeacher, replicas: Mapping[int, str], deadline: float) -> _Audit:
     audit = _Audit(subject, make_probes(subject.rows, subject.request), deadline)
     for half, batch in (("rows", audit.probes.rows), ("twins", audit.probes.twins)):
         wire, handle = pack(batch, {})
@@ -281,7 +215,7 @@ def _conclude(audit: _Audit) -> list[Finding]:
     return findings
 
 
-def _with_advice(subject: _Subject, finding: Finding) -> Finding:
+def _with_advice(subject: AuditedTeacher, finding: Finding) -> Finding:
     if finding.kind != "replaced" or subject.reference is None:
         return finding
     model = subject.origin.model
@@ -291,7 +225,7 @@ def _with_advice(subject: _Subject, finding: Finding) -> Finding:
     return replace(finding, sentence=f"{finding.sentence}; {advice}")
 
 
-def _fence(subject: _Subject, findings: Sequence[Finding]) -> None:
+def _fence(subject: AuditedTeacher, findings: Sequence[Finding]) -> None:
     serving = subject.pool.serving()
     wrong = {finding.replica: finding.sentence for finding in findings}
     if wrong and set(wrong) >= set(serving.values()):

@@ -9,7 +9,7 @@ import pyarrow as pa
 from transformers.utils.hub import cached_file
 
 from cluster.checksum import new_digest
-from cluster.contracts.errors import CheckpointError
+from cluster.contracts.errors import CheckpointError, ModelError
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.objective import TEACHER
 from cluster.contracts.trajectory import Ints, ragged
@@ -94,10 +94,15 @@ def fingerprint(model: str) -> str:
 
     It reads at most a quarter of a megabyte per file, so it costs little whatever the model's size; another training
     run's weights differ everywhere, so samples show them.
+
+    Raises:
+        ModelError: the model has no configuration here.
     """
-    config = cached_file(model, "config.json")
+    try:
+        folder = Path(cached_file(model, "config.json")).parent
+    except OSError as error:
+        raise ModelError(f"model '{model}': found no config.json to tell it from others by: {error}") from error
     digest = new_digest()
-    folder = Path(config).parent
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.index.json")]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())

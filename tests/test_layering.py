@@ -18,6 +18,7 @@ LAYERS = [
     ("cluster.driver", 3),
     ("cluster.evaluation", 3),
     ("cluster.flow", 3),
+    ("cluster.audited_teacher", 3),
     ("cluster.score_audit", 3),
     ("cluster.step_record", 3),
     ("cluster.pipeline", 3),

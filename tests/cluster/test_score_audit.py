@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import ray
 
+from cluster.audited_teacher import audit_request
 from cluster.batch_store import pack
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from cluster.score_audit import ScoreAudit, audit_request
+from cluster.score_audit import ScoreAudit
 from teacher_workers.reference import fingerprint, load_reference
 from tests.builders import make_config, make_trajectory
 from tests.teacher_workers.audited_actors import Stage, StagedPool

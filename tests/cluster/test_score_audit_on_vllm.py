@@ -11,12 +11,13 @@ import pytest
 import ray
 
 from cluster import actors
+from cluster.audited_teacher import audit_request
 from cluster.batch_store import STORE_ENVIRONMENT, add_environment, pack
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from cluster.score_audit import ScoreAudit, audit_request
+from cluster.score_audit import ScoreAudit
 from teacher_workers.actor import TeacherActor
 from tests.builders import make_config, make_trajectory
 from tests.teacher_workers.audited_actors import ActorsPool

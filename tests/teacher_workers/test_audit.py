@@ -1,7 +1,6 @@
 """Teachers that are wrong in one way each are found through the real worker, and right ones are not."""
 
 import asyncio
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from cluster.contracts.trajectory import Scores, add_scores, make_generated, rag
 from cluster.self_checks import AGREEMENT_NATS
 from teacher_workers.answers import Answer, Tolerance
 from teacher_workers.audit import Verdict, judge
-from teacher_workers.probes import MAX_TOKENS, Probes, choose_rows, make_probes
+from teacher_workers.probes import Probes, choose_rows, make_probes
 from tests.builders import make_trajectory
 from tests.teacher_workers import wrong_engines
 from tests.teacher_workers.wrong_engines import RightEngine, make_worker
@@ -141,7 +140,13 @@ def test_a_replica_that_is_wrong_by_itself_has_no_vote() -> None:
     assert verdict.trusted is not None
 
 
-def change(answer: Answer, request: ScoreRequest, **columns: Any) -> Answer:
+def test_an_engine_that_answers_otherwise_each_time_is_found() -> None:
+    verdict = audit(wrong_engines.Noisy(noise=0.3))
+    assert found(verdict) == [("math-0", "misaligned")]
+    assert "change before the token that was replaced" in verdict.findings[0].sentence
+
+
+def change(answer: Answer, **columns: Any) -> Answer:
     """Replace columns of both halves by what functions make of them."""
 
     def rebuild(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -163,7 +168,7 @@ def judge_changed(request: ScoreRequest, dtype: Dtype = "float32", **columns: An
     probes = make_probes(make_rows(), request)
     answer = ask("math-0", RightEngine(dtype), probes, request)
     assert isinstance(answer, Answer)
-    changed = change(answer, request, **columns)
+    changed = change(answer, **columns)
     return found(judge("math", probes, {"math-0": changed}, answer, tolerance(dtype), request))
 
 
@@ -246,43 +251,6 @@ def test_an_error_of_another_kind_keeps_its_sentence() -> None:
     verdict = judge("math", make_probes(make_rows(), SCORES), {"math-0": error}, None, tolerance(), SCORES)
     assert found(verdict) == [("math-0", "refused")]
     assert verdict.findings[0].sentence == "teacher math, replica math-0: vLLM could not score 9 tokens: out of blocks"
-
-
-def test_a_twin_differs_in_one_token_and_each_row_in_another_place() -> None:
-    rows = make_rows()
-    probes = make_probes(rows, SCORES)
-    ours, theirs = ragged(probes.rows, "token_ids"), ragged(probes.twins, "token_ids")
-    for row, tokens in enumerate(rows):
-        assert ours[row].tolist() == tokens.tolist()
-        # Every token but the first is scored; row i's replaced token has 1 + i behind it.
-        assert np.flatnonzero(ours[row] != theirs[row]).tolist() == [len(tokens) - 2 - row]
-        assert probes.replaced[row] == len(tokens) - 3 - row
-
-
-def test_the_shortest_rows_that_say_enough_are_chosen_and_long_ones_are_cut() -> None:
-    tokens = list(range(4, 104))
-    batch = make_generated(
-        [
-            make_trajectory(tokens[:20], tokens[20:50]),
-            make_trajectory([1], [5]),  # too short to be asked about
-            make_trajectory(tokens[:10], tokens[10:12]),
-            make_trajectory(tokens[:10], tokens[10:12]),  # the same again
-            make_trajectory([1, 2], [5, 6]),  # only when there is nothing better
-            make_trajectory(tokens * 5, tokens),
-        ]
-    )
-    chosen = choose_rows([batch], 9)
-    assert [len(row) for row in chosen] == [12, 50, MAX_TOKENS, 4]
-    # The completion's first 64 tokens, and what stands before them.
-    assert chosen[2].tolist() == (tokens * 5)[-(MAX_TOKENS - 64) :] + tokens[:64]
-    assert [len(row) for row in choose_rows([batch], 1)] == [12]
-
-
-def test_rows_of_one_token_each_still_have_twins() -> None:
-    same = np.full(6, 7, np.int32)
-    probes = make_probes([same], replace(SCORES, given_candidates=True))
-    assert ragged(probes.twins, "token_ids")[0].tolist() == [7, 7, 7, 7, 0, 7]
-    assert ragged(probes.twins, "candidate_ids")[0].tolist() == [[7, 7]] * 5
 
 
 def test_the_worker_refuses_states_of_another_width_than_its_heads() -> None:
