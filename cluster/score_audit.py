@@ -27,7 +27,7 @@ from teacher_workers.audit import Finding, judge
 from teacher_workers.probes import Probes, choose_rows, make_probes
 from teacher_workers.reference import Reference, fingerprint, save_reference
 
-FETCH_SECONDS = 60.0  # for a scored probe, which is there and is small
+FETCH_SECONDS = 60.0  # for an answer that is there and is small
 
 _log = logging.getLogger("preceptor")
 
@@ -188,7 +188,7 @@ def _collect(audit: _Audit, reference: Any) -> None:
         return
     waiting_for = f"audited scores from {part.replica}"
     try:
-        get(reference, 0, waiting_for)
+        get(reference, FETCH_SECONDS, waiting_for)
         batch = from_wire(get(part.wire, FETCH_SECONDS, waiting_for), "scored")
         audit.batches.setdefault(part.replica, {})[part.half] = batch
     except ScoreError as error:

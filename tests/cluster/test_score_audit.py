@@ -225,7 +225,8 @@ def test_a_replica_that_dies_while_it_is_asked_is_its_pools_matter(
     pool = StagedPool(doomed, {ZERO: "dying"})
     assert start(config, pool, tmp_path).finish() == []
     assert pool.fenced == {}
-    [message] = caplog.messages
+    # Ray itself may report the half that nobody reads.
+    [message] = [record.getMessage() for record in caplog.records if record.name == "preceptor"]
     assert message.startswith("score_audit: while waiting for audited scores from teacher-main-0: ")
 
 
