@@ -22,12 +22,11 @@ from datetime import date
 from pathlib import Path
 from typing import IO
 
-from cluster.ledger import AuditedRun, audit, read_ledger
-
 from benchmarks.process_trees import descendants, end
 from benchmarks.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
 from benchmarks.victims import DRIVER, kill, shares
 from cluster.demo import embedded_config
+from cluster.ledger import AuditedRun, audit, read_ledger
 from cluster.pipeline import load_inputs, train_requests
 
 PAUSE_SECONDS = 2.0  # longest wait between a step and the kill that follows it

@@ -126,6 +126,10 @@ class Replicas:
         assert actor is not None, "a resting replica serves nobody"
         return actor
 
+    def actor_name(self, replica: int) -> str:
+        """Return what a replica's present actor is called."""
+        return self._members[replica].name
+
     def name(self, replica: int) -> str:
         """Return what a replica is called, whichever actor it has."""
         return self._names[replica]

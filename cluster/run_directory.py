@@ -71,6 +71,11 @@ class RunDirectory:
         return self.path / "ledger.jsonl"
 
     @property
+    def score_audit(self) -> Path:
+        """Folder of each teacher's first answers to the rows of its audits."""
+        return self.path / "score_audit"
+
+    @property
     def samples(self) -> Path:
         """Completions of held-out prompts, one JSON object each."""
         return self.path / "samples.jsonl"

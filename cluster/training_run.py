@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+import ray
+
 from cluster.alarms import Alarms, LengthCap, Raised
 from cluster.checkpoints import Checkpoints, RunState
 from cluster.contracts.config import Config
@@ -18,10 +20,13 @@ from cluster.interruption import StopRequest
 from cluster.ledger import Ledger
 from cluster.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.model_files import load_tokenizer
-from cluster.pipeline import Inputs, Pipeline, train_sampling
+from cluster.pipeline import Inputs, Pipeline, train_requests, train_sampling
 from cluster.run_directory import RunDirectory
+from cluster.score_audit import ScoreAudit
 from learner.checkpoint import tidy
+from teacher_workers.audit import Finding
 
+AUDIT_REQUESTS = 16  # completions of which the rows for the audits of scores are chosen
 SHOWN_CHARACTERS = 240  # of a sample, in the last lines of a run
 
 
@@ -53,6 +58,7 @@ class TrainingRun:
         tidy(self.directory.checkpoints, self.first_step)
         self.ledger = Ledger(self.directory.ledger, self.first_step)
         self._checkpoints = Checkpoints(self.directory, self.config.checkpoint, self.pipeline.learner)
+        self._audit = ScoreAudit(self.config, self.pipeline.teachers.pools, self.directory.score_audit)
         self._alarms = Alarms(self.config.alarms)
         rollout = self.config.rollout
         self._cap = LengthCap(rollout.max_completion_tokens, rollout.max_staleness)
@@ -65,6 +71,7 @@ class TrainingRun:
         if self.first_step == 0 and self.inputs.held_out_ids:
             found = self._evaluate(step=0)
             self.view.say(f"held-out before training: {describe_evaluation(found)}")
+        self._audit_first(flow)
         self.started = time.perf_counter()
 
     def sampling(self, step: int) -> SamplingSettings:
@@ -89,6 +96,7 @@ class TrainingRun:
             record |= {f"held_out/{name}": value for name, value in self._evaluate(step).metrics.items()}
         self._metrics.write(record)
         self.view.show(record)
+        self._go_on_auditing(step)
         raised = self._alarms.look(record)
         stopping = [alarm for alarm in raised if alarm.config.action == "stop"]
         asked = self.stop.is_asked and not is_last
@@ -122,6 +130,27 @@ class TrainingRun:
         self.view.say(f"figures: {self.directory.metrics}")
         for line in summary(self.config, self.history, seconds, steps=self.config.run.steps - self.first_step):
             self.view.say(line)
+
+    def _audit_first(self, flow: Flow) -> None:
+        """Audit all teachers before anything is learned from them."""
+        if self._audit.needs_rows:
+            requests = train_requests(self.config, self.inputs, self.first_step)[:AUDIT_REQUESTS]
+            sampling, verifier = self.sampling(self.first_step), self.config.evaluation.verifier
+            self._audit.take_rows(flow.run(requests, sampling, verifier, scorers=lambda route: []))
+        self._audit.begin(self.first_step)
+        self._tell(self._audit.finish())
+
+    def _go_on_auditing(self, step: int) -> None:
+        """Take the answers that are there, and ask again when it is time; waits for nothing."""
+        asked = self._audit.outstanding
+        if asked:
+            self._tell(self._audit.look(ray.wait(asked, num_returns=len(asked), timeout=0)[0]))
+        if self._audit.is_due(step):
+            self._audit.begin(step)
+
+    def _tell(self, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            self.view.say(finding.sentence)
 
     def _begin_checkpoint(self, step: int) -> None:
         self._saved_step = step

@@ -3,6 +3,7 @@
 Importing this loads neither vLLM nor torch: the driver needs none, and an actor sets their environment first.
 """
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from cluster.contracts.errors import ActorDiedError, LostBytesError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.replicas import Recipe, Replicas, Supervision
 from teacher_workers.actor import TeacherActor
+
+_log = logging.getLogger("preceptor")
 
 Ticket = Any  # ray.ObjectRef of an answer, to wait for and to collect it by
 
@@ -84,6 +87,20 @@ class TeacherPool:
     def serves(self) -> bool:
         """Return whether a replica takes batches."""
         return bool(self._replicas.serving)
+
+    def serving(self) -> dict[int, str]:
+        """Return the replicas that take batches, and the names of their actors, which change when they start again."""
+        return {replica: self._replicas.actor_name(replica) for replica in self._replicas.serving}
+
+    def ask(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Any]:
+        """Let one replica score a batch beside its work; return references to the scored bytes and to their handle."""
+        return self._score(replica, handle, request)
+
+    def fence(self, replica: int, reason: str) -> None:
+        """End a replica whose scores are wrong, for good; its batches are lost, and to be submitted once more."""
+        _log.warning("%s; %s is ended", reason, self._names[replica])
+        self._replicas.retire(replica)
+        self._disown(replica)
 
     def submit(self, handle: BatchHandle, request: ScoreRequest) -> Ticket:
         """Send a batch to the least loaded replica that serves, of at least one; returns at once."""

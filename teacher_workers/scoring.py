@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.contracts.errors import ScoreError
+from cluster.contracts.errors import WrongLengthError
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.trajectory import Bytes, Ints, Scores
 from cluster.lm_head import LmHead
@@ -32,10 +32,10 @@ def predicting_rows(hidden: Tensor, loss_mask: Bytes, num_cached: int = 0) -> Te
         num_cached: positions at the beginning that have no hidden states, because the engine did not compute them.
 
     Raises:
-        ScoreError: there is not one hidden state for each position after those, so positions would be shifted.
+        WrongLengthError: there is not one hidden state for each position after those, so positions would be shifted.
     """
     if len(hidden) + num_cached != len(loss_mask):
-        raise ScoreError(
+        raise WrongLengthError(
             f"the engine returned {len(hidden)} hidden states for {len(loss_mask)} tokens, {num_cached} of them "
             "cached; positions would be shifted"
         )

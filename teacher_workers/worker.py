@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cluster.contracts.errors import ScoreError
+from cluster.contracts.errors import ScoreError, UniformError, WrongLengthError
 from cluster.contracts.interfaces import HiddenStates, ScoreRequest, ScoringEngine
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
 from cluster.contracts.objective import TEACHER
@@ -44,8 +44,9 @@ class TeacherWorker:
         """Score all rows; the engine decides how many run together, and with rows of which batches.
 
         Raises:
-            ScoreError: hidden states are missing or misplaced, scores are not finite or all alike, or the batch lacks
-                the candidates that are to be scored; names the teacher.
+            ScoreError: hidden states are missing or misplaced (WrongLengthError), scores are not finite
+                (NotFiniteError) or all alike (UniformError), or the batch lacks the candidates that are to be scored;
+                names the teacher and the replica.
         """
         started = perf_counter()
         try:
@@ -54,7 +55,7 @@ class TeacherWorker:
             loop = asyncio.get_running_loop()
             scored = await loop.run_in_executor(self._head_thread, self._add_scores, batch, request, hidden)
         except ScoreError as error:
-            raise ScoreError(f"{self._name}: {error}") from error
+            raise type(error)(f"{self._name}: {error}") from error
         num_cached = sum(row.num_cached_tokens for row in found)
         return scored, _metrics(scored, request.model, num_cached, perf_counter() - started)
 
@@ -77,6 +78,7 @@ class TeacherWorker:
     ) -> pa.RecordBatch:
         if request.given_candidates and not num_candidates_of(batch):
             raise ScoreError(f"{request.model} is to score candidates, but the batch has none")
+        refuse_misplaced(batch, hidden, self._head.weight.shape[1])
         written = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
         candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
         scores = score_tokens(self._head, torch.cat(list(hidden)), written, request, candidates)
@@ -85,15 +87,32 @@ class TeacherWorker:
         return scored
 
 
+def refuse_misplaced(batch: pa.RecordBatch, hidden: Sequence[torch.Tensor], width: int) -> None:
+    """Refuse hidden states that are not one per completion token of each row, or not those of the head's model.
+
+    The batch's total is not enough: a row that lacks one beside a row with one too many would shift what lies between.
+
+    Raises:
+        WrongLengthError: they are not.
+    """
+    expected = ragged(batch, "rollout_logprobs").lengths
+    for row, (values, num_tokens) in enumerate(zip(hidden, expected, strict=True)):
+        if tuple(values.shape) != (num_tokens, width):
+            raise WrongLengthError(
+                f"trajectory {batch['trajectory_id'][row].as_py()}: the engine returned hidden states of shape "
+                f"{list(values.shape)}, {num_tokens} completion tokens and this LM head need {[int(num_tokens), width]}"
+            )
+
+
 def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:
     """Refuse a batch of several tokens that were all scored -log(vocabulary size): the model's weights are not loaded.
 
     Raises:
-        ScoreError: they were.
+        UniformError: they were.
     """
     uniform = -math.log(vocabulary_size)
     if len(logprobs) > 1 and np.allclose(logprobs, uniform, rtol=0, atol=UNIFORM_TOLERANCE):
-        raise ScoreError(
+        raise UniformError(
             f"all {len(logprobs)} tokens were scored {uniform:.4f}, as if every token of the vocabulary were equally "
             "likely; the teacher's weights are missing or damaged"
         )

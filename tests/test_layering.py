@@ -20,6 +20,8 @@ LAYERS = [
     ("cluster.driver", 3),
     ("cluster.evaluation", 3),
     ("cluster.flow", 3),
+    ("cluster.audited_teacher", 3),
+    ("cluster.score_audit", 3),
     ("cluster.step_record", 3),
     ("cluster.supervisor", 3),
     ("cluster.pipeline", 3),

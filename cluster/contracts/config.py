@@ -131,6 +131,15 @@ class EvaluationConfig(Section):
     teacher_too: bool = True  # measure the teachers on the same prompts, once
 
 
+class ScoreAuditConfig(Section):
+    """How often every replica of every teacher shows, on a few rows of the run, that its scores can be trusted."""
+
+    every_steps: CountOrZero = 50  # 0: at the start only; a replica that is started again is audited in any case
+    rows: CountOrZero = 4  # short ones, each asked about twice; 0: no audit
+    # Mean difference per token, in nats, that answers of the same weights may show; None: what the dtype explains.
+    tolerance_nats: Positive | None = None
+
+
 class CheckpointConfig(Section):
     """When the whole training state is written, and how many copies stay."""
 
@@ -163,6 +172,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     objective: ObjectiveConfig = ObjectiveConfig()
     learner: LearnerConfig = LearnerConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    score_audit: ScoreAuditConfig = ScoreAuditConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     alarms: dict[str, AlarmConfig] = field(default_factory=dict)  # the reader adds the default ones

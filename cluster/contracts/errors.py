@@ -69,6 +69,18 @@ class ScoreError(PreceptorError, ValueError):
     """A teacher returned scores that cannot be training data."""
 
 
+class NotFiniteError(ScoreError):
+    """Scores are NaN or infinite."""
+
+
+class WrongLengthError(ScoreError):
+    """There is not one score for each completion token, so scores would belong to other tokens."""
+
+
+class UniformError(ScoreError):
+    """Scores say nothing about their tokens: all are alike."""
+
+
 class WeightSyncError(PreceptorError, RuntimeError):
     """Weights were lost, damaged, or arrived out of order on their way to a rollout worker."""
 

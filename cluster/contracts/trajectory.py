@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from cluster.contracts.errors import ScoreError, TrajectoryError
+from cluster.contracts.errors import NotFiniteError, ScoreError, TrajectoryError, WrongLengthError
 from cluster.contracts.list_columns import Ragged as Ragged
 from cluster.contracts.list_columns import ragged as ragged
 from cluster.contracts.row_checks import check_rows
@@ -32,6 +32,7 @@ Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 
 SCHEMA_VERSION = "3"
+_BFLOAT16_EXPONENT = np.uint16(0x7F80)  # all ones in NaN and infinities
 
 _GENERATED_FIELDS = [
     pa.field("trajectory_id", pa.int64(), nullable=False),  # unique in the run
@@ -173,6 +174,18 @@ def num_candidates_of(batch: pa.RecordBatch) -> int:
     return int(batch.schema.field("candidate_ids").type.value_type.list_size)
 
 
+def is_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell which values of a column are finite; uint16 stands for bfloat16's bits.
+
+    Example:
+        >>> is_finite(np.array([0x3F80, 0x7F80], np.uint16)).tolist()  # 1 and infinity
+        [True, False]
+    """
+    if values.dtype == np.uint16:
+        return (values & _BFLOAT16_EXPONENT) != _BFLOAT16_EXPONENT
+    return np.isfinite(values)
+
+
 def _fixed(name: str, item: pa.DataType, width: int) -> pa.Field:
     return pa.field(name, pa.list_(pa.list_(item, width)), nullable=False)
 
@@ -213,11 +226,12 @@ def _check_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> None:
         if values is None:
             continue
         if values.shape != shape:
-            raise ScoreError(f"{model} {name} have shape {list(values.shape)}, the batch needs {list(shape)}")
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            row = _row_of(batch, int(np.argmin(np.isfinite(values).reshape(total, -1).all(-1))))
+            raise WrongLengthError(f"{model} {name} have shape {list(values.shape)}, the batch needs {list(shape)}")
+        finite = is_finite(values)
+        if not finite.all():
+            row = _row_of(batch, int(np.argmin(finite.reshape(total, -1).all(-1))))
             trajectory_id = batch["trajectory_id"][row].as_py()
-            raise ScoreError(f"trajectory {trajectory_id}: {model} {name} hold NaN or infinity")
+            raise NotFiniteError(f"trajectory {trajectory_id}: {model} {name} hold NaN or infinity")
 
 
 def _row_of(batch: pa.RecordBatch, completion_token: int) -> int:

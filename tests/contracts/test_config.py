@@ -20,6 +20,7 @@ FIELDS = {
     "warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
     "offload_parameters cpu_threads",
     "weight_sync": "backend mode bucket_bytes",
+    "score_audit": "every_steps rows tolerance_nats",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
     "checkpoint": "every_steps keep_last export",
     "alarms": "figure above below relative_to steps action",

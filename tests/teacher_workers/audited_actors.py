@@ -1,0 +1,72 @@
+"""A pool for audits, on actors; modules of their own, so that Ray can import them."""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.batch_store import pack
+from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.wire import from_wire
+
+
+class Stage:
+    """Runs any number of real TeacherWorkers on wrong and right engines, each for one replica."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, Any] = {}
+
+    async def score(self, name: str, engine: str, wire: Any, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
+        """Score as replica `name`, whose engine is a class of `wrong_engines`, `silent` or `dying`."""
+        from tests.teacher_workers import wrong_engines
+
+        if engine == "dying":
+            os._exit(1)
+        if engine == "silent":
+            await asyncio.sleep(1000)
+        if (name, engine) not in self._workers:
+            kind, _, seed = engine.partition(":")
+            self._workers[name, engine] = wrong_engines.make_worker(
+                name, getattr(wrong_engines, kind)("float32", int(seed or 0))
+            )
+        return pack(*await self._workers[name, engine].score(from_wire(wire), request))
+
+
+class StagedPool:
+    """An AuditedPool whose replicas' engines are named in a mapping that a test may change."""
+
+    def __init__(self, stage: Any, engines: dict[str, str]) -> None:
+        self._stage = stage
+        self.engines = engines
+        self.fenced: dict[str, str] = {}
+
+    def serving(self) -> Mapping[int, str]:
+        return {index: name for index, name in enumerate(self.engines) if name not in self.fenced}
+
+    def ask(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Any]:
+        name = self.serving()[replica]
+        asked = self._stage.score.options(num_returns=2).remote(name, self.engines[name], handle.reference, request)
+        return asked[0], asked[1]
+
+    def fence(self, replica: int, reason: str) -> None:
+        self.fenced[self.serving()[replica]] = reason
+
+
+class ActorsPool:
+    """An AuditedPool of actors with TeacherActor's methods."""
+
+    def __init__(self, actors: Mapping[str, Any]) -> None:
+        self._actors = actors
+
+    def serving(self) -> Mapping[int, str]:
+        return dict(enumerate(self._actors))
+
+    def ask(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Any]:
+        actor = self._actors[self.serving()[replica]]
+        wire, answer = actor.score.options(num_returns=2).remote(handle.reference, request)
+        return wire, answer
+
+    def fence(self, replica: int, reason: str) -> None:
+        raise AssertionError(reason)
