@@ -6,6 +6,7 @@ sends the probes, collects the answers as they come and keeps each teacher's fir
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.wire import from_wire
 from teacher_workers.answers import Answer
 from teacher_workers.audit import Finding, judge
-from teacher_workers.probes import Probes, choose_rows, make_probes
+from teacher_workers.probes import MIN_SCORED_TOKENS, Probes, choose_rows, make_probes
 from teacher_workers.reference import Reference, fingerprint, save_reference
 
 FETCH_SECONDS = 60.0  # for an answer that is there and is small
@@ -100,7 +101,7 @@ class ScoreAudit:
         Raises:
             ActorError: a batch cannot be fetched.
         """
-        shortest = sorted(handles, key=lambda handle: min(handle.num_tokens))[: self._settings.rows]
+        shortest = sorted(handles, key=_shortest_row)[: self._settings.rows]
         wires = [get(handle.reference, self._timeout_seconds, "rows for the audit of scores") for handle in shortest]
         rows = choose_rows([from_wire(wire) for wire in wires], self._settings.rows)
         if not rows:
@@ -119,7 +120,8 @@ class ScoreAudit:
             if replicas:
                 self._under_way.append(_ask(subject, replicas, self._clock() + self._timeout_seconds))
                 subject.audited.update(replicas.values())
-                self._begun_at = step
+        if self._is_everybodys_turn(step) and self._under_way:
+            self._begun_at = step
 
     @property
     def outstanding(self) -> list[Any]:
@@ -164,10 +166,19 @@ class ScoreAudit:
     def _whom_to_ask(self, subject: AuditedTeacher, step: int) -> dict[int, str]:
         if not subject.rows:
             return {}
-        every_steps, begun_at = self._settings.every_steps, self._begun_at
-        everybody = begun_at is None or (every_steps > 0 and step % every_steps == 0 and step != begun_at)
+        everybody = self._is_everybodys_turn(step)
         serving = subject.pool.serving()
         return {replica: name for replica, name in serving.items() if everybody or name not in subject.audited}
+
+    def _is_everybodys_turn(self, step: int) -> bool:
+        """Tell whether a multiple of `every_steps` was passed since everybody was asked."""
+        every_steps, begun_at = self._settings.every_steps, self._begun_at
+        return begun_at is None or (every_steps > 0 and step // every_steps > begun_at // every_steps)
+
+
+def _shortest_row(handle: BatchHandle) -> float:
+    """Return the tokens of the batch's shortest row that says enough."""
+    return min((tokens for tokens in handle.num_tokens if tokens > MIN_SCORED_TOKENS), default=math.inf)
 
 
 def _ask(subject: AuditedTeacher, replicas: Mapping[int, str], deadline: float) -> _Audit:

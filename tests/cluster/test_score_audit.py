@@ -81,10 +81,25 @@ def test_everybody_is_asked_again_every_so_many_steps_and_not_in_between(
     audit = start(config, right(stage, ZERO), tmp_path)
     assert not audit.is_due(50)  # one is under way
     audit.finish()
-    assert [step for step in range(151) if audit.is_due(step)] == [50, 100, 150]
-    audit.begin(50)
+    assert [step for step in range(52) if audit.is_due(step)] == [50, 51]
+    audit.begin(51)  # the audit before was still under way at 50
     audit.finish()
-    assert not audit.is_due(50)
+    assert [step for step in range(51, 102) if audit.is_due(step)] == [100, 101]
+
+
+def test_every_teacher_is_asked_each_time(stage: Any, models: dict[str, Path], tmp_path: Path) -> None:
+    config = make_config(f"teachers.main.model={models['first']}", f"teachers.code.model={models['second']}")
+    pools = {"main": right(stage, ZERO), "code": right(stage, "teacher-code-0")}
+    audit = ScoreAudit(config, pools, tmp_path)
+    audit.take_rows(handles())
+    for step in (0, 50):
+        audit.begin(step)
+        assert len(audit.outstanding) == 4  # two halves of each teacher's answer
+        assert audit.finish() == []
+    pools["code"].engines["teacher-code-0"] = "Hot"
+    audit.begin(100)
+    with pytest.raises(ScoreError, match=r"^teacher code, replica teacher-code-0: "):
+        audit.finish()
 
 
 def test_every_steps_0_asks_at_the_start_only_and_rows_0_never(stage: Any, config: Config, tmp_path: Path) -> None:
@@ -234,6 +249,15 @@ def test_a_damaged_reference_is_a_sentence(stage: Any, config: Config, tmp_path:
     (tmp_path / "main.arrow").write_bytes(b"ARROW1 and then nothing")
     with pytest.raises(CheckpointError, match=r"main\.arrow: cannot be read .* delete it to take a new reference"):
         ScoreAudit(config, {"main": right(stage, ZERO)}, tmp_path)
+
+
+def test_batches_of_rows_too_short_are_passed_over_where_there_are_others(
+    stage: Any, config: Config, tmp_path: Path
+) -> None:
+    wire, handle = pack(make_generated([make_trajectory([1], [2])]), {})
+    audit = ScoreAudit(config, {"main": right(stage, ZERO)}, tmp_path)
+    audit.take_rows([replace(handle, reference=ray.put(wire))] * 9 + handles())
+    assert audit.is_due(0)
 
 
 def test_rows_too_short_to_audit_with_are_said(
