@@ -28,6 +28,7 @@ from benchmarks.victims import DRIVER, kill, shares
 from cluster.demo import embedded_config
 from cluster.ledger import AuditedRun, audit, read_ledger
 from cluster.pipeline import load_inputs, train_requests
+from cluster.run_directory import RunDirectory
 
 PAUSE_SECONDS = 2.0  # longest wait between a step and the kill that follows it
 LOOK_SECONDS = 0.2
@@ -57,16 +58,7 @@ class ChaosRun:
 
     def last_step(self) -> int:
         """Return the last step that was recorded, 0 before the first."""
-        records = self.records()
-        return int(records[-1]["step"]) if records else 0
-
-    def records(self) -> list[dict[str, float]]:
-        """Return the figures of the steps so far; a line that is being written is left out."""
-        try:
-            lines = (self.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+        return int(last_record(self.run).get("step", 0))
 
     def has_ended(self) -> bool:
         """Return whether the driver is gone."""
@@ -162,6 +154,33 @@ class Outcome:
     seconds: float
 
 
+def last_record(run: Path) -> dict[str, float]:
+    """Return the figures of the last step so far, none before the first; a line that is being written is left out."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return {}
+    return next((json.loads(line) for line in reversed(lines) if line.endswith("}")), {})
+
+
+def audited_prompts(run: Path, overrides: Sequence[str]) -> int:
+    """Return how many prompts the ledger of a run of the embedded pair shows to be consumed exactly once and in order.
+
+    Raises:
+        PreceptorError: the ledger is not that of a run that learned from everything once.
+    """
+    config = embedded_config(overrides)
+    inputs = load_inputs(config)
+    audited = AuditedRun(
+        prompts_per_step=config.prompts.prompts_per_step,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+        max_staleness=config.rollout.max_staleness,
+        take_prompts=inputs.train.take,
+        requests=lambda step: train_requests(config, inputs, step),
+    )
+    return audit(read_ledger(RunDirectory(run).ledger), audited)
+
+
 def outcome(run: ChaosRun, overrides: Sequence[str]) -> Outcome:
     """Wait for the run's end and audit its ledger.
 
@@ -171,22 +190,12 @@ def outcome(run: ChaosRun, overrides: Sequence[str]) -> Outcome:
     code = run.finish()
     if code != 0:
         raise SystemExit(f"chaos: the run ended with exit code {code}")
-    config = embedded_config(overrides)
-    inputs = load_inputs(config)
-    records = read_ledger(run.run / "ledger.jsonl")
-    audited = AuditedRun(
-        prompts_per_step=config.prompts.prompts_per_step,
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        max_staleness=config.rollout.max_staleness,
-        take_prompts=inputs.train.take,
-        requests=lambda step: train_requests(config, inputs, step),
-    )
-    last = run.records()[-1]
+    last = last_record(run.run)
     return Outcome(
-        steps=len(records),
-        prompts=audit(records, audited),
+        steps=int(last["step"]),
+        prompts=audited_prompts(run.run, overrides),
         accuracy=float(last["held_out/accuracy"]),
-        num_held_out=len(inputs.held_out_ids),
+        num_held_out=len(load_inputs(embedded_config(overrides)).held_out_ids),
         seconds=time.perf_counter() - run.started,
     )
 

@@ -186,6 +186,9 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(
                 f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.learner.zero_stage}"
             )
+        if self.learner.zero_stage == 1 and self.learner.dtype == "bfloat16":
+            # DeepSpeed's optimizer of this combination cannot scale gradients by a step's tokens when all are in.
+            raise ValueError("learner.zero_stage = 1 does not work with learner.dtype = 'bfloat16'; use stage 2 or 3")
         completions = self.prompts.prompts_per_step * self.rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
             raise ValueError(
