@@ -27,6 +27,7 @@ from learner.checkpoint import tidy
 from teacher_workers.audit import Finding
 
 AUDIT_REQUESTS = 16  # completions of which the rows for the audits of scores are chosen
+AUDIT_TOKENS = 64  # of each; an audit looks at short rows only
 SHOWN_CHARACTERS = 240  # of a sample, in the last lines of a run
 
 
@@ -136,7 +137,8 @@ class TrainingRun:
         if self._audit.needs_rows:
             requests = train_requests(self.config, self.inputs, self.first_step)[:AUDIT_REQUESTS]
             sampling, verifier = self.sampling(self.first_step), self.config.evaluation.verifier
-            self._audit.take_rows(flow.run(requests, sampling, verifier, scorers=lambda route: []))
+            short = replace(sampling, max_completion_tokens=min(AUDIT_TOKENS, sampling.max_completion_tokens))
+            self._audit.take_rows(flow.run(requests, short, verifier, scorers=lambda route: []))
         self._audit.begin(self.first_step)
         self._tell(self._audit.finish())
 
