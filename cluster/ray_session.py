@@ -15,6 +15,7 @@ from ray.exceptions import AuthenticationError, RpcError
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import PlacementError
+from cluster.interruption import interrupt_on_sigterm
 from cluster.local_cluster import LOOPBACK, local_cluster, on_loopback, private_umask
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # a step's trajectories and one copy of the weights; Ray spills the rest to disk
@@ -55,7 +56,8 @@ def ray_session(config: Config) -> Iterator[RaySession]:
             object_store_memory=LOCAL_OBJECT_STORE_BYTES,
             **common,
         ) as cluster:
-            yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
+            with interrupt_on_sigterm():
+                yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
     except AuthenticationError as error:
         raise PlacementError(f"the token for the local Ray cluster cannot be used: {_first_sentence(error)}") from error
 
@@ -74,7 +76,7 @@ def _joined(address: str, arguments: dict[str, Any]) -> Iterator[RaySession]:
     except (ConnectionError, RpcError) as error:
         raise PlacementError(f"ray.address '{address}': no Ray cluster answers there: {error}") from error
     try:
-        with private_umask():
+        with private_umask(), interrupt_on_sigterm():
             yield RaySession(context.dashboard_url or None, is_local=False)
     finally:
         ray.shutdown()

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from cluster.interruption import SIGNALS, stop_on_signals
+from cluster.interruption import SIGNALS, interrupt_on_sigterm, stop_on_signals
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -40,3 +40,19 @@ def test_another_thread_than_the_main_one_changes_no_handlers() -> None:
     thread.start()
     thread.join()
     assert found == [(True, False)]
+
+
+def test_sigterm_interrupts_until_a_run_asks_to_be_stopped_in_order() -> None:
+    with interrupt_on_sigterm():
+        with stop_on_signals(lambda _: None) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_does_afterwards_what_it_did_before() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with interrupt_on_sigterm():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before

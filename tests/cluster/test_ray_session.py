@@ -103,7 +103,8 @@ def test_the_dashboard_lists_and_starts_jobs_for_the_token_only(cluster: dict[st
         assert ask_dashboard(cluster, token) in (401, 403)
         assert ask_dashboard(cluster, token, job) in (401, 403)
     assert ask_dashboard(cluster, read_token(cluster)) == 200
-    assert ask_dashboard(cluster, read_token(cluster), job) == 200
+    # Until the node's agent is up, Ray answers that there is nobody to start a job.
+    assert wait_until(lambda: ask_dashboard(cluster, read_token(cluster), job) == 200, seconds=60)
 
 
 def test_the_dashboard_and_the_cluster_are_on_loopback(cluster: dict[str, Any]) -> None:

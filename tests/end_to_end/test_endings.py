@@ -115,7 +115,7 @@ ENDINGS: list[tuple[Callable[[Run], int], str, int, bool]] = [
     (two_interrupts, "step 2 ", 130, False),
     (one_interrupt, "run: ", 130, False),  # while engines start
     (termination, "step 2 ", 130, True),
-    (termination, "run: ", -signal.SIGTERM, False),
+    (termination, "run: ", 130, False),
     (killing, "step 2 ", -signal.SIGKILL, False),
 ]
 
