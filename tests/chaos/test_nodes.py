@@ -1,8 +1,10 @@
 """A node of a cluster dies with everything on it: workers, and the batches in its object store."""
 
+import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,17 @@ TIMEOUT_SECONDS = 400
 def test_every_prompt_is_consumed_once_and_in_order_though_a_node_dies(tmp_path: Path) -> None:
     seed = random.SystemRandom().randrange(1 << 31)
     sys.stdout.write(f"seed {seed}\n")  # pytest shows it when the test fails
-    found = subprocess.run(
-        [sys.executable, "-m", "tests.chaos.nodes", str(tmp_path), str(seed)],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+    # A cluster of several nodes is not one that the program starts itself, and cleans up after.
+    with tempfile.TemporaryDirectory(prefix="n-") as folder:
+        found = subprocess.run(
+            [sys.executable, "-m", "tests.chaos.nodes", str(tmp_path), str(seed)],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": folder, "RAY_TMPDIR": folder},
+            check=False,
+        )
     assert found.returncode == 0, found.stdout + found.stderr
     assert "node lost after step" in found.stdout
     assert audited_prompts(tmp_path / "run", overrides(tmp_path)) == STEPS * 32
