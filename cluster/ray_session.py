@@ -50,14 +50,16 @@ def ray_session(config: Config) -> Iterator[RaySession]:
             yield session
         return
     try:
-        with local_cluster(
-            include_dashboard=config.ray.dashboard,
-            dashboard_host=config.ray.dashboard_host,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            **common,
-        ) as cluster:
-            with interrupt_on_sigterm():
-                yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
+        with (
+            local_cluster(
+                include_dashboard=config.ray.dashboard,
+                dashboard_host=config.ray.dashboard_host,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                **common,
+            ) as cluster,
+            interrupt_on_sigterm(),
+        ):
+            yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
     except AuthenticationError as error:
         raise PlacementError(f"the token for the local Ray cluster cannot be used: {_first_sentence(error)}") from error
 
