@@ -99,18 +99,11 @@ def _variables(folder: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "VLLM_HOST_IP": LOOPBACK,
-        # Compiled code outlives the cluster; below /tmp, torch's default, another user could have put it there first.
-        "TORCHINDUCTOR_CACHE_DIR": str(_cache_folder() / "torchinductor"),
     }
     variables = {name: value for name, value in wanted.items() if name not in os.environ}
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(name in os.environ for name in TOKEN_VARIABLES):
         variables["RAY_AUTH_TOKEN_PATH"] = str(_write_token(folder))
     return variables | {keeper.MARK: str(folder), "TMPDIR": str(folder)}
-
-
-def _cache_folder() -> Path:
-    """Return this user's folder for what can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "preceptor"
 
 
 def _write_token(folder: Path) -> Path:
