@@ -1,4 +1,4 @@
-"""The command line: `preceptor train | eval | check | demo`. An error is one sentence; --debug shows its trace."""
+"""The command line, `preceptor COMMAND`. An error is one sentence; --debug shows its trace."""
 
 import argparse
 import sys
@@ -82,6 +82,15 @@ def check(options: argparse.Namespace) -> int:
     return 0 if check_run(config) else 1
 
 
+def scale(options: argparse.Namespace) -> int:
+    """Change how many workers the pools of a running run have."""
+    from cluster.scaling import ask, describe, parse_sizes
+
+    answer = ask(RunDirectory.open(options.run).scaling, parse_sizes(options.sizes))
+    sys.stdout.write(f"{describe(answer.sizes)}\n")
+    return 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Train the embedded student from the embedded teacher."""
     from cluster.demo import run_demo
@@ -114,6 +123,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         if run is train:
             command.add_argument("--resume", type=Path, metavar="RUN_DIRECTORY")
+    command = commands.add_parser("scale", help=scale.__doc__, description=scale.__doc__)
+    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
+    command.add_argument("sizes", nargs="+", metavar="rollout=6|teachers.NAME=3")
+    command.set_defaults(command=scale)
     command = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     command.add_argument("arguments", nargs="*", metavar="section.field=value")
     command.set_defaults(command=demo)

@@ -37,8 +37,22 @@ class Progress:
 class Flow:
     """The way from requests to scored batches, for any number of rollouts at once."""
 
-    def __init__(self, rollouts: RolloutPool, teachers: TeacherPools, timeout_seconds: float) -> None:
-        """Take the pools, and how long to wait for anything to finish."""
+    def __init__(
+        self,
+        rollouts: RolloutPool,
+        teachers: TeacherPools,
+        timeout_seconds: float,
+        look_around: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the pools.
+
+        Args:
+            rollouts: write.
+            teachers: score.
+            timeout_seconds: how long to wait for anything to finish.
+            look_around: called before each wait, and at least every second of it.
+        """
+        self._look_around = look_around
         self._rollouts = rollouts
         self._teachers = teachers
         self._timeout_seconds = timeout_seconds
@@ -72,11 +86,12 @@ class Flow:
 
     def _advance(self, wake_on: Sequence[Any]) -> bool:
         """Wait until something finishes, pass on everything that has, and say whether a reference of `wake_on` has."""
-        ready = wait_for_any(
-            lambda: [*self._rollouts.look_after(), *self._teachers.look_after(), *wake_on],
-            self._timeout_seconds,
-            self._waited_for,
-        )
+
+        def look() -> list[Any]:
+            self._look_around()
+            return [*self._rollouts.look_after(), *self._teachers.look_after(), *wake_on]
+
+        ready = wait_for_any(look, self._timeout_seconds, self._waited_for)
         for handle in self._rollouts.collect(ready):
             self._send_on(handle)
         self._finish(self._teachers.collect(ready))

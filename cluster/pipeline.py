@@ -42,6 +42,7 @@ class Pipeline:
     rollouts: RolloutPool
     teachers: TeacherPools
     learner: LearnerGroup
+    placement: Placement
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -164,7 +165,7 @@ def start_pipeline(
         for teacher in teachers.values():
             teacher.wait_until_ready()
         rollouts.set_prompts(inputs.prompts)
-        yield Pipeline(rollouts, TeacherPools(teachers, config.ray.call_timeout_seconds), learner)
+        yield Pipeline(rollouts, TeacherPools(teachers, config.ray.call_timeout_seconds), learner, placement)
 
 
 def start_teacher(

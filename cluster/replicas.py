@@ -36,12 +36,12 @@ class Recipe:
 
     cls: type
     arguments: Callable[[str], tuple[Any, ...]]  # of the constructor, by the actor's name
-    options: Sequence[Mapping[str, Any]]  # Ray's, one entry per replica
+    options: Sequence[Mapping[str, Any]]  # Ray's, one entry per first replica; later ones take turns with them
     create: Callable[..., list[ActorHandle]] = actors.create_actors
 
     def make(self, replica: int, name: str) -> ActorHandle:
         """Ask Ray for a replica's actor."""
-        [actor] = self.create(self.cls, [name], [self.arguments(name)], [self.options[replica]])
+        [actor] = self.create(self.cls, [name], [self.arguments(name)], [self.options[replica % len(self.options)]])
         return actor
 
 
@@ -61,26 +61,28 @@ class _Member:
 
 
 class Replicas:
-    """A fixed number of replicas, each with an actor that may die.
+    """The replicas of a pool, each with an actor that may die; replica 2 of `rollout` is called rollout-2.
 
-    Nothing here blocks but `wait_until_ready`: a replica that is started again serves once `welcome` has seen the last
+    Nothing here blocks but `wait_until_ready`: a replica that is started later serves once `welcome` has seen the last
     of its `arriving` references.
     """
 
-    def __init__(self, names: Sequence[str], recipe: Recipe, supervision: Supervision) -> None:
-        """Begin to start the actors; `names` are what Ray's dashboard shows."""
-        self._names = list(names)
+    def __init__(self, label: str, recipe: Recipe, supervision: Supervision) -> None:
+        """Begin to start one actor per entry of the recipe's options."""
+        self._label = label
         self._recipe = recipe
         self._supervision = supervision
         self._budget = RestartBudget(supervision.restarts)
         self._numbers = count(1)
         self._prepare: Callable[[ActorHandle], list[Any]] = lambda actor: []
-        options = recipe.options
-        made = recipe.create(recipe.cls, self._names, [recipe.arguments(name) for name in names], options)
+        names = [self.name(replica) for replica in range(len(recipe.options))]
+        made = recipe.create(recipe.cls, names, [recipe.arguments(name) for name in names], recipe.options)
         self._members = {
             replica: _Member(name, actor, waits_for=(actor.start.remote(),))
             for replica, (name, actor) in enumerate(zip(names, made, strict=True))
         }
+        self._next_replica = len(names)
+        self._leaving: set[int] = set()  # they take no more work
 
     def wait_until_ready(self, timeout_seconds: float, waiting_for: str) -> None:
         """Wait for the first start of every actor.
@@ -90,7 +92,8 @@ class Replicas:
             ActorError: an actor died or took too long; says which.
         """
         started = [reference for member in self._members.values() for reference in member.waits_for]
-        actors.get_all(started, timeout_seconds, waiting_for, self._names)
+        names = [member.name for member in self._members.values()]
+        actors.get_all(started, timeout_seconds, waiting_for, names)
         for replica in self._members:
             self._let_serve(replica)
 
@@ -101,7 +104,17 @@ class Replicas:
     @property
     def serving(self) -> list[int]:
         """Return the replicas that take work."""
-        return [replica for replica, member in self._members.items() if member.serves]
+        return [replica for replica, member in self._members.items() if member.serves and replica not in self._leaving]
+
+    @property
+    def leaving(self) -> list[int]:
+        """Return the replicas that take no more work; `retire` them when they have done what they were given."""
+        return sorted(self._leaving)
+
+    @property
+    def size(self) -> int:
+        """Return how many replicas take work, or will when they have started."""
+        return len(self._members) - len(self._leaving)
 
     @property
     def prepared(self) -> list[ActorHandle]:
@@ -132,7 +145,20 @@ class Replicas:
 
     def name(self, replica: int) -> str:
         """Return what a replica is called, whichever actor it has."""
-        return self._names[replica]
+        return f"{self._label}-{replica}"
+
+    def resize(self, size: int) -> None:
+        """Start replicas, or let some leave, until `size` of them, at least one, take work or are on their way."""
+        staying = [replica for replica in self._members if replica not in self._leaving]
+        for _ in range(size - len(staying)):
+            self._start(self._next_replica, self.name(self._next_replica))
+            self._next_replica += 1
+        # Those that serve and those that came first stay.
+        for replica in sorted(staying, key=lambda replica: (not self._members[replica].serves, replica))[size:]:
+            if self._members[replica].serves:
+                self._leaving.add(replica)
+            else:
+                self.retire(replica)
 
     def welcome(self, ready: Collection[Any]) -> list[int]:
         """Move replicas on whose `arriving` references are ready, and return those that serve from now on."""
@@ -148,7 +174,7 @@ class Replicas:
         now = time.monotonic()
         for replica, member in list(self._members.items()):
             if member.actor is None and member.due <= now:
-                self._start(replica)
+                self._start_again(replica)
         watch = self._supervision.watch
         lost = watch.lost if watch else ()
         found = [replica for replica, member in self._members.items() if member.serves and member.name in lost]
@@ -162,24 +188,28 @@ class Replicas:
         Raises:
             ActorError: it has failed as often as it may.
         """
+        if replica in self._leaving:
+            self.retire(replica)
+            return
         self._end(replica)
         delay = self._budget.spend(replica)
         if delay is None:
             limit = self._supervision.restarts
             del self._members[replica]
             raise ActorError(
-                f"{error}; {self._names[replica]} has no restart left of the {limit.max_restarts} that "
+                f"{error}; {self.name(replica)} has no restart left of the {limit.max_restarts} that "
                 f"ray.max_restarts allows within {limit.window_seconds:.0f} s"
             ) from error
         _log.warning("%s; it is started again%s", error, f" in {delay:.0f} s" if delay else "")
         self._members[replica] = replace(self._members[replica], actor=None, due=time.monotonic() + delay, waits_for=())
         if not delay:
-            self._start(replica)
+            self._start_again(replica)
 
     def retire(self, replica: int) -> None:
         """End a replica's actor and start no other."""
         self._end(replica)
         del self._members[replica]
+        self._leaving.discard(replica)
 
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""
@@ -187,9 +217,11 @@ class Replicas:
             self._forget(member)
         actors.shutdown([member.actor for member in self._members.values() if member.actor])
 
-    def _start(self, replica: int) -> None:
+    def _start_again(self, replica: int) -> None:
         # Ray may hold a dead actor's name for a while yet, so the next one has a number of its own.
-        name = f"{self._names[replica]}-again-{next(self._numbers)}"
+        self._start(replica, f"{self.name(replica)}-again-{next(self._numbers)}")
+
+    def _start(self, replica: int, name: str) -> None:
         actor = self._recipe.make(replica, name)
         self._members[replica] = _Member(name, actor, waits_for=(actor.start.remote(),))
 

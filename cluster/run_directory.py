@@ -7,6 +7,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, ConfigError
 from cluster.contracts.files import read_text
 from cluster.contracts.run_file import MAX_RUN_FILE_BYTES, config_from_json, dump_run_config
+from cluster.scaling import ScaleFiles
 
 
 class RunDirectory:
@@ -74,6 +75,11 @@ class RunDirectory:
     def score_audit(self) -> Path:
         """Folder of each teacher's first answers to the rows of its audits."""
         return self.path / "score_audit"
+
+    @property
+    def scaling(self) -> ScaleFiles:
+        """Sizes of pools that were asked for, and what became of that."""
+        return ScaleFiles(self.path / "scale-wish.json", self.path / "scale-answer.json")
 
     @property
     def samples(self) -> Path:

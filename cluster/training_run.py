@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -21,7 +21,9 @@ from cluster.ledger import Ledger
 from cluster.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline, train_requests, train_sampling
+from cluster.room import missing_for
 from cluster.run_directory import RunDirectory
+from cluster.scaling import Scalable, Scaling
 from cluster.score_audit import ScoreAudit
 from learner.checkpoint import tidy
 from teacher_workers.audit import Finding
@@ -60,6 +62,7 @@ class TrainingRun:
         self.ledger = Ledger(self.directory.ledger, self.first_step)
         self._checkpoints = Checkpoints(self.directory, self.config.checkpoint, self.pipeline.learner)
         self._audit = ScoreAudit(self.config, self.pipeline.teachers.pools, self.directory.score_audit)
+        self.scaling = make_scaling(self.directory, self.pipeline, self.view.say)
         self._alarms = Alarms(self.config.alarms)
         rollout = self.config.rollout
         self._cap = LengthCap(rollout.max_completion_tokens, rollout.max_staleness)
@@ -183,6 +186,15 @@ class TrainingRun:
         write_samples(self.directory.samples, step, "student", found.samples)
         self.history.note_evaluation(found)
         return found
+
+
+def make_scaling(directory: RunDirectory, pipeline: Pipeline, say: Callable[[str], None]) -> Scaling:
+    """Let the sizes of a run's pools be changed through its directory."""
+    shares = {"rollout": pipeline.placement.rollout}
+    pools: dict[str, Scalable] = {"rollout": pipeline.rollouts}
+    for name, pool in pipeline.teachers.pools.items():
+        shares[f"teachers.{name}"], pools[f"teachers.{name}"] = pipeline.placement.teachers[name], pool
+    return Scaling(directory.scaling, pools, lambda name, more: missing_for(shares[name], more), say)
 
 
 def describe_evaluation(found: Evaluation) -> str:

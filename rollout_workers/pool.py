@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from cluster import actors
 from cluster.actors import PoolTimeouts
 from cluster.batch_store import STORE_ENVIRONMENT, add_environment
-from cluster.contracts.errors import ActorDiedError
+from cluster.contracts.errors import ActorDiedError, PreceptorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from cluster.replicas import Recipe, Replicas, Supervision
 from rollout_workers.actor import RolloutActor, RolloutActorSettings
@@ -82,9 +82,8 @@ class RolloutPool:
         self._timeouts = timeouts
         self._name = name
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
-        self._names = [f"{name}-{index}" for index in range(len(options))]
         recipe = Recipe(actor, lambda _name: (settings,), options, create)
-        self._replicas = Replicas(self._names, recipe, supervision or Supervision())
+        self._replicas = Replicas(name, recipe, supervision or Supervision())
         self._replicas.prepare_with(self._prepare)
         self._lengths = ExpectedLengths(lambda prompt_id: "")
         self._prompts: Any = None  # reference to the prompts' wire bytes
@@ -117,9 +116,26 @@ class RolloutPool:
             self._prompts,
             timeout_seconds=self._timeouts.call_seconds,
             waiting_for=f"set_prompts in pool {self._name}",
-            names=self._names,
+            names=[self._replicas.name(worker) for worker in self._replicas.serving],
         )
         self._lengths = ExpectedLengths(prompts.domain)
+
+    @property
+    def size(self) -> int:
+        """Return how many workers take requests, or will when they have started."""
+        return self._replicas.size
+
+    @property
+    def num_serving(self) -> int:
+        """Return how many workers take requests now."""
+        return len(self._replicas.serving)
+
+    def resize(self, size: int) -> None:
+        """Start workers, or let some leave when they have written what they were asked for; returns at once.
+
+        New ones are given the prompts and the current weights, and take part in what is submitted from then on.
+        """
+        self._replicas.resize(size)
 
     def bring_weights_with(self, bring: Callable[[ActorHandle], Any]) -> None:
         """Set how a worker that was started again gets the current weights; returns a reference that is ready then."""
@@ -166,6 +182,9 @@ class RolloutPool:
         """
         for worker in self._replicas.look():
             self._hand_on(worker)
+        for worker in self._replicas.leaving:
+            if all(awaited.worker != worker for awaited in self._awaited.values()):
+                self._replicas.retire(worker)
         return [*self._awaited, *self._replicas.arriving]
 
     def abandon(self) -> None:
@@ -179,14 +198,15 @@ class RolloutPool:
         for worker in self._replicas.serving:
             try:
                 answer = self._replicas.actor(worker).abandon.remote()
-                actors.get(answer, self._timeouts.call_seconds, f"{self._names[worker]} to abandon its rollouts")
-            except ActorDiedError as error:
+                waiting_for = f"{self._replicas.name(worker)} to abandon its rollouts"
+                actors.get(answer, self._timeouts.call_seconds, waiting_for)
+            except PreceptorError as error:  # it died, or an update of its weights never ended
                 self._replicas.lose(worker, error)
 
     def late(self) -> str:
         """Name the workers that owe a batch, or are on their way."""
         owing = sorted({awaited.worker for awaited in self._awaited.values()})
-        names = [self._names[worker] for worker in owing]
+        names = [self._replicas.name(worker) for worker in owing]
         return ", ".join(names or [f"{self._name}, of which nobody serves"] * bool(self._unassigned))
 
     def generate(
@@ -213,7 +233,7 @@ class RolloutPool:
     def _take(self, reference: Any) -> BatchHandle | None:
         """Return a batch that is there, or nothing when its worker died."""
         awaited = self._awaited.pop(reference)
-        waiting_for = f"a batch from {self._names[awaited.worker]}"
+        waiting_for = f"a batch from {self._replicas.name(awaited.worker)}"
         try:
             handle: BatchHandle = actors.get(reference, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
@@ -232,8 +252,9 @@ class RolloutPool:
         owed = {reference: awaited for reference, awaited in self._awaited.items() if awaited.worker == worker}
         for reference in owed:
             del self._awaited[reference]
+        name = self._replicas.name(worker)
         for awaited in owed.values():
-            _log.warning("%d completions of %s are asked for again", len(awaited.order.requests), self._names[worker])
+            _log.warning("%d completions of %s are asked for again", len(awaited.order.requests), name)
             self.submit(awaited.order)
 
     def _ask(self, worker: int, call: int, order: Order, method: str, *args: Any) -> None:

@@ -4,6 +4,7 @@ Importing this loads neither vLLM nor torch: the driver needs none, and an actor
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,13 +66,12 @@ class TeacherPool:
             supervision: how often dead ones are started again; None: never.
         """
         self.name = name
-        self._names = [f"teacher-{name}-{index}" for index in range(len(options))]
         self._timeouts = timeouts
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
         recipe = Recipe(actor, lambda actor_name: (actor_name, teacher, max_model_len), options, create)
-        self._replicas = Replicas(self._names, recipe, supervision or Supervision())
+        self._replicas = Replicas(f"teacher-{name}", recipe, supervision or Supervision())
         self._outstanding: dict[Ticket, _Assignment] = {}
-        self._loads = [0] * len(self._names)  # tokens still to score, of each replica
+        self._loads: Counter[int] = Counter()  # replica -> tokens still to score
         self._lost: list[Ticket] = []
 
     def wait_until_ready(self) -> None:
@@ -88,6 +88,15 @@ class TeacherPool:
         """Return whether a replica takes batches."""
         return bool(self._replicas.serving)
 
+    @property
+    def size(self) -> int:
+        """Return how many replicas take batches, or will when they have started."""
+        return self._replicas.size
+
+    def resize(self, size: int) -> None:
+        """Start replicas, or let some leave when they have scored what they were given; returns at once."""
+        self._replicas.resize(size)
+
     def serving(self) -> dict[int, str]:
         """Return the replicas that take batches, and the names of their actors, which change when they start again."""
         return {replica: self._replicas.actor_name(replica) for replica in self._replicas.serving}
@@ -98,7 +107,7 @@ class TeacherPool:
 
     def fence(self, replica: int, reason: str) -> None:
         """End a replica whose scores are wrong, for good; its batches are lost, and to be submitted once more."""
-        _log.warning("%s; %s is ended", reason, self._names[replica])
+        _log.warning("%s; %s is ended", reason, self._replicas.name(replica))
         self._replicas.retire(replica)
         self._disown(replica)
 
@@ -120,7 +129,7 @@ class TeacherPool:
             ActorError: the replica took too long, or died more often than it may.
         """
         assignment = self._outstanding[ticket]
-        waiting_for = f"scores from {self._names[assignment.replica]}"
+        waiting_for = f"scores from {self._replicas.name(assignment.replica)}"
         try:
             scored: BatchHandle = actors.get(ticket, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
@@ -142,6 +151,9 @@ class TeacherPool:
         """
         for replica in self._replicas.look():
             self._disown(replica)
+        for replica in self._replicas.leaving:
+            if not self._loads[replica]:
+                self._replicas.retire(replica)
         return self._replicas.arriving
 
     def welcome(self, ready: Collection[Any]) -> None:
@@ -161,14 +173,14 @@ class TeacherPool:
         """Forget all batches that are being scored."""
         self._outstanding.clear()
         self._lost.clear()
-        self._loads = [0] * len(self._names)
+        self._loads.clear()
 
     def score_everywhere(self, handles: Sequence[BatchHandle], request: ScoreRequest) -> list[list[BatchHandle]]:
         """Score the same batches on every replica, to compare them; one list per replica, in the batches' order."""
         everywhere = []
         for replica in self._replicas.serving:
             asked = [self._score(replica, handle, request) for handle in handles]
-            waiting_for = f"scores from {self._names[replica]}"
+            waiting_for = f"scores from {self._replicas.name(replica)}"
             scored = actors.get([answer for _, answer in asked], self._timeouts.call_seconds, waiting_for)
             everywhere.append(
                 [replace(handle, reference=wire) for handle, (wire, _) in zip(scored, asked, strict=True)]
@@ -180,7 +192,7 @@ class TeacherPool:
         owing = sorted({assignment.replica for assignment in self._outstanding.values()})
         if not owing and not self.serves:
             return f"teacher {self.name}, of which no replica serves"
-        return ", ".join(self._names[replica] for replica in owing)
+        return ", ".join(self._replicas.name(replica) for replica in owing)
 
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""

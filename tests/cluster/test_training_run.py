@@ -86,7 +86,9 @@ class ScriptedCheckpoint:
 def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tuple[TrainingRun, ScriptedLearner]:
     """Return a run of the embedded pair without pools and held-out prompts."""
     learner = ScriptedLearner()
-    pipeline: Any = SimpleNamespace(learner=learner, teachers=SimpleNamespace(pools={}))
+    pipeline: Any = SimpleNamespace(
+        learner=learner, rollouts=None, teachers=SimpleNamespace(pools={}), placement=SimpleNamespace(rollout=None)
+    )
     inputs = replace(load_inputs(config), held_out_ids=())
     return TrainingRun(config, inputs, pipeline, directory, PlainView(), first_step, History()), learner
 
