@@ -17,7 +17,7 @@ from cluster.contracts.trajectory import make_generated
 from rollout_workers.actor import RolloutActorSettings
 from tests.builders import make_trajectory
 
-SECONDS_PER_ROW = 0.1
+SECONDS_PER_TOKEN = 0.02
 START_AGAIN_SECONDS = 2.0
 
 
@@ -65,8 +65,8 @@ class MortalRollout:
 
     async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
         """Answer the next request, or die over it."""
-        await asyncio.sleep(SECONDS_PER_ROW)
         request = self._left[call].pop(0)
+        await asyncio.sleep(request.seed * SECONDS_PER_TOKEN)
         order = self._folder / self._name
         if order.exists():
             order.unlink()

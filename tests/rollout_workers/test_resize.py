@@ -1,6 +1,7 @@
 """A pool grows and shrinks while it writes; on actors without engines."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from cluster.actors import wait_for_any
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import NUM_PROMPTS
-from tests.rollout_workers.mortal_rollout import SECONDS_PER_ROW
+from tests.rollout_workers.mortal_rollout import SECONDS_PER_TOKEN
 from tests.rollout_workers.test_failover import start
 
 SAMPLING = SamplingSettings(64, 1.0)
@@ -26,8 +27,8 @@ def pool(tmp_path: Path, ray_cluster: None) -> Iterator[RolloutPool]:
         yield pool
 
 
-def submit(pool: RolloutPool, step: int, count: int) -> None:
-    requests = tuple(RolloutRequest(number, number % NUM_PROMPTS, 0, seed=5) for number in range(count))
+def submit(pool: RolloutPool, step: int, count: int, tokens: int = 5) -> None:
+    requests = tuple(RolloutRequest(number, number % NUM_PROMPTS, 0, seed=tokens) for number in range(count))
     pool.submit(Order(step, requests, SAMPLING, "exact"))
 
 
@@ -53,8 +54,10 @@ def test_twice_as_many_workers_write_almost_twice_as_fast(pool: RolloutPool) -> 
     for size in (2, 4):
         pool.resize(size)
         wait_for_workers(pool, size)
-        submit(pool, size, 80)
-        _, times = collect(pool, 80)
+        submit(pool, 10 + size, NUM_PROMPTS)
+        collect(pool, NUM_PROMPTS)  # a new process takes its time over its first row
+        submit(pool, size, 40, tokens=20)
+        _, times = collect(pool, 40)
         seconds[size] = times[-1] - times[0]
     assert seconds[2] / seconds[4] > 1.8
 
@@ -73,7 +76,7 @@ def test_who_leaves_is_asked_for_nothing_new(pool: RolloutPool) -> None:
     pool.resize(1)
     submit(pool, 0, 8)
     _, times = collect(pool, 8)
-    assert times[-1] - times[0] > 6.5 * SECONDS_PER_ROW  # one after the other
+    assert times[-1] - times[0] > 6 * 5 * SECONDS_PER_TOKEN  # one after the other
 
 
 def test_new_workers_write_with_the_weights_that_they_were_brought(pool: RolloutPool) -> None:
@@ -81,8 +84,10 @@ def test_new_workers_write_with_the_weights_that_they_were_brought(pool: Rollout
     wait_for_workers(pool, 3)
     submit(pool, 0, 24)
     handles, _ = collect(pool, 24)
-    versions = [handle.min_policy_versions for handle in handles]
-    assert versions.count((7,)) == 8  # the third worker's share; the first two were brought nothing
+    # The first two were brought nothing; of eight prompts with three samples each, nobody has fewer than two.
+    versions = Counter(handle.min_policy_versions for handle in handles)
+    assert set(versions) == {(0,), (7,)}
+    assert versions[(7,)] in (6, 9)
 
 
 def test_a_pool_that_grows_and_shrinks_while_it_writes_loses_nothing(pool: RolloutPool) -> None:
