@@ -20,8 +20,6 @@ from datetime import date
 from pathlib import Path
 from statistics import mean, median
 
-import ray
-
 from benchmarks.report import RESULTS, Row, at_most, describe_machine, print_rows, row
 from benchmarks.soak_actors import Delays
 from benchmarks.soak_learner import RankReport
@@ -30,6 +28,7 @@ from benchmarks.soak_pools import WAIT_SECONDS, SoakPools, soak_pools
 from cluster.actors import get_all
 from cluster.contracts.errors import PreceptorError
 from cluster.flow import Flow, StepBatches
+from cluster.local_cluster import local_cluster
 from cluster.permits import Permits
 from cluster.pipeline import train_requests, train_sampling
 
@@ -135,8 +134,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-soak.json")
     options = parser.parse_args()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
+    delays = Delays(options.seed, MEAN_DELAY_SECONDS, LONGEST_DELAY_SECONDS)
+    cluster = local_cluster(
         num_cpus=4,
         include_dashboard=False,
         log_to_driver=False,
@@ -144,10 +143,8 @@ def main() -> int:
         object_store_memory=STORE_BYTES,
         _system_config=NO_TASK_HISTORY,
     )
-    delays = Delays(options.seed, MEAN_DELAY_SECONDS, LONGEST_DELAY_SECONDS)
-    with soak_pools(delays) as pools:
+    with cluster, soak_pools(delays) as pools:
         loop, samples = soak(pools, delays, 60 * options.minutes)
-    ray.shutdown()
     rows = [*loop_rows(loop), *memory_rows(samples, options.warm_up_seconds)]
     print_rows(rows)
     if loop.failure:

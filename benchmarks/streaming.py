@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
-import ray
-
 from benchmarks.report import RESULTS, Row, describe_machine, print_rows, row
 from benchmarks.stub_pools import (
     SharedProcesses,
@@ -30,6 +28,7 @@ from cluster.contracts.config import Config, EngineConfig, StudentConfig, Teache
 from cluster.contracts.interfaces import AtHand, RolloutRequest, SamplingSettings
 from cluster.contracts.run_file import parse_run_config
 from cluster.flow import Flow, StepBatches
+from cluster.local_cluster import local_cluster
 from cluster.permits import Permits
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
@@ -205,10 +204,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 8, 64, 256], help="sizes of the rollout pool")
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/DATE-streaming.json")
     options = parser.parse_args()
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     measures: list[Callable[[int, int], list[Row]]] = [overlap_rows, driver_rows]
-    rows = [found for measure in measures for size in options.workers for found in measure(size, options.steps)]
-    ray.shutdown()
+    with local_cluster(num_cpus=4, include_dashboard=False, log_to_driver=False):
+        rows = [found for measure in measures for size in options.workers for found in measure(size, options.steps)]
     print_rows(rows)
     output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-streaming.json"
     described = {"command": "python -m benchmarks.streaming", **describe_machine()}

@@ -29,6 +29,7 @@ from benchmarks.report import RESULTS, Row, print_rows, row, write_rows
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import EngineConfig, LearnerConfig, StudentConfig, WeightSyncConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest, WeightSyncReport
+from cluster.local_cluster import local_cluster
 from learner.model import Student, load_student
 from learner.weight_sender import ObjectStoreSender
 from rollout_workers.actor import RolloutActorSettings
@@ -76,22 +77,20 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-weight_sync.json")
     options = parser.parse_args()
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    ray.init(
-        address="local",
+    with local_cluster(
         num_cpus=8,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
         runtime_env={"env_vars": environment},
-    )
-    rows = [*transport_rows("synthetic", synthetic_engine(), options.repeats)]
-    for name, folder in MODELS.items():
-        if (folder / "model.safetensors").is_file():
-            rows += model_rows(name, folder, options.repeats)
-        else:
-            print(f"{name}: not measured, there is no {folder.relative_to(ROOT)}")
-    rows += [*hand_off_rows(options.repeats), *signal_rows()]
-    ray.shutdown()
+    ):
+        rows = [*transport_rows("synthetic", synthetic_engine(), options.repeats)]
+        for name, folder in MODELS.items():
+            if (folder / "model.safetensors").is_file():
+                rows += model_rows(name, folder, options.repeats)
+            else:
+                print(f"{name}: not measured, there is no {folder.relative_to(ROOT)}")
+        rows += [*hand_off_rows(options.repeats), *signal_rows()]
     print_rows(rows)
     write_rows(options.output, COMMAND, rows)
     return 0 if all(found["met"] for found in rows if "met" in found) else 1

@@ -1,4 +1,4 @@
-"""A node of a cluster dies with everything on it: workers, and the batches in its object store."""
+"""A node of a cluster dies with everything on it, workers and the batches in its object store, and pools are scaled."""
 
 import os
 import random
@@ -16,7 +16,9 @@ TIMEOUT_SECONDS = 400
 
 
 @pytest.mark.slow
-def test_every_prompt_is_consumed_once_and_in_order_though_a_node_dies(tmp_path: Path) -> None:
+def test_every_prompt_is_consumed_once_and_in_order_though_pools_change_their_sizes_and_a_node_dies(
+    tmp_path: Path,
+) -> None:
     seed = random.SystemRandom().randrange(1 << 31)
     sys.stdout.write(f"seed {seed}\n")  # pytest shows it when the test fails
     # A cluster of several nodes is not one that the program starts itself, and cleans up after.
@@ -31,5 +33,8 @@ def test_every_prompt_is_consumed_once_and_in_order_though_a_node_dies(tmp_path:
             check=False,
         )
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "node lost after step" in found.stdout
+    expected = ["rollout=3 teachers.countdown=1", "node lost after step", "rollout=2 teachers.countdown=2"]
+    places = [found.stdout.find(line) for line in expected]
+    assert places == sorted(places)
+    assert places[0] >= 0
     assert audited_prompts(tmp_path / "run", overrides(tmp_path)) == STEPS * 32
