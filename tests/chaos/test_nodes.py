@@ -16,7 +16,7 @@ TIMEOUT_SECONDS = 400
 
 
 @pytest.mark.slow
-def test_every_prompt_is_consumed_once_and_in_order_though_pools_change_their_sizes_and_a_node_dies(
+def test_every_prompt_is_consumed_once_though_pools_change_their_sizes_and_a_node_dies(
     tmp_path: Path,
 ) -> None:
     seed = random.SystemRandom().randrange(1 << 31)
