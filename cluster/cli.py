@@ -1,4 +1,4 @@
-"""The command line: `preceptor train | eval | check | demo`. An error is one sentence; --debug shows its trace."""
+"""The command line: `preceptor train | eval | check | status | demo`. An error is one sentence; --debug shows its trace."""
 
 import argparse
 import sys
@@ -82,6 +82,14 @@ def check(options: argparse.Namespace) -> int:
     return 0 if check_run(config) else 1
 
 
+def status(options: argparse.Namespace) -> int:
+    """Say how a run stands, while it lives or after."""
+    from cluster.run_status import print_status
+
+    print_status(options.run, options.json)
+    return 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Train the embedded student from the embedded teacher."""
     from cluster.demo import run_demo
@@ -114,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         if run is train:
             command.add_argument("--resume", type=Path, metavar="RUN_DIRECTORY")
+    command = commands.add_parser("status", help=status.__doc__, description=status.__doc__)
+    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(command=status)
     command = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     command.add_argument("arguments", nargs="*", metavar="section.field=value")
     command.set_defaults(command=demo)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ from ray.exceptions import RayError
 
 from cluster import actors
 from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
+from cluster.contracts.observation import PoolState
 from cluster.restarts import RestartBudget, RestartLimit
 from cluster.watch import Watch
 
@@ -73,7 +73,7 @@ class Replicas:
         self._recipe = recipe
         self._supervision = supervision
         self._budget = RestartBudget(supervision.restarts)
-        self._numbers = count(1)
+        self.num_restarts = 0
         self._prepare: Callable[[ActorHandle], list[Any]] = lambda actor: []
         options = recipe.options
         made = recipe.create(recipe.cls, self._names, [recipe.arguments(name) for name in names], options)
@@ -102,6 +102,11 @@ class Replicas:
     def serving(self) -> list[int]:
         """Return the replicas that take work."""
         return [replica for replica, member in self._members.items() if member.serves]
+
+    def state(self, pool: str, num_owed: int) -> PoolState:
+        """Return how the pool stands, which knows what its workers owe."""
+        serving = [self._names[replica] for replica in self.serving]
+        return PoolState(pool, serving, len(self._members), self.num_restarts, num_owed)
 
     @property
     def prepared(self) -> list[ActorHandle]:
@@ -189,7 +194,8 @@ class Replicas:
 
     def _start(self, replica: int) -> None:
         # Ray may hold a dead actor's name for a while yet, so the next one has a number of its own.
-        name = f"{self._names[replica]}-again-{next(self._numbers)}"
+        self.num_restarts += 1
+        name = f"{self._names[replica]}-again-{self.num_restarts}"
         actor = self._recipe.make(replica, name)
         self._members[replica] = _Member(name, actor, waits_for=(actor.start.remote(),))
 
