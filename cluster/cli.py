@@ -1,4 +1,4 @@
-"""The command line: `preceptor train | eval | check | status | demo`. An error is one sentence; --debug shows its trace."""
+"""The command line: `preceptor train | eval | check | status | demo`. Errors are one sentence; --debug shows the trace."""
 
 import argparse
 import sys

@@ -51,7 +51,9 @@ def queries(figure: Figure) -> dict[str, str]:
         return {"{{run}}": f"sum by (run) (rate({name}{{{_SELECTED}}}[$__rate_interval]))"}
     if figure.kind == "histogram":
         rates = f"sum by (run, le) (rate({name}_bucket{{{_SELECTED}}}[$__rate_interval]))"
-        return {f"p{quantile * 100:.0f} {{{{run}}}}": f"histogram_quantile({quantile}, {rates})" for quantile in QUANTILES}
+        return {
+            f"p{quantile * 100:.0f} {{{{run}}}}": f"histogram_quantile({quantile}, {rates})" for quantile in QUANTILES
+        }
     by, legend = ("run, pool", "{{pool}} ") if figure.is_of_pools else ("run", "")
     # One driver sets a figure, but on another node, after a restart, it is another series until the old one goes stale.
     return {f"{_short(figure)} {legend}{{{{run}}}}": f"max by ({by}) ({name}{{{_SELECTED}}})"}

@@ -50,7 +50,7 @@ class PoolFigures:
 
     def _busy_seconds(self, spans: Iterable[Span]) -> float:
         total = 0.0
-        for span in sorted(spans, key=lambda span: span.ended):
+        for span in sorted(spans, key=lambda span: span.began):
             until = self._counted_until.get(span.worker, 0.0)
             total += max(0.0, span.ended - max(span.began, until))
             self._counted_until[span.worker] = max(until, span.ended)
