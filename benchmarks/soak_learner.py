@@ -19,7 +19,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest, WeightSyncReport
-from learner.group import LearnerActor
+from learner.actor import LearnerActor
 from learner.weight_sender import ObjectStoreSender
 from learner.worker import RankRows
 

@@ -91,6 +91,14 @@ def scale(options: argparse.Namespace) -> int:
     return 0
 
 
+def status(options: argparse.Namespace) -> int:
+    """Say how a run stands, while it lives or after."""
+    from cluster.run_status import print_status
+
+    print_status(options.run, options.json)
+    return 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Train the embedded student from the embedded teacher."""
     from cluster.demo import run_demo
@@ -127,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
     command.add_argument("sizes", nargs="+", metavar="rollout=6|teachers.NAME=3")
     command.set_defaults(command=scale)
+    command = commands.add_parser("status", help=status.__doc__, description=status.__doc__)
+    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(command=status)
     command = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     command.add_argument("arguments", nargs="*", metavar="section.field=value")
     command.set_defaults(command=demo)

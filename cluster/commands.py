@@ -19,8 +19,10 @@ from cluster.pipeline import (
 from cluster.placement import Placement, cluster_nodes, describe, plan_placement
 from cluster.ray_session import RaySession, ray_session
 from cluster.run_directory import RunDirectory
+from cluster.status_file import KeptStatus
 from cluster.supervisor import Beginning, Supervisor
 from cluster.training_run import describe_evaluation
+from cluster.wandb_observer import check_wandb
 
 
 def start_training(config: Config) -> History:
@@ -29,13 +31,15 @@ def start_training(config: Config) -> History:
     Raises:
         PreceptorError: an input is wrong, the cluster is too small, or a stage failed.
     """
+    check_wandb(config)
     inputs = load_inputs(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = plan_placement(config, cluster_nodes())
         directory = RunDirectory.create(config)
         _announce(view, session, placement, directory)
-        history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
-        return _train(config, inputs, placement, view, Beginning(directory, history))
+        with KeptStatus(directory.status):
+            history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
+            return _train(config, inputs, placement, view, Beginning(directory, history))
 
 
 def resume_training(directory: RunDirectory, config: Config) -> History:
@@ -44,6 +48,7 @@ def resume_training(directory: RunDirectory, config: Config) -> History:
     Raises:
         CheckpointError: all checkpoints are damaged, or nothing is left to do.
     """
+    check_wandb(config)
     warnings: list[str] = []
     point = find_resume_point(directory, config, warnings.append)
     if point is not None and point.state.step >= config.run.steps:
@@ -57,13 +62,14 @@ def resume_training(directory: RunDirectory, config: Config) -> History:
         _announce(view, session, placement, directory)
         for warning in warnings:
             view.say(warning)
-        if point is not None:
-            view.say(f"resuming after step {point.state.step}")
-            return _train(config, inputs, placement, view, Beginning(directory, point.state.history, point))
-        view.say("resuming from the beginning: the run wrote no checkpoint")
-        directory.samples.unlink(missing_ok=True)
-        history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
-        return _train(config, inputs, placement, view, Beginning(directory, history))
+        with KeptStatus(directory.status):
+            if point is not None:
+                view.say(f"resuming after step {point.state.step}")
+                return _train(config, inputs, placement, view, Beginning(directory, point.state.history, point))
+            view.say("resuming from the beginning: the run wrote no checkpoint")
+            directory.samples.unlink(missing_ok=True)
+            history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
+            return _train(config, inputs, placement, view, Beginning(directory, history))
 
 
 def evaluate_models(config: Config) -> None:

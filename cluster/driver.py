@@ -40,6 +40,7 @@ def train(run: TrainingRun) -> None:
             learned = learner.step(run.ledger.watch(step + 1, batches), step)
             with watch.measure("sync"):
                 synced = learner.publish_weights(rollouts.actors, policy_version=step + 1)
-        run.finish_step(step + 1, step_record(step + 1, batches.progress, learned, synced, watch))
+        record = step_record(step + 1, batches.progress, learned, synced, watch)
+        run.finish_step(step + 1, record, batches.progress.finished)
 
     run.end()

@@ -5,6 +5,7 @@ rollout. In training a rollout is a step, and several can be under way together.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -13,8 +14,11 @@ from typing import Any
 
 from cluster.actors import wait_for_any
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.contracts.observation import Span
 from rollout_workers.pool import Order, RolloutPool
 from teacher_workers.pools import Chain, TeacherPools
+
+MOST_SPANS = 100_000  # calls that are remembered for who takes their spans; nobody may
 
 _log = logging.getLogger("preceptor")
 
@@ -57,6 +61,7 @@ class Flow:
         self._teachers = teachers
         self._timeout_seconds = timeout_seconds
         self._under_way: dict[int, Progress] = {}
+        self._spans: deque[Span] = deque(maxlen=MOST_SPANS)
         # Below every step, so that who waits for an extra rollout does not wait behind a step's.
         self._extra_ids = count(-1, -1)
 
@@ -83,6 +88,12 @@ class Flow:
         while not batches.is_exhausted:
             handles += batches.take()
         return handles
+
+    def take_spans(self) -> list[Span]:
+        """Return, once, the calls to workers behind the batches that were finished."""
+        spans = list(self._spans)
+        self._spans.clear()
+        return spans
 
     def _advance(self, wake_on: Sequence[Any]) -> bool:
         """Wait until something finishes, pass on everything that has, and say whether a reference of `wake_on` has."""
@@ -124,6 +135,7 @@ class Flow:
             progress.finished_at = perf_counter()
             progress.missing -= len(handle.trajectory_ids)
             progress.finished.append(handle)
+            self._spans.extend(handle.spans)
             if not progress.missing:
                 self._under_way.pop(handle.rollout)
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import ray
@@ -14,6 +13,7 @@ from ray.exceptions import RayError
 
 from cluster import actors
 from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
+from cluster.contracts.observation import PoolState
 from cluster.restarts import RestartBudget, RestartLimit
 from cluster.watch import Watch
 
@@ -73,7 +73,7 @@ class Replicas:
         self._recipe = recipe
         self._supervision = supervision
         self._budget = RestartBudget(supervision.restarts)
-        self._numbers = count(1)
+        self.num_restarts = 0
         self._prepare: Callable[[ActorHandle], list[Any]] = lambda actor: []
         names = [self.name(replica) for replica in range(len(recipe.options))]
         made = recipe.create(recipe.cls, names, [recipe.arguments(name) for name in names], recipe.options)
@@ -115,6 +115,11 @@ class Replicas:
     def size(self) -> int:
         """Return how many replicas take work, or will when they have started."""
         return len(self._members) - len(self._leaving)
+
+    def state(self, pool: str, num_owed: int) -> PoolState:
+        """Return how the pool stands, which knows what its workers owe."""
+        serving = [self.name(replica) for replica in self.serving]
+        return PoolState(pool, serving, self.size, self.num_restarts, num_owed)
 
     @property
     def prepared(self) -> list[ActorHandle]:
@@ -219,7 +224,8 @@ class Replicas:
 
     def _start_again(self, replica: int) -> None:
         # Ray may hold a dead actor's name for a while yet, so the next one has a number of its own.
-        self._start(replica, f"{self.name(replica)}-again-{next(self._numbers)}")
+        self.num_restarts += 1
+        self._start(replica, f"{self.name(replica)}-again-{self.num_restarts}")
 
     def _start(self, replica: int, name: str) -> None:
         actor = self._recipe.make(replica, name)

@@ -82,6 +82,21 @@ class RunDirectory:
         return ScaleFiles(self.path / "scale-wish.json", self.path / "scale-answer.json")
 
     @property
+    def status(self) -> Path:
+        """How the run stands; kept fresh while it lives."""
+        return self.path / "status.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def trace(self) -> Path:
+        """Timeline of the workers, in Chrome's trace format."""
+        return self.path / "trace.json"
+
+    @property
     def samples(self) -> Path:
         """Completions of held-out prompts, one JSON object each."""
         return self.path / "samples.jsonl"

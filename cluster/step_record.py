@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.metrics import Metrics, merge, report
+from cluster.contracts.observation import Stage
 from cluster.contracts.weights import WeightSyncReport
 from cluster.flow import Progress
 from cluster.stopwatch import Stopwatch
@@ -37,8 +38,10 @@ def step_record(
         "step/tokens_per_second": completion_tokens / whole,
         "generate/seconds": generate,
         "generate/tokens_per_second": completion_tokens / generate,
+        "generate/queued_completions": _mean_queue(scored, "generate", progress.admitted_at, whole),
         "score/seconds": progress.finished_at - progress.written_at,
         "score/tokens_per_second": completion_tokens / (progress.finished_at - progress.admitted_at),
+        "score/queued_batches": _mean_queue(scored, "score", None, whole),
         "learn/seconds": learn,
         "learn/wait_seconds": watch.started["sync"] - max(progress.finished_at, watch.started["step"]),
         "learn/tokens_per_second": tokens / learn,
@@ -52,6 +55,17 @@ def _staleness(step: int, scored: Sequence[BatchHandle]) -> dict[str, float]:
     """Return how many updates old the oldest token of each trajectory was when it was learned from."""
     ages = [step - 1 - version for handle in scored for version in handle.min_policy_versions]
     return {"staleness/mean": sum(ages) / len(ages), "staleness/max": max(ages)} if ages else {}
+
+
+def _mean_queue(scored: Sequence[BatchHandle], stage: Stage, since: float | None, window_seconds: float) -> float:
+    """Return how many were under way on average over a window, by Little's law.
+
+    Completions count from the step's admission, `since`, to the answer that brought them; batches, without it, while
+    they were at a worker.
+    """
+    spans = [span for handle in scored for span in handle.spans if span.stage == stage]
+    waited = [span.seconds if since is None else span.num_rows * (span.ended - since) for span in spans]
+    return sum(waited) / window_seconds
 
 
 def _by_teacher(scored: Sequence[BatchHandle]) -> dict[str, float]:

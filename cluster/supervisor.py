@@ -67,7 +67,8 @@ class Supervisor:
     def _attempt(self, start: Beginning) -> History:
         run = self._restore(start)
         try:
-            train(run)
+            with run.observers:
+                train(run)
             return run.history
         except (LearnerDiedError, LostBytesError, RunStopped):
             raise

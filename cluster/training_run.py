@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -12,12 +12,13 @@ from cluster.alarms import Alarms, LengthCap, Raised
 from cluster.checkpoints import Checkpoints, RunState
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, PreceptorError, RunStopped, TrainingError
-from cluster.contracts.interfaces import SamplingSettings
+from cluster.contracts.interfaces import BatchHandle, SamplingSettings
 from cluster.evaluation import Evaluation, Evaluator, forget_samples, write_samples
 from cluster.flow import Flow
 from cluster.history import History
 from cluster.interruption import StopRequest
 from cluster.ledger import Ledger
+from cluster.lookout import Lookout, open_observers
 from cluster.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline, train_requests, train_sampling
@@ -64,6 +65,8 @@ class TrainingRun:
         self._audit = ScoreAudit(self.config, self.pipeline.teachers.pools, self.directory.score_audit)
         self.scaling = make_scaling(self.directory, self.pipeline, self.view.say)
         self._alarms = Alarms(self.config.alarms)
+        self.observers = open_observers(self.config, self.directory, self.first_step)
+        self._lookout = Lookout(self.pipeline, self.observers)
         rollout = self.config.rollout
         self._cap = LengthCap(rollout.max_completion_tokens, rollout.max_staleness)
         for record in self._metrics.read():  # of a resumed run
@@ -76,14 +79,15 @@ class TrainingRun:
             found = self._evaluate(step=0)
             self.view.say(f"held-out before training: {describe_evaluation(found)}")
         self._audit_first(flow)
+        self._lookout.begin(flow)
         self.started = time.perf_counter()
 
     def sampling(self, step: int) -> SamplingSettings:
         """Return how the completions of a step, from 0, are drawn."""
         return replace(train_sampling(self.config), max_completion_tokens=self._cap.at(step))
 
-    def finish_step(self, step: int, record: Record) -> None:
-        """Record the step; evaluate and begin a checkpoint where they are due, and complete the one before.
+    def finish_step(self, step: int, record: Record, batches: Iterable[BatchHandle] = ()) -> None:
+        """Record the step, which learned from `batches`; evaluate, begin and complete checkpoints where they are due.
 
         Raises:
             CheckpointError: a checkpoint cannot be written; those before it stay.
@@ -92,7 +96,7 @@ class TrainingRun:
         """
         self.ledger.close(step)
         self._finished_step = step
-        record = {**record, **self._checkpoints.complete_if_written()}
+        record = {**record, **self._lookout.look(), **self._checkpoints.complete_if_written()}
         is_last = step == self.config.run.steps
         if not self.inputs.held_out_ids:
             self.history.note_kl(record["train/kl"])
@@ -100,6 +104,7 @@ class TrainingRun:
             record |= {f"held_out/{name}": value for name, value in self._evaluate(step).metrics.items()}
         self._metrics.write(record)
         self.view.show(record)
+        self._lookout.tell(record, batches)
         self._go_on_auditing(step)
         raised = self._alarms.look(record)
         stopping = [alarm for alarm in raised if alarm.config.action == "stop"]

@@ -1,12 +1,14 @@
 """Calls to the ranks of a group that are under way."""
 
 from collections.abc import Iterable, Sequence
+from time import perf_counter
 from typing import Any
 
 import ray
 
 from cluster.actors import get_all
 from cluster.contracts.metrics import Metric
+from cluster.contracts.observation import Span
 
 
 class Calls:
@@ -17,17 +19,19 @@ class Calls:
         self._names = names
         self._timeout_seconds = timeout_seconds
         self._waiting_for = waiting_for
-        self._pending: list[tuple[str, Any]] = []  # who, reference
+        self._pending: list[tuple[str, Any, float]] = []  # who, reference, when it was asked
         self._answers: list[dict[str, Metric]] = []
+        self.spans: list[Span] = []  # of the calls whose answers were taken
 
     def add(self, references: Iterable[Any]) -> None:
         """Take the references of one call to each rank, in their order."""
-        self._pending += zip(self._names, references, strict=True)
+        now = perf_counter()
+        self._pending += [(name, called, now) for name, called in zip(self._names, references, strict=True)]
 
     @property
     def pending(self) -> list[Any]:
         """Return the references whose answers were not taken yet."""
-        return [reference for _, reference in self._pending]
+        return [reference for _, reference, _ in self._pending]
 
     def collect(self) -> bool:
         """Take the answers that are there, and say whether none is missing.
@@ -53,7 +57,9 @@ class Calls:
         self._pending = []
         return self._answers
 
-    def _take(self, calls: Sequence[tuple[str, Any]]) -> None:
-        references = [reference for _, reference in calls]
-        names = [name for name, _ in calls]
+    def _take(self, calls: Sequence[tuple[str, Any, float]]) -> None:
+        references = [reference for _, reference, _ in calls]
+        names = [name for name, _, _ in calls]
         self._answers += get_all(references, self._timeout_seconds, self._waiting_for, names)
+        now = perf_counter()
+        self.spans += [Span("learner", name, "learn", asked_at, now) for name, _, asked_at in calls]

@@ -5,8 +5,8 @@ The driver plans a step from row counts alone; every rank fetches the batches th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import ray
@@ -20,83 +20,18 @@ from cluster.contracts.errors import ActorDiedError, LearnerDiedError
 from cluster.contracts.interfaces import BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.objective import ObjectiveConfig
+from cluster.contracts.observation import PoolState, Span, Stage
 from cluster.contracts.trajectory import Floats
 from cluster.contracts.weights import WeightSyncReport
-from cluster.contracts.wire import from_wire
 from learner import checkpoint
-from learner.arrivals import Arrivals, Share
+from learner.actor import LearnerActor
+from learner.arrivals import Arrivals
 from learner.calls import Calls
-from learner.manifest import Layout, WrittenShard, verify
+from learner.manifest import Layout, verify
 from learner.pending_checkpoint import PendingCheckpoint
-from learner.rendezvous import free_address
 from learner.rounds import Round, RoundPlanner
-from learner.worker import LearnerWorker, RankRows, start_worker
 
 SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail within this
-
-
-class LearnerActor:
-    """A LearnerWorker behind Ray: fetches what references point to, and passes everything else on."""
-
-    def __init__(self, config: Config, rank: int, world_size: int) -> None:
-        self._config = config
-        self._rank, self._world_size = rank, world_size
-        self._worker: LearnerWorker
-
-    def address(self) -> str:
-        """Return where the group meets; asked of rank 0."""
-        return free_address()
-
-    def start(self, address: str) -> None:
-        """Load the student and join the group."""
-        self._worker = start_worker(self._config, self._rank, self._world_size, address)
-
-    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
-        """Add the gradients of this rank's share of a round."""
-        wires = ray.get(list(share.references), timeout=self._config.ray.call_timeout_seconds)
-        batches = [from_wire(wire, stage="scored") for wire in wires]
-        return self._worker.accumulate(RankRows(batches, share.task_advantages, share.grids), completes_step, objective)
-
-    def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
-        """Update the weights with the gradients added up."""
-        return self._worker.take_step(num_tokens, step)
-
-    def discard_step(self, num_tokens: int) -> dict[str, Metric]:
-        """Measure the gradients added up and clear them."""
-        return self._worker.discard_step(num_tokens)
-
-    def student_logprobs(self, references: Sequence[Any]) -> Floats | None:
-        """Return the log-probabilities of one batch on rank 0, and nothing on the others."""
-        (wire,) = ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
-        logprobs = self._worker.student_logprobs(from_wire(wire))
-        return logprobs if self._rank == 0 else None
-
-    def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
-        """Bring the weights to the rollout workers."""
-        return self._worker.publish_weights(rollout_workers, policy_version)
-
-    def begin_shard(self, partial: Path) -> float:
-        """Begin to write this rank's part of a checkpoint."""
-        return self._worker.begin_shard(partial)
-
-    def shard_is_written(self) -> bool:
-        """Return whether it is written."""
-        return self._worker.shard_is_written()
-
-    def finish_shard(self) -> WrittenShard:
-        """Wait until it is written."""
-        return self._worker.finish_shard()
-
-    def load_shard(self, folder: Path) -> None:
-        """Restore this rank's part of a checkpoint."""
-        self._worker.load_shard(folder)
-
-    def export(self, folder: Path) -> None:
-        """Write the student as a Hugging Face directory."""
-        self._worker.export(folder)
-
-    def shutdown(self) -> None:
-        """End nothing: a rank starts no process of its own."""
 
 
 class LearnerGroup:
@@ -122,7 +57,8 @@ class LearnerGroup:
         self._names = [f"learner-{rank}" for rank in range(config.learner.num_workers)]
         self._options = [_with_environment(option, config, rank) for rank, option in enumerate(options)]
         self._create = create
-        self._restarts = count(1)
+        self._num_restarts = 0
+        self._spans: list[Span] = []
         self._published_version = 0
         self._begin(self._names)
 
@@ -134,8 +70,8 @@ class LearnerGroup:
         """
         shutdown(self._actors, timeout_seconds=0)
         # Ray may hold a dead actor's name for a while yet, so the next ones have a number of their own.
-        restart = next(self._restarts)
-        self._begin([f"{name}-again-{restart}" for name in self._names])
+        self._num_restarts += 1
+        self._begin([f"{name}-again-{self._num_restarts}" for name in self._names])
 
     def step(self, batches: BatchSource, step: int) -> dict[str, Metric]:
         """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together.
@@ -145,7 +81,7 @@ class LearnerGroup:
         """
         with self._deaths_told():
             num_tokens, parts = self._accumulate(batches, None, waiting_for=f"the learner to compute step {step}")
-        taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}")
+        taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}", stage="learn")
         figures = merge([*parts, *taken])
         busy_seconds = sum(found["busy_seconds"].value for found in (*parts, *taken)) / len(self._actors)
         return figures | {"busy_seconds": Sum(busy_seconds)}
@@ -169,7 +105,9 @@ class LearnerGroup:
         """Bring the current weights, as `policy_version`, to every rollout worker."""
         workers = list(rollout_workers)
         waiting_for = f"the learner to publish policy version {policy_version}"
-        reports: list[WeightSyncReport] = self._ask("publish_weights", workers, policy_version, waiting_for=waiting_for)
+        reports: list[WeightSyncReport] = self._ask(
+            "publish_weights", workers, policy_version, waiting_for=waiting_for, stage="sync"
+        )
         self._published_version = policy_version
         return reports[0]
 
@@ -203,6 +141,15 @@ class LearnerGroup:
     def export(self, folder: Path) -> None:
         """Write the student as a Hugging Face directory; complete or absent."""
         self._ask("export", folder, waiting_for=f"the learner to export to {folder}")
+
+    def state(self) -> PoolState:
+        """Return who computes."""
+        return PoolState("learner", self._names, len(self._names), self._num_restarts)
+
+    def take_spans(self) -> list[Span]:
+        """Return, once, when the ranks were asked to learn and to send weights."""
+        spans, self._spans = self._spans, []
+        return spans
 
     def shutdown(self) -> None:
         """End all ranks."""
@@ -250,11 +197,21 @@ class LearnerGroup:
         *others, last = planner.all_rounds() or [((),) * config.learner.num_workers]
         send(others)
         send([last], completes_step=True)
-        return arrivals.num_completion_tokens, calls.answers()
+        answers = calls.answers()
+        self._spans += calls.spans
+        return arrivals.num_completion_tokens, answers
 
-    def _ask(self, method: str, *args: Any, waiting_for: str, timeout_seconds: float | None = None) -> list[Any]:
+    def _ask(
+        self,
+        method: str,
+        *args: Any,
+        waiting_for: str,
+        timeout_seconds: float | None = None,
+        stage: Stage | None = None,  # None: not worth a span
+    ) -> list[Any]:
+        began = perf_counter()
         with self._deaths_told():
-            return call_all(
+            answers = call_all(
                 self._actors,
                 method,
                 *args,
@@ -262,6 +219,10 @@ class LearnerGroup:
                 waiting_for=waiting_for,
                 names=self._names,
             )
+        if stage is not None:
+            now = perf_counter()
+            self._spans += [Span("learner", name, stage, began, now) for name in self._names]
+        return answers
 
     @contextmanager
     def _deaths_told(self) -> Iterator[None]:

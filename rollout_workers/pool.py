@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
+from time import perf_counter
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from cluster.actors import PoolTimeouts
 from cluster.batch_store import STORE_ENVIRONMENT, add_environment
 from cluster.contracts.errors import ActorDiedError, PreceptorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.contracts.observation import PoolState, Span
 from cluster.replicas import Recipe, Replicas, Supervision
 from rollout_workers.actor import RolloutActor, RolloutActorSettings
 from rollout_workers.expected_lengths import ExpectedLengths, spread
@@ -49,6 +51,7 @@ class _Awaited:
     call: int  # what the worker knows the order by
     order: Order  # without what has been written
     wire: Any  # reference to the next batch's bytes
+    asked_at: float = field(default_factory=perf_counter)
 
 
 class RolloutPool:
@@ -203,6 +206,11 @@ class RolloutPool:
             except PreceptorError as error:  # it died, or an update of its weights never ended
                 self._replicas.lose(worker, error)
 
+    def state(self) -> PoolState:
+        """Return who serves, and how many completions are owed."""
+        orders = [*(awaited.order for awaited in self._awaited.values()), *self._unassigned]
+        return self._replicas.state(self._name, sum(len(order.requests) for order in orders))
+
     def late(self) -> str:
         """Name the workers that owe a batch, or are on their way."""
         owing = sorted({awaited.worker for awaited in self._awaited.values()})
@@ -245,7 +253,13 @@ class RolloutPool:
         if not handle.is_last:
             left = awaited.order.without(handle.trajectory_ids)
             self._ask(awaited.worker, awaited.call, left, "next_batch", awaited.call)
-        return replace(handle, reference=awaited.wire, rollout=awaited.order.rollout)
+        span = self._span(awaited, handle)
+        return replace(handle, reference=awaited.wire, rollout=awaited.order.rollout, spans=(span,))
+
+    def _span(self, awaited: _Awaited, handle: BatchHandle) -> Span:
+        worker, num_tokens = self._replicas.name(awaited.worker), sum(handle.num_completion_tokens)
+        num_rows = len(handle.trajectory_ids)
+        return Span(self._name, worker, "generate", awaited.asked_at, perf_counter(), num_rows, num_tokens)
 
     def _hand_on(self, worker: int) -> None:
         """Ask others for what a lost worker owes."""

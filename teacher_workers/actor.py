@@ -1,12 +1,14 @@
 """What runs in each Ray actor of a teacher pool: one TeacherWorker behind calls that pass bytes and handles."""
 
 import asyncio
+from dataclasses import replace
 
 import pyarrow as pa
 
 from cluster.batch_store import pack
 from cluster.contracts.config import TeacherConfig
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.metrics import Mean
 from cluster.contracts.wire import from_wire
 from cluster.engine_death import end_with_engine
 from cluster.vllm_runtime import prepare_environment
@@ -41,7 +43,9 @@ class TeacherActor:
 
     async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
         """Score one batch; Ray has fetched its bytes to this node before the call."""
-        return pack(*await self._worker.score(from_wire(wire), request))
+        scored, handle = pack(*await self._worker.score(from_wire(wire), request))
+        added = Mean(float(scored.size - wire.size), float(sum(handle.num_completion_tokens)))
+        return scored, replace(handle, metrics={**handle.metrics, f"{request.model}/bytes_per_token": added})
 
     async def shutdown(self) -> None:
         """End the engine's processes."""

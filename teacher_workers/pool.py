@@ -6,7 +6,8 @@ Importing this loads neither vLLM nor torch: the driver needs none, and an actor
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -17,6 +18,7 @@ from cluster.batch_store import STORE_ENVIRONMENT, add_environment
 from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorDiedError, LostBytesError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.observation import PoolState, Span
 from cluster.replicas import Recipe, Replicas, Supervision
 from teacher_workers.actor import TeacherActor
 
@@ -30,6 +32,7 @@ class _Assignment:
     replica: int
     handle: BatchHandle  # as it was sent
     wire: Any  # reference to the scored batch's bytes
+    asked_at: float = field(default_factory=perf_counter)
 
     @property
     def num_tokens(self) -> int:
@@ -140,8 +143,9 @@ class TeacherPool:
             self._forget(ticket)
             raise
         self._forget(ticket)
-        metrics = {**assignment.handle.metrics, **scored.metrics}
-        return replace(scored, reference=assignment.wire, rollout=assignment.handle.rollout, metrics=metrics)
+        sent = assignment.handle
+        metrics, spans = {**sent.metrics, **scored.metrics}, (*sent.spans, self._span(assignment))
+        return replace(scored, reference=assignment.wire, rollout=sent.rollout, metrics=metrics, spans=spans)
 
     def look_after(self) -> list[Any]:
         """Replace replicas that died unnoticed, start those whose rest is over, and return what starting ones do.
@@ -187,6 +191,10 @@ class TeacherPool:
             )
         return everywhere
 
+    def state(self) -> PoolState:
+        """Return who serves, and how many batches are being scored."""
+        return self._replicas.state(f"teacher-{self.name}", len(self._outstanding))
+
     def late(self) -> str:
         """Name the replicas that owe an answer, or say that none serves."""
         owing = sorted({assignment.replica for assignment in self._outstanding.values()})
@@ -197,6 +205,11 @@ class TeacherPool:
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""
         self._replicas.shutdown()
+
+    def _span(self, assignment: _Assignment) -> Span:
+        worker, num_rows = self._replicas.name(assignment.replica), len(assignment.handle.trajectory_ids)
+        pool, asked_at = f"teacher-{self.name}", assignment.asked_at
+        return Span(pool, worker, "score", asked_at, perf_counter(), num_rows, assignment.num_tokens)
 
     def _disown(self, replica: int) -> None:
         """Make what a replica owes lost."""

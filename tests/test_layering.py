@@ -26,6 +26,7 @@ LAYERS = [
     ("cluster.supervisor", 3),
     ("cluster.pipeline", 3),
     ("cluster.live_checks", 3),
+    ("cluster.lookout", 3),
     ("cluster.training_run", 3),
     ("cluster", 1),
     ("rollout_workers", 2),

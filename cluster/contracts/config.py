@@ -148,6 +148,14 @@ class CheckpointConfig(Section):
     export: bool = True  # write a Hugging Face directory when the run ends
 
 
+class LoggingConfig(Section):
+    """Who is shown a run's figures, besides metrics.jsonl, the terminal and Ray's metrics."""
+
+    tensorboard: bool = True  # event files in the run directory
+    wandb_project: Text | None = None  # also to Weights & Biases, whose package is not among the dependencies
+    trace_steps: CountOrZero = 10  # first and last steps of which trace.json shows every call to a worker; 0: none
+
+
 class RayConfig(Section):
     """Where the actors run."""
 
@@ -176,6 +184,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     alarms: dict[str, AlarmConfig] = field(default_factory=dict)  # the reader adds the default ones
+    logging: LoggingConfig = LoggingConfig()
     ray: RayConfig = RayConfig()
 
     def __post_init__(self) -> None:

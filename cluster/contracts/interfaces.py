@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from cluster.contracts.metrics import Metrics
+from cluster.contracts.observation import Span
 from cluster.contracts.trajectory import Bytes, FinishReason, Floats, Ints
 
 
@@ -60,6 +61,7 @@ class BatchHandle:
     rollout: int = 0  # which request of the rollout pool it answers; in training the step
     is_last: bool = False  # whether the worker that wrote it has written everything of the rollout
     metrics: Metrics = field(default_factory=dict)
+    spans: tuple[Span, ...] = ()  # of the calls that made it, in order; the pools fill them in
 
 
 class BatchSource(Protocol):

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from cluster.contracts.interfaces import BatchHandle, SamplingSettings
 from cluster.contracts.metrics import Mean, Sum
+from cluster.contracts.observation import Span
 from cluster.contracts.weights import WeightSyncReport
 from cluster.flow import Progress
 from cluster.step_record import step_record
@@ -71,3 +74,12 @@ def test_several_teachers_have_their_own_figures_beside_the_common_ones() -> Non
     assert record["teacher/math/sampled_kl"] == 2.0
     assert record["teacher/code/sampled_kl"] == pytest.approx(1 / 3)
     assert record["teacher/sampled_kl"] == 0.75
+
+
+def test_queues_are_what_waited_over_the_seconds_of_the_step() -> None:
+    written = Span("rollout", "rollout-0", "generate", began=1.0, ended=3.0, num_rows=2)
+    scored = Span("teacher-main", "teacher-main-0", "score", began=3.0, ended=4.5, num_rows=2)
+    handle = replace(make_handle((30, 20), Mean(1.0, 2)), spans=(written, scored))
+    record = step_record(3, make_progress([handle]), BUSY, SYNCED, WATCH)
+    assert record["generate/queued_completions"] == pytest.approx(2 * 3.0 / 7.5)  # two, owed from 0 s to 3 s
+    assert record["score/queued_batches"] == pytest.approx(1.5 / 7.5)

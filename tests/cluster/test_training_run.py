@@ -10,12 +10,15 @@ from cluster.checksum import checksum
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ActorDiedError, CheckpointError, RunStopped, TrainingError
 from cluster.contracts.interfaces import AtHand, BatchHandle, RolloutRequest
+from cluster.contracts.observation import PoolState, Span
 from cluster.demo import embedded_config
 from cluster.evaluation import Evaluation, write_samples
 from cluster.history import History
 from cluster.metric_sinks import PlainView
 from cluster.pipeline import load_inputs
 from cluster.run_directory import RunDirectory
+from cluster.run_status import read_report
+from cluster.status_file import KeptStatus
 from cluster.training_run import TrainingRun, summary
 from learner.pending_checkpoint import CheckpointSeconds
 from tests.builders import make_config
@@ -60,6 +63,12 @@ class ScriptedLearner:
         self.is_fast = True
         self.error: CheckpointError | None = None
 
+    def take_spans(self) -> list[Span]:
+        return [Span("learner", "learner-0", "learn", 0.0, 1.0)]
+
+    def state(self) -> PoolState:
+        return PoolState("learner", ["learner-0"], 1, 0)
+
     def begin_checkpoint(self, folder: Path, state: Any) -> "ScriptedCheckpoint":
         self.begun.append(folder.name)
         self.states.append(state)
@@ -86,8 +95,12 @@ class ScriptedCheckpoint:
 def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tuple[TrainingRun, ScriptedLearner]:
     """Return a run of the embedded pair without pools and held-out prompts."""
     learner = ScriptedLearner()
+    rollouts = SimpleNamespace(state=lambda: PoolState("rollout", ["rollout-0"], 2, 1))
     pipeline: Any = SimpleNamespace(
-        learner=learner, rollouts=None, teachers=SimpleNamespace(pools={}), placement=SimpleNamespace(rollout=None)
+        learner=learner,
+        rollouts=rollouts,
+        teachers=SimpleNamespace(pools={}),
+        placement=SimpleNamespace(rollout=None),
     )
     inputs = replace(load_inputs(config), held_out_ids=())
     return TrainingRun(config, inputs, pipeline, directory, PlainView(), first_step, History()), learner
@@ -241,3 +254,29 @@ def test_a_resumed_run_repeats_no_sample_and_no_record(tmp_path: Path) -> None:
         assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
     make_run(directory, config, first_step=0)  # the untrained student is measured again, its teacher is not
     assert [json.loads(line)["model"] for line in directory.samples.read_text().split("\n")[:-1]] == ["teacher main"]
+
+
+def test_a_step_is_recorded_with_its_pools_and_everybody_is_told(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "run.steps=9", "logging.trace_steps=1")
+    directory = RunDirectory.create(config)
+    with KeptStatus(directory.status):
+        run, _ = make_run(directory, config)
+        with run.observers:
+            finish(run, range(1, 2), truncated_ratio=0.0)
+        [record] = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
+        assert (record["pool/rollout/serving"], record["pool/rollout/wanted"]) == (1, 2)
+        assert 0 < record["pool/learner/busy_share"] <= 1
+        report = read_report(directory.path)
+    assert (report.state, report.step, [pool.name for pool in report.pools]) == ("running", 1, ["rollout", "learner"])
+    assert [path.name.startswith("events.out.tfevents.") for path in directory.tensorboard.iterdir()] == [True]
+    assert "learner-0" in directory.trace.read_text()
+
+
+def test_files_that_are_not_wanted_are_not_written(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "run.steps=9", "logging.tensorboard=false", "logging.trace_steps=0")
+    directory = RunDirectory.create(config)
+    run, _ = make_run(directory, config)
+    with run.observers:
+        finish(run, range(1, 2), truncated_ratio=0.0)
+    assert not directory.tensorboard.exists()
+    assert not directory.trace.exists()

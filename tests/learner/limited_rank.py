@@ -2,7 +2,7 @@
 
 import resource
 
-from learner.group import LearnerActor
+from learner.actor import LearnerActor
 
 
 class LimitedRank(LearnerActor):

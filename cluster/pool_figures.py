@@ -1,0 +1,57 @@
+"""How busy each pool was, from the calls to its workers; pure but for the clock that it is given."""
+
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+
+from cluster.contracts.observation import PoolState, Span
+
+
+class PoolFigures:
+    """Turns what happened since the last look into figures of each pool.
+
+    A worker is busy from being asked until it answers. A call counts when it is answered, and no moment of a worker
+    counts twice, however many calls overlap.
+
+    Example:
+        >>> clock = iter((0.0, 10.0))
+        >>> figures = PoolFigures(lambda: next(clock))
+        >>> calls = [Span("rollout", "rollout-0", "generate", 0.0, 4.0, 1, 20), Span("rollout", "rollout-0", "generate",
+        ...          2.0, 5.0, 1, 30)]
+        >>> found = figures.look(calls, [PoolState("rollout", ["rollout-0"], 1, 0)])
+        >>> found["pool/rollout/busy_share"], found["pool/rollout/tokens_per_second"]
+        (0.5, 5.0)
+    """
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        """Begin to look; the clock is the one of the spans."""
+        self._clock = clock
+        self._looked_at = clock()
+        self._counted_until: dict[str, float] = {}  # of each worker
+
+    def look(self, spans: Sequence[Span], pools: Iterable[PoolState]) -> dict[str, float]:
+        """Return every pool's figures as pool/NAME/..."""
+        now = self._clock()
+        window, self._looked_at = now - self._looked_at, now
+        figures: dict[str, float] = {}
+        for pool in pools:
+            own = [span for span in spans if span.pool == pool.name]
+            busy_share = min(1.0, self._busy_seconds(own) / window / max(1, pool.num_wanted))
+            found: dict[str, float] = {
+                "busy_share": busy_share,
+                "idle_share": 1 - busy_share,
+                "serving": len(pool.serving),
+                "wanted": pool.num_wanted,
+                "restarts": pool.num_restarts,
+            }
+            if any(span.num_rows for span in own):  # a learner's answers are about no batch of their own
+                found["tokens_per_second"] = sum(span.num_tokens for span in own) / window
+            figures |= {f"pool/{pool.name}/{name}": value for name, value in found.items()}
+        return figures
+
+    def _busy_seconds(self, spans: Iterable[Span]) -> float:
+        total = 0.0
+        for span in sorted(spans, key=lambda span: span.began):
+            until = self._counted_until.get(span.worker, 0.0)
+            total += max(0.0, span.ended - max(span.began, until))
+            self._counted_until[span.worker] = max(until, span.ended)
+        return total

@@ -1,0 +1,136 @@
+"""What a person is shown of a real run: on Ray's metrics endpoint and by `status` while it lives, in its files after it."""
+
+import json
+import math
+import re
+import signal
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.figure_files import DASHBOARD, exported_name
+from cluster.figures import COMPLETION_LENGTHS, figures
+from tests.end_to_end.conftest import STEPS, ShortRun, preceptor
+from tests.end_to_end.test_endings import ENDED_SECONDS, Run, running
+from tests.leftovers import wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+POOLS = {"rollout", "teacher-countdown", "learner"}
+SEEN_SECONDS = 120.0  # Ray brings figures to its endpoint every few seconds
+SERIES = re.compile(r"(ray_preceptor_\w+)\{")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What was seen of a run while it lived, and when it had been stopped."""
+
+    series: dict[str, list[tuple[dict[str, str], float]]] = field(default_factory=dict)  # name -> labels, value
+    living: dict[str, Any] = field(default_factory=dict)
+    stopped: dict[str, Any] = field(default_factory=dict)
+
+
+def scrape(run: Run) -> dict[str, list[tuple[dict[str, str], float]]]:
+    """Read all endpoints that Ray names to Prometheus."""
+    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for discovery in run.watch.temporary.glob("preceptor-*/ray/prom_metrics_service_discovery.json"):
+        for target in json.loads(discovery.read_text())[0]["targets"]:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+                for family in text_string_to_metric_families(answer.read().decode()):
+                    for sample in family.samples:
+                        found.setdefault(sample.name, []).append((sample.labels, sample.value))
+    return found
+
+
+def asked_for() -> set[str]:
+    """Return every series that a query of the dashboard names."""
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    return {name for panel in panels for target in panel.get("targets", []) for name in SERIES.findall(target["expr"])}
+
+
+def status(directory: Path) -> dict[str, Any]:
+    found = preceptor("status", str(directory), "--json")
+    assert found.code == 0, found.error
+    report: dict[str, Any] = json.loads(found.output)
+    return report
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+    """Watch a run that has every figure until all are on the endpoint, and stop it in order."""
+    settings = ("evaluation.every_steps=2", "checkpoint.every_steps=2", "rollout.stop_repetition=8")
+    with running(tmp_path_factory.mktemp("seen"), "run.steps=100000", *settings) as run:
+        run.wait_for("step 5 ")
+        wait_until(lambda: asked_for() <= scrape(run).keys(), SEEN_SECONDS)
+        series, living = scrape(run), status(run.directory)
+        run.signal_group(signal.SIGINT)
+        assert run.process.wait(ENDED_SECONDS) == 130, "".join(run.lines)
+        yield Shown(series, living, status(run.directory))
+
+
+def test_every_query_of_the_dashboard_finds_finite_values_of_the_run(shown: Shown) -> None:
+    assert len(asked_for()) == len(figures())
+    for name in asked_for():
+        samples = shown.series.get(name, [])
+        assert samples, f"{name} is not on Ray's metrics endpoint"
+        assert all(labels["run"] == "run" and math.isfinite(value) for labels, value in samples), name
+
+
+def test_figures_of_pools_are_there_for_every_pool(shown: Shown) -> None:
+    for figure in figures():
+        if figure.is_of_pools:
+            pools = {labels["pool"] for labels, _ in shown.series[exported_name(figure)]}
+            expected = POOLS - {"learner"} if figure.metric == "preceptor_pool_tokens_per_second" else POOLS
+            assert pools == expected, figure.metric
+
+
+def test_a_living_run_shows_its_pools_by_its_directory_alone(shown: Shown) -> None:
+    living = shown.living
+    assert (living["state"], living["steps"]) == ("running", 100000)
+    assert living["step"] >= 5
+    assert {pool["name"]: len(pool["workers"]) for pool in living["pools"]} == dict.fromkeys(POOLS, 1) | {"learner": 2}
+    assert living["tokens_per_second"] > 0
+    assert living["held_out"]["step"] >= 2
+    assert all(0 < pool["busy_share"] <= 1 for pool in living["pools"])
+
+
+def test_a_run_that_was_stopped_says_so_and_where_it_goes_on(shown: Shown) -> None:
+    assert shown.stopped["state"] == "stopped"
+    assert f"stopped after step {shown.stopped['step']}" in shown.stopped["error"]
+    assert shown.stopped["last_checkpoint"] == shown.stopped["step"]
+
+
+def test_every_figure_of_the_table_is_one_of_the_run(short_run: ShortRun) -> None:
+    found = {name for record in short_run.records() for name in record}
+    sources = {figure.source.replace("{pool}", "rollout") for figure in figures()}
+    # This run ends no completion for repetition; the one above does.
+    assert sources - found == {"1", COMPLETION_LENGTHS, "rollout/repetition_ratio"}
+
+
+def test_a_finished_run_has_ended_with_all_its_steps(short_run: ShortRun) -> None:
+    report = status(short_run.path)
+    assert (report["state"], report["step"], report["last_checkpoint"]) == ("ended", STEPS, STEPS)
+    assert report["held_out"]["accuracy"] == short_run.records()[-1]["held_out/accuracy"]
+
+
+def test_the_timeline_shows_every_stage_on_every_worker(short_run: ShortRun) -> None:
+    events = json.loads((short_run.path / "trace.json").read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    stages = {(names[event["pid"]], event["name"]) for event in events if event["ph"] == "X"}
+    ranks = {(f"learner-{rank}", stage) for rank in range(2) for stage in ("learn", "sync")}
+    assert stages == {("rollout-0", "generate"), ("rollout-0", "sync"), ("teacher-countdown-0", "score")} | ranks
+    written = [event["args"]["tokens"] for event in events if event["name"] == "generate"]
+    learned = sum(record["completion_tokens"] for record in short_run.records())
+    held_out = sum(record["held_out/tokens"] for record in short_run.records() if "held_out/tokens" in record)
+    last = short_run.records()[-1]["held_out/tokens"]  # after the last step, so in no step's calls
+    assert sum(written) == learned + held_out - last
+
+
+def test_tensorboard_has_one_event_per_step(short_run: ShortRun) -> None:
+    [path] = (short_run.path / "tensorboard").iterdir()
+    assert path.read_bytes().count(b"train/kl") == STEPS
