@@ -1,9 +1,10 @@
-"""The command line, `preceptor COMMAND`. An error is one sentence; --debug shows its trace."""
+"""The command line; `preceptor --help` shows every command. An error is one sentence; --debug shows its trace."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped, in_one_line
@@ -107,6 +108,43 @@ def demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def submit(options: argparse.Namespace) -> int:
+    """Train on a cluster, as a job that is followed until its end."""
+    config = _load(options)
+    run_file, overrides = _split(options.arguments)
+    assert run_file is not None
+    from cluster.job_commands import Submission, parse_variables, submit_run
+
+    variables = parse_variables(options.env)
+    submission = Submission(Path(run_file), overrides, options.address, options.python, variables, options.resume)
+    return submit_run(submission, config, wait=not options.no_wait)
+
+
+def follow(options: argparse.Namespace) -> int:
+    """Show what a job of a cluster has printed and prints."""
+    from cluster.job_commands import follow_job
+
+    return follow_job(options.address, options.job_id)
+
+
+def stop(options: argparse.Namespace) -> int:
+    """End a job of a cluster in order, with a checkpoint."""
+    from cluster.job_commands import stop_job
+
+    return stop_job(options.address, options.job_id)
+
+
+class _Interleaving(argparse.ArgumentParser):
+    """Takes overrides after options too; argparse takes all positional arguments in one place."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, left = super().parse_known_args(args, namespace)
+        if "arguments" in found:
+            found.arguments += [text for text in left if not text.startswith("-")]
+            left = [text for text in left if text.startswith("-")]
+        return found, left
+
+
 def _load(options: argparse.Namespace) -> Config:
     run_file, overrides = _split(options.arguments)
     if run_file is None:
@@ -124,7 +162,7 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="preceptor", description="On-policy distillation of language models.")
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Interleaving)
     for name, run in (("train", train), ("eval", evaluate), ("check", check)):
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.add_argument("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
@@ -142,7 +180,23 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     command.add_argument("arguments", nargs="*", metavar="section.field=value")
     command.set_defaults(command=demo)
+    _add_job_commands(commands)
     return parser
+
+
+def _add_job_commands(commands: Any) -> None:
+    for run in (submit, follow, stop):
+        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        command.add_argument("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS")
+        command.set_defaults(command=run)
+        if run is not submit:
+            command.add_argument("job_id", metavar="JOB_ID")
+            continue
+        command.add_argument("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
+        command.add_argument("--resume", action="store_true", help="go on with the run from its last checkpoint")
+        command.add_argument("--no-wait", action="store_true", help="return when the job is submitted")
+        command.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for driver and actors")
+        command.add_argument("--python", default="python", help="the interpreter on the cluster's nodes")
 
 
 if __name__ == "__main__":

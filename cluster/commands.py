@@ -16,7 +16,7 @@ from cluster.pipeline import (
     start_student_rollouts,
     start_teacher_rollouts,
 )
-from cluster.placement import Placement, cluster_nodes, describe, plan_placement
+from cluster.placement import Placement, await_placement, describe
 from cluster.ray_session import RaySession, ray_session
 from cluster.run_directory import RunDirectory
 from cluster.status_file import KeptStatus
@@ -34,7 +34,7 @@ def start_training(config: Config) -> History:
     check_wandb(config)
     inputs = load_inputs(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
-        placement = plan_placement(config, cluster_nodes())
+        placement = await_placement(config, view.say)
         directory = RunDirectory.create(config)
         _announce(view, session, placement, directory)
         with KeptStatus(directory.status):
@@ -58,7 +58,7 @@ def resume_training(directory: RunDirectory, config: Config) -> History:
         )
     inputs = load_inputs(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
-        placement = plan_placement(config, cluster_nodes())
+        placement = await_placement(config, view.say)
         _announce(view, session, placement, directory)
         for warning in warnings:
             view.say(warning)
@@ -82,7 +82,7 @@ def evaluate_models(config: Config) -> None:
     if not inputs.held_out_ids:
         raise CheckpointError("prompts.held_out: the run file names no held-out prompts to evaluate on")
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
-        placement = plan_placement(config, cluster_nodes())
+        placement = await_placement(config, view.say)
         _announce(view, session, placement, None)
         with start_student_rollouts(config, inputs, placement) as pool:
             tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
@@ -94,7 +94,7 @@ def check_run(config: Config) -> bool:
     """Print the placement, run every self-check and return whether all passed."""
     inputs = load_inputs(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
-        placement = plan_placement(config, cluster_nodes())
+        placement = await_placement(config, view.say)
         _announce(view, session, placement, None)
         view.say("  ok    tokenizers: same ids, special tokens, EOS and chat template")
         view.say(f"  ok    context: every engine has room for {inputs.max_model_len} tokens")

@@ -1,14 +1,23 @@
-"""Who runs where: worker counts and shares of the cluster, checked before anything starts."""
+"""Who runs where: worker counts, their nodes and shares of the cluster, checked before anything starts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import PlacementError
+from cluster.packing import CPU_UNITS, Demand, Room, largest_equal_share, pack
+
+LOOK_SECONDS = 1.0  # between two looks at what is free
+PATIENCE_SECONDS = 3.0  # what Ray says of a node that has just started, or of actors that have just ended, is late
+LEARNER = "learner"
 
 
 @dataclass(frozen=True)
@@ -17,6 +26,12 @@ class NodeResources:
 
     cpus: float
     gpus: int
+    node_id: str = ""  # Ray's; "": workers are not told to go there
+
+    @property
+    def room(self) -> Room:
+        """Return it in whole units."""
+        return Room.of(self.cpus, self.gpus)
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,7 @@ class PoolPlacement:
     gpus_per_worker: int
     cpus_per_worker: float  # what Ray reserves
     cpu_threads: int  # what the worker's kernels use when there is no GPU
+    nodes: tuple[NodeResources, ...]  # one per worker
 
     def options(self) -> list[dict[str, Any]]:
         """Return Ray actor options, one per worker."""
@@ -35,7 +51,12 @@ class PoolPlacement:
         if not self.gpus_per_worker:
             # Ray would set the threads from the reserved CPUs, which are fractions here.
             share["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(self.cpu_threads)}}
-        return [share] * self.num_workers
+        # Soft: a worker whose node is dead goes to any other with room; while its node lives, its share waits there.
+        return [
+            share
+            | ({"scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=True)} if node.node_id else {})
+            for node in self.nodes[: self.num_workers]
+        ]
 
 
 @dataclass(frozen=True)
@@ -54,53 +75,77 @@ class Placement:
 
 def cluster_nodes() -> list[NodeResources]:
     """Ask the connected Ray cluster for its live nodes."""
-    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [NodeResources(found.get("CPU", 0.0), int(found.get("GPU", 0))) for found in resources]
+    return [
+        NodeResources(node["Resources"].get("CPU", 0.0), int(node["Resources"].get("GPU", 0)), node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
-def plan_placement(config: Config, nodes: Sequence[NodeResources]) -> Placement:
-    """Give every pool its share of the nodes.
+def free_nodes(nodes: Sequence[NodeResources]) -> list[NodeResources]:
+    """Ask the connected Ray cluster what is left of its nodes."""
+    left = available_resources_per_node()
+    return [
+        replace(
+            node,
+            cpus=left.get(node.node_id, {}).get("CPU", 0.0),
+            gpus=int(left.get(node.node_id, {}).get("GPU", 0)),
+        )
+        for node in nodes
+    ]
 
-    With GPUs, each worker reserves whole ones. Without, the pools take turns on the same cores: each engine gets the
-    node's cores divided by the number of engines, and the learner all of them, since it works while the engines wait.
+
+def await_placement(config: Config, say: Callable[[str], None]) -> Placement:
+    """Plan on what is free; where others use what the run needs, wait up to ray.start_timeout_seconds for it.
 
     Raises:
-        PlacementError: the GPUs that the run needs are not there; says how many are needed, found, and for whom.
+        PlacementError: the cluster is too small, or what is needed did not become free in time.
     """
-    on_gpu = any(node.gpus for node in nodes)
-    engines = config.rollout.num_workers + sum(teacher.num_workers for teacher in config.teachers.values())
-    workers = engines + config.learner.num_workers
-    cores = floor(max((node.cpus for node in nodes), default=0))
-    if cores < 1:
+    limit = config.ray.start_timeout_seconds
+    began = time.monotonic()
+    has_said = False
+    while True:
+        nodes = cluster_nodes()
+        plan_placement(config, nodes)
+        try:
+            return plan_placement(config, nodes, free_nodes(nodes))
+        except PlacementError as error:
+            waited = time.monotonic() - began
+            if waited >= limit:
+                raise PlacementError(
+                    f"waited {limit:.0f} s (ray.start_timeout_seconds) for what others use: {error}"
+                ) from error
+            if waited >= PATIENCE_SECONDS and not has_said:
+                say(f"waiting up to {limit:.0f} s for what others use: {error}")
+                has_said = True
+        time.sleep(min(LOOK_SECONDS, limit))
+
+
+def plan_placement(
+    config: Config, nodes: Sequence[NodeResources], free: Sequence[NodeResources] | None = None
+) -> Placement:
+    """Give every worker its share of a node.
+
+    With GPUs, each worker reserves whole ones. Without, the pools take turns on the same cores: each engine gets the
+    node's cores divided by the number of its engines, and the learner all of them, since it works while engines wait.
+
+    Args:
+        config: the run.
+        nodes: the cluster.
+        free: what others leave of the same nodes; None: all of it.
+
+    Raises:
+        PlacementError: what the run needs is not there; says how much is needed, found, and for whom.
+    """
+    if floor(max((node.cpus for node in nodes), default=0)) < 1:
         raise PlacementError("the Ray cluster offers no CPU; start it with at least one")
-    # Reserve fractions: Ray schedules by reservation, and the stages share the cores in turns.
-    reserved = 1.0 if on_gpu else floor(100 * min(1.0, sum(node.cpus for node in nodes) / workers)) / 100
-    engine_threads = max(1, cores // max(1, engines // len(nodes)))
-
-    def pool(name: str, num_workers: int, gpus: int, threads: int | None, default_threads: int) -> PoolPlacement:
-        return PoolPlacement(name, num_workers, gpus if on_gpu else 0, reserved, threads or default_threads)
-
-    rollout = config.rollout
-    learner_threads = max(1, cores // config.learner.num_workers)
-    placement = Placement(
-        pool(
-            "rollout", rollout.num_workers, rollout.engine.tensor_parallel, rollout.engine.cpu_threads, engine_threads
-        ),
-        {
-            name: pool(
-                f"teacher-{name}",
-                teacher.num_workers,
-                teacher.engine.tensor_parallel,
-                teacher.engine.cpu_threads,
-                engine_threads,
-            )
-            for name, teacher in config.teachers.items()
-        },
-        pool("learner", config.learner.num_workers, 1, config.learner.cpu_threads, learner_threads),
-    )
-    if on_gpu:
-        _check_gpus(placement, nodes)
-    return placement
+    demands = _demands(config, nodes)
+    rooms = [node.room for node in (nodes if free is None else free)]
+    places = pack(demands, rooms, _where(demands, nodes, free))
+    threads = _threads(config, nodes, places)
+    pools = {demand.pool: _placed(demand, nodes, places[demand.pool], threads[demand.pool]) for demand in demands}
+    teachers = {name: pools[_teacher_pool(name)] for name in config.teachers}
+    return Placement(pools["rollout"], teachers, pools[LEARNER])
 
 
 def describe(placement: Placement) -> list[tuple[str, str]]:
@@ -108,20 +153,53 @@ def describe(placement: Placement) -> list[tuple[str, str]]:
     lines = []
     for pool in placement.pools:
         kind = f"{pool.gpus_per_worker} GPU" if pool.gpus_per_worker else f"{pool.cpu_threads} CPU threads"
-        lines.append((pool.name, f"{pool.num_workers} x {kind}"))
+        nodes = len(set(pool.nodes))
+        lines.append((pool.name, f"{pool.num_workers} x {kind}" + (f" on {nodes} nodes" if nodes > 1 else "")))
     return lines
 
 
-def _check_gpus(placement: Placement, nodes: Sequence[NodeResources]) -> None:
-    """Pack the workers into the nodes, widest first; an engine's GPUs must be on one node."""
-    free = [node.gpus for node in nodes]
-    found, needed = sum(free), sum(pool.num_workers * pool.gpus_per_worker for pool in placement.pools)
-    for pool in sorted(placement.pools, key=lambda pool: -pool.gpus_per_worker):
-        for worker in range(pool.num_workers):
-            node = max(range(len(free)), key=lambda index: free[index])
-            if free[node] < pool.gpus_per_worker:
-                raise PlacementError(
-                    f"{pool.name} worker {worker} needs {pool.gpus_per_worker} GPUs on one node, {free[node]} are "
-                    f"left; the run needs {needed} GPUs and the cluster has {found} on {len(nodes)} nodes"
-                )
-            free[node] -= pool.gpus_per_worker
+def _teacher_pool(name: str) -> str:
+    return f"teacher-{name}"
+
+
+def _demands(config: Config, nodes: Sequence[NodeResources]) -> list[Demand]:
+    """Return who needs what, in data-flow order."""
+    engines = {"rollout": (config.rollout.num_workers, config.rollout.engine.tensor_parallel)}
+    for name, teacher in config.teachers.items():
+        engines[_teacher_pool(name)] = (teacher.num_workers, teacher.engine.tensor_parallel)
+    workers = sum(count for count, _ in engines.values()) + config.learner.num_workers
+    on_gpu = any(node.gpus for node in nodes)
+    # Fractions without GPUs: Ray schedules by reservation, and the stages share the cores in turns.
+    cpu_units = CPU_UNITS if on_gpu else max(1, largest_equal_share([node.room for node in nodes], workers))
+    demands = [Demand(pool, count, Room(cpu_units, gpus if on_gpu else 0)) for pool, (count, gpus) in engines.items()]
+    learner = Demand(LEARNER, config.learner.num_workers, Room(cpu_units, int(on_gpu)), together=True)
+    return [*demands, learner]
+
+
+def _where(demands: Sequence[Demand], nodes: Sequence[NodeResources], free: Sequence[NodeResources] | None) -> str:
+    """Say what the run needs and the cluster has."""
+    on_gpu = any(node.gpus for node in nodes)
+    needed = sum(demand.num_workers * (demand.share.gpus or demand.share.cpu_units / CPU_UNITS) for demand in demands)
+    found, left = (sum(node.gpus if on_gpu else node.cpus for node in some) for some in (nodes, free or ()))
+    has = f"the cluster has {found:g}" if free is None else f"{left:g} of the cluster's {found:g} are free"
+    return f"the run needs {needed:g} {'GPUs' if on_gpu else 'CPUs'} and {has} on {len(nodes)} nodes"
+
+
+def _placed(demand: Demand, nodes: Sequence[NodeResources], places: Sequence[int], threads: int) -> PoolPlacement:
+    share = demand.share
+    where = tuple(nodes[place] for place in places)
+    return PoolPlacement(demand.pool, demand.num_workers, share.gpus, share.cpu_units / CPU_UNITS, threads, where)
+
+
+def _threads(config: Config, nodes: Sequence[NodeResources], places: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return the threads of each pool's workers without GPUs: as set, else what the fullest of its nodes allows."""
+    engines = Counter(node for pool, taken in places.items() if pool != LEARNER for node in taken)
+    ranks = Counter(places[LEARNER])
+    wanted = {"rollout": config.rollout.engine.cpu_threads, LEARNER: config.learner.cpu_threads}
+    wanted |= {_teacher_pool(name): teacher.engine.cpu_threads for name, teacher in config.teachers.items()}
+
+    def fair(pool: str) -> int:
+        on_node = ranks if pool == LEARNER else engines
+        return min(max(1, floor(nodes[node].cpus) // on_node[node]) for node in places[pool])
+
+    return {pool: wanted[pool] or fair(pool) for pool in places}

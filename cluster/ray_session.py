@@ -1,6 +1,7 @@
 """Connects to a Ray cluster, or starts a local one for the length of the run."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,11 @@ from cluster.local_cluster import LOOPBACK, local_cluster, on_loopback, private_
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # a step's trajectories and one copy of the weights; Ray spills the rest to disk
 CONNECT_SECONDS = 10.0
+TOKEN_ADVICE = (
+    "set RAY_AUTH_MODE=token and give the cluster's own token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH "
+    "names, or in ~/.ray/auth_token"
+)
+VERSION_MISMATCH = "Version mismatch: "  # how Ray begins the error of a driver that is not like the cluster
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,16 @@ def _joined(address: str, arguments: dict[str, Any]) -> Iterator[RaySession]:
         with on_loopback() if _lives_on_loopback(address) else nullcontext():
             context = ray.init(address=address, **arguments)
     except AuthenticationError as error:
-        raise PlacementError(
-            f"ray.address '{address}': the cluster refuses this token; set RAY_AUTH_MODE=token and give the cluster's "
-            "own token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
-        ) from error
+        raise PlacementError(f"ray.address '{address}': the cluster refuses this token; {TOKEN_ADVICE}") from error
     except (ConnectionError, RpcError) as error:
         raise PlacementError(f"ray.address '{address}': no Ray cluster answers there: {error}") from error
+    except RuntimeError as error:
+        if VERSION_MISMATCH not in str(error):
+            raise
+        raise PlacementError(
+            f"ray.address '{address}': the driver needs the very Ray and Python of the cluster, to the last number: "
+            f"{_sides(str(error))}; use the cluster's, or let preceptor submit start the driver there"
+        ) from error
     try:
         with private_umask(), interrupt_on_sigterm():
             yield RaySession(context.dashboard_url or None, is_local=False)
@@ -101,6 +111,12 @@ def _lives_on_loopback(address: str) -> bool:
     ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one, the client would end this process
     nodes = GcsClient(address=address).get_all_node_info().values()
     return {node.node_manager_address for node in nodes} == {LOOPBACK}
+
+
+def _sides(mismatch: str) -> str:
+    """Shorten Ray's paragraph about two versions of Ray and two of Python to half a line."""
+    found = re.findall(r"(?:Ray|Python): (\S+)", mismatch)
+    return "the cluster has Ray {} with Python {}, this process Ray {} with Python {}".format(*found)
 
 
 def _first_sentence(error: Exception) -> str:

@@ -89,6 +89,10 @@ class PlacementError(PreceptorError, RuntimeError):
     """The cluster cannot hold the pools that the run asks for."""
 
 
+class JobError(PreceptorError, RuntimeError):
+    """A cluster's job server cannot be reached, or a job cannot be submitted, followed or stopped."""
+
+
 class CheckpointError(PreceptorError, RuntimeError):
     """A checkpoint cannot be written, found or restored."""
 

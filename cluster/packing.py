@@ -1,0 +1,151 @@
+"""Where workers go: engines apart from each other, the learner's ranks together, and on no node more than it has."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster.contracts.errors import PlacementError
+
+CPU_UNITS = 10_000  # Ray counts resources in ten-thousandths; whole numbers of them add up exactly
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a node offers, or what a worker reserves.
+
+    Example:
+        >>> Room(cpu_units=20_000, gpus=4).times_that_fit(Room(cpu_units=10_000, gpus=1))
+        2
+    """
+
+    cpu_units: int
+    gpus: int
+
+    @classmethod
+    def of(cls, cpus: float, gpus: int) -> "Room":
+        """Return the room of so many CPUs, which may be a fraction, and GPUs."""
+        return cls(int(cpus * CPU_UNITS + 0.5), gpus)
+
+    def less(self, other: "Room", times: int = 1) -> "Room":
+        """Return what is left when `other` is taken so many times."""
+        return Room(self.cpu_units - times * other.cpu_units, self.gpus - times * other.gpus)
+
+    def times_that_fit(self, other: "Room") -> int:
+        """Return how often `other`, which has at least one CPU unit, fits in here."""
+        by_cpu = self.cpu_units // other.cpu_units
+        return min(by_cpu, self.gpus // other.gpus) if other.gpus else by_cpu
+
+
+@dataclass(frozen=True)
+class Demand:
+    """The workers of one pool or group, which are all alike."""
+
+    pool: str
+    num_workers: int
+    share: Room  # of one worker
+    together: bool = False  # whether the workers talk to each other at every step
+
+
+def largest_equal_share(rooms: Sequence[Room], workers: int) -> int:
+    """Return the most CPU units, up to one CPU, that each of `workers` can have without being split over nodes.
+
+    Example:
+        >>> largest_equal_share([Room.of(2, 0), Room.of(2, 0)], workers=5)
+        6666
+    """
+    shares = {min(CPU_UNITS, room.cpu_units // count) for room in rooms for count in range(1, workers + 1)}
+    fitting = [share for share in shares if share and sum(room.cpu_units // share for room in rooms) >= workers]
+    return max(fitting, default=0)
+
+
+def pack(demands: Sequence[Demand], rooms: Sequence[Room], where: str) -> dict[str, tuple[int, ...]]:
+    """Return the node, as a position in `rooms`, of every worker of every pool.
+
+    First the groups are put on as few nodes as can be and the pools spread over what is left. Where that leaves no room
+    for somebody, everything goes as close together as it can, widest workers first.
+
+    Args:
+        demands: who needs room.
+        rooms: what the nodes have.
+        where: the cluster and what it has, as the end of the error's sentence.
+
+    Raises:
+        PlacementError: a worker finds no room; says which, and what it needs.
+    """
+    groups_first = sorted(demands, key=lambda demand: (not demand.together, -demand.share.gpus))
+    try:
+        return _arrange(groups_first, _Nodes(rooms, where), tightly=False)
+    except PlacementError:
+        widest_first = sorted(demands, key=lambda demand: (-demand.share.gpus, demand.together))
+        return _arrange(widest_first, _Nodes(rooms, where), tightly=True)
+
+
+class _Nodes:
+    """What is left on every node while workers take their shares."""
+
+    def __init__(self, rooms: Iterable[Room], where: str) -> None:
+        self.left = list(rooms)
+        self._where = where
+
+    def fitting(self, share: Room) -> list[int]:
+        return [node for node, room in enumerate(self.left) if room.times_that_fit(share)]
+
+    def take(self, node: int, share: Room, times: int = 1) -> None:
+        self.left[node] = self.left[node].less(share, times)
+
+    def refuse(self, demand: Demand, worker: int) -> PlacementError:
+        """Return the error of a worker that finds no room."""
+        share = demand.share
+        most = max((room.gpus for room in self.left), default=0)
+        if share.gpus > most:
+            needs = f"{share.gpus} GPUs on one node, {most} are left"
+        else:
+            beside = f" beside {share.gpus} GPUs" if share.gpus else ""
+            needs = f"{share.cpu_units / CPU_UNITS:g} CPUs{beside} on one node, and no node has that left"
+        return PlacementError(f"{demand.pool} worker {worker} needs {needs}; {self._where}")
+
+
+def _arrange(demands: Sequence[Demand], nodes: _Nodes, tightly: bool) -> dict[str, tuple[int, ...]]:
+    places: dict[str, tuple[int, ...]] = {}
+    for demand in demands:
+        if demand.together:
+            places[demand.pool] = _together(demand, nodes)
+        else:
+            places[demand.pool] = _one_by_one(demand, nodes, tightly)
+    return places
+
+
+def _together(demand: Demand, nodes: _Nodes) -> tuple[int, ...]:
+    """Fill the smallest node that holds all, else the largest and go on with the rest."""
+    places: list[int] = []
+    while len(places) < demand.num_workers:
+        missing = demand.num_workers - len(places)
+        fits = {node: nodes.left[node].times_that_fit(demand.share) for node in nodes.fitting(demand.share)}
+        if not fits:
+            raise nodes.refuse(demand, len(places))
+        whole = [node for node in fits if fits[node] >= missing]
+        node = min(whole, key=fits.__getitem__) if whole else max(fits, key=fits.__getitem__)
+        times = min(missing, fits[node])
+        nodes.take(node, demand.share, times)
+        places += [node] * times
+    return tuple(places)
+
+
+def _one_by_one(demand: Demand, nodes: _Nodes, tightly: bool) -> tuple[int, ...]:
+    """Put each worker on the fullest node that holds it, or on the one with the fewest workers of its pool."""
+    places: list[int] = []
+    mates: Counter[int] = Counter()
+
+    def looseness(node: int) -> tuple[int, int, int]:
+        room = nodes.left[node]
+        return (0 if tightly else -mates[node], room.gpus, room.cpu_units)
+
+    for worker in range(demand.num_workers):
+        fitting = nodes.fitting(demand.share)
+        if not fitting:
+            raise nodes.refuse(demand, worker)
+        node = min(fitting, key=looseness) if tightly else max(fitting, key=looseness)
+        nodes.take(node, demand.share)
+        mates[node] += 1
+        places.append(node)
+    return tuple(places)
