@@ -36,13 +36,26 @@ class Recipe:
 
     cls: type
     arguments: Callable[[str], tuple[Any, ...]]  # of the constructor, by the actor's name
-    options: Sequence[Mapping[str, Any]]  # Ray's, one entry per first replica; later ones take turns with them
+    options: Sequence[Mapping[str, Any]]  # Ray's, one entry per replica that the pool begins with
     create: Callable[..., list[ActorHandle]] = actors.create_actors
 
     def make(self, replica: int, name: str) -> ActorHandle:
         """Ask Ray for a replica's actor."""
-        [actor] = self.create(self.cls, [name], [self.arguments(name)], [self.options[replica % len(self.options)]])
+        option = self.options[replica] if replica < len(self.options) else for_later(self.options[0])
+        [actor] = self.create(self.cls, [name], [self.arguments(name)], [option])
         return actor
+
+
+def for_later(option: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a replica that nobody planned a place for: where there is room, and few others.
+
+    Example:
+        >>> for_later({"num_cpus": 1.0, "num_gpus": 0, "scheduling_strategy": "DEFAULT"})
+        {'num_cpus': 0, 'num_gpus': 0, 'scheduling_strategy': 'SPREAD'}
+    """
+    # Without GPUs, all share the same cores in turns, and the first replicas have reserved them.
+    free = {} if option.get("num_gpus") else {"num_cpus": 0}
+    return {**option, **free, "scheduling_strategy": "SPREAD"}
 
 
 @dataclass(frozen=True)

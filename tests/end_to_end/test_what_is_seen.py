@@ -1,4 +1,4 @@
-"""What a person is shown of a real run: on Ray's metrics endpoint and by `status` while it lives, in its files after it."""
+"""What a person is shown of a real run: on Ray's metrics endpoint and by `status` while it lives, then in files."""
 
 import json
 import math
