@@ -1,4 +1,4 @@
-"""The command line: `preceptor train | eval | check | status | demo`. Errors are one sentence; --debug shows the trace."""
+"""The command line, `preceptor COMMAND`. An error is one sentence; --debug shows its trace."""
 
 import argparse
 import sys
