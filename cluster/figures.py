@@ -44,7 +44,11 @@ PANELS: tuple[Panel, ...] = (
         "KL to the teacher per token",
         "none",
         (
-            Figure("preceptor_kl", "train/kl", "KL(student || teacher) per token of the step's own trajectories, nats"),
+            Figure(
+                "preceptor_kl",
+                "train/kl",
+                "KL of the student from its teachers per token, on the step's own trajectories, nats",
+            ),
             Figure("preceptor_held_out_kl", "held_out/kl", "the same on held-out prompts, nats"),
         ),
     ),
