@@ -56,6 +56,7 @@ def test_a_batch_says_who_wrote_it_and_how_much(pool: RolloutPool) -> None:
     assert {(span.pool, span.worker, span.stage) for span in spans} == {("stub", "stub-0", "generate")}
     assert (sum(span.num_rows for span in spans), sum(span.num_tokens for span in spans)) == (2, 45)
     assert all(span.seconds > 0 for span in spans)
+    assert spans[0].ended <= spans[1].began  # it is asked for the second batch when the first is back
 
 
 def test_the_pool_knows_who_serves_and_what_is_owed(pool: RolloutPool) -> None:
