@@ -38,7 +38,7 @@ def exported_name(figure: Figure) -> str:
     """Return what Prometheus calls a figure.
 
     Example:
-        >>> exported_name(Figure("preceptor_steps", "1", "steps", "counter"))
+        >>> exported_name(Figure("preceptor_steps", "every step", "steps", "counter"))
         'ray_preceptor_steps_total'
     """
     return f"ray_{figure.metric}" + ("_total" if figure.kind == "counter" else "")
@@ -64,7 +64,7 @@ def markdown_table() -> str:
     lines = ["| metric | kind | figure of metrics.jsonl | what it says |", "|---|---|---|---|"]
     for panel in PANELS:
         for figure in panel.figures:
-            source = f"`{figure.source}`" if "/" in figure.source or "_" in figure.source else figure.source
+            source = figure.source if " " in figure.source else f"`{figure.source}`"
             lines.append(f"| `{exported_name(figure)}` | {figure.kind} | {source} | {figure.says} |")
     return "\n".join(lines) + "\n"
 

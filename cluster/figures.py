@@ -14,7 +14,7 @@ class Figure:
     """One metric; those of sources with `{pool}` have the tag `pool` besides `run`."""
 
     metric: str
-    source: str  # its name in metrics.jsonl; of a histogram, what is counted
+    source: str  # its name in metrics.jsonl, or what is counted
     says: str
     kind: Literal["gauge", "counter", "histogram"] = "gauge"
 
@@ -34,7 +34,9 @@ class Panel:
     figures: tuple[Figure, ...]
 
 
-COMPLETION_LENGTHS = "num_completion_tokens of every trajectory"
+# What two figures count that is no figure of metrics.jsonl itself.
+COMPLETION_LENGTHS = "completion tokens of every trajectory"
+EVERY_STEP = "every step"
 
 PANELS: tuple[Panel, ...] = (
     Panel(
@@ -42,7 +44,11 @@ PANELS: tuple[Panel, ...] = (
         "KL to the teacher per token",
         "none",
         (
-            Figure("preceptor_kl", "train/kl", "KL(student || teacher) per token of the step's own trajectories, nats"),
+            Figure(
+                "preceptor_kl",
+                "train/kl",
+                "KL of the student from its teachers per token, on the step's own trajectories, nats",
+            ),
             Figure("preceptor_held_out_kl", "held_out/kl", "the same on held-out prompts, nats"),
         ),
     ),
@@ -65,7 +71,7 @@ PANELS: tuple[Panel, ...] = (
         "Progress",
         "Steps per second",
         "ops",
-        (Figure("preceptor_steps", "1", "optimizer steps since the run started or was resumed", "counter"),),
+        (Figure("preceptor_steps", EVERY_STEP, "optimizer steps since the run started or was resumed", "counter"),),
     ),
     Panel(
         "Throughput",

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from cluster.figures import POOL, Figure, figures
+from cluster.figures import EVERY_STEP, POOL, Figure, figures
 from cluster.observers import Ending, SeenStep
 
 # A completion's end lies anywhere between a word and a long chain of thought, so the buckets double.
@@ -37,7 +37,7 @@ class RayMetrics:
         """Do nothing: Ray drops the metrics of a driver that has gone."""
 
     def _values(self, figure: Figure, seen: SeenStep) -> list[tuple[dict[str, str], float]]:
-        found: Mapping[str, float] = {"1": 1.0, **seen.record}
+        found: Mapping[str, float] = {EVERY_STEP: 1.0, **seen.record}
         if not figure.is_of_pools:
             named = [({"run": self._run}, figure.source)]
         else:

@@ -30,6 +30,7 @@ class PoolReport(msgspec.Struct, frozen=True):
     owed: int  # completions of a rollout pool, batches of a teacher's
     policy_version: int | None  # None: its weights never change
     busy_share: float | None  # None: no step says
+    idle_share: float | None
     tokens_per_second: float | None
 
 
@@ -106,6 +107,7 @@ def _pool(pool: PoolState, status: Status, record: Mapping[str, float]) -> PoolR
         pool.num_owed,
         None if pool.name.startswith("teacher-") else status.step,
         figure("busy_share"),
+        figure("idle_share"),
         figure("tokens_per_second"),
     )
 
@@ -147,7 +149,7 @@ def _table(report: RunReport) -> Table:
     for label in ("serve", "restarts", "owed", "weights", "busy", "idle", "tokens/s"):
         table.add_column(label, justify="right")
     for pool in report.pools:
-        busy, rate = pool.busy_share, pool.tokens_per_second
+        busy, idle, rate = pool.busy_share, pool.idle_share, pool.tokens_per_second
         table.add_row(
             pool.name,
             f"{len(pool.workers)}/{pool.wanted}",
@@ -155,7 +157,7 @@ def _table(report: RunReport) -> Table:
             str(pool.owed),
             "" if pool.policy_version is None else str(pool.policy_version),
             "" if busy is None else f"{busy:.0%}",
-            "" if busy is None else f"{1 - busy:.0%}",
+            "" if idle is None else f"{idle:.0%}",
             "" if rate is None else f"{rate:,.0f}",
         )
     return table

@@ -1,7 +1,9 @@
 """A run's figures to Weights & Biases, whose package is imported here and only when a run file asks for it."""
 
+import hashlib
 import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -22,7 +24,7 @@ class WandbObserver:
         self._run: Any = wandb.init(
             project=config.logging.wandb_project,
             name=config.run.name,
-            id=config.run.name,
+            id=_run_id(config.run.name, directory.path),
             resume="allow",
             dir=directory.path,
             config=msgspec.to_builtins(config),
@@ -35,6 +37,11 @@ class WandbObserver:
     def close(self, ending: Ending) -> None:
         """End the W&B run."""
         self._run.finish(exit_code=1 if ending == "failed" else 0)
+
+
+def _run_id(name: str, folder: Path) -> str:
+    """Return an id that a resumed run has again, and another run of the same name elsewhere has not."""
+    return f"{name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
 
 
 def check_wandb(config: Config) -> None:

@@ -249,11 +249,11 @@ class RolloutPool:
             self._replicas.lose(awaited.worker, error)
             self._hand_on(awaited.worker)
             return None
+        span = self._span(awaited, handle)
         self._lengths.observe(handle)
         if not handle.is_last:
             left = awaited.order.without(handle.trajectory_ids)
             self._ask(awaited.worker, awaited.call, left, "next_batch", awaited.call)
-        span = self._span(awaited, handle)
         return replace(handle, reference=awaited.wire, rollout=awaited.order.rollout, spans=(span,))
 
     def _span(self, awaited: _Awaited, handle: BatchHandle) -> Span:

@@ -33,7 +33,13 @@ CALLS = {
 ALLOWED = {
     ("learner/reference_engine.py", "torch.load"): "weights_only=True: reads tensors, and runs nothing",
 }
-SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+# Hidden folders are environments.
+SOURCES = [
+    path
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+]
 
 
 def findings(source: str) -> Iterator[str]:

@@ -78,7 +78,7 @@ def test_a_models_own_code_does_not_run_unless_it_is_trusted(
     try:
         load(model, False)
     except PreceptorError as error:
-        assert "custom code" in str(error)  # noqa: PT017, loading without the code is as good as refusing
+        assert "trust_remote_code = true" in str(error)  # noqa: PT017, loading without the code is as good as refusing
     assert not marker.exists()
 
 

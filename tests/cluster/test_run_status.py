@@ -23,6 +23,12 @@ POOLS = [
     PoolState("teacher-main", ["teacher-main-0"], 1, 0, num_owed=3),
 ]
 
+ROLLOUT_FIGURES = {
+    "pool/rollout/busy_share": 0.75,
+    "pool/rollout/idle_share": 0.25,
+    "pool/rollout/tokens_per_second": 500.0,
+}
+
 
 @pytest.fixture
 def directory(tmp_path: Path) -> RunDirectory:
@@ -31,7 +37,7 @@ def directory(tmp_path: Path) -> RunDirectory:
 
 
 def see(directory: RunDirectory, **figures: float) -> None:
-    record = {"step": 4, "pool/rollout/busy_share": 0.75, "pool/rollout/tokens_per_second": 500.0, **figures}
+    record = {"step": 4, **ROLLOUT_FIGURES, **figures}
     RecordsFile(directory.metrics).write(record)
     StatusFile(directory.status, first_step=0).see(SeenStep(record, [], [], POOLS))
 

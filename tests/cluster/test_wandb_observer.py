@@ -55,7 +55,15 @@ def test_figures_go_to_the_project_under_the_runs_name(wandb_calls: list[tuple[o
     observer.see(SeenStep({"step": 3, "train/kl": 0.5, "train/loss": math.nan}, [], [], []))
     observer.close("failed")
     (_, arguments), logged, finished = wandb_calls
-    assert (arguments["project"], arguments["id"], arguments["resume"]) == ("distil", "second", "allow")
+    assert (arguments["project"], arguments["name"], arguments["resume"]) == ("distil", "second", "allow")
     assert arguments["config"]["run"]["name"] == "second"
     assert logged == ("log", {"step": 3, "train/kl": 0.5}, 3)
     assert finished == ("finish", 1)
+
+
+def test_a_resumed_run_goes_on_as_itself_and_not_as_its_namesake(wandb_calls: list[tuple[object, ...]]) -> None:
+    config = make_config("logging.wandb_project=distil")
+    for folder in ("a/run", "b/run", "a/run"):
+        WandbObserver(config, RunDirectory(Path(folder)))
+    first, other, resumed = (arguments["id"] for _, arguments in wandb_calls)
+    assert first == resumed != other

@@ -1,4 +1,4 @@
-"""What a person is shown of a real run: on Ray's metrics endpoint and by `status` while it lives, then in files."""
+"""What a person is shown of a real run: Ray's metrics and `status` while it lives, its files after."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.figure_files import DASHBOARD, exported_name
-from cluster.figures import COMPLETION_LENGTHS, figures
+from cluster.figures import COMPLETION_LENGTHS, EVERY_STEP, figures
 from tests.end_to_end.conftest import STEPS, ShortRun, preceptor
 from tests.end_to_end.test_endings import ENDED_SECONDS, Run, running
 from tests.leftovers import wait_until
@@ -109,7 +109,7 @@ def test_every_figure_of_the_table_is_one_of_the_run(short_run: ShortRun) -> Non
     found = {name for record in short_run.records() for name in record}
     sources = {figure.source.replace("{pool}", "rollout") for figure in figures()}
     # This run ends no completion for repetition; the one above does.
-    assert sources - found == {"1", COMPLETION_LENGTHS, "rollout/repetition_ratio"}
+    assert sources - found == {EVERY_STEP, COMPLETION_LENGTHS, "rollout/repetition_ratio"}
 
 
 def test_a_finished_run_has_ended_with_all_its_steps(short_run: ShortRun) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.actors import PoolTimeouts
+from cluster.actors import PoolTimeouts, wait_for_any
 from cluster.contracts.config import EngineConfig, StudentConfig
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import make_prompts
 from tests.rollout_workers.stub_actor import StubRolloutActor
 
@@ -49,3 +49,22 @@ def test_new_prompts_have_no_past(pool: RolloutPool) -> None:
 
 def test_a_rollout_that_is_waited_for_goes_before_every_step(pool: RolloutPool) -> None:
     assert all(handle.rollout < 0 for _ in range(2) for handle in ask(pool, {0: 1}))
+
+
+def test_a_batch_says_who_wrote_it_and_how_much(pool: RolloutPool) -> None:
+    spans = [span for handle in ask(pool, {0: 5, 1: 40}) for span in handle.spans]
+    assert {(span.pool, span.worker, span.stage) for span in spans} == {("stub", "stub-0", "generate")}
+    assert (sum(span.num_rows for span in spans), sum(span.num_tokens for span in spans)) == (2, 45)
+    assert all(span.seconds > 0 for span in spans)
+    assert spans[0].ended <= spans[1].began  # it is asked for the second batch when the first is back
+
+
+def test_the_pool_knows_who_serves_and_what_is_owed(pool: RolloutPool) -> None:
+    requests = tuple(RolloutRequest(prompt_id, prompt_id, 0, seed=5) for prompt_id in range(3))
+    pool.submit(Order(0, requests, SAMPLING, "exact"))
+    owing = pool.state()
+    assert (owing.name, owing.serving, owing.num_wanted, owing.num_restarts) == ("stub", ["stub-0"], 1, 0)
+    assert owing.num_owed == 3
+    while pool.late():
+        pool.collect(wait_for_any(pool.look_after, 60, pool.late))
+    assert pool.state().num_owed == 0

@@ -69,6 +69,17 @@ def test_every_batch_is_scored_once_though_a_replica_dies(teachers: TeacherPools
     assert not (tmp_path / "teacher-main-0").exists()  # it did die
 
 
+def test_a_pool_says_who_scored_and_how_often_it_started_one_again(teachers: TeacherPools, tmp_path: Path) -> None:
+    (tmp_path / "teacher-main-0").touch()
+    scored = teachers.score(handles(), lambda route: [(route, ScoreRequest("teacher"))])
+    spans = [span for handle in scored for span in handle.spans]
+    assert len(spans) == NUM_BATCHES
+    assert {(span.pool, span.stage, span.num_rows) for span in spans} == {("teacher-main", "score", 1)}
+    assert {span.worker for span in spans} <= {"teacher-main-0", "teacher-main-1"}
+    state = teachers.pools["main"].state()
+    assert (state.name, state.num_wanted, state.num_restarts, state.num_owed) == ("teacher-main", 2, 1, 0)
+
+
 def test_every_batch_is_scored_once_though_all_replicas_die(teachers: TeacherPools, tmp_path: Path) -> None:
     for replica in (0, 1):
         (tmp_path / f"teacher-main-{replica}").touch()
