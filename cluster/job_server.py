@@ -133,19 +133,21 @@ class JobServer:
             if tail.done() and not details.status.is_terminal():
                 await asyncio.sleep(LOOK_SECONDS)
                 tail = asyncio.create_task(self._tail(job_id, output))
-        if tail.done():  # it may have broken before the last lines
+        if tail.done() and not tail.result():
             tail = asyncio.create_task(self._tail(job_id, output))
         await asyncio.wait({tail}, timeout=FLUSH_SECONDS)
         tail.cancel()
         return details
 
-    async def _tail(self, job_id: str, output: "_Output") -> None:
-        """Pass on what a job prints, from its first character, until it ends or the connection breaks."""
+    async def _tail(self, job_id: str, output: "_Output") -> bool:
+        """Pass on what a job prints, from its first character, and return whether that was all of it."""
         position = 0
         with suppress(RuntimeError, OSError, aiohttp.ClientError):
             async for text in self._client.tail_job_logs(job_id):
                 output.take(text, position)
                 position += len(text)
+            return True
+        return False  # the connection broke
 
     def _look(self, job_id: str) -> JobDetails:
         """Ask how a job is doing, for as long as a head may be silent."""

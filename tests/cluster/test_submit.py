@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -140,6 +141,16 @@ def test_a_run_that_is_stopped_leaves_a_checkpoint_and_can_be_followed_afterward
     following = start(cluster, "follow", job)
     figures = tmp_path / "run/metrics.jsonl"
     assert wait_until(lambda: figures.exists() and figures.stat().st_size > 0, seconds=200)
+    interrupted = start(cluster, "follow", job)
+    assert interrupted.stdout is not None
+    interrupted.stdout.readline()
+    interrupted.send_signal(signal.SIGINT)
+    out, err = interrupted.communicate(timeout=60)
+    where = f"{job} --address http://{cluster['dashboard']}"
+    assert interrupted.returncode == 130
+    assert err == (
+        f"preceptor: {job} goes on; preceptor follow {where} shows it again, preceptor stop {where} ends it in order\n"
+    )
     stopped = preceptor(cluster, "stop", job)
     assert stopped.returncode == 0, stopped.stderr
     last = f"go on with preceptor train --resume {tmp_path}/run"
