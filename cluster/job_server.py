@@ -76,7 +76,7 @@ class JobServer:
 
     def submit(self, job: Job, folder: Path) -> None:
         """Send a folder's files and start the command among them."""
-        with self._in_our_words(), _without(_ADDRESS_VARIABLES):
+        with self._in_our_words():
             self._client.submit_job(
                 submission_id=job.job_id,
                 entrypoint=job.entrypoint,
@@ -217,9 +217,12 @@ def _ending(details: JobDetails, last_line: str) -> Ending:
 
 def _url(address: str | None) -> str:
     address = address or os.environ.get(_ADDRESS_VARIABLES[0])
-    if address is None:
+    if not address:
         raise JobError("no --address given, for example --address http://head:8265, and RAY_API_SERVER_ADDRESS not set")
-    return address if "://" in address else f"http://{address}"
+    url = address if "://" in address else f"http://{address}"
+    if not url.startswith(("http://", "https://")):
+        raise JobError(f"{address}: jobs go to the cluster's dashboard; give its address, as in http://head:8265")
+    return url
 
 
 @contextmanager

@@ -115,9 +115,9 @@ def test_a_cluster_with_another_ray_and_python_is_one_sentence(home: Path) -> No
         with entrant(f"ray.address='{told['address']}'", home=home, RAY_AUTH_MODE="disabled") as refused:
             assert refused["error"] == "PlacementError"
             assert refused["sentence"] == (
-                f"ray.address '{told['address']}': the driver needs the very Ray and Python of the cluster, to the last "
-                f"number: the cluster has Ray 2.9.0 with Python 3.8.1, this process Ray {ray.__version__} with Python "
-                f"{platform.python_version()}; use the cluster's, or let preceptor submit start the driver there"
+                f"ray.address '{told['address']}': the driver needs the very Ray and Python of the cluster, to the "
+                "last number: the cluster has Ray 2.9.0 with Python 3.8.1, this process Ray "
+                f"{ray.__version__} with Python {platform.python_version()}; use the cluster's, or let preceptor submit start the driver there"
             )
 
 

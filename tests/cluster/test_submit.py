@@ -202,6 +202,15 @@ def test_an_address_where_nobody_answers_is_one_sentence_at_once() -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("address", ["ray://head:10001", "head://8265"])
+def test_an_address_of_another_kind_is_one_sentence(address: str) -> None:
+    with pytest.raises(JobError) as error:
+        JobServer(address)
+    assert str(error.value) == (
+        f"{address}: jobs go to the cluster's dashboard; give its address, as in http://head:8265"
+    )
+
+
 class OldHead(http.server.BaseHTTPRequestHandler):
     """A cluster of another time."""
 
