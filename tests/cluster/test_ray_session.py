@@ -117,7 +117,8 @@ def test_a_cluster_with_another_ray_and_python_is_one_sentence(home: Path) -> No
             assert refused["sentence"] == (
                 f"ray.address '{told['address']}': the driver needs the very Ray and Python of the cluster, to the "
                 "last number: the cluster has Ray 2.9.0 with Python 3.8.1, this process Ray "
-                f"{ray.__version__} with Python {platform.python_version()}; use the cluster's, or let preceptor submit start the driver there"
+                f"{ray.__version__} with Python {platform.python_version()}; "
+                "use the cluster's, or let preceptor submit start the driver there"
             )
 
 
