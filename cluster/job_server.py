@@ -76,7 +76,7 @@ class JobServer:
 
     def submit(self, job: Job, folder: Path) -> None:
         """Send a folder's files and start the command among them."""
-        with self._in_our_words(), _without(_ADDRESS_VARIABLES):
+        with self._in_our_words():
             self._client.submit_job(
                 submission_id=job.job_id,
                 entrypoint=job.entrypoint,
@@ -133,19 +133,21 @@ class JobServer:
             if tail.done() and not details.status.is_terminal():
                 await asyncio.sleep(LOOK_SECONDS)
                 tail = asyncio.create_task(self._tail(job_id, output))
-        if tail.done():  # it may have broken before the last lines
+        if tail.done() and not tail.result():
             tail = asyncio.create_task(self._tail(job_id, output))
         await asyncio.wait({tail}, timeout=FLUSH_SECONDS)
         tail.cancel()
         return details
 
-    async def _tail(self, job_id: str, output: "_Output") -> None:
-        """Pass on what a job prints, from its first character, until it ends or the connection breaks."""
+    async def _tail(self, job_id: str, output: "_Output") -> bool:
+        """Pass on what a job prints, from its first character, and return whether that was all of it."""
         position = 0
         with suppress(RuntimeError, OSError, aiohttp.ClientError):
             async for text in self._client.tail_job_logs(job_id):
                 output.take(text, position)
                 position += len(text)
+            return True
+        return False  # the connection broke
 
     def _look(self, job_id: str) -> JobDetails:
         """Ask how a job is doing, for as long as a head may be silent."""
@@ -215,9 +217,12 @@ def _ending(details: JobDetails, last_line: str) -> Ending:
 
 def _url(address: str | None) -> str:
     address = address or os.environ.get(_ADDRESS_VARIABLES[0])
-    if address is None:
+    if not address:
         raise JobError("no --address given, for example --address http://head:8265, and RAY_API_SERVER_ADDRESS not set")
-    return address if "://" in address else f"http://{address}"
+    url = address if "://" in address else f"http://{address}"
+    if not url.startswith(("http://", "https://")):
+        raise JobError(f"{address}: jobs go to the cluster's dashboard; give its address, as in http://head:8265")
+    return url
 
 
 @contextmanager

@@ -33,4 +33,4 @@ def test_help_names_every_command() -> None:
     output = subprocess.run(
         [sys.executable, "-m", "cluster.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert all(command in output for command in ("train", "eval", "check", "demo"))
+    assert all(command in output for command in ("train", "eval", "check", "demo", "submit", "follow", "stop"))

@@ -48,3 +48,35 @@ def test_every_pool_has_a_line_for_people() -> None:
 def test_a_cluster_without_cpus_is_refused() -> None:
     with pytest.raises(PlacementError, match="offers no CPU"):
         plan_placement(make_config(), [])
+
+
+def test_on_several_nodes_no_more_workers_are_planned_than_fit() -> None:
+    config = make_config("rollout.num_workers=2", "teachers.main.num_workers=2")
+    placement = plan_placement(
+        config, [NodeResources(0, 0, "head"), NodeResources(2, 0, "a"), NodeResources(2, 0, "b")]
+    )
+    assert {pool.cpus_per_worker for pool in placement.pools} == {0.6666}
+    nodes = [node.node_id for pool in placement.pools for node in pool.nodes]
+    assert sorted(nodes) in (["a"] * 3 + ["b"] * 2, ["a"] * 2 + ["b"] * 3)
+    assert placement.rollout.cpu_threads == 1  # two engines, a generator and a scorer, share a node's two cores
+
+
+def test_every_worker_is_told_its_node_but_may_leave_it_when_it_dies() -> None:
+    [options] = plan_placement(make_config(), [NodeResources(4, 3, "ab" * 28)]).learner.options()
+    strategy = options["scheduling_strategy"]
+    assert (strategy.node_id, strategy.soft, options["num_gpus"]) == ("ab" * 28, True, 1)
+
+
+def test_what_others_use_is_not_planned_with_and_the_numbers_are_said() -> None:
+    nodes = [NodeResources(8, 2, "a"), NodeResources(8, 2, "b")]
+    free = [NodeResources(8, 2, "a"), NodeResources(8, 0, "b")]
+    assert plan_placement(make_config(), nodes).learner.num_workers == 1
+    with pytest.raises(PlacementError, match="the run needs 3 GPUs and 2 of the cluster's 4 are free on 2 nodes"):
+        plan_placement(make_config(), nodes, free)
+
+
+def test_a_pool_on_several_nodes_says_so() -> None:
+    placement = plan_placement(
+        make_config("rollout.num_workers=2"), [NodeResources(8, 2, "a"), NodeResources(8, 2, "b")]
+    )
+    assert describe(placement)[0] == ("rollout", "2 x 1 GPU on 2 nodes")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import urllib.error
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from cluster import keeper
 from tests.leftovers import wait_until, without_ray
@@ -95,6 +97,29 @@ def test_an_address_without_a_cluster_is_one_sentence(home: Path) -> None:
         assert told["error"] == "PlacementError"
         assert told["sentence"].startswith("ray.address '127.0.0.1:9': no Ray cluster answers there")
         assert "\n" not in told["sentence"]
+
+
+AS_ANOTHER = """
+import json, sys
+from ray._private.ray_constants import KV_NAMESPACE_CLUSTER
+from ray._raylet import GcsClient
+versions = json.dumps({"ray_version": "2.9.0", "python_version": "3.8.1"}).encode()
+GcsClient(address=sys.argv[1]).internal_kv_put(b"CLUSTER_METADATA", versions, True, namespace=KV_NAMESPACE_CLUSTER)
+"""
+
+
+def test_a_cluster_with_another_ray_and_python_is_one_sentence(home: Path) -> None:
+    with entrant("ray.dashboard=false", home=home, RAY_AUTH_MODE="disabled") as told:
+        environment = {**without_ray(os.environ), "RAY_AUTH_MODE": "disabled"}
+        subprocess.run([sys.executable, "-c", AS_ANOTHER, told["address"]], env=environment, check=True)
+        with entrant(f"ray.address='{told['address']}'", home=home, RAY_AUTH_MODE="disabled") as refused:
+            assert refused["error"] == "PlacementError"
+            assert refused["sentence"] == (
+                f"ray.address '{told['address']}': the driver needs the very Ray and Python of the cluster, to the "
+                "last number: the cluster has Ray 2.9.0 with Python 3.8.1, this process Ray "
+                f"{ray.__version__} with Python {platform.python_version()}; "
+                "use the cluster's, or let preceptor submit start the driver there"
+            )
 
 
 def test_the_dashboard_lists_and_starts_jobs_for_the_token_only(cluster: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -56,9 +57,9 @@ def job_cluster(home: Path) -> Iterator[dict[str, Any]]:
     options = ("--port", "--dashboard-port", "--dashboard-agent-listen-port")
     folder = short_folder()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-    command += ["--temp-dir", str(folder), "--object-store-memory", str(200 << 20)]
+    command += ["--temp-dir", str(folder / "ray"), "--object-store-memory", str(200 << 20)]
     command += [f"{option}={port}" for option, port in zip(options, ports, strict=True)]
-    told = {"home": home, "token_file": str(token), "dashboard": f"127.0.0.1:{ports[1]}"}
+    told = {"home": home, "folder": folder, "token_file": str(token), "dashboard": f"127.0.0.1:{ports[1]}"}
     process = subprocess.Popen(
         command, env=environment(told), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -83,7 +84,8 @@ def free_ports(count: int) -> list[int]:
 def environment(cluster: dict[str, Any]) -> dict[str, str]:
     """Return what the cluster and those who ask it know."""
     known = {"HOME": str(cluster["home"]), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster["token_file"]}
-    return {**without_ray(os.environ), **known, "PYTHONPATH": os.pathsep.join(sys.path)}
+    beside = {"TMPDIR": str(cluster["folder"]), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return {**without_ray(os.environ), **known, **beside}
 
 
 ABSENT = ("demo.toml", "run.directory=/tmp", "prompts.train=/absent.jsonl", "--python", sys.executable)
@@ -139,6 +141,16 @@ def test_a_run_that_is_stopped_leaves_a_checkpoint_and_can_be_followed_afterward
     following = start(cluster, "follow", job)
     figures = tmp_path / "run/metrics.jsonl"
     assert wait_until(lambda: figures.exists() and figures.stat().st_size > 0, seconds=200)
+    interrupted = start(cluster, "follow", job)
+    assert interrupted.stdout is not None
+    interrupted.stdout.readline()
+    interrupted.send_signal(signal.SIGINT)
+    out, err = interrupted.communicate(timeout=60)
+    where = f"{job} --address http://{cluster['dashboard']}"
+    assert interrupted.returncode == 130
+    assert err == (
+        f"preceptor: {job} goes on; preceptor follow {where} shows it again, preceptor stop {where} ends it in order\n"
+    )
     stopped = preceptor(cluster, "stop", job)
     assert stopped.returncode == 0, stopped.stderr
     last = f"go on with preceptor train --resume {tmp_path}/run"
@@ -151,7 +163,7 @@ def test_a_run_that_is_stopped_leaves_a_checkpoint_and_can_be_followed_afterward
     assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
     again = preceptor(cluster, "stop", job)
     assert again.returncode == 1
-    assert again.stderr == f"preceptor: http://{cluster['dashboard']}: {job} does not run: STOPPED\n"
+    assert again.stderr == f"preceptor: {job} does not run: STOPPED\n"
 
 
 def test_a_run_that_fails_gives_its_exit_code_and_last_line(cluster: dict[str, Any]) -> None:
@@ -190,6 +202,15 @@ def test_an_address_where_nobody_answers_is_one_sentence_at_once() -> None:
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("address", ["ray://head:10001", "head://8265"])
+def test_an_address_of_another_kind_is_one_sentence(address: str) -> None:
+    with pytest.raises(JobError) as error:
+        JobServer(address)
+    assert str(error.value) == (
+        f"{address}: jobs go to the cluster's dashboard; give its address, as in http://head:8265"
+    )
+
+
 class OldHead(http.server.BaseHTTPRequestHandler):
     """A cluster of another time."""
 
@@ -216,11 +237,14 @@ def test_a_cluster_with_an_old_ray_is_one_sentence() -> None:
 
 
 def test_who_follows_hears_that_the_head_is_lost(home: Path) -> None:
+    sleeper = home / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o700)
     with job_cluster(home) as cluster:
-        submitted = preceptor(cluster, "submit", *ABSENT, "--no-wait", "run.name=run", "--python", "sleep 600 #")
+        submitted = preceptor(cluster, "submit", *ABSENT, "--no-wait", "--python", str(sleeper))
         following = start(cluster, "follow", job_id(submitted.stderr))
         assert following.stdout is not None
-        assert "sleep 600" in following.stdout.readline() + following.stdout.readline()
+        assert str(sleeper) in following.stdout.readline() + following.stdout.readline()
     _, err = following.communicate(timeout=LOST_SECONDS + 60)
     assert following.returncode == 1
     assert f"has not answered for {LOST_SECONDS:.0f} s; if the cluster's head is lost" in err
