@@ -71,7 +71,7 @@ def test_no_module_runs_what_it_reads(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     found = list(findings(path.read_text()))
     assert not found, (
-        f"{name} uses {found}, which can run what a file or a message says; use safetensors, Arrow or JSON"
+        f"{name} uses {found}, which can run what a file says; use safetensors, Arrow or JSON"
     )
 
 
