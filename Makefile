@@ -2,7 +2,7 @@
 PYTHON ?= $(if $(wildcard .venv/preceptor.stamp),.venv/bin/python,python3)
 BIN := .venv/bin
 
-.PHONY: install demo test check bench
+.PHONY: install demo test chaos check bench
 
 install:
 	@$(PYTHON) cluster/install/install.py
@@ -11,7 +11,10 @@ demo: install
 	@$(BIN)/preceptor demo
 
 test: install
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore tests/chaos
+
+chaos: install
+	@$(BIN)/python -m pytest tests/chaos
 
 check: install
 	@$(BIN)/ruff check
