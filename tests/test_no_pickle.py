@@ -70,9 +70,7 @@ def _is(node: ast.expr, value: bool) -> bool:
 def test_no_module_runs_what_it_reads(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     found = list(findings(path.read_text()))
-    assert not found, (
-        f"{name} uses {found}, which can run what a file says; use safetensors, Arrow or JSON"
-    )
+    assert not found, f"{name} uses {found}, which can run what a file says; use safetensors, Arrow or JSON"
 
 
 @pytest.mark.parametrize(
