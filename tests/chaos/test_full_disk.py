@@ -14,6 +14,7 @@ TIMEOUT_SECONDS = 300
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 def test_a_full_disk_ends_the_run_in_one_sentence_and_leaves_the_earlier_checkpoints(tmp_path: Path) -> None:
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     disk.mkdir()

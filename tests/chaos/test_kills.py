@@ -25,6 +25,7 @@ OVERRIDES = (
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_prompt_is_consumed_once_and_in_order_though_every_kind_of_process_is_killed() -> None:
     seed = random.SystemRandom().randrange(1 << 31)
     sys.stdout.write(f"seed {seed}\n")  # pytest shows it when the test fails

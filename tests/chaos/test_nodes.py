@@ -12,10 +12,11 @@ import pytest
 from benchmarks.chaos import audited_prompts
 from tests.chaos.nodes import STEPS, overrides
 
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 600
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_SECONDS + 60)
 def test_every_prompt_is_consumed_once_though_pools_change_their_sizes_and_a_node_dies(
     tmp_path: Path,
 ) -> None:
