@@ -26,14 +26,22 @@ from benchmarks.process_trees import descendants, end
 from benchmarks.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
 from benchmarks.victims import DRIVER, kill, shares
 from cluster.demo import embedded_config
-from cluster.ledger import AuditedRun, audit, read_ledger
-from cluster.pipeline import load_inputs, train_requests
+from cluster.ledger import audit, read_ledger
+from cluster.pipeline import audited_run, load_inputs
 from cluster.run_directory import RunDirectory
 
 PAUSE_SECONDS = 2.0  # longest wait between a step and the kill that follows it
 LOOK_SECONDS = 0.2
 STALL_SECONDS = 300.0  # without a step: the run hangs
 STANDARD_DEVIATIONS = 3.0
+# Two workers in each pool, so that one can do the work of the other.
+DISTURBED = (
+    "rollout.num_workers=2",
+    "teachers.countdown.num_workers=2",
+    "checkpoint.export=false",
+    "evaluation.teacher_too=false",
+    "ray.max_restarts=1000",
+)
 
 
 @dataclass
@@ -108,13 +116,9 @@ class ChaosRun:
 def measure(num_kills: int, steps: int, chance: random.Random) -> list[Row]:
     """Run undisturbed and disturbed, and compare."""
     overrides = [
+        *DISTURBED,
         f"run.steps={steps}",
-        "rollout.num_workers=2",
-        "teachers.countdown.num_workers=2",
         "checkpoint.every_steps=5",
-        "checkpoint.export=false",
-        "evaluation.teacher_too=false",
-        "ray.max_restarts=1000",
     ]
     size = f"embedded pair, {steps} steps, {num_kills} kills"
     with chaos_run(overrides) as undisturbed:
@@ -170,15 +174,7 @@ def audited_prompts(run: Path, overrides: Sequence[str]) -> int:
         PreceptorError: the ledger is not that of a run that learned from everything once.
     """
     config = embedded_config(overrides)
-    inputs = load_inputs(config)
-    audited = AuditedRun(
-        prompts_per_step=config.prompts.prompts_per_step,
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        max_staleness=config.rollout.max_staleness,
-        take_prompts=inputs.train.take,
-        requests=lambda step: train_requests(config, inputs, step),
-    )
-    return audit(read_ledger(RunDirectory(run).ledger), audited)
+    return audit(read_ledger(RunDirectory(run).ledger), audited_run(config, load_inputs(config)))
 
 
 def outcome(run: ChaosRun, overrides: Sequence[str]) -> Outcome:

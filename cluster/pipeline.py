@@ -9,6 +9,7 @@ from cluster.actors import PoolTimeouts
 from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
+from cluster.ledger import AuditedRun
 from cluster.model_checks import read_model
 from cluster.placement import Placement, PoolPlacement
 from cluster.replicas import Supervision
@@ -78,6 +79,17 @@ def _check_support(config: Config, vocabulary: int) -> None:
             f"objective.support_size = {config.objective.support_size} is more than the {vocabulary} tokens of the "
             "models' vocabulary; lower it"
         )
+
+
+def audited_run(config: Config, inputs: Inputs) -> AuditedRun:
+    """Return what the run's ledger is held against."""
+    return AuditedRun(
+        prompts_per_step=config.prompts.prompts_per_step,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+        max_staleness=config.rollout.max_staleness,
+        take_prompts=inputs.train.take,
+        requests=lambda step: train_requests(config, inputs, step),
+    )
 
 
 def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:

@@ -96,6 +96,7 @@ class Replicas:
         }
         self._next_replica = len(names)
         self._leaving: set[int] = set()  # they take no more work
+        self._absent = set(self._members)  # they rest or start; few, so that a look at them costs little
 
     def wait_until_ready(self, timeout_seconds: float, waiting_for: str) -> None:
         """Wait for the first start of every actor.
@@ -107,7 +108,7 @@ class Replicas:
         started = [reference for member in self._members.values() for reference in member.waits_for]
         names = [member.name for member in self._members.values()]
         actors.get_all(started, timeout_seconds, waiting_for, names)
-        for replica in self._members:
+        for replica in list(self._absent):
             self._let_serve(replica)
 
     def prepare_with(self, prepare: Callable[[ActorHandle], list[Any]]) -> None:
@@ -144,12 +145,7 @@ class Replicas:
     @property
     def arriving(self) -> list[Any]:
         """Return references to wait for; `welcome` takes those that are ready."""
-        return [reference for member in self._members.values() for reference in member.waits_for]
-
-    @property
-    def are_gone(self) -> bool:
-        """Return whether no replica is left, neither serving nor on the way."""
-        return not self._members
+        return [reference for replica in self._absent for reference in self._members[replica].waits_for]
 
     def actor(self, replica: int) -> ActorHandle:
         """Return a serving replica's actor."""
@@ -181,7 +177,8 @@ class Replicas:
     def welcome(self, ready: Collection[Any]) -> list[int]:
         """Move replicas on whose `arriving` references are ready, and return those that serve from now on."""
         arrived = []
-        for replica, member in list(self._members.items()):
+        for replica in list(self._absent):
+            member = self._members[replica]
             came = [reference for reference in member.waits_for if reference in ready]
             if came and self._move_on(replica, member, came):
                 arrived.append(replica)
@@ -190,12 +187,13 @@ class Replicas:
     def look(self) -> list[int]:
         """Start those that have rested, and return the serving replicas that were found dead and are started again."""
         now = time.monotonic()
-        for replica, member in list(self._members.items()):
+        for replica in list(self._absent):
+            member = self._members[replica]
             if member.actor is None and member.due <= now:
                 self._start_again(replica)
         watch = self._supervision.watch
         lost = watch.lost if watch else ()
-        found = [replica for replica, member in self._members.items() if member.serves and member.name in lost]
+        found = [replica for replica, member in self._members.items() if member.name in lost] if lost else []
         for replica in found:
             self.lose(replica, ActorDiedError(f"{self._members[replica].name} died or fell silent"))
         return found
@@ -209,16 +207,17 @@ class Replicas:
         if replica in self._leaving:
             self.retire(replica)
             return
-        self._end(replica)
         delay = self._budget.spend(replica)
         if delay is None:
             limit = self._supervision.restarts
-            del self._members[replica]
+            self.retire(replica)
             raise ActorError(
                 f"{error}; {self.name(replica)} has no restart left of the {limit.max_restarts} that "
                 f"ray.max_restarts allows within {limit.window_seconds:.0f} s"
             ) from error
         _log.warning("%s; it is started again%s", error, f" in {delay:.0f} s" if delay else "")
+        self._end(replica)
+        self._absent.add(replica)
         self._members[replica] = replace(self._members[replica], actor=None, due=time.monotonic() + delay, waits_for=())
         if not delay:
             self._start_again(replica)
@@ -228,6 +227,7 @@ class Replicas:
         self._end(replica)
         del self._members[replica]
         self._leaving.discard(replica)
+        self._absent.discard(replica)
 
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""
@@ -243,6 +243,7 @@ class Replicas:
     def _start(self, replica: int, name: str) -> None:
         actor = self._recipe.make(replica, name)
         self._members[replica] = _Member(name, actor, waits_for=(actor.start.remote(),))
+        self._absent.add(replica)
 
     def _move_on(self, replica: int, member: _Member, came: Iterable[Any]) -> bool:
         """Take what a replica was waited for, and return whether it serves now."""
@@ -264,6 +265,7 @@ class Replicas:
 
     def _let_serve(self, replica: int) -> None:
         member = self._members[replica] = replace(self._members[replica], waits_for=())
+        self._absent.discard(replica)
         if self._supervision.watch and member.actor:
             self._supervision.watch.add(member.name, member.actor)
 

@@ -128,11 +128,6 @@ class RolloutPool:
         """Return how many workers take requests, or will when they have started."""
         return self._replicas.size
 
-    @property
-    def num_serving(self) -> int:
-        """Return how many workers take requests now."""
-        return len(self._replicas.serving)
-
     def resize(self, size: int) -> None:
         """Start workers, or let some leave when they have written what they were asked for; returns at once.
 

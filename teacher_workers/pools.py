@@ -40,11 +40,6 @@ class TeacherPools:
         """Return the pools by teacher name."""
         return self._pools
 
-    @property
-    def outstanding(self) -> list[Ticket]:
-        """Return one reference per batch that is being scored, ready when its present pool is done."""
-        return list(self._legs)
-
     def score(self, handles: Iterable[BatchHandle], plan: Callable[[str], Chain]) -> Iterator[BatchHandle]:
         """Submit each batch as it comes and yield those whose chain is done, in any order.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-from benchmarks.chaos import last_record
+from benchmarks.chaos import DISTURBED, last_record
 from cluster.commands import start_training
 from cluster.demo import embedded_config
 from cluster.run_directory import RunDirectory
@@ -28,13 +28,9 @@ def overrides(directory: Path) -> list[str]:
         "run.name=run",
         f"run.steps={STEPS}",
         "prompts.prompts_per_step=32",
-        "rollout.num_workers=2",
-        "teachers.countdown.num_workers=2",
         "checkpoint.every_steps=2",
-        "checkpoint.export=false",
         "evaluation.num_prompts=32",
-        "evaluation.teacher_too=false",
-        "ray.max_restarts=20",
+        *DISTURBED,
     ]
 
 

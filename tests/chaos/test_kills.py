@@ -5,21 +5,17 @@ import sys
 
 import pytest
 
-from benchmarks.chaos import chaos_run, outcome
+from benchmarks.chaos import DISTURBED, chaos_run, outcome
 from benchmarks.victims import DRIVER, KINDS, shares
 
 STEPS = 14
 OVERRIDES = (
+    *DISTURBED,
     f"run.steps={STEPS}",
     "prompts.prompts_per_step=32",
-    "rollout.num_workers=2",
-    "teachers.countdown.num_workers=2",
     "checkpoint.every_steps=2",
-    "checkpoint.export=false",
     "evaluation.num_prompts=64",
-    "evaluation.teacher_too=false",
     "learner.num_workers=2",
-    "ray.max_restarts=20",
     "ray.dashboard=false",
 )
 

@@ -13,9 +13,9 @@ from cluster.contracts.config import Config
 from cluster.demo import embedded_config
 from cluster.driver import train
 from cluster.history import History
-from cluster.ledger import AuditedRun, LedgerRecord, audit, read_ledger
+from cluster.ledger import LedgerRecord, audit, read_ledger
 from cluster.metric_sinks import PlainView
-from cluster.pipeline import Inputs, Pipeline, load_inputs, start_pipeline, train_requests
+from cluster.pipeline import Inputs, Pipeline, audited_run, load_inputs, start_pipeline
 from cluster.placement import cluster_nodes, plan_placement
 from cluster.run_directory import RunDirectory
 from cluster.training_run import TrainingRun
@@ -144,11 +144,5 @@ def test_a_resumed_run_leaves_only_whole_checkpoints(runs: dict[int, RunDirector
 def test_the_ledger_shows_every_prompt_position_once(runs: dict[int, RunDirectory]) -> None:
     config = runs[0].read_config()
     inputs = load_inputs(config)
-    audited = AuditedRun(
-        config.prompts.prompts_per_step,
-        config.rollout.samples_per_prompt,
-        config.rollout.max_staleness,
-        inputs.train.take,
-        lambda step: train_requests(config, inputs, step),
-    )
+    audited = audited_run(config, inputs)
     assert audit(read_ledger(runs[0].ledger), audited) == STEPS * PROMPTS_PER_STEP

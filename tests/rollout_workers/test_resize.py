@@ -45,7 +45,7 @@ def collect(pool: RolloutPool, count: int) -> tuple[list[BatchHandle], NDArray[A
 
 def wait_for_workers(pool: RolloutPool, count: int) -> None:
     """Wait until so many workers of an idle pool have started."""
-    while pool.num_serving < count:
+    while len(pool.state().serving) < count:
         assert pool.collect(wait_for_any(pool.look_after, 120, pool.late)) == []
 
 
