@@ -1,5 +1,6 @@
-"""Fixtures that several folders share."""
+"""Fixtures that several folders share, and how the tests are spread over processes."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -12,13 +13,21 @@ WATCH = pytest.StashKey[Watch]()
 LEFT = pytest.StashKey[list[str]]()
 
 
+def is_one_of_several() -> bool:
+    """Return whether this process runs a part of the tests, for another that waits for it."""
+    return "PYTEST_XDIST_WORKER" in os.environ
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Mark everything that the tests start, and give it a folder of its own for temporary files."""
-    config.stash[WATCH] = Watch.begin()
+    if not is_one_of_several():  # those are marked by who starts them
+        config.stash[WATCH] = Watch.begin()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run if a process, a shared-memory segment or a temporary file of its tests is left."""
+    if is_one_of_several():
+        return
     left = session.config.stash[WATCH].end()
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -31,8 +40,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"LEFT BEHIND by the tests: {line}", red=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and say so."""
+    """Keep the tests of a file in one process, and skip what needs a GPU where there is none."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -64,7 +64,9 @@ class Watch:
         return self._find()
 
     def _find(self) -> list[str]:
-        processes = [f"process {pid}: {command_line(pid)}" for pid, _ in sorted(self._census.count())]
+        lines = {pid: command_line(pid) for pid, _ in sorted(self._census.count())}
+        # This process may have started one, which ends with it.
+        processes = [f"process {pid}: {line}" for pid, line in lines.items() if not is_own_resource_tracker(pid, line)]
         shared = [f"shared memory {path}" for path in self._census.shared_memory()]
         files = [f"temporary file {path}" for path in self.temporary.iterdir() if not path.name.startswith(CACHES)]
         return processes + shared + files
@@ -94,6 +96,14 @@ def command_line(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     return "(gone)"
+
+
+def is_own_resource_tracker(pid: int, line: str) -> bool:
+    """Return whether a process is the one that multiprocessing starts beside this one."""
+    with suppress(OSError):
+        parent = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
+        return parent == os.getpid() and "multiprocessing.resource_tracker" in line
+    return False
 
 
 def without_ray(environment: Mapping[str, str]) -> dict[str, str]:

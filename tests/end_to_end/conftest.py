@@ -1,69 +1,61 @@
-"""One short run of the embedded models through the real stack, shared by the tests that look at what it left."""
+"""One short run of the embedded models through the real stack, shared by the tests that look at it."""
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.end_to_end.runs import SMALL, Seen, look_on, ray_folders_of, running
+
 STEPS = 6
 SHORT = (
+    *SMALL,
     f"run.steps={STEPS}",
-    "prompts.prompts_per_step=32",
     "evaluation.num_prompts=64",
-    "learner.warmup_steps=1",
     "evaluation.every_steps=3",
     "checkpoint.every_steps=3",
-    "learner.num_workers=2",
     "ray.dashboard=false",
 )
-COMMAND_TIMEOUT_SECONDS = 240
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A finished `preceptor` command."""
-
-    code: int
-    output: str
-    error: str
+# Values that must appear nowhere but in the environment that they were given in.
+CANARIES = {
+    "HF_TOKEN": "hf_canary4f1d0c7a",
+    "WANDB_API_KEY": "wandbcanary9b2e6d31",
+    "RAY_AUTH_TOKEN": "ab7c" * 16,
+}
 
 
 @dataclass(frozen=True)
 class ShortRun:
-    """The folder and the last words of a short run."""
+    """The folder and the words of a run that came to its end, and what was seen of it from outside."""
 
     path: Path
     output: str
+    seen: Seen
+    left: list[str]  # processes, shared memory and files, once things had time to settle
 
     def records(self) -> list[dict[str, Any]]:
         """Return the figures of every step."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        return records_of(self.path)
 
 
-def preceptor(*arguments: str) -> Finished:
-    """Run the command line in a process of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    found = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_TIMEOUT_SECONDS,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    return Finished(found.returncode, found.stdout, found.stderr)
+def records_of(path: Path) -> list[dict[str, Any]]:
+    """Return the figures of every step of a run."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> ShortRun:
-    """Train the embedded student for a few steps on two learner ranks."""
-    directory = tmp_path_factory.mktemp("runs")
-    found = preceptor("demo", "run.name=short", f"run.directory={directory}", *SHORT)
-    assert found.code == 0, found.error
-    return ShortRun(directory / "short", found.output)
+    """Train the embedded student for a few steps on two learner ranks, with secrets around and an open umask."""
+    directory = tmp_path_factory.mktemp("parent") / "made/by/the/run"
+    before = os.umask(0)
+    try:
+        with running(directory, *SHORT, "ray.dashboard=true", **CANARIES) as run:
+            os.umask(before)
+            seen = look_on(run)
+            left = [*run.watch.left(), *ray_folders_of(run.process.pid)]
+    finally:
+        os.umask(before)
+    return ShortRun(run.directory, "".join(run.lines), seen, left)

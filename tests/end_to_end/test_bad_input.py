@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from cluster.cli import main
 from cluster.demo import EMBEDDED
-from tests.end_to_end.conftest import SHORT, preceptor
+from tests.end_to_end.conftest import SHORT
+from tests.end_to_end.runs import preceptor
 
 Files = dict[str, Path]
 Spoil = Callable[[Files], None]

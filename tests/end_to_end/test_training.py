@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.demo import EMBEDDED
-from tests.end_to_end.conftest import SHORT, STEPS, ShortRun, preceptor
+from tests.end_to_end.conftest import SHORT, STEPS, ShortRun, records_of
+from tests.end_to_end.runs import preceptor
 
 EMBEDDED_PATHS = (
     f"student.model={EMBEDDED / 'student'}",
@@ -17,7 +18,7 @@ EMBEDDED_PATHS = (
     f"prompts.train={EMBEDDED / 'train.jsonl'}",
     f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
 )
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480), pytest.mark.xdist_group("short run")]
 
 
 def test_every_step_is_recorded_with_every_stage(short_run: ShortRun) -> None:
@@ -81,7 +82,7 @@ def test_a_resumed_run_does_the_same_steps_again(short_run: ShortRun, tmp_path: 
     resumed = preceptor("train", "--resume", str(tmp_path / "short"), "evaluation.every_steps=0")
     assert resumed.code == 0, resumed.error
     assert "resuming after step 3" in resumed.output
-    again = ShortRun(tmp_path / "short", resumed.output).records()
+    again = records_of(tmp_path / "short")
     assert [record["step"] for record in again] == list(range(1, STEPS + 1))
     for first, second in zip(short_run.records()[3:], again[3:], strict=True):
         assert second["completion_tokens"] == first["completion_tokens"]

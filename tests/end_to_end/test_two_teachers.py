@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from cluster.demo import EMBEDDED
-from tests.end_to_end.conftest import SHORT, preceptor
+from tests.end_to_end.conftest import SHORT
+from tests.end_to_end.runs import preceptor
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -15,11 +15,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.figure_files import DASHBOARD, exported_name
 from cluster.figures import COMPLETION_LENGTHS, EVERY_STEP, figures
-from tests.end_to_end.conftest import STEPS, ShortRun, preceptor
-from tests.end_to_end.test_endings import ENDED_SECONDS, Run, running
+from tests.end_to_end.conftest import STEPS, ShortRun
+from tests.end_to_end.runs import ENDED_SECONDS, Run, preceptor, ray_folders_of, running
 from tests.leftovers import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("short run")]
 
 POOLS = {"rollout", "teacher-countdown", "learner"}
 SEEN_SECONDS = 120.0  # Ray brings figures to its endpoint every few seconds
@@ -33,6 +33,7 @@ class Shown:
     series: dict[str, list[tuple[dict[str, str], float]]] = field(default_factory=dict)  # name -> labels, value
     living: dict[str, Any] = field(default_factory=dict)
     stopped: dict[str, Any] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)  # of processes, shared memory and files after the stop
 
 
 def scrape(run: Run) -> dict[str, list[tuple[dict[str, str], float]]]:
@@ -63,14 +64,16 @@ def status(directory: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     """Watch a run that has every figure until all are on the endpoint, and stop it in order."""
-    settings = ("evaluation.every_steps=2", "checkpoint.every_steps=2", "rollout.stop_repetition=8")
+    every = ("evaluation.every_steps=2", "evaluation.num_prompts=16", "checkpoint.every_steps=2")
+    settings = (*every, "evaluation.teacher_too=false", "rollout.stop_repetition=8")
     with running(tmp_path_factory.mktemp("seen"), "run.steps=100000", *settings) as run:
         run.wait_for("step 5 ")
         wait_until(lambda: asked_for() <= scrape(run).keys(), SEEN_SECONDS)
         series, living = scrape(run), status(run.directory)
         run.signal_group(signal.SIGINT)
         assert run.process.wait(ENDED_SECONDS) == 130, "".join(run.lines)
-        yield Shown(series, living, status(run.directory))
+        left = [*run.watch.left(), *ray_folders_of(run.process.pid)]
+        yield Shown(series, living, status(run.directory), left)
 
 
 def test_every_query_of_the_dashboard_finds_finite_values_of_the_run(shown: Shown) -> None:
@@ -103,6 +106,10 @@ def test_a_run_that_was_stopped_says_so_and_where_it_goes_on(shown: Shown) -> No
     assert shown.stopped["state"] == "stopped"
     assert f"stopped after step {shown.stopped['step']}" in shown.stopped["error"]
     assert shown.stopped["last_checkpoint"] == shown.stopped["step"]
+
+
+def test_nothing_stays_of_a_run_that_was_interrupted_once(shown: Shown) -> None:
+    assert shown.left == []
 
 
 def test_every_figure_of_the_table_is_one_of_the_run(short_run: ShortRun) -> None:

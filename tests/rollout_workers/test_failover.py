@@ -27,6 +27,7 @@ from tests.rollout_workers.mortal_rollout import MortalRollout
 NUM_ROWS = 24
 SAMPLING = SamplingSettings(64, 1.0)
 SILENCE_SECONDS = 2.0
+pytestmark = pytest.mark.alone
 
 
 @contextmanager

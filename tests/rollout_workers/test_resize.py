@@ -18,6 +18,7 @@ from tests.rollout_workers.mortal_rollout import SECONDS_PER_TOKEN
 from tests.rollout_workers.test_failover import start
 
 SAMPLING = SamplingSettings(64, 1.0)
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from tests.teacher_workers.mortal_teacher import MortalTeacher
 
 NUM_BATCHES = 12
 TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
+pytestmark = pytest.mark.alone
 
 
 @contextmanager
