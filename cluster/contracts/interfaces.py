@@ -1,6 +1,6 @@
 """The seams: what the driver passes between pools, and what an engine must do to serve a worker."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -62,6 +62,7 @@ class BatchHandle:
     is_last: bool = False  # whether the worker that wrote it has written everything of the rollout
     metrics: Metrics = field(default_factory=dict)
     spans: tuple[Span, ...] = ()  # of the calls that made it, in order; the pools fill them in
+    scored_by: Mapping[str, str] = field(default_factory=dict)  # [teachers.NAME] -> fingerprint of its checkpoint
 
 
 class BatchSource(Protocol):

@@ -16,7 +16,7 @@ from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.trajectory import make_generated
 from cluster.replicas import Supervision
 from cluster.restarts import RestartLimit
-from teacher_workers.pool import TeacherPool
+from teacher_workers.pool import TeacherPool, start_pool
 from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory
 from tests.teacher_workers.mortal_teacher import MortalTeacher
@@ -27,7 +27,7 @@ TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
 
 @contextmanager
 def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[TeacherPools]:
-    pool = TeacherPool(
+    pool = start_pool(
         "main",
         TeacherConfig(str(folder)),
         512,
