@@ -34,7 +34,7 @@ from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet, sampling_seed
-from teacher_workers.pool import TeacherPool, start_pool
+from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 
 RUN = '[student]\nmodel = "stub"\n[teachers.main]\nmodel = "stub"\n[prompts]\ntrain = "stub"\n'

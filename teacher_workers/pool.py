@@ -3,7 +3,7 @@
 Importing this loads neither vLLM nor torch: the driver needs none, and an actor sets their environment first.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -45,7 +45,7 @@ def start_pool(
     create: Callable[..., list[ActorHandle]] = actors.create_actors,
     supervision: Supervision | None = None,
 ) -> "TeacherPool":
-    """Begin to start a teacher's own replicas, called teacher-NAME-0, teacher-NAME-1, ...; the rest is as in Scorers."""
+    """Begin to start a teacher's own replicas, called teacher-NAME-0, teacher-NAME-1, ...; else as in Scorers."""
     scorers = Scorers(f"teacher-{name}", {name: teacher}, max_model_len, options, actor, create, supervision)
     return TeacherPool(name, scorers, timeouts)
 
@@ -149,7 +149,7 @@ class TeacherPool:
             rollout=sent.rollout,
             metrics={**sent.metrics, **scored.metrics},
             spans=(*sent.spans, self._span(assignment)),
-            scored_by={**sent.scored_by, self.name: self.checkpoint},
+            scored_by={**sent.scored_by, **({self.name: self.checkpoint} if self.checkpoint else {})},
         )
 
     def look_after(self) -> None:

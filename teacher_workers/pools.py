@@ -30,6 +30,8 @@ class Successors:
     """Pools that are to follow those of the same names; they share their replicas, and get no batch yet."""
 
     pools: Mapping[str, TeacherPool]
+    takes_places: bool = False  # whether there is no room for them beside the others
+    num_lent: int = 0  # workers of the others that left to make room for the first of these
     error: PreceptorError | None = None  # why they cannot
 
     @property
@@ -69,14 +71,21 @@ class TeacherPools:
         """Return the pools by teacher name, as they are now."""
         return self._pools
 
+    @property
+    def successors(self) -> Sequence[Successors]:
+        """Return the pools that are to follow others."""
+        return self._successors
+
     def prepare(self, successors: Successors) -> None:
         """Look after pools that are to follow others; what goes wrong with them is noted there and ends nothing."""
         self._successors.append(successors)
 
     def dismiss(self, successors: Successors) -> None:
-        """End pools that were to follow others."""
+        """End pools that were to follow others, which get back what they lent."""
         self._successors.remove(successors)
-        successors.scorers.shutdown()
+        successors.scorers.end()
+        of_now = self._pools[next(iter(successors.pools))]
+        of_now.resize(of_now.size + successors.num_lent)
 
     def succeed(self, successors: Successors, first_step: int) -> None:
         """Let pools follow those of the same names, from a step on that nothing was asked for yet."""
@@ -182,7 +191,9 @@ class TeacherPools:
 
     def shutdown(self) -> None:
         """End every pool."""
-        for scorers in [*self._scorers(), *(successors.scorers for successors in self._successors)]:
+        for successors in self._successors:
+            successors.scorers.end()
+        for scorers in self._scorers():
             scorers.shutdown()
 
     def _pool(self, name: str, step: int) -> TeacherPool:

@@ -170,6 +170,12 @@ class Scorers:
         """Return who serves a pool, which knows what it is owed."""
         return self._replicas.state(pool, num_owed)
 
+    def end(self) -> None:
+        """End actors that have nothing to do, started or not; their engines end with them."""
+        self.resize(0)
+        for replica in self._replicas.leaving:
+            self._replicas.retire(replica)
+
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""
         self._replicas.shutdown()

@@ -33,12 +33,16 @@ class TimeShare:
     """Gives turns; `conduct` must run beside the requests, and what it raises ends all hope of a turn."""
 
     def __init__(
-        self, sleepers: Mapping[str, Sleeper], awake: str, clock: Callable[[], float] = time.monotonic
+        self,
+        sleepers: Mapping[str, Sleeper],
+        awake: str,
+        switch_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the teachers by name, of whom all but `awake` sleep; the clock tells seconds."""
+        """Take the teachers by name, of whom all but `awake` sleep; the rest is as in Turns."""
         self._sleepers = sleepers
         self._clock = clock
-        self._turns = Turns(list(sleepers), awake, clock)
+        self._turns = Turns(list(sleepers), awake, switch_seconds, clock)
         self._places: dict[str, deque[asyncio.Future[None]]] = {teacher: deque() for teacher in sleepers}
         self._changed = asyncio.Event()
         self._woken = {teacher: Woken() for teacher in sleepers}

@@ -8,8 +8,8 @@ seconds, a large model comes back from host memory in one.
 from collections import deque
 from collections.abc import Callable, Sequence
 
-# While others wait, a turn goes on this long as long as it has work, so at most one part in eleven of a busy slot's time
-# goes into switching.
+# While others wait, a turn that has work goes on this long, so at most one part in eleven of a busy slot's time goes
+# into switching.
 LONGEST_TURN_SWITCHES = 10.0
 # A teacher that has nothing to do keeps its turn so long while others wait: the next completions of the same rollout
 # are most often under way to it. Longer pauses would cost more than the switches that they save.
@@ -20,28 +20,30 @@ class Turns:
     """Requests of several teachers, of which those of one at a time run.
 
     Example:
-        >>> turns = Turns(["math", "code"], awake="math", clock=lambda: 0.0)
-        >>> turns.arrive("math"), turns.arrive("code"), turns.admit()
-        (None, None, 0)
-        >>> turns.due()
-        'code'
+        >>> times = iter((0.0, 1.0, 2.0, 3.0, 4.0, 9.0, 9.0))
+        >>> turns = Turns(["math", "code"], awake="math", switch_seconds=2.0, clock=lambda: next(times))
+        >>> turns.arrive("math"), turns.arrive("code"), turns.admit(), turns.due()
+        (None, None, 1, None)
+        >>> turns.finish(), turns.due()
+        (None, 'code')
     """
 
-    def __init__(self, teachers: Sequence[str], awake: str, clock: Callable[[], float]) -> None:
+    def __init__(self, teachers: Sequence[str], awake: str, switch_seconds: float, clock: Callable[[], float]) -> None:
         """Begin with the turn of `awake`, whose engine runs.
 
         Args:
             teachers: all names.
             awake: one of them.
+            switch_seconds: what a switch will take, until one has been seen.
             clock: seconds.
         """
         self.awake = awake
         self._clock = clock
         self._waiting: dict[str, deque[float]] = {teacher: deque() for teacher in teachers}  # times of arrival
-        self._rested_since = dict.fromkeys(teachers, clock())  # when each teacher's last turn ended
-        self._num_running = 0
         self._began = self._idle_since = clock()
-        self._switch_seconds = 0.0  # of the last switch
+        self._rested_since = dict.fromkeys(teachers, self._began)  # when each teacher's last turn ended
+        self._num_running = 0
+        self._switch_seconds = switch_seconds
 
     def arrive(self, teacher: str) -> None:
         """Take in a request."""

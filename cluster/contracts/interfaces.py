@@ -150,5 +150,15 @@ class ScoringEngine(Protocol):
     async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
         """Return the last hidden states, after the final norm, that predict the tokens whose loss_mask is 1."""
 
+    @property
+    def is_dead(self) -> bool:
+        """Return whether the engine's process is gone."""
+
+    async def sleep(self) -> None:
+        """Give the hardware back to another engine; nothing is asked until it is woken."""
+
+    async def wake(self) -> None:
+        """Take the hardware again."""
+
     async def shutdown(self) -> None:
         """End the engine and every process it started."""

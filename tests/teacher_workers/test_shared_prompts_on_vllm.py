@@ -15,7 +15,7 @@ from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import Ints, make_generated, ragged
 from cluster.contracts.wire import from_wire
-from teacher_workers.pool import TeacherPool, start_pool
+from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory
 from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
