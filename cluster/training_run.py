@@ -183,20 +183,16 @@ class TrainingRun:
         placement, teachers = self.pipeline.placement, self.pipeline.teachers
         shares = {"rollout": placement.rollout}
         pools: dict[str, Scalable] = {"rollout": self.pipeline.rollouts}
-        groups: dict[str, list[str]] = {"rollout": []}
-        for names in self.config.scorer_groups.values():
-            for name in names:
-                pool = f"teachers.{name}"
-                shares[pool], pools[pool], groups[pool] = (
-                    placement.teachers[name],
-                    _ScalableTeacher(teachers, name),
-                    names,
-                )
+        served: dict[str, list[str]] = {"rollout": []}  # teachers whose workers a pool's are
+        for name in teachers.pools:
+            pool = f"teachers.{name}"
+            shares[pool], pools[pool] = placement.teachers[name], _ScalableTeacher(teachers, name)
+            served[pool] = next(names for names in self.config.scorer_groups.values() if name in names)
 
         def needed(pool: str) -> str | None:
-            if not groups[pool]:
+            if not served[pool]:
                 return "a run has at least one rollout worker"
-            return need_of(groups[pool], self.config, self.inputs, self._finished_step)
+            return need_of(served[pool], self.config, self.inputs, self._finished_step)
 
         def missing(pool: str, more: int) -> str | None:
             return missing_for(shares[pool], more)

@@ -43,6 +43,7 @@ class Turns:
         self._began = self._idle_since = clock()
         self._rested_since = dict.fromkeys(teachers, self._began)  # when each teacher's last turn ended
         self._num_running = 0
+        self._has_run = False  # in the present turn; one in which nothing ran would be for nothing
         self._switch_seconds = switch_seconds
 
     def arrive(self, teacher: str) -> None:
@@ -57,6 +58,7 @@ class Turns:
         count = len(waiting)
         waiting.clear()
         self._num_running += count
+        self._has_run = self._has_run or count > 0
         return count
 
     def finish(self) -> None:
@@ -85,6 +87,7 @@ class Turns:
         self._rested_since[self.awake] = now - seconds
         self.awake, self._switch_seconds = teacher, seconds
         self._began = self._idle_since = now
+        self._has_run = False
 
     def _waits_since(self, teacher: str) -> float:
         """Return since when a teacher has waited for a turn: its oldest request, or the end of its last turn."""
@@ -97,7 +100,7 @@ class Turns:
     def _is_over(self) -> bool:
         """Tell whether the present turn has lasted as long as others must wait."""
         longest_waiting = self._longest_waiting()
-        if longest_waiting is None:
+        if longest_waiting is None or not self._has_run:
             return False
         contested_since = max(self._began, self._waits_since(longest_waiting))
         return self._clock() - contested_since >= LONGEST_TURN_SWITCHES * self._switch_seconds
