@@ -6,7 +6,9 @@ asked for when one of them serves and was audited. Where there is room for none,
 the next step on scoring waits for them, or for the first of them where the old ones are several and one leaves early.
 """
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from uuid import uuid4
 
 import msgspec
@@ -16,6 +18,7 @@ from cluster.contracts.errors import ConfigError, ModelError, PreceptorError, Sc
 from cluster.model_checks import read_model
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline, check_support, pool_timeouts
+from cluster.placement import PoolPlacement
 from cluster.replicas import for_later
 from cluster.room import missing_for
 from cluster.run_directory import RunDirectory
@@ -45,36 +48,63 @@ class ReplaceAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     is_granted: bool
 
 
+def start_successors(config: Config, inputs: Inputs, pipeline: Pipeline, name: str) -> Successors:
+    """Begin to start, where there is room, as many workers of a teacher as serve it now.
+
+    Args:
+        config: with the teacher's new model.
+        inputs: the run's prompts.
+        pipeline: the pools of now.
+        name: of the teacher; those of its slot move with it.
+    """
+    of_now = pipeline.teachers.pools[name].scorers
+    label = f"{of_now.label.partition('@')[0]}@{uuid4().hex[:6]}"  # Ray may hold a dead actor's name for a while
+    size = of_now.size
+    teachers = {each: msgspec.structs.replace(config.teachers[each], num_workers=size) for each in of_now.teachers}
+    options = [for_later(pipeline.placement.teachers[name].share)] * max(1, size)
+    scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=pipeline.supervision)
+    return Successors(
+        {
+            each: TeacherPool(each, scorers, pool_timeouts(config), fingerprint(teacher.model))
+            for each, teacher in teachers.items()
+        }
+    )
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What is changed, and what new workers take."""
+
+    config: Config
+    inputs: Inputs
+    pipeline: Pipeline
+    start: Callable[[Config, Inputs, Pipeline, str], Successors] = start_successors
+    missing: Callable[[PoolPlacement, int], str | None] = missing_for
+    clock: Callable[[], float] = time.monotonic
+
+
 class TeacherChanges:
     """The driver's side: starts what was asked for, and lets it take over between two steps."""
 
-    def __init__(
-        self,
-        config: Config,
-        inputs: Inputs,
-        pipeline: Pipeline,
-        directory: RunDirectory,
-        first_step: int,
-        say: Callable[[str], None],
-    ) -> None:
+    def __init__(self, run: RunParts, directory: RunDirectory, first_step: int, say: Callable[[str], None]) -> None:
         """Write down who scores from the step after `first_step` on.
 
         Raises:
             CheckpointError: the file of the teachers is damaged.
         """
-        self._own_config, self._inputs, self._pipeline, self._say = config, inputs, pipeline, say
+        self._run, self._pipeline, self._say = run, run.pipeline, say
         self._files = directory.replacing
         answered = read_message(self._files.answer, ReplaceAnswer)
-        self._wishes = WishReader(last_wish=answered.wish_id if answered else "")
+        self._wishes = WishReader(run.clock, last_wish=answered.wish_id if answered else "")
         self._log = TeacherLog(directory.teachers, first_step)
-        for name in pipeline.teachers.pools:
+        for name in run.pipeline.teachers.pools:
             self._note(name, first_step)
 
     @property
     def config(self) -> Config:
         """Return the run's configuration with the models that score now."""
         pools = self._pipeline.teachers.pools
-        return with_models(self._own_config, {name: pool.teacher.model for name, pool in pools.items()})
+        return with_models(self._run.config, {name: pool.teacher.model for name, pool in pools.items()})
 
     def look(self) -> None:
         """See whether somebody has asked for another checkpoint, and whether one that starts cannot serve."""
@@ -106,13 +136,15 @@ class TeacherChanges:
         config = self._checked(name, model)
         teachers = self._pipeline.teachers
         of_now = teachers.pools[name].scorers
-        lack = missing_for(self._pipeline.placement.teachers[name], 1)
+        lack = self._run.missing(self._pipeline.placement.teachers[name], 1)
         several = of_now.size > 1
-        successors = _start_successors(config, self._inputs, self._pipeline, name)
+        successors = self._run.start(config, self._run.inputs, self._pipeline, name)
         successors.takes_places = not of_now.size or (lack is not None and not several)
         successors.num_lent = int(lack is not None and several)
         teachers.prepare(successors)
-        if lack is None or not of_now.size:
+        if not of_now.size:
+            return f"teacher {name}: {model} takes its place at the next step, and has no worker yet either"
+        if lack is None:
             return f"teacher {name}: {model} starts, and scores from the first step that is asked for when it serves"
         if several:
             of_now.resize(of_now.size - 1)
@@ -135,7 +167,7 @@ class TeacherChanges:
         student = load_tokenizer(config.student.model, config.student.trust_remote_code)
         check_tokenizers(student, {name: facts.tokenizer}, compare_templates=config.prompts.template == "chat")
         check_support(config, facts.vocabulary)
-        needed = self._inputs.max_model_len
+        needed = self._run.inputs.max_model_len
         if facts.context_tokens < needed:
             raise ModelError(
                 f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"
@@ -192,26 +224,3 @@ def ask_to_replace(files: WishFiles, teacher: str, model: str, timeout_seconds: 
     if not answer.is_granted:
         raise ConfigError(answer.sentence)
     return answer.sentence
-
-
-def _start_successors(config: Config, inputs: Inputs, pipeline: Pipeline, name: str) -> Successors:
-    """Begin to start, where there is room, as many workers of a teacher as serve it now.
-
-    Args:
-        config: with the teacher's new model.
-        inputs: the run's prompts.
-        pipeline: the pools of now.
-        name: of the teacher; those of its slot move with it.
-    """
-    of_now = pipeline.teachers.pools[name].scorers
-    label = f"{of_now.label.partition('@')[0]}@{uuid4().hex[:6]}"  # Ray may hold a dead actor's name for a while
-    size = of_now.size
-    teachers = {each: msgspec.structs.replace(config.teachers[each], num_workers=size) for each in of_now.teachers}
-    options = [for_later(pipeline.placement.teachers[name].share)] * max(1, size)
-    scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=pipeline.supervision)
-    return Successors(
-        {
-            each: TeacherPool(each, scorers, pool_timeouts(config), fingerprint(teacher.model))
-            for each, teacher in teachers.items()
-        }
-    )

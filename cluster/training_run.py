@@ -26,7 +26,7 @@ from cluster.room import missing_for
 from cluster.run_directory import RunDirectory
 from cluster.scaling import Scalable, Scaling
 from cluster.score_audit import ScoreAudit
-from cluster.teacher_changes import TeacherChanges
+from cluster.teacher_changes import RunParts, TeacherChanges
 from cluster.teacher_needs import need_of
 from learner.checkpoint import tidy
 from teacher_workers.audit import Finding
@@ -65,9 +65,8 @@ class TrainingRun:
         tidy(self.directory.checkpoints, self.first_step)
         self.ledger = Ledger(self.directory.ledger, self.first_step)
         self._checkpoints = Checkpoints(self.directory, self.config.checkpoint, self.pipeline.learner)
-        self._changes = TeacherChanges(
-            self.config, self.inputs, self.pipeline, self.directory, self.first_step, self.view.say
-        )
+        parts = RunParts(self.config, self.inputs, self.pipeline)
+        self._changes = TeacherChanges(parts, self.directory, self.first_step, self.view.say)
         self._audit = ScoreAudit(self._changes.config, self.pipeline.teachers.pools, self.directory.score_audit)
         self._scaling = self._make_scaling()
         self._alarms = Alarms(self.config.alarms)

@@ -8,7 +8,7 @@ from cluster.teacher_needs import need_of
 from rollout_workers.prompts import PromptOrder, PromptSet
 from tests.builders import make_config
 
-# Six prompts in the order of the file, two to a step: steps 1 and 2 are main's, step 3 is code's, step 4 is main's again.
+# Six prompts in the order of the file, two to a step: steps 1, 2 and 4 are main's, step 3 is code's.
 OVERRIDES = ("teachers.code={model='c'}", "prompts.prompts_per_step=2", "prompts.shuffle=false", "run.steps=3")
 
 
@@ -47,7 +47,7 @@ def test_a_teacher_in_everybodys_target_is_needed_by_every_route() -> None:
     bases = ("teachers.main.base=base-model", "teachers.code.base=base-model")
     found = need_of(
         ["base-model"],
-        config("objective=exopd", "teachers.base-model={model='b'}", *bases),
+        config("objective=direct-opd", "teachers.base-model={model='b'}", *bases),
         make_inputs(),
         next_step=2,
     )
