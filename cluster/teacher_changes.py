@@ -9,6 +9,7 @@ the next step on scoring waits for them, or for the first of them where the old 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 from uuid import uuid4
 
 import msgspec
@@ -98,7 +99,7 @@ class TeacherChanges:
         self._wishes = WishReader(run.clock, last_wish=answered.wish_id if answered else "")
         self._log = TeacherLog(directory.teachers, first_step)
         for name in run.pipeline.teachers.pools:
-            self._note(name, first_step)
+            self._note(name, first_step, "configuration")
 
     @property
     def config(self) -> Config:
@@ -193,8 +194,8 @@ class TeacherChanges:
         changed = self._changed(successors)
         teachers.succeed(successors, step)
         self._pipeline.learner.replace_teachers(config.teachers, first_step=step)
-        for name in models:
-            self._note(name, step)
+        for name in changed:
+            self._note(name, step, "replacement")
         said = ", ".join(f"teacher {name} is {models[name]}" for name in changed)
         self._say(f"{said} from step {step + 1} on")
 
@@ -208,9 +209,9 @@ class TeacherChanges:
         pools = self._pipeline.teachers.pools
         return [name for name, pool in successors.pools.items() if pool.checkpoint != pools[name].checkpoint]
 
-    def _note(self, name: str, step: int) -> None:
+    def _note(self, name: str, step: int, by: Literal["configuration", "replacement"]) -> None:
         pool = self._pipeline.teachers.pools[name]
-        self._log.note(Reign(step + 1, name, pool.teacher.model, pool.checkpoint))
+        self._log.note(Reign(step + 1, name, pool.teacher.model, pool.checkpoint, by))
 
 
 def ask_to_replace(files: WishFiles, teacher: str, model: str, timeout_seconds: float = ANSWER_SECONDS) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -22,6 +23,7 @@ class Reign(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     teacher: str
     model: str
     fingerprint: str  # of its files, as in ledger.jsonl
+    by: Literal["configuration", "replacement"] = "configuration"  # why it scores
 
 
 class TeacherLog:
@@ -45,6 +47,8 @@ class TeacherLog:
     def note(self, reign: Reign) -> None:
         """Write down who scores from a step on, if that is new."""
         known = self._latest.get(reign.teacher)
+        if known is not None and known.model == reign.model:
+            reign = msgspec.structs.replace(reign, by=known.by)  # a resumed run goes on with what replaced another
         if known is None or known != msgspec.structs.replace(reign, step=known.step) or known.step > reign.step:
             self._latest[reign.teacher] = reign
             self._file.write(msgspec.to_builtins(reign))
@@ -98,7 +102,7 @@ def in_force(path: Path, own: Config, asked: Config) -> Config:
     replaced = {}
     for name, reign in latest_reigns(path).items():
         teacher = asked.teachers.get(name)
-        if teacher is None or teacher.model == reign.model:
+        if teacher is None or teacher.model == reign.model or reign.by == "configuration":
             continue
         if teacher.model != own.teachers[name].model:
             raise CheckpointError(

@@ -86,10 +86,8 @@ class SlotActor:
         async with self._share.turn(teacher):
             scored, metrics = await self._workers[teacher].score(from_wire(wire), request)
         woken = self._share.take_woken(teacher)
-        if woken.num_switches:
-            switches = {"switches": Sum(float(woken.num_switches)), "switch_seconds": Sum(woken.seconds)}
-            metrics = {**metrics, **{f"{request.model}/{name}": value for name, value in switches.items()}}
-        return _answer(wire, scored, metrics, request)
+        switches = {"slot/switches": Sum(float(woken.num_switches)), "slot/switch_seconds": Sum(woken.seconds)}
+        return _answer(wire, scored, {**metrics, **switches}, request)
 
     async def shutdown(self) -> None:
         """End the engines' processes."""

@@ -15,6 +15,7 @@ from cluster.actors import PoolTimeouts
 from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorDiedError, LostBytesError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.metrics import merge
 from cluster.contracts.observation import PoolState, Span
 from cluster.replicas import Supervision
 from teacher_workers.scorers import Scorers
@@ -147,7 +148,7 @@ class TeacherPool:
             scored,
             reference=assignment.wire,
             rollout=sent.rollout,
-            metrics={**sent.metrics, **scored.metrics},
+            metrics=merge((sent.metrics, scored.metrics)),
             spans=(*sent.spans, self._span(assignment)),
             scored_by={**sent.scored_by, **({self.name: self.checkpoint} if self.checkpoint else {})},
         )

@@ -92,6 +92,7 @@ class TeacherPools:
         former = {name: self._pools[name] for name in successors.pools}
         scorers = next(iter(former.values())).scorers
         self._former.append(_Former(former, scorers, first_step))
+        successors.scorers.resize(scorers.size + successors.num_lent)  # it may have been scaled meanwhile
         self._pools.update(successors.pools)
         self._successors.remove(successors)
 
