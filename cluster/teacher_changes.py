@@ -15,7 +15,7 @@ from uuid import uuid4
 import msgspec
 
 from cluster.contracts.config import Config
-from cluster.contracts.errors import ConfigError, ModelError, PreceptorError, ScoreError
+from cluster.contracts.errors import ConfigError, ModelError, PreceptorError
 from cluster.model_checks import read_model
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline, check_support, pool_timeouts
@@ -179,15 +179,15 @@ class TeacherChanges:
         """Audit, and hand over."""
         teachers = self._pipeline.teachers
         models = {name: pool.teacher.model for name, pool in successors.pools.items()}
-        for name, pool in successors.pools.items():
-            pool.checkpoint = fingerprint(models[name])  # once more, for a hub id's files are there now
         config = with_models(self.config, models)
-        of_successors = audit.of_successors(config, successors.pools)
         try:
+            for name, pool in successors.pools.items():
+                pool.checkpoint = fingerprint(models[name])  # once more, for a hub id's files are there now
+            of_successors = audit.of_successors(config, successors.pools)
             of_successors.begin(step)
             for finding in of_successors.finish():
                 self._say(finding.sentence)
-        except ScoreError as error:
+        except PreceptorError as error:
             self._dismiss(successors, error)
             return
         audit.take_over(of_successors)
