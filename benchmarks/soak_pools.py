@@ -18,7 +18,7 @@ from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet
-from teacher_workers.pool import TeacherPool
+from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 
 WAIT_SECONDS = 60.0  # the timeout of every wait; twenty times the longest delay
@@ -72,7 +72,7 @@ def soak_pools(delays: Delays) -> Iterator[SoakPools]:
         stack.callback(rollouts.shutdown)
         teachers = TeacherPools(
             {
-                name: TeacherPool(name, teacher, 1, of_teachers, timeouts, actor=WaitingTeacherActor, create=create)
+                name: start_pool(name, teacher, 1, of_teachers, timeouts, actor=WaitingTeacherActor, create=create)
                 for name, teacher in config.teachers.items()
             },
             WAIT_SECONDS,

@@ -34,7 +34,7 @@ from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet, sampling_seed
-from teacher_workers.pool import TeacherPool
+from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 
 RUN = '[student]\nmodel = "stub"\n[teachers.main]\nmodel = "stub"\n[prompts]\ntrain = "stub"\n'
@@ -104,7 +104,7 @@ def stub_run(num_workers: int, rates: StubRates, rows_per_step: int) -> Iterator
         create=rollout_processes.create,
     )
     num_teachers = max(1, num_workers // 4)
-    pool = TeacherPool(
+    pool = start_pool(
         "main",
         TeacherConfig("stub"),
         1,

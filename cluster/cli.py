@@ -92,6 +92,17 @@ def scale(options: argparse.Namespace) -> int:
     return 0
 
 
+def teacher(options: argparse.Namespace) -> int:
+    """Replace a teacher of a running run by another checkpoint."""
+    directory = RunDirectory.open(options.run)
+    from cluster.teacher_changes import ask_to_replace
+
+    # The driver's current folder may be another one.
+    model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
+    sys.stdout.write(f"{ask_to_replace(directory.replacing, options.name, model)}\n")
+    return 0
+
+
 def status(options: argparse.Namespace) -> int:
     """Say how a run stands, while it lives or after."""
     from cluster.run_status import print_status
@@ -173,6 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
     command.add_argument("sizes", nargs="+", metavar="rollout=6|teachers.NAME=3")
     command.set_defaults(command=scale)
+    command = commands.add_parser("teacher", help=teacher.__doc__, description=teacher.__doc__)
+    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
+    command.add_argument("change", choices=["replace"])
+    command.add_argument("name", metavar="NAME", help="of [teachers.NAME]")
+    command.add_argument("model", metavar="MODEL", help="a Hugging Face directory or a hub id")
+    command.set_defaults(command=teacher)
     command = commands.add_parser("status", help=status.__doc__, description=status.__doc__)
     command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
     command.add_argument("--json", action="store_true", help="print one JSON object")

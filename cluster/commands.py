@@ -21,6 +21,7 @@ from cluster.ray_session import RaySession, ray_session
 from cluster.run_directory import RunDirectory
 from cluster.status_file import KeptStatus
 from cluster.supervisor import Beginning, Supervisor
+from cluster.teacher_log import in_force
 from cluster.training_run import describe_evaluation
 from cluster.wandb_observer import check_wandb
 
@@ -49,6 +50,7 @@ def resume_training(directory: RunDirectory, config: Config) -> History:
         CheckpointError: all checkpoints are damaged, or nothing is left to do.
     """
     check_wandb(config)
+    config = in_force(directory.teachers, directory.read_config(), config)
     warnings: list[str] = []
     point = find_resume_point(directory, config, warnings.append)
     if point is not None and point.state.step >= config.run.steps:
@@ -119,6 +121,8 @@ def _measure_teachers(
         return found
     for name in config.routes:
         teacher = config.teachers[name]
+        if not teacher.num_workers:  # it was given no room yet
+            continue
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
         with start_teacher_rollouts(config, inputs, placement, name) as pool:
             evaluation = Evaluator(config, inputs, tokenizer).evaluate_pool(pool)

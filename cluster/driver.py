@@ -21,7 +21,7 @@ def train(run: TrainingRun) -> None:
     """
     config, learner = run.config, run.pipeline.learner
     rollouts, teachers = run.pipeline.rollouts, run.pipeline.teachers
-    flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds, run.scaling.look)
+    flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds, run.look_around)
     permits = Permits(run.first_step, config.run.steps, config.rollout.max_staleness)
     verifier = config.evaluation.verifier
     asked: dict[int, StepBatches] = {}  # of steps that are under way
@@ -32,6 +32,7 @@ def train(run: TrainingRun) -> None:
     for step in range(run.first_step, config.run.steps):
         watch = Stopwatch()
         for admitted in permits.admit(step):
+            run.enter(admitted)
             requests = train_requests(config, run.inputs, admitted)
             asked[admitted] = flow.admit(admitted, requests, run.sampling(admitted), verifier, config.scorers)
             run.ledger.admit(admitted + 1, requests)

@@ -175,6 +175,15 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "Where the time goes",
+        "Switches between the teachers of slots",
+        "none",
+        (
+            Figure("preceptor_slot_switches", "slot/switches", "engines woken in a step, over all slots"),
+            Figure("preceptor_slot_switch_seconds", "slot/switch_seconds", "what that took, seconds"),
+        ),
+    ),
+    Panel(
+        "Where the time goes",
         "Staleness",
         "none",
         (

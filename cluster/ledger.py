@@ -48,6 +48,7 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prompt_ids: tuple[int, ...]
     seeds_checksum: str
     policy_versions: tuple[int, int]  # lowest and highest that wrote a token of the step
+    teachers: dict[str, str] = {}
 
 
 class LedgerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,13 +120,20 @@ class Consumption:
         self._missing = {request.trajectory_id: request.prompt_id for request in requests}
         self._all_ids = frozenset(self._missing)
         self._versions: list[int] = []
+        self._teachers: dict[str, str] = {}
 
     def count(self, handle: BatchHandle) -> None:
         """Take note of a batch.
 
         Raises:
-            TrainingError: a trajectory comes a second time, or the step does not ask for it.
+            TrainingError: a trajectory comes a second time, the step does not ask for it, or another checkpoint of a
+                teacher scored it than those before.
         """
+        for teacher, checkpoint in handle.scored_by.items():
+            if self._teachers.setdefault(teacher, checkpoint) != checkpoint:
+                self._fail(
+                    f"two checkpoints of teacher {teacher} scored it, {self._teachers[teacher]} and {checkpoint}"
+                )
         for trajectory_id, prompt_id in zip(handle.trajectory_ids, handle.prompt_ids, strict=True):
             self._count(trajectory_id, prompt_id)
         self._versions += [*handle.min_policy_versions, *handle.max_policy_versions]
@@ -148,7 +156,9 @@ class Consumption:
         """
         self.check_complete()
         asked, versions = self._asked, (min(self._versions), max(self._versions))
-        return LedgerRecord(self._step, asked.trajectory_ids, asked.prompt_ids, asked.seeds_checksum, versions)
+        return LedgerRecord(
+            self._step, asked.trajectory_ids, asked.prompt_ids, asked.seeds_checksum, versions, self._teachers
+        )
 
     def _count(self, trajectory_id: int, prompt_id: int) -> None:
         if trajectory_id not in self._all_ids:

@@ -20,8 +20,10 @@ from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
-from teacher_workers.pool import TeacherPool
+from teacher_workers.pool import TeacherPool, start_pool
 from teacher_workers.pools import TeacherPools
+from teacher_workers.reference import fingerprint
+from teacher_workers.scorers import Scorers
 
 _TRAIN, _HELD_OUT = 0, 1  # keep the draws of training and evaluation apart
 
@@ -44,6 +46,7 @@ class Pipeline:
     teachers: TeacherPools
     learner: LearnerGroup
     placement: Placement
+    supervision: Supervision  # of the pools' workers
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -58,7 +61,7 @@ def load_inputs(config: Config) -> Inputs:
     tokenizers = {name: facts.tokenizer for name, facts in teachers.items()}
     check_tokenizers(student.tokenizer, tokenizers, compare_templates=config.prompts.template == "chat")
     models = [student, *teachers.values()]
-    _check_support(config, min(model.vocabulary for model in models))
+    check_support(config, min(model.vocabulary for model in models))
     context = min(model.context_tokens for model in models)
     train = load_prompts(Path(config.prompts.train), student.tokenizer, config, context)
     parts = [train]
@@ -73,7 +76,12 @@ def load_inputs(config: Config) -> Inputs:
     )
 
 
-def _check_support(config: Config, vocabulary: int) -> None:
+def check_support(config: Config, vocabulary: int) -> None:
+    """Check that models with so many tokens have the candidates that the objective compares.
+
+    Raises:
+        ConfigError: they have not.
+    """
     if config.objective.num_candidates > vocabulary:
         raise ConfigError(
             f"objective.support_size = {config.objective.support_size} is more than the {vocabulary} tokens of the "
@@ -162,43 +170,62 @@ def start_pipeline(
         rollouts = RolloutPool(
             _rollout_settings(config, inputs),
             placement.rollout.options(),
-            _timeouts(config),
+            pool_timeouts(config),
             supervision=supervision,
         )
         stack.callback(rollouts.shutdown)
-        teachers = {}
-        for name in config.teachers:
-            teachers[name] = start_teacher(config, inputs, placement.teachers[name], name, supervision)
-            stack.callback(teachers[name].shutdown)
+        teachers: dict[str, TeacherPool] = {}
+        for label in config.scorer_groups:
+            teachers |= start_scorers(config, inputs, placement, label, supervision)
+        teachers = {name: teachers[name] for name in config.teachers}
+        pools = TeacherPools(teachers, config.ray.call_timeout_seconds)
+        stack.callback(pools.shutdown)
         # Blocks until the ranks have met; the engines load their models meanwhile.
         learner = LearnerGroup(learner_config or config, placement.learner.options())
         stack.callback(learner.shutdown)
         rollouts.wait_until_ready()
         for teacher in teachers.values():
             teacher.wait_until_ready()
+            # Now, for a hub id's files are there when an engine has read them.
+            teacher.checkpoint = fingerprint(teacher.teacher.model)
         rollouts.set_prompts(inputs.prompts)
-        yield Pipeline(rollouts, TeacherPools(teachers, config.ray.call_timeout_seconds), learner, placement)
+        yield Pipeline(rollouts, pools, learner, placement, supervision)
 
 
 def start_teacher(
     config: Config, inputs: Inputs, placement: PoolPlacement, name: str, supervision: Supervision | None = None
 ) -> TeacherPool:
-    """Begin to start the scorers of one teacher; without supervision, a dead one ends the run."""
-    return TeacherPool(
+    """Begin to start scorers of one teacher alone; without supervision, a dead one ends the run."""
+    return start_pool(
         name,
         config.teachers[name],
         inputs.max_model_len,
         placement.options(),
-        _timeouts(config),
+        pool_timeouts(config),
         supervision=supervision,
     )
+
+
+def start_scorers(
+    config: Config,
+    inputs: Inputs,
+    placement: Placement,
+    label: str,
+    supervision: Supervision,
+) -> dict[str, TeacherPool]:
+    """Begin to start the workers of one of `config.scorer_groups`, and return the pools of its teachers."""
+    teachers = {name: config.teachers[name] for name in config.scorer_groups[label]}
+    share = placement.teachers[next(iter(teachers))]
+    options = share.options() or [share.share]
+    scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=supervision)
+    return {name: TeacherPool(name, scorers, pool_timeouts(config)) for name in teachers}
 
 
 @contextmanager
 def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement) -> Iterator[RolloutPool]:
     """Start generators of the student as its files are, without a learner."""
     settings = replace(_rollout_settings(config, inputs), weight_sync_backend=None)
-    with _ready_rollouts(RolloutPool(settings, placement.rollout.options(), _timeouts(config)), inputs) as pool:
+    with _ready_rollouts(RolloutPool(settings, placement.rollout.options(), pool_timeouts(config)), inputs) as pool:
         yield pool
 
 
@@ -213,7 +240,7 @@ def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement,
         config.rollout.rows_per_batch,
         weight_sync_backend=None,
     )
-    pool = RolloutPool(settings, placement.teachers[name].options(), _timeouts(config), f"teacher-{name}-rollout")
+    pool = RolloutPool(settings, placement.teachers[name].options(), pool_timeouts(config), f"teacher-{name}-rollout")
     with _ready_rollouts(pool, inputs):
         yield pool
 
@@ -244,5 +271,6 @@ def restart_limit(config: Config) -> RestartLimit:
     return RestartLimit(config.ray.max_restarts, config.ray.restart_window_seconds)
 
 
-def _timeouts(config: Config) -> PoolTimeouts:
+def pool_timeouts(config: Config) -> PoolTimeouts:
+    """Return how long the driver waits for the actors of the pools."""
     return PoolTimeouts(config.ray.start_timeout_seconds, config.ray.call_timeout_seconds)

@@ -38,22 +38,27 @@ class NodeResources:
 class PoolPlacement:
     """One pool's or group's share of the cluster."""
 
-    name: str  # "rollout", "teacher-NAME" or "learner"
+    name: str  # "rollout", "teacher-NAME", "slot-NAME" or "learner"
     num_workers: int
     gpus_per_worker: int
     cpus_per_worker: float  # what Ray reserves
     cpu_threads: int  # what the worker's kernels use when there is no GPU
     nodes: tuple[NodeResources, ...]  # one per worker
 
-    def options(self) -> list[dict[str, Any]]:
-        """Return Ray actor options, one per worker."""
+    @property
+    def share(self) -> dict[str, Any]:
+        """Return Ray actor options of a worker that was promised no node."""
         share: dict[str, Any] = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
         if not self.gpus_per_worker:
             # Ray would set the threads from the reserved CPUs, which are fractions here.
             share["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(self.cpu_threads)}}
+        return share
+
+    def options(self) -> list[dict[str, Any]]:
+        """Return Ray actor options, one per worker."""
         # Soft: a worker whose node is dead goes to any other with room; while its node lives, its share waits there.
         return [
-            share
+            self.share
             | ({"scheduling_strategy": NodeAffinitySchedulingStrategy(node.node_id, soft=True)} if node.node_id else {})
             for node in self.nodes[: self.num_workers]
         ]
@@ -64,13 +69,13 @@ class Placement:
     """Every pool's share."""
 
     rollout: PoolPlacement
-    teachers: dict[str, PoolPlacement]
+    teachers: dict[str, PoolPlacement]  # those of a slot have one share together
     learner: PoolPlacement
 
     @property
     def pools(self) -> list[PoolPlacement]:
         """Return all shares in data-flow order."""
-        return [self.rollout, *self.teachers.values(), self.learner]
+        return [self.rollout, *{share.name: share for share in self.teachers.values()}.values(), self.learner]
 
 
 def cluster_nodes() -> list[NodeResources]:
@@ -144,7 +149,7 @@ def plan_placement(
     places = pack(demands, rooms, _where(demands, nodes, free))
     threads = _threads(config, nodes, places)
     pools = {demand.pool: _placed(demand, nodes, places[demand.pool], threads[demand.pool]) for demand in demands}
-    teachers = {name: pools[_teacher_pool(name)] for name in config.teachers}
+    teachers = {name: pools[label] for label, names in config.scorer_groups.items() for name in names}
     return Placement(pools["rollout"], teachers, pools[LEARNER])
 
 
@@ -158,15 +163,11 @@ def describe(placement: Placement) -> list[tuple[str, str]]:
     return lines
 
 
-def _teacher_pool(name: str) -> str:
-    return f"teacher-{name}"
-
-
 def _demands(config: Config, nodes: Sequence[NodeResources]) -> list[Demand]:
     """Return who needs what, in data-flow order."""
     engines = {"rollout": (config.rollout.num_workers, config.rollout.engine.tensor_parallel)}
-    for name, teacher in config.teachers.items():
-        engines[_teacher_pool(name)] = (teacher.num_workers, teacher.engine.tensor_parallel)
+    for label, (first, *_) in config.scorer_groups.items():
+        engines[label] = (config.teachers[first].num_workers, config.teachers[first].engine.tensor_parallel)
     workers = sum(count for count, _ in engines.values()) + config.learner.num_workers
     on_gpu = any(node.gpus for node in nodes)
     # Fractions without GPUs: Ray schedules by reservation, and the stages share the cores in turns.
@@ -196,10 +197,13 @@ def _threads(config: Config, nodes: Sequence[NodeResources], places: dict[str, t
     engines = Counter(node for pool, taken in places.items() if pool != LEARNER for node in taken)
     ranks = Counter(places[LEARNER])
     wanted = {"rollout": config.rollout.engine.cpu_threads, LEARNER: config.learner.cpu_threads}
-    wanted |= {_teacher_pool(name): teacher.engine.cpu_threads for name, teacher in config.teachers.items()}
+    wanted |= {
+        label: next((threads for name in names if (threads := config.teachers[name].engine.cpu_threads)), None)
+        for label, names in config.scorer_groups.items()
+    }
 
     def fair(pool: str) -> int:
         on_node = ranks if pool == LEARNER else engines
-        return min(max(1, floor(nodes[node].cpus) // on_node[node]) for node in places[pool])
+        return min((max(1, floor(nodes[node].cpus) // on_node[node]) for node in places[pool]), default=1)
 
     return {pool: wanted[pool] or fair(pool) for pool in places}

@@ -26,7 +26,7 @@ class PoolFigures:
         """Begin to look; the clock is the one of the spans."""
         self._clock = clock
         self._looked_at = clock()
-        self._counted_until: dict[str, float] = {}  # of each worker
+        self._counted_until: dict[tuple[str, str], float] = {}  # of each worker in each pool; slots share theirs
 
     def look(self, spans: Sequence[Span], pools: Iterable[PoolState]) -> dict[str, float]:
         """Return every pool's figures as pool/NAME/..."""
@@ -51,7 +51,7 @@ class PoolFigures:
     def _busy_seconds(self, spans: Iterable[Span]) -> float:
         total = 0.0
         for span in sorted(spans, key=lambda span: span.began):
-            until = self._counted_until.get(span.worker, 0.0)
+            until = self._counted_until.get((span.pool, span.worker), 0.0)
             total += max(0.0, span.ended - max(span.began, until))
-            self._counted_until[span.worker] = max(until, span.ended)
+            self._counted_until[span.pool, span.worker] = max(until, span.ended)
         return total

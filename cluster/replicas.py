@@ -38,10 +38,12 @@ class Recipe:
     arguments: Callable[[str], tuple[Any, ...]]  # of the constructor, by the actor's name
     options: Sequence[Mapping[str, Any]]  # Ray's, one entry per replica that the pool begins with
     create: Callable[..., list[ActorHandle]] = actors.create_actors
+    spare: Mapping[str, Any] | None = None  # of a pool that begins with none: Ray's options, of those that come later
 
     def make(self, replica: int, name: str) -> ActorHandle:
         """Ask Ray for a replica's actor."""
-        option = self.options[replica] if replica < len(self.options) else for_later(self.options[0])
+        planned = replica < len(self.options)
+        option = self.options[replica] if planned else for_later(self.spare or self.options[0])
         [actor] = self.create(self.cls, [name], [self.arguments(name)], [option])
         return actor
 
@@ -153,6 +155,11 @@ class Replicas:
         assert actor is not None, "a resting replica serves nobody"
         return actor
 
+    def is_served_by(self, replica: int, actor_name: str) -> bool:
+        """Return whether the replica serves with this actor still."""
+        member = self._members.get(replica)
+        return member is not None and member.serves and member.name == actor_name
+
     def actor_name(self, replica: int) -> str:
         """Return what a replica's present actor is called."""
         return self._members[replica].name
@@ -162,7 +169,7 @@ class Replicas:
         return f"{self._label}-{replica}"
 
     def resize(self, size: int) -> None:
-        """Start replicas, or let some leave, until `size` of them, at least one, take work or are on their way."""
+        """Start replicas, or let some leave, until `size` of them take work or are on their way."""
         staying = [replica for replica in self._members if replica not in self._leaving]
         for _ in range(size - len(staying)):
             self._start(self._next_replica, self.name(self._next_replica))

@@ -7,7 +7,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, ConfigError
 from cluster.contracts.files import read_text
 from cluster.contracts.run_file import MAX_RUN_FILE_BYTES, config_from_json, dump_run_config
-from cluster.scaling import ScaleFiles
+from cluster.wishes import WishFiles
 
 
 class RunDirectory:
@@ -77,9 +77,19 @@ class RunDirectory:
         return self.path / "score_audit"
 
     @property
-    def scaling(self) -> ScaleFiles:
+    def scaling(self) -> WishFiles:
         """Sizes of pools that were asked for, and what became of that."""
-        return ScaleFiles(self.path / "scale-wish.json", self.path / "scale-answer.json")
+        return WishFiles(self.path / "scale-wish.json", self.path / "scale-answer.json")
+
+    @property
+    def replacing(self) -> WishFiles:
+        """A teacher's checkpoint that was asked for, and what became of that."""
+        return WishFiles(self.path / "teacher-wish.json", self.path / "teacher-answer.json")
+
+    @property
+    def teachers(self) -> Path:
+        """One JSON object per checkpoint of a teacher, with the step from which on it scores."""
+        return self.path / "teachers.jsonl"
 
     @property
     def status(self) -> Path:

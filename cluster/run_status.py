@@ -32,6 +32,8 @@ class PoolReport(msgspec.Struct, frozen=True):
     busy_share: float | None  # None: no step says
     idle_share: float | None
     tokens_per_second: float | None
+    model: str = ""  # of a teacher
+    checkpoint: str = ""  # fingerprint of its files
 
 
 class RunReport(msgspec.Struct, frozen=True):
@@ -109,6 +111,8 @@ def _pool(pool: PoolState, status: Status, record: Mapping[str, float]) -> PoolR
         figure("busy_share"),
         figure("idle_share"),
         figure("tokens_per_second"),
+        pool.model,
+        pool.checkpoint,
     )
 
 
@@ -137,6 +141,7 @@ def _lines(report: RunReport) -> list[str]:
         shown = ((name, report.held_out.get(name)) for name in ("accuracy", "kl", "completion_length"))
         figures = ", ".join(f"{name} {value:.4g}" for name, value in shown if value is not None)
         lines.append(f"held-out after step {report.held_out['step']:.0f}: {figures}")
+    lines += [f"{pool.name}: {pool.model} ({pool.checkpoint[:12]})" for pool in report.pools if pool.model]
     checkpoint = "none yet" if report.last_checkpoint is None else f"step {report.last_checkpoint}"
     lines.append(f"last checkpoint: {checkpoint}")
     lines += [f"alarm {found['alarm']} at step {found['step']} ({found['action']})" for found in report.alarms]

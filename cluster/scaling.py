@@ -6,18 +6,14 @@ answer beside it. Who may write there may also stop the run; no port is opened f
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 from uuid import uuid4
 
 import msgspec
 
-from cluster.contracts.errors import ConfigError, PlacementError, PreceptorError
+from cluster.contracts.errors import ConfigError, PlacementError
+from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, write_message
 
-LOOK_SECONDS = 1.0  # between two looks of the driver
-ANSWER_SECONDS = 60.0  # the driver answers between two events of the run, of which a slow step has few
-POLL_SECONDS = 0.2
 LARGEST_POOL = 100_000
 
 
@@ -30,9 +26,6 @@ class Scalable(Protocol):
 
     def resize(self, size: int) -> None:
         """Begin to change that."""
-
-
-Message = TypeVar("Message", "Wish", "Answer")
 
 
 class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,24 +43,17 @@ class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     refusal: str | None  # a sentence; None: it was granted
 
 
-@dataclass(frozen=True)
-class ScaleFiles:
-    """Where wishes and answers lie."""
-
-    wish: Path
-    answer: Path
-
-
 class Scaling:
     """The driver's side: grants the wishes that the cluster has room for."""
 
     def __init__(
         self,
-        files: ScaleFiles,
+        files: WishFiles,
         pools: Mapping[str, Scalable],
         missing: Callable[[str, int], str | None],
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        needed: Callable[[str], str | None] = lambda name: "it has at least one worker",
     ) -> None:
         """Take the run's pools.
 
@@ -77,32 +63,31 @@ class Scaling:
             missing: says what the cluster lacks for so many more workers of a pool; None: nothing.
             say: tells people.
             clock: seconds.
+            needed: says why a pool cannot be without workers; None: it can.
         """
-        self._files, self._pools, self._missing, self._say, self._clock = files, pools, missing, say, clock
-        self._next_look = 0.0
-        self._last_wish = ""
+        self._files, self._pools, self._missing, self._say = files, pools, missing, say
+        self._needed = needed
+        self._wishes = WishReader(clock)
 
     def look(self) -> None:
         """See whether somebody has asked for other sizes; most calls return at once."""
-        now = self._clock()
-        if now < self._next_look:
+        wish = self._wishes.take(self._files.wish, Wish)
+        if wish is None:
             return
-        self._next_look = now + LOOK_SECONDS
-        wish = _read(self._files.wish, Wish)
-        if wish is None or wish.wish_id == self._last_wish:
-            return
-        self._last_wish = wish.wish_id
         refusal = self._grant(wish.sizes)
         sizes = {name: pool.size for name, pool in self._pools.items()}
-        _write(self._files.answer, Answer(wish.wish_id, sizes, refusal))
+        write_message(self._files.answer, Answer(wish.wish_id, sizes, refusal))
         self._say(refusal or f"scaled: {describe(sizes)}")
 
     def _grant(self, sizes: Mapping[str, int]) -> str | None:
         for name, size in sizes.items():
             if name not in self._pools:
                 return f"there is no pool {name!r}; this run has {', '.join(self._pools)}"
-            if not 1 <= size <= LARGEST_POOL:
-                return f"{name}={size}: a pool has from 1 to {LARGEST_POOL} workers"
+            if not 0 <= size <= LARGEST_POOL:
+                return f"{name}={size}: a pool has up to {LARGEST_POOL} workers"
+            need = None if size else self._needed(name)
+            if need is not None:
+                return f"{name}=0: {need}"
             more = size - self._pools[name].size
             lack = self._missing(name, more) if more > 0 else None
             if lack is not None:
@@ -112,27 +97,17 @@ class Scaling:
         return None
 
 
-def ask(files: ScaleFiles, sizes: Mapping[str, int], timeout_seconds: float = ANSWER_SECONDS) -> Answer:
+def ask(files: WishFiles, sizes: Mapping[str, int], timeout_seconds: float = ANSWER_SECONDS) -> Answer:
     """Ask a running driver for other sizes and wait for its answer.
 
     Raises:
         PlacementError: it refused; says why.
         PreceptorError: nobody answered.
     """
-    wish = Wish(uuid4().hex, dict(sizes))
-    _write(files.wish, wish)
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
-        answer = _read(files.answer, Answer)
-        if answer is not None and answer.wish_id == wish.wish_id:
-            if answer.refusal is not None:
-                raise PlacementError(answer.refusal)
-            return answer
-        time.sleep(POLL_SECONDS)
-    files.wish.unlink(missing_ok=True)
-    raise PreceptorError(
-        f"{files.wish.parent}: no driver answered within {timeout_seconds:.0f} s; is the run still going on?"
-    )
+    answer = ask_driver(files, Wish(uuid4().hex, dict(sizes)), Answer, timeout_seconds)
+    if answer.refusal is not None:
+        raise PlacementError(answer.refusal)
+    return answer
 
 
 def parse_sizes(arguments: list[str]) -> dict[str, int]:
@@ -159,17 +134,3 @@ def parse_sizes(arguments: list[str]) -> dict[str, int]:
 def describe(sizes: Mapping[str, int]) -> str:
     """Say sizes as the command takes them."""
     return " ".join(f"{name}={size}" for name, size in sizes.items())
-
-
-def _write(path: Path, value: msgspec.Struct) -> None:
-    partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
-    partial.write_bytes(msgspec.json.encode(value))
-    partial.replace(path)
-
-
-def _read(path: Path, kind: type[Message]) -> Message | None:
-    """Return what lies there; None when nothing does, or nothing that can be understood."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (FileNotFoundError, msgspec.DecodeError):
-        return None

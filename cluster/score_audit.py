@@ -85,10 +85,35 @@ class ScoreAudit:
         self._settings = config.score_audit
         self._timeout_seconds = config.ray.call_timeout_seconds
         self._clock = clock
+        self._folder = folder
         audited = pools if config.score_audit.rows else {}
         self._subjects = [audited_teacher(config, name, pool, folder) for name, pool in audited.items()]
         self._under_way: list[_Audit] = []
         self._begun_at: int | None = None  # when everybody was asked last; None: not yet
+
+    def of_successors(self, config: Config, pools: Mapping[str, AuditedPool]) -> "ScoreAudit":
+        """Return audits of pools that are to follow others, by the same rows; a new checkpoint has no reference yet.
+
+        Args:
+            config: with the models that the pools serve.
+            pools: by teacher name.
+        """
+        audit = ScoreAudit(config, pools, self._folder, self._clock)
+        former = {subject.name: subject for subject in self._subjects}
+        for subject in audit._subjects:
+            subject.rows = former[subject.name].rows
+            if subject.origin != former[subject.name].origin:
+                subject.reference = None
+        return audit
+
+    def take_over(self, of_successors: "ScoreAudit") -> None:
+        """Let the audits of pools that have followed others stand for the others'."""
+        new = {subject.name: subject for subject in of_successors._subjects}
+        self._under_way = [audit for audit in self._under_way if audit.subject.name not in new]
+        self._subjects = [new.get(subject.name, subject) for subject in self._subjects]
+        for subject in new.values():
+            if subject.reference is None:  # nobody serves yet, and what was kept is of another checkpoint
+                subject.path.unlink(missing_ok=True)
 
     @property
     def needs_rows(self) -> bool:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -26,8 +26,11 @@ from cluster.room import missing_for
 from cluster.run_directory import RunDirectory
 from cluster.scaling import Scalable, Scaling
 from cluster.score_audit import ScoreAudit
+from cluster.teacher_changes import RunParts, TeacherChanges
+from cluster.teacher_needs import need_of
 from learner.checkpoint import tidy
 from teacher_workers.audit import Finding
+from teacher_workers.pools import TeacherPools
 
 AUDIT_REQUESTS = 16  # completions of which the rows for the audits of scores are chosen
 AUDIT_TOKENS = 64  # of each; an audit looks at short rows only
@@ -62,8 +65,10 @@ class TrainingRun:
         tidy(self.directory.checkpoints, self.first_step)
         self.ledger = Ledger(self.directory.ledger, self.first_step)
         self._checkpoints = Checkpoints(self.directory, self.config.checkpoint, self.pipeline.learner)
-        self._audit = ScoreAudit(self.config, self.pipeline.teachers.pools, self.directory.score_audit)
-        self.scaling = make_scaling(self.directory, self.pipeline, self.view.say)
+        parts = RunParts(self.config, self.inputs, self.pipeline)
+        self._changes = TeacherChanges(parts, self.directory, self.first_step, self.view.say)
+        self._audit = ScoreAudit(self._changes.config, self.pipeline.teachers.pools, self.directory.score_audit)
+        self._scaling = self._make_scaling()
         self._alarms = Alarms(self.config.alarms)
         self.observers = open_observers(self.config, self.directory, self.first_step)
         self._lookout = Lookout(self.pipeline, self.observers)
@@ -82,6 +87,15 @@ class TrainingRun:
         self._lookout.begin(flow)
         self.started = time.perf_counter()
 
+    def look_around(self) -> None:
+        """See whether somebody asks for other sizes of pools or another teacher; most calls return at once."""
+        self._scaling.look()
+        self._changes.look()
+
+    def enter(self, step: int) -> None:
+        """Settle who scores a step, from 0, that is about to be asked for."""
+        self._changes.enter(step, self._audit)
+
     def sampling(self, step: int) -> SamplingSettings:
         """Return how the completions of a step, from 0, are drawn."""
         return replace(train_sampling(self.config), max_completion_tokens=self._cap.at(step))
@@ -95,6 +109,7 @@ class TrainingRun:
             RunStopped: somebody asked for it; a checkpoint of the step is written.
         """
         self.ledger.close(step)
+        self.pipeline.teachers.close(next_step=step)
         self._finished_step = step
         record = {**record, **self._lookout.look(), **self._checkpoints.complete_if_written()}
         is_last = step == self.config.run.steps
@@ -162,6 +177,27 @@ class TrainingRun:
         for finding in findings:
             self.view.say(finding.sentence)
 
+    def _make_scaling(self) -> Scaling:
+        """Let the sizes of the pools be changed through the run's directory."""
+        placement, teachers = self.pipeline.placement, self.pipeline.teachers
+        shares = {"rollout": placement.rollout}
+        pools: dict[str, Scalable] = {"rollout": self.pipeline.rollouts}
+        served: dict[str, list[str]] = {"rollout": []}  # teachers whose workers a pool's are
+        for name in teachers.pools:
+            pool = f"teachers.{name}"
+            shares[pool], pools[pool] = placement.teachers[name], _ScalableTeacher(teachers, name)
+            served[pool] = next(names for names in self.config.scorer_groups.values() if name in names)
+
+        def needed(pool: str) -> str | None:
+            if not served[pool]:
+                return "a run has at least one rollout worker"
+            return need_of(served[pool], self.config, self.inputs, self._finished_step)
+
+        def missing(pool: str, more: int) -> str | None:
+            return missing_for(shares[pool], more)
+
+        return Scaling(self.directory.scaling, pools, missing, self.view.say, needed=needed)
+
     def _begin_checkpoint(self, step: int) -> None:
         self._saved_step = step
         self._metrics.sync()  # a resumed run reads it again
@@ -193,13 +229,19 @@ class TrainingRun:
         return found
 
 
-def make_scaling(directory: RunDirectory, pipeline: Pipeline, say: Callable[[str], None]) -> Scaling:
-    """Let the sizes of a run's pools be changed through its directory."""
-    shares = {"rollout": pipeline.placement.rollout}
-    pools: dict[str, Scalable] = {"rollout": pipeline.rollouts}
-    for name, pool in pipeline.teachers.pools.items():
-        shares[f"teachers.{name}"], pools[f"teachers.{name}"] = pipeline.placement.teachers[name], pool
-    return Scaling(directory.scaling, pools, lambda name, more: missing_for(shares[name], more), say)
+@dataclass(frozen=True)
+class _ScalableTeacher:
+    """The pool of a teacher's name, whichever it is now."""
+
+    pools: TeacherPools
+    name: str
+
+    @property
+    def size(self) -> int:
+        return self.pools.pools[self.name].size
+
+    def resize(self, size: int) -> None:
+        self.pools.pools[self.name].resize(size)
 
 
 def describe_evaluation(found: Evaluation) -> str:

@@ -35,6 +35,10 @@ class LearnerActor:
         """Load the student and join the group."""
         self._worker = start_worker(self._config, self._rank, self._world_size, address)
 
+    def read_teacher_heads(self, config: Config) -> None:
+        """Read the LM heads of a configuration's teachers in place of those before."""
+        self._worker.read_teacher_heads(config)
+
     def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
         """Add the gradients of this rank's share of a round."""
         wires = ray.get(list(share.references), timeout=self._config.ray.call_timeout_seconds)

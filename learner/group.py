@@ -9,13 +9,14 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import msgspec
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
 from cluster.actors import call_all, create_actors, get, is_dead, shutdown
 from cluster.batch_store import add_environment
-from cluster.contracts.config import Config
+from cluster.contracts.config import Config, TeacherConfig
 from cluster.contracts.errors import ActorDiedError, LearnerDiedError
 from cluster.contracts.interfaces import BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric, Sum, merge
@@ -60,6 +61,7 @@ class LearnerGroup:
         self._num_restarts = 0
         self._spans: list[Span] = []
         self._published_version = 0
+        self._heads_due: list[tuple[int, Config]] = []  # before which steps LM heads are read again, and whose
         self._begin(self._names)
 
     def start_again(self) -> None:
@@ -69,6 +71,7 @@ class LearnerGroup:
             ActorError: a rank died or did not start in time.
         """
         shutdown(self._actors, timeout_seconds=0)
+        self._heads_due.clear()  # they are read anew, and steps that are done again have the teachers of now
         # Ray may hold a dead actor's name for a while yet, so the next ones have a number of their own.
         self._num_restarts += 1
         self._begin([f"{name}-again-{self._num_restarts}" for name in self._names])
@@ -79,12 +82,21 @@ class LearnerGroup:
         Learning begins while batches still arrive: gradients of full micro-batches, or of what there is when the ranks
         have nothing to do, are added up at once. The weights change when the last batch is in.
         """
+        while self._heads_due and self._heads_due[0][0] <= step:
+            _, config = self._heads_due.pop(0)
+            self._ask("read_teacher_heads", config, waiting_for="the learner to read the teachers' LM heads")
         with self._deaths_told():
             num_tokens, parts = self._accumulate(batches, None, waiting_for=f"the learner to compute step {step}")
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}", stage="learn")
         figures = merge([*parts, *taken])
         busy_seconds = sum(found["busy_seconds"].value for found in (*parts, *taken)) / len(self._actors)
         return figures | {"busy_seconds": Sum(busy_seconds)}
+
+    def replace_teachers(self, teachers: Mapping[str, TeacherConfig], first_step: int) -> None:
+        """Read the LM heads of other teachers, where the objective needs any, before step `first_step` (from 0)."""
+        self._config = msgspec.structs.replace(self._config, teachers=dict(teachers))
+        if self._config.objective.support == "full":
+            self._heads_due.append((first_step, self._config))
 
     def measure_gradient(self, batches: BatchSource, objective: ObjectiveConfig) -> dict[str, Metric]:
         """Return loss, gradient norm and the other figures of a step, without taking it.

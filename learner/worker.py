@@ -59,6 +59,15 @@ class LearnerWorker:
         self._sender = _make_sender(config, engine)
         self._writer = ShardWriter()
 
+    def read_teacher_heads(self, config: Config) -> None:
+        """Read the LM heads of a configuration's teachers in place of those before; not collective.
+
+        Raises:
+            ModelError: a head cannot be read.
+        """
+        self._teacher_heads = {}  # two sets of heads may be more than there is memory for
+        self._teacher_heads = load_teacher_heads(config, _device())
+
     def accumulate(
         self, rows: RankRows, completes_step: bool, objective: ObjectiveConfig | None = None
     ) -> dict[str, Metric]:
@@ -162,8 +171,12 @@ def start_worker(config: Config, rank: int, world_size: int, address: str) -> Le
 
     transformers.utils.logging.disable_progress_bar()
     student = load_student(config.student, config.learner)
-    teacher_heads = load_teacher_heads(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    teacher_heads = load_teacher_heads(config, _device())
     return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address), teacher_heads)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:

@@ -1,13 +1,18 @@
-"""All teachers of a run: each batch goes from pool to pool along its chain, and each adds its columns."""
+"""All teachers of a run: each batch goes from pool to pool along its chain, and each adds its columns.
+
+A pool may have a successor, of another checkpoint: it starts beside the others, and from a step on it takes all batches
+of that step and later ones, while those of earlier steps stay with the pool that they began with.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.actors import wait_for_any
-from cluster.contracts.errors import LostBytesError, ScoreError
+from cluster.contracts.errors import LostBytesError, PreceptorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from teacher_workers.pool import TeacherPool, Ticket
+from teacher_workers.scorers import Scorers
 
 Chain = Sequence[tuple[str, ScoreRequest]]  # who scores a batch, in order, and what is asked of each: pool, request
 
@@ -20,6 +25,30 @@ class _Leg:
     rest: Chain  # scores after it
 
 
+@dataclass
+class Successors:
+    """Pools that are to follow those of the same names; they share their replicas, and get no batch yet."""
+
+    pools: Mapping[str, TeacherPool]
+    takes_places: bool = False  # whether there is no room for them beside the others
+    num_lent: int = 0  # workers of the others that left to make room for the first of these
+    error: PreceptorError | None = None  # why they cannot
+
+    @property
+    def scorers(self) -> Scorers:
+        """Return their replicas."""
+        return next(iter(self.pools.values())).scorers
+
+
+@dataclass(frozen=True)
+class _Former:
+    """Pools that were followed by others."""
+
+    pools: Mapping[str, TeacherPool]
+    scorers: Scorers
+    until_step: int  # first step that is not theirs
+
+
 class TeacherPools:
     """Sends batches along their chains.
 
@@ -29,7 +58,9 @@ class TeacherPools:
 
     def __init__(self, pools: Mapping[str, TeacherPool], call_seconds: float) -> None:
         """Take the pools by teacher name; `call_seconds` bounds the wait for the next answer."""
-        self._pools = pools
+        self._pools = dict(pools)
+        self._former: list[_Former] = []  # in the order in which they were followed
+        self._successors: list[Successors] = []
         self._call_seconds = call_seconds
         self._legs: dict[Ticket, _Leg] = {}
         self._waiting: list[_Leg] = []  # no replica of their pools serves
@@ -37,8 +68,39 @@ class TeacherPools:
 
     @property
     def pools(self) -> Mapping[str, TeacherPool]:
-        """Return the pools by teacher name."""
+        """Return the pools by teacher name, as they are now."""
         return self._pools
+
+    @property
+    def successors(self) -> Sequence[Successors]:
+        """Return the pools that are to follow others."""
+        return self._successors
+
+    def prepare(self, successors: Successors) -> None:
+        """Look after pools that are to follow others; what goes wrong with them is noted there and ends nothing."""
+        self._successors.append(successors)
+
+    def dismiss(self, successors: Successors) -> None:
+        """End pools that were to follow others, which get back what they lent."""
+        self._successors.remove(successors)
+        successors.scorers.end()
+        of_now = self._pools[next(iter(successors.pools))]
+        of_now.resize(of_now.size + successors.num_lent)
+
+    def succeed(self, successors: Successors, first_step: int) -> None:
+        """Let pools follow those of the same names, from a step on that nothing was asked for yet."""
+        former = {name: self._pools[name] for name in successors.pools}
+        scorers = next(iter(former.values())).scorers
+        self._former.append(_Former(former, scorers, first_step))
+        successors.scorers.resize(scorers.size + successors.num_lent)  # it may have been scaled meanwhile
+        self._pools.update(successors.pools)
+        self._successors.remove(successors)
+
+    def close(self, next_step: int) -> None:
+        """Let the replicas leave that only steps before `next_step` may need, which are learned from."""
+        for former in self._former:
+            if former.until_step <= next_step and former.scorers.size:
+                former.scorers.resize(0)
 
     def score(self, handles: Iterable[BatchHandle], plan: Callable[[str], Chain]) -> Iterator[BatchHandle]:
         """Submit each batch as it comes and yield those whose chain is done, in any order.
@@ -69,7 +131,7 @@ class TeacherPools:
             if name not in self._pools:
                 raise ScoreError(f"a batch names the teacher {name!r}; there are {sorted(self._pools)}")
         (name, request), *rest = chain
-        self._send(_Leg(self._pools[name], handle, request, rest))
+        self._send(_Leg(self._pool(name, handle.rollout), handle, request, rest))
 
     def look_after(self) -> list[Any]:
         """Deal with replicas that died unnoticed, and return references to wait for; `collect` takes those ready.
@@ -77,7 +139,12 @@ class TeacherPools:
         Raises:
             ActorError: replicas died more often than they may.
         """
-        arriving = [reference for pool in self._pools.values() for reference in pool.look_after()]
+        arriving = [reference for scorers in self._scorers() for reference in scorers.look_after()]
+        for successors in self._successors:
+            arriving += _look_after(successors)
+        for pool in self._everyone():
+            pool.look_after()
+        self._former = [former for former in self._former if not former.scorers.is_gone]
         self._send_again()
         return [*self._legs, *arriving]
 
@@ -97,8 +164,10 @@ class TeacherPools:
             handle = self._take(ticket, leg) if leg else None
             if leg is not None and handle is not None:
                 finished += self._move_on(leg, handle)
-        for pool in self._pools.values():
-            pool.welcome(ready)
+        for scorers in self._scorers():
+            scorers.welcome(ready)
+        for successors in self._successors:
+            _welcome(successors, ready)
         self._send_again()
         return finished
 
@@ -108,21 +177,40 @@ class TeacherPools:
         return lost
 
     def abandon(self) -> None:
-        """Forget all batches that are being scored."""
+        """Forget all batches that are being scored; steps that are done again belong to the pools of now."""
         self._legs.clear()
         self._waiting.clear()
         self._lost.clear()
-        for pool in self._pools.values():
+        for pool in self._everyone():
             pool.abandon()
+        self._former = [replace(former, until_step=0) for former in self._former]
+        self.close(next_step=0)
 
     def late(self) -> str:
         """Name the replicas that owe an answer."""
-        return ", ".join(names for pool in self._pools.values() if (names := pool.late()))
+        return ", ".join(names for pool in self._everyone() if (names := pool.late()))
 
     def shutdown(self) -> None:
         """End every pool."""
-        for pool in self._pools.values():
-            pool.shutdown()
+        for successors in self._successors:
+            successors.scorers.end()
+        for scorers in self._scorers():
+            scorers.shutdown()
+
+    def _pool(self, name: str, step: int) -> TeacherPool:
+        """Return who scores for a teacher in a step; what belongs to none, below 0, is for the pool of now."""
+        for former in self._former:
+            if name in former.pools and 0 <= step < former.until_step:
+                return former.pools[name]
+        return self._pools[name]
+
+    def _everyone(self) -> list[TeacherPool]:
+        return [*self._pools.values(), *(pool for former in self._former for pool in former.pools.values())]
+
+    def _scorers(self) -> list[Scorers]:
+        """Return the replicas of now and before, each once."""
+        of_now = {id(pool.scorers): pool.scorers for pool in self._pools.values()}
+        return [*of_now.values(), *(former.scorers for former in self._former)]
 
     def _waited_for(self) -> str:
         return f"scores from {self.late()}"
@@ -156,7 +244,23 @@ class TeacherPools:
 
     def _send_again(self) -> None:
         """Send what waited for a replica, or lost its own."""
-        lost = [self._legs.pop(ticket) for pool in self._pools.values() for ticket in pool.take_lost()]
+        lost = [self._legs.pop(ticket) for pool in self._everyone() for ticket in pool.take_lost()]
         legs, self._waiting = [*self._waiting, *lost], []
         for leg in legs:
             self._send(leg)
+
+
+def _look_after(successors: Successors) -> list[Any]:
+    try:
+        return [] if successors.error else successors.scorers.look_after()
+    except PreceptorError as error:
+        successors.error = error
+        return []
+
+
+def _welcome(successors: Successors, ready: Collection[Any]) -> None:
+    try:
+        if not successors.error:
+            successors.scorers.welcome(ready)
+    except PreceptorError as error:
+        successors.error = error

@@ -1,10 +1,13 @@
 """The scoring engine on vLLM: a teacher's last hidden states over given tokens."""
 
+import asyncio
 from typing import Any
 
 import torch
 from vllm import PoolingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.contracts.config import TeacherConfig
@@ -16,26 +19,55 @@ from teacher_workers.scoring import predicting_rows
 
 
 class VllmScoringEngine:
-    """A ScoringEngine that runs one teacher in vLLM; build it inside a running event loop."""
+    """A ScoringEngine that runs one teacher in vLLM; build it inside a running event loop.
 
-    def __init__(self, teacher: TeacherConfig, max_model_len: int) -> None:
-        """Start the engine; `max_model_len` is at least the tokens of the longest trajectory."""
-        self._engine = build_engine(
-            teacher.model,
-            teacher.trust_remote_code,
-            teacher.engine,
-            EngineRole(
-                max_model_len=max_model_len,
-                prefix_caching=True,  # for the prompts that several trajectories share
-                tokenizer=False,
-                pooling=True,
-            ),
+    Engines on GPUs sleep by vLLM's sleep mode; those on CPUs, which have none, end and start again.
+    """
+
+    def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
+        """Start the engine.
+
+        Args:
+            teacher: its model, and how it is served.
+            max_model_len: at least the tokens of the longest trajectory.
+            sleeps: whether `sleep` and `wake` will be called.
+        """
+        self._teacher = teacher
+        self._role = EngineRole(
+            max_model_len=max_model_len,
+            prefix_caching=True,  # for the prompts that several trajectories share
+            tokenizer=False,
+            pooling=True,
+            sleeps=sleeps,
         )
+        self._engine: AsyncLLM | None = self._build()  # None: it sleeps where engines have no sleep mode
 
     @property
     def is_dead(self) -> bool:
-        """Return whether the engine's process is gone."""
-        return bool(self._engine.errored)
+        """Return whether the engine's process is gone, other than by sleeping."""
+        return self._engine is not None and bool(self._engine.errored)
+
+    async def sleep(self) -> None:
+        """Give the hardware back: weights go to host memory, the cache is dropped; without a sleep mode, all ends."""
+        if self._engine is None:
+            return
+        if current_platform.is_sleep_mode_available():
+            await self._engine.sleep(level=1)
+        else:
+            self._engine.shutdown()
+            self._engine = None
+
+    async def wake(self) -> None:
+        """Take the hardware again.
+
+        Raises:
+            ModelError: the engine does not start again.
+        """
+        if self._engine is not None:
+            await self._engine.wake_up()
+            return
+        # In a thread, for it takes seconds in which the actor must give signs of life.
+        self._engine = await asyncio.to_thread(self._build)
 
     async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
         """Return the hidden states after the final norm, on CPU, in the dtype that the engine runs in.
@@ -54,6 +86,7 @@ class VllmScoringEngine:
 
     async def _read(self, request_id: str, token_ids: Ints, use_cache: bool) -> tuple[torch.Tensor, int]:
         """Return the hidden states of the positions that vLLM computed, and how many before them it had cached."""
+        assert self._engine is not None, "a sleeping engine is asked nothing"
         prompt: Any = {"prompt_token_ids": token_ids.tolist()}
         params = PoolingParams(
             task="token_embed",
@@ -70,4 +103,8 @@ class VllmScoringEngine:
 
     async def shutdown(self) -> None:
         """End the engine's process."""
-        self._engine.shutdown()
+        if self._engine is not None:
+            self._engine.shutdown()
+
+    def _build(self) -> AsyncLLM:
+        return build_engine(self._teacher.model, self._teacher.trust_remote_code, self._teacher.engine, self._role)

@@ -35,6 +35,7 @@ class TeacherWorker:
         self._name = name
         self._engine = engine
         self._head = head
+        self._device = head.weight.device
         self._num_requests = 0
         # The head runs beside the event loop, which goes on feeding the engine with the next batches. One thread: each
         # thread that calls torch brings a set of OpenMP threads of its own.
@@ -58,6 +59,26 @@ class TeacherWorker:
             raise type(error)(f"{self._name}: {error}") from error
         num_cached = sum(row.num_cached_tokens for row in found)
         return scored, _metrics(scored, request.model, num_cached, perf_counter() - started)
+
+    @property
+    def is_dead(self) -> bool:
+        """Return whether the engine's process is gone."""
+        return self._engine.is_dead
+
+    async def sleep(self) -> None:
+        """Give the memory of engine and head back to others; nothing may be asked until it is woken."""
+        self._head = self._head.to("cpu")
+        torch.cuda.empty_cache()  # else torch keeps the head's memory for this process; does nothing without a GPU
+        await self._engine.sleep()
+
+    async def wake(self) -> None:
+        """Take the memory again.
+
+        Raises:
+            ModelError: the engine does not start again.
+        """
+        await self._engine.wake()
+        self._head = self._head.to(self._device)
 
     async def shutdown(self) -> None:
         """End the engine."""

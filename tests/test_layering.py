@@ -28,6 +28,8 @@ LAYERS = [
     ("cluster.live_checks", 3),
     ("cluster.lookout", 3),
     ("cluster.training_run", 3),
+    ("cluster.teacher_changes", 3),
+    ("cluster.teacher_needs", 3),
     ("cluster", 1),
     ("rollout_workers", 2),
     ("teacher_workers", 2),

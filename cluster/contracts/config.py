@@ -81,7 +81,9 @@ class TeacherConfig(Section):
 
     model: Text
     trust_remote_code: bool = False
-    num_workers: Items = 1
+    num_workers: Annotated[int, Meta(ge=0, le=1_000_000)] = 1  # 0: its rows wait until `preceptor scale` adds some
+    # Teachers that name the same slot share its workers, which reserve their GPUs once, and score in turns.
+    slot: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")] | None = None
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     engine: EngineConfig = EngineConfig()
 
@@ -190,6 +192,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     def __post_init__(self) -> None:
         """Check the rules that span sections; raises ValueError, which the reader turns into a ConfigError."""
         _check_targets(self)
+        _check_slots(self)
         _check_student_candidates(self)
         if self.learner.offload_parameters == "cpu" and self.learner.zero_stage != 3:
             raise ValueError(
@@ -212,6 +215,15 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Return the teachers that prompts may name: all but those that only stand beside another in a target."""
         beside = {teacher.base for teacher in self.teachers.values()} | {*self.objective.models, INITIAL_STUDENT}
         return [name for name in self.teachers if name not in beside or name == TEACHER] or list(self.teachers)
+
+    @property
+    def scorer_groups(self) -> dict[str, list[str]]:
+        """Return the teachers by the pool of workers that scores for them: their own, or their slot's."""
+        groups: dict[str, list[str]] = {}
+        for name, teacher in self.teachers.items():
+            label = f"teacher-{name}" if teacher.slot is None else f"slot-{teacher.slot}"
+            groups.setdefault(label, []).append(name)
+        return groups
 
     def scorers(self, route: str) -> list[tuple[str, ScoreRequest]]:
         """Return who scores a batch of this route, in order, and what is asked of each: [teachers.NAME], request.
@@ -262,6 +274,20 @@ def _check_bases(teachers: dict[str, TeacherConfig]) -> None:
             raise ValueError(f"teachers.{name}.base names the teacher itself; name the model that it was trained from")
         if teacher.base is not None and teacher.base not in teachers:
             raise ValueError(f"teachers.{name}.base is '{teacher.base}'; there are {sorted(teachers)}")
+
+
+def _check_slots(config: Config) -> None:
+    """Check that the teachers of a slot ask for the same workers, which are theirs together."""
+    for first, *others in config.scorer_groups.values():
+        teacher = config.teachers[first]
+        asked = (teacher.num_workers, teacher.engine.tensor_parallel)
+        for other in others:
+            found = (config.teachers[other].num_workers, config.teachers[other].engine.tensor_parallel)
+            if found != asked:
+                raise ValueError(
+                    f"teachers.{other}: num_workers and engine.tensor_parallel are {found[0]} and {found[1]}, but "
+                    f"{asked[0]} and {asked[1]} of teachers.{first}, which has the same slot; they share the workers"
+                )
 
 
 def _check_student_candidates(config: Config) -> None:

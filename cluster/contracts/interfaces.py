@@ -1,6 +1,6 @@
 """The seams: what the driver passes between pools, and what an engine must do to serve a worker."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -62,6 +62,7 @@ class BatchHandle:
     is_last: bool = False  # whether the worker that wrote it has written everything of the rollout
     metrics: Metrics = field(default_factory=dict)
     spans: tuple[Span, ...] = ()  # of the calls that made it, in order; the pools fill them in
+    scored_by: Mapping[str, str] = field(default_factory=dict)  # [teachers.NAME] -> fingerprint of its checkpoint
 
 
 class BatchSource(Protocol):
@@ -148,6 +149,16 @@ class ScoringEngine(Protocol):
 
     async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
         """Return the last hidden states, after the final norm, that predict the tokens whose loss_mask is 1."""
+
+    @property
+    def is_dead(self) -> bool:
+        """Return whether the engine's process is gone."""
+
+    async def sleep(self) -> None:
+        """Give the hardware back to another engine; nothing is asked until it is woken."""
+
+    async def wake(self) -> None:
+        """Take the hardware again."""
 
     async def shutdown(self) -> None:
         """End the engine and every process it started."""

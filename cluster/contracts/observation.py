@@ -39,3 +39,5 @@ class PoolState:
     num_wanted: int  # workers that serve when none is on its way
     num_restarts: int  # since the run started or was resumed
     num_owed: int = 0  # completions of a rollout pool, batches of a teacher's
+    model: str = ""  # of a teacher
+    checkpoint: str = ""  # fingerprint of its files

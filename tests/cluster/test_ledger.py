@@ -69,6 +69,23 @@ def test_a_record_says_what_its_step_consumed(tmp_path: Path) -> None:
     assert second.policy_versions == (0, 1)
 
 
+def test_a_record_says_which_checkpoint_of_each_teacher_scored(tmp_path: Path) -> None:
+    rows = requests_of(0)
+    by_two = [replace(batch_of(rows[:4]), scored_by={"math": "a1", "base": "b1"}), batch_of(rows[4:])]
+    consume(Ledger(tmp_path / "ledger.jsonl", first_step=0), 1, by_two)
+    assert read_ledger(tmp_path / "ledger.jsonl")[0].teachers == {"math": "a1", "base": "b1"}
+
+
+def test_a_step_that_two_checkpoints_of_a_teacher_scored_is_not_taken(tmp_path: Path) -> None:
+    rows = requests_of(0)
+    mixed = [
+        replace(batch_of(rows[:4]), scored_by={"math": "a1"}),
+        replace(batch_of(rows[4:]), scored_by={"math": "a2"}),
+    ]
+    with pytest.raises(TrainingError, match="step 1: two checkpoints of teacher math scored it, a1 and a2"):
+        consume(Ledger(tmp_path / "ledger.jsonl", first_step=0), 1, mixed)
+
+
 @pytest.mark.parametrize(
     ("given", "found"),
     [

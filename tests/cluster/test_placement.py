@@ -15,6 +15,29 @@ def test_each_gpu_worker_reserves_whole_gpus() -> None:
     ]
 
 
+def test_teachers_of_a_slot_reserve_their_gpus_once() -> None:
+    slot = [
+        f"teachers.{name}={{model='t',slot='s',engine={{tensor_parallel=2}}}}" for name in ("main", "code", "prose")
+    ]
+    placement = plan_placement(make_config(*slot), [NodeResources(cpus=32, gpus=4)])
+    assert [(pool.name, pool.num_workers, pool.gpus_per_worker) for pool in placement.pools] == [
+        ("rollout", 1, 1),
+        ("slot-s", 1, 2),
+        ("learner", 1, 1),
+    ]
+    assert set(placement.teachers) == {"main", "code", "prose"}
+    with pytest.raises(PlacementError, match="the run needs 4 GPUs and the cluster has 3"):
+        plan_placement(make_config(*slot), [NodeResources(cpus=32, gpus=3)])
+
+
+def test_a_teacher_without_workers_reserves_nothing_and_has_a_share_for_later() -> None:
+    config = make_config("teachers.code={model='b',num_workers=0,engine={tensor_parallel=4}}")
+    placement = plan_placement(config, [NodeResources(cpus=32, gpus=3)])
+    assert placement.teachers["code"].options() == []
+    assert placement.teachers["code"].share == {"num_cpus": 1.0, "num_gpus": 4}
+    assert ("teacher-code", "0 x 4 GPU") in describe(placement)
+
+
 def test_too_few_gpus_are_said_with_numbers() -> None:
     config = make_config("rollout.num_workers=4")
     with pytest.raises(PlacementError, match=r"learner worker 0 needs 1 GPUs .* needs 6 GPUs and the cluster has 5"):

@@ -20,7 +20,7 @@ from tests.builders import make_config
 
 POOLS = [
     PoolState("rollout", ["rollout-0"], 2, 1, num_owed=12),
-    PoolState("teacher-main", ["teacher-main-0"], 1, 0, num_owed=3),
+    PoolState("teacher-main", ["teacher-main-0"], 1, 0, 3, model="models/b", checkpoint="0123456789abcdef"),
 ]
 
 ROLLOUT_FIGURES = {
@@ -118,6 +118,7 @@ def test_people_get_lines_and_a_table(directory: RunDirectory, capsys: pytest.Ca
     assert shown.startswith("r: running, step 4 of 10, ")
     assert "1,234 completion tokens/s" in shown
     assert "held-out after step 4: accuracy 0.5" in shown
+    assert "teacher-main: models/b (0123456789ab)" in shown
     [row] = [line for line in shown.splitlines() if "rollout" in line]
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     assert cells == [

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from cluster.contracts.errors import ConfigError, PlacementError, PreceptorError
-from cluster.scaling import ScaleFiles, Scaling, ask, parse_sizes
+from cluster.scaling import Scaling, ask, parse_sizes
+from cluster.wishes import WishFiles
 
 
 class Pool:
@@ -21,7 +22,7 @@ class Driver:
     """Looks at the wishes every few milliseconds, as a running driver does every second."""
 
     def __init__(self, folder: Path, room: int = 100) -> None:
-        self.files = ScaleFiles(folder / "wish.json", folder / "answer.json")
+        self.files = WishFiles(folder / "wish.json", folder / "answer.json")
         self.pools = {"rollout": Pool(1), "teachers.math": Pool(1)}
         self.said: list[str] = []
         self.moment = 0.0
@@ -75,7 +76,8 @@ def test_fewer_workers_always_have_room(tmp_path: Path) -> None:
     ("sizes", "sentence"),
     [
         ({"teachers.code": 2}, "no pool 'teachers.code'; this run has rollout, teachers.math"),
-        ({"rollout": 0}, "from 1"),
+        ({"rollout": 0}, "rollout=0: it has at least one worker"),
+        ({"rollout": 100_001}, "up to 100000 workers"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path: Path, sizes: dict[str, int], sentence: str) -> None:
@@ -84,7 +86,7 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, sizes: dict[str, int], s
 
 
 def test_a_run_that_does_not_go_on_is_one_sentence_and_its_wish_is_taken_back(tmp_path: Path) -> None:
-    files = ScaleFiles(tmp_path / "wish.json", tmp_path / "answer.json")
+    files = WishFiles(tmp_path / "wish.json", tmp_path / "answer.json")
     with pytest.raises(PreceptorError, match="no driver answered"):
         ask(files, {"rollout": 2}, timeout_seconds=0.1)
     assert list(tmp_path.iterdir()) == []

@@ -146,6 +146,68 @@ def test_when_no_replica_can_be_trusted_the_run_ends_with_a_sentence(
     assert not list(tmp_path.iterdir())  # a wrong answer is no reference
 
 
+NEW = "teacher-main@new-0"
+
+
+def test_a_replacement_that_was_asked_for_is_no_finding_and_gets_a_reference_of_its_own(
+    stage: Any, config: Config, models: dict[str, Path], tmp_path: Path
+) -> None:
+    audit = start(config, right(stage, ZERO), tmp_path)
+    audit.finish()
+    replaced = make_config(f"teachers.main.model={models['second']}", "objective=thinking-machines")
+    pool = StagedPool(stage, {NEW: "RightEngine:7"})
+    successors = audit.of_successors(replaced, {"main": pool})
+    successors.begin(10)
+    assert successors.finish() == []
+    audit.take_over(successors)
+    reference = load_reference(tmp_path / "main.arrow")
+    assert reference is not None
+    assert reference.origin.model == str(models["second"])
+    audit.begin(50)
+    assert audit.finish() == []
+    pool.engines[NEW] = "RightEngine"  # the old weights behind the new teacher's name: nobody asked for that
+    audit.begin(100)
+    with pytest.raises(ScoreError, match=f"replica {NEW}: "):
+        audit.finish()
+
+
+def test_a_successor_that_fails_its_audit_leaves_the_reference_as_it_was(
+    stage: Any, config: Config, models: dict[str, Path], tmp_path: Path
+) -> None:
+    audit = start(config, right(stage, ZERO), tmp_path)
+    audit.finish()
+    replaced = make_config(f"teachers.main.model={models['second']}", "objective=thinking-machines")
+    successors = audit.of_successors(replaced, {"main": StagedPool(stage, {NEW: "Nan"})})
+    successors.begin(10)
+    with pytest.raises(ScoreError, match=f"replica {NEW}: "):
+        successors.finish()
+    reference = load_reference(tmp_path / "main.arrow")
+    assert reference is not None
+    assert reference.origin.model == str(models["first"])
+    audit.begin(50)
+    assert audit.finish() == []
+
+
+def test_a_successor_that_does_not_serve_yet_is_audited_when_it_does(
+    stage: Any, config: Config, models: dict[str, Path], tmp_path: Path
+) -> None:
+    audit = start(config, right(stage, ZERO), tmp_path)
+    audit.finish()
+    replaced = make_config(f"teachers.main.model={models['second']}", "objective=thinking-machines")
+    pool = StagedPool(stage, {})
+    successors = audit.of_successors(replaced, {"main": pool})
+    successors.begin(10)
+    assert successors.finish() == []
+    audit.take_over(successors)
+    assert not (tmp_path / "main.arrow").exists()  # a run that is resumed now knows nothing of the new one
+    assert not audit.is_due(11)
+    pool.engines[NEW] = "RightEngine:7"
+    assert audit.is_due(12)
+    audit.begin(12)
+    assert audit.finish() == []
+    assert load_reference(tmp_path / "main.arrow") is not None
+
+
 def test_a_resumed_run_holds_its_teacher_against_the_first_answers(
     stage: Any, config: Config, models: dict[str, Path], tmp_path: Path
 ) -> None:

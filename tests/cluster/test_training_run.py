@@ -21,6 +21,7 @@ from cluster.run_status import read_report
 from cluster.status_file import KeptStatus
 from cluster.training_run import TrainingRun, summary
 from learner.pending_checkpoint import CheckpointSeconds
+from teacher_workers.pools import TeacherPools
 from tests.builders import make_config
 
 
@@ -99,7 +100,7 @@ def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tu
     pipeline: Any = SimpleNamespace(
         learner=learner,
         rollouts=rollouts,
-        teachers=SimpleNamespace(pools={}),
+        teachers=TeacherPools({}, call_seconds=1),
         placement=SimpleNamespace(rollout=None),
     )
     inputs = replace(load_inputs(config), held_out_ids=())

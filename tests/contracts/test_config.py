@@ -14,7 +14,7 @@ FIELDS = {
     "prompts": "train held_out template system_prompt prompts_per_step shuffle",
     "rollout": "num_workers samples_per_prompt max_completion_tokens temperature top_p top_k stop stop_repetition "
     "rows_per_batch max_staleness engine",
-    "teachers": "model trust_remote_code num_workers base engine",
+    "teachers": "model trust_remote_code num_workers slot base engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
     "warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
@@ -68,6 +68,11 @@ def test_an_override_reaches_a_named_teacher() -> None:
         ("rollout.temperature=2.5", "rollout.temperature: Expected `float` <= 2.0"),
         ("rollout.temperature=0", "rollout.temperature: Expected `float` >= 0.01"),
         ("evaluation.temperature=2.5", "evaluation.temperature: Expected `float` <= 2.0"),
+        ("teachers.main.slot=a/b", "teachers.main.slot: Expected `str` matching regex"),
+        (
+            "teachers={main={model='a',slot='s'},code={model='b',slot='s',num_workers=2}}",
+            "teachers.code: num_workers and engine.tensor_parallel are 2 and 1, but 1 and 1 of teachers.main",
+        ),
         ("run.name=a/b", "run.name: Expected `str` matching regex"),
         ("steps", "expected section.field=value"),
         ("run.name.x=1", "Expected `str`, got `object`"),
@@ -77,6 +82,11 @@ def test_a_wrong_setting_is_one_sentence_with_its_path(override: str, sentence: 
     with pytest.raises(ConfigError, match=sentence) as caught:
         make_config(override)
     assert "\n" not in str(caught.value)
+
+
+def test_teachers_of_a_slot_are_scored_by_the_same_workers() -> None:
+    config = make_config("teachers.main.slot=s", "teachers.code={model='b'}", "teachers.prose={model='c',slot='s'}")
+    assert config.scorer_groups == {"slot-s": ["main", "prose"], "teacher-code": ["code"]}
 
 
 def test_a_missing_run_file_and_broken_toml_name_the_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import time
 
+from cluster.contracts.config import Config
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import Max, Metric, Sum
 from cluster.contracts.objective import ObjectiveConfig
@@ -10,6 +11,13 @@ from learner.arrivals import Share
 
 class StubRank:
     """Answers as LearnerActor does; computes one token per millisecond, and fails on an empty trajectory."""
+
+    def __init__(self) -> None:
+        self._head = 0.0
+
+    def read_teacher_heads(self, config: Config) -> None:
+        """Read nothing; models are numbers here."""
+        self._head = float(config.teachers["only"].model)
 
     def address(self) -> str:
         return "nowhere"
@@ -32,7 +40,7 @@ class StubRank:
         }
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
-        return {"busy_seconds": Sum(0.0)}
+        return {"busy_seconds": Sum(0.0), "teacher_head": Max(self._head)}
 
     def shutdown(self) -> None:
         """End nothing."""

@@ -1,15 +1,16 @@
 """When a group sends what has arrived to its ranks; the ranks are stubs that only wait."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import ray
 
 from cluster.actors import create_actors
+from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ScoreError
-from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.interfaces import AtHand, BatchHandle
 from cluster.contracts.metrics import report
 from learner.group import LearnerGroup
 from tests.learner.stub_rank import StubRank
@@ -46,15 +47,27 @@ def handle_of(num_tokens: int) -> BatchHandle:
 
 
 @pytest.fixture
-def group(make_config, ray_cluster) -> Iterator[LearnerGroup]:
-    config = make_config("learner.num_workers=1", "learner.micro_batch_tokens=1000")
-    group = LearnerGroup(
-        config,
-        [{"num_cpus": 0}],
-        create=lambda _cls, names, _arguments, options: create_actors(StubRank, names, [()], options),
-    )
-    yield group
-    group.shutdown()
+def start(make_config, ray_cluster) -> Iterator[Callable[..., LearnerGroup]]:
+    """Start a group of one rank, with overrides."""
+    started = []
+
+    def begin(*overrides: str) -> LearnerGroup:
+        group = LearnerGroup(
+            make_config("learner.num_workers=1", "learner.micro_batch_tokens=1000", *overrides),
+            [{"num_cpus": 0}],
+            create=lambda _cls, names, _arguments, options: create_actors(StubRank, names, [()], options),
+        )
+        started.append(group)
+        return group
+
+    yield begin
+    for group in started:
+        group.shutdown()
+
+
+@pytest.fixture
+def group(start) -> LearnerGroup:
+    return start()
 
 
 def test_batches_that_came_while_the_rank_was_busy_are_sent_when_it_is_idle_though_nothing_else_comes(group) -> None:
@@ -83,3 +96,17 @@ def test_a_rank_that_fails_is_noticed_before_the_last_batch_comes(group) -> None
     with pytest.raises(ScoreError, match="stub"):
         group.step(Scripted([(0.0, handle_of(0)), (60.0, handle_of(10))]), 0)
     assert time.perf_counter() - started < 30
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("exact-reverse-kl", [0, 0, 2, 3]), ("tail-topk", [0, 0, 0, 0])])
+def test_the_head_of_a_replaced_teacher_is_read_before_its_first_step_where_the_objective_needs_it(
+    start, preset: str, expected: list[int]
+) -> None:
+    group = start(f"objective={preset}")
+    heads = []
+    for step in range(4):
+        if step == 1:  # both are asked for while step 1 is still to be learned from
+            group.replace_teachers({"only": TeacherConfig("2")}, first_step=2)
+            group.replace_teachers({"only": TeacherConfig("3")}, first_step=3)
+        heads.append(report(group.step(AtHand([handle_of(5)]), step))["teacher_head"])
+    assert heads == expected

@@ -3,6 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from cluster.contracts.metrics import report
 from cluster.contracts.objective import DivergenceTerm
@@ -43,6 +44,17 @@ def test_a_step_without_any_trajectory_reports_no_loss(make_config, make_worker)
     worker = make_worker(make_config())
     assert "loss" not in report(worker.accumulate(RankRows([], [], grids), completes_step=True))
     assert report(worker.take_step(num_tokens=0, step=0))["gradient_norm"] == 0
+
+
+def test_another_teachers_heads_take_the_place_of_those_before(make_config, make_worker):
+    before, after = (
+        make_config("objective=exact-reverse-kl", f"teachers.only.engine.dtype={dtype}")
+        for dtype in ("float32", "bfloat16")
+    )
+    worker = make_worker(before)
+    for config, dtype in ((before, torch.float32), (after, torch.bfloat16)):
+        worker.read_teacher_heads(config)
+        assert worker._teacher_heads["only"]["teacher"].weight.dtype == dtype
 
 
 def test_measuring_uses_the_objective_asked_for(make_config, make_worker, scored):

@@ -16,7 +16,7 @@ from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.trajectory import make_generated
 from cluster.replicas import Supervision
 from cluster.restarts import RestartLimit
-from teacher_workers.pool import TeacherPool
+from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory
 from tests.teacher_workers.mortal_teacher import MortalTeacher
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.alone
 
 @contextmanager
 def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[TeacherPools]:
-    pool = TeacherPool(
+    pool = start_pool(
         "main",
         TeacherConfig(str(folder)),
         512,

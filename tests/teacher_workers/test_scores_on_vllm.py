@@ -20,7 +20,7 @@ from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.trajectory import make_generated, models_of, ragged
 from cluster.contracts.wire import from_wire
 from cluster.lm_head import load_lm_head
-from teacher_workers.pool import TeacherPool
+from teacher_workers.pool import TeacherPool, start_pool
 from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory
 
@@ -32,18 +32,18 @@ NUM_CANDIDATES = 8
 TOLERANCE = 1e-4  # nats; two implementations of the same fp32 model
 
 
-def start_pool(name: str, model: str, dtype: Dtype, num_replicas: int) -> TeacherPool:
+def start(name: str, model: str, dtype: Dtype, num_replicas: int) -> TeacherPool:
     engine = EngineConfig(dtype=dtype, kv_cache_gib=0.1, cpu_threads=1)
     teacher = TeacherConfig(model=str(EMBEDDED / model), engine=engine)
     timeouts = PoolTimeouts(start_seconds=500, call_seconds=120)
-    return TeacherPool(name, teacher, CONTEXT_TOKENS, [{"num_cpus": 1}] * num_replicas, timeouts)
+    return start_pool(name, teacher, CONTEXT_TOKENS, [{"num_cpus": 1}] * num_replicas, timeouts)
 
 
 @pytest.fixture(scope="module")
 def pools(ray_cluster: None) -> Iterator[dict[str, TeacherPool]]:
     """Start the embedded teacher as `exact`, twice, and the embedded student as `coarse`."""
-    exact = start_pool("exact", "teacher", "float32", num_replicas=2)
-    coarse = start_pool("coarse", "student", "bfloat16", num_replicas=1)
+    exact = start("exact", "teacher", "float32", num_replicas=2)
+    coarse = start("coarse", "student", "bfloat16", num_replicas=1)
     for pool in (exact, coarse):
         pool.wait_until_ready()
     yield {"exact": exact, "coarse": coarse}

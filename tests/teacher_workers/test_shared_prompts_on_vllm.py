@@ -15,7 +15,7 @@ from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import Ints, make_generated, ragged
 from cluster.contracts.wire import from_wire
-from teacher_workers.pool import TeacherPool
+from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory
 from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def teachers(folder: Path, ray_cluster: None) -> Iterator[TeacherPools]:
     teacher = TeacherConfig(str(folder), engine=EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1))
-    pool = TeacherPool("main", teacher, CONTEXT_TOKENS, [{"num_cpus": 1}], PoolTimeouts(500, 120))
+    pool = start_pool("main", teacher, CONTEXT_TOKENS, [{"num_cpus": 1}], PoolTimeouts(500, 120))
     pool.wait_until_ready()
     yield TeacherPools({"main": pool}, call_seconds=120)
     pool.shutdown()

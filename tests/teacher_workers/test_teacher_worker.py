@@ -12,7 +12,7 @@ from cluster.contracts.interfaces import HiddenStates, ScoreRequest
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import Bytes, Ints, make_generated, models_of, ragged
 from cluster.lm_head import LmHead
-from teacher_workers.pool import least_loaded
+from teacher_workers.scorers import least_loaded
 from teacher_workers.worker import TeacherWorker
 from tests.builders import make_trajectory
 
