@@ -80,17 +80,17 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     """
     prepare_environment(engine)
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.exceptions import VLLMError
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from cluster.vllm_versions import VLLMError, early_logits_processors, late_logits_processors
+
     arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
+    arguments |= early_logits_processors(role.logits_processors)
     try:
         args = AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)
         config = args.create_engine_config()
-        if role.logits_processors:
-            # Only the finished configuration knows which model runner it leads to.
-            config.model_config.logits_processors = [role.logits_processors[config.use_v2_model_runner]]
+        late_logits_processors(config, role.logits_processors)
         return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
     except (VLLMError, ValueError, OSError, RuntimeError) as error:
         raise ModelError(f"vLLM cannot serve {model}: {error}") from error

@@ -36,8 +36,11 @@ LAYERS = [
 DOORS = {
     "vllm": {
         "cluster.vllm_runtime",
+        "cluster.vllm_versions",
         "rollout_workers.draw_processor",
+        "rollout_workers.ipc_receiver",
         "rollout_workers.vllm_engine",
+        "rollout_workers.vllm_requests",
         "rollout_workers.weight_receiver",
         "teacher_workers.vllm_engine",
         "learner.vllm_weight_sender",
