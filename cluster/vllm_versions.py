@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
@@ -101,4 +102,13 @@ def open_nccl_group(master_address: str, master_port: int, world_size: int) -> A
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
         trainer_init = NCCLWeightTransferEngine.trainer_init
-    return trainer_init({"master_address": master_address, "master_port": master_port, "world_size": world_size})
+    # vLLM's communicator makes a stream of its own the current one, on which training would then go on, without the
+    # memory that torch keeps for the stream before.
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        return trainer_init({"master_address": master_address, "master_port": master_port, "world_size": world_size})
+
+
+def close_nccl_group(group: Any) -> None:
+    """Give a communicator's memory back; vLLM 0.24 cannot, and keeps it until the process ends."""
+    if hasattr(group, "destroy"):
+        group.destroy()

@@ -26,7 +26,7 @@ def rebuild_arguments(plain: dict[str, Any]) -> tuple[Any, ...]:
         torch.Size(plain["size"]),
         tuple(plain["stride"]),
         plain["offset"],
-        torch.UntypedStorage,
+        torch.storage.TypedStorage,
         torch.uint8,
         plain["device"],
         plain["memory_handle"],

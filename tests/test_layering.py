@@ -43,7 +43,7 @@ DOORS = {
         "rollout_workers.vllm_requests",
         "rollout_workers.weight_receiver",
         "teacher_workers.vllm_engine",
-        "learner.vllm_weight_sender",
+        "learner.card_links",
     },
     "deepspeed": {"learner.zero_engine"},
 }
