@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.contracts.config import EngineConfig
 from cluster.contracts.errors import ModelError
+from cluster.gpu_shares import OWN_GPU_FRACTION, SHARED_GPU_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -121,12 +122,7 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
 
 def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
     if not is_cpu:
-        return {
-            "gpu_memory_utilization": engine.gpu_memory_fraction,
-            "enforce_eager": bool(engine.enforce_eager),
-            # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
-            "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
-        }
+        return _gpu_arguments(engine, is_shared=SHARED_GPU_VARIABLE in os.environ)
     return {
         "kv_cache_memory_bytes": int(engine.kv_cache_gib * BYTES_PER_GIB),
         "enforce_eager": engine.enforce_eager is not False,
@@ -135,3 +131,17 @@ def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else IN_PROCESS_EXECUTOR,
     }
+
+
+def _gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "gpu_memory_utilization": engine.gpu_memory_fraction or OWN_GPU_FRACTION,
+        "enforce_eager": bool(engine.enforce_eager),
+        # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
+        "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
+    }
+    if is_shared:
+        # vLLM would measure what is left for the cache, and take what the others allocate meanwhile for its own; it
+        # ends when they free something. With a given size, the fraction is only what must be free when it starts.
+        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * BYTES_PER_GIB)
+    return arguments

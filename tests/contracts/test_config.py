@@ -18,14 +18,14 @@ FIELDS = {
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
     "warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
-    "offload_parameters cpu_threads",
+    "offload_parameters gpu_memory_fraction cpu_threads",
     "weight_sync": "backend mode bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
     "checkpoint": "every_steps keep_last export",
     "alarms": "figure above below relative_to steps action",
     "logging": "tensorboard wandb_project trace_steps",
-    "ray": "address dashboard dashboard_host start_timeout_seconds call_timeout_seconds max_restarts "
+    "ray": "address share_gpu dashboard dashboard_host start_timeout_seconds call_timeout_seconds max_restarts "
     "restart_window_seconds silence_seconds",
 }
 

@@ -30,7 +30,7 @@ PARAMETERS = {
     "embed.weight": torch.arange(24.0).view(6, 4),  # 48 bytes in bfloat16: more than a bucket
     "norm.weight": torch.tensor([0.5, -1.0, 2.0]),
     "proj.weight": torch.arange(8.0).view(2, 4),
-    "scale": torch.tensor(3.0),  # no dimension
+    "scale": torch.tensor([3.0]),
 }
 BUCKET_BYTES = 22
 
