@@ -122,7 +122,7 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
 
 def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
     if not is_cpu:
-        return _gpu_arguments(engine, is_shared=SHARED_GPU_VARIABLE in os.environ)
+        return gpu_arguments(engine, is_shared=SHARED_GPU_VARIABLE in os.environ)
     return {
         "kv_cache_memory_bytes": int(engine.kv_cache_gib * BYTES_PER_GIB),
         "enforce_eager": engine.enforce_eager is not False,
@@ -133,7 +133,8 @@ def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
     }
 
 
-def _gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
+def gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
+    """Return vLLM's arguments that only count on a GPU, of the engine's own or shared with others."""
     arguments: dict[str, Any] = {
         "gpu_memory_utilization": engine.gpu_memory_fraction or OWN_GPU_FRACTION,
         "enforce_eager": bool(engine.enforce_eager),

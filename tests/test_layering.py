@@ -109,3 +109,8 @@ def test_the_contracts_load_no_heavy_library() -> None:
 
 def test_the_command_line_loads_no_heavy_library_before_it_needs_one() -> None:
     assert not loaded_by("import cluster.cli") & set(HEAVY)
+
+
+def test_every_module_can_be_imported_without_a_gpu() -> None:
+    modules = [name.removesuffix(".__init__") for name in SOURCES if not name.endswith("__main__")]
+    loaded_by("; ".join(f"import {name}" for name in modules))

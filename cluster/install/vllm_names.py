@@ -158,7 +158,13 @@ def installed_vllm() -> Path:
 
 def lacking_in(tree: VllmTree) -> list[str]:
     """Returns one sentence for each thing that the program uses and the tree does not have."""
-    lacking = [f"{where} imports {name} from {module}, which has none" for where, module, name in unmet_imports(tree)]
+    imports = [f"{where} imports {name} from {module}, which has none" for where, module, name in unmet_imports(tree)]
+    return imports + unmet_needs(tree)
+
+
+def unmet_needs(tree: VllmTree) -> list[str]:
+    """Returns one sentence for each thing in NEEDS that the tree does not have."""
+    lacking = []
     for need in NEEDS:
         what = f"{need.module}.{need.name}".rstrip(".")
         if not tree.has(need.module, need.name):

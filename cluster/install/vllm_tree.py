@@ -24,7 +24,8 @@ class VllmTree:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._parse = cache(self._parse_file)  # by module
+        # Classes are asked about again and again.
+        self._parse, self.members, self.words = cache(self._parse_file), cache(self._members), cache(self._words)
 
     def has(self, module: str, name: str = "") -> bool:
         """Returns whether a module exists and, with a name, defines or passes it on."""
@@ -41,7 +42,7 @@ class VllmTree:
             return own | self.members(module, name)
         return _parameters(found.node)
 
-    def members(self, module: str, name: str) -> set[str]:
+    def _members(self, module: str, name: str) -> set[str]:
         """Returns what a class defines and what its methods set on `self`, those of its bases included."""
         found = self._find(module, name)
         if found is None or not isinstance(found.node, ast.ClassDef):
@@ -59,7 +60,7 @@ class VllmTree:
             names |= self.members(found.module, _base_name(base))
         return names
 
-    def words(self, module: str) -> set[str]:
+    def _words(self, module: str) -> set[str]:
         """Returns the strings that stand in a module."""
         source = self._parse(module)
         nodes = ast.walk(source) if source else iter(())
