@@ -32,12 +32,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none, and say so."""
-    if torch.cuda.is_available():
-        return
+    """Skip what needs more GPUs than there are, and say so."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+        needed = max((mark.kwargs.get("cards", 1) for mark in item.iter_markers("gpu")), default=0)
+        if needed > found:
+            reason = "needs an NVIDIA GPU" if needed == 1 else f"needs {needed} NVIDIA GPUs on this machine"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
