@@ -5,145 +5,45 @@ here: its dataclasses check the messages, `pack_tensors` cuts what is sent as it
 reads what arrives.
 """
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.packed_tensor import pack_tensors, unpack_tensor
+from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
-from cluster.contracts.config import WeightSyncConfig
 from cluster.contracts.errors import WeightSyncError
-from cluster.contracts.weights import TensorSpec, WeightManifest, plan_buckets, total_bytes
-from learner.card_links import HANDLE_FIELDS, IpcLink, NcclLink, first_rank
-from learner.vllm_weight_sender import VllmSender, ipc_link
-from rollout_workers.ipc_receiver import rebuild_arguments
+from cluster.contracts.weights import plan_buckets, total_bytes
+from learner.card_links import IpcLink, NcclLink, first_rank
+from learner.model import Student
+from learner.vllm_weight_sender import ipc_link
+from tests.learner.fake_cards import (
+    BUCKET_BYTES,
+    PARAMETERS,
+    FakeAudience,
+    FakeGroup,
+    FakeStudent,
+    Publication,
+    assert_all_arrived,
+    in_place,
+    nccl,
+    received,
+)
 
-PARAMETERS = {
-    "embed.weight": torch.arange(24.0).view(6, 4),  # 48 bytes in bfloat16: more than a bucket
-    "norm.weight": torch.tensor([0.5, -1.0, 2.0]),
-    "proj.weight": torch.arange(8.0).view(2, 4),
-    "scale": torch.tensor([3.0]),
+TINY = {
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
 }
-BUCKET_BYTES = 22
-
-
-class FakeStudent:
-    def manifest(self, dtype: str) -> WeightManifest:
-        return WeightManifest(tuple(TensorSpec(name, tuple(v.shape), dtype) for name, v in PARAMETERS.items()))
-
-
-class FakeEngine:
-    """Gathers parameters, and notes which ones at a time."""
-
-    world_size = 1
-
-    def __init__(self, rank: int = 0) -> None:
-        self.rank, self.student = rank, FakeStudent()
-        self.gathered: list[list[str]] = []
-
-    @contextmanager
-    def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        self.gathered.append(list(names))
-        yield {name: PARAMETERS[name] for name in names}
-
-
-class FakeGroup:
-    """Stands for NCCL: hands what is broadcast to every receiver."""
-
-    disabled = False
-
-    def __init__(self) -> None:
-        self.broadcasts: list[Tensor] = []
-
-    def broadcast(self, tensor: Tensor, src: int, stream: Any) -> None:
-        assert src == 0
-        self.broadcasts.append(tensor.clone())
-
-
-class FakeAudience:
-    """Stands for rollout actors: notes what each is told; those in `mortal` are gone when a verb comes the nth time."""
-
-    def __init__(self, workers: Sequence[str], mortal: Mapping[str, tuple[str, int]]) -> None:
-        self.workers = dict(enumerate(workers))
-        self.told: list[tuple[str, dict[int, Any]]] = []
-        self._mortal = mortal
-
-    def call(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
-        self.told.append((method, {position: arguments[position] for position in self.workers}))
-        calls = sum(verb == method for verb, _ in self.told)
-        return {position: self._mortal.get(worker) == (method, calls) for position, worker in self.workers.items()}
-
-    def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
-        self.workers = {p: w for p, w in self.workers.items() if not references.get(p, False)}
-        return dict.fromkeys(self.workers)
-
-    def messages(self, method: str) -> list[dict[int, Any]]:
-        return [arguments for verb, arguments in self.told if verb == method]
-
-
-class Publication:
-    """A sender over fakes, and what became of its publications."""
-
-    def __init__(
-        self,
-        make_link: Callable[[Tensor], Any],
-        mortal: Mapping[str, tuple[str, int]] | None = None,
-        audience: type[FakeAudience] = FakeAudience,
-    ) -> None:
-        self.engine = FakeEngine()
-        self.audiences: list[FakeAudience] = []
-        self.ends: list[int] = []
-
-        def listen(workers: Sequence[Any], timeout_seconds: float) -> Any:
-            self.audiences.append(audience(workers, mortal or {}))
-            return self.audiences[-1]
-
-        config = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)
-        engine: Any = self.engine
-        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, self.ends.append)
-
-    def publish(self, *workers: str, version: int = 1) -> Any:
-        return self.sender.publish(list(workers), version)
-
-
-def nccl(groups: list[FakeGroup], tensor_parallel: int = 1, is_sender: bool = True) -> Callable[[Tensor], NcclLink]:
-    ports = iter(range(5000, 6000))
-
-    def join(**meeting: Any) -> FakeGroup:
-        groups.append(FakeGroup())
-        return groups[-1]
-
-    return lambda buffer: NcclLink(
-        is_sender, lambda: ("10.0.0.1", next(ports)), tensor_parallel, max(BUCKET_BYTES, buffer.numel()), join
-    )
-
-
-def received(messages: Sequence[Mapping[str, Any]], payloads: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Read payloads as vLLM's receiving end does."""
-    found: dict[str, Tensor] = {}
-    for message, payload in zip(messages, payloads, strict=True):
-        dtypes = [getattr(torch, name) for name in message["dtype_names"]]
-        sizes = [
-            torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(message["shapes"], dtypes, strict=True)
-        ]
-        found |= dict(unpack_tensor(payload, message["names"], message["shapes"], dtypes, sizes))
-    return found
-
-
-def assert_all_arrived(found: Mapping[str, Tensor]) -> None:
-    assert list(found) == list(PARAMETERS)
-    for name, value in PARAMETERS.items():
-        assert found[name].dtype == torch.bfloat16
-        assert found[name].shape == value.shape
-        assert torch.equal(found[name], value.to(torch.bfloat16))
 
 
 def test_an_engines_ranks_follow_those_of_the_engine_before() -> None:
@@ -284,11 +184,6 @@ def test_a_communicator_without_nccl_is_refused() -> None:
         link.open()
 
 
-def in_place(handles: Mapping[str, Any]) -> IpcLink:
-    [(card, handle)] = handles.items()
-    return IpcLink(torch.empty(0), card, lambda value: [value], lambda: None, lambda buffer: handle)
-
-
 def test_a_shared_buffer_is_read_before_the_next_bucket_overwrites_it() -> None:
     read: list[tuple[dict[str, Any], Tensor]] = []
 
@@ -318,29 +213,14 @@ def test_a_buffer_outside_a_card_is_not_shared() -> None:
         ipc_link(torch.empty(1, dtype=torch.uint8))
 
 
-def test_a_handle_in_plain_values_becomes_what_torch_wants() -> None:
-    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
-    plain = {name: [position] if name in ("size", "stride") else position for name, position in HANDLE_FIELDS.items()}
-    arguments = rebuild_arguments(plain)
-    assert len(arguments) == len(names) == 15
-    for name, position in HANDLE_FIELDS.items():
-        expected = (position,) if name in ("size", "stride") else position
-        assert arguments[position] == expected
-    torchs = {
-        "size": "tensor_size",
-        "stride": "tensor_stride",
-        "offset": "tensor_offset",
-        "device": "storage_device",
-        "memory_handle": "storage_handle",
-        "storage_bytes": "storage_size_bytes",
-        "counter_handle": "ref_counter_handle",
-        "counter_offset": "ref_counter_offset",
-    }
-    assert {names[position] for position in HANDLE_FIELDS.values()} == {
-        torchs.get(name, name) for name in HANDLE_FIELDS
-    }
-
-
 def test_a_message_has_only_fields_that_this_vllm_knows() -> None:
     known = {field.name for field in fields(NCCLWeightTransferUpdateInfo)}
     assert set(nccl([])(torch.empty(0)).update_message(())) <= known
+
+
+def test_a_tied_head_travels_once() -> None:
+    tied = Qwen3ForCausalLM(Qwen3Config(**TINY, tie_word_embeddings=True))
+    untied = Qwen3ForCausalLM(Qwen3Config(**TINY, tie_word_embeddings=False))
+    names, more = ([spec.name for spec in Student(model).manifest("bfloat16").tensors] for model in (tied, untied))
+    assert "lm_head.weight" not in names
+    assert more == [*names, "lm_head.weight"]
