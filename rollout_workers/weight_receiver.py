@@ -152,6 +152,11 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
     def shutdown(self) -> None:
         """Do nothing: nothing stays open."""
 
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Refuse: vLLM 0.24 wants the sending end here, and ours is the learner's."""
+        raise NotImplementedError
+
     def _fault_of(self, bucket: Bucket, memory: Bytes) -> str | None:
         if self._checksum(bucket, memory) != bucket.checksum:
             return f"the bucket that starts with {bucket.names[0]} was damaged on its way"

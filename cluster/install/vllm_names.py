@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.install.vllm_tree import VllmTree
+from cluster.install.vllm_tree import VllmTree, base_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("cluster", "rollout_workers", "teacher_workers", "learner")
@@ -159,7 +159,8 @@ def installed_vllm() -> Path:
 def lacking_in(tree: VllmTree) -> list[str]:
     """Returns one sentence for each thing that the program uses and the tree does not have."""
     imports = [f"{where} imports {name} from {module}, which has none" for where, module, name in unmet_imports(tree)]
-    return imports + unmet_needs(tree)
+    methods = [f"{where} lacks {name}, which {module} wants" for where, module, name in unfilled_methods(tree)]
+    return imports + methods + unmet_needs(tree)
 
 
 def unmet_needs(tree: VllmTree) -> list[str]:
@@ -188,10 +189,33 @@ def spared_in(tree: VllmTree) -> list[str]:
     ]
 
 
+def our_sources() -> Iterator[tuple[str, ast.Module]]:
+    """Yields the path and the syntax of each of our files."""
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def unfilled_methods(tree: VllmTree) -> Iterator[tuple[str, str, str]]:
+    """Yields (our class, vLLM's class, method) of methods without which our class cannot be made."""
+    for path, source in our_sources():
+        origins = {
+            alias.asname or alias.name: (node.module, alias.name)
+            for node in ast.walk(source)
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vllm"
+            for alias in node.names
+        }
+        for node in ast.walk(source):
+            if not isinstance(node, ast.ClassDef):
+                continue
+            own = {statement.name for statement in node.body if isinstance(statement, ast.FunctionDef)}
+            for module, name in (origins[found] for found in map(base_name, node.bases) if found in origins):
+                for method in sorted(tree.abstract(module, name) - own):
+                    yield f"{path}: {node.name}", f"{module}.{name}", method
+
+
 def unmet_imports(tree: VllmTree) -> Iterator[tuple[str, str, str]]:
     """Yields (our file, module, name) of imports that fail there and have no other to take their place."""
-    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-        source = ast.parse(path.read_text())
+    for path, source in our_sources():
         guarded = set()
         for node in ast.walk(source):
             if isinstance(node, ast.Try) and any(_catches_import_error(handler) for handler in node.handlers):
@@ -201,7 +225,7 @@ def unmet_imports(tree: VllmTree) -> Iterator[tuple[str, str, str]]:
                     guarded |= {id(inner) for handler in node.handlers for inner in ast.walk(handler)}
         for node, module, name in _unmet(tree, source.body):
             if id(node) not in guarded:
-                yield str(path.relative_to(ROOT)), module, name
+                yield path, module, name
 
 
 def _unmet(tree: VllmTree, body: list[ast.stmt]) -> Iterator[tuple[ast.AST, str, str]]:

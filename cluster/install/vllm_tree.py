@@ -57,8 +57,18 @@ class VllmTree:
             and node.value.id == "self"
         }
         for base in found.node.bases:
-            names |= self.members(found.module, _base_name(base))
+            names |= self.members(found.module, base_name(base))
         return names
+
+    def abstract(self, module: str, name: str) -> set[str]:
+        """Returns the methods that a class leaves to its subclasses."""
+        found = self._find(module, name)
+        if found is None or not isinstance(found.node, ast.ClassDef):
+            return set()
+        own = {statement.name: statement for statement in found.node.body if isinstance(statement, Definition)}
+        inherited = {left for base in found.node.bases for left in self.abstract(found.module, base_name(base))}
+        marked = {name for name, statement in own.items() if _is_abstract(statement)}
+        return (inherited - own.keys()) | marked
 
     def _words(self, module: str) -> set[str]:
         """Returns the strings that stand in a module."""
@@ -75,7 +85,7 @@ class VllmTree:
         for statement in found.node.body:
             if isinstance(statement, Definition) and statement.name == member:
                 return Found(found.module, statement)
-        inherited = (self._find(found.module, f"{_base_name(base)}.{member}") for base in found.node.bases)
+        inherited = (self._find(found.module, f"{base_name(base)}.{member}") for base in found.node.bases)
         return next((base for base in inherited if base is not None), None)
 
     def _find_top(self, module: str, name: str) -> Found | None:
@@ -141,7 +151,11 @@ def _parameters(node: ast.AST) -> set[str]:
     return {argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
 
 
-def _base_name(base: ast.expr) -> str:
+def _is_abstract(node: Definition) -> bool:
+    return any(isinstance(mark, ast.Name) and mark.id == "abstractmethod" for mark in node.decorator_list)
+
+
+def base_name(base: ast.expr) -> str:
     """Returns the name of a base class, without what stands in brackets."""
     inner = base.value if isinstance(base, ast.Subscript) else base
     return inner.id if isinstance(inner, ast.Name) else ""

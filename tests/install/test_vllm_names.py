@@ -16,6 +16,14 @@ class Parent:
     def act(self, first, *, second): self.later = first
 class Child(Parent[int]):
     def __init__(self, own): ...
+class Wanting(Child):
+    @staticmethod
+    @abstractmethod
+    def send(): ...
+    @abstractmethod
+    def receive(self): ...
+class Half(Wanting):
+    def receive(self): ...
 try:
     import absent
 except ImportError:
@@ -75,3 +83,9 @@ def test_members_and_parameters_come_from_base_classes_too(tree: VllmTree) -> No
     assert tree.takes("vllm.sub", "Child.act") == {"self", "first", "second"}
     assert {"own", "kept"} <= tree.takes("vllm.sub", "Child")
     assert not tree.has("vllm.sub", "Gone")
+
+
+def test_a_class_leaves_to_its_subclasses_what_it_does_not_fill_itself(tree: VllmTree) -> None:
+    assert tree.abstract("vllm.sub.base", "Wanting") == {"send", "receive"}
+    assert tree.abstract("vllm.sub.base", "Half") == {"send"}
+    assert tree.abstract("vllm.sub.base", "Child") == set()
