@@ -207,6 +207,11 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"prompts.prompts_per_step times rollout.samples_per_prompt is {completions}; "
                 f"a step takes up to {MAX_COMPLETIONS_PER_STEP} completions"
             )
+        if self.rollout.engine.quantization is not None:
+            raise ValueError(
+                f"rollout.engine.quantization is '{self.rollout.engine.quantization}', but the student gets new weights "
+                "after every step, in its own dtype; only teachers are quantised"
+            )
         if self.prompts.system_prompt is not None and self.prompts.template == "raw":
             raise ValueError("prompts.system_prompt is set, but prompts.template = 'raw' has no place for it")
 
