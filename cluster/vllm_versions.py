@@ -106,9 +106,3 @@ def open_nccl_group(master_address: str, master_port: int, world_size: int) -> A
     # memory that torch keeps for the stream before.
     with torch.cuda.stream(torch.cuda.current_stream()):
         return trainer_init({"master_address": master_address, "master_port": master_port, "world_size": world_size})
-
-
-def close_nccl_group(group: Any) -> None:
-    """Give a communicator's memory back; vLLM 0.24 cannot, and keeps it until the process ends."""
-    if hasattr(group, "destroy"):
-        group.destroy()

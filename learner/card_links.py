@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInf
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
 
 from cluster.contracts.errors import WeightSyncError
-from cluster.vllm_versions import close_nccl_group, open_nccl_group, taken_by
+from cluster.vllm_versions import open_nccl_group, taken_by
 from learner.weight_update import Bucket
 
 # Where these stand in what torch's `reduce_tensor` returns for a CUDA tensor; the rest are classes.
@@ -101,7 +101,7 @@ class NcclLink:
             WeightSyncError: the group did not form.
         """
         if self._group is not None:
-            close_nccl_group(self._group)
+            self._group.destroy()
         try:
             self._group = self._open_group(**self._meeting)
         except RuntimeError as error:

@@ -209,7 +209,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             )
         if self.rollout.engine.quantization is not None:
             raise ValueError(
-                f"rollout.engine.quantization is '{self.rollout.engine.quantization}', but the student gets new weights "
+                f"rollout.engine.quantization is '{self.rollout.engine.quantization}', but a student gets new weights "
                 "after every step, in its own dtype; only teachers are quantised"
             )
         if self.prompts.system_prompt is not None and self.prompts.template == "raw":

@@ -121,7 +121,7 @@ NEEDS = (
         spare=("packed",),
     ),
     Need(f"{TRANSFER}.ipc_engine", "IPCWeightTransferEngine", has=("parse_update_info",)),
-    Need("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator", has=("disabled",)),
+    Need("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator", has=("disabled", "destroy")),
     Need("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator.broadcast", takes=("tensor", "src")),
     Need(
         "vllm.model_executor.layers.vocab_parallel_embedding",

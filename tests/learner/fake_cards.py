@@ -49,10 +49,14 @@ class FakeGroup:
 
     def __init__(self) -> None:
         self.broadcasts: list[Tensor] = []
+        self.is_destroyed = False
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any) -> None:
         assert src == 0
         self.broadcasts.append(tensor.clone())
+
+    def destroy(self) -> None:
+        self.is_destroyed = True
 
 
 class FakeAudience:
