@@ -9,6 +9,7 @@ from cluster.actors import PoolTimeouts
 from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
+from cluster.gpu_shares import with_gpus
 from cluster.ledger import AuditedRun
 from cluster.model_checks import read_model
 from cluster.placement import Placement, PoolPlacement
@@ -164,6 +165,7 @@ def start_pipeline(
         placement: where the actors go.
         learner_config: what the learner is told instead, for checks against other teachers.
     """
+    config = with_gpus(config, placement.on_gpu)
     with ExitStack() as stack:
         watch = stack.enter_context(closing(Watch(config.ray.silence_seconds)))
         supervision = Supervision(restart_limit(config), watch)
@@ -181,7 +183,8 @@ def start_pipeline(
         pools = TeacherPools(teachers, config.ray.call_timeout_seconds)
         stack.callback(pools.shutdown)
         # Blocks until the ranks have met; the engines load their models meanwhile.
-        learner = LearnerGroup(learner_config or config, placement.learner.options())
+        learners = config if learner_config is None else with_gpus(learner_config, placement.on_gpu)
+        learner = LearnerGroup(learners, placement.learner.options())
         stack.callback(learner.shutdown)
         rollouts.wait_until_ready()
         for teacher in teachers.values():
@@ -198,7 +201,7 @@ def start_teacher(
     """Begin to start scorers of one teacher alone; without supervision, a dead one ends the run."""
     return start_pool(
         name,
-        config.teachers[name],
+        with_gpus(config, placement.gpus_per_worker > 0).teachers[name],
         inputs.max_model_len,
         placement.options(),
         pool_timeouts(config),
@@ -224,6 +227,7 @@ def start_scorers(
 @contextmanager
 def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement) -> Iterator[RolloutPool]:
     """Start generators of the student as its files are, without a learner."""
+    config = with_gpus(config, placement.on_gpu)
     settings = replace(_rollout_settings(config, inputs), weight_sync_backend=None)
     with _ready_rollouts(RolloutPool(settings, placement.rollout.options(), pool_timeouts(config)), inputs) as pool:
         yield pool
@@ -232,7 +236,7 @@ def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement)
 @contextmanager
 def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement, name: str) -> Iterator[RolloutPool]:
     """Start generators of one teacher, on the resources of its scorers, to let it answer prompts itself."""
-    teacher = config.teachers[name]
+    teacher = with_gpus(config, placement.on_gpu).teachers[name]
     settings = RolloutActorSettings(
         StudentConfig(teacher.model, teacher.trust_remote_code),
         teacher.engine,

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
+import msgspec
 import ray
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.contracts.config import Config
+from cluster.contracts.config import Config, WeightSyncConfig
 from cluster.contracts.errors import PlacementError
+from cluster.gpu_shares import SHARED_GPU_VARIABLE, share_gpu, weight_backend
 from cluster.packing import CPU_UNITS, Demand, Room, largest_equal_share, pack
 
 LOOK_SECONDS = 1.0  # between two looks at what is free
@@ -40,7 +42,7 @@ class PoolPlacement:
 
     name: str  # "rollout", "teacher-NAME", "slot-NAME" or "learner"
     num_workers: int
-    gpus_per_worker: int
+    gpus_per_worker: float  # below 1: its part of a shared GPU
     cpus_per_worker: float  # what Ray reserves
     cpu_threads: int  # what the worker's kernels use when there is no GPU
     nodes: tuple[NodeResources, ...]  # one per worker
@@ -52,6 +54,8 @@ class PoolPlacement:
         if not self.gpus_per_worker:
             # Ray would set the threads from the reserved CPUs, which are fractions here.
             share["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(self.cpu_threads)}}
+        elif self.gpus_per_worker < 1:
+            share["runtime_env"] = {"env_vars": {SHARED_GPU_VARIABLE: "1"}}
         return share
 
     def options(self) -> list[dict[str, Any]]:
@@ -76,6 +80,11 @@ class Placement:
     def pools(self) -> list[PoolPlacement]:
         """Return all shares in data-flow order."""
         return [self.rollout, *{share.name: share for share in self.teachers.values()}.values(), self.learner]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Return whether the workers have GPUs."""
+        return self.learner.gpus_per_worker > 0
 
 
 def cluster_nodes() -> list[NodeResources]:
@@ -131,8 +140,9 @@ def plan_placement(
 ) -> Placement:
     """Give every worker its share of a node.
 
-    With GPUs, each worker reserves whole ones. Without, the pools take turns on the same cores: each engine gets the
-    node's cores divided by the number of its engines, and the learner all of them, since it works while engines wait.
+    With GPUs, each worker reserves whole ones, or its part of the one that all share. Without, the pools take turns on
+    the same cores: each engine gets the node's cores divided by the number of its engines, and the learner all of them,
+    since it works while engines wait.
 
     Args:
         config: the run.
@@ -144,6 +154,10 @@ def plan_placement(
     """
     if floor(max((node.cpus for node in nodes), default=0)) < 1:
         raise PlacementError("the Ray cluster offers no CPU; start it with at least one")
+    on_gpu = any(node.gpus for node in nodes)
+    weight_backend(config, on_gpu)  # refuses what cannot work there
+    if on_gpu and config.ray.share_gpu:
+        return _on_one_gpu(config, nodes, free)
     demands = _demands(config, nodes)
     rooms = [node.room for node in (nodes if free is None else free)]
     places = pack(demands, rooms, _where(demands, nodes, free))
@@ -157,10 +171,30 @@ def describe(placement: Placement) -> list[tuple[str, str]]:
     """Return one (pool, share) line per pool, for people."""
     lines = []
     for pool in placement.pools:
-        kind = f"{pool.gpus_per_worker} GPU" if pool.gpus_per_worker else f"{pool.cpu_threads} CPU threads"
+        kind = f"{pool.gpus_per_worker:.2g} GPU" if pool.gpus_per_worker else f"{pool.cpu_threads} CPU threads"
         nodes = len(set(pool.nodes))
         lines.append((pool.name, f"{pool.num_workers} x {kind}" + (f" on {nodes} nodes" if nodes > 1 else "")))
     return lines
+
+
+def _on_one_gpu(config: Config, nodes: Sequence[NodeResources], free: Sequence[NodeResources] | None) -> Placement:
+    """Put everybody on one node, where they share the CPUs as without a GPU, and give each its part of one GPU."""
+    shares = share_gpu(config)
+    left = nodes if free is None else free
+    hosts = [position for position, node in enumerate(left) if node.gpus]
+    if not hosts:
+        raise PlacementError(f"ray.share_gpu needs one GPU that nobody uses, and none is free on {len(nodes)} nodes")
+    host = max(hosts, key=lambda position: left[position].cpus)
+    without_gpu = replace(left[host], gpus=0)
+    on_cpu = msgspec.structs.replace(
+        config, ray=msgspec.structs.replace(config.ray, share_gpu=False), weight_sync=WeightSyncConfig()
+    )
+    placed = plan_placement(on_cpu, [replace(nodes[host], gpus=0)], [without_gpu])
+    return Placement(
+        replace(placed.rollout, gpus_per_worker=shares.rollout),
+        {name: replace(pool, gpus_per_worker=shares.teachers[name]) for name, pool in placed.teachers.items()},
+        replace(placed.learner, gpus_per_worker=shares.learner),
+    )
 
 
 def _demands(config: Config, nodes: Sequence[NodeResources]) -> list[Demand]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.contracts.config import EngineConfig
 from cluster.contracts.errors import ModelError
+from cluster.gpu_shares import OWN_GPU_FRACTION, SHARED_GPU_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -81,18 +82,18 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     """
     prepare_environment(engine)
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.exceptions import VLLMError
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from cluster.vllm_versions import VLLMError, early_logits_processors, late_logits_processors
+
     arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
     arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
+    arguments |= early_logits_processors(role.logits_processors)
     try:
         args = AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)
         config = args.create_engine_config()
-        if role.logits_processors:
-            # Only the finished configuration knows which model runner it leads to.
-            config.model_config.logits_processors = [role.logits_processors[config.use_v2_model_runner]]
+        late_logits_processors(config, role.logits_processors)
         return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
     except (VLLMError, ValueError, OSError, RuntimeError) as error:
         raise ModelError(f"vLLM cannot serve {model}: {error}") from error
@@ -123,12 +124,7 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
 
 def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
     if not is_cpu:
-        return {
-            "gpu_memory_utilization": engine.gpu_memory_fraction,
-            "enforce_eager": bool(engine.enforce_eager),
-            # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
-            "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
-        }
+        return gpu_arguments(engine, is_shared=SHARED_GPU_VARIABLE in os.environ)
     return {
         "kv_cache_memory_bytes": int(engine.kv_cache_gib * BYTES_PER_GIB),
         "enforce_eager": engine.enforce_eager is not False,
@@ -137,3 +133,18 @@ def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
         "enable_chunked_prefill": False,
         "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else IN_PROCESS_EXECUTOR,
     }
+
+
+def gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
+    """Return vLLM's arguments that only count on a GPU, of the engine's own or shared with others."""
+    arguments: dict[str, Any] = {
+        "gpu_memory_utilization": engine.gpu_memory_fraction or OWN_GPU_FRACTION,
+        "enforce_eager": bool(engine.enforce_eager),
+        # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
+        "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
+    }
+    if is_shared:
+        # vLLM would measure what is left for the cache, and take what the others allocate meanwhile for its own; it
+        # ends when they free something. With a given size, the fraction is only what must be free when it starts.
+        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * BYTES_PER_GIB)
+    return arguments

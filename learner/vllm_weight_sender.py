@@ -1,136 +1,190 @@
-"""The sending end of a weight sync over vLLM's own `nccl` and `ipc` backends, for GPUs.
+"""The sending end of a weight sync from card to card, over vLLM's `nccl` and `ipc` engines.
 
-vLLM's trainer side gathers, packs and broadcasts; this file gives it the engine's parameters and a way to reach the
-rollout actors. It needs GPUs, and has so far been type-checked, not run. vLLM compares no checksum
-here, so the report's is empty.
+The weights are gathered, cast and sent bucket by bucket through one buffer, which is all the memory that it takes.
+vLLM's engines compare no checksum, so the report's is empty. It has not run on a GPU yet (docs/gpu.md).
 """
 
+import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 import torch
 from ray.actor import ActorHandle
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import (
-    ParamMeta,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    WeightSource,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from cluster.actors import call_all, get
-from cluster.contracts.weights import WeightManifest, WeightSyncReport
+from cluster.contracts.config import WeightSyncConfig
+from cluster.contracts.errors import WeightSyncError
+from cluster.contracts.weights import WeightSyncReport, plan_buckets, total_bytes
+from learner.audience import Audience
+from learner.card_links import IpcLink, Link, NcclLink, gather_from_ranks
 from learner.engine import TrainEngine
 from learner.rendezvous import free_port
+from learner.weight_sender import fill
+from learner.weight_update import Bucket
+
+_log = logging.getLogger("preceptor")
 
 
 class VllmSender:
-    """Drives vLLM's trainer-side engine; the connection opens with the first publication.
+    """Sends all weights through one buffer on the card; the connection opens with the first publication.
 
     Args:
         engine: holds the weights.
-        backend: vLLM's name of the transport.
+        config: how large the buffer is; a tensor that is larger makes it larger.
         dtype: what travels; the rollout engines' own.
-        tensor_parallel: GPUs of each rollout worker.
         timeout_seconds: for each answer of the workers.
+        make_link: makes this rank's link from the buffer; all ranks call it together.
+        listen: makes an update's audience.
+        end_process: ends this rank for good.
     """
 
     def __init__(
         self,
         engine: TrainEngine,
-        backend: Literal["nccl", "ipc"],
+        config: WeightSyncConfig,
         dtype: str,
-        tensor_parallel: int,
         timeout_seconds: float,
+        make_link: Callable[[Tensor], Link],
+        listen: Callable[[Sequence[ActorHandle], float], Audience] = Audience,
+        end_process: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._engine = engine
-        self._backend = backend
-        self._source = EngineSource(engine, engine.student.manifest(dtype))
-        self._tensor_parallel = tensor_parallel
+        self._engine, self._listen, self._end_process = engine, listen, end_process
         self._timeout_seconds = timeout_seconds
-        self._transfers: dict[tuple[Any, ...], TrainerWeightTransferEngine[Any]] = {}
+        self._make_link = make_link
+        self._buckets = list(plan_buckets(engine.student.manifest(dtype).tensors, config.bucket_bytes))
+        self._link: Link | None = None
+        self._buffer: Tensor
+        self._connected: list[ActorHandle] = []
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
-        """Send everything and return when every worker runs on it; all ranks call this together."""
+        """Send everything and return when every worker runs on it; all ranks call this together.
+
+        Raises:
+            WeightSyncError: the connection cannot be made.
+        """
         started = time.perf_counter()
-        key = tuple(worker._actor_id for worker in workers)
-        if key not in self._transfers:
-            # A communicator spans a fixed set of workers; another set needs another.
-            self._transfers = {key: self._connect(workers)}
-        transfer = self._transfers[key]
-        transfer.client.policy_version = policy_version
-        transfer.send_weights()
-        seconds = time.perf_counter() - started
-        return WeightSyncReport(policy_version, "", self._source.manifest.num_bytes, seconds)
+        if self._link is None:
+            # Here and not before: the card has the least room while the engines start.
+            self._buffer = torch.empty(max(map(total_bytes, self._buckets)), dtype=torch.uint8, device=_device())
+            self._link = self._make_link(self._buffer)
+        update = self._begin(self._link, workers) if self._engine.rank == 0 else None
+        for bucket in self._buckets:
+            self._fill(self._link, bucket)
+            self._link.settle()
+            if update is not None:
+                update.send(bucket, self._buffer[: total_bytes(bucket)])
+            if self._link.is_read_in_place:
+                self._link.settle()
+        paused_seconds = update.finish(policy_version) if update is not None else None
+        num_bytes = sum(map(total_bytes, self._buckets))
+        return WeightSyncReport(policy_version, "", num_bytes, time.perf_counter() - started, paused_seconds)
 
-    def _connect(self, workers: Sequence[ActorHandle]) -> TrainerWeightTransferEngine[Any]:
-        client = RolloutClient(workers, self._tensor_parallel, self._timeout_seconds)
-        init_info: TrainerInitInfo
-        if self._backend == "ipc":
-            init_info = IPCTrainerInitInfo(rank=self._engine.rank)
-        else:
-            init_info = NCCLTrainerInitInfo(
-                master_address=ray.util.get_node_ip_address(),
-                master_port=free_port(),
-                world_size=1 + len(workers) * self._tensor_parallel,
-                rank=self._engine.rank,
-            )
-        return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=self._source)
+    def _fill(self, link: Link, bucket: Bucket) -> None:
+        """Gather one bucket, with the other ranks, and leave it in the buffer if this rank's is read."""
+        # One bucket at a time: gathering the whole model under ZeRO-3 needs a second full copy on every rank.
+        with self._engine.full_parameters([tensor.name for tensor in bucket]) as parameters:
+            if link.fills_buffer:
+                fill(bucket, parameters, self._buffer)
 
-
-class EngineSource(WeightSource):
-    """The engine's parameters as vLLM reads them, one gathered at a time."""
-
-    def __init__(self, engine: TrainEngine, manifest: WeightManifest) -> None:
-        self._engine = engine
-        self.manifest = manifest
-
-    def metadata(self) -> list[ParamMeta]:
-        """Describe every parameter in the order of iteration."""
-        return [ParamMeta(spec.name, getattr(torch, spec.dtype), spec.shape) for spec in self.manifest.tensors]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter whole; all ranks iterate together."""
-        for spec in self.manifest.tensors:
-            with self._engine.full_parameters([spec.name]) as parameters:
-                # A copy: vLLM packs several parameters into one message after this one's gather has ended.
-                yield spec.name, parameters[spec.name].to(getattr(torch, spec.dtype), copy=True)
+    def _begin(self, link: Link, workers: Sequence[ActorHandle]) -> "CardUpdate":
+        """Pause the workers, find out who lives, and connect with them."""
+        update = CardUpdate(link, self._listen(workers, self._timeout_seconds), self._end_process)
+        living = update.start()
+        if living and living != self._connected:
+            # A group spans a fixed set of workers; another set needs another.
+            self._connected = []
+            update.connect()
+            self._connected = living
+        return update
 
 
-class RolloutClient:
-    """vLLM's control verbs, fanned out to the rollout actors."""
+class CardUpdate:
+    """One update, as rank 0 conducts it: every bucket is announced to the workers, then carried.
 
-    def __init__(self, workers: Sequence[ActorHandle], tensor_parallel: int, timeout_seconds: float) -> None:
-        self.policy_version = 0
-        self._workers = workers
-        self._tensor_parallel = tensor_parallel
-        self._timeout_seconds = timeout_seconds
+    Args:
+        link: connected to the workers that `start` returns.
+        audience: the workers.
+        end_process: ends this rank for good.
+    """
 
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Open every receiving end; each worker's GPUs follow those of the worker before in the NCCL group."""
-        references = []
-        for position, worker in enumerate(self._workers):
-            offset = {"rank_offset": 1 + position * self._tensor_parallel} if "rank_offset" in init_info else {}
-            references.append(worker.init_weight_transfer.remote({**init_info, **offset}))
-        get(references, self._timeout_seconds, "rollout workers to open the weight transfer")
+    def __init__(self, link: Link, audience: Audience, end_process: Callable[[int], Any]) -> None:
+        self._link, self._audience, self._end_process = link, audience, end_process
+        self._receiving: dict[int, Any] = {}  # worker -> reference
+        self._paused = time.perf_counter()
+        self._num_workers = 0
 
-    def start_weight_update(self) -> None:
-        """Pause the workers."""
-        self._call("start_weight_update")
+    def start(self) -> list[ActorHandle]:
+        """Pause the workers and return those that live."""
+        self._ask("start_weight_update", ())
+        self._num_workers = len(self._audience.workers)
+        return list(self._audience.workers.values())
 
-    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
-        """Let the workers receive."""
-        self._call("update_weights", update_info)
+    def connect(self) -> None:
+        """Open both ends at once: each waits for the others."""
+        invitations = self._link.invite(self._num_workers)
+        opening = self._audience.call(
+            "init_weight_transfer", dict(zip(self._audience.workers, invitations, strict=True))
+        )
+        self._link.open()
+        self._audience.answers(opening, "open the weight transfer")
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Resume the workers on the new weights."""
-        self._call("finish_weight_update", self.policy_version)
+    def send(self, bucket: Bucket, payload: Tensor) -> None:
+        """Let the workers receive what lies in the buffer; with NCCL they read it while the next bucket is made."""
+        self._await("receive a bucket of weights")
+        if not self._audience.workers:
+            return
+        message = self._link.update_message(bucket)
+        self._receiving = self._audience.call("update_weights", dict.fromkeys(self._audience.workers, message))
+        self._link.carry(payload)
+        if self._link.is_read_in_place:
+            self._await("receive a bucket of weights")
 
-    def _call(self, verb: str, *args: Any) -> None:
-        waiting_for = f"rollout workers to answer {verb}"
-        call_all(self._workers, verb, *args, timeout_seconds=self._timeout_seconds, waiting_for=waiting_for)
+    def finish(self, policy_version: int) -> float:
+        """Wait until every worker runs on the new weights; return for how many seconds generation stood still."""
+        self._await("receive the last bucket of weights")
+        self._ask("finish_weight_update", policy_version)
+        return time.perf_counter() - self._paused
+
+    def _ask(self, verb: str, argument: Any) -> None:
+        answers = self._audience.call(verb, dict.fromkeys(self._audience.workers, argument))
+        self._audience.answers(answers, f"answer {verb}")
+
+    def _await(self, what_for: str) -> None:
+        self._audience.answers(self._receiving, what_for)
+        self._receiving = {}
+        if len(self._audience.workers) < self._num_workers and not self._link.is_read_in_place:
+            # The broadcast waits on this card, and on those of the living workers, for a rank that is gone. Only the
+            # end of the processes ends that; the driver then goes back to the last checkpoint with new ones.
+            _log.error("a rollout worker died in the middle of a broadcast; this rank of the learner ends")
+            self._end_process(1)
+
+
+def nccl_link(engine: TrainEngine, tensor_parallel: int, bucket_bytes: int) -> Callable[[Tensor], Link]:
+    """Return what makes an NcclLink."""
+
+    def choose_address() -> tuple[str, int]:
+        return ray.util.get_node_ip_address(), free_port()
+
+    def make(buffer: Tensor) -> Link:
+        return NcclLink(engine.rank == 0, choose_address, tensor_parallel, max(bucket_bytes, buffer.numel()))
+
+    return make
+
+
+def ipc_link(buffer: Tensor) -> Link:
+    """Make an IpcLink.
+
+    Raises:
+        WeightSyncError: the buffer is not on a card.
+    """
+    if not buffer.is_cuda:
+        raise WeightSyncError('weight_sync.backend = "ipc" shares memory of a GPU, and the learner has none')
+    return IpcLink(buffer, str(torch.cuda.get_device_properties(buffer.device).uuid), gather_from_ranks)
+
+
+def _device() -> torch.device:
+    is_on_card = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if is_on_card else torch.device("cpu")

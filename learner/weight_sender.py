@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from cluster.contracts.config import WeightSyncConfig
-from cluster.contracts.weights import WeightSyncReport, plan_buckets
+from cluster.contracts.weights import WeightSyncReport, plan_buckets, total_bytes
 from learner.engine import TrainEngine
 from learner.weight_update import Bucket, Bytes, SentCopy, WeightUpdate
 
@@ -46,7 +46,7 @@ class ObjectStoreSender:
         self._buckets = list(plan_buckets(manifest.tensors, config.bucket_bytes))
         keeps_copy = config.mode == "delta" and engine.rank == 0
         self._sent = SentCopy(manifest.num_bytes) if keeps_copy else None
-        largest = max(sum(tensor.num_bytes for tensor in bucket) for bucket in self._buckets)
+        largest = max(total_bytes(bucket) for bucket in self._buckets)
         self._memory: Bytes = np.empty(largest if engine.rank == 0 else 0, np.uint8)
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
@@ -76,12 +76,16 @@ class ObjectStoreSender:
 
 def pack(bucket: Bucket, parameters: dict[str, Tensor], memory: Bytes) -> Bytes:
     """Copy the bucket's parameters, cast to its dtype, one after the other into memory; return the part they fill."""
-    payload = memory[: sum(tensor.num_bytes for tensor in bucket)]
-    flat = torch.from_numpy(payload)
+    payload = memory[: total_bytes(bucket)]
+    fill(bucket, parameters, torch.from_numpy(payload))
+    return payload
+
+
+def fill(bucket: Bucket, parameters: dict[str, Tensor], memory: Tensor) -> None:
+    """Copy the bucket's parameters, cast to its dtype, one after the other into memory of bytes, on any device."""
     start = 0
     for tensor in bucket:
         end = start + tensor.num_bytes
-        place = flat[start:end].view(getattr(torch, tensor.dtype)).view(tensor.shape)
+        place = memory[start:end].view(getattr(torch, tensor.dtype)).view(tensor.shape)
         place.copy_(parameters[tensor.name])
         start = end
-    return payload

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
-from cluster.actors import get
 from cluster.checksum import checksum, new_digest
-from cluster.contracts.errors import ActorDiedError, WeightSyncError
+from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.weights import DTYPE_BYTES, TensorSpec, WeightSyncReport
 from cluster.weight_delta import ALIGNMENT, BITS, Delta, encode
+from learner.audience import Audience
 
 Bucket = Sequence[TensorSpec]
 Bytes = NDArray[np.uint8]
@@ -53,8 +52,7 @@ class WeightUpdate:
         self._started = time.perf_counter()
         self._paused: float | None = None
         self._policy_version = policy_version
-        self._timeout_seconds = timeout_seconds
-        self._workers = dict(enumerate(workers))  # those that live, by position
+        self._audience = Audience(workers, timeout_seconds)
         self._sent = sent
         self._base_version = sent.version if sent else None
         if sent:
@@ -70,8 +68,8 @@ class WeightUpdate:
         messages = self._put(bucket, payload)
         if self._paused is None:
             self._start(messages)
-        self._answers(self._receiving, "receive a bucket of weights")
-        self._receiving = self._call("update_weights", messages)
+        self._audience.answers(self._receiving, "receive a bucket of weights")
+        self._receiving = self._audience.call("update_weights", messages)
 
     def finish(self) -> WeightSyncReport:
         """Wait until every worker runs on the new weights.
@@ -79,9 +77,11 @@ class WeightUpdate:
         Raises:
             WeightSyncError: a worker received other bytes than were sent.
         """
-        self._answers(self._receiving, "receive the last bucket of weights")
-        versions = dict.fromkeys(self._workers, self._policy_version)
-        received = self._answers(self._call("finish_weight_update", versions), "answer finish_weight_update")
+        self._audience.answers(self._receiving, "receive the last bucket of weights")
+        versions = dict.fromkeys(self._audience.workers, self._policy_version)
+        received = self._audience.answers(
+            self._audience.call("finish_weight_update", versions), "answer finish_weight_update"
+        )
         check_received(received, self._digest.hexdigest(), self._policy_version)
         if self._sent:
             self._sent.version = self._policy_version
@@ -98,42 +98,20 @@ class WeightUpdate:
     def _compare_versions(self) -> dict[int, bool]:
         """Return which workers hold what the changes apply to."""
         if self._base_version is None:
-            return dict.fromkeys(self._workers, False)
-        asked = {position: worker.held_version.remote() for position, worker in self._workers.items()}
-        held = self._answers(asked, "say which weights they hold")
+            return dict.fromkeys(self._audience.workers, False)
+        asked = {position: worker.held_version.remote() for position, worker in self._audience.workers.items()}
+        held = self._audience.answers(asked, "say which weights they hold")
         return {position: version == self._base_version for position, version in held.items()}
 
     def _start(self, messages: Mapping[int, dict[str, Any]]) -> None:
         self._paused = time.perf_counter()
         first = {position: message["reference"] for position, message in messages.items()}
-        self._answers(self._call("start_weight_update", first), "answer start_weight_update")
-
-    def _call(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
-        """Call every worker that lives with its own argument."""
-        return {
-            position: getattr(worker, method).remote(arguments[position]) for position, worker in self._workers.items()
-        }
-
-    def _answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
-        """Return the answers of the workers that live; from now on the others are passed over.
-
-        Whoever runs the pool learns of a death by itself and brings the weights to the next actor.
-        """
-        try:
-            answers = get(list(references.values()), self._timeout_seconds, f"rollout workers to {what_for}")
-            return dict(zip(references, answers, strict=True))
-        except ActorDiedError:
-            found = {}
-            for position, reference in references.items():
-                with suppress(ActorDiedError):
-                    found[position] = get(reference, self._timeout_seconds, f"rollout worker {position} to {what_for}")
-            self._workers = {position: self._workers[position] for position in found}
-            return found
+        self._audience.answers(self._audience.call("start_weight_update", first), "answer start_weight_update")
 
     def _put(self, bucket: Bucket, payload: Bytes) -> dict[int, dict[str, Any]]:
         """Put what is needed of a bucket, changes or all of it or both, and return each worker's message."""
         delta = self._compare(bucket, payload)
-        takes_changes = {position: self._takes_changes[position] for position in self._workers}
+        takes_changes = {position: self._takes_changes[position] for position in self._audience.workers}
         whole: dict[str, Any] = {}
         changes: dict[str, Any] = {}
         if not all(takes_changes.values()):

@@ -184,6 +184,8 @@ def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:
     backend = config.weight_sync.backend
     if backend == "object_store":
         return ObjectStoreSender(engine, config.weight_sync, dtype, timeout_seconds)
-    from learner.vllm_weight_sender import VllmSender  # imports vllm, which the other backend does not need
+    from learner.vllm_weight_sender import VllmSender, ipc_link, nccl_link  # vllm, which the other does not need
 
-    return VllmSender(engine, backend, dtype, config.rollout.engine.tensor_parallel, timeout_seconds)
+    to_own_cards = nccl_link(engine, config.rollout.engine.tensor_parallel, config.weight_sync.bucket_bytes)
+    make_link = to_own_cards if backend == "nccl" else ipc_link
+    return VllmSender(engine, config.weight_sync, dtype, timeout_seconds, make_link)

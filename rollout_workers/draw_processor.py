@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, process_dict_updates
-from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
-from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 
 from cluster.contracts.trajectory import Floats, Ints
+from cluster.vllm_versions import LogitsContext, LogitsProcessorV2, LogitsProcRequestState
 from rollout_workers.candidate_draws import DrawLog, DrawOrder, LogitsRow, RequestDraws
 from rollout_workers.weight_receiver import WeightReport
 
@@ -96,7 +95,7 @@ class DrawProcessorV2(LogitsProcessorV2):
 
 
 class WorkerExtension(WeightReport):
-    """Adds `take_draws` and `finish_and_report` to vLLM's worker class, for `collective_rpc` to call by name."""
+    """Adds `take_draws` and WeightReport's calls to vLLM's worker class, for `collective_rpc` to make by name."""
 
     model_runner: Any
     use_v2_model_runner: bool

@@ -6,38 +6,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from vllm import SamplingParams
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
-from vllm.exceptions import VLLMClientError
-from vllm.logprobs import FlatLogprobs
-from vllm.outputs import CompletionOutput
-from vllm.sampling_params import RepetitionDetectionParams, RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.contracts.config import EngineConfig, StudentConfig
 from cluster.contracts.errors import ActorDiedError, RolloutError, WeightSyncError
 from cluster.contracts.interfaces import Completion, SamplingSettings
-from cluster.contracts.trajectory import FinishReason, Ints
 from cluster.vllm_runtime import EngineRole, build_engine
-from rollout_workers.candidate_draws import DrawOrder
+from cluster.vllm_versions import TokenVersions, VLLMClientError, label_weights
 from rollout_workers.draw_fetcher import DrawFetcher, Encoded
-from rollout_workers.draw_processor import ask_for_draws, draws_from_bytes
+from rollout_workers.draw_processor import draws_from_bytes
 from rollout_workers.mapped_memory import mappable
+from rollout_workers.vllm_requests import read_completion, sampling_params
 
 OBJECT_STORE = "object_store"
+VLLM_BACKENDS = {"ipc": "plain_ipc"}  # where the receiving end is ours under another name
 DRAWS = "rollout_workers.draw_processor"  # the module; vLLM loads its classes by name
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 UNVERIFIED = "unverified"  # vLLM's own backends report nothing of what they received
-FINISH_REASONS: dict[str, FinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "repetition": "repetition",
-    "abort": "abort",
-}
-STARTED_WITH = "default"  # vLLM's label of the weights that it loaded itself
-REPETITIONS = 4  # of a passage, one after the other, that end a completion
 
 
 class VllmRolloutEngine:
@@ -61,6 +48,7 @@ class VllmRolloutEngine:
             draws: whether requests may ask for candidate draws, which every decoding step then looks out for.
         """
         self._backend = backend
+        self._policy_version = 0  # of the weights that write; 0: those that vLLM loaded
         self._buffers: list[pa.Buffer] = []  # of the update under way
         self._draws = DrawFetcher(self._take_draws) if draws else None  # None: nothing draws
         self._engine = build_engine(
@@ -74,7 +62,7 @@ class VllmRolloutEngine:
                 prefix_caching=True,
                 tokenizer=True,
                 priorities=True,
-                weight_transfer_backend=backend,
+                weight_transfer_backend=VLLM_BACKENDS.get(backend or "", backend),
                 worker_extension=f"{DRAWS}.WorkerExtension",
                 logits_processors=(f"{DRAWS}:DrawProcessor", f"{DRAWS}:DrawProcessorV2") if draws else None,
             ),
@@ -89,20 +77,22 @@ class VllmRolloutEngine:
             RolloutError: vLLM refuses the request or gives it up.
             ActorDiedError: the engine's process is gone.
         """
-        draws = self._draws_for(request_id, sampling)
+        draws, versions = self._draws_for(request_id, sampling), TokenVersions()
         prompt = {"prompt_token_ids": [int(token) for token in prompt_ids]}
         is_finished = False
         try:
-            params = _sampling_params(request_id, sampling, seed)
+            params = sampling_params(request_id, sampling, seed)
             with _told_as_death():
-                outputs = [out async for out in self._engine.generate(prompt, params, request_id, priority=priority)]
+                async for request in self._engine.generate(prompt, params, request_id, priority=priority):
+                    [output] = request.outputs
+                    versions.see(output, self._policy_version)
             is_finished = True
         except (EngineGenerateError, VLLMClientError, ValueError) as error:
             raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
         finally:
             if draws and not is_finished:
                 draws.give_up(request_id)
-        completion = _completion(request_id, outputs[-1].outputs[0], sampling)
+        completion = read_completion(request_id, output, versions.of(output), sampling)
         return await _with_draws(draws, request_id, completion, sampling.num_candidates) if draws else completion
 
     @property
@@ -122,7 +112,10 @@ class VllmRolloutEngine:
         # callers before it returns. Nothing here waits for that: each output carries the label of its weights.
         with _told_as_death():
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-            await self._engine.start_weight_update()
+            if self._backend == OBJECT_STORE:
+                await self._engine.collective_rpc("begin_update")
+            else:
+                await self._engine.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one bucket; for the object store, `update_info["buffer"]` holds its bytes."""
@@ -144,6 +137,7 @@ class VllmRolloutEngine:
         """
         with _told_as_death():
             checksum = await self._install(policy_version)
+            self._policy_version = policy_version
             await self._engine.resume_generation()
         return checksum
 
@@ -157,12 +151,12 @@ class VllmRolloutEngine:
 
     async def _install(self, policy_version: int) -> str:
         if self._backend != OBJECT_STORE:
-            await self._engine.finish_weight_update(weight_version=str(policy_version))
+            await self._engine.finish_weight_update()
+            await label_weights(self._engine, policy_version)
             return UNVERIFIED
         # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
         reports, _ = await asyncio.gather(
-            self._engine.collective_rpc("finish_and_report"),
-            self._engine.update_weight_version(str(policy_version)),
+            self._engine.collective_rpc("finish_and_report"), label_weights(self._engine, policy_version)
         )
         self._buffers.clear()
         return common_checksum(reports, policy_version)
@@ -218,56 +212,3 @@ def common_checksum(reports: Sequence[dict[str, Any]], policy_version: int) -> s
             f"with checksums {sorted(checksums)}"
         )
     return str(checksums.pop())
-
-
-def _sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> SamplingParams:
-    count, draws = sampling.num_candidates, sampling.candidates == "draws"
-    return SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        max_tokens=sampling.max_completion_tokens,
-        seed=seed,
-        stop=list(sampling.stop) or None,
-        repetition_detection=_repetition_detection(sampling.stop_repetition),
-        logprobs=0 if draws else count,  # besides the sampled token's
-        flat_logprobs=True,
-        detokenize=bool(sampling.stop),
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        extra_args=ask_for_draws(DrawOrder(request_id, count, seed)) if draws and count else None,
-    )
-
-
-def _repetition_detection(longest: int) -> RepetitionDetectionParams | None:
-    """Look for passages of up to `longest` tokens; a shorter one is found as a passage that holds it several times."""
-    if not longest:
-        return None
-    # Each length costs time at every token. Every length has a multiple in the upper half, and what repeats there is
-    # long enough not to be a row of dashes.
-    return RepetitionDetectionParams(max_pattern_size=longest, min_pattern_size=longest // 2 + 1, min_count=REPETITIONS)
-
-
-def _completion(request_id: str, output: CompletionOutput, sampling: SamplingSettings) -> Completion:
-    if output.finish_reason not in FINISH_REASONS:
-        raise RolloutError(f"request {request_id}: vLLM ended it for the reason {output.finish_reason!r}")
-    assert isinstance(output.logprobs, FlatLogprobs)
-    num_listed = 0 if sampling.candidates == "draws" else sampling.num_candidates
-    # By position: the written token, then the most likely ones, best first.
-    ids = np.asarray(output.logprobs.token_ids, np.int32).reshape(-1, 1 + num_listed)
-    logprobs = np.asarray(output.logprobs.logprobs, np.float32).reshape(-1, 1 + num_listed)
-    return Completion(
-        token_ids=np.asarray(output.token_ids, np.int32),
-        logprobs=logprobs[:, 0],
-        finish_reason=FINISH_REASONS[output.finish_reason],
-        policy_versions=_policy_versions(output),
-        candidate_ids=ids[:, 1:] if num_listed else None,
-        candidate_logprobs=logprobs[:, 1:] if num_listed else None,
-    )
-
-
-def _policy_versions(output: CompletionOutput) -> Ints:
-    """Return [completion_tokens]; vLLM keeps the label of the weights that wrote each token."""
-    spans = output.weight_versions
-    assert spans is not None  # only an engine that labels nothing has none
-    versions = [0 if span.version == STARTED_WITH else int(span.version) for span in spans]
-    return np.repeat(np.array(versions, np.int32), [span.end - span.start for span in spans])

@@ -12,7 +12,7 @@ import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,9 +28,6 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from cluster.checksum import checksum, new_digest
 from rollout_workers.weight_copy import Bytes, WeightCopy, parts
 
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig, WeightTransferConfig
-
 BACKEND = "object_store"
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,6 +36,7 @@ def register() -> None:
     """Make the backend known to vLLM, which calls this in each of its processes as a `vllm.general_plugins` plugin."""
     if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM may load plugins twice in one process
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, ObjectStoreReceiver.__name__)
+        WeightTransferEngineFactory.register_engine("plain_ipc", "rollout_workers.ipc_receiver", "IpcReceiver")
 
 
 @dataclass(frozen=True)
@@ -77,15 +75,13 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
     init_info_cls = InitInfo
     update_info_cls = Bucket
 
-    def __init__(
-        self, config: "WeightTransferConfig", vllm_config: "VllmConfig", device: torch.device, model: torch.nn.Module
-    ) -> None:
-        super().__init__(config, vllm_config, device, model)
+    def __init__(self, *arguments: Any) -> None:  # what vLLM's releases pass differs; all end with the model
+        super().__init__(*arguments)
         # Read before the first update: while one runs, vLLM gives tied layers parameters of their own.
-        self._model_names = {name for name, _ in model.named_parameters()}
-        self._tied_layers = tied_layers(model)
+        self._model_names = {name for name, _ in self.model.named_parameters()}
+        self._tied_layers = tied_layers(self.model)
         self._copy = WeightCopy()
-        self._begin()
+        self.begin()
 
     @property
     def received(self) -> ReceivedWeights:
@@ -95,13 +91,25 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Do nothing: every bucket says where it is."""
 
+    def begin(self) -> None:
+        """Forget the update before."""
+        self._digest = new_digest()
+        self._faults: list[str] = []
+        self._received_names: set[str] = set()  # Hugging Face names
+        self._loaded_names: set[str] = set()  # vLLM names
+        self._arriving_version: int | None = None
+
     def start_weight_update(self) -> None:
         """Make the model's layers take checkpoint-format parameters again, as when it was first loaded."""
-        self._begin()
-        initialize_layerwise_reload(self.model)
+        initialize_layerwise_reload(self.model)  # vLLM 0.24 does this itself, and finishes itself
 
-    def receive_weights(self, update_info: Bucket) -> None:
-        """Check one bucket and load it; after a fault the rest of the update is left alone."""
+    def receive_weights(self, update_info: Bucket, load_weights: Callable[..., Any] | None = None) -> None:
+        """Check one bucket and load it; after a fault the rest of the update is left alone.
+
+        Args:
+            update_info: the bucket.
+            load_weights: the model's own; only vLLM 0.24 passes it.
+        """
         memory = map_memory(update_info)
         fault = self._fault_of(update_info, memory)
         if fault is not None:
@@ -116,7 +124,11 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
             self._faults.append(f"the model does not take one of {update_info.names}: {error}")
 
     def finish_weight_update(self) -> None:
-        """Repack the layers for the kernels, and look for parameters that never came."""
+        """Repack the layers for the kernels."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def end(self) -> None:
+        """Look for parameters that never came, and repack what the layerwise reload leaves out."""
         if not self._faults:
             missing = missing_parameters(
                 self._model_names,
@@ -130,7 +142,6 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
             self._copy.forget()
         else:
             self._copy.version = self._arriving_version
-        finalize_layerwise_reload(self.model, self.model_config)
         for layer in self._tied_layers:
             # On CPU a tied lm_head multiplies with a packed copy of the embedding. No weights arrive under its own
             # name, so vLLM 0.32 leaves the copy as it was, and the model goes on answering with the old lm_head.
@@ -141,12 +152,10 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
     def shutdown(self) -> None:
         """Do nothing: nothing stays open."""
 
-    def _begin(self) -> None:
-        self._digest = new_digest()
-        self._faults: list[str] = []
-        self._received_names: set[str] = set()  # Hugging Face names
-        self._loaded_names: set[str] = set()  # vLLM names
-        self._arriving_version = None
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Refuse: vLLM 0.24 wants the sending end here, and ours is the learner's."""
+        raise NotImplementedError
 
     def _fault_of(self, bucket: Bucket, memory: Bytes) -> str | None:
         if self._checksum(bucket, memory) != bucket.checksum:
@@ -172,16 +181,24 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
 
 
 class WeightReport:
-    """Adds `finish_and_report` to vLLM's worker class, so that `collective_rpc` can call it by name."""
+    """Adds two calls to vLLM's worker class, for `collective_rpc` to make by name."""
 
     weight_transfer_engine: WeightTransferEngine[Any, Any] | None
+    start_weight_update: Callable[[], None]
     finish_weight_update: Callable[[], None]
+
+    def begin_update(self) -> None:
+        """Start an update through the object store."""
+        assert isinstance(self.weight_transfer_engine, ObjectStoreReceiver)
+        self.weight_transfer_engine.begin()
+        self.start_weight_update()
 
     def finish_and_report(self) -> dict[str, Any]:
         """Finish the update and return its outcome as plain values, which vLLM can pass between processes."""
-        self.finish_weight_update()
         engine = self.weight_transfer_engine
         assert isinstance(engine, ObjectStoreReceiver)
+        self.finish_weight_update()
+        engine.end()
         return asdict(engine.received)
 
 

@@ -38,11 +38,14 @@ LAYERS = [
 DOORS = {
     "vllm": {
         "cluster.vllm_runtime",
+        "cluster.vllm_versions",
         "rollout_workers.draw_processor",
+        "rollout_workers.ipc_receiver",
         "rollout_workers.vllm_engine",
+        "rollout_workers.vllm_requests",
         "rollout_workers.weight_receiver",
         "teacher_workers.vllm_engine",
-        "learner.vllm_weight_sender",
+        "learner.card_links",
     },
     "deepspeed": {"learner.zero_engine"},
 }
@@ -108,3 +111,8 @@ def test_the_contracts_load_no_heavy_library() -> None:
 
 def test_the_command_line_loads_no_heavy_library_before_it_needs_one() -> None:
     assert not loaded_by("import cluster.cli") & set(HEAVY)
+
+
+def test_every_module_can_be_imported_without_a_gpu() -> None:
+    modules = [name.removesuffix(".__init__") for name in SOURCES if not name.endswith("__main__")]
+    loaded_by("; ".join(f"import {name}" for name in modules))

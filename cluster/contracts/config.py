@@ -15,6 +15,7 @@ from cluster.contracts.section import Count, CountOrZero, Fraction, Items, NonNe
 Dtype = Literal["float32", "bfloat16", "float16"]
 Decay = Annotated[float, Meta(ge=0, lt=1)]  # of a moving average; one of 1 would never move
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
+GpuFraction = Annotated[float, Meta(gt=0, le=1)]  # of one GPU's memory
 MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 
@@ -53,8 +54,8 @@ class EngineConfig(Section):
     tensor_parallel: Count = 1
     max_concurrent_sequences: Count = 256
     max_batched_tokens: Count = 8192
-    gpu_memory_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.9
-    kv_cache_gib: Positive = 1.0  # on CPU; on GPU the memory fraction decides
+    gpu_memory_fraction: GpuFraction | None = None  # None: 0.9; on a shared GPU an equal part of what is left
+    kv_cache_gib: Positive = 1.0  # on CPU and on a shared GPU; on a GPU of its own the memory fraction decides
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
     enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
     quantization: str | None = None  # as vLLM names it, for example "fp8" or "awq"
@@ -106,19 +107,20 @@ class LearnerConfig(Section):
     max_gradient_norm: Positive = 1.0
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO stage 3
+    gpu_memory_fraction: GpuFraction = 0.4  # kept free for it on a shared GPU
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
 
 
 class WeightSyncConfig(Section):
     """How new student weights reach the rollout workers after each step."""
 
-    backend: Literal["object_store", "nccl", "ipc"] = "object_store"
+    backend: Literal["auto", "object_store", "nccl", "ipc"] = "auto"  # auto: nccl on own GPUs, ipc on a shared one
     mode: Literal["full", "delta"] = "full"  # delta: values that changed; a copy of the weights at both ends
     bucket_bytes: Count = 1 << 28
 
     def __post_init__(self) -> None:
         """Check that the backend can do what is asked; raises ValueError, which the reader turns into a ConfigError."""
-        if self.mode == "delta" and self.backend != "object_store":
+        if self.mode == "delta" and self.backend not in ("auto", "object_store"):
             raise ValueError(f'mode = "delta" needs backend = "object_store", found "{self.backend}"')
 
 
@@ -162,6 +164,7 @@ class RayConfig(Section):
     """Where the actors run."""
 
     address: Text | None = None  # None: RAY_ADDRESS if set, else a local cluster that the run starts and ends
+    share_gpu: bool = False  # put all pools and the learner on one GPU, each with its part of the memory
     dashboard: bool = True
     dashboard_host: str = "127.0.0.1"  # of a local cluster's dashboard; 0.0.0.0: all interfaces, behind the token
     start_timeout_seconds: Positive = 600.0
@@ -206,6 +209,11 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(
                 f"prompts.prompts_per_step times rollout.samples_per_prompt is {completions}; "
                 f"a step takes up to {MAX_COMPLETIONS_PER_STEP} completions"
+            )
+        if self.rollout.engine.quantization is not None:
+            raise ValueError(
+                f"rollout.engine.quantization is '{self.rollout.engine.quantization}', but a student gets new weights "
+                "after every step, in its own dtype; only teachers are quantised"
             )
         if self.prompts.system_prompt is not None and self.prompts.template == "raw":
             raise ValueError("prompts.system_prompt is set, but prompts.template = 'raw' has no place for it")

@@ -45,6 +45,11 @@ class WeightSyncReport:
     changed_fraction: float | None = None  # of the values, since the last sync; None: not compared
 
 
+def total_bytes(bucket: Sequence[TensorSpec]) -> int:
+    """Return the size of a bucket's values."""
+    return sum(tensor.num_bytes for tensor in bucket)
+
+
 def plan_buckets(tensors: Sequence[TensorSpec], bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
     """Yield consecutive tensors in groups of at most `bucket_bytes`; a larger tensor travels alone."""
     bucket: list[TensorSpec] = []

@@ -3,7 +3,8 @@ import subprocess
 import sys
 import time
 
-from cluster.vllm_runtime import OWNER_CHECK_SECONDS, OWNER_VARIABLE
+from cluster.contracts.config import EngineConfig
+from cluster.vllm_runtime import OWNER_CHECK_SECONDS, OWNER_VARIABLE, gpu_arguments
 
 CHILD = "from cluster.vllm_runtime import end_with_owner; end_with_owner(); import time; time.sleep(60)"
 OWNER = f"""
@@ -36,3 +37,17 @@ def test_an_engine_process_ends_soon_after_its_actor_was_killed() -> None:
     while is_running(child) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_running(child)
+
+
+def test_an_engine_takes_nine_tenths_of_a_gpu_of_its_own_and_sizes_its_cache_itself() -> None:
+    arguments = gpu_arguments(EngineConfig(tensor_parallel=2), is_shared=False)
+    assert arguments["gpu_memory_utilization"] == 0.9
+    assert "kv_cache_memory_bytes" not in arguments
+    assert arguments["distributed_executor_backend"] == "mp"
+
+
+def test_on_a_shared_gpu_the_cache_has_a_set_size() -> None:
+    arguments = gpu_arguments(EngineConfig(gpu_memory_fraction=0.3, kv_cache_gib=2.5), is_shared=True)
+    assert arguments["gpu_memory_utilization"] == 0.3
+    assert arguments["kv_cache_memory_bytes"] == 2_684_354_560
+    assert arguments["distributed_executor_backend"] is None

@@ -18,14 +18,14 @@ FIELDS = {
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
     "warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
-    "offload_parameters cpu_threads",
+    "offload_parameters gpu_memory_fraction cpu_threads",
     "weight_sync": "backend mode bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
     "checkpoint": "every_steps keep_last export",
     "alarms": "figure above below relative_to steps action",
     "logging": "tensorboard wandb_project trace_steps",
-    "ray": "address dashboard dashboard_host start_timeout_seconds call_timeout_seconds max_restarts "
+    "ray": "address share_gpu dashboard dashboard_host start_timeout_seconds call_timeout_seconds max_restarts "
     "restart_window_seconds silence_seconds",
 }
 
@@ -65,6 +65,8 @@ def test_an_override_reaches_a_named_teacher() -> None:
         ("run.steps=0", "run.steps: Expected `int` >= 1"),
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
         ("weight_sync={backend='nccl',mode='delta'}", 'weight_sync: .*needs backend = "object_store", found "nccl"'),
+        ("rollout.engine.quantization=fp8", "is 'fp8', but a student gets new weights"),
+        ("rollout.engine.gpu_memory_fraction=1.5", "gpu_memory_fraction: Expected `float` <= 1.0"),
         ("rollout.temperature=2.5", "rollout.temperature: Expected `float` <= 2.0"),
         ("rollout.temperature=0", "rollout.temperature: Expected `float` >= 0.01"),
         ("evaluation.temperature=2.5", "evaluation.temperature: Expected `float` <= 2.0"),

