@@ -125,7 +125,7 @@ class Bench:
         )
         places = torch.arange(n, device=self.device)
         hidden = {"teacher": self.normal(n, case.teacher_width)} if case.teacher_width else {}
-        return MicroBatch(nothing, nothing, nothing, tokens, (RoutedTokens(ROUTE, places, hidden),))
+        return MicroBatch(nothing, nothing, nothing, places, (n,), tokens, (RoutedTokens(ROUTE, places, hidden),))
 
     def run(self, case: Case) -> None:
         """Run the learner's head forward and backward."""

@@ -25,14 +25,16 @@ class ReferenceEngine:
 
     def __init__(self, student: Student, config: LearnerConfig) -> None:
         self.student = student
-        self._optimizer = PausableAdamW(student.parameters(), **adamw_settings(config))
+        self._device = student.head.weight.device
+        is_fused = self._device.type == "cuda"
+        self._optimizer = PausableAdamW(student.parameters(), fused=is_fused, **adamw_settings(config))
         self._max_gradient_norm = config.max_gradient_norm
 
     def forward(
         self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
     ) -> Evaluation:
         """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
-        return Evaluation(*self.student(batch, objective, teacher_heads))
+        return Evaluation(*self.student(batch.to(self._device), objective, teacher_heads))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add one micro-batch's part of the step's summed loss."""

@@ -161,8 +161,9 @@ def start_worker(config: Config, rank: int, world_size: int, address: str) -> Le
     from learner.zero_engine import ZeroEngine  # picks its accelerator as it is imported
 
     transformers.utils.logging.disable_progress_bar()
-    student = load_student(config.student, config.learner)
-    teacher_heads = load_teacher_heads(config, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student = load_student(config.student, config.learner, device)
+    teacher_heads = load_teacher_heads(config, device)
     return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address), teacher_heads)
 
 

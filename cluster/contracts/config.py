@@ -13,6 +13,8 @@ from cluster.contracts.objective import BASE, INITIAL_STUDENT, TEACHER, Objectiv
 from cluster.contracts.section import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["auto", "flash", "varlen", "grouped", "masked"]
+HeadDtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Meta(ge=0, lt=1)]  # of a moving average; one of 1 would never move
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
@@ -94,6 +96,10 @@ class LearnerConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # sums of a step's gradients leave float16's range
     micro_batch_tokens: Count = 8192  # prompt and completion tokens per forward and rank
     gradient_checkpointing: bool = False
+    # How packed trajectories are kept apart: flash-attn's kernel, torch's own, torch's plain attention by groups of
+    # similar length, or a mask; auto: the first that works on CUDA, a mask on CPU.
+    attention: Attention = "auto"
+    head_dtype: HeadDtype | None = None  # of the logits; None: float32 on CUDA, where it costs nothing, else `dtype`
     learning_rate: Positive = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0
@@ -195,6 +201,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             raise ValueError(
                 f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.learner.zero_stage}"
             )
+        if self.learner.head_dtype == "bfloat16" and self.learner.dtype == "float32":
+            raise ValueError("learner.head_dtype = 'bfloat16' rounds the logits of learner.dtype = 'float32'; leave it out")
         if self.learner.zero_stage == 1 and self.learner.dtype == "bfloat16":
             # DeepSpeed's optimizer of this combination cannot scale gradients by a step's tokens when all are in.
             raise ValueError("learner.zero_stage = 1 does not work with learner.dtype = 'bfloat16'; use stage 2 or 3")

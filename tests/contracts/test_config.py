@@ -16,8 +16,8 @@ FIELDS = {
     "rows_per_batch max_staleness engine",
     "teachers": "model trust_remote_code num_workers base engine",
     "objective": "preset support support_size terms token_weights",
-    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
-    "warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
+    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype learning_rate "
+    "lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
     "offload_parameters cpu_threads",
     "weight_sync": "backend mode bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
