@@ -8,7 +8,7 @@ where the trajectories begin; memory grows with the tokens, not with their squar
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from cluster.contracts.errors import ModelError
 
 PACKED = "preceptor_packed"  # how transformers knows `packed_attention`
 HALF_PRECISION = (torch.bfloat16, torch.float16)  # what the flash kernels take
-KERNEL_TOLERANCE = 2e-2  # of bfloat16 outputs and gradients around 1
+KERNEL_TOLERANCE = 0.03  # of the norm; bfloat16 makes errors of about 0.005, a wrong mask of more than 0.1
 PROBE_LENGTHS = (5, 3)
 # What some models ask of their attention that the kernels here are not told.
 UNKNOWN_WISHES = ("sliding_window", "softcap", "s_aux", "position_bias")
@@ -95,18 +95,18 @@ def packed_attention(
     """
     if packing is None:
         arguments = (module, query, key, value, attention_mask)
-        return sdpa_attention_forward(*arguments, scaling=scaling, **wishes)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(*arguments, scaling=scaling, **wishes)
     asked = [name for name in UNKNOWN_WISHES if wishes.get(name) is not None]
     if asked:
         raise ModelError(
             f"learner: {type(module).__name__} asks its attention for {asked[0]}, which packed attention does not do; "
             'set learner.attention = "masked"'
         )
-    rows = [part[0].transpose(0, 1) for part in (query, key, value)]
+    rows = tuple(part[0].transpose(0, 1) for part in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # ZeRO stage 3 leaves the model in host memory until it is sharded, and its forward is checked there.
     kernel = packing.kernel if query.device.type != "cpu" else grouped
-    return kernel(*rows, packing.segments, scale).unsqueeze(0), None
+    return kernel(rows[0], rows[1], rows[2], packing.segments, scale).unsqueeze(0), None
 
 
 def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dtype: torch.dtype) -> Kernel | None:
@@ -128,16 +128,16 @@ def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dt
     return KERNELS[wanted]()
 
 
-def fault_of(name: Literal["flash", "varlen", "grouped"] | str, device: torch.device, dtype: torch.dtype) -> str | None:
+def fault_of(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why a kernel cannot be used, after a forward and backward of two short sequences; None if it can."""
     try:
         found = _probe(KERNELS[name](), device, dtype)
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
-        return str(error).strip().split("\n")[0] or type(error).__name__
-    difference = max(
-        (one - other).abs().max().item() for one, other in zip(found, _probe(grouped, device, dtype), strict=True)
-    )
-    return None if difference <= KERNEL_TOLERANCE else f"it differs from plain attention by {difference:.2g}"
+        # Of torch's page about backends, the first sentence.
+        return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+    expected = _probe(grouped, device, dtype)
+    off = max(((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True))
+    return None if off <= KERNEL_TOLERANCE else f"it differs from plain attention by {off:.1%}"
 
 
 def register_packed_attention() -> str:
@@ -156,8 +156,8 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale
     repeated = [part if share == 1 else part.repeat_interleave(share, 1) for part in (key, value)]
     results = []
     for group in segments.groups:
-        taken = [part[group.tokens].transpose(1, 2) for part in (query, *repeated)]
-        found = functional.scaled_dot_product_attention(*taken, is_causal=True, scale=scale)
+        q, k, v = (part[group.tokens].transpose(1, 2) for part in (query, *repeated))
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         results.append(found.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
     return torch.cat(results).index_select(0, segments.order)
 
@@ -200,7 +200,8 @@ def _varlen() -> Kernel:
         elif share > 1:
             key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
         bounds, longest = segments.boundaries, segments.longest
-        found: Tensor = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+        found = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+        assert isinstance(found, Tensor), "no auxiliary results are asked for"
         return found
 
     return attend

@@ -27,9 +27,7 @@ PROBE_LENGTHS = (5, 3)  # tokens of the two sequences that check the forward whe
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
 
 
-def load_student(
-    student: StudentConfig, config: LearnerConfig, device: torch.device = HOST
-) -> "Student":
+def load_student(student: StudentConfig, config: LearnerConfig, device: torch.device = HOST) -> "Student":
     """Read the model that learns.
 
     Args:
@@ -109,7 +107,7 @@ class Student(nn.Module):
         decoded = self.causal_lm.get_decoder()(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         )
-        return decoded.last_hidden_state.flatten(0, 1).index_select(0, batch.predicting)  # type: ignore[no-any-return]
+        return decoded.last_hidden_state.flatten(0, 1).index_select(0, batch.predicting)
 
     def _packed(self, batch: MicroBatch, kernel: Kernel) -> Tensor:
         """Return the same from one row of all tokens, without the grid's padding."""
@@ -117,7 +115,7 @@ class Student(nn.Module):
         packing = Packing(Segments.of(batch.lengths, ids.device), kernel)
         decoded = self.causal_lm.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, packing=packing)
         predicting = torch.searchsorted(batch.places, batch.predicting)
-        return decoded.last_hidden_state[0].index_select(0, predicting)  # type: ignore[no-any-return]
+        return decoded.last_hidden_state[0].index_select(0, predicting)
 
 
 def check_forward(student: Student, name: str) -> None:

@@ -1,12 +1,15 @@
 """Packed attention: trajectories do not see each other, and each comes out as it does alone."""
 
+import sys
+from types import ModuleType
+
 import pytest
 import torch
 from transformers import Gemma2ForCausalLM, MistralConfig, Qwen3Config
 
 from cluster.contracts.config import LearnerConfig, StudentConfig
 from cluster.contracts.errors import ModelError
-from learner.attention import Packing, Segments, choose_kernel, fault_of, grouped, packed_attention
+from learner.attention import KERNELS, Packing, Segments, choose_kernel, fault_of, grouped, packed_attention
 from learner.completion_head import Evaluation
 from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import load_student
@@ -49,10 +52,12 @@ def test_padding_at_most_doubles_the_tokens():
 def test_each_sequence_gets_what_it_gets_alone(heads):
     query, key, value = rows(*heads)
     found = grouped(query, key, value, Segments.of(LENGTHS, CPU), scale=0.3)
-    alone = [plain(*parts, scale=0.3) for parts in zip(*(part.split(LENGTHS) for part in (query, key, value)), strict=True)]
+    alone = [
+        plain(*parts, scale=0.3) for parts in zip(*(part.split(LENGTHS) for part in (query, key, value)), strict=True)
+    ]
     torch.testing.assert_close(found, torch.cat(alone))
-    together = torch.autograd.grad(found.square().sum(), (query, key, value))
-    for one, other in zip(together, torch.autograd.grad(torch.cat(alone).square().sum(), (query, key, value)), strict=True):
+    gradients = [torch.autograd.grad(each.square().sum(), (query, key, value)) for each in (found, torch.cat(alone))]
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -87,7 +92,7 @@ def test_packed_and_masked_students_say_and_learn_the_same(student_folder, score
         assert len(batch.places) == sum(batch.lengths)
         hidden = [packed._packed(batch, grouped), masked._masked(batch)]
         torch.testing.assert_close(*hidden, atol=2e-6, rtol=1e-5)
-        for student, states in zip((packed, masked), hidden, strict=True):
+        for states in hidden:
             states.square().sum().backward()
     for (name, one), other in zip(packed.named_parameters(), masked.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, atol=1e-3, rtol=1e-4, msg=name)
@@ -147,5 +152,54 @@ def test_a_model_with_a_window_says_so(tmp_path):
 
 def test_a_model_with_capped_attention_is_refused_when_it_is_loaded(tmp_path):
     Gemma2ForCausalLM(Gemma2ForCausalLM.config_class(**SMALL)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match='set learner.attention = "masked"'):
+    with pytest.raises(ModelError, match=r'set learner\.attention = "masked"'):
         student_with("grouped", tmp_path)
+
+
+def test_torchs_own_kernel_takes_what_it_is_given():
+    """There is no such kernel on CPU; on the meta device torch checks the call and works out the shape."""
+    meta = torch.device("meta")
+    query, key, value = (torch.empty(38, heads, 64, dtype=torch.bfloat16, device=meta) for heads in (4, 2, 2))
+    assert KERNELS["varlen"]()(query, key, value, Segments.of(LENGTHS, meta), 0.125).shape == query.shape
+
+
+FLASH = """
+import torch
+from torch.nn import functional
+
+def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+                           softmax_scale=None, causal=False):
+    share, bounds = q.shape[1] // k.shape[1], cu_seqlens_q.tolist()
+    assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in zip(bounds, bounds[1:])), "the longest sequence"
+    assert cu_seqlens_q.dtype == torch.int32 and dropout_p == 0.0
+    def one(first, last):
+        parts = (q[first:last], *(part[first:last].repeat_interleave(share, 1) for part in (k, v)))
+        taken = (part.transpose(0, 1) for part in parts)
+        return functional.scaled_dot_product_attention(*taken, is_causal=causal, scale=softmax_scale).transpose(0, 1)
+    return torch.cat([one(a, b) for a, b in zip(bounds, bounds[1:])])
+"""
+
+
+@pytest.fixture
+def install_flash(monkeypatch):
+    """Return a function that makes a package of that name, since the real one has no CPU kernel."""
+
+    def install(source):
+        module = ModuleType("flash_attn")
+        exec(source, module.__dict__)
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+
+    return install
+
+
+def test_flash_attention_is_called_as_its_documentation_says(install_flash):
+    install_flash(FLASH)
+    parts, segments = rows(4, 2, 2), Segments.of(LENGTHS, CPU)
+    torch.testing.assert_close(KERNELS["flash"]()(*parts, segments, 0.3), grouped(*parts, segments, 0.3))
+    assert choose_kernel("flash", Qwen3Config(**SMALL), CPU, torch.bfloat16) is not None
+
+
+def test_a_flash_attention_that_computes_something_else_is_refused(install_flash):
+    install_flash(FLASH.replace("is_causal=causal", "is_causal=False"))
+    with pytest.raises(ModelError, match="it differs from plain attention by"):
+        choose_kernel("flash", Qwen3Config(**SMALL), CPU, torch.bfloat16)
