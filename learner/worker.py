@@ -159,12 +159,12 @@ def start_worker(config: Config, rank: int, world_size: int, address: str) -> Le
     """
     transformers.utils.logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
     student = load_student(config.student, config.learner, device)
     teacher_heads = load_teacher_heads(config, device)
     if config.learner.zero_stage == 0:
         return LearnerWorker(config, ReferenceEngine(student, config.learner), teacher_heads)
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
     from learner.zero_engine import ZeroEngine  # picks its accelerator as it is imported
 
     return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address), teacher_heads)

@@ -122,8 +122,7 @@ def attention_rows(scale: Scale, student: Path) -> Iterator[Row]:
 
 def engine_with(scale: Scale, student: Path, attention: Attention) -> ReferenceEngine:
     """Load the student."""
-    dtype = "bfloat16" if scale.dtype == torch.bfloat16 else "float32"
-    config = LearnerConfig(dtype=dtype, attention=attention)
+    config = LearnerConfig(dtype=scale.dtype_name, attention=attention)
     return ReferenceEngine(load_student(StudentConfig(str(student)), config, scale.device), config)
 
 

@@ -46,17 +46,16 @@ def measured_rows(scale: Scale, bench: Bench, deadline: float) -> Iterator[Row]:
     half = (time.perf_counter() + deadline) / 2
     bench.alone(0)
     bench.together(0)
-    alone, together, step = [], [], 1
-    for _ in range(ROUNDS[kind]):
-        if alone and time.perf_counter() > half:
-            break
-        alone.append(bench.alone(step))
-        together.append(bench.together(step))
-        step += 1
+    alone: list[Alone] = []
+    together: list[Together] = []
+    while len(alone) < ROUNDS[kind] and (not alone or time.perf_counter() < half):
+        alone.append(bench.alone(1 + len(alone)))
+        together.append(bench.together(len(alone)))
     yield from stage_rows(alone, size)
     yield from streaming_rows(alone, together, size)
     yield from sampler_rows(together, size)
-    ahead = bench.running(range(step, step + AHEAD_STEPS[kind]), max_staleness=1)[1:-1]
+    first = 1 + len(together)
+    ahead = bench.running(range(first, first + AHEAD_STEPS[kind]), max_staleness=1)[1:-1]
     yield row("loop: staleness 1", size, rate_of(ahead), "tokens/s")
     yield row("loop: staleness 1 / strict streaming", size, rate_of(ahead) / rate_of(together), "ratio")
 
@@ -113,13 +112,13 @@ def loop_config(scale: Scale, folder: Path) -> Config:
     """Return the run that is measured; without DeepSpeed, the learner is plain torch."""
     on_card = scale.device.type == "cuda"
     has_deepspeed = on_card and importlib.util.find_spec("deepspeed") is not None
-    engine = {
+    engine: dict[str, object] = {
         "dtype": scale.dtype_name,
         "max_concurrent_sequences": 256 if on_card else 8,
         "max_batched_tokens": 16_384 if on_card else 512,
         "kv_cache_gib": 0.1,
     }
-    sections = {
+    sections: dict[str, dict[str, object]] = {
         "student": {"model": str(model_folder(scale, scale.student, folder))},
         "prompts": {
             "train": str(write_prompts(scale, folder)),

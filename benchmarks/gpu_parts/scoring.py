@@ -32,7 +32,7 @@ def rows(scale: Scale, folder: Path, seconds: float) -> Iterator[Row]:
         setting = Setting(
             shape.name,
             model,
-            "float32" if scale.device.type == "cpu" else "bfloat16",
+            scale.dtype_name,
             scale.num_scored,
             scale.prompt_tokens,
             longest,

@@ -4,13 +4,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 VOCABULARY = 151_936
 CONTEXT_TOKENS = 4_096  # of 40,960: what the measurements need
@@ -64,9 +65,9 @@ class Scale:
     has_bars: bool
 
     @property
-    def dtype_name(self) -> str:
+    def dtype_name(self) -> Literal["float32", "bfloat16"]:
         """Return the dtype as run files spell it."""
-        return str(self.dtype).removeprefix("torch.")
+        return "bfloat16" if self.dtype == torch.bfloat16 else "float32"
 
 
 def card_scale() -> Scale:
@@ -82,7 +83,7 @@ def card_scale() -> Scale:
         prompt_tokens=192,
         mean_tokens=256,
         max_tokens=2048 - 192,
-        num_scored=48,
+        num_scored=24,
         micro_batch_tokens=16_384,
         repeats=3,
         has_bars=True,
@@ -120,13 +121,16 @@ def model_folder(scale: Scale, shape: Shape, folder: Path) -> Path:
         return target
     torch.manual_seed(shape.hidden)
     with torch.device(scale.device):
-        model = Qwen3ForCausalLM(qwen3_config(shape)).to(scale.dtype)
+        model = AutoModelForCausalLM.from_config(qwen3_config(shape), dtype=scale.dtype)
     with torch.no_grad():
         model.model.norm.weight.fill_(LOGIT_DEVIATION / (INITIALIZER_RANGE * math.sqrt(shape.hidden)))
     ends = np.linspace(PROMPT_WORDS, shape.vocabulary - 1, shape.vocabulary // scale.mean_tokens).astype(int)
     model.generation_config.eos_token_id = ends.tolist()
     _write_tokenizer(target)
-    model.save_pretrained(target)  # config.json is not the last file to be written, but parts run one after the other
+    model.save_pretrained(target)
+    del model
+    if scale.device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself, engines in other processes could not take
     return target
 
 

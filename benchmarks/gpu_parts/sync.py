@@ -17,8 +17,7 @@ GPU_MEMORY_FRACTION = 0.3
 def rows(scale: Scale, folder: Path, _seconds: float) -> Iterator[Row]:
     """Publish the whole student some times; the first time opens the way and is left out."""
     model = model_folder(scale, scale.student, folder)
-    config = LearnerConfig(dtype="bfloat16" if scale.device.type == "cuda" else "float32")
-    student = load_student(StudentConfig(str(model)), config, scale.device)
+    student = load_student(StudentConfig(str(model)), LearnerConfig(dtype=scale.dtype_name), scale.device)
     engine = SyncEngine(student, dict(student.causal_lm.named_parameters()))
     settings = EngineConfig(
         dtype="bfloat16",
