@@ -32,12 +32,11 @@ def rows(scale: Scale, folder: Path, seconds: float) -> Iterator[Row]:
     began = time.perf_counter()
     config = loop_config(scale, folder)
     inputs = load_inputs(config)
-    with ray_session(config):
-        with start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as pipeline:
-            bench = Bench(config, inputs, pipeline)
-            started_seconds = time.perf_counter() - began
-            yield row("loop: start of all pools", describe(scale), started_seconds, "s")
-            yield from measured_rows(scale, bench, began + seconds)
+    with ray_session(config), start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as pipeline:
+        bench = Bench(config, inputs, pipeline)
+        started_seconds = time.perf_counter() - began
+        yield row("loop: start of all pools", describe(scale), started_seconds, "s")
+        yield from measured_rows(scale, bench, began + seconds)
 
 
 def measured_rows(scale: Scale, bench: Bench, deadline: float) -> Iterator[Row]:
