@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,14 @@ def describe_machine() -> Row:
         "cpus": os.cpu_count(),
         "architecture": platform.machine(),
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "ray": version("ray"),
-        "deepspeed": version("deepspeed"),
+        **{package: version_of(package) for package in ("torch", "ray", "deepspeed")},
         "load_average": os.getloadavg()[0],
     }
+
+
+def version_of(package: str) -> str:
+    """Return a package's version, also where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -29,8 +29,9 @@ from benchmarks.report import RESULTS, Row, at_least, print_rows, row, write_row
 from cluster.contracts.config import Config
 from cluster.contracts.interfaces import AtHand, BatchHandle, RolloutRequest
 from cluster.contracts.weights import WeightSyncReport
-from cluster.flow import Flow
+from cluster.flow import Flow, StepBatches
 from cluster.metric_sinks import Record
+from cluster.permits import Permits
 from cluster.pipeline import Inputs, Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
 from cluster.placement import cluster_nodes, plan_placement
 from cluster.ray_session import ray_session
@@ -137,19 +138,34 @@ class Bench:
 
     def together(self, step: int) -> Together:
         """Do the step as the training loop does, strictly on-policy."""
-        records: list[Record] = []
+        return self.running(range(step, step + 1))[0]
 
-        def work() -> None:
-            watch, requests = Stopwatch(), self._requests(step)
-            with watch.measure("step"):
-                batches = self._flow.admit(step, requests, self._sampling, self._verifier, self._config.scorers)
-                learned = self._learner.step(batches, step)
-                with watch.measure("sync"):
-                    synced = self._publish()
-            records.append(step_record(step + 1, batches.progress, learned, synced, watch))
+    def running(self, steps: range, max_staleness: int = 0) -> list[Together]:
+        """Do steps as the training loop does."""
+        permits, asked = Permits(steps.start, steps.stop, max_staleness), {}
+        found = []
+        for step in steps:
+            records: list[Record] = []
 
-        took = self._meter.measure(work)
-        return Together(int(records[0]["completion_tokens"]), took, records[0])
+            def work(step: int = step, records: list[Record] = records) -> None:
+                for admitted in permits.admit(step):
+                    asked[admitted] = self._admit(admitted)
+                records.append(self._learn(step, asked.pop(step)))
+
+            took = self._meter.measure(work)
+            found.append(Together(int(records[0]["completion_tokens"]), took, records[0]))
+        return found
+
+    def _admit(self, step: int) -> StepBatches:
+        return self._flow.admit(step, self._requests(step), self._sampling, self._verifier, self._config.scorers)
+
+    def _learn(self, step: int, batches: StepBatches) -> Record:
+        watch = Stopwatch()
+        with watch.measure("step"):
+            learned = self._learner.step(batches, step)
+            with watch.measure("sync"):
+                synced = self._publish()
+        return step_record(step + 1, batches.progress, learned, synced, watch)
 
     def _requests(self, step: int) -> list[RolloutRequest]:
         return train_requests(self._config, self._inputs, step)

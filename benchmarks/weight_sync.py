@@ -8,6 +8,7 @@ actors is measured the same way.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -27,7 +28,7 @@ from benchmarks.hand_off import hand_off_rows, signal_rows
 from benchmarks.mapping_actor import MappingActor
 from benchmarks.report import RESULTS, Row, print_rows, row, write_rows
 from cluster.actors import PoolTimeouts
-from cluster.contracts.config import EngineConfig, LearnerConfig, StudentConfig, WeightSyncConfig
+from cluster.contracts.config import Dtype, EngineConfig, LearnerConfig, StudentConfig, WeightSyncConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest, WeightSyncReport
 from cluster.local_cluster import local_cluster
 from learner.model import Student, load_student
@@ -38,7 +39,8 @@ from rollout_workers.pool import RolloutPool
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.weight_sync"
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"embedded": ROOT / "cluster/embedded/student", "smollm2": ROOT / "models/smollm2-student"}
-DTYPE = "bfloat16"
+DTYPE: Dtype = "bfloat16"
+ENGINE = EngineConfig(dtype=DTYPE, kv_cache_gib=0.1, cpu_threads=1)
 MAX_TRANSPORT = 3.0  # of a copy of the bytes
 LEARNING_RATES = (1e-6, 1e-5)
 BATCH, LENGTH = 2, 32  # tokens of the gradients
@@ -76,14 +78,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-weight_sync.json")
     options = parser.parse_args()
-    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    with local_cluster(
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": environment},
-    ):
+    with sync_cluster():
         rows = [*transport_rows("synthetic", synthetic_engine(), options.repeats)]
         for name, folder in MODELS.items():
             if (folder / "model.safetensors").is_file():
@@ -94,6 +89,22 @@ def main() -> int:
     print_rows(rows)
     write_rows(options.output, COMMAND, rows)
     return 0 if all(found["met"] for found in rows if "met" in found) else 1
+
+
+@contextmanager
+def sync_cluster() -> Iterator[None]:
+    """Start a cluster in which every actor sees all cards and has one thread."""
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    # Ray would hide the cards from actors that ask for none.
+    environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    with local_cluster(
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": environment},
+    ):
+        yield
 
 
 def synthetic_engine() -> SyncEngine:
@@ -210,9 +221,8 @@ class Copy:
 
 
 @contextmanager
-def rollout_pool(folder: Path) -> Iterator[list[ActorHandle]]:
+def rollout_pool(folder: Path, engine: EngineConfig = ENGINE) -> Iterator[list[ActorHandle]]:
     """Start one real rollout actor with the model in bfloat16."""
-    engine = EngineConfig(dtype=DTYPE, kv_cache_gib=0.1, cpu_threads=1)
     settings = RolloutActorSettings(StudentConfig(str(folder)), engine, LENGTH + 1, 4, "object_store")
     timeouts = PoolTimeouts(start_seconds=500, call_seconds=TIMEOUT_SECONDS)
     pool = RolloutPool(settings, [{"num_cpus": 1}], timeouts)

@@ -237,6 +237,18 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "Training",
+        "Sampler against learner",
+        "none",
+        (
+            Figure(
+                "preceptor_sampler_learner_gap",
+                "train/sampler_learner_gap",
+                "absolute difference of their log-probabilities per written token, mean, nats",
+            ),
+        ),
+    ),
+    Panel(
+        "Training",
         "Gradient norm",
         "none",
         (Figure("preceptor_gradient_norm", "train/gradient_norm", "before clipping"),),

@@ -88,7 +88,7 @@ def with_gpus(config: Config, on_gpu: bool) -> Config:
 
 
 def _engines(config: Config) -> dict[str, tuple[int, EngineConfig]]:
-    """Return every pool's number of engines and how they are built; the teachers of a slot have room for the largest."""
+    """Return every pool's number of engines and how they are built; a slot has room for its largest."""
     engines = {"rollout": (config.rollout.num_workers, config.rollout.engine)}
     for label, names in config.scorer_groups.items():
         teachers = [config.teachers[name] for name in names]

@@ -54,8 +54,16 @@ class LmHead:
         return self.weight.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map [n, width] in any dtype to new logits [n, vocabulary] in float32, multiplied in the weight's dtype."""
-        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias).float()
+        """Map [n, width] in any dtype to new logits [n, vocabulary] in float32.
+
+        They are multiplied in the weight's dtype; a GPU does not round the product to it.
+        """
+        hidden = hidden.to(self.weight.dtype)
+        if self.weight.device.type == "cpu" or self.weight.dtype == torch.float32:
+            logits = functional.linear(hidden, self.weight, self.bias).float()
+        else:
+            logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+            logits = logits if self.bias is None else logits.add_(self.bias)
         return scale_logits(logits, self.logit_factor, self.softcap)
 
     def to(self, device: torch.device | str) -> "LmHead":

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cluster.contracts.config import HeadDtype
 from learner.micro_batch import MicroBatch, RoutedTokens
 from learner.objective.objective import Objective
 from learner.objective.softmax import student_facts
 from learner.objective.tokens import StudentFacts, TokenResults
-from learner.projection import LogitScaling, Projection
+from learner.projection import LogitScaling, Projection, Treatment
 from learner.teacher_heads import TeacherHeads
 
 # Float32 logits alive at once, of each model. Every chunk reads and writes the whole gradient of the weight: for 1,024
@@ -48,13 +49,15 @@ class CompletionHead(nn.Module):
     Args:
         linear: the model's own head.
         scaling: what the model does to its product.
+        dtype: of the logits; None: float32 where it costs nothing.
     """
 
-    def __init__(self, linear: nn.Linear, scaling: LogitScaling) -> None:
+    def __init__(self, linear: nn.Linear, scaling: LogitScaling, dtype: HeadDtype | None = None) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias: Tensor | None = linear.bias
         self.scaling = scaling
+        self.rounds_logits = None if dtype is None else dtype != "float32"
         self.chunk_tokens: int | None = None  # None: what the device's CHUNK_LOGITS allow
 
     def forward(
@@ -77,7 +80,8 @@ class CompletionHead(nn.Module):
             return judge(projection, batch, objective, teacher_heads, chunk_tokens)
 
         apply: Callable[..., tuple[Tensor, ...]] = _Judged.apply
-        return apply(hidden, self.weight, self.bias, self.scaling, with_gradient, walk)
+        rounds = hidden.device.type == "cpu" if self.rounds_logits is None else self.rounds_logits
+        return apply(hidden, self.weight, self.bias, Treatment(self.scaling, rounds), with_gradient, walk)
 
 
 class _Judged(torch.autograd.Function):
@@ -89,11 +93,11 @@ class _Judged(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        scaling: LogitScaling,
+        treatment: Treatment,
         with_gradient: bool,
         walk: Walk,
     ) -> tuple[Tensor, ...]:
-        projection = Projection(hidden, weight, bias, scaling, with_gradient)
+        projection = Projection(hidden, weight, bias, treatment, with_gradient)
         found = walk(projection)
         columns = (found.losses, found.student.logprobs, found.student.entropy, found.candidate_mass)
         ctx.gradients, ctx.dtype = projection.gradients, weight.dtype

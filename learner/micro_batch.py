@@ -52,6 +52,8 @@ class MicroBatch:
     input_ids: Tensor  # [rows, row_length] int64
     position_ids: Tensor  # [rows, row_length] int64
     predicting: Tensor  # [completion_tokens] int64: place in the flattened grid whose hidden state predicts the token
+    places: Tensor  # [tokens] int64: places of the flattened grid that are no padding, ascending
+    lengths: tuple[int, ...]  # tokens of each trajectory, in the order of `places`; of an empty grid, its one pad's
     tokens: CompletionTokens
     routes: tuple[RoutedTokens, ...]  # every completion token is in one of them
 
@@ -62,7 +64,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the same micro-batch on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if name != "routes"}
+        moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("routes", "lengths")}
         return replace(self, **moved, routes=tuple(route.to(device) for route in self.routes))
 
 
@@ -115,7 +117,7 @@ def build_micro_batch(grid: Grid, rows: Sequence[Trajectory], seed: int) -> Micr
     shape = (max(1, len(grid)), row_length)
     input_ids = np.full(shape, PAD_TOKEN_ID, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
-    predicting = []
+    predicting, places = [], []
     for row, grid_row in enumerate(grid):
         start = 0
         for index in grid_row:
@@ -124,12 +126,15 @@ def build_micro_batch(grid: Grid, rows: Sequence[Trajectory], seed: int) -> Micr
             position_ids[row, start : start + length] = np.arange(length)
             # The hidden state one place to the left of a token predicts it.
             predicting.append(row * row_length + start + np.flatnonzero(rows[index].loss_mask) - 1)
+            places.append(row * row_length + start + np.arange(length))
             start += length
     placed = [rows[index] for grid_row in grid for index in grid_row]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         predicting=_join(predicting, np.int64),
+        places=_join(places or [np.zeros(1, np.int64)], np.int64),
+        lengths=tuple(len(row.token_ids) for row in placed) or (1,),
         tokens=_completion_tokens(placed, seed),
         routes=_routes(placed),
     )

@@ -10,35 +10,44 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cluster.contracts.config import LearnerConfig, StudentConfig
+from cluster.contracts.config import HeadDtype, LearnerConfig, StudentConfig
 from cluster.contracts.errors import ModelError
 from cluster.contracts.weights import TensorSpec, WeightManifest
 from cluster.lm_head import read_logit_scaling
 from cluster.model_files import load_model_config, looks_local
+from learner.attention import Kernel, Packing, Segments, choose_kernel, register_packed_attention
 from learner.completion_head import CompletionHead, Evaluation
 from learner.micro_batch import MicroBatch, Trajectory, build_micro_batch
 from learner.objective.objective import Objective
 from learner.projection import LogitScaling
 from learner.teacher_heads import TeacherHeads
 
+HOST = torch.device("cpu")
 PROBE_LENGTHS = (5, 3)  # tokens of the two sequences that check the forward when a model is loaded
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
 
 
-def load_student(student: StudentConfig, config: LearnerConfig) -> "Student":
+def load_student(student: StudentConfig, config: LearnerConfig, device: torch.device = HOST) -> "Student":
     """Read the model that learns.
+
+    Args:
+        student: the model.
+        config: how it learns.
+        device: where it will compute. Under ZeRO stage 3 it stays in host memory, until it is sharded.
 
     Raises:
         ModelError: it is missing or unreadable, or its forward is not one that the learner computes faithfully.
     """
     model_config = load_model_config(student.model, student.trust_remote_code)
     _disable_dropout(model_config)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    kernel = choose_kernel(config.attention, model_config, device, dtype)
     try:
         causal_lm, found = AutoModelForCausalLM.from_pretrained(
             student.model,
             config=model_config,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation="sdpa",
+            dtype=dtype,
+            attn_implementation="sdpa" if kernel is None else register_packed_attention(),
             use_safetensors=True,  # anything else is a pickle, which can run code
             output_loading_info=True,
             trust_remote_code=student.trust_remote_code,
@@ -53,7 +62,7 @@ def load_student(student: StudentConfig, config: LearnerConfig) -> "Student":
             f"student '{student.model}': its safetensors lack {len(missing)} of its parameters, first '{missing[0]}'; "
             "random ones would take their place, so save the whole model again"
         )
-    model = Student(causal_lm)
+    model = Student(causal_lm, kernel, config.head_dtype).to("cpu" if config.zero_stage == 3 else device)
     check_forward(model, student.model)
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -62,13 +71,22 @@ def load_student(student: StudentConfig, config: LearnerConfig) -> "Student":
 
 
 class Student(nn.Module):
-    """Wraps a causal LM; parameters keep their Hugging Face names under `causal_lm`."""
+    """Wraps a causal LM; parameters keep their Hugging Face names under `causal_lm`.
 
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
+    Args:
+        causal_lm: loaded with `packed_attention` if there is a kernel.
+        kernel: attends within trajectories; None: transformers masks what lies between them.
+        head_dtype: of the logits; None: float32 where it costs nothing.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, kernel: Kernel | None = None, head_dtype: HeadDtype | None = None
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.kernel = kernel
         scaling = LogitScaling(*read_logit_scaling(causal_lm.config))
-        self.head = CompletionHead(causal_lm.get_output_embeddings(), scaling)
+        self.head = CompletionHead(causal_lm.get_output_embeddings(), scaling, head_dtype)
         # ZeRO-3 leaves empty tensors in place of the parameters, so their shapes are noted before.
         self._shapes = {name: tuple(parameter.shape) for name, parameter in causal_lm.named_parameters()}
 
@@ -80,12 +98,24 @@ class Student(nn.Module):
         self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
     ) -> tuple[Tensor, ...]:
         """Return Evaluation's fields as a plain tuple; without an objective, the losses are 0."""
+        hidden = self._masked(batch) if self.kernel is None else self._packed(batch, self.kernel)
+        results: tuple[Tensor, ...] = self.head(hidden, batch, objective, teacher_heads or {})
+        return results
+
+    def _masked(self, batch: MicroBatch) -> Tensor:
+        """Return the hidden states that predict completion tokens, from the whole grid."""
         decoded = self.causal_lm.get_decoder()(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         )
-        hidden = decoded.last_hidden_state.flatten(0, 1).index_select(0, batch.predicting)
-        results: tuple[Tensor, ...] = self.head(hidden, batch, objective, teacher_heads or {})
-        return results
+        return decoded.last_hidden_state.flatten(0, 1).index_select(0, batch.predicting)
+
+    def _packed(self, batch: MicroBatch, kernel: Kernel) -> Tensor:
+        """Return the same from one row of all tokens, without the grid's padding."""
+        ids, positions = (part.flatten()[batch.places][None] for part in (batch.input_ids, batch.position_ids))
+        packing = Packing(Segments.of(batch.lengths, ids.device), kernel)
+        decoded = self.causal_lm.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, packing=packing)
+        predicting = torch.searchsorted(batch.places, batch.predicting)
+        return decoded.last_hidden_state[0].index_select(0, predicting)
 
 
 def check_forward(student: Student, name: str) -> None:
@@ -95,9 +125,11 @@ def check_forward(student: Student, name: str) -> None:
         ModelError: they differ: packed sequences see each other, or the model treats its logits in an unknown way.
     """
     rows = [_probe_row(length, len(student.head.weight)) for length in PROBE_LENGTHS]
+    device = student.head.weight.device
     with torch.no_grad(), _in_eval_mode(student):
-        packed = Evaluation(*student(build_micro_batch(((0, 1),), rows, seed=0))).logprobs
-        alone = torch.cat([_logprobs_alone(student.causal_lm, torch.from_numpy(row.token_ids)) for row in rows])
+        packed = Evaluation(*student(build_micro_batch(((0, 1),), rows, seed=0).to(device))).logprobs
+        sequences = [torch.from_numpy(row.token_ids).to(device) for row in rows]
+        alone = torch.cat([_logprobs_alone(student.causal_lm, token_ids) for token_ids in sequences])
     difference = (packed - alone).abs().max().item()
     if not difference <= PROBE_TOLERANCE[student.head.weight.dtype]:
         raise ModelError(

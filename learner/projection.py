@@ -16,6 +16,14 @@ class LogitScaling:
 
 
 @dataclass(frozen=True)
+class Treatment:
+    """How hidden states become logits."""
+
+    scaling: LogitScaling = LogitScaling()
+    rounds: bool = True  # to the weight's dtype, before they are made float32; the gradients' products always are
+
+
+@dataclass(frozen=True)
 class HeadGradients:
     """Sums over the chunks so far, of the losses by what the head was given."""
 
@@ -36,14 +44,17 @@ class Projection:
         hidden: [tokens, width].
         weight: [vocabulary, width].
         bias: [vocabulary].
-        scaling: of the logits.
+        treatment: what the logits are.
         with_gradient: whether `backward` will be called.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: LogitScaling, with_gradient: bool
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, treatment: Treatment, with_gradient: bool
     ) -> None:
-        self._hidden, self._weight, self._bias, self._scaling = hidden, weight, bias, scaling
+        self._hidden, self._weight, self._bias, self._scaling = hidden, weight, bias, treatment.scaling
+        self._rounds = treatment.rounds or weight.dtype == torch.float32
+        # A GPU multiplies bfloat16 into float32; a CPU has no such product and takes a float32 copy of the weight.
+        self._wide = weight.float() if not self._rounds and weight.device.type == "cpu" else None
         self._buffer = hidden.new_empty(0, len(weight), dtype=torch.float32)
         self._slope: Tensor | None = None  # of the soft cap at the latest logits
         self.gradients: HeadGradients | None = None
@@ -58,10 +69,10 @@ class Projection:
         if len(self._buffer) < len(hidden):
             self._buffer = self._buffer.new_empty(len(hidden), len(self._weight))
         logits = self._buffer[: len(hidden)]
-        if self._weight.dtype == torch.float32 and self._bias is None:
-            torch.mm(hidden, self._weight.t(), out=logits)
+        if self._rounds:
+            _multiply_rounded(hidden, self._weight, self._bias, logits)
         else:
-            logits.copy_(functional.linear(hidden, self._weight, self._bias))
+            self._multiply_wide(hidden, logits)
         return self._scale(logits)
 
     def backward(self, chosen: Tensor, gradient: Tensor) -> None:
@@ -80,6 +91,15 @@ class Projection:
         else:
             self.gradients.weight.add_(gradient.t() @ self._hidden[chosen])
 
+    def _multiply_wide(self, hidden: Tensor, logits: Tensor) -> None:
+        """Write the product in float32."""
+        if self._wide is None:
+            torch.mm(hidden, self._weight.t(), out_dtype=torch.float32, out=logits)
+        else:
+            torch.mm(hidden.float(), self._wide.t(), out=logits)
+        if self._bias is not None:
+            logits += self._bias
+
     def _scale(self, logits: Tensor) -> Tensor:
         if self._scaling.factor != 1.0:
             logits *= self._scaling.factor
@@ -89,3 +109,11 @@ class Projection:
             self._slope = None if self.gradients is None else 1 - logits.square()
             logits *= softcap
         return logits
+
+
+def _multiply_rounded(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """Write the product as it comes in the weight's dtype."""
+    if weight.dtype == torch.float32 and bias is None:
+        torch.mm(hidden, weight.t(), out=logits)
+    else:
+        logits.copy_(functional.linear(hidden, weight, bias))

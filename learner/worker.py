@@ -26,6 +26,7 @@ from learner.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.model import load_student
 from learner.objective.objective import Objective
 from learner.packing import Grid, plan_step
+from learner.reference_engine import ReferenceEngine
 from learner.shard_files import ShardWriter, read_shard
 from learner.teacher_heads import TeacherHeads, load_teacher_heads
 from learner.train_step import StepTask, accumulate
@@ -160,23 +161,22 @@ class LearnerWorker:
 
 
 def start_worker(config: Config, rank: int, world_size: int, address: str) -> LearnerWorker:
-    """Load the student, join the group at `tcp://host:port`, and return this rank's worker.
+    """Load the student, join the group at `tcp://host:port` unless it is of stage 0, and return this rank's worker.
 
     Raises:
         ModelError: the student is missing or cannot be trained, or a teacher's LM head cannot be read.
     """
-    if not torch.cuda.is_available():
+    transformers.utils.logging.disable_progress_bar()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
+    student = load_student(config.student, config.learner, device)
+    teacher_heads = load_teacher_heads(config, device)
+    if config.learner.zero_stage == 0:
+        return LearnerWorker(config, ReferenceEngine(student, config.learner), teacher_heads)
     from learner.zero_engine import ZeroEngine  # picks its accelerator as it is imported
 
-    transformers.utils.logging.disable_progress_bar()
-    student = load_student(config.student, config.learner)
-    teacher_heads = load_teacher_heads(config, _device())
     return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address), teacher_heads)
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:

@@ -79,8 +79,11 @@ class ZeroEngine:
             world_size=world_size,
         )
         offloads = "cpu" in (config.offload_optimizer, config.offload_parameters)
-        self._optimizer = (PausableCPUAdam if offloads else PausableAdamW)(
-            student.parameters(), **adamw_settings(config)
+        settings = adamw_settings(config)
+        self._optimizer = (
+            PausableCPUAdam(student.parameters(), **settings)
+            if offloads
+            else PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
         )
         self._engine, *_ = deepspeed.initialize(
             model=student, optimizer=self._optimizer, config=zero_settings(config, world_size), dist_init_required=False

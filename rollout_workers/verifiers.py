@@ -3,9 +3,6 @@
 import re
 from collections.abc import Callable
 
-from math_verify import parse
-from math_verify import verify as math_equal
-
 from cluster.contracts.errors import ConfigError
 
 Verifier = Callable[[str, str], bool]
@@ -56,11 +53,15 @@ def is_math_equal(completion: str, answer: str) -> bool:
 
     What takes longer than MATH_SECONDS to read or to compare counts as wrong. Call it from a main thread.
     """
+    from math_verify import verify as math_equal  # takes a second to import, which other verifiers need not wait for
+
     expected, found = _parse(answer), _parse(completion)
     return bool(math_equal(expected, found, timeout_seconds=MATH_SECONDS))
 
 
 def _parse(text: str) -> list[object]:
+    from math_verify import parse
+
     return list(parse(text, parsing_timeout=MATH_SECONDS))
 
 

@@ -13,6 +13,8 @@ from cluster.contracts.objective import BASE, INITIAL_STUDENT, TEACHER, Objectiv
 from cluster.contracts.section import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["auto", "flash", "varlen", "grouped", "masked"]
+HeadDtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Meta(ge=0, lt=1)]  # of a moving average; one of 1 would never move
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 GpuFraction = Annotated[float, Meta(gt=0, le=1)]  # of one GPU's memory
@@ -93,10 +95,14 @@ class LearnerConfig(Section):
     """The DeepSpeed ZeRO group that trains the student."""
 
     num_workers: Items = 1
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2  # 0: one rank of plain torch, without DeepSpeed
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # sums of a step's gradients leave float16's range
     micro_batch_tokens: Count = 8192  # prompt and completion tokens per forward and rank
     gradient_checkpointing: bool = False
+    # How packed trajectories are kept apart: flash-attn's kernel, torch's own, torch's plain attention by groups of
+    # similar length, or a mask; auto: the first that works on CUDA, a mask on CPU.
+    attention: Attention = "auto"
+    head_dtype: HeadDtype | None = None  # of the logits; None: float32 on CUDA, where it costs nothing, else `dtype`
     learning_rate: Positive = 1e-6
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: CountOrZero = 0
@@ -197,13 +203,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_targets(self)
         _check_slots(self)
         _check_student_candidates(self)
-        if self.learner.offload_parameters == "cpu" and self.learner.zero_stage != 3:
-            raise ValueError(
-                f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.learner.zero_stage}"
-            )
-        if self.learner.zero_stage == 1 and self.learner.dtype == "bfloat16":
-            # DeepSpeed's optimizer of this combination cannot scale gradients by a step's tokens when all are in.
-            raise ValueError("learner.zero_stage = 1 does not work with learner.dtype = 'bfloat16'; use stage 2 or 3")
+        _check_learner(self.learner)
         completions = self.prompts.prompts_per_step * self.rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
             raise ValueError(
@@ -257,6 +257,22 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if model == TEACHER:
             return route
         return (self.teachers[route].base or route) if model == BASE else model
+
+
+def _check_learner(learner: LearnerConfig) -> None:
+    if learner.offload_parameters == "cpu" and learner.zero_stage != 3:
+        raise ValueError(f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {learner.zero_stage}")
+    if learner.head_dtype == "bfloat16" and learner.dtype == "float32":
+        raise ValueError("learner.head_dtype = 'bfloat16' needs learner.dtype = 'bfloat16', found 'float32'")
+    if learner.zero_stage == 1 and learner.dtype == "bfloat16":
+        # DeepSpeed's optimizer of this combination cannot scale gradients by a step's tokens when all are in.
+        raise ValueError("learner.zero_stage = 1 does not work with learner.dtype = 'bfloat16'; use stage 2 or 3")
+    if learner.zero_stage == 0 and (
+        learner.num_workers > 1 or "cpu" in (learner.offload_optimizer, learner.offload_parameters)
+    ):
+        raise ValueError(
+            "learner.zero_stage = 0 is one rank that offloads nothing; set stage 2 or 3 for more than that"
+        )
 
 
 def _check_targets(config: Config) -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from cluster.contracts.errors import ModelError
-from cluster.lm_head import load_lm_head, read_logit_scaling
+from cluster.lm_head import LmHead, load_lm_head, read_logit_scaling
 
 VOCABULARY = 50
 SIZES: dict[str, Any] = {
@@ -123,3 +123,11 @@ def test_a_model_without_safetensors_is_refused(tmp_path: Path) -> None:
 def test_one_family_multiplies_by_what_the_others_divide_by() -> None:
     assert read_logit_scaling(AutoConfig.for_model("hyperclovax", logits_scaling=4.0)) == (4.0, None)
     assert read_logit_scaling(GraniteConfig(logits_scaling=4.0)) == (0.25, None)
+
+
+@pytest.mark.parametrize("bias", [None, torch.ones(VOCABULARY, dtype=torch.bfloat16, device="meta")])
+def test_a_gpu_multiplies_bfloat16_into_float32(bias):
+    """On the meta device torch checks the call and works out shape and dtype, as it would on CUDA."""
+    head = LmHead(torch.empty(VOCABULARY, 16, dtype=torch.bfloat16, device="meta"), bias)
+    logits = head.logits(torch.empty(5, 16, device="meta"))
+    assert (logits.shape, logits.dtype) == ((5, VOCABULARY), torch.float32)

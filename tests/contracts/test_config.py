@@ -16,9 +16,9 @@ FIELDS = {
     "rows_per_batch max_staleness engine",
     "teachers": "model trust_remote_code num_workers slot base engine",
     "objective": "preset support support_size terms token_weights",
-    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
-    "warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm offload_optimizer "
-    "offload_parameters gpu_memory_fraction cpu_threads",
+    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
+    "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
+    "offload_optimizer offload_parameters gpu_memory_fraction cpu_threads",
     "weight_sync": "backend mode bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
@@ -63,7 +63,9 @@ def test_an_override_reaches_a_named_teacher() -> None:
         ("learner.dtype=float16", "learner.dtype: Invalid enum value 'float16'"),
         ("learner.zero_stage=4", "learner.zero_stage: Invalid enum value 4"),
         ("run.steps=0", "run.steps: Expected `int` >= 1"),
+        ("learner={zero_stage=0,num_workers=2}", "learner.zero_stage = 0 is one rank"),
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
+        ("learner={dtype='float32',head_dtype='bfloat16'}", "needs learner.dtype = 'bfloat16', found 'float32'"),
         ("weight_sync={backend='nccl',mode='delta'}", 'weight_sync: .*needs backend = "object_store", found "nccl"'),
         ("rollout.engine.quantization=fp8", "is 'fp8', but a student gets new weights"),
         ("rollout.engine.gpu_memory_fraction=1.5", "gpu_memory_fraction: Expected `float` <= 1.0"),

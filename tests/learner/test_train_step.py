@@ -208,3 +208,30 @@ def test_a_gradient_above_the_limit_is_scaled_down_to_it(make_config, scored):
     # With epsilon 1 far above the gradient, AdamW's first step is the clipped gradient itself.
     moved = torch.cat([(parameter - old).flatten() for parameter, old in zip(parameters, before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_bfloat16_weights_learn_in_steps_that_bfloat16_cannot_show(make_config, scored):
+    engine = make_engine(make_config("learner.dtype=bfloat16", "learner.weight_decay=0"))
+    (batches,) = plan_batches([scored], micro_batch_tokens=64)
+    task = task_of("topk", completion_tokens(scored))
+    norms = engine.student.causal_lm.model.norm.weight
+    for _ in range(60):  # each moves a weight of 1 by at most 1e-4, where bfloat16 has steps of 4e-3 below 1
+        train_step(engine, batches, task, 1e-4)
+    assert (norms.float() - 1).abs().max() > 3e-3
+
+
+def test_a_restored_bfloat16_engine_goes_on_as_if_it_had_not_stopped(make_config, scored):
+    config = make_config("learner.dtype=bfloat16")
+    (batches,) = plan_batches([scored], micro_batch_tokens=64)
+    task = task_of("topk", completion_tokens(scored))
+
+    def steps(engine, count):
+        for _ in range(count):
+            train_step(engine, batches, task, 1e-3)
+        return engine.snapshot()
+
+    whole, first, second = (make_engine(config) for _ in range(3))
+    second.restore(steps(first, 2))
+    continued = steps(second, 2)
+    for name, expected in steps(whole, 4).items():
+        assert torch.equal(continued[name], expected), name

