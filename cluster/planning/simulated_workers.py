@@ -226,7 +226,7 @@ class LearnerClock:
     pause_rollouts: Callable[[float], None]
     sync_seconds: float
     free_at: float = 0.0
-    busy_seconds: float = 0.0  # of one rank
+    busy_seconds: float = 0.0  # mean over ranks; waiting for a slower rank is not counted
     asked: list[tuple[float, SimulatedPromise]] = field(default_factory=list)  # of the call that not all ranks have
 
     def compute(self, seconds: float) -> SimulatedPromise:
@@ -237,7 +237,7 @@ class LearnerClock:
             together, self.asked = self.asked, []
             slowest = max(seconds for seconds, _ in together)
             self.free_at = max(self.free_at, self.time.now) + slowest
-            self.busy_seconds += slowest
+            self.busy_seconds += sum(seconds for seconds, _ in together) / self.num_ranks
             for seconds, promise_of_rank in together:
                 self.time.at(self.free_at, partial(promise_of_rank.keep, {"busy_seconds": Sum(seconds)}))
         return promise
