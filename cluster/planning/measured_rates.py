@@ -1,0 +1,268 @@
+"""Reads the rates of every stage off a run that is over: from its figures and from the calls that its trace kept.
+
+What is derived, with k calls or batches seen:
+
+- Rollout. A sequence of L tokens that began with all others of its call is finished after
+  a L + b sum_i min(length_i, L) seconds, where each token takes a + b n seconds while n sequences run: batches that
+  left full, and the last ones, give one such equation each, solved by least squares. Where a worker had more sequences
+  than it runs at a time, one pace is fitted; so measure with few sequences per worker, strictly on-policy.
+- Teachers. A replica that has m batches with t tokens in all, one after the other, is busy for c m + t / rate seconds.
+- Learner, sync: the medians over steps. What comes before the third step is start-up.
+"""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from cluster.contracts.config import Config
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.files import read_text
+from cluster.contracts.observation import Span
+from cluster.planning.rates import LearnerRates, Rates, RolloutRates, TeacherRates
+from cluster.run_directory import RunDirectory
+
+NEXT_CALL_SECONDS = 0.005  # within which the driver asks a worker for its next batch
+FIRST_STEP = 3  # those before it compile and fill caches
+MOST_QUANTILES = 201
+ORDERS = 8  # in which sequences may have been begun that are averaged over
+MAX_FILE_BYTES = 1 << 30
+LEAST_PACE_SECONDS = 1e-7  # per token: faster than any engine, so that a fit through noise stays above 0
+
+Record = Mapping[str, float]
+
+
+def rates_of_run(path: Path) -> Rates:
+    """Return the rates of a run, from its directory.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+        ConfigError: its figures or its trace are missing, or too few steps are in them.
+    """
+    directory = RunDirectory.open(path)
+    config = directory.read_config()
+    lines = read_text(directory.metrics, "run's figures", ConfigError, MAX_FILE_BYTES).splitlines()
+    trace = _read_json(directory.trace, read_text(directory.trace, "run's trace", ConfigError, MAX_FILE_BYTES))
+    records = [_read_json(directory.metrics, line) for line in lines if line]
+    return rates_from(config, records, spans_of(trace), str(path))
+
+
+def rates_from(config: Config, records: Sequence[Record], spans: Sequence[Span], source: str) -> Rates:
+    """Return rates from the records of a run's steps, and the calls of some of them.
+
+    Raises:
+        ConfigError: there are too few steps.
+    """
+    steps = [record for record in records if record["step"] >= FIRST_STEP]
+    chains = chains_of([span for span in spans if span.stage == "generate"])
+    if not steps or not chains:
+        raise ConfigError(
+            f"{source}: {len(records)} steps and {len(chains)} rollouts are too few to read rates off; "
+            f"run at least {FIRST_STEP} steps, with logging.trace_steps above 0"
+        )
+    completions = sum(record["completion_tokens"] / record["rollout/completion_length"] for record in steps)
+    prompt_tokens = sum(record["tokens"] - record["completion_tokens"] for record in steps) / completions
+    longest = max(record["rollout/completion_length_max"] for record in steps)
+    rollout = RolloutRates(
+        seconds_per_token=_pace(chains, config),
+        prompt_tokens=(max(1.0, prompt_tokens),),
+        completion_tokens=_quantiles(chains, longest),
+    )
+    group = median(record["learn/tokens_per_second"] for record in steps)
+    return Rates(
+        rollout=rollout,
+        teachers=_teachers(spans, config, source),
+        learner=LearnerRates(group / config.learner.num_workers),
+        sync_seconds=median(record["sync/seconds"] for record in steps),
+        source=source,
+    )
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One rollout of one worker: its batches in the order in which they came back."""
+
+    batches: tuple[Span, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Return its completions."""
+        return sum(span.num_rows for span in self.batches)
+
+    @property
+    def seconds(self) -> float:
+        """Return how long it took."""
+        return self.batches[-1].ended - self.batches[0].began
+
+    @property
+    def lengths(self) -> list[float]:
+        """Return about how long each completion was: as those of its batch on average."""
+        return [span.num_tokens / span.num_rows for span in self.batches for _ in range(span.num_rows)]
+
+    def equations(self, rows_per_batch: int) -> list[tuple[float, float, float]]:
+        """Return (L, sum of min(length, L), seconds) at moments when a completion of about L tokens was finished."""
+        lengths = np.array(self.lengths)
+        means = [span.num_tokens / span.num_rows for span in self.batches]
+        found = []
+        for index, span in enumerate(self.batches):
+            is_last = index == len(self.batches) - 1
+            if not is_last and span.num_rows < rows_per_batch:
+                continue  # it left because it had waited, not because a completion was finished
+            # The longest of a batch lies between its mean and that of the next one.
+            length = means[index] if is_last else (means[index] + means[index + 1]) / 2
+            found.append((length, float(np.minimum(lengths, length).sum()), span.ended - self.batches[0].began))
+        return found
+
+
+def chains_of(spans: Iterable[Span]) -> list[Chain]:
+    """Put the calls of each worker together that belong to one rollout: each is asked when the one before came back."""
+    open_chains: dict[str, list[list[Span]]] = defaultdict(list)
+    for span in sorted(spans, key=lambda span: span.began):
+        own = open_chains[span.worker]
+        chain = next((one for one in own if 0 <= span.began - one[-1].ended < NEXT_CALL_SECONDS), None)
+        if chain is None:
+            own.append([span])
+        else:
+            chain.append(span)
+    return [Chain(tuple(chain)) for own in open_chains.values() for chain in own]
+
+
+def spans_of(trace: Mapping[str, Any]) -> list[Span]:
+    """Return the calls of a trace file."""
+    events = trace["traceEvents"]
+    workers = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    spans = []
+    for event in events:
+        if event["ph"] != "X":
+            continue
+        worker, began = workers[event["pid"]], event["ts"] / 1e6
+        counts = event["args"]
+        pool = worker.rpartition("-")[0]
+        ended = began + event["dur"] / 1e6
+        spans.append(
+            Span(pool, worker, event["name"], began, ended, counts.get("rows", 0), counts.get("tokens", 0))
+        )
+    return spans
+
+
+def _pace(chains: Sequence[Chain], config: Config) -> tuple[tuple[int, float], ...]:
+    """Return seconds per token by the number of running sequences: two points, or one where engines were full."""
+    most = config.rollout.engine.max_concurrent_sequences
+    if config.rollout.max_staleness:
+        return ((most, _pace_ahead(chains, most)),)
+    fitting = [chain for chain in chains if chain.num_rows <= most]
+    if not fitting:
+        random = np.random.default_rng(0)
+        return ((most, median(chain.seconds / makespan(chain.lengths, most, random) for chain in chains)),)
+    equations = np.array([found for chain in fitting for found in chain.equations(config.rollout.rows_per_batch)])
+    alone, per_running = _least_squares(equations[:, :2], equations[:, 2])
+    largest = max(2, *(chain.num_rows for chain in fitting))
+    return (
+        (1, max(alone + per_running, LEAST_PACE_SECONDS)),
+        (largest, max(alone + per_running * largest, LEAST_PACE_SECONDS)),
+    )
+
+
+def makespan(lengths: Sequence[float], most: int, random: np.random.Generator) -> float:
+    """Return the tokens that pass until all sequences are written, `most` at a time, in any order; a mean over orders.
+
+    Example:
+        >>> makespan([3, 3, 3, 3], 2, np.random.default_rng(0))
+        6.0
+    """
+    ends = []
+    for _ in range(ORDERS):
+        free_at = [0.0] * most
+        for length in random.permutation(np.array(lengths, float)):
+            heapq.heapreplace(free_at, free_at[0] + float(length))
+        ends.append(max(free_at))
+    return mean(ends)
+
+
+def _pace_ahead(chains: Sequence[Chain], most: int) -> float:
+    """Return seconds per token of workers that have more to write than they can, since steps overlap."""
+    by_worker: dict[str, list[Span]] = defaultdict(list)
+    for chain in chains:
+        by_worker[chain.batches[0].worker] += chain.batches
+    busy = sum(sum(end - begin for begin, end in _busy_times(spans)) for spans in by_worker.values())
+    tokens = sum(span.num_tokens for spans in by_worker.values() for span in spans)
+    return busy * most / tokens
+
+
+def _teachers(spans: Sequence[Span], config: Config, source: str) -> dict[str, TeacherRates]:
+    rows = {name: 0 for name in config.teachers}
+    rates: dict[str, TeacherRates] = {}
+    for name in config.teachers:
+        own = [span for span in spans if span.pool == f"teacher-{name}" and span.stage == "score"]
+        if not own:
+            raise ConfigError(f"{source}: the trace has no batch that teacher {name!r} scored; run more steps")
+        rows[name] = sum(span.num_rows for span in own)
+        rates[name] = _teacher(own)
+    total = sum(rows[name] for name in config.routes)
+    return {
+        name: msgspec.structs.replace(found, share=min(1.0, rows[name] / total)) for name, found in rates.items()
+    }
+
+
+def _teacher(spans: Sequence[Span]) -> TeacherRates:
+    """Fit what a batch and a token take to the times in which replicas were busy without a break."""
+    by_worker: dict[str, list[Span]] = defaultdict(list)
+    for span in spans:
+        by_worker[span.worker].append(span)
+    rows, seconds = [], []
+    for own in by_worker.values():
+        for began, ended in _busy_times(own):
+            inside = [span for span in own if began <= span.began and span.ended <= ended]
+            rows.append((len(inside), sum(span.num_tokens for span in inside)))
+            seconds.append(ended - began)
+    per_batch, per_token = _least_squares(np.array(rows, float), np.array(seconds))
+    if per_token <= 0:
+        per_batch, per_token = 0.0, sum(seconds) / sum(tokens for _, tokens in rows)
+    return TeacherRates(tokens_per_second=1 / per_token, seconds_per_pass=per_batch)
+
+
+def _busy_times(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """Return the times in which one worker had a call to answer."""
+    times: list[tuple[float, float]] = []
+    for span in sorted(spans, key=lambda span: span.began):
+        if times and span.began <= times[-1][1]:
+            times[-1] = (times[-1][0], max(times[-1][1], span.ended))
+        else:
+            times.append((span.began, span.ended))
+    return times
+
+
+def _least_squares(factors: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """Return the two coefficients, of which none is negative, that fit the relative differences best."""
+    weights = 1 / np.maximum(values, 1e-9)
+    weighted, ones = factors * weights[:, None], np.ones(len(values))
+    both = np.linalg.lstsq(weighted, ones, rcond=None)[0]
+    if (both >= 0).all():
+        return float(both[0]), float(both[1])
+    alone = [float(column @ ones / max(column @ column, 1e-300)) for column in weighted.T]
+    errors = [float(((column * one - ones) ** 2).sum()) for column, one in zip(weighted.T, alone, strict=True)]
+    return (alone[0], 0.0) if errors[0] <= errors[1] else (0.0, alone[1])
+
+
+def _quantiles(chains: Sequence[Chain], longest: float) -> tuple[float, ...]:
+    lengths = sorted(length for chain in chains for length in chain.lengths)
+    num = min(MOST_QUANTILES, len(lengths))
+    found = [float(value) for value in np.quantile(lengths, np.linspace(0, 1, num))]
+    found[-1] = max(found[-1], longest)
+    assert all(low <= high for low, high in pairwise(found))
+    return tuple(found)
+
+
+def _read_json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    return found
