@@ -1,10 +1,10 @@
 """What `preceptor plan` predicts, against stub engines on real Ray: `python -m benchmarks.plan`.
 
-For each workload of benchmarks/workloads.py, all splits of its replicas are measured in turns, and predicted twice: from
-the stubs' true rates, and from rates that are read off the calls of one of the measured splits, as plan reads those of a
-run that is over. Bar: the predicted step time is within 10 % of the measured one.
+For each workload of benchmarks/workloads.py, splits of its replicas are measured in turns, and predicted twice: from the
+stubs' true rates, and from rates that are read off the calls of one of these splits, as plan reads those of a run that is
+over. Bar: the predicted step time is within 10 % of the measured one.
 
-`--measure FILE` measures only (workloads may be named, so that it can be done in parts) and `--from FILE ...` reads that.
+`--measure FILE` measures only (workloads may be named, so that it can be done in parts), `--from FILE ...` reads that.
 """
 
 import argparse
@@ -19,18 +19,24 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import msgspec
 import ray
 
-from benchmarks.report import RESULTS, Row, print_rows, row, write_rows
+from benchmarks.report import RESULTS, Row, at_most, print_rows, row, write_rows
 from benchmarks.streaming import SAMPLING, TIMEOUTS, StubRun
 from benchmarks.stub_pools import SharedWorker, StubLearnerActor, StubRolloutProcess, StubTeacherProcess
 from benchmarks.workloads import PROMPT_TOKENS, WORKLOADS, Split, Workload
 from cluster.actors import create_actors
-from cluster.contracts.config import EngineConfig, StudentConfig, TeacherConfig
+from cluster.contracts.config import Config, EngineConfig, StudentConfig, TeacherConfig
 from cluster.contracts.observation import Span
 from cluster.flow import Flow, StepBatches
 from cluster.local_cluster import local_cluster
 from cluster.permits import Permits
+from cluster.planning.demand import Demand
+from cluster.planning.measured_rates import FIRST_STEP, rates_from
+from cluster.planning.rates import LearnerRates, LogNormal, Rates, RolloutRates, TeacherRates
+from cluster.planning.simulated_run import Split as Workers
+from cluster.planning.simulated_run import simulate
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
@@ -39,6 +45,8 @@ from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import TeacherPools
 
 MOST_SPLITS = 7  # that are measured of a workload; the others are predicted only
+MOST_OFF = 1.1
+SIMULATED_STEPS = 24
 SERIES = 2  # times as many steps of a workload that runs ahead, in one go: its first and last are left out
 
 
@@ -97,9 +105,7 @@ def stub_runs(workload: Workload) -> Iterator[dict[str, StubRun]]:
         for split in measured_splits(workload):
             rollouts = RolloutPool(settings, [{}] * split.rollout, TIMEOUTS, create=writers.create)
             pools = {
-                name: TeacherPool(
-                    name, TeacherConfig("stub"), 1, [{}] * size, TIMEOUTS, create=readers[name].create
-                )
+                name: TeacherPool(name, TeacherConfig("stub"), 1, [{}] * size, TIMEOUTS, create=readers[name].create)
                 for name, size in split.teachers.items()
             }
             rollouts.wait_until_ready()
@@ -158,6 +164,96 @@ def measure(workload: Workload, turns: int) -> list[Measured]:
     return list(found.values())
 
 
+def parse(measured: Sequence[Mapping[str, Any]], name: str) -> list[Measured]:
+    """Return what was measured of one workload, from its JSON values."""
+    return [
+        Measured(
+            name, Split(**one["split"]), one["step_seconds"], one["records"], [Span(**span) for span in one["spans"]]
+        )
+        for one in measured
+        if one["workload"] == name
+    ]
+
+
+def compare(workload: Workload, measured: Sequence[Measured]) -> list[Row]:
+    """Return the predicted over the measured step time of every split, and what the plan's choice costs."""
+    if not measured:
+        return []
+    from_run = rates_of_measured(workload, measured[len(measured) // 2])
+    rows = []
+    predicted: dict[str, float] = {}
+    for one in measured:
+        size = f"{workload.name}: {one.split}"
+        seconds = typical(workload, one.step_seconds)
+        predicted[str(one.split)] = predict(workload, true_rates(workload), one.split)
+        from_measured = predict(workload, from_run, one.split)
+        rows += [
+            row("step, measured", size, seconds, "s"),
+            within(row("predicted / measured step", size, predicted[str(one.split)] / seconds, "ratio")),
+            within(row("the same, rates read off a run", size, from_measured / seconds, "ratio")),
+        ]
+    found = {str(one.split): typical(workload, one.step_seconds) for one in measured}
+    best, chosen = min(found, key=found.__getitem__), min(predicted, key=predicted.__getitem__)
+    size = f"{workload.name}: plan {chosen}, measured best {best}"
+    return [
+        *rows,
+        at_most(
+            row("plan's split / best measured split, measured step", size, found[chosen] / found[best], "ratio"),
+            MOST_OFF,
+        ),
+    ]
+
+
+def typical(workload: Workload, seconds: Sequence[float]) -> float:
+    """Return a step's seconds: the median, or the mean where steps lend each other time."""
+    return mean(seconds) if workload.max_staleness else median(seconds)
+
+
+def within(found: Row) -> Row:
+    """Add the bar of a ratio that should be 1."""
+    return {**found, "bar": f"{1 / MOST_OFF:.2f} to {MOST_OFF:.2f}", "met": 1 / MOST_OFF <= found["value"] <= MOST_OFF}
+
+
+def predict(workload: Workload, rates: Rates, split: Split) -> float:
+    """Return a step's seconds in simulated time."""
+    config = one_batch_at_a_time(workload.config)
+    demand = Demand(config, rates, num_prompts=workload.rows_per_step)
+    found = simulate(config, rates, Workers(split.rollout, split.teachers, 1), demand, SIMULATED_STEPS)
+    return typical(workload, found.step_seconds)
+
+
+def true_rates(workload: Workload) -> Rates:
+    """Return what the stubs are made to do."""
+    stub, rows = workload.rates, sum(workload.teachers.values())
+    points = tuple(
+        (running, stub.seconds_per_token + running * stub.seconds_per_running)
+        for running in (1, stub.concurrent_sequences)
+    )
+    return Rates(
+        rollout=RolloutRates(points, (PROMPT_TOKENS,), LogNormal(stub.median_length, stub.sigma, stub.longest)),
+        teachers={
+            name: TeacherRates(stub.score_tokens_per_second, share=share / rows)
+            for name, share in workload.teachers.items()
+        },
+        learner=LearnerRates(stub.learn_tokens_per_second),
+    )
+
+
+def rates_of_measured(workload: Workload, measured: Measured) -> Rates:
+    """Read rates off a measured split, as `preceptor plan` does off a run's directory."""
+    records = [{**record, "step": FIRST_STEP} for record in measured.records]
+    return rates_from(workload.config, records, measured.spans, str(measured.split))
+
+
+def one_batch_at_a_time(config: Config) -> Config:
+    """Return the run with teachers that read as the stubs do."""
+    teachers = {
+        name: msgspec.structs.replace(teacher, engine=msgspec.structs.replace(teacher.engine, max_batched_tokens=1))
+        for name, teacher in config.teachers.items()
+    }
+    return msgspec.structs.replace(config, teachers=teachers)
+
+
 def main() -> None:
     """Measure, predict, print the table and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__)
@@ -180,7 +276,11 @@ def main() -> None:
                     options.measure.write_text(json.dumps(measured))
     if options.measure:
         return
-    raise NotImplementedError
+    rows = [found for workload in WORKLOADS for found in compare(workload, parse(measured, workload.name))]
+    print_rows(rows)
+    output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-plan.json"
+    write_rows(output, "python -m benchmarks.plan", rows)
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":

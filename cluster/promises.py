@@ -16,7 +16,9 @@ class Answers(Protocol):
     def get(self, references: Any, *, timeout: float | None = None) -> Any:
         """Return the value of a reference, or those of a list, waiting for them."""
 
-    def wait(self, references: Sequence[Any], *, num_returns: int, timeout: float | None) -> tuple[list[Any], list[Any]]:
+    def wait(
+        self, references: Sequence[Any], *, num_returns: int, timeout: float | None
+    ) -> tuple[list[Any], list[Any]]:
         """Return the references that are ready, and the others."""
 
 

@@ -1,4 +1,4 @@
-"""An engine that writes several sequences at a time, each at the pace that their number allows; pure but for the time."""
+"""An engine that writes several sequences at a time, each at the pace that their number allows."""
 
 import heapq
 from collections.abc import Callable, Sequence

@@ -146,9 +146,7 @@ def spans_of(trace: Mapping[str, Any]) -> list[Span]:
         counts = event["args"]
         pool = worker.rpartition("-")[0]
         ended = began + event["dur"] / 1e6
-        spans.append(
-            Span(pool, worker, event["name"], began, ended, counts.get("rows", 0), counts.get("tokens", 0))
-        )
+        spans.append(Span(pool, worker, event["name"], began, ended, counts.get("rows", 0), counts.get("tokens", 0)))
     return spans
 
 
@@ -206,9 +204,7 @@ def _teachers(spans: Sequence[Span], config: Config, source: str) -> dict[str, T
         rows[name] = sum(span.num_rows for span in own)
         rates[name] = _teacher(own)
     total = sum(rows[name] for name in config.routes)
-    return {
-        name: msgspec.structs.replace(found, share=min(1.0, rows[name] / total)) for name, found in rates.items()
-    }
+    return {name: msgspec.structs.replace(found, share=min(1.0, rows[name] / total)) for name, found in rates.items()}
 
 
 def _teacher(spans: Sequence[Span]) -> TeacherRates:

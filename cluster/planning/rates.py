@@ -53,7 +53,7 @@ class TeacherRates(Section, frozen=True):
     """One replica of a teacher."""
 
     tokens_per_second: Positive  # prompt and completion
-    seconds_per_pass: NonNegative = 0.0  # of a forward pass, however few tokens it has
+    seconds_per_pass: NonNegative = 0.0  # of the batches that it reads together, however few tokens they have
     share: Fraction = 1.0  # of the trajectories, of those whose prompts name it first
 
 

@@ -199,8 +199,7 @@ class SimulatedTeacherWorker(_Worker):
         while self._queue and tokens + sum(self._queue[0][0].num_tokens) <= self._budget_tokens:
             batches.append(self._queue.popleft())
             tokens += sum(batches[-1][0].num_tokens)
-        passes = max(1, -(-tokens // self._budget_tokens))
-        seconds = tokens / self._rates.tokens_per_second + passes * self._rates.seconds_per_pass
+        seconds = tokens / self._rates.tokens_per_second + self._rates.seconds_per_pass
         self.busy_seconds += seconds
         self._time.at(self._time.now + seconds, partial(self._end, batches))
 
