@@ -1,8 +1,8 @@
 """What `preceptor plan` predicts, against stub engines on real Ray: `python -m benchmarks.plan`.
 
-For each workload of benchmarks/workloads.py, splits of its replicas are measured in turns, and predicted twice: from the
-stubs' true rates, and from rates that are read off the calls of one of these splits, as plan reads those of a run that is
-over. Bar: the predicted step time is within 10 % of the measured one.
+For each workload of benchmarks/workloads.py, splits of its replicas are measured in turns, and predicted twice: from
+the stubs' true rates, and from rates that are read off the calls of one of these splits, as plan reads those of a run
+that is over. Bar: the predicted step time is within 10 % of the measured one.
 
 `--measure FILE` measures only (workloads may be named, so that it can be done in parts), `--from FILE ...` reads that.
 """
@@ -33,7 +33,7 @@ from cluster.flow import Flow, StepBatches
 from cluster.local_cluster import local_cluster
 from cluster.permits import Permits
 from cluster.planning.demand import Demand
-from cluster.planning.measured_rates import FIRST_STEP, rates_from
+from cluster.planning.measured_rates import FIRST_STEP, RunStep, rates_from
 from cluster.planning.rates import LearnerRates, LogNormal, Rates, RolloutRates, TeacherRates
 from cluster.planning.simulated_run import Split as Workers
 from cluster.planning.simulated_run import simulate
@@ -241,8 +241,8 @@ def true_rates(workload: Workload) -> Rates:
 
 def rates_of_measured(workload: Workload, measured: Measured) -> Rates:
     """Read rates off a measured split, as `preceptor plan` does off a run's directory."""
-    records = [{**record, "step": FIRST_STEP} for record in measured.records]
-    return rates_from(workload.config, records, measured.spans, str(measured.split))
+    steps = [msgspec.convert({**record, "step": FIRST_STEP}, RunStep) for record in measured.records]
+    return rates_from(workload.config, steps, measured.spans, str(measured.split))
 
 
 def one_batch_at_a_time(config: Config) -> Config:

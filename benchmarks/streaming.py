@@ -109,7 +109,7 @@ def stub_run(num_workers: int, rates: StubRates, rows_per_step: int) -> Iterator
 
 @contextmanager
 def start_stubs(config: Config, rates: StubRates, sizes: StubSizes, prompts: PromptSet) -> Iterator[StubRun]:
-    """Start pools of given sizes, one for each of the config's teachers, and a learner rank; a step asks each prompt."""
+    """Start pools of given sizes, one for each of the config's teachers, and a learner; a step asks each prompt."""
     rows_per_batch = config.rollout.rows_per_batch
     rollout_processes = SharedProcesses(rates, rows_per_batch)
     settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, rows_per_batch, None)

@@ -12,12 +12,12 @@ What is derived, with k calls or batches seen:
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.files import read_text
 from cluster.contracts.observation import Span
+from cluster.contracts.section import NonNegative, Positive
 from cluster.planning.rates import LearnerRates, Rates, RolloutRates, TeacherRates
 from cluster.run_directory import RunDirectory
 
@@ -34,9 +35,35 @@ FIRST_STEP = 3  # those before it compile and fill caches
 MOST_QUANTILES = 201
 ORDERS = 8  # in which sequences may have been begun that are averaged over
 MAX_FILE_BYTES = 1 << 30
+_Decoded = TypeVar("_Decoded")
 LEAST_PACE_SECONDS = 1e-7  # per token: faster than any engine, so that a fit through noise stays above 0
 
-Record = Mapping[str, float]
+
+class RunStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read of a step's line in metrics.jsonl."""
+
+    step: int
+    tokens: Positive
+    completion_tokens: Positive
+    completion_length: Positive = msgspec.field(name="rollout/completion_length")
+    completion_length_max: Positive = msgspec.field(name="rollout/completion_length_max")
+    learned_tokens_per_second: Positive = msgspec.field(name="learn/tokens_per_second")
+    sync_seconds: NonNegative = msgspec.field(name="sync/seconds")
+
+
+class _Event(msgspec.Struct, frozen=True):
+    """One entry of a trace file: a call to a worker, or a worker's name."""
+
+    ph: str
+    name: str
+    pid: int
+    ts: NonNegative = 0.0  # microseconds
+    dur: NonNegative = 0.0
+    args: dict[str, Any] = {}
+
+
+class _Trace(msgspec.Struct, frozen=True):
+    events: list[_Event] = msgspec.field(name="traceEvents")
 
 
 def rates_of_run(path: Path) -> Rates:
@@ -44,43 +71,43 @@ def rates_of_run(path: Path) -> Rates:
 
     Raises:
         CheckpointError: the folder holds no run.
-        ConfigError: its figures or its trace are missing, or too few steps are in them.
+        ConfigError: its figures or its trace are missing or damaged, or too few steps are in them.
     """
     directory = RunDirectory.open(path)
     config = directory.read_config()
     lines = read_text(directory.metrics, "run's figures", ConfigError, MAX_FILE_BYTES).splitlines()
-    trace = _read_json(directory.trace, read_text(directory.trace, "run's trace", ConfigError, MAX_FILE_BYTES))
-    records = [_read_json(directory.metrics, line) for line in lines if line]
-    return rates_from(config, records, spans_of(trace), str(path))
+    trace = _decode(directory.trace, read_text(directory.trace, "run's trace", ConfigError, MAX_FILE_BYTES), _Trace)
+    steps = [_decode(directory.metrics, line, RunStep) for line in lines if line]
+    return rates_from(config, steps, _spans_of(trace.events), str(path))
 
 
-def rates_from(config: Config, records: Sequence[Record], spans: Sequence[Span], source: str) -> Rates:
-    """Return rates from the records of a run's steps, and the calls of some of them.
+def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], source: str) -> Rates:
+    """Return rates from a run's steps, and the calls of some of them.
 
     Raises:
-        ConfigError: there are too few steps.
+        ConfigError: there are too few steps, or none that a teacher scored.
     """
-    steps = [record for record in records if record["step"] >= FIRST_STEP]
+    later = [step for step in steps if step.step >= FIRST_STEP]
+    spans = [span for span in spans if span.num_rows and span.num_tokens and span.seconds > 0]
     chains = chains_of([span for span in spans if span.stage == "generate"])
-    if not steps or not chains:
+    if not later or not chains:
         raise ConfigError(
-            f"{source}: {len(records)} steps and {len(chains)} rollouts are too few to read rates off; "
-            f"run at least {FIRST_STEP} steps, with logging.trace_steps above 0"
+            f"{source}: {len(steps)} steps and {len(chains)} traced rollouts are too few to read rates off; "
+            f"run {FIRST_STEP} steps or more, with logging.trace_steps above 0"
         )
-    completions = sum(record["completion_tokens"] / record["rollout/completion_length"] for record in steps)
-    prompt_tokens = sum(record["tokens"] - record["completion_tokens"] for record in steps) / completions
-    longest = max(record["rollout/completion_length_max"] for record in steps)
+    num_completions = sum(step.completion_tokens / step.completion_length for step in later)
+    prompt_tokens = sum(step.tokens - step.completion_tokens for step in later) / num_completions
     rollout = RolloutRates(
         seconds_per_token=_pace(chains, config),
         prompt_tokens=(max(1.0, prompt_tokens),),
-        completion_tokens=_quantiles(chains, longest),
+        completion_tokens=_quantiles(chains, max(step.completion_length_max for step in later)),
     )
-    group = median(record["learn/tokens_per_second"] for record in steps)
+    of_group = median(step.learned_tokens_per_second for step in later)
     return Rates(
         rollout=rollout,
         teachers=_teachers(spans, config, source),
-        learner=LearnerRates(group / config.learner.num_workers),
-        sync_seconds=median(record["sync/seconds"] for record in steps),
+        learner=LearnerRates(of_group / config.learner.num_workers),
+        sync_seconds=median(step.sync_seconds for step in later),
         source=source,
     )
 
@@ -132,22 +159,6 @@ def chains_of(spans: Iterable[Span]) -> list[Chain]:
         else:
             chain.append(span)
     return [Chain(tuple(chain)) for own in open_chains.values() for chain in own]
-
-
-def spans_of(trace: Mapping[str, Any]) -> list[Span]:
-    """Return the calls of a trace file."""
-    events = trace["traceEvents"]
-    workers = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    spans = []
-    for event in events:
-        if event["ph"] != "X":
-            continue
-        worker, began = workers[event["pid"]], event["ts"] / 1e6
-        counts = event["args"]
-        pool = worker.rpartition("-")[0]
-        ended = began + event["dur"] / 1e6
-        spans.append(Span(pool, worker, event["name"], began, ended, counts.get("rows", 0), counts.get("tokens", 0)))
-    return spans
 
 
 def _pace(chains: Sequence[Chain], config: Config) -> tuple[tuple[int, float], ...]:
@@ -256,9 +267,21 @@ def _quantiles(chains: Sequence[Chain], longest: float) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _read_json(path: Path, text: str) -> dict[str, Any]:
+def _spans_of(events: Sequence[_Event]) -> list[Span]:
+    """Return the calls of a trace."""
+    workers = {event.pid: str(event.args.get("name")) for event in events if event.name == "process_name"}
+    return [_span_of(event, workers.get(event.pid, "")) for event in events if event.ph == "X"]
+
+
+def _span_of(event: _Event, worker: str) -> Span:
+    rows, tokens = (event.args.get(name) for name in ("rows", "tokens"))
+    began, pool = event.ts / 1e6, worker.rpartition("-")[0]
+    counts = (value if isinstance(value, int) else 0 for value in (rows, tokens))
+    return Span(pool, worker, event.name, began, began + event.dur / 1e6, *counts)  # type: ignore[arg-type]
+
+
+def _decode(path: Path, text: str, kind: type[_Decoded]) -> _Decoded:
     try:
-        found: dict[str, Any] = msgspec.json.decode(text, type=dict[str, Any])
+        return msgspec.json.decode(text, type=kind)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
-    return found
+        raise ConfigError(f"{path}: not what a run writes: {error}; plan from another run") from error
