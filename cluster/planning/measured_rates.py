@@ -31,6 +31,7 @@ from cluster.planning.rates import LearnerRates, Rates, RolloutRates, TeacherRat
 from cluster.run_directory import RunDirectory
 
 NEXT_CALL_SECONDS = 0.005  # within which the driver asks a worker for its next batch
+ROUNDING_SECONDS = 1e-6  # of the times in a trace
 FIRST_STEP = 3  # those before it compile and fill caches
 MOST_QUANTILES = 201
 ORDERS = 8  # in which sequences may have been begun that are averaged over
@@ -88,7 +89,7 @@ def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], 
         ConfigError: there are too few steps, or none that a teacher scored.
     """
     later = [step for step in steps if step.step >= FIRST_STEP]
-    spans = [span for span in spans if span.num_rows and span.num_tokens and span.seconds > 0]
+    spans = [span for span in spans if span.num_rows and span.num_tokens]
     chains = chains_of([span for span in spans if span.stage == "generate"])
     if not later or not chains:
         raise ConfigError(
@@ -136,16 +137,25 @@ class Chain:
     def equations(self, rows_per_batch: int) -> list[tuple[float, float, float]]:
         """Return (L, sum of min(length, L), seconds) at moments when a completion of about L tokens was finished."""
         lengths = np.array(self.lengths)
-        means = [span.num_tokens / span.num_rows for span in self.batches]
         found = []
         for index, span in enumerate(self.batches):
             is_last = index == len(self.batches) - 1
-            if not is_last and span.num_rows < rows_per_batch:
-                continue  # it left because it had waited, not because a completion was finished
-            # The longest of a batch lies between its mean and that of the next one.
-            length = means[index] if is_last else (means[index] + means[index + 1]) / 2
-            found.append((length, float(np.minimum(lengths, length).sum()), span.ended - self.batches[0].began))
+            if is_last or span.num_rows >= rows_per_batch:  # others leave when they have waited, not when one is done
+                length = self._longest(index)
+                found.append((length, float(np.minimum(lengths, length).sum()), span.ended - self.batches[0].began))
         return found
+
+    def _longest(self, index: int) -> float:
+        """Return about how long a batch's last completion was: rows finish in the order of their lengths."""
+        batch = self.batches[index]
+        others = self.batches[index + 1 : index + 2] or self.batches[index - 1 : index]
+        if not others:
+            return batch.num_tokens / batch.num_rows
+        mean_length, other_mean = batch.num_tokens / batch.num_rows, others[0].num_tokens / others[0].num_rows
+        # Half a batch's rows lie between its mean and its longest, half of both between the two means.
+        return mean_length + abs(other_mean - mean_length) * (batch.num_rows - 1) / (
+            batch.num_rows + others[0].num_rows
+        )
 
 
 def chains_of(spans: Iterable[Span]) -> list[Chain]:
@@ -153,7 +163,7 @@ def chains_of(spans: Iterable[Span]) -> list[Chain]:
     open_chains: dict[str, list[list[Span]]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.began):
         own = open_chains[span.worker]
-        chain = next((one for one in own if 0 <= span.began - one[-1].ended < NEXT_CALL_SECONDS), None)
+        chain = next((one for one in own if -ROUNDING_SECONDS < span.began - one[-1].ended < NEXT_CALL_SECONDS), None)
         if chain is None:
             own.append([span])
         else:
@@ -169,7 +179,8 @@ def _pace(chains: Sequence[Chain], config: Config) -> tuple[tuple[int, float], .
     fitting = [chain for chain in chains if chain.num_rows <= most]
     if not fitting:
         random = np.random.default_rng(0)
-        return ((most, median(chain.seconds / makespan(chain.lengths, most, random) for chain in chains)),)
+        paces = [chain.seconds / makespan(chain.lengths, most, random) for chain in chains]
+        return ((most, max(median(paces), LEAST_PACE_SECONDS)),)
     equations = np.array([found for chain in fitting for found in chain.equations(config.rollout.rows_per_batch)])
     alone, per_running = _least_squares(equations[:, :2], equations[:, 2])
     largest = max(2, *(chain.num_rows for chain in fitting))
@@ -202,14 +213,14 @@ def _pace_ahead(chains: Sequence[Chain], most: int) -> float:
         by_worker[chain.batches[0].worker] += chain.batches
     busy = sum(sum(end - begin for begin, end in _busy_times(spans)) for spans in by_worker.values())
     tokens = sum(span.num_tokens for spans in by_worker.values() for span in spans)
-    return busy * most / tokens
+    return max(busy * most / tokens, LEAST_PACE_SECONDS)
 
 
 def _teachers(spans: Sequence[Span], config: Config, source: str) -> dict[str, TeacherRates]:
     rows = {name: 0 for name in config.teachers}
     rates: dict[str, TeacherRates] = {}
     for name in config.teachers:
-        own = [span for span in spans if span.pool == f"teacher-{name}" and span.stage == "score"]
+        own = [span for span in spans if span.pool == f"teacher-{name}" and span.stage == "score" and span.seconds > 0]
         if not own:
             raise ConfigError(f"{source}: the trace has no batch that teacher {name!r} scored; run more steps")
         rows[name] = sum(span.num_rows for span in own)

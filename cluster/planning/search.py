@@ -16,7 +16,7 @@ from cluster.planning.demand import Demand
 from cluster.planning.rates import Rates, pace
 from cluster.planning.simulated_run import Prediction, Split, simulate
 
-ROWS_OF_A_SMALL_RUN = 512  # per step; the search's time grows with them, what it finds hardly changes
+ROWS_OF_A_SMALL_RUN = 256  # per step; the search's time grows with them, what it finds hardly changes
 SEARCHED_STEPS, PREDICTED_STEPS = 3, 6  # that are simulated of each split; of the one that was found, and its like
 LEAST_GAIN = 0.005  # of a step's seconds; below it a move is not worth while
 
