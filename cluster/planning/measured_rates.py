@@ -31,7 +31,6 @@ from cluster.planning.rates import LearnerRates, Rates, RolloutRates, TeacherRat
 from cluster.run_directory import RunDirectory
 
 NEXT_CALL_SECONDS = 0.005  # within which the driver asks a worker for its next batch
-ROUNDING_SECONDS = 1e-6  # of the times in a trace
 FIRST_STEP = 3  # those before it compile and fill caches
 MOST_QUANTILES = 201
 ORDERS = 8  # in which sequences may have been begun that are averaged over
@@ -163,7 +162,7 @@ def chains_of(spans: Iterable[Span]) -> list[Chain]:
     open_chains: dict[str, list[list[Span]]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.began):
         own = open_chains[span.worker]
-        chain = next((one for one in own if -ROUNDING_SECONDS < span.began - one[-1].ended < NEXT_CALL_SECONDS), None)
+        chain = next((one for one in own if abs(span.began - one[-1].ended) < NEXT_CALL_SECONDS), None)
         if chain is None:
             own.append([span])
         else:

@@ -99,7 +99,7 @@ def test_a_makespan_is_at_least_the_longest_and_the_mean_load() -> None:
 
 
 def test_a_run_that_was_too_short_is_refused() -> None:
-    with pytest.raises(ConfigError, match="run: 0 steps and 0 traced rollouts are too few .* run 3 steps or more"):
+    with pytest.raises(ConfigError, match=r"run: 0 steps and 0 traced rollouts are too few .* run 3 steps or more"):
         rates_from(make_config(), [], [], "run")
 
 

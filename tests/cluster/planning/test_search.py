@@ -57,7 +57,7 @@ def test_a_large_run_is_searched_as_a_small_one_that_takes_as_long() -> None:
 
 
 def test_too_few_gpus_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--gpus 5: .* the 4 ranks of learner.num_workers take 6; plan with"):
+    with pytest.raises(ConfigError, match=r"--gpus 5: .* the 4 ranks of learner.num_workers take 6; plan with"):
         find_split(make_config("learner.num_workers=4"), make_rates(), 5)
 
 
