@@ -1,22 +1,21 @@
 """Reads the rates of every stage off a run that is over: from its figures and from the calls that its trace kept.
 
-What is derived, with k calls or batches seen:
+What is derived:
 
 - Rollout. A sequence of L tokens that began with all others of its call is finished after
   a L + b sum_i min(length_i, L) seconds, where each token takes a + b n seconds while n sequences run: batches that
   left full, and the last ones, give one such equation each, solved by least squares. Where a worker had more sequences
   than it runs at a time, one pace is fitted; so measure with few sequences per worker, strictly on-policy.
 - Teachers. A replica that has m batches with t tokens in all, one after the other, is busy for c m + t / rate seconds.
-- Learner, sync: the medians over steps. What comes before the third step is start-up.
+- Learner, sync: the medians over steps, of which those before the third are start-up; the update itself is a rank's last
+  call before each weight sync.
 """
 
-import heapq
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any, TypeVar
 
 import msgspec
@@ -28,15 +27,13 @@ from cluster.contracts.files import read_text
 from cluster.contracts.observation import Span
 from cluster.contracts.section import NonNegative, Positive
 from cluster.planning.rates import LearnerRates, Rates, RolloutRates, TeacherRates
+from cluster.planning.rollout_pace import Chain, busy_times, chains_of, least_squares, pace_of
 from cluster.run_directory import RunDirectory
 
-NEXT_CALL_SECONDS = 0.005  # within which the driver asks a worker for its next batch
 FIRST_STEP = 3  # those before it compile and fill caches
 MOST_QUANTILES = 201
-ORDERS = 8  # in which sequences may have been begun that are averaged over
 MAX_FILE_BYTES = 1 << 30
 _Decoded = TypeVar("_Decoded")
-LEAST_PACE_SECONDS = 1e-7  # per token: faster than any engine, so that a fit through noise stays above 0
 
 
 class RunStep(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,8 +85,8 @@ def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], 
         ConfigError: there are too few steps, or none that a teacher scored.
     """
     later = [step for step in steps if step.step >= FIRST_STEP]
-    spans = [span for span in spans if span.num_rows and span.num_tokens]
-    chains = chains_of([span for span in spans if span.stage == "generate"])
+    of_batches = [span for span in spans if span.num_rows and span.num_tokens]
+    chains = chains_of([span for span in of_batches if span.stage == "generate"])
     if not later or not chains:
         raise ConfigError(
             f"{source}: {len(steps)} steps and {len(chains)} traced rollouts are too few to read rates off; "
@@ -98,121 +95,17 @@ def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], 
     num_completions = sum(step.completion_tokens / step.completion_length for step in later)
     prompt_tokens = sum(step.tokens - step.completion_tokens for step in later) / num_completions
     rollout = RolloutRates(
-        seconds_per_token=_pace(chains, config),
+        seconds_per_token=pace_of(chains, config),
         prompt_tokens=(max(1.0, prompt_tokens),),
         completion_tokens=_quantiles(chains, max(step.completion_length_max for step in later)),
     )
-    of_group = median(step.learned_tokens_per_second for step in later)
     return Rates(
         rollout=rollout,
-        teachers=_teachers(spans, config, source),
-        learner=LearnerRates(of_group / config.learner.num_workers),
+        teachers=_teachers(of_batches, config, source),
+        learner=_learner(later, spans, config.learner.num_workers),
         sync_seconds=median(step.sync_seconds for step in later),
         source=source,
     )
-
-
-@dataclass(frozen=True)
-class Chain:
-    """One rollout of one worker: its batches in the order in which they came back."""
-
-    batches: tuple[Span, ...]
-
-    @property
-    def num_rows(self) -> int:
-        """Return its completions."""
-        return sum(span.num_rows for span in self.batches)
-
-    @property
-    def seconds(self) -> float:
-        """Return how long it took."""
-        return self.batches[-1].ended - self.batches[0].began
-
-    @property
-    def lengths(self) -> list[float]:
-        """Return about how long each completion was: as those of its batch on average."""
-        return [span.num_tokens / span.num_rows for span in self.batches for _ in range(span.num_rows)]
-
-    def equations(self, rows_per_batch: int) -> list[tuple[float, float, float]]:
-        """Return (L, sum of min(length, L), seconds) at moments when a completion of about L tokens was finished."""
-        lengths = np.array(self.lengths)
-        found = []
-        for index, span in enumerate(self.batches):
-            is_last = index == len(self.batches) - 1
-            if is_last or span.num_rows >= rows_per_batch:  # others leave when they have waited, not when one is done
-                length = self._longest(index)
-                found.append((length, float(np.minimum(lengths, length).sum()), span.ended - self.batches[0].began))
-        return found
-
-    def _longest(self, index: int) -> float:
-        """Return about how long a batch's last completion was: rows finish in the order of their lengths."""
-        batch = self.batches[index]
-        others = self.batches[index + 1 : index + 2] or self.batches[index - 1 : index]
-        if not others:
-            return batch.num_tokens / batch.num_rows
-        mean_length, other_mean = batch.num_tokens / batch.num_rows, others[0].num_tokens / others[0].num_rows
-        # Half a batch's rows lie between its mean and its longest, half of both between the two means.
-        return mean_length + abs(other_mean - mean_length) * (batch.num_rows - 1) / (
-            batch.num_rows + others[0].num_rows
-        )
-
-
-def chains_of(spans: Iterable[Span]) -> list[Chain]:
-    """Put the calls of each worker together that belong to one rollout: each is asked when the one before came back."""
-    open_chains: dict[str, list[list[Span]]] = defaultdict(list)
-    for span in sorted(spans, key=lambda span: span.began):
-        own = open_chains[span.worker]
-        chain = next((one for one in own if abs(span.began - one[-1].ended) < NEXT_CALL_SECONDS), None)
-        if chain is None:
-            own.append([span])
-        else:
-            chain.append(span)
-    return [Chain(tuple(chain)) for own in open_chains.values() for chain in own]
-
-
-def _pace(chains: Sequence[Chain], config: Config) -> tuple[tuple[int, float], ...]:
-    """Return seconds per token by the number of running sequences: two points, or one where engines were full."""
-    most = config.rollout.engine.max_concurrent_sequences
-    if config.rollout.max_staleness:
-        return ((most, _pace_ahead(chains, most)),)
-    fitting = [chain for chain in chains if chain.num_rows <= most]
-    if not fitting:
-        random = np.random.default_rng(0)
-        paces = [chain.seconds / makespan(chain.lengths, most, random) for chain in chains]
-        return ((most, max(median(paces), LEAST_PACE_SECONDS)),)
-    equations = np.array([found for chain in fitting for found in chain.equations(config.rollout.rows_per_batch)])
-    alone, per_running = _least_squares(equations[:, :2], equations[:, 2])
-    largest = max(2, *(chain.num_rows for chain in fitting))
-    return (
-        (1, max(alone + per_running, LEAST_PACE_SECONDS)),
-        (largest, max(alone + per_running * largest, LEAST_PACE_SECONDS)),
-    )
-
-
-def makespan(lengths: Sequence[float], most: int, random: np.random.Generator) -> float:
-    """Return the tokens that pass until all sequences are written, `most` at a time, in any order; a mean over orders.
-
-    Example:
-        >>> makespan([3, 3, 3, 3], 2, np.random.default_rng(0))
-        6.0
-    """
-    ends = []
-    for _ in range(ORDERS):
-        free_at = [0.0] * most
-        for length in random.permutation(np.array(lengths, float)):
-            heapq.heapreplace(free_at, free_at[0] + float(length))
-        ends.append(max(free_at))
-    return mean(ends)
-
-
-def _pace_ahead(chains: Sequence[Chain], most: int) -> float:
-    """Return seconds per token of workers that have more to write than they can, since steps overlap."""
-    by_worker: dict[str, list[Span]] = defaultdict(list)
-    for chain in chains:
-        by_worker[chain.batches[0].worker] += chain.batches
-    busy = sum(sum(end - begin for begin, end in _busy_times(spans)) for spans in by_worker.values())
-    tokens = sum(span.num_tokens for spans in by_worker.values() for span in spans)
-    return max(busy * most / tokens, LEAST_PACE_SECONDS)
 
 
 def _teachers(spans: Sequence[Span], config: Config, source: str) -> dict[str, TeacherRates]:
@@ -235,37 +128,26 @@ def _teacher(spans: Sequence[Span]) -> TeacherRates:
         by_worker[span.worker].append(span)
     rows, seconds = [], []
     for own in by_worker.values():
-        for began, ended in _busy_times(own):
+        for began, ended in busy_times(own):
             inside = [span for span in own if began <= span.began and span.ended <= ended]
             rows.append((len(inside), sum(span.num_tokens for span in inside)))
             seconds.append(ended - began)
-    per_batch, per_token = _least_squares(np.array(rows, float), np.array(seconds))
+    per_batch, per_token = least_squares(np.array(rows, float), np.array(seconds))
     if per_token <= 0:
         per_batch, per_token = 0.0, sum(seconds) / sum(tokens for _, tokens in rows)
     return TeacherRates(tokens_per_second=1 / per_token, seconds_per_pass=per_batch)
 
 
-def _busy_times(spans: Iterable[Span]) -> list[tuple[float, float]]:
-    """Return the times in which one worker had a call to answer."""
-    times: list[tuple[float, float]] = []
-    for span in sorted(spans, key=lambda span: span.began):
-        if times and span.began <= times[-1][1]:
-            times[-1] = (times[-1][0], max(times[-1][1], span.ended))
-        else:
-            times.append((span.began, span.ended))
-    return times
-
-
-def _least_squares(factors: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Return the two coefficients, of which none is negative, that fit the relative differences best."""
-    weights = 1 / np.maximum(values, 1e-9)
-    weighted, ones = factors * weights[:, None], np.ones(len(values))
-    both = np.linalg.lstsq(weighted, ones, rcond=None)[0]
-    if (both >= 0).all():
-        return float(both[0]), float(both[1])
-    alone = [float(column @ ones / max(column @ column, 1e-300)) for column in weighted.T]
-    errors = [float(((column * one - ones) ** 2).sum()) for column, one in zip(weighted.T, alone, strict=True)]
-    return (alone[0], 0.0) if errors[0] <= errors[1] else (0.0, alone[1])
+def _learner(steps: Sequence[RunStep], spans: Sequence[Span], num_ranks: int) -> LearnerRates:
+    """Tell the update itself from forward and backward: it is a rank's last call before each weight sync."""
+    own = sorted((span for span in spans if span.worker == "learner-0"), key=lambda span: span.began)
+    updates = [before.seconds for before, after in pairwise(own) if (before.stage, after.stage) == ("learn", "sync")]
+    optimizer = median(updates) if updates else 0.0
+    rates = []
+    for step in steps:
+        busy = step.tokens / step.learned_tokens_per_second
+        rates.append(step.tokens / max(busy - optimizer, busy / 10) / num_ranks)
+    return LearnerRates(median(rates), optimizer_seconds=optimizer)
 
 
 def _quantiles(chains: Sequence[Chain], longest: float) -> tuple[float, ...]:

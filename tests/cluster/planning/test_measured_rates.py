@@ -8,8 +8,9 @@ import pytest
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.observation import Span
 from cluster.contracts.run_file import dump_run_config
-from cluster.planning.measured_rates import chains_of, makespan, rates_from, rates_of_run
+from cluster.planning.measured_rates import rates_from, rates_of_run
 from cluster.planning.rates import Rates
+from cluster.planning.rollout_pace import chains_of, makespan
 from cluster.trace import timeline
 from tests.builders import make_config
 
@@ -51,7 +52,10 @@ def a_runs_spans() -> list[Span]:
         )
     ]
     # A batch takes 0.1 s, and a token 0.5 ms.
-    return [*written, scored(0.0, 400, 0.3), scored(1.0, 1000, 0.6), scored(2.0, 200, 0.2)]
+    # 1300 tokens of which a group of 8000 per second learns in 0.1625 s, 0.0625 s of which is the update.
+    learned = [Span("learner", "learner-0", *call) for call in (("learn", 5.0, 5.1), ("learn", 5.1, 5.1625))]
+    synced = Span("learner", "learner-0", "sync", 5.17, 5.67)
+    return [*written, *learned, synced, scored(0.0, 400, 0.3), scored(1.0, 1000, 0.6), scored(2.0, 200, 0.2)]
 
 
 def rates_of_spans(spans: Sequence[Span], tmp_path: Path, *overrides: str) -> Rates:
@@ -74,7 +78,8 @@ def test_the_other_rates_are_read_off_too(tmp_path: Path) -> None:
     rates = rates_of_spans(a_runs_spans(), tmp_path)
     assert rates.teachers["main"].tokens_per_second == pytest.approx(2000.0, rel=1e-3)
     assert rates.teachers["main"].seconds_per_pass == pytest.approx(0.1, rel=1e-3)
-    assert rates.learner.tokens_per_second == 4000.0  # of each of two ranks
+    assert rates.learner.optimizer_seconds == pytest.approx(0.0625)
+    assert rates.learner.tokens_per_second == pytest.approx(1300 / 0.1 / 2)  # of each of two ranks
     assert rates.sync_seconds == 0.5
     assert rates.rollout.prompt_tokens == (30.0,)  # 300 tokens of 10 rows
     assert rates.rollout.completion_tokens[-1] == 250.0  # type: ignore[index]
