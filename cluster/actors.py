@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from cluster.contracts.errors import ActorDiedError, ActorError, LostBytesError, PreceptorError
+from cluster.promises import answers_of
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
 LOOK_SECONDS = 1.0  # how long a wait lasts before it looks again at what it waits for
@@ -76,6 +77,8 @@ def get_all(
         ActorError: an actor died, or did not answer in time; says which by `names`, else by position.
         PreceptorError: what an actor raised.
     """
+    if not references:
+        return []
     try:
         values: list[Any] = _checked_get(list(references), timeout_seconds, waiting_for)
         return values
@@ -118,7 +121,8 @@ def wait_for_any(
     while True:
         references = list(look())
         if references:
-            ready = ray.wait(references, num_returns=1 if patience else len(references), timeout=patience)[0]
+            num_returns = 1 if patience else len(references)
+            ready = answers_of(references).wait(references, num_returns=num_returns, timeout=patience)[0]
             if ready:
                 return list(ready)
         else:
@@ -150,7 +154,7 @@ def shutdown(actors: Sequence[ActorHandle], timeout_seconds: float = SHUTDOWN_TI
 
 def _checked_get(references: Any, timeout_seconds: float, waiting_for: str) -> Any:
     try:
-        return ray.get(references, timeout=timeout_seconds)
+        return answers_of(references).get(references, timeout=timeout_seconds)
     except RayTaskError as error:
         if isinstance(error.cause, PreceptorError):
             raise error.cause from error

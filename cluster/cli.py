@@ -111,6 +111,15 @@ def status(options: argparse.Namespace) -> int:
     return 0
 
 
+def plan(options: argparse.Namespace) -> int:
+    """Predict a run's step time from measured rates, and find the best split of a number of GPUs."""
+    config = _load(options)
+    from cluster.planning.command import PlanOptions, print_plan
+
+    print_plan(config, PlanOptions(options.rates, options.gpus, options.picture, options.save_rates, options.json))
+    return 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Train the embedded student from the embedded teacher."""
     from cluster.demo import run_demo
@@ -194,11 +203,23 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(command=status)
+    _add_plan_command(commands)
     command = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     command.add_argument("arguments", nargs="*", metavar="section.field=value")
     command.set_defaults(command=demo)
     _add_job_commands(commands)
     return parser
+
+
+def _add_plan_command(commands: Any) -> None:
+    command = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
+    command.add_argument("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
+    command.add_argument("--rates", type=Path, required=True, metavar="FILE|RUN_DIRECTORY", help="how fast stages are")
+    command.add_argument("--gpus", type=int, help="to share out; without, the run file's sizes are predicted only")
+    command.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the prediction")
+    command.add_argument("--save-rates", type=Path, metavar="FILE", help="write the rates of a run directory")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(command=plan)
 
 
 def _add_job_commands(commands: Any) -> None:

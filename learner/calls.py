@@ -4,11 +4,10 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
-import ray
-
 from cluster.actors import get_all
 from cluster.contracts.metrics import Metric
 from cluster.contracts.observation import Span
+from cluster.promises import answers_of
 
 
 class Calls:
@@ -41,7 +40,8 @@ class Calls:
             PreceptorError: what a rank raised.
         """
         if self._pending:
-            ready = set(ray.wait(self.pending, num_returns=len(self._pending), timeout=0)[0])
+            pending = self.pending
+            ready = set(answers_of(pending).wait(pending, num_returns=len(pending), timeout=0)[0])
             self._take([call for call in self._pending if call[1] in ready])
             self._pending = [call for call in self._pending if call[1] not in ready]
         return not self._pending

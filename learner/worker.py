@@ -167,7 +167,7 @@ def start_worker(config: Config, rank: int, world_size: int, address: str) -> Le
         ModelError: the student is missing or cannot be trained, or a teacher's LM head cannot be read.
     """
     transformers.utils.logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
     student = load_student(config.student, config.learner, device)
@@ -177,6 +177,10 @@ def start_worker(config: Config, rank: int, world_size: int, address: str) -> Le
     from learner.zero_engine import ZeroEngine  # picks its accelerator as it is imported
 
     return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address), teacher_heads)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:

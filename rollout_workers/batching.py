@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from time import perf_counter
+from typing import Generic, TypeVar
 
 from cluster.contracts.trajectory import GeneratedTrajectory
 
@@ -13,6 +14,53 @@ PATIENCE = 0.25
 MIN_PATIENCE_SECONDS = 0.01
 
 Task = asyncio.Task[GeneratedTrajectory]
+Row = TypeVar("Row")
+
+
+class Filling(Generic[Row]):
+    """The finished rows of a rollout that wait for their batches to fill; told the time, it waits for nothing itself.
+
+    Example:
+        >>> filling = Filling[int](num_rows=3, rows_per_batch=2, started=0.0)
+        >>> filling.add("teacher", 7, now=1.0), filling.due_at
+        (None, 1.25)
+        >>> filling.add("teacher", 8, now=1.1)
+        [7, 8]
+    """
+
+    def __init__(self, num_rows: int, rows_per_batch: int, started: float) -> None:
+        """Take the rollout's rows, the most of a batch, and when the rollout began."""
+        self.missing = num_rows
+        self._rows_per_batch = rows_per_batch
+        self._started = started
+        self._pending: dict[str, list[Row]] = {}
+        self._due: dict[str, float] = {}  # when a teacher's rows leave though they are few
+
+    @property
+    def due_at(self) -> float | None:
+        """Return when the first rows leave though they are few; None where none wait."""
+        return min(self._due.values(), default=None)
+
+    def add(self, teacher: str, row: Row, now: float) -> list[Row] | None:
+        """Take a row, and return a batch if that fills it and further rows are missing."""
+        self.missing -= 1
+        rows = self._pending.setdefault(teacher, [])
+        rows.append(row)
+        self._due.setdefault(teacher, now + max(MIN_PATIENCE_SECONDS, PATIENCE * (now - self._started)))
+        if not self.missing or len(rows) < self._rows_per_batch:
+            return None
+        del self._due[teacher]
+        return self._pending.pop(teacher)
+
+    def overdue(self) -> list[Row]:
+        """Return the rows that are due first."""
+        teacher = min(self._due, key=self._due.__getitem__)
+        del self._due[teacher]
+        return self._pending.pop(teacher)
+
+    def rest(self) -> list[list[Row]]:
+        """Return the last batches, when no row is missing."""
+        return list(self._pending.values())
 
 
 async def in_batches(
@@ -27,29 +75,20 @@ async def in_batches(
     finished: asyncio.Queue[Task] = asyncio.Queue()
     for task in tasks:
         task.add_done_callback(finished.put_nowait)
-    started = perf_counter()
-    pending: dict[str, list[GeneratedTrajectory]] = {}
-    due: dict[str, float] = {}  # when a teacher's rows leave though they are few
-    missing = len(tasks)
-    while missing:
-        done = await _next(finished, min(due.values(), default=None))
+    filling = Filling[GeneratedTrajectory](len(tasks), rows_per_batch, started=perf_counter())
+    while filling.missing:
+        done = await _next(finished, filling.due_at)
         if done is None:
-            teacher = min(due, key=due.__getitem__)
-            del due[teacher]
-            yield pending.pop(teacher), False
+            yield filling.overdue(), False
             continue
-        missing -= 1
         row = done.result()
-        rows = pending.setdefault(row.teacher, [])
-        rows.append(row)
-        now = perf_counter()
-        due.setdefault(row.teacher, now + max(MIN_PATIENCE_SECONDS, PATIENCE * (now - started)))
-        if missing and len(rows) == rows_per_batch:
-            del due[row.teacher]
-            yield pending.pop(row.teacher), False
-    last = list(pending)[-1]
-    for teacher, rows in pending.items():
-        yield rows, teacher == last
+        full = filling.add(row.teacher, row, perf_counter())
+        if full is not None:
+            yield full, False
+    *others, last = filling.rest()
+    for rows in others:
+        yield rows, False
+    yield last, True
 
 
 async def _next(finished: asyncio.Queue[Task], until: float | None) -> Task | None:

@@ -25,6 +25,7 @@ LAYERS = [
     ("cluster.step_record", 3),
     ("cluster.supervisor", 3),
     ("cluster.pipeline", 3),
+    ("cluster.planning", 3),
     ("cluster.live_checks", 3),
     ("cluster.lookout", 3),
     ("cluster.training_run", 3),

@@ -1,0 +1,69 @@
+"""`preceptor plan`: how long a run's steps are going to take on how many GPUs, before anything is bought or started."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from cluster.contracts.config import Config
+from cluster.contracts.errors import ConfigError
+from cluster.planning.demand import Demand
+from cluster.planning.measured_rates import rates_of_run
+from cluster.planning.rates import Rates, check_rates, read_rates
+from cluster.planning.report import Report
+from cluster.planning.search import PREDICTED_STEPS, Widths, find_split
+from cluster.planning.simulated_run import Split, simulate
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the command line asks for."""
+
+    rates: Path  # a rates file, or the directory of a run that is over
+    num_gpus: int | None  # None: predict the run file's own sizes only
+    picture: Path | None
+    save_rates: Path | None
+    as_json: bool
+
+
+def print_plan(config: Config, options: PlanOptions) -> None:
+    """Predict the run file's sizes, look for better ones, and print what was found.
+
+    Raises:
+        ConfigError: the rates are missing, malformed or of another run, or the GPUs are too few.
+        CheckpointError: the directory holds no run.
+    """
+    rates = load_rates(options.rates, config)
+    if options.save_rates is not None:
+        _write(options.save_rates, msgspec.json.format(msgspec.json.encode(rates), indent=1))
+    written = simulate(config, rates, written_split(config), Demand(config, rates), PREDICTED_STEPS)
+    plan = None if options.num_gpus is None else find_split(config, rates, options.num_gpus)
+    report = Report(Widths.of(config), written, plan)
+    text = json.dumps(report.as_json(), indent=1) if options.as_json else "\n".join(report.lines())
+    sys.stdout.write(f"{text}\n")
+    if options.picture is not None:
+        report.draw(options.picture)
+
+
+def load_rates(path: Path, config: Config) -> Rates:
+    """Read a rates file, or read the rates off the run whose directory it is."""
+    if not path.is_dir():
+        return read_rates(path, config)
+    rates = rates_of_run(path)
+    check_rates(rates, config, str(path))
+    return rates
+
+
+def written_split(config: Config) -> Split:
+    """Return the sizes that the run file gives."""
+    teachers = {name: teacher.num_workers for name, teacher in config.teachers.items()}
+    return Split(config.rollout.num_workers, teachers, config.learner.num_workers)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content + b"\n")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot write the rates: {error.strerror}") from error

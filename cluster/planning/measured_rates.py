@@ -1,0 +1,179 @@
+"""Reads the rates of every stage off a run that is over: from its figures and from the calls that its trace kept.
+
+What is derived:
+
+- Rollout. A sequence of L tokens that began with all others of its call is finished after
+  a L + b sum_i min(length_i, L) seconds, where each token takes a + b n seconds while n sequences run: batches that
+  left full, and the last ones, give one such equation each, solved by least squares. Where a worker had more sequences
+  than it runs at a time, one pace is fitted; so measure with few sequences per worker, strictly on-policy.
+- Teachers. A replica that has m batches with t tokens in all, one after the other, is busy for c m + t / rate seconds.
+- Learner, sync: the medians over steps, of which those before the third are start-up; the update itself is a rank's last
+  call before each weight sync.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from cluster.contracts.config import Config
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.files import read_text
+from cluster.contracts.observation import Span
+from cluster.contracts.section import NonNegative, Positive
+from cluster.planning.rates import LearnerRates, Rates, RolloutRates, TeacherRates
+from cluster.planning.rollout_pace import Chain, busy_times, chains_of, least_squares, pace_of
+from cluster.run_directory import RunDirectory
+
+FIRST_STEP = 3  # those before it compile and fill caches
+MOST_QUANTILES = 201
+MAX_FILE_BYTES = 1 << 30
+_Decoded = TypeVar("_Decoded")
+
+
+class RunStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read of a step's line in metrics.jsonl."""
+
+    step: int
+    tokens: Positive
+    completion_tokens: Positive
+    completion_length: Positive = msgspec.field(name="rollout/completion_length")
+    completion_length_max: Positive = msgspec.field(name="rollout/completion_length_max")
+    learned_tokens_per_second: Positive = msgspec.field(name="learn/tokens_per_second")
+    sync_seconds: NonNegative = msgspec.field(name="sync/seconds")
+
+
+class _Event(msgspec.Struct, frozen=True):
+    """One entry of a trace file: a call to a worker, or a worker's name."""
+
+    ph: str
+    name: str
+    pid: int
+    ts: NonNegative = 0.0  # microseconds
+    dur: NonNegative = 0.0
+    args: dict[str, Any] = {}
+
+
+class _Trace(msgspec.Struct, frozen=True):
+    events: list[_Event] = msgspec.field(name="traceEvents")
+
+
+def rates_of_run(path: Path) -> Rates:
+    """Return the rates of a run, from its directory.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+        ConfigError: its figures or its trace are missing or damaged, or too few steps are in them.
+    """
+    directory = RunDirectory.open(path)
+    config = directory.read_config()
+    lines = read_text(directory.metrics, "run's figures", ConfigError, MAX_FILE_BYTES).splitlines()
+    trace = _decode(directory.trace, read_text(directory.trace, "run's trace", ConfigError, MAX_FILE_BYTES), _Trace)
+    steps = [_decode(directory.metrics, line, RunStep) for line in lines if line]
+    return rates_from(config, steps, _spans_of(trace.events), str(path))
+
+
+def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], source: str) -> Rates:
+    """Return rates from a run's steps, and the calls of some of them.
+
+    Raises:
+        ConfigError: there are too few steps, or none that a teacher scored.
+    """
+    later = [step for step in steps if step.step >= FIRST_STEP]
+    of_batches = [span for span in spans if span.num_rows and span.num_tokens]
+    chains = chains_of([span for span in of_batches if span.stage == "generate"])
+    if not later or not chains:
+        raise ConfigError(
+            f"{source}: {len(steps)} steps and {len(chains)} traced rollouts are too few to read rates off; "
+            f"run {FIRST_STEP} steps or more, with logging.trace_steps above 0"
+        )
+    num_completions = sum(step.completion_tokens / step.completion_length for step in later)
+    prompt_tokens = sum(step.tokens - step.completion_tokens for step in later) / num_completions
+    rollout = RolloutRates(
+        seconds_per_token=pace_of(chains, config),
+        prompt_tokens=(max(1.0, prompt_tokens),),
+        completion_tokens=_quantiles(chains, max(step.completion_length_max for step in later)),
+    )
+    return Rates(
+        rollout=rollout,
+        teachers=_teachers(of_batches, config, source),
+        learner=_learner(later, spans, config.learner.num_workers),
+        sync_seconds=median(step.sync_seconds for step in later),
+        source=source,
+    )
+
+
+def _teachers(spans: Sequence[Span], config: Config, source: str) -> dict[str, TeacherRates]:
+    rows = {name: 0 for name in config.teachers}
+    rates: dict[str, TeacherRates] = {}
+    for name in config.teachers:
+        own = [span for span in spans if span.pool == f"teacher-{name}" and span.stage == "score" and span.seconds > 0]
+        if not own:
+            raise ConfigError(f"{source}: the trace has no batch that teacher {name!r} scored; run more steps")
+        rows[name] = sum(span.num_rows for span in own)
+        rates[name] = _teacher(own)
+    total = sum(rows[name] for name in config.routes)
+    return {name: msgspec.structs.replace(found, share=min(1.0, rows[name] / total)) for name, found in rates.items()}
+
+
+def _teacher(spans: Sequence[Span]) -> TeacherRates:
+    """Fit what a batch and a token take to the times in which replicas were busy without a break."""
+    by_worker: dict[str, list[Span]] = defaultdict(list)
+    for span in spans:
+        by_worker[span.worker].append(span)
+    rows, seconds = [], []
+    for own in by_worker.values():
+        for began, ended in busy_times(own):
+            inside = [span for span in own if began <= span.began and span.ended <= ended]
+            rows.append((len(inside), sum(span.num_tokens for span in inside)))
+            seconds.append(ended - began)
+    per_batch, per_token = least_squares(np.array(rows, float), np.array(seconds))
+    if per_token <= 0:
+        per_batch, per_token = 0.0, sum(seconds) / sum(tokens for _, tokens in rows)
+    return TeacherRates(tokens_per_second=1 / per_token, seconds_per_pass=per_batch)
+
+
+def _learner(steps: Sequence[RunStep], spans: Sequence[Span], num_ranks: int) -> LearnerRates:
+    """Tell the update itself from forward and backward: it is a rank's last call before each weight sync."""
+    own = sorted((span for span in spans if span.worker == "learner-0"), key=lambda span: span.began)
+    updates = [before.seconds for before, after in pairwise(own) if (before.stage, after.stage) == ("learn", "sync")]
+    optimizer = median(updates) if updates else 0.0
+    rates = []
+    for step in steps:
+        busy = step.tokens / step.learned_tokens_per_second
+        rates.append(step.tokens / max(busy - optimizer, busy / 10) / num_ranks)
+    return LearnerRates(median(rates), optimizer_seconds=optimizer)
+
+
+def _quantiles(chains: Sequence[Chain], longest: float) -> tuple[float, ...]:
+    lengths = sorted(length for chain in chains for length in chain.lengths)
+    num = min(MOST_QUANTILES, len(lengths))
+    found = [float(value) for value in np.quantile(lengths, np.linspace(0, 1, num))]
+    found[-1] = max(found[-1], longest)
+    assert all(low <= high for low, high in pairwise(found))
+    return tuple(found)
+
+
+def _spans_of(events: Sequence[_Event]) -> list[Span]:
+    """Return the calls of a trace."""
+    workers = {event.pid: str(event.args.get("name")) for event in events if event.name == "process_name"}
+    return [_span_of(event, workers.get(event.pid, "")) for event in events if event.ph == "X"]
+
+
+def _span_of(event: _Event, worker: str) -> Span:
+    rows, tokens = (event.args.get(name) for name in ("rows", "tokens"))
+    began, pool = event.ts / 1e6, worker.rpartition("-")[0]
+    counts = (value if isinstance(value, int) else 0 for value in (rows, tokens))
+    return Span(pool, worker, event.name, began, began + event.dur / 1e6, *counts)  # type: ignore[arg-type]
+
+
+def _decode(path: Path, text: str, kind: type[_Decoded]) -> _Decoded:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not what a run writes: {error}; plan from another run") from error

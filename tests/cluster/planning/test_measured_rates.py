@@ -1,0 +1,114 @@
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.observation import Span
+from cluster.contracts.run_file import dump_run_config
+from cluster.planning.measured_rates import rates_from, rates_of_run
+from cluster.planning.rates import Rates
+from cluster.planning.rollout_pace import chains_of, makespan
+from cluster.trace import timeline
+from tests.builders import make_config
+
+ALONE, PER_RUNNING = 0.01, 0.002  # seconds per token that the written calls below show
+RECORD = {
+    "step": 3,
+    "tokens": 1300.0,
+    "completion_tokens": 1000.0,
+    "rollout/completion_length": 100.0,
+    "rollout/completion_length_max": 250.0,
+    "learn/tokens_per_second": 8000.0,
+    "sync/seconds": 0.5,
+}
+
+
+def rollout(worker: int, began: float, lengths: Sequence[int]) -> list[Span]:
+    """Return the calls of one rollout whose rows all run from the start, each of them a full batch."""
+    spans, asked = [], began
+    for length in sorted(lengths):
+        tokens = sum(min(other, length) for other in lengths)
+        ended = began + ALONE * length + PER_RUNNING * tokens
+        spans.append(Span("rollout", f"rollout-{worker}", "generate", asked, ended, 1, length))
+        asked = ended + 0.0002
+    return spans
+
+
+def scored(began: float, tokens: int, seconds: float) -> Span:
+    return Span("teacher-main", "teacher-main-0", "score", began, began + seconds, 1, tokens)
+
+
+def a_runs_spans() -> list[Span]:
+    random = np.random.default_rng(0)
+    written = [
+        span
+        for step in range(4)
+        for worker in range(3)
+        for span in rollout(
+            worker, 100.0 * step, random.choice(np.arange(20, 250), 30 + 4 * step, replace=False).tolist()
+        )
+    ]
+    # A batch takes 0.1 s, and a token 0.5 ms.
+    # 1300 tokens of which a group of 8000 per second learns in 0.1625 s, 0.0625 s of which is the update.
+    learned = [Span("learner", "learner-0", *call) for call in (("learn", 5.0, 5.1), ("learn", 5.1, 5.1625))]
+    synced = Span("learner", "learner-0", "sync", 5.17, 5.67)
+    return [*written, *learned, synced, scored(0.0, 400, 0.3), scored(1.0, 1000, 0.6), scored(2.0, 200, 0.2)]
+
+
+def rates_of_spans(spans: Sequence[Span], tmp_path: Path, *overrides: str) -> Rates:
+    """Write a run's directory, and read the rates off it."""
+    config = make_config("rollout.rows_per_batch=1", "learner.num_workers=2", *overrides)
+    (tmp_path / "config.json").write_text(dump_run_config(config))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({**RECORD, "step": step}) + "\n" for step in (1, 2, 3)))
+    (tmp_path / "trace.json").write_text(json.dumps(timeline(spans)))
+    return rates_of_run(tmp_path)
+
+
+def test_the_pace_of_an_engine_is_found_for_one_and_for_many_sequences(tmp_path: Path) -> None:
+    (one, alone), (many, crowded) = rates_of_spans(a_runs_spans(), tmp_path).rollout.seconds_per_token
+    assert (one, many) == (1, 42)
+    assert alone == pytest.approx(ALONE + PER_RUNNING, rel=0.02)  # 0.2 ms pass before each next call
+    assert crowded == pytest.approx(ALONE + 42 * PER_RUNNING, rel=0.02)
+
+
+def test_the_other_rates_are_read_off_too(tmp_path: Path) -> None:
+    rates = rates_of_spans(a_runs_spans(), tmp_path)
+    assert rates.teachers["main"].tokens_per_second == pytest.approx(2000.0, rel=1e-3)
+    assert rates.teachers["main"].seconds_per_pass == pytest.approx(0.1, rel=1e-3)
+    assert rates.learner.optimizer_seconds == pytest.approx(0.0625)
+    assert rates.learner.tokens_per_second == pytest.approx(1300 / 0.1 / 2)  # of each of two ranks
+    assert rates.sync_seconds == 0.5
+    assert rates.rollout.prompt_tokens == (30.0,)  # 300 tokens of 10 rows
+    assert rates.rollout.completion_tokens[-1] == 250.0  # type: ignore[index]
+
+
+def test_calls_that_overlap_belong_to_rollouts_of_their_own() -> None:
+    calls = [Span("rollout", "rollout-0", "generate", *times, 1, 10) for times in ((0, 1), (0.5, 2), (1.001, 3))]
+    assert [[span.began for span in chain.batches] for chain in chains_of(calls)] == [[0, 1.001], [0.5]]
+
+
+def test_full_engines_give_the_pace_at_their_limit(tmp_path: Path) -> None:
+    # Four sequences of 100 tokens, two at a time, in 4 s.
+    spans = [Span("rollout", "rollout-0", "generate", 0.0, 4.0, 4, 400), scored(4.0, 400, 0.4)]
+    rates = rates_of_spans(spans, tmp_path, "rollout.engine.max_concurrent_sequences=2")
+    assert rates.rollout.seconds_per_token == ((2, pytest.approx(0.02)),)
+
+
+def test_a_makespan_is_at_least_the_longest_and_the_mean_load() -> None:
+    lengths = [10, 20, 30, 100]
+    found = makespan(lengths, 2, np.random.default_rng(0))
+    assert max(100, sum(lengths) / 2) <= found <= 100 + (sum(lengths) - 100) / 2
+
+
+def test_a_run_that_was_too_short_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"run: 0 steps and 0 traced rollouts are too few .* run 3 steps or more"):
+        rates_from(make_config(), [], [], "run")
+
+
+def test_a_teacher_that_scored_nothing_is_named(tmp_path: Path) -> None:
+    spans = [span for span in a_runs_spans() if span.pool == "rollout"]
+    with pytest.raises(ConfigError, match="no batch that teacher 'main' scored"):
+        rates_of_spans(spans, tmp_path)
