@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 
 from cluster.contracts.alarms import AlarmConfig
+from cluster.contracts.balance import BalanceConfig, check_limits
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.objective import BASE, INITIAL_STUDENT, TEACHER, ObjectiveConfig
 from cluster.contracts.section import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
@@ -64,6 +65,8 @@ class RolloutConfig(Section):
     """The student's generators."""
 
     num_workers: Items = 1
+    min_workers: Items = 1  # the balancer's limits of num_workers
+    max_workers: Items | None = None  # None: what the other pools can spare
     samples_per_prompt: Items = 1
     max_completion_tokens: Count = 512
     temperature: Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
@@ -75,6 +78,10 @@ class RolloutConfig(Section):
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
     engine: EngineConfig = EngineConfig()
 
+    def __post_init__(self) -> None:
+        """Check the balancer's limits; raises ValueError, which the reader turns into a ConfigError."""
+        check_limits(self.num_workers, self.min_workers, self.max_workers)
+
 
 class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
@@ -82,8 +89,14 @@ class TeacherConfig(Section):
     model: Text
     trust_remote_code: bool = False
     num_workers: Items = 1
+    min_workers: Items = 1  # the balancer's limits of num_workers
+    max_workers: Items | None = None  # None: what the other pools can spare
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     engine: EngineConfig = EngineConfig()
+
+    def __post_init__(self) -> None:
+        """Check the balancer's limits; raises ValueError, which the reader turns into a ConfigError."""
+        check_limits(self.num_workers, self.min_workers, self.max_workers)
 
 
 class LearnerConfig(Section):
@@ -179,6 +192,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     teachers: Annotated[dict[str, TeacherConfig], Meta(min_length=1)]
     objective: ObjectiveConfig = ObjectiveConfig()
     learner: LearnerConfig = LearnerConfig()
+    balance: BalanceConfig = BalanceConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     score_audit: ScoreAuditConfig = ScoreAuditConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
