@@ -8,8 +8,8 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -89,44 +89,59 @@ class StubRun:
         return seconds
 
 
+@dataclass(frozen=True)
+class StubSizes:
+    """How many workers the pools have."""
+
+    rollout: int
+    teachers: Mapping[str, int]
+
+
 @contextmanager
 def stub_run(num_workers: int, rates: StubRates, rows_per_step: int) -> Iterator[StubRun]:
     """Start pools of `num_workers` rollout workers, a quarter as many teacher workers, and one learner rank."""
     config = parse_run_config(RUN, ["objective=thinking-machines", "learner.micro_batch_tokens=4096"])
-    rollout_processes = SharedProcesses(rates, config.rollout.rows_per_batch)
-    teacher_processes = SharedProcesses(rates)
-    settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, config.rollout.rows_per_batch, None)
-    rollouts = RolloutPool(
-        settings,
-        [{"num_cpus": 0}] * num_workers,
-        TIMEOUTS,
-        actor=StubRolloutProcess,
-        create=rollout_processes.create,
-    )
-    num_teachers = max(1, num_workers // 4)
-    pool = TeacherPool(
-        "main",
-        TeacherConfig("stub"),
-        1,
-        [{"num_cpus": 0}] * num_teachers,
-        TIMEOUTS,
-        actor=StubTeacherProcess,
-        create=teacher_processes.create,
-    )
-    learner = LearnerGroup(
-        config,
-        [{"num_cpus": 0}],
-        create=lambda _cls, names, _arguments, options: create_actors(StubLearnerActor, names, [(rates,)], options),
-    )
-    rollouts.wait_until_ready()
-    pool.wait_until_ready()
-    rollouts.set_prompts(PromptSet.of_token_ids([[1] * PROMPT_TOKENS] * rows_per_step, teacher="main"))
-    try:
-        yield StubRun(config, rollouts, TeacherPools({"main": pool}, TIMEOUTS.call_seconds), learner, rows_per_step)
-    finally:
-        rollout_processes.end()
-        teacher_processes.end()
-        learner.shutdown()
+    sizes = StubSizes(num_workers, {"main": max(1, num_workers // 4)})
+    prompts = PromptSet.of_token_ids([[1] * PROMPT_TOKENS] * rows_per_step, teacher="main")
+    with start_stubs(config, rates, sizes, prompts) as run:
+        yield run
+
+
+@contextmanager
+def start_stubs(config: Config, rates: StubRates, sizes: StubSizes, prompts: PromptSet) -> Iterator[StubRun]:
+    """Start pools of given sizes, a pool for each of the config's teachers, and the learner; a step asks each prompt."""
+    rows_per_batch = config.rollout.rows_per_batch
+    rollout_processes = SharedProcesses(rates, rows_per_batch)
+    settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, rows_per_batch, None)
+    with ExitStack() as stack:
+        stack.callback(rollout_processes.end)
+        rollouts = RolloutPool(
+            settings,
+            [{"num_cpus": 0}] * sizes.rollout,
+            TIMEOUTS,
+            actor=StubRolloutProcess,
+            create=rollout_processes.create,
+        )
+        pools = {}
+        for name, size in sizes.teachers.items():
+            processes = SharedProcesses(rates)
+            stack.callback(processes.end)
+            options = [{"num_cpus": 0}] * size
+            teacher = TeacherConfig("stub")
+            pools[name] = TeacherPool(
+                name, teacher, 1, options, TIMEOUTS, actor=StubTeacherProcess, create=processes.create
+            )
+        learner = LearnerGroup(
+            config,
+            [{"num_cpus": 0}],
+            create=lambda _cls, names, _arguments, options: create_actors(StubLearnerActor, names, [(rates,)], options),
+        )
+        stack.callback(learner.shutdown)
+        rollouts.wait_until_ready()
+        for pool in pools.values():
+            pool.wait_until_ready()
+        rollouts.set_prompts(prompts)
+        yield StubRun(config, rollouts, TeacherPools(pools, TIMEOUTS.call_seconds), learner, len(prompts))
 
 
 def overlap_rows(num_workers: int, steps: int) -> list[Row]:

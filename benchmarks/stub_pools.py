@@ -28,19 +28,21 @@ from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker
 
 WORKERS_PER_PROCESS = 32
+TOKENS_AT_A_TIME = 4  # of engines that slow down with the sequences that run: more often, timers would cost too much
 
 
 @dataclass(frozen=True)
 class StubRates:
     """How fast the simulated hardware is."""
 
-    seconds_per_token: float  # of each sequence, however many run together
+    seconds_per_token: float  # of each sequence, however many run together, if `seconds_per_running` is 0
     concurrent_sequences: int  # per rollout worker
     score_tokens_per_second: float  # per teacher worker
     learn_tokens_per_second: float  # per rank
     median_length: float  # completion lengths are log-normal
     sigma: float
     longest: int
+    seconds_per_running: float = 0.0  # that each running sequence adds to the seconds of a token of all of them
 
 
 def completion_length(seed: int, rates: StubRates) -> int:
@@ -57,6 +59,8 @@ class StubRolloutEngine:
         self._free = rates.concurrent_sequences
         self._waiting: asyncio.PriorityQueue[tuple[int, int, asyncio.Event]] = asyncio.PriorityQueue()
         self._arrivals = 0
+        self._running: dict[asyncio.Event, int] = {}  # tokens still to write
+        self._decoding: asyncio.Task[None] | None = None
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
@@ -70,7 +74,7 @@ class StubRolloutEngine:
             self._arrivals += 1
             self._waiting.put_nowait((priority, self._arrivals, turn))
             await turn.wait()
-        await asyncio.sleep(length * self._rates.seconds_per_token)
+        await self._write(length)
         if self._waiting.empty():
             self._free += 1
         else:
@@ -80,6 +84,30 @@ class StubRolloutEngine:
 
     async def shutdown(self) -> None:
         """End nothing."""
+
+    async def _write(self, length: int) -> None:
+        if not self._rates.seconds_per_running:
+            await asyncio.sleep(length * self._rates.seconds_per_token)
+            return
+        if self._decoding is None or self._decoding.done():
+            self._decoding = asyncio.create_task(self._decode())
+        done = asyncio.Event()
+        self._running[done] = length
+        await done.wait()
+
+    async def _decode(self) -> None:
+        """Write some tokens of every running sequence at a time, each as slowly as their number makes it."""
+        now = time.perf_counter()
+        while self._running:
+            rates = self._rates
+            now += TOKENS_AT_A_TIME * (rates.seconds_per_token + rates.seconds_per_running * len(self._running))
+            await asyncio.sleep(max(0.0, now - time.perf_counter()))
+            for done in list(self._running):
+                self._running[done] -= TOKENS_AT_A_TIME
+                if self._running[done] <= 0:
+                    del self._running[done]
+                    done.set()
+            await asyncio.sleep(0)  # those that waited for a place take it now
 
 
 class StubRolloutProcess:
@@ -214,8 +242,9 @@ class SharedProcesses:
         count = -(-len(names) // WORKERS_PER_PROCESS)
         option = {**options[0], "num_cpus": 0, "max_concurrency": 4 * WORKERS_PER_PROCESS}
         labels = [f"stub-{names[0]}-process-{index}" for index in range(count)]
-        self._processes = create_actors(cls, labels, [self._arguments] * count, [option] * count)
-        return [SharedWorker(self._processes[index % count], index) for index in range(len(names))]
+        processes = create_actors(cls, labels, [self._arguments] * count, [option] * count)
+        self._processes += processes
+        return [SharedWorker(processes[index % count], index) for index in range(len(names))]
 
     def end(self) -> None:
         """End the processes."""
