@@ -13,7 +13,17 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean, variance
 
 from cluster.contracts.balance import BalanceConfig
-from cluster.splits import ALMOST, ROLLOUT, Sizes, Space, mean_seconds, path_to_better, scaled, stage_seconds, step_seconds
+from cluster.splits import (
+    ALMOST,
+    ROLLOUT,
+    Sizes,
+    Space,
+    mean_seconds,
+    path_to_better,
+    scaled,
+    stage_seconds,
+    step_seconds,
+)
 from cluster.step_work import StepWork
 
 WINDOW = 3  # times balance.observe_steps: the most steps that a decision looks back, and that a trial lasts
@@ -59,6 +69,7 @@ class _Trial:
     before: Sizes
     works: Sequence[StepWork]  # of the steps before it
     steps_ahead: int
+    bar: float  # factor by which steps may become slower
     waited_seconds: float = 0.0  # for its workers
 
     def changes(self, works: Sequence[StepWork]) -> tuple[float, float]:
@@ -142,14 +153,14 @@ class Balance:
         factor, error = trial.changes(list(self._works))
         if factor > MUCH_WORSE:
             return self._take_back(trial, f"steps became {factor:.2f} times as long")
-        is_clear = abs(factor - 1 - WORSE) > SURE * error or self._steps_here >= WINDOW * self.config.observe_steps
+        is_clear = abs(factor - trial.bar) > SURE * error or self._steps_here >= WINDOW * self.config.observe_steps
         if self._steps_here < self.config.observe_steps or not is_clear:
             return None
-        if factor > 1 + WORSE:
-            return self._take_back(trial, f"steps became {factor - 1:.0%} longer")
+        change = f"steps became {abs(factor - 1):.0%} {'shorter' if factor < 1 else 'longer'}"
+        if factor > trial.bar:
+            return self._take_back(trial, change)
         self._trial, self._is_careful = None, False
-        change = f"{abs(factor - 1):.0%} {'shorter' if factor < 1 else 'longer'}"
-        return Decision(f"kept {describe_sizes(self._sizes)}: steps became {change}")
+        return Decision(f"kept {describe_sizes(self._sizes)}: {change}")
 
     def _take_back(self, trial: _Trial, why: str) -> Decision:
         self._left[_key(self._sizes)] = load_of(trial.works, trial.before)
@@ -169,10 +180,24 @@ class Balance:
         others = path[1:2] if self._is_careful else path[1:]
         allowed = [sizes for sizes in others if self._promises(sizes, works, seen.steps_left)]
         if not allowed:
-            return None
+            return self._probe(works, seen.steps_left)
         best = min(mean_seconds(works, sizes, ahead) for sizes in allowed)
         target = next(sizes for sizes in allowed if mean_seconds(works, sizes, ahead) <= ALMOST * best)
-        return self._move(target, works)
+        return self._move(target, works, is_probe=False)
+
+    def _probe(self, works: Sequence[StepWork], steps_left: int) -> Decision | None:
+        """Give the rollout pool what another can spare, if only a completion that others slow down might speak for it.
+
+        How much a full engine slows each of its completions cannot be told while some wait; one trial tells.
+        """
+        ahead, here = self.horizon.steps_ahead, self._sizes
+        hoped = [replace(work, generation=work.generation.hoped(here[ROLLOUT])) for work in works]
+        slack = ALMOST * mean_seconds(works, here, ahead)
+        for sizes in self.space.within_reach(here).exchanges(here):
+            costs_nothing = sizes[ROLLOUT] > here[ROLLOUT] and mean_seconds(works, sizes, ahead) <= slack
+            if costs_nothing and self._promises(sizes, hoped, steps_left):
+                return self._move(sizes, hoped, is_probe=True)
+        return None
 
     def _promises(self, sizes: Sizes, works: Sequence[StepWork], steps_left: int) -> bool:
         """Return whether a split is so much better that moving there pays, now and in the run's remaining steps."""
@@ -191,17 +216,17 @@ class Balance:
         slower = mean_seconds(works, meanwhile, ahead) / mean_seconds(works, here, ahead)
         return gain * steps_left > self._start_seconds * max(0.0, 1 - 1 / slower)
 
-    def _move(self, target: Sizes, works: Sequence[StepWork]) -> Decision:
+    def _move(self, target: Sizes, works: Sequence[StepWork], is_probe: bool) -> Decision:
         before, ahead = self._sizes, self.horizon.steps_ahead
         seconds = fmean(work.seconds for work in works)
         gain = mean_seconds(works, before, ahead) - mean_seconds(works, target, ahead)
         sentence = (
             f"{describe_move(before, target)}: of a step's {seconds:.2f} s {describe_load(works, before)}; "
-            f"{seconds - gain:.2f} s are expected ({-gain / seconds:.0%})"
+            f"{seconds - gain:.2f} s are {'possible' if is_probe else 'expected'} ({-gain / seconds:.0%})"
         )
         self._num_returns += _key(target) in self._left
         self._left[_key(before)] = load_of(works, before)
-        self._trial = _Trial(before, works, ahead)
+        self._trial = _Trial(before, works, ahead, 1 - WORSE if is_probe else 1 + WORSE)
         self._arrive(target)
         return Decision(sentence, target)
 
@@ -215,7 +240,7 @@ def load_of(works: Sequence[StepWork], sizes: Sizes) -> Load:
     """Return every pool's part of the work, the learner's and the longest completion's included; they add up to 1."""
     seconds = {name: share * sizes[name] for name, share in stage_seconds(works, sizes).items()}
     seconds["learner"] = fmean(work.learn_seconds for work in works)
-    seconds["longest"] = fmean(work.longest_seconds for work in works)
+    seconds["longest"] = fmean(work.generation.longest_seconds for work in works)
     return {name: value / sum(seconds.values()) for name, value in seconds.items()}
 
 
@@ -240,7 +265,7 @@ def describe_move(before: Sizes, after: Sizes) -> str:
     """Say which pools change.
 
     Example:
-        >>> describe_move({"rollout": 4, "teachers.a": 1, "teachers.b": 1}, {"rollout": 3, "teachers.a": 2, "teachers.b": 1})
+        >>> describe_move({"rollout": 4, "teachers.a": 1}, {"rollout": 3, "teachers.a": 2})
         'rollout 4 -> 3, teachers.a 1 -> 2'
     """
     return ", ".join(f"{name} {size} -> {after[name]}" for name, size in before.items() if after[name] != size)

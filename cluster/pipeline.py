@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import Config, StudentConfig
@@ -44,6 +45,7 @@ class Pipeline:
     teachers: TeacherPools
     learner: LearnerGroup
     placement: Placement
+    start_seconds: float = 0.0  # which the pools took to start
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -156,6 +158,7 @@ def start_pipeline(
         placement: where the actors go.
         learner_config: what the learner is told instead, for checks against other teachers.
     """
+    began = perf_counter()
     with ExitStack() as stack:
         watch = stack.enter_context(closing(Watch(config.ray.silence_seconds)))
         supervision = Supervision(restart_limit(config), watch)
@@ -177,7 +180,8 @@ def start_pipeline(
         for teacher in teachers.values():
             teacher.wait_until_ready()
         rollouts.set_prompts(inputs.prompts)
-        yield Pipeline(rollouts, TeacherPools(teachers, config.ray.call_timeout_seconds), learner, placement)
+        pools = TeacherPools(teachers, config.ray.call_timeout_seconds)
+        yield Pipeline(rollouts, pools, learner, placement, start_seconds=perf_counter() - began)
 
 
 def start_teacher(

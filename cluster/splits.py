@@ -70,18 +70,19 @@ def step_seconds(work: StepWork, sizes: Sizes, steps_ahead: int) -> float:
     Every stage ends after the one before it, and not before it has done its own work. Where generation runs ahead,
     the stages of several steps overlap, and the slowest of them counts.
     """
-    full = work.rollout_seconds / sizes[ROLLOUT]
-    generated = max(work.longest_seconds, full + work.tail_seconds)
+    generated = work.generation.seconds(sizes[ROLLOUT])
+    first = generated * work.first_share
     alone = [work.teachers[name].busy_seconds / sizes[name] for name in work.teachers]
     scored = max(
         [
             generated,
             *(generated + teacher.last_seconds for teacher in work.teachers.values()),
-            *(work.first_seconds + seconds for seconds in alone),
+            *(first + seconds for seconds in alone),
         ]
     )
-    learned = max(scored + work.last_learn_seconds, work.first_seconds + work.learn_seconds)
+    learned = max(scored + work.last_learn_seconds, first + work.learn_seconds)
     in_turn = learned + work.sync_seconds
+    full = work.generation.worker_seconds / sizes[ROLLOUT]
     return max(in_turn / (1 + steps_ahead), full, *alone, work.learn_seconds + work.sync_seconds)
 
 
@@ -110,14 +111,12 @@ def path_to_better(space: Space, works: Sequence[StepWork], sizes: Sizes, steps_
 
 def stage_seconds(works: Sequence[StepWork], sizes: Sizes) -> dict[str, float]:
     """Return how long every pool's workers are at work in a step, on average over workers and steps."""
-    return {
-        name: sum(_busy(work, name) for work in works) / len(works) / size for name, size in sizes.items()
-    }
+    return {name: sum(_busy(work, name) for work in works) / len(works) / size for name, size in sizes.items()}
 
 
 def _busy(work: StepWork, pool: str) -> float:
     if pool == ROLLOUT:
-        return work.rollout_seconds
+        return work.generation.worker_seconds
     return work.teachers[pool].busy_seconds if pool in work.teachers else 0.0
 
 
@@ -128,9 +127,7 @@ def scaled(work: StepWork, tokens: float, longest: float) -> StepWork:
         work,
         tokens=tokens,
         longest=longest,
-        longest_seconds=work.longest_seconds * by_longest,
-        tail_seconds=work.tail_seconds * by_longest,
-        rollout_seconds=work.rollout_seconds * by_tokens,
+        generation=work.generation.times(by_tokens, by_longest),
         teachers={
             name: replace(teacher, busy_seconds=teacher.busy_seconds * by_tokens)
             for name, teacher in work.teachers.items()

@@ -1,23 +1,57 @@
 """What one step asked of every pool, in seconds of its workers, from the step's own batches; pure.
 
 A busy worker says little about a rollout pool: one straggler keeps its worker busy to the end, and no further worker
-would shorten it. So a step's generation is taken apart into what more workers share, `rollout_seconds`, and what they
-do not: the longest completion by itself, and the tail in which fewer completions are written than could be.
+would shorten it. So a step's generation is taken apart into what more workers share, and what they do not: the longest
+completion by itself, and the tail in which fewer completions are written than could be.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.observation import Span
+from cluster.decoding_pace import Pace, Seconds, Written, all_ran_at_once, most_at_a_time, written_batches
 
-Seconds = NDArray[np.float64]
-
-BINS = 32  # into which a step's generation is cut to see when it was fastest
 AT_ONCE = 0.9  # share of a step's completions that, when they ran together, says that none had to wait
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A step's generation: what more workers share, and what they do not."""
+
+    longest_seconds: float  # of the longest completion, if no other ran beside it
+    crowd_seconds: float  # of all workers together: what a token costs the others that run
+    full_seconds: float  # of all workers together, each as full as it can be, the crowd's seconds aside
+    tail_seconds: float  # beyond what full workers take
+    is_hindered: bool = False  # whether those beside it may have slowed the longest one; then it takes less by itself
+
+    @property
+    def worker_seconds(self) -> float:
+        """Return what all workers together take when they are full."""
+        return self.crowd_seconds + self.full_seconds
+
+    def seconds(self, num_workers: int) -> float:
+        """Return how long so many workers take."""
+        alone = max(self.longest_seconds, self.full_seconds / num_workers + self.tail_seconds)
+        return self.crowd_seconds / num_workers + alone
+
+    def hoped(self, num_workers: int) -> "Generation":
+        """Return the most that may be hoped for of what so many workers took: that more of them share all of it."""
+        if not self.is_hindered:
+            return self
+        return Generation(0.0, 0.0, self.seconds(num_workers) * num_workers, 0.0, is_hindered=True)
+
+    def times(self, by_tokens: float, by_longest: float) -> "Generation":
+        """Return that of a step with so many times the tokens, and so many times the longest completion's."""
+        return Generation(
+            self.longest_seconds * by_longest,
+            self.crowd_seconds * by_tokens,
+            self.full_seconds * by_tokens,
+            self.tail_seconds * by_longest,
+            self.is_hindered,
+        )
 
 
 @dataclass(frozen=True)
@@ -36,10 +70,8 @@ class StepWork:
     seconds: float
     tokens: float  # completion tokens
     longest: float  # tokens of the longest completion
-    longest_seconds: float  # which it takes however many workers there are
-    rollout_seconds: float  # of all rollout workers together, each as full as it was at its fullest
-    tail_seconds: float  # of generation beyond what full workers take
-    first_seconds: float  # from the step's admission to its first batch at a teacher
+    generation: Generation
+    first_share: float  # of the generation's seconds, until the first batch is at a teacher
     teachers: Mapping[str, TeacherWork]  # by pool: teachers.NAME
     learn_seconds: float
     last_learn_seconds: float  # one batch
@@ -52,10 +84,13 @@ class WorkMeter:
 
     Args:
         max_concurrent: completions that a rollout worker can write at a time, as far as one knows.
+        steps_ahead: that generation runs ahead of learning.
     """
 
     max_concurrent: float
+    steps_ahead: int
     _counted_until: dict[str, float] = field(default_factory=dict)  # of each teacher worker: steps overlap
+    _pace: Pace = field(default_factory=Pace)
 
     def measure(
         self, record: Mapping[str, float], batches: Sequence[BatchHandle], num_rollout_workers: int
@@ -67,42 +102,56 @@ class WorkMeter:
             batches: what the step learned from.
             num_rollout_workers: that wrote them.
         """
-        written = [(handle, span) for handle in batches for span in handle.spans if span.stage == "generate"]
-        scores = [span for handle in batches for span in handle.spans if span.stage == "score"]
+        written = written_batches(batches)
         if not written:
             return None
-        admitted = min(span.began for _, span in written)
-        lengths = np.array([length for handle, _ in written for length in handle.num_completion_tokens], np.float64)
-        ended = np.array([span.ended - admitted for handle, span in written for _ in handle.num_completion_tokens])
-        token_seconds = float(np.min(ended / np.maximum(lengths, 1)))
-        full = self._concurrent(ended, lengths * token_seconds, num_rollout_workers) / num_rollout_workers
-        rollout_seconds = float(lengths.sum()) * token_seconds / full
+        admitted = min(span.began for handle in batches for span in handle.spans)
+        scores = [span for handle in batches for span in handle.spans if span.stage == "score"]
+        lengths = np.concatenate([batch.lengths for batch in written])
+        generation = self._generation(written, lengths, num_rollout_workers)
         return StepWork(
             seconds=record["step/seconds"],
             tokens=float(lengths.sum()),
             longest=float(lengths.max()),
-            longest_seconds=float(lengths.max()) * token_seconds,
-            rollout_seconds=rollout_seconds,
-            tail_seconds=max(0.0, float(ended.max()) - rollout_seconds / num_rollout_workers),
-            first_seconds=min((span.began for span in scores), default=admitted) - admitted,
+            generation=generation,
+            first_share=self._first_share(scores, admitted, written[-1].seconds),
             teachers=self._teachers(scores, record["step/seconds"]),
             learn_seconds=record["learn/seconds"],
             last_learn_seconds=record["learn/seconds"] / len(batches),
             sync_seconds=record["sync/seconds"],
         )
 
-    def _concurrent(self, ended: Seconds, seconds: Seconds, num_workers: int) -> float:
-        """Return how many completions the workers write at a time when they are full.
+    @staticmethod
+    def _first_share(scores: Sequence[Span], admitted: float, seconds: float) -> float:
+        first = min((span.began for span in scores), default=admitted)
+        return min(1.0, (first - admitted) / seconds)
 
-        Where all ran together from the start, that is what the engine allows, or what was seen when some had to wait.
-        The seconds of a completion are those of an unhindered one; where an engine is slower when it is full, both they
-        and the result are too small by the same factor, which leaves the work as it is.
+    def _generation(self, written: Sequence[Written], lengths: Seconds, num_workers: int) -> Generation:
+        """Take a step's generation apart.
+
+        Where all completions ran from the start, an engine's limit is its own, or what was seen when some had to wait,
+        and what the others cost each of them can be told. Elsewhere the seconds of a token are those of the least
+        hindered completion; where an engine is slower when it is full, both they and the number that ran together are
+        too small by the same factor, which leaves the work as it is.
         """
-        found = most_at_a_time(ended - seconds, ended)
-        if found < AT_ONCE * len(ended):
-            self.max_concurrent = found / num_workers
-            return found
-        return max(found, self.max_concurrent * num_workers)
+        ended = np.concatenate([np.full(len(batch.lengths), batch.seconds) for batch in written])
+        whole, tokens = float(ended.max()), float(lengths.sum())
+        token_seconds, crowding_seconds, pace = float(np.min(ended / lengths)), 0.0, None
+        together = most_at_a_time(ended - lengths * token_seconds, ended)
+        if together >= AT_ONCE * len(lengths) or (not self.steps_ahead and all_ran_at_once(written)):
+            pace = None if self.steps_ahead else self._pace.learn(written)
+            token_seconds, crowding_seconds = pace or (token_seconds, 0.0)
+            full = max(len(lengths) / num_workers, self.max_concurrent)
+        else:
+            self.max_concurrent = full = together / num_workers
+        crowd, alone = crowding_seconds * tokens, token_seconds * tokens / full
+        return Generation(
+            longest_seconds=token_seconds * float(lengths.max()),
+            crowd_seconds=crowd,
+            full_seconds=alone,
+            tail_seconds=max(0.0, whole - (crowd + alone) / num_workers),
+            is_hindered=pace is None,
+        )
 
     def _teachers(self, spans: Iterable[Span], step_seconds: float) -> dict[str, TeacherWork]:
         by_pool: dict[str, list[Span]] = {}
@@ -120,23 +169,3 @@ class WorkMeter:
         until = self._counted_until.get(span.worker, 0.0)
         self._counted_until[span.worker] = max(until, span.ended)
         return max(0.0, span.ended - max(span.began, until))
-
-
-def most_at_a_time(began: Seconds, ended: Seconds) -> float:
-    """Return how many intervals overlap in the fullest of BINS equal parts of their time, on average over that part.
-
-    Example:
-        >>> most_at_a_time(np.array([0.0, 0.0, 16.0]), np.array([32.0, 16.0, 32.0]))
-        2.0
-    """
-    edges = np.linspace(float(began.min()), float(ended.max()), BINS + 1)
-    covered = _covered(began, edges) - _covered(ended, edges)
-    return float(np.max(np.diff(covered)) / (edges[1] - edges[0]))
-
-
-def _covered(moments: Seconds, edges: Seconds) -> Seconds:
-    """Return for each edge the seconds that lie between the moments before it and the edge, added up."""
-    ordered = np.sort(moments)
-    before = np.searchsorted(ordered, edges)
-    total: Seconds = before * edges - np.concatenate(([0.0], np.cumsum(ordered)))[before]
-    return total

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import ray
 
 from cluster.alarms import Alarms, LengthCap, Raised
+from cluster.balancer import make_balancer
 from cluster.checkpoints import Checkpoints, RunState
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, PreceptorError, RunStopped, TrainingError
@@ -56,7 +57,7 @@ class TrainingRun:
         self._metrics = RecordsFile(self.directory.metrics)
         self._finished_step = self._saved_step = self.first_step
         self._alarms_file = RecordsFile(self.directory.alarms)
-        for file in (self._metrics, self._alarms_file):
+        for file in (self._metrics, self._alarms_file, RecordsFile(self.directory.moves)):
             file.drop_from(self.first_step + 1)
         forget_samples(self.directory.samples, self.first_step)
         tidy(self.directory.checkpoints, self.first_step)
@@ -64,6 +65,7 @@ class TrainingRun:
         self._checkpoints = Checkpoints(self.directory, self.config.checkpoint, self.pipeline.learner)
         self._audit = ScoreAudit(self.config, self.pipeline.teachers.pools, self.directory.score_audit)
         self.scaling = make_scaling(self.directory, self.pipeline, self.view.say)
+        self._balancer = make_balancer(self.config, self.pipeline, self.directory, self.view.say)
         self._alarms = Alarms(self.config.alarms)
         self.observers = open_observers(self.config, self.directory, self.first_step)
         self._lookout = Lookout(self.pipeline, self.observers)
@@ -98,6 +100,8 @@ class TrainingRun:
         self._finished_step = step
         record = {**record, **self._lookout.look(), **self._checkpoints.complete_if_written()}
         is_last = step == self.config.run.steps
+        if self._balancer is not None and not is_last:
+            record |= self._balancer.after_step(record, list(batches), self.config.run.steps - step)
         if not self.inputs.held_out_ids:
             self.history.note_kl(record["train/kl"])
         elif is_last or _is_due(step, self.config.evaluation.every_steps):

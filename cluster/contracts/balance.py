@@ -7,7 +7,7 @@ from msgspec import Meta
 from cluster.contracts.section import Items, Section
 
 
-class BalanceConfig(Section):
+class BalanceConfig(Section, frozen=True):
     """Whether workers move between the rollout pool and the teachers' pools while a run goes on.
 
     `balance = "auto"` is short for a table with this mode.

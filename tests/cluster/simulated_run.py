@@ -25,6 +25,7 @@ class Load:
     sigma: float = 0.6
     longest: int = 1000
     seconds_per_token: float = 0.01
+    seconds_per_running: float = 0.0  # that each running completion adds to a token's seconds of all of its worker
     slots: int = 8  # completions that a rollout worker writes at a time
     score_tokens_per_second: float = 2000.0  # of each teacher's replicas
     learn_tokens_per_second: float = 20000.0
@@ -78,9 +79,10 @@ class _Batch:
 
     def handle(self, since: float) -> BatchHandle:
         rows, tokens, teacher = len(self.lengths), sum(self.lengths), f"teacher-{self.teacher}"
+        asked, written, scored = (since + moment for moment in (self.asked, self.written, self.scored))
         spans = (
-            Span("rollout", f"rollout-{self.worker}", "generate", since + self.asked, since + self.written, rows, tokens),
-            Span(teacher, f"{teacher}-{self.replica}", "score", since + self.written, since + self.scored, rows, tokens),
+            Span("rollout", f"rollout-{self.worker}", "generate", asked, written, rows, tokens),
+            Span(teacher, f"{teacher}-{self.replica}", "score", written, scored, rows, tokens),
         )
         return BatchHandle(None, str(self.teacher), tuple(range(rows)), self.lengths, self.lengths, spans=spans)
 
@@ -88,12 +90,7 @@ class _Batch:
 def _write(load: Load, lengths: Sequence[int], num_workers: int, seconds_per_token: float) -> list[_Batch]:
     batches = []
     for worker in range(num_workers):
-        slots = [0.0] * load.slots
-        finished = []
-        for length in lengths[worker::num_workers]:
-            end = heapq.heappop(slots) + length * seconds_per_token
-            heapq.heappush(slots, end)
-            finished.append((end, length))
+        finished = _decode(load, lengths[worker::num_workers], seconds_per_token)
         asked, waiting = 0.0, list[tuple[float, int]]()
         for end, length in sorted(finished):
             late = waiting and end > 1.25 * waiting[0][0]
@@ -104,6 +101,23 @@ def _write(load: Load, lengths: Sequence[int], num_workers: int, seconds_per_tok
         if waiting:
             batches.append(_batch(worker, waiting, asked))
     return sorted(batches, key=lambda batch: batch.written)
+
+
+def _decode(load: Load, lengths: Sequence[int], seconds_per_token: float) -> list[tuple[float, int]]:
+    """Return when each completion of a worker ends, and its tokens; what does not fit waits for a place."""
+    waiting, running = list(reversed(lengths)), list[tuple[int, int]]()  # decoding step of its last token, tokens
+    now, steps = 0.0, 0
+    finished = []
+    while waiting or running:
+        while waiting and len(running) < load.slots:
+            length = waiting.pop()
+            heapq.heappush(running, (steps + length, length))
+        speed = load.seconds_per_running / load.seconds_per_token
+        last, length = heapq.heappop(running)
+        now += (last - steps) * seconds_per_token * (1 + speed * (len(running) + 1))
+        steps = last
+        finished.append((now, length))
+    return finished
 
 
 def _batch(worker: int, rows: list[tuple[float, int]], asked: float) -> _Batch:
@@ -131,7 +145,9 @@ def _learn(batches: Sequence[_Batch], tokens_per_second: float) -> float:
     return now
 
 
-def best_split(load: Load, splits: Sequence[dict[str, int]], steps: int = 20, **settings: Any) -> tuple[dict[str, int], float]:
+def best_split(
+    load: Load, splits: Sequence[dict[str, int]], steps: int = 20, **settings: Any
+) -> tuple[dict[str, int], float]:
     """Return the split with the least mean seconds, and those."""
     found = []
     for index, sizes in enumerate(splits):

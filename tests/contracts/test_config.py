@@ -13,8 +13,8 @@ FIELDS = {
     "run": "name steps seed directory",
     "student": "model trust_remote_code",
     "prompts": "train held_out template system_prompt prompts_per_step shuffle",
-    "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k stop "
-    "stop_repetition rows_per_batch max_staleness engine",
+    "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
+    "stop stop_repetition rows_per_batch max_staleness engine",
     "teachers": "model trust_remote_code num_workers min_workers max_workers base engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing learning_rate lr_schedule "
