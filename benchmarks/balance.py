@@ -125,22 +125,25 @@ def measure(workload: Workload, say: Callable[[str], None]) -> list[Row]:
     """Measure every split, the balancer, and at last the settled split beside the two best."""
     static: dict[str, float] = {}
     splits = {str(split): split for split in workload.splits}
-    with local_cluster(num_cpus=4, include_dashboard=False, log_to_driver=False), TemporaryDirectory() as folder:
-        with lone_run(workload, workload.splits[0]) as run:
-            steps = Steps(run, workload)
-            steps.at(workload.splits[0])  # warms up
-            for name, split in splits.items():
-                static[name] = fmean(steps.at(split))
-                say(f"{workload.name}: {name}: {static[name]:.2f} s")
-            best, second, *_, worst = sorted(static, key=static.__getitem__)
-            steps.at(splits[worst])
-            settled = steps.balance(Path(folder))
-            say("\n".join(settled.sentences))
-            finalists = dict.fromkeys([str(settled.split), best, second])
-            seconds: dict[str, list[float]] = {name: [] for name in finalists}
-            for turn in range(TURNS):
-                for name in list(finalists)[:: 1 if turn % 2 == 0 else -1]:
-                    seconds[name] += steps.at(splits[name])
+    with (
+        local_cluster(num_cpus=4, include_dashboard=False, log_to_driver=False),
+        TemporaryDirectory() as folder,
+        lone_run(workload, workload.splits[0]) as run,
+    ):
+        steps = Steps(run, workload)
+        steps.at(workload.splits[0])  # warms up
+        for name, split in splits.items():
+            static[name] = fmean(steps.at(split))
+            say(f"{workload.name}: {name}: {static[name]:.2f} s")
+        best, second, *_, worst = sorted(static, key=static.__getitem__)
+        steps.at(splits[worst])
+        settled = steps.balance(Path(folder))
+        say("\n".join(settled.sentences))
+        finalists = dict.fromkeys([str(settled.split), best, second])
+        seconds: dict[str, list[float]] = {name: [] for name in finalists}
+        for turn in range(TURNS):
+            for name in list(finalists)[:: 1 if turn % 2 == 0 else -1]:
+                seconds[name] += steps.at(splits[name])
     return rows_of(workload, static, settled, {name: fmean(values) for name, values in seconds.items()})
 
 

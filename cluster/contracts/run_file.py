@@ -74,7 +74,7 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
     _spell_out_balance(tree)
     for override in overrides:
         _apply_override(tree, override)
-    _spell_out_balance(tree)
+        _spell_out_balance(tree)
     _check_texts(tree, source)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
