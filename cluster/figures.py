@@ -294,6 +294,12 @@ PANELS: tuple[Panel, ...] = (
     ),
     Panel(
         "Workers",
+        "Moves between pools",
+        "none",
+        (Figure("preceptor_balance_moves", "balance/moves", "times that the balancer moved workers", "counter"),),
+    ),
+    Panel(
+        "Workers",
         "Restarts",
         "none",
         (Figure("preceptor_pool_restarts", "pool/{pool}/restarts", "workers started again since the run began"),),

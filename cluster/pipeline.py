@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 
 from cluster.actors import PoolTimeouts
 from cluster.contracts.config import Config, StudentConfig
@@ -48,6 +49,7 @@ class Pipeline:
     learner: LearnerGroup
     placement: Placement
     supervision: Supervision  # of the pools' workers
+    start_seconds: float = 0.0  # which the pools took to start
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -165,6 +167,7 @@ def start_pipeline(
         placement: where the actors go.
         learner_config: what the learner is told instead, for checks against other teachers.
     """
+    began = perf_counter()
     config = with_gpus(config, placement.on_gpu)
     with ExitStack() as stack:
         watch = stack.enter_context(closing(Watch(config.ray.silence_seconds)))
@@ -192,7 +195,7 @@ def start_pipeline(
             # Now, for a hub id's files are there when an engine has read them.
             teacher.checkpoint = fingerprint(teacher.teacher.model)
         rollouts.set_prompts(inputs.prompts)
-        yield Pipeline(rollouts, pools, learner, placement, supervision)
+        yield Pipeline(rollouts, pools, learner, placement, supervision, start_seconds=perf_counter() - began)
 
 
 def start_teacher(

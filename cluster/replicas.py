@@ -123,6 +123,11 @@ class Replicas:
         return [replica for replica, member in self._members.items() if member.serves and replica not in self._leaving]
 
     @property
+    def staying(self) -> list[ActorHandle]:
+        """Return the actors that serve and do not leave, those first that stay when the pool shrinks."""
+        return [self.actor(replica) for replica in sorted(self.serving)]
+
+    @property
     def leaving(self) -> list[int]:
         """Return the replicas that take no more work; `retire` them when they have done what they were given."""
         return sorted(self._leaving)

@@ -67,6 +67,11 @@ class RunDirectory:
         return self.path / "alarms.jsonl"
 
     @property
+    def moves(self) -> Path:
+        """One JSON object per decision of the balancer."""
+        return self.path / "moves.jsonl"
+
+    @property
     def ledger(self) -> Path:
         """One JSON object per step: which trajectories it learned from."""
         return self.path / "ledger.jsonl"

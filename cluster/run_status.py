@@ -18,6 +18,7 @@ from cluster.status_file import Status, read_status
 
 _CHECKPOINT = re.compile(r"step-([0-9]+)")  # as learner/checkpoint.py names complete ones
 _HELD_OUT = "held_out/"
+MOVES_SHOWN = 5
 
 
 class PoolReport(msgspec.Struct, frozen=True):
@@ -52,6 +53,7 @@ class RunReport(msgspec.Struct, frozen=True):
     pools: list[PoolReport]
     last_checkpoint: int | None  # step
     alarms: list[dict[str, Any]]
+    moves: list[dict[str, Any]]  # of workers between pools, and what became of them; the latest few
     held_out: dict[str, float]  # of the latest evaluation, with its step
 
 
@@ -80,6 +82,7 @@ def read_report(path: Path) -> RunReport:
         pools=[_pool(pool, status, latest) for pool in status.pools] if status else [],
         last_checkpoint=_last_checkpoint(directory.checkpoints),
         alarms=RecordsFile(directory.alarms).read(),
+        moves=RecordsFile(directory.moves).read()[-MOVES_SHOWN:],
         held_out=_held_out(records),
     )
 
@@ -144,6 +147,7 @@ def _lines(report: RunReport) -> list[str]:
     lines += [f"{pool.name}: {pool.model} ({pool.checkpoint[:12]})" for pool in report.pools if pool.model]
     checkpoint = "none yet" if report.last_checkpoint is None else f"step {report.last_checkpoint}"
     lines.append(f"last checkpoint: {checkpoint}")
+    lines += [f"balance after step {found['step']}: {found['sentence']}" for found in report.moves]
     lines += [f"alarm {found['alarm']} at step {found['step']} ({found['action']})" for found in report.alarms]
     return lines
 

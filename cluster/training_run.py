@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import ray
 
 from cluster.alarms import Alarms, LengthCap, Raised
+from cluster.balancer import make_balancer
 from cluster.checkpoints import Checkpoints, RunState
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, PreceptorError, RunStopped, TrainingError
@@ -22,15 +23,12 @@ from cluster.lookout import Lookout, open_observers
 from cluster.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.model_files import load_tokenizer
 from cluster.pipeline import Inputs, Pipeline, train_requests, train_sampling
-from cluster.room import missing_for
 from cluster.run_directory import RunDirectory
-from cluster.scaling import Scalable, Scaling
+from cluster.run_pools import Progress, make_scaling
 from cluster.score_audit import ScoreAudit
 from cluster.teacher_changes import RunParts, TeacherChanges
-from cluster.teacher_needs import need_of
 from learner.checkpoint import tidy
 from teacher_workers.audit import Finding
-from teacher_workers.pools import TeacherPools
 
 AUDIT_REQUESTS = 16  # completions of which the rows for the audits of scores are chosen
 AUDIT_TOKENS = 64  # of each; an audit looks at short rows only
@@ -59,7 +57,7 @@ class TrainingRun:
         self._metrics = RecordsFile(self.directory.metrics)
         self._finished_step = self._saved_step = self.first_step
         self._alarms_file = RecordsFile(self.directory.alarms)
-        for file in (self._metrics, self._alarms_file):
+        for file in (self._metrics, self._alarms_file, RecordsFile(self.directory.moves)):
             file.drop_from(self.first_step + 1)
         forget_samples(self.directory.samples, self.first_step)
         tidy(self.directory.checkpoints, self.first_step)
@@ -68,7 +66,9 @@ class TrainingRun:
         parts = RunParts(self.config, self.inputs, self.pipeline)
         self._changes = TeacherChanges(parts, self.directory, self.first_step, self.view.say)
         self._audit = ScoreAudit(self._changes.config, self.pipeline.teachers.pools, self.directory.score_audit)
-        self._scaling = self._make_scaling()
+        progress = Progress(lambda: self._finished_step, self.view.say)
+        self._scaling = make_scaling(self.config, self.inputs, self.pipeline, self.directory, progress)
+        self._balancer = make_balancer(self.config, self.pipeline, self.directory, self.view.say)
         self._alarms = Alarms(self.config.alarms)
         self.observers = open_observers(self.config, self.directory, self.first_step)
         self._lookout = Lookout(self.pipeline, self.observers)
@@ -113,6 +113,8 @@ class TrainingRun:
         self._finished_step = step
         record = {**record, **self._lookout.look(), **self._checkpoints.complete_if_written()}
         is_last = step == self.config.run.steps
+        if self._balancer is not None and not is_last:
+            record |= self._balancer.after_step(record, list(batches), self.config.run.steps - step)
         if not self.inputs.held_out_ids:
             self.history.note_kl(record["train/kl"])
         elif is_last or _is_due(step, self.config.evaluation.every_steps):
@@ -177,27 +179,6 @@ class TrainingRun:
         for finding in findings:
             self.view.say(finding.sentence)
 
-    def _make_scaling(self) -> Scaling:
-        """Let the sizes of the pools be changed through the run's directory."""
-        placement, teachers = self.pipeline.placement, self.pipeline.teachers
-        shares = {"rollout": placement.rollout}
-        pools: dict[str, Scalable] = {"rollout": self.pipeline.rollouts}
-        served: dict[str, list[str]] = {"rollout": []}  # teachers whose workers a pool's are
-        for name in teachers.pools:
-            pool = f"teachers.{name}"
-            shares[pool], pools[pool] = placement.teachers[name], _ScalableTeacher(teachers, name)
-            served[pool] = next(names for names in self.config.scorer_groups.values() if name in names)
-
-        def needed(pool: str) -> str | None:
-            if not served[pool]:
-                return "a run has at least one rollout worker"
-            return need_of(served[pool], self.config, self.inputs, self._finished_step)
-
-        def missing(pool: str, more: int) -> str | None:
-            return missing_for(shares[pool], more)
-
-        return Scaling(self.directory.scaling, pools, missing, self.view.say, needed=needed)
-
     def _begin_checkpoint(self, step: int) -> None:
         self._saved_step = step
         self._metrics.sync()  # a resumed run reads it again
@@ -227,21 +208,6 @@ class TrainingRun:
         write_samples(self.directory.samples, step, "student", found.samples)
         self.history.note_evaluation(found)
         return found
-
-
-@dataclass(frozen=True)
-class _ScalableTeacher:
-    """The pool of a teacher's name, whichever it is now."""
-
-    pools: TeacherPools
-    name: str
-
-    @property
-    def size(self) -> int:
-        return self.pools.pools[self.name].size
-
-    def resize(self, size: int) -> None:
-        self.pools.pools[self.name].resize(size)
 
 
 def describe_evaluation(found: Evaluation) -> str:

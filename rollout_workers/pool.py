@@ -128,6 +128,11 @@ class RolloutPool:
         """Return how many workers take requests, or will when they have started."""
         return self._replicas.size
 
+    @property
+    def staying(self) -> list[ActorHandle]:
+        """Return the actors that serve, those first that stay when the pool shrinks."""
+        return self._replicas.staying
+
     def resize(self, size: int) -> None:
         """Start workers, or let some leave when they have written what they were asked for; returns at once.
 

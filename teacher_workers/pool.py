@@ -98,6 +98,11 @@ class TeacherPool:
         """Return how many replicas take batches, or will when they have started."""
         return self.scorers.size
 
+    @property
+    def staying(self) -> list[ActorHandle]:
+        """Return the actors that serve, those first that stay when the pool shrinks."""
+        return self.scorers.staying
+
     def resize(self, size: int) -> None:
         """Start replicas, or let some leave when they have scored what they were given; returns at once."""
         self.scorers.resize(size)

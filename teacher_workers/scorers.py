@@ -97,6 +97,11 @@ class Scorers:
         """Return whether none takes batches, is to come or has anything left to do."""
         return not self.size and not self._replicas.leaving
 
+    @property
+    def staying(self) -> list[ActorHandle]:
+        """Return the actors that serve, those first that stay when the pool shrinks."""
+        return self._replicas.staying
+
     def resize(self, size: int) -> None:
         """Start replicas, or let some leave when they have scored what they were given; returns at once."""
         self._replicas.resize(size)

@@ -14,6 +14,7 @@ LAYERS = [
     ("cluster.contracts", 0),
     ("cluster.cli", 3),
     ("cluster.demo", 3),
+    ("cluster.balancer", 3),
     ("cluster.checkpoints", 3),
     ("cluster.history", 3),
     ("cluster.commands", 3),

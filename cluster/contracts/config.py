@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 
 from cluster.contracts.alarms import AlarmConfig
+from cluster.contracts.balance import BalanceConfig, check_limits
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.objective import BASE, INITIAL_STUDENT, TEACHER, ObjectiveConfig
 from cluster.contracts.section import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
@@ -67,6 +68,8 @@ class RolloutConfig(Section):
     """The student's generators."""
 
     num_workers: Items = 1
+    min_workers: Items = 1  # the balancer's limits of num_workers
+    max_workers: Items | None = None  # None: what the other pools can spare
     samples_per_prompt: Items = 1
     max_completion_tokens: Count = 512
     temperature: Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
@@ -78,6 +81,10 @@ class RolloutConfig(Section):
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
     engine: EngineConfig = EngineConfig()
 
+    def __post_init__(self) -> None:
+        """Check the balancer's limits; raises ValueError, which the reader turns into a ConfigError."""
+        check_limits(self.num_workers, self.min_workers, self.max_workers)
+
 
 class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
@@ -87,8 +94,15 @@ class TeacherConfig(Section):
     num_workers: Annotated[int, Meta(ge=0, le=1_000_000)] = 1  # 0: its rows wait until `preceptor scale` adds some
     # Teachers that name the same slot share its workers, which reserve their GPUs once, and score in turns.
     slot: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")] | None = None
+    min_workers: Items = 1  # the balancer's limits of num_workers
+    max_workers: Items | None = None  # None: what the other pools can spare
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     engine: EngineConfig = EngineConfig()
+
+    def __post_init__(self) -> None:
+        """Check the balancer's limits; raises ValueError, which the reader turns into a ConfigError."""
+        if self.num_workers:
+            check_limits(self.num_workers, self.min_workers, self.max_workers)
 
 
 class LearnerConfig(Section):
@@ -190,6 +204,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     teachers: Annotated[dict[str, TeacherConfig], Meta(min_length=1)]
     objective: ObjectiveConfig = ObjectiveConfig()
     learner: LearnerConfig = LearnerConfig()
+    balance: BalanceConfig = BalanceConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     score_audit: ScoreAuditConfig = ScoreAuditConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -202,6 +217,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """Check the rules that span sections; raises ValueError, which the reader turns into a ConfigError."""
         _check_targets(self)
         _check_slots(self)
+        _check_balance(self)
         _check_student_candidates(self)
         _check_learner(self.learner)
         completions = self.prompts.prompts_per_step * self.rollout.samples_per_prompt
@@ -312,6 +328,20 @@ def _check_slots(config: Config) -> None:
                     f"teachers.{other}: num_workers and engine.tensor_parallel are {found[0]} and {found[1]}, but "
                     f"{asked[0]} and {asked[1]} of teachers.{first}, which has the same slot; they share the workers"
                 )
+
+
+def _check_balance(config: Config) -> None:
+    """Check that the balancer can move the workers of every pool."""
+    if config.balance.mode == "off":
+        return
+    for name, teacher in config.teachers.items():
+        if teacher.slot is not None or not teacher.num_workers:
+            found = "num_workers = 0" if teacher.slot is None else f"slot = '{teacher.slot}'"
+            raise ValueError(
+                f"teachers.{name}: {found} cannot be balanced; give it workers of its own or turn balance off"
+            )
+    if config.ray.share_gpu:
+        raise ValueError("ray.share_gpu leaves nothing to balance; turn balance off")
 
 
 def _check_student_candidates(config: Config) -> None:

@@ -71,8 +71,10 @@ def config_from_json(text: str, overrides: Sequence[str] = (), source: str = "co
 def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
     if isinstance(tree.get("objective"), str):
         tree["objective"] = {"preset": tree["objective"]}
+    _spell_out_balance(tree)
     for override in overrides:
         _apply_override(tree, override)
+        _spell_out_balance(tree)
     _check_texts(tree, source)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
@@ -82,6 +84,12 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
         return msgspec.convert(_with_initial_student(tree), Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_in_our_words(error, tree)}") from error
+
+
+def _spell_out_balance(tree: dict[str, Any]) -> None:
+    """Make a table of `balance = "auto"`, so that overrides can name its fields."""
+    if isinstance(tree.get("balance"), str):
+        tree["balance"] = {"mode": tree["balance"]}
 
 
 def _with_initial_student(tree: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cluster.contracts.balance import BalanceConfig
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.run_file import config_from_json, dump_run_config, load_run_config, parse_run_config
@@ -12,13 +13,14 @@ FIELDS = {
     "run": "name steps seed directory",
     "student": "model trust_remote_code",
     "prompts": "train held_out template system_prompt prompts_per_step shuffle",
-    "rollout": "num_workers samples_per_prompt max_completion_tokens temperature top_p top_k stop stop_repetition "
-    "rows_per_batch max_staleness engine",
-    "teachers": "model trust_remote_code num_workers slot base engine",
+    "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
+    "stop stop_repetition rows_per_batch max_staleness engine",
+    "teachers": "model trust_remote_code num_workers slot min_workers max_workers base engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
     "offload_optimizer offload_parameters gpu_memory_fraction cpu_threads",
+    "balance": "mode observe_steps cooldown_steps min_gain",
     "weight_sync": "backend mode bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
@@ -56,6 +58,13 @@ def test_an_override_reaches_a_named_teacher() -> None:
     assert make_config("teachers.main.num_workers=3").teachers["main"].num_workers == 3
 
 
+def test_a_word_turns_the_balancer_on() -> None:
+    assert make_config().balance.mode == "off"
+    assert make_config("balance=auto").balance == BalanceConfig(mode="auto")
+    from_file = parse_run_config('balance = "auto"\n' + MINIMAL_RUN, ["balance.observe_steps=2"])
+    assert from_file.balance == BalanceConfig(mode="auto", observe_steps=2)
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -78,6 +87,11 @@ def test_an_override_reaches_a_named_teacher() -> None:
             "teachers.code: num_workers and engine.tensor_parallel are 2 and 1, but 1 and 1 of teachers.main",
         ),
         ("run.name=a/b", "run.name: Expected `str` matching regex"),
+        ("rollout.max_workers=0", "rollout.max_workers: Expected `int` >= 1"),
+        ("rollout.min_workers=2", "rollout: num_workers = 1 is less than min_workers = 2; raise or lower one"),
+        ("teachers.main={model='m',num_workers=3,max_workers=2}", "teachers.main: num_workers = 3 is more than max_"),
+        ("balance=on", "balance.mode: Invalid enum value 'on'"),
+        ("balance.min_gain=1", "balance.min_gain: Expected `float` < 1.0"),
         ("steps", "expected section.field=value"),
         ("run.name.x=1", "Expected `str`, got `object`"),
     ],
