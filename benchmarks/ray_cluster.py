@@ -1,0 +1,114 @@
+"""A Ray cluster as its owner starts it, with a token and a dashboard, and what its dashboard says of a run's actors."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pairs import ROOT
+from cluster.demo import EMBEDDED
+
+STORE_BYTES = 200 << 20
+START_SECONDS = 120.0
+LOOK_SECONDS = 0.5
+GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where a cluster is entered."""
+
+    dashboard: str  # http://host:port
+    token_file: Path
+    folder: Path  # for temporary files of those who enter
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of the cluster's processes and of its users."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "PRECEPTOR_"))}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
+        return {**kept, **token, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)}
+
+    def ask(self, path: str) -> Any:
+        """Return what the dashboard answers, as JSON."""
+        headers = {"Authorization": f"Bearer {self.token_file.read_text()}"}
+        request = urllib.request.Request(f"{self.dashboard}{path}", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def living_actors(self) -> list[Mapping[str, Any]]:
+        """Return the actors that live, with name, class and node."""
+        found = self.ask("/api/v0/actors?limit=1000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
+        return found["data"]["result"]["result"]
+
+    def nodes(self) -> dict[str, str]:
+        """Return the address of every node that lives, by its id."""
+        found = self.ask("/api/v0/nodes?limit=100&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
+        return {node["node_id"]: node["node_ip"] for node in found["data"]["result"]["result"]}
+
+    def takes_jobs(self, num_nodes: int) -> bool:
+        """Return whether so many nodes are there, and the head's agent, which starts jobs."""
+        agent = f"{self.dashboard.removesuffix(f':{DASHBOARD_PORT}')}:{AGENT_PORT}/api/local_raylet_healthz"
+        try:
+            urllib.request.urlopen(agent, timeout=5).close()
+        except urllib.error.HTTPError:
+            pass  # it answers, if only to refuse
+        except OSError:
+            return False
+        try:
+            return len(self.nodes()) == num_nodes
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+def write_token(path: Path) -> None:
+    """Write a fresh token that only its owner may read."""
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+
+
+def ray_start(*options: str) -> list[str]:
+    """Return the command that starts a node and stays."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+    return [*command, "--object-store-memory", str(STORE_BYTES), *options]
+
+
+def head_options(address: str, ray_folder: Path, num_cpus: int) -> list[str]:
+    """Return what makes a node the head, with its dashboard where other hosts reach it."""
+    ports = [f"--port={GCS_PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--dashboard-host={address}"]
+    ports += [f"--dashboard-agent-listen-port={AGENT_PORT}"]
+    return ["--head", f"--node-ip-address={address}", f"--num-cpus={num_cpus}", f"--temp-dir={ray_folder}", *ports]
+
+
+def preceptor(door: Door, *arguments: str, output: Any) -> "subprocess.Popen[str]":
+    """Start a command of Preceptor in the folder of the embedded run file."""
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    return subprocess.Popen(
+        command, env=door.environment(), cwd=EMBEDDED, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True
+    )
+
+
+def submit(door: Door, overrides: Sequence[str], output: Any) -> "subprocess.Popen[str]":
+    """Submit the embedded run, and follow it."""
+    where = ("--address", door.dashboard, "--python", sys.executable)
+    return preceptor(door, "submit", "demo.toml", *overrides, *where, output=output)
+
+
+def wait_until(is_true: Callable[[], bool], seconds: float, what: str) -> None:
+    """Wait until something is true.
+
+    Raises:
+        SystemExit: it did not become so in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"waited {seconds:.0f} s until {what}")
+        time.sleep(LOOK_SECONDS)
