@@ -88,9 +88,8 @@ def rack(names: Sequence[str]) -> Iterator[Rack]:
     try:
         _lay_network()
         (folder / "local").mkdir()
-        (folder / "hosts").write_text(
-            "".join(f"{_address(place)} {name}\n" for place, name in enumerate(names)) + LOCAL
-        )
+        known = [f"{_address(place)} {name}" for place, name in enumerate(names)]
+        (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
         for place, name in enumerate(names):
             hosts[name] = _boot(name, _address(place), folder)
         yield Rack(folder, folder / "local", hosts)
@@ -98,9 +97,6 @@ def rack(names: Sequence[str]) -> Iterator[Rack]:
         for host in hosts.values():
             host.close()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-LOCAL = "127.0.0.1 localhost\n"
 
 
 def _lay_network() -> None:

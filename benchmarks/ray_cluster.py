@@ -46,7 +46,8 @@ class Door:
     def living_actors(self) -> list[Mapping[str, Any]]:
         """Return the actors that live, with name, class and node."""
         found = self.ask("/api/v0/actors?limit=1000&filter_keys=state&filter_predicates=%3D&filter_values=ALIVE")
-        return found["data"]["result"]["result"]
+        actors: list[Mapping[str, Any]] = found["data"]["result"]["result"]
+        return actors
 
     def nodes(self) -> dict[str, str]:
         """Return the address of every node that lives, by its id."""
