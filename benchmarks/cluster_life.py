@@ -11,7 +11,6 @@ import argparse
 import json
 import random
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,25 +20,14 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.chaos import Outcome, audited_prompts, last_record, noise
-from benchmarks.hosts import Rack, isolated, rack
+from benchmarks.hosts import Rack, isolated
 from benchmarks.process_trees import descendants, end
-from benchmarks.ray_cluster import (
-    GCS_PORT,
-    START_SECONDS,
-    Door,
-    head_options,
-    preceptor,
-    ray_start,
-    submit,
-    wait_until,
-    write_token,
-)
+from benchmarks.ray_cluster import Door, cluster_of_hosts, preceptor, submit, wait_until
 from benchmarks.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
 from cluster.demo import embedded_config
 from cluster.pipeline import load_inputs
 
-HEAD, NODES = "head", ("node-1", "node-2", "node-3")
-CPUS_PER_NODE = 4
+NODES = ("node-1", "node-2", "node-3")
 STALL_SECONDS = 400.0  # a node's death is noticed after about 20 s, and engines start within a minute
 GROWN = {"rollout": 3, "teachers.countdown": 2}
 SHRUNK = {"rollout": 2, "teachers.countdown": 1}
@@ -135,7 +123,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
         "evaluation.teacher_too=false",
         "ray.max_restarts=1000",
     ]
-    with cluster_of_hosts() as (door, hosts):
+    with cluster_of_hosts(NODES) as (door, hosts):
         with submitted(door, hosts.folder / "quiet", overrides) as run:
             quiet = run.finish()
         print(f"undisturbed: {quiet}", flush=True)
@@ -206,23 +194,6 @@ def submitted(door: Door, directory: Path, overrides: Sequence[str]) -> Iterator
         sys.stderr.write(run.output.read_text())
 
 
-@contextmanager
-def cluster_of_hosts() -> Iterator[tuple[Door, Rack]]:
-    """Start a Ray cluster whose head does nothing but lead, and yield it when it takes jobs."""
-    with rack((HEAD, *NODES)) as hosts:
-        head = hosts.hosts[HEAD]
-        door = Door(f"http://{head.address}:8265", hosts.folder / "token", hosts.local)
-        write_token(door.token_file)
-        head.start(ray_start(*head_options(head.address, hosts.local / "ray", num_cpus=0)), door.environment())
-        wait_until(lambda: door.takes_jobs(1), START_SECONDS, "the head takes jobs")
-        for name in NODES:
-            host = hosts.hosts[name]
-            joining = ray_start(f"--address={head.address}:{GCS_PORT}", f"--node-ip-address={host.address}")
-            host.start([*joining, f"--num-cpus={CPUS_PER_NODE}"], door.environment())
-        wait_until(lambda: door.takes_jobs(1 + len(NODES)), START_SECONDS, "all nodes have joined")
-        yield door, hosts
-
-
 def main() -> int:
     """Measure and write the rows; exit code 1 when a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster_life", description=__doc__)
@@ -232,8 +203,6 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the program runs in its namespaces
     options = parser.parse_args()
     if not options.inside:
-        if shutil.which("unshare") is None or shutil.which("ip") is None:
-            raise SystemExit("needs unshare (util-linux) and ip (iproute2)")
         wanted = {"--steps": options.steps, "--seed": options.seed, "--output": options.output.resolve()}
         words = [str(word) for pair in wanted.items() for word in pair]
         return isolated("benchmarks.cluster_life", [*words, "--inside"])

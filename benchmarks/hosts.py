@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ from benchmarks.process_trees import descendants
 
 NETWORK = "198.18.77"  # of the range that RFC 2544 keeps for tests
 SWITCH = "switch"
+FOLDER = Path("/mnt")  # a file system in memory is laid over it, which goes with the namespaces
+FOLDER_BYTES, SHARED_MEMORY_BYTES = 4 << 30, 2 << 30
 START_SECONDS = 10.0
-SHARED_MEMORY_BYTES = 2 << 30
 # Process 1 of a host: takes its name, files and shared memory, and then takes in orphans until it is switched off.
 BOOT = """
 set -e
@@ -68,13 +68,20 @@ class Host:
 class Rack:
     """Hosts at one switch, at which this program is too."""
 
-    folder: Path  # that all hosts share; short enough for the Unix sockets below it
-    local: Path  # the same name on every host, another folder on each
+    folder: Path  # that all hosts share
+    local: Path  # the same path on every host, another folder on each
     hosts: Mapping[str, Host]
 
 
 def isolated(module: str, arguments: Sequence[str]) -> int:
-    """Run a module with arguments in namespaces of its own and return its exit code."""
+    """Run a module with arguments in namespaces of its own and return its exit code.
+
+    Raises:
+        SystemExit: a program that this takes is missing.
+    """
+    for program, package in (("unshare", "util-linux"), ("ip", "iproute2")):
+        if shutil.which(program) is None:
+            raise SystemExit(f"{program} is not on PATH; it is in the package {package}")
     command = ["unshare", "--net", "--mount", "--ipc", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command += [] if os.geteuid() == 0 else ["--map-root-user"]
     return subprocess.run([*command, sys.executable, "-m", module, *arguments], check=False).returncode
@@ -83,20 +90,19 @@ def isolated(module: str, arguments: Sequence[str]) -> int:
 @contextmanager
 def rack(names: Sequence[str]) -> Iterator[Rack]:
     """Set up hosts of these names, and switch all of them off at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="c-", dir="/tmp"))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={FOLDER_BYTES}", "tmpfs", str(FOLDER)], check=True)
+    _lay_network()
+    (FOLDER / "local").mkdir()
+    known = [f"{_address(place)} {name}" for place, name in enumerate(names)]
+    (FOLDER / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
     hosts: dict[str, Host] = {}
     try:
-        _lay_network()
-        (folder / "local").mkdir()
-        known = [f"{_address(place)} {name}" for place, name in enumerate(names)]
-        (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
         for place, name in enumerate(names):
-            hosts[name] = _boot(name, _address(place), folder)
-        yield Rack(folder, folder / "local", hosts)
+            hosts[name] = _boot(name, _address(place))
+        yield Rack(FOLDER, FOLDER / "local", hosts)
     finally:
         for host in hosts.values():
             host.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lay_network() -> None:
@@ -106,13 +112,13 @@ def _lay_network() -> None:
     _ip("link", "set", SWITCH, "up")
 
 
-def _boot(name: str, address: str, folder: Path) -> Host:
-    (folder / name).mkdir()
+def _boot(name: str, address: str) -> Host:
+    (FOLDER / name).mkdir()
     spaces = ["--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
-    boot = ["bash", "-c", BOOT, "boot", name, str(SHARED_MEMORY_BYTES), str(folder)]
+    boot = ["bash", "-c", BOOT, "boot", name, str(SHARED_MEMORY_BYTES), str(FOLDER)]
     host = Host(name, address, subprocess.Popen(["unshare", *spaces, *boot], stdin=subprocess.DEVNULL))
     deadline = time.monotonic() + START_SECONDS
-    while not (folder / name / "booted").exists():
+    while not (FOLDER / name / "booted").exists():
         if time.monotonic() > deadline or host.process.poll() is not None:
             raise SystemExit(f"{name}: the host did not boot; are namespaces allowed here?")
         time.sleep(0.05)

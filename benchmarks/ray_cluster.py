@@ -1,4 +1,4 @@
-"""A Ray cluster as its owner starts it, with a token and a dashboard, and what its dashboard says of a run's actors."""
+"""A Ray cluster of several hosts with a token, as its owner starts it, and runs that are submitted to it."""
 
 import json
 import os
@@ -8,14 +8,17 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.hosts import Rack, rack
 from benchmarks.pairs import ROOT
 from cluster.demo import EMBEDDED
 
+HEAD, CPUS_PER_NODE = "head", 4
 STORE_BYTES = 200 << 20
 START_SECONDS = 120.0
 LOOK_SECONDS = 0.5
@@ -34,7 +37,8 @@ class Door:
         """Return the environment of the cluster's processes and of its users."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "PRECEPTOR_"))}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
-        return {**kept, **token, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)}
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the nodes' `python` is ours
+        return {**kept, **token, "PATH": path, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)}
 
     def ask(self, path: str) -> Any:
         """Return what the dashboard answers, as JSON."""
@@ -69,23 +73,21 @@ class Door:
             return False
 
 
-def write_token(path: Path) -> None:
-    """Write a fresh token that only its owner may read."""
-    path.touch(mode=0o600)
-    path.write_text(secrets.token_hex(32))
-
-
-def ray_start(*options: str) -> list[str]:
-    """Return the command that starts a node and stays."""
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
-    return [*command, "--object-store-memory", str(STORE_BYTES), *options]
-
-
-def head_options(address: str, ray_folder: Path, num_cpus: int) -> list[str]:
-    """Return what makes a node the head, with its dashboard where other hosts reach it."""
-    ports = [f"--port={GCS_PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--dashboard-host={address}"]
-    ports += [f"--dashboard-agent-listen-port={AGENT_PORT}"]
-    return ["--head", f"--node-ip-address={address}", f"--num-cpus={num_cpus}", f"--temp-dir={ray_folder}", *ports]
+@contextmanager
+def cluster_of_hosts(nodes: Sequence[str]) -> Iterator[tuple[Door, Rack]]:
+    """Start a Ray cluster whose head does nothing but lead, and yield it when it takes jobs."""
+    with rack((HEAD, *nodes)) as hosts:
+        head = hosts.hosts[HEAD]
+        door = Door(f"http://{head.address}:{DASHBOARD_PORT}", hosts.folder / "token", hosts.local)
+        _write_token(door.token_file)
+        head.start(_ray_start(*_head_options(head.address, hosts.local / "ray")), door.environment())
+        wait_until(lambda: door.takes_jobs(1), START_SECONDS, "the head takes jobs")
+        for name in nodes:
+            host = hosts.hosts[name]
+            joining = _ray_start(f"--address={head.address}:{GCS_PORT}", f"--node-ip-address={host.address}")
+            host.start([*joining, f"--num-cpus={CPUS_PER_NODE}"], door.environment())
+        wait_until(lambda: door.takes_jobs(1 + len(nodes)), START_SECONDS, "all nodes have joined")
+        yield door, hosts
 
 
 def preceptor(door: Door, *arguments: str, output: Any) -> "subprocess.Popen[str]":
@@ -98,8 +100,7 @@ def preceptor(door: Door, *arguments: str, output: Any) -> "subprocess.Popen[str
 
 def submit(door: Door, overrides: Sequence[str], output: Any) -> "subprocess.Popen[str]":
     """Submit the embedded run, and follow it."""
-    where = ("--address", door.dashboard, "--python", sys.executable)
-    return preceptor(door, "submit", "demo.toml", *overrides, *where, output=output)
+    return preceptor(door, "submit", "demo.toml", *overrides, "--address", door.dashboard, output=output)
 
 
 def wait_until(is_true: Callable[[], bool], seconds: float, what: str) -> None:
@@ -113,3 +114,22 @@ def wait_until(is_true: Callable[[], bool], seconds: float, what: str) -> None:
         if time.monotonic() > deadline:
             raise SystemExit(f"waited {seconds:.0f} s until {what}")
         time.sleep(LOOK_SECONDS)
+
+
+def _write_token(path: Path) -> None:
+    """Write a fresh token that only its owner may read."""
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+
+
+def _ray_start(*options: str) -> list[str]:
+    """Return the command that starts a node and stays."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+    return [*command, "--object-store-memory", str(STORE_BYTES), *options]
+
+
+def _head_options(address: str, ray_folder: Path) -> list[str]:
+    """Return what makes a node the head, which does nothing but lead, with its dashboard where other hosts reach it."""
+    ports = [f"--port={GCS_PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--dashboard-host={address}"]
+    ports += [f"--dashboard-agent-listen-port={AGENT_PORT}"]
+    return ["--head", f"--node-ip-address={address}", "--num-cpus=0", f"--temp-dir={ray_folder}", *ports]

@@ -1,0 +1,142 @@
+"""`python -m benchmarks.screenshots`: pictures of Ray's dashboard and of Prometheus during a submitted run.
+
+A Ray cluster of several hosts (benchmarks/hosts.py), the embedded run submitted to it, a Prometheus that reads the
+endpoints which Ray names, and a headless Chromium that looks at the pages of all that while the run goes on. Each page's
+text must name what it is there to show (the run's actors, its hosts, its figures) or the program fails with what is
+missing; the pictures go to docs/images. Needs `chromium` and `prometheus` on PATH, and root.
+"""
+
+import argparse
+import sys
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray._private.authentication.authentication_constants import AUTHENTICATION_TOKEN_COOKIE_NAME
+
+from benchmarks.browser import Page, chromium
+from benchmarks.chaos import last_record
+from benchmarks.cluster_life import workers_on
+from benchmarks.hosts import Rack, isolated
+from benchmarks.pairs import ROOT
+from benchmarks.process_trees import descendants, end
+from benchmarks.prometheus import Prometheus, prometheus
+from benchmarks.ray_cluster import HEAD, Door, cluster_of_hosts, submit, wait_until
+
+IMAGES = ROOT / "docs" / "images"
+NODES = ("node-1", "node-2")
+WIDTH = 1400  # points
+LARGEST_BYTES = 300_000
+PAGE_SECONDS = 60.0
+START_SECONDS = 200.0
+FIGURES_STEP = 12  # by then every line has a few points
+RUN = (
+    "run.name=countdown",
+    "run.steps=100000",
+    "rollout.num_workers=2",
+    "learner.num_workers=2",
+    "prompts.prompts_per_step=48",
+    "evaluation.every_steps=5",
+    "evaluation.num_prompts=100",
+    "evaluation.teacher_too=false",
+)
+ACTORS = ("rollout-0", "rollout-1", "teacher-countdown-0", "learner-0", "learner-1")
+SHOWN = ("held_out_accuracy", "pool_busy_share")  # figures whose lines are photographed
+
+
+@dataclass(frozen=True)
+class View:
+    """A page, and what its text must say."""
+
+    name: str  # of the picture
+    url: str
+    height: int  # points
+    expected: Sequence[str]
+    click: str = ""  # JavaScript that opens what is closed at first
+
+
+def views(door: Door, job_id: str, server: Prometheus) -> list[View]:
+    """Return the pages that a run is seen on."""
+    panels = [(f"g{place}.expr", f"ray_preceptor_{figure}") for place, figure in enumerate(SHOWN)]
+    panels += [(f"g{place}.{name}", value) for place in range(len(SHOWN)) for name, value in GRAPH.items()]
+    return [
+        View("job", f"{door.dashboard}/#/jobs/{job_id}", 1500, [*ACTORS, "RUNNING"]),
+        View("actors", f"{door.dashboard}/#/actors", 900, [*ACTORS, "ALIVE"]),
+        View("cluster", f"{door.dashboard}/#/cluster", 900, [HEAD, *NODES]),
+        View("figures", f"{server.address}/graph?{urllib.parse.urlencode(panels)}", 1100, ['run="countdown"']),
+    ]
+
+
+GRAPH = {"tab": "0", "range_input": "3m"}
+
+
+def photograph(page: Page, view: View, folder: Path) -> str:
+    """Open a page, wait until it says what is expected, and write its picture; return what it lacks."""
+    page.resize(WIDTH, view.height)
+    page.open(view.url)
+    text = page.wait_for(lambda text: not lacking(view, text), PAGE_SECONDS)
+    (folder / f"{view.name}.txt").write_text(text)
+    page.picture(folder / f"{view.name}.png")
+    return ", ".join(lacking(view, text))
+
+
+def lacking(view: View, text: str) -> list[str]:
+    """Return what a page's text ought to say and does not."""
+    return [word for word in view.expected if word not in text]
+
+
+def take_pictures(folder: Path) -> list[str]:
+    """Start everything, photograph every page, and return a sentence for each that lacks something."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        cluster_of_hosts(NODES) as (door, hosts),
+        running(door, hosts) as job_id,
+        prometheus(hosts.folder / HEAD / "ray" / "prom_metrics_service_discovery.json") as server,
+        chromium() as page,
+    ):
+        wait_until(lambda: bool(server.is_ready()), START_SECONDS, "Prometheus answers")
+        wait_until(lambda: last_record(RUNS / "countdown").get("step", 0) >= FIGURES_STEP, START_SECONDS, "steps")
+        page.set_cookie(door.dashboard, AUTHENTICATION_TOKEN_COOKIE_NAME, door.token_file.read_text())
+        return [
+            f"{view.name}: the page {view.url} does not show {missing}"
+            for view in views(door, job_id, server)
+            if (missing := photograph(page, view, folder))
+        ]
+
+
+RUNS = Path("/mnt/runs")
+
+
+@contextmanager
+def running(door: Door, hosts: Rack) -> Iterator[str]:
+    """Submit the run, and yield its job's number when all of its actors are there."""
+    with (hosts.folder / "output").open("w+") as output:
+        process = submit(door, [f"run.directory={RUNS}", *RUN], output)
+        try:
+            wait_until(lambda: last_record(RUNS / "countdown").get("step", 0) > 0, START_SECONDS, "a step is done")
+            [job] = [job for job in door.ask("/api/jobs/") if job["submission_id"]]
+            yield job["job_id"]
+        finally:
+            end(descendants(process.pid)[::-1])
+            output.seek(0)
+            sys.stderr.write(output.read())
+
+
+def main() -> int:
+    """Take the pictures; exit code 1 when a page lacks what it should show."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.screenshots", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=IMAGES)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the program runs in its namespaces
+    options = parser.parse_args()
+    if not options.inside:
+        return isolated("benchmarks.screenshots", ["--folder", str(options.folder.resolve()), "--inside"])
+    missing = take_pictures(options.folder)
+    for sentence in missing:
+        print(sentence)
+    return 1 if missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
