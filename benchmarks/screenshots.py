@@ -1,9 +1,9 @@
 """`python -m benchmarks.screenshots`: pictures of Ray's dashboard and of Prometheus during a submitted run.
 
 A Ray cluster of several hosts (benchmarks/hosts.py), the embedded run submitted to it, a Prometheus that reads the
-endpoints which Ray names, and a headless Chromium that looks at the pages of all that while the run goes on. Each page's
-text must name what it is there to show (the run's actors, its hosts, its figures) or the program fails with what is
-missing; the pictures go to docs/images. Needs `chromium` and `prometheus` on PATH, and root.
+endpoints which Ray names, and a headless Chromium that looks at the pages of all that while the run goes on. Each
+page's text must name what it is there to show (the run's actors, its hosts, its figures) or the program fails with what
+is missing. The pictures go to docs/images. Needs `chromium` and `prometheus` on PATH, and root.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from ray._private.authentication.authentication_constants import AUTHENTICATION_
 
 from benchmarks.browser import Page, chromium
 from benchmarks.chaos import last_record
-from benchmarks.cluster_life import workers_on
 from benchmarks.hosts import Rack, isolated
 from benchmarks.pairs import ROOT
 from benchmarks.process_trees import descendants, end
