@@ -7,6 +7,7 @@ is missing. The pictures go to docs/images. Needs `chromium` and `prometheus` on
 """
 
 import argparse
+import platform
 import sys
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from ray._private.authentication.authentication_constants import AUTHENTICATION_
 
 from benchmarks.browser import Page, chromium
 from benchmarks.chaos import last_record
-from benchmarks.hosts import Rack, isolated
+from benchmarks.hosts import FOLDER, Rack, isolated
 from benchmarks.pairs import ROOT
 from benchmarks.process_trees import descendants, end
 from benchmarks.prometheus import Prometheus, prometheus
@@ -30,6 +31,7 @@ WIDTH = 1400  # points
 LARGEST_BYTES = 300_000
 PAGE_SECONDS = 60.0
 START_SECONDS = 200.0
+RUNS = FOLDER / "runs"
 FIGURES_STEP = 12  # by then every line has a few points
 RUN = (
     "run.name=countdown",
@@ -42,6 +44,8 @@ RUN = (
     "evaluation.teacher_too=false",
 )
 ACTORS = ("rollout-0", "rollout-1", "teacher-countdown-0", "learner-0", "learner-1")
+GRAPH = {"tab": "0", "range_input": "3m"}
+PRIVATE = (str(ROOT), sys.prefix, str(Path.home()), platform.node())
 SHOWN = ("held_out_accuracy", "pool_busy_share")  # figures whose lines are photographed
 
 
@@ -68,17 +72,20 @@ def views(door: Door, job_id: str, server: Prometheus) -> list[View]:
     ]
 
 
-GRAPH = {"tab": "0", "range_input": "3m"}
-
-
-def photograph(page: Page, view: View, folder: Path) -> str:
-    """Open a page, wait until it says what is expected, and write its picture; return what it lacks."""
+def photograph(page: Page, view: View, folder: Path) -> list[str]:
+    """Open a page, wait until it says what is expected, and write its picture; return what is wrong, a line each."""
     page.resize(WIDTH, view.height)
     page.open(view.url)
     text = page.wait_for(lambda text: not lacking(view, text), PAGE_SECONDS)
-    (folder / f"{view.name}.txt").write_text(text)
-    page.picture(folder / f"{view.name}.png")
-    return ", ".join(lacking(view, text))
+    picture = folder / f"{view.name}.png"
+    page.picture(picture)
+    wrong = [f"{picture.name}: the page does not show {word}" for word in lacking(view, text)]
+    wrong += [f"{picture.name}: the page shows {word}, which is this machine's own" for word in PRIVATE if word in text]
+    if picture.stat().st_size > LARGEST_BYTES:
+        wrong.append(f"{picture.name} has {picture.stat().st_size} bytes, more than {LARGEST_BYTES}")
+    if wrong:
+        sys.stderr.write(f"{view.url}\n{text}\n")
+    return wrong
 
 
 def lacking(view: View, text: str) -> list[str]:
@@ -87,7 +94,7 @@ def lacking(view: View, text: str) -> list[str]:
 
 
 def take_pictures(folder: Path) -> list[str]:
-    """Start everything, photograph every page, and return a sentence for each that lacks something."""
+    """Start everything, photograph every page, and return what is wrong."""
     folder.mkdir(parents=True, exist_ok=True)
     with (
         cluster_of_hosts(NODES) as (door, hosts),
@@ -98,14 +105,7 @@ def take_pictures(folder: Path) -> list[str]:
         wait_until(lambda: bool(server.is_ready()), START_SECONDS, "Prometheus answers")
         wait_until(lambda: last_record(RUNS / "countdown").get("step", 0) >= FIGURES_STEP, START_SECONDS, "steps")
         page.set_cookie(door.dashboard, AUTHENTICATION_TOKEN_COOKIE_NAME, door.token_file.read_text())
-        return [
-            f"{view.name}: the page {view.url} does not show {missing}"
-            for view in views(door, job_id, server)
-            if (missing := photograph(page, view, folder))
-        ]
-
-
-RUNS = Path("/mnt/runs")
+        return [line for view in views(door, job_id, server) for line in photograph(page, view, folder)]
 
 
 @contextmanager
@@ -131,10 +131,10 @@ def main() -> int:
     options = parser.parse_args()
     if not options.inside:
         return isolated("benchmarks.screenshots", ["--folder", str(options.folder.resolve()), "--inside"])
-    missing = take_pictures(options.folder)
-    for sentence in missing:
-        print(sentence)
-    return 1 if missing else 0
+    wrong = take_pictures(options.folder)
+    for line in wrong:
+        print(line)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
