@@ -21,7 +21,6 @@ from pathlib import Path
 
 from benchmarks.chaos import Outcome, audited_prompts, last_record, noise
 from benchmarks.hosts import Rack, isolated
-from benchmarks.process_trees import descendants, end
 from benchmarks.ray_cluster import Door, cluster_of_hosts, preceptor, submit, wait_until
 from benchmarks.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
 from cluster.demo import embedded_config
@@ -95,7 +94,8 @@ class SubmittedRun:
 
     def close(self) -> None:
         """End what follows it."""
-        end(descendants(self._process.pid) if self._process.poll() is None else [])
+        self._process.terminate()
+        self._process.wait()
 
     def _has(self, figures: dict[str, float]) -> bool:
         self._check_alive()
@@ -205,7 +205,7 @@ def main() -> int:
     if not options.inside:
         wanted = {"--steps": options.steps, "--seed": options.seed, "--output": options.output.resolve()}
         words = [str(word) for pair in wanted.items() for word in pair]
-        return isolated("benchmarks.cluster_life", [*words, "--inside"])
+        isolated("benchmarks.cluster_life", [*words, "--inside"])
     print(f"seed {options.seed}", flush=True)
     rows = measure(options)
     print_rows(rows)

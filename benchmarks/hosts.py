@@ -14,8 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from benchmarks.process_trees import descendants
+from cluster.interruption import interrupt_on_sigterm
 
 NETWORK = "198.18.77"  # of the range that RFC 2544 keeps for tests
 SWITCH = "switch"
@@ -73,8 +75,8 @@ class Rack:
     hosts: Mapping[str, Host]
 
 
-def isolated(module: str, arguments: Sequence[str]) -> int:
-    """Run a module with arguments in namespaces of its own and return its exit code.
+def isolated(module: str, arguments: Sequence[str]) -> NoReturn:
+    """Let this process become one that runs a module with arguments in namespaces of its own.
 
     Raises:
         SystemExit: a program that this takes is missing.
@@ -84,7 +86,7 @@ def isolated(module: str, arguments: Sequence[str]) -> int:
             raise SystemExit(f"{program} is not on PATH; it is in the package {package}")
     command = ["unshare", "--net", "--mount", "--ipc", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
     command += [] if os.geteuid() == 0 else ["--map-root-user"]
-    return subprocess.run([*command, sys.executable, "-m", module, *arguments], check=False).returncode
+    os.execvp(command[0], [*command, sys.executable, "-m", module, *arguments])
 
 
 @contextmanager
@@ -97,9 +99,10 @@ def rack(names: Sequence[str]) -> Iterator[Rack]:
     (FOLDER / "hosts").write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
     hosts: dict[str, Host] = {}
     try:
-        for place, name in enumerate(names):
-            hosts[name] = _boot(name, _address(place))
-        yield Rack(FOLDER, FOLDER / "local", hosts)
+        with interrupt_on_sigterm():  # else the first process of a namespace ignores it
+            for place, name in enumerate(names):
+                hosts[name] = _boot(name, _address(place))
+            yield Rack(FOLDER, FOLDER / "local", hosts)
     finally:
         for host in hosts.values():
             host.close()

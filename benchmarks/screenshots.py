@@ -21,7 +21,6 @@ from benchmarks.browser import Page, chromium
 from benchmarks.chaos import last_record
 from benchmarks.hosts import FOLDER, Rack, isolated
 from benchmarks.pairs import ROOT
-from benchmarks.process_trees import descendants, end
 from benchmarks.prometheus import Prometheus, prometheus
 from benchmarks.ray_cluster import HEAD, Door, cluster_of_hosts, submit, wait_until
 
@@ -57,7 +56,6 @@ class View:
     url: str
     height: int  # points
     expected: Sequence[str]
-    click: str = ""  # JavaScript that opens what is closed at first
 
 
 def views(door: Door, job_id: str, server: Prometheus) -> list[View]:
@@ -118,7 +116,8 @@ def running(door: Door, hosts: Rack) -> Iterator[str]:
             [job] = [job for job in door.ask("/api/jobs/") if job["submission_id"]]
             yield job["job_id"]
         finally:
-            end(descendants(process.pid)[::-1])
+            process.terminate()
+            process.wait()
             output.seek(0)
             sys.stderr.write(output.read())
 
@@ -130,7 +129,7 @@ def main() -> int:
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the program runs in its namespaces
     options = parser.parse_args()
     if not options.inside:
-        return isolated("benchmarks.screenshots", ["--folder", str(options.folder.resolve()), "--inside"])
+        isolated("benchmarks.screenshots", ["--folder", str(options.folder.resolve()), "--inside"])
     wrong = take_pictures(options.folder)
     for line in wrong:
         print(line)
