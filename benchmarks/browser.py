@@ -47,6 +47,11 @@ class Page:
         """Return the value of a JavaScript expression."""
         return self._call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
+    def click(self, label: str) -> None:
+        """Click on the first element that shows these words and nothing else."""
+        leaves = "[...document.querySelectorAll('*')].filter(element => element.children.length === 0)"
+        self.evaluate(f"{leaves}.find(element => element.textContent.trim() === {json.dumps(label)})?.click()")
+
     def text(self) -> str:
         """Return the text that the page shows."""
         return str(self.evaluate("document.body ? document.body.innerText : ''"))

@@ -43,6 +43,7 @@ RUN = (
     "evaluation.teacher_too=false",
 )
 ACTORS = ("rollout-0", "rollout-1", "teacher-countdown-0", "learner-0", "learner-1")
+JOB_CLICKS = ("Task Timeline (beta)", "Cluster status and autoscaler", "Actor Table")
 GRAPH = {"tab": "0", "range_input": "3m"}
 PRIVATE = (str(ROOT), sys.prefix, str(Path.home()), platform.node())
 SHOWN = ("held_out_accuracy", "pool_busy_share")  # figures whose lines are photographed
@@ -56,6 +57,7 @@ class View:
     url: str
     height: int  # points
     expected: Sequence[str]
+    clicks: Sequence[str] = ()  # headings of what is to be opened, or closed
 
 
 def views(door: Door, job_id: str, server: Prometheus) -> list[View]:
@@ -63,7 +65,7 @@ def views(door: Door, job_id: str, server: Prometheus) -> list[View]:
     panels = [(f"g{place}.expr", f"ray_preceptor_{figure}") for place, figure in enumerate(SHOWN)]
     panels += [(f"g{place}.{name}", value) for place in range(len(SHOWN)) for name, value in GRAPH.items()]
     return [
-        View("job", f"{door.dashboard}/#/jobs/{job_id}", 1500, [*ACTORS, "RUNNING"]),
+        View("job", f"{door.dashboard}/#/jobs/{job_id}", 1500, [*ACTORS, "RUNNING"], JOB_CLICKS),
         View("actors", f"{door.dashboard}/#/actors", 900, [*ACTORS, "ALIVE"]),
         View("cluster", f"{door.dashboard}/#/cluster", 900, [HEAD, *NODES]),
         View("figures", f"{server.address}/graph?{urllib.parse.urlencode(panels)}", 1100, ['run="countdown"']),
@@ -74,6 +76,8 @@ def photograph(page: Page, view: View, folder: Path) -> list[str]:
     """Open a page, wait until it says what is expected, and write its picture; return what is wrong, a line each."""
     page.resize(WIDTH, view.height)
     page.open(view.url)
+    for heading in view.clicks:
+        press(page, heading)
     text = page.wait_for(lambda text: not lacking(view, text), PAGE_SECONDS)
     picture = folder / f"{view.name}.png"
     page.picture(picture)
@@ -84,6 +88,12 @@ def photograph(page: Page, view: View, folder: Path) -> list[str]:
     if wrong:
         sys.stderr.write(f"{view.url}\n{text}\n")
     return wrong
+
+
+def press(page: Page, heading: str) -> None:
+    """Open or close the part of a page under a heading."""
+    page.wait_for(lambda text: heading in text, PAGE_SECONDS)
+    page.click(heading)
 
 
 def lacking(view: View, text: str) -> list[str]:
