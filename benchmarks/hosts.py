@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from benchmarks.process_trees import descendants
 from cluster.interruption import interrupt_on_sigterm
@@ -44,11 +44,13 @@ class Host:
     address: str
     process: "subprocess.Popen[bytes]"  # `unshare`, whose child is the host's process 1
 
-    def start(self, command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-        """Run a command there; it writes to this program's standard error."""
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], output: IO[str] = sys.stderr
+    ) -> "subprocess.Popen[bytes]":
+        """Run a command there."""
         enter = ["nsenter", "--target", str(self._first()), "--net", "--uts", "--ipc", "--pid", "--mount"]
         return subprocess.Popen(
-            [*enter, *command], env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr, stderr=sys.stderr
+            [*enter, *command], env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
 
     def switch_off(self) -> None:

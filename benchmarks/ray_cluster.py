@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks.hosts import Rack, rack
 from benchmarks.pairs import ROOT
@@ -90,15 +90,16 @@ def cluster_of_hosts(nodes: Sequence[str]) -> Iterator[tuple[Door, Rack]]:
         yield door, hosts
 
 
-def preceptor(door: Door, *arguments: str, output: Any) -> "subprocess.Popen[str]":
+def preceptor(door: Door, *arguments: str, output: IO[str], **variables: str) -> "subprocess.Popen[bytes]":
     """Start a command of Preceptor in the folder of the embedded run file."""
     command = [sys.executable, "-m", "cluster.cli", *arguments]
+    environment = door.environment() | variables
     return subprocess.Popen(
-        command, env=door.environment(), cwd=EMBEDDED, stdin=subprocess.DEVNULL, stdout=output, stderr=output, text=True
+        command, env=environment, cwd=EMBEDDED, stdin=subprocess.DEVNULL, stdout=output, stderr=output
     )
 
 
-def submit(door: Door, overrides: Sequence[str], output: Any) -> "subprocess.Popen[str]":
+def submit(door: Door, overrides: Sequence[str], output: IO[str]) -> "subprocess.Popen[bytes]":
     """Submit the embedded run, and follow it."""
     return preceptor(door, "submit", "demo.toml", *overrides, "--address", door.dashboard, output=output)
 
