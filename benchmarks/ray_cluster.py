@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.hosts import Rack, rack
+from benchmarks.hosts import FOLDER, Host, Rack, rack
 from benchmarks.pairs import ROOT
 from cluster.demo import EMBEDDED
 
@@ -80,12 +80,12 @@ def cluster_of_hosts(nodes: Sequence[str]) -> Iterator[tuple[Door, Rack]]:
         head = hosts.hosts[HEAD]
         door = Door(f"http://{head.address}:{DASHBOARD_PORT}", hosts.folder / "token", hosts.local)
         _write_token(door.token_file)
-        head.start(_ray_start(*_head_options(head.address, hosts.local / "ray")), door.environment())
+        _start_node(head, _head_options(head.address, hosts.local / "ray"), door)
         wait_until(lambda: door.takes_jobs(1), START_SECONDS, "the head takes jobs")
         for name in nodes:
             host = hosts.hosts[name]
-            joining = _ray_start(f"--address={head.address}:{GCS_PORT}", f"--node-ip-address={host.address}")
-            host.start([*joining, f"--num-cpus={CPUS_PER_NODE}"], door.environment())
+            joining = [f"--address={head.address}:{GCS_PORT}", f"--node-ip-address={host.address}"]
+            _start_node(host, [*joining, f"--num-cpus={CPUS_PER_NODE}"], door)
         wait_until(lambda: door.takes_jobs(1 + len(nodes)), START_SECONDS, "all nodes have joined")
         yield door, hosts
 
@@ -123,10 +123,12 @@ def _write_token(path: Path) -> None:
     path.write_text(secrets.token_hex(32))
 
 
-def _ray_start(*options: str) -> list[str]:
-    """Return the command that starts a node and stays."""
+def _start_node(host: Host, options: Sequence[str], door: Door) -> None:
+    """Start Ray on a host; it stays, and what it prints is in a file."""
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
-    return [*command, "--object-store-memory", str(STORE_BYTES), *options]
+    command += ["--object-store-memory", str(STORE_BYTES), *options]
+    with (FOLDER / f"{host.name}.log").open("w") as output:
+        host.start(command, door.environment(), output)
 
 
 def _head_options(address: str, ray_folder: Path) -> list[str]:
