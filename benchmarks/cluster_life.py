@@ -8,14 +8,13 @@ both runs.
 """
 
 import argparse
-import json
 import random
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -38,7 +37,6 @@ class Life:
     """What became of the disturbed run's workers."""
 
     lost: Sequence[str]  # workers on the host that was switched off
-    largest: dict[str, int]  # workers that served at once, by pool
     restarts: int
     followed_steps: int  # lines of steps that the followed job showed
 
@@ -51,6 +49,7 @@ class SubmittedRun:
     directory: Path
     output: Path
     overrides: Sequence[str]
+    reached: list[dict[str, int]] = field(default_factory=list)  # sizes that were asked for, and served
 
     def __post_init__(self) -> None:
         """Submit it."""
@@ -72,6 +71,7 @@ class SubmittedRun:
                 raise SystemExit(f"{name}={size} was refused")
         wanted = {f"pool/{POOLS[name]}/serving": size for name, size in sizes.items()}
         wait_until(lambda: self._is(wanted), STALL_SECONDS, f"{self.directory.name} has {wanted}")
+        self.reached.append(sizes)
         print(f"after step {last_record(self.directory)['step']}: {sizes}", flush=True)
 
     def finish(self) -> Outcome:
@@ -135,10 +135,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
     return [
         at_least(row("cluster life: workers lost with a host", size, len(life.lost), "workers"), 1),
         row("cluster life: workers started again", size, life.restarts, "workers"),
-        *(
-            at_least(row(f"cluster life: most workers at once, {name}", size, life.largest[name], "workers"), count)
-            for name, count in GROWN.items()
-        ),
+        *sizes_reached(run, size),
         at_least(row("cluster life: steps completed", size, shaken.steps, "steps"), options.steps),
         at_least(row("cluster life: steps shown by who follows", size, life.followed_steps, "steps"), options.steps),
         at_least(row("cluster life: prompts consumed exactly once", size, shaken.prompts, "prompts"), quiet.prompts),
@@ -147,6 +144,15 @@ def measure(options: argparse.Namespace) -> list[Row]:
         at_most(row("cluster life: difference in accuracy", size, difference, "ratio"), noise(quiet)),
         row("cluster life: seconds, undisturbed", size, quiet.seconds, "s"),
         row("cluster life: seconds, disturbed", size, shaken.seconds, "s"),
+    ]
+
+
+def sizes_reached(run: SubmittedRun, size: str) -> list[Row]:
+    """Return a row per pool and size that was asked for."""
+    return [
+        row(f"cluster life: {name} scaled to", size, count, "workers")
+        for sizes in run.reached
+        for name, count in sizes.items()
     ]
 
 
@@ -173,14 +179,11 @@ def workers_on(door: Door, address: str) -> list[str]:
 
 
 def look_back(run: SubmittedRun, lost: Sequence[str]) -> Life:
-    """Read from the run's figures and output what became of its workers."""
-    records = [json.loads(line) for line in (run.directory / "metrics.jsonl").read_text().splitlines()]
-    largest = {
-        name: max(int(record.get(f"pool/{pool}/serving", 0)) for record in records) for name, pool in POOLS.items()
-    }
-    restarts = sum(int(value) for name, value in records[-1].items() if name.endswith("/restarts"))
+    """Read from the run's last figures and its output what became of its workers."""
+    last = last_record(run.directory)
+    restarts = sum(int(value) for name, value in last.items() if name.endswith("/restarts"))
     shown = set(re.findall(r"^step (\d+) ", run.output.read_text(), re.MULTILINE))
-    return Life(lost, largest, restarts, len(shown))
+    return Life(lost, restarts, len(shown))
 
 
 @contextmanager

@@ -126,7 +126,7 @@ def _write_token(path: Path) -> None:
 def _start_node(host: Host, options: Sequence[str], door: Door) -> None:
     """Start Ray on a host; it stays, and what it prints is in a file."""
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
-    command += ["--object-store-memory", str(STORE_BYTES), *options]
+    command += [f"--node-name={host.name}", f"--object-store-memory={STORE_BYTES}", *options]
     with (FOLDER / f"{host.name}.log").open("w") as output:
         host.start(command, door.environment(), output)
 

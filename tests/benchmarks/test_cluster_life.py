@@ -40,13 +40,10 @@ def test_workers_of_the_run_are_told_from_rays_own_and_by_their_host(tmp_path: P
 
 def test_a_life_is_read_from_figures_and_output(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    serving, restarts = "pool/rollout/serving", "pool/rollout/restarts"
-    (tmp_path / "run/metrics.jsonl").write_text(
-        records({serving: 1, "pool/teacher-countdown/serving": 1}, {serving: 3}, {serving: 2, restarts: 4})
-    )
+    first, last = {"pool/rollout/restarts": 1}, {"pool/rollout/restarts": 3, "pool/learner/restarts": 1, "step": 2}
+    (tmp_path / "run/metrics.jsonl").write_text(records(first, last))
     # Step 2 was done twice: the run went back to its checkpoint.
     (tmp_path / "out").write_text("preceptor: submitted\nstep 1  KL\nstep 2  KL\nstep 2  KL\nscaled: step 9\n")
     door = Door("", tmp_path, tmp_path)
     life = look_back(FinishedRun(door, tmp_path / "run", tmp_path / "out", ()), ["learner-0"])
-    assert life.largest == {"rollout": 3, "teachers.countdown": 1}
     assert (life.restarts, life.followed_steps, life.lost) == (4, 2, ["learner-0"])
