@@ -95,14 +95,18 @@ def fill_in(query: str) -> str:
 
 
 def ask_all(server: Prometheus, seconds: float) -> Found:
-    """Ask every query until all have an answer or the time is up."""
+    """Ask every query until all have an answer that can be, or the time is up.
+
+    A rate is 0, and a quantile of it no number, while a series has not grown between two scrapes.
+    """
     deadline = time.monotonic() + seconds
     while True:
         if server.is_ready():
             values = {query: [value for _, value in server.query(fill_in(query))] for query in dashboard_queries()}
             found = Found(values)
-            print(f"{len(values) - len(found.silent())} of {len(values)} queries have an answer", flush=True)
-            if not found.silent() or time.monotonic() > deadline:
+            missing = [*found.silent(), *found.odd()]
+            print(f"{len(values) - len(missing)} of {len(values)} queries have an answer", flush=True)
+            if not missing or time.monotonic() > deadline:
                 return found
         time.sleep(SCRAPE_SECONDS)
 
@@ -145,7 +149,7 @@ def rows_of(found: Found, size: str) -> list[Row]:
         at_most(row("dashboard: queries with a value that cannot be", size, len(odd), "queries"), 0),
         row("dashboard: series found", size, series, "series"),
         *(row(f"dashboard: no answer: {query}", size, 0, "series") for query in silent),
-        *(row(f"dashboard: cannot be: {query}", size, min(found.values[query]), "value") for query in odd),
+        *(row(f"dashboard: cannot be: {query}", size, len(found.values[query]), "series") for query in odd),
     ]
 
 
