@@ -30,9 +30,10 @@ class Page:
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
-    def resize(self, width: int, height: int) -> None:
-        """Show so many points of a page."""
-        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+    def resize(self, width: int, height: int, scale: float) -> None:
+        """Show so many points of a page, each as so many pixels."""
+        size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
+        self._call("Emulation.setDeviceMetricsOverride", **size)
 
     def set_cookie(self, url: str, name: str, value: str) -> None:
         """Send a cookie to the host of an address from now on."""
@@ -48,9 +49,9 @@ class Page:
         return self._call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
 
     def click(self, label: str) -> None:
-        """Click on the first element that shows these words and nothing else."""
-        leaves = "[...document.querySelectorAll('*')].filter(element => element.children.length === 0)"
-        self.evaluate(f"{leaves}.find(element => element.textContent.trim() === {json.dumps(label)})?.click()")
+        """Click on the innermost element that shows these words and nothing else."""
+        shows = f"element => element.textContent.trim() === {json.dumps(label)}"
+        self.evaluate(f"[...document.querySelectorAll('*')].filter({shows}).pop()?.click()")
 
     def text(self) -> str:
         """Return the text that the page shows."""

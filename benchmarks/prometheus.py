@@ -40,6 +40,12 @@ class Prometheus:
         except urllib.error.URLError:
             return False
 
+    def silent_targets(self) -> list[str]:
+        """Return the endpoints that could not be read, and why."""
+        with urllib.request.urlopen(f"{self.address}/api/v1/targets", timeout=30) as answer:
+            targets: list[dict[str, Any]] = json.load(answer)["data"]["activeTargets"]
+        return [f"{target['scrapeUrl']}: {target['lastError']}" for target in targets if target["health"] != "up"]
+
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
         """Return the labels and the value of every series that an expression gives now.
 
