@@ -76,6 +76,11 @@ class Rack:
     local: Path  # the same path on every host, another folder on each
     hosts: Mapping[str, Host]
 
+    def seen_from_here(self, name: str, path: Path) -> Path:
+        """Return where this program finds a file among a host's own; links of the host are followed."""
+        here = self.folder / name / path.relative_to(self.local)
+        return self.seen_from_here(name, here.readlink()) if here.is_symlink() else here
+
 
 def isolated(module: str, arguments: Sequence[str]) -> NoReturn:
     """Let this process become one that runs a module with arguments in namespaces of its own.

@@ -19,6 +19,7 @@ from ray._private.authentication.authentication_constants import AUTHENTICATION_
 
 from benchmarks.browser import Page, chromium
 from benchmarks.chaos import last_record
+from benchmarks.dashboard_queries import DISCOVERY
 from benchmarks.hosts import FOLDER, Rack, isolated
 from benchmarks.pairs import ROOT
 from benchmarks.prometheus import Prometheus, prometheus
@@ -118,7 +119,7 @@ def take_pictures(folder: Path) -> list[str]:
     with (
         cluster_of_hosts(NODES) as (door, hosts),
         running(door, hosts) as job_id,
-        prometheus(hosts.folder / HEAD / "ray" / "prom_metrics_service_discovery.json") as server,
+        prometheus(hosts.seen_from_here(HEAD, hosts.local / "ray" / DISCOVERY)) as server,
         chromium() as page,
     ):
         wait_until(server.is_ready, START_SECONDS, "Prometheus answers")
