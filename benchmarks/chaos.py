@@ -132,8 +132,7 @@ def measure(num_kills: int, steps: int, chance: random.Random) -> list[Row]:
             print(f"after step {disturbed.last_step()}: {kind}", flush=True)
         shaken = outcome(disturbed, overrides)
         killed = disturbed.killed
-    # Each accuracy is a mean over held-out prompts that are right or wrong.
-    noise = STANDARD_DEVIATIONS * math.sqrt(2 * quiet.accuracy * (1 - quiet.accuracy) / quiet.num_held_out)
+    difference = abs(quiet.accuracy - shaken.accuracy)
     return [
         *(row(f"chaos: {kind} killed", size, float(count), "kills") for kind, count in sorted(killed.items())),
         at_least(row("chaos: kills", size, float(killed.total()), "kills"), num_kills),
@@ -141,7 +140,7 @@ def measure(num_kills: int, steps: int, chance: random.Random) -> list[Row]:
         at_least(row("chaos: prompts consumed exactly once", size, float(shaken.prompts), "prompts"), quiet.prompts),
         row("chaos: accuracy, undisturbed", size, quiet.accuracy, "ratio"),
         row("chaos: accuracy, disturbed", size, shaken.accuracy, "ratio"),
-        at_most(row("chaos: difference in accuracy", size, abs(quiet.accuracy - shaken.accuracy), "ratio"), noise),
+        at_most(row("chaos: difference in accuracy", size, difference, "ratio"), noise(quiet)),
         row("chaos: seconds, undisturbed", size, quiet.seconds, "s"),
         row("chaos: seconds, disturbed", size, shaken.seconds, "s"),
     ]
@@ -156,6 +155,11 @@ class Outcome:
     accuracy: float
     num_held_out: int
     seconds: float
+
+
+def noise(found: Outcome) -> float:
+    """Return by how much two accuracies may differ by chance: each is a mean over prompts that are right or wrong."""
+    return STANDARD_DEVIATIONS * math.sqrt(2 * found.accuracy * (1 - found.accuracy) / found.num_held_out)
 
 
 def last_record(run: Path) -> dict[str, float]:

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ray.exceptions import AuthenticationError, RpcError
 
 from cluster.contracts.config import Config
 from cluster.contracts.errors import PlacementError
+from cluster.head_watch import end_run, watch_head
 from cluster.interruption import interrupt_on_sigterm
 from cluster.local_cluster import LOOPBACK, local_cluster, on_loopback, private_umask
 
@@ -52,7 +53,7 @@ def ray_session(config: Config) -> Iterator[RaySession]:
     # Ray would otherwise hide all GPUs from actors that ask for none and warn about it on every start.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is not None:
-        with _joined(address, common) as session:
+        with _joined(address, common) as session, _watched_head(config):
             yield session
         return
     try:
@@ -64,10 +65,16 @@ def ray_session(config: Config) -> Iterator[RaySession]:
                 **common,
             ) as cluster,
             interrupt_on_sigterm(),
+            _watched_head(config),
         ):
             yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
     except AuthenticationError as error:
         raise PlacementError(f"the token for the local Ray cluster cannot be used: {_first_sentence(error)}") from error
+
+
+def _watched_head(config: Config) -> AbstractContextManager[None]:
+    address = ray.get_runtime_context().gcs_address
+    return watch_head(address, lambda silent_seconds: end_run(config, address, silent_seconds))
 
 
 @contextmanager

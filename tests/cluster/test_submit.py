@@ -176,6 +176,18 @@ def test_a_run_that_fails_gives_its_exit_code_and_last_line(cluster: dict[str, A
     ), found.stderr
 
 
+def test_a_run_that_the_cluster_has_no_room_for_says_so_with_numbers(cluster: dict[str, Any], tmp_path: Path) -> None:
+    # Without GPUs a worker takes at least a ten-thousandth of a CPU, so two CPUs hold 20,000 workers.
+    wanted = (f"run.directory={tmp_path}", "rollout.num_workers=30000", "--python", sys.executable)
+    found = preceptor(cluster, "submit", "demo.toml", *wanted)
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1].endswith(
+        " failed with exit code 1: preceptor: rollout worker 20000 needs 0.0001 CPUs on one node, and no node has that "
+        "left; the run needs 3.0002 CPUs and the cluster has 2 on 1 nodes"
+    )
+    assert list(tmp_path.iterdir()) == []  # nothing was begun
+
+
 @pytest.mark.parametrize(
     "variables", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": WRONG_TOKEN}], ids=["no token", "another token"]
 )
