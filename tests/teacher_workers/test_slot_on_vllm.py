@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test wait
 EMBEDDED = Path(__file__).parents[2] / "cluster" / "embedded"
 CONTEXT_TOKENS = 128
 TIMEOUTS = PoolTimeouts(start_seconds=500, call_seconds=120)
-TOLERANCE = 1e-4  # nats; two implementations of the same fp32 model
+TOLERANCE = 1e-3  # nats; two implementations of the same fp32 model, on random tokens
 MODELS = {"math": "teacher", "code": "student"}
 REQUEST = ScoreRequest("teacher")
 
