@@ -1,4 +1,4 @@
-"""Two teachers in one slot, and one that follows another, on real engines; without a GPU a sleeping engine ends."""
+"""Two teachers in one slot on real engines, against transformers; without a GPU a sleeping engine ends."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
+from transformers import AutoModelForCausalLM
 
 from cluster.actors import PoolTimeouts
 from cluster.batch_store import pack
@@ -25,32 +27,26 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test wait
 EMBEDDED = Path(__file__).parents[2] / "cluster" / "embedded"
 CONTEXT_TOKENS = 128
 TIMEOUTS = PoolTimeouts(start_seconds=500, call_seconds=120)
-TOLERANCE = 1e-4  # nats; the same fp32 model in batches of other compositions
-ENGINE = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1)
+TOLERANCE = 1e-3  # nats; two implementations of the same fp32 model, on random tokens
 MODELS = {"math": "teacher", "code": "student"}
-
-
-def start(label: str, *names: str) -> Scorers:
-    teachers = {name: TeacherConfig(str(EMBEDDED / MODELS[name]), engine=ENGINE) for name in names}
-    return Scorers(label, teachers, CONTEXT_TOKENS, [{"num_cpus": 1}])
+REQUEST = ScoreRequest("teacher")
 
 
 @pytest.fixture(scope="module")
-def scorers(ray_cluster: None) -> Iterator[dict[str, Scorers]]:
-    """Start each teacher by itself, and both in one slot."""
-    started = {"math": start("teacher-math", "math"), "code": start("teacher-code", "code")}
-    started["slot"] = start("slot-both", "math", "code")
-    for label, found in started.items():
-        found.wait_until_ready(TIMEOUTS.start_seconds, label)
-    yield started
-    for found in started.values():
-        found.shutdown()
+def slot(ray_cluster: None) -> Iterator[Scorers]:
+    """Start a worker with both engines, of which the last one is awake then."""
+    engine = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1)
+    teachers = {name: TeacherConfig(str(EMBEDDED / model), engine=engine) for name, model in MODELS.items()}
+    scorers = Scorers("slot-both", teachers, CONTEXT_TOKENS, [{"num_cpus": 1}])
+    scorers.wait_until_ready(TIMEOUTS.start_seconds, "the slot to start")
+    yield scorers
+    scorers.shutdown()
 
 
-def batches(routes: list[str], first_step: int | None = None) -> list[BatchHandle]:
-    """Make one batch of two rows per route, the same ones each time; each of a step of its own, or all of none."""
+def make_batches(routes: list[str], steps: list[int]) -> list[BatchHandle]:
+    """Make one batch of two rows per route and step; the first of each call are alike."""
     found = []
-    for number, route in enumerate(routes):
+    for number, (route, step) in enumerate(zip(routes, steps, strict=True)):
         draw = np.random.default_rng(number)
         rows = [
             make_trajectory(
@@ -59,8 +55,23 @@ def batches(routes: list[str], first_step: int | None = None) -> list[BatchHandl
             for row in range(2)
         ]
         wire, handle = pack(make_generated(rows), {})
-        step = -1 if first_step is None else first_step + number
         found.append(replace(handle, reference=ray.put(wire), rollout=step))
+    return found
+
+
+@torch.no_grad()
+def expected_scores(name: str, handles: list[BatchHandle]) -> list[Floats]:
+    """Return the scores of every batch by a teacher's model alone."""
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED / MODELS[name], dtype=torch.float32)
+    found = []
+    for handle in handles:
+        batch = from_wire(ray.get(handle.reference))
+        rows = []
+        for row in range(batch.num_rows):
+            ids = torch.from_numpy(ragged(batch, "token_ids")[row].astype(np.int64))
+            logprobs = model(ids[None]).logits[0].log_softmax(-1)
+            rows.append(logprobs[5:-1].gather(1, ids[6:, None]).squeeze(1).numpy())
+        found.append(np.concatenate(rows))
     return found
 
 
@@ -72,34 +83,27 @@ def score(pools: TeacherPools, handles: list[BatchHandle]) -> tuple[list[Floats]
     return columns, merge(handle.metrics for handle in ordered)
 
 
-REQUEST = ScoreRequest("teacher")
-
-
-def test_two_teachers_in_one_slot_score_as_each_does_by_itself(scorers: dict[str, Scorers]) -> None:
+def test_two_teachers_in_one_slot_score_as_each_does_by_itself(slot: Scorers) -> None:
+    pools = TeacherPools({name: TeacherPool(name, slot, TIMEOUTS) for name in MODELS}, call_seconds=120)
     routes = ["math", "code"] * 3
-    alone = TeacherPools({name: TeacherPool(name, scorers[name], TIMEOUTS) for name in MODELS}, call_seconds=120)
-    shared = TeacherPools({name: TeacherPool(name, scorers["slot"], TIMEOUTS) for name in MODELS}, call_seconds=120)
-    expected, _ = score(alone, batches(routes))
-    found, metrics = score(shared, batches(routes))
-    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), atol=TOLERANCE)
+    handles = make_batches(routes, steps=[-1] * 6)
+    found, metrics = score(pools, handles)
+    expected = {name: expected_scores(name, handles) for name in MODELS}
+    for number, route in enumerate(routes):
+        np.testing.assert_allclose(found[number], expected[route][number], atol=TOLERANCE)
     figures = report(metrics)
-    assert figures["slot/switches"] == 1  # the engine that started last was awake, and all was there at once
+    assert figures["slot/switches"] == 1  # all was there at once
     assert 0 < figures["slot/switch_seconds"] < 120
-    # And back again: an engine that slept scores as it did before.
-    again, _ = score(shared, batches(["code"]))
-    alone_again, _ = score(alone, batches(["code"]))
-    np.testing.assert_allclose(again[0], alone_again[0], atol=TOLERANCE)
 
 
-def test_another_checkpoint_scores_from_its_step_on_and_none_before(scorers: dict[str, Scorers]) -> None:
-    old, new = (TeacherPool("math", scorers[name], TIMEOUTS) for name in ("math", "code"))
-    by_old, _ = score(TeacherPools({"math": old}, call_seconds=120), batches(["math"] * 4))
-    by_new, _ = score(TeacherPools({"math": new}, call_seconds=120), batches(["math"] * 4))
-    pools = TeacherPools({"math": old}, call_seconds=120)
-    successors = Successors({"math": new})
+def test_another_checkpoint_scores_from_its_step_on_and_none_before(slot: Scorers) -> None:
+    pools = TeacherPools({"main": TeacherPool("math", slot, TIMEOUTS)}, call_seconds=120)
+    successors = Successors({"main": TeacherPool("code", slot, TIMEOUTS)})
     pools.prepare(successors)
     pools.succeed(successors, first_step=7)
-    found, _ = score(pools, batches(["math"] * 4, first_step=5))
-    for number, expected in enumerate([*by_old[:2], *by_new[2:]]):
+    handles = make_batches(["main"] * 4, steps=[5, 6, 7, 8])
+    old, new = (expected_scores(name, handles) for name in ("math", "code"))
+    found, _ = score(pools, handles)
+    for number, expected in enumerate([*old[:2], *new[2:]]):
         np.testing.assert_allclose(found[number], expected, atol=TOLERANCE)
-        assert np.abs(by_old[number] - by_new[number]).mean() > 0.1  # they are two models
+        assert np.abs(old[number] - new[number]).mean() > 0.1  # they are two models
