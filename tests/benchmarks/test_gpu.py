@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gpu import SECONDS, measure_part
 from benchmarks.gpu_parts.learning import long_tailed_batch
 from benchmarks.gpu_parts.loop import sampler_rows, stage_rows, streaming_rows
-from benchmarks.gpu_parts.shapes import QWEN3_06B, QWEN3_8B, QWEN3_17B, card_scale, qwen3_config
+from benchmarks.gpu_parts.shapes import QWEN3_06B, QWEN3_8B, QWEN3_17B, card_scale, dry_scale, qwen3_config
 from benchmarks.pairs import ROOT
 from benchmarks.stages import DRIVER_AND_RAY, Alone, Spent, Together
 
@@ -38,7 +38,13 @@ def alone() -> Alone:
 
 
 def together(seconds: float, gap: float = 0.01) -> Together:
-    record = {"train/sampler_learner_gap": gap, "train/sampler_learner_gap_max": 0.3, "train/importance_p99": 1.02}
+    record = {
+        "train/sampler_learner_gap": gap,
+        "train/sampler_learner_gap_max": 0.3,
+        "train/importance_p99": 1.02,
+        "rollout/completion_length": 250.0,
+        "rollout/completion_length_max": 1500.0,
+    }
     return Together(2000, Spent(seconds, {DRIVER_AND_RAY: 0.0}), record)
 
 
@@ -98,6 +104,7 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path: Path):
     assert not any("bar" in found for found in rows)
     for name in ("sequential", "strict streaming", "staleness 1"):
         assert values["loop", f"loop: {name}"] > 0
+    assert values["loop", "completion length, mean"] < 0.8 * dry_scale().max_tokens  # most end before the longest
     assert values["loop", "sampler against learner: mean difference"] < 1e-4  # float32
     assert values["scoring", "score: topk 64 / dicts"] > 0
     assert values["sync", "sync, object store, full"] > 0
