@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,17 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gpu import SECONDS, measure_part
 from benchmarks.gpu_parts.learning import long_tailed_batch
 from benchmarks.gpu_parts.loop import sampler_rows, stage_rows, streaming_rows
-from benchmarks.gpu_parts.shapes import QWEN3_06B, QWEN3_8B, QWEN3_17B, card_scale, dry_scale, qwen3_config
+from benchmarks.gpu_parts.shapes import (
+    EOS,
+    QWEN3_06B,
+    QWEN3_8B,
+    QWEN3_17B,
+    TINY_STUDENT,
+    card_scale,
+    dry_scale,
+    end_by_chance,
+    qwen3_config,
+)
 from benchmarks.pairs import ROOT
 from benchmarks.stages import DRIVER_AND_RAY, Alone, Spent, Together
 
@@ -30,6 +41,19 @@ def test_models_have_the_published_numbers_of_parameters(shape, billions):
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total / 1e9 == pytest.approx(billions[0], rel=0.02)
     assert (total - embeddings) / 1e9 == pytest.approx(billions[1], rel=0.02)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_place_ends_the_text_with_about_the_wanted_probability(tied):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(qwen3_config(replace(TINY_STUDENT, tied=tied)))
+    end_by_chance(model, mean_tokens=50)
+    with torch.no_grad():
+        probabilities = model(torch.randint(3, TINY_STUDENT.vocabulary, (4, 100))).logits.softmax(-1)
+    assert 0.5 < 50 * probabilities[..., EOS].mean() < 2
+    assert 50 * probabilities[..., EOS].quantile(0.1) > 0.1
+    entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+    assert 0.5 < entropy < 5.6  # uniform: 6.2
 
 
 def alone() -> Alone:
