@@ -142,18 +142,26 @@ def _card() -> Row:
 
 
 def _wait(process: "subprocess.Popen[bytes]", limit_seconds: float) -> str | None:
-    """Wait for a part; after the limit, interrupt it, and end what stays. Return what went wrong."""
+    """Wait for a part, and see that nothing of it stays; return what went wrong."""
     try:
         code = process.wait(limit_seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(ENDING_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
         return f"took more than {limit_seconds:g} s; what it had measured by then is kept"
+    finally:
+        _end(process)  # also when this very program is interrupted
     return None if code == 0 else f"ended with exit code {code}"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Interrupt a part as Ctrl-C does, and end what then stays."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 if __name__ == "__main__":
