@@ -67,9 +67,10 @@ def parse() -> argparse.Namespace:
 
 def measure(parts: Sequence[str], folder: Path, is_dry_run: bool) -> dict[str, tuple[list[Row], str | None]]:
     """Run the parts one after the other; some at once where figures mean nothing."""
-    folders = {name: folder / name if is_dry_run else folder for name in parts}
-    with ThreadPoolExecutor(DRY_AT_ONCE if is_dry_run else 1) as pool:
-        started = {name: pool.submit(measure_part, name, folders[name], is_dry_run) for name in parts}
+    if not is_dry_run:
+        return {name: measure_part(name, folder, is_dry_run) for name in parts}
+    with ThreadPoolExecutor(DRY_AT_ONCE) as pool:
+        started = {name: pool.submit(measure_part, name, folder / name, is_dry_run) for name in parts}
         return {name: part.result() for name, part in started.items()}
 
 
