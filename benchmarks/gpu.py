@@ -93,8 +93,9 @@ def measure_part(
         str(output),
     ]
     limit, began = limit_seconds or seconds_of(name, is_dry_run), time.perf_counter()
-    # Threads that spin while they wait would take the cores from other processes of the same part.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    # Threads that spin while they wait would take the cores from other processes of the same part. vLLM leaves its
+    # sockets where they are, so they are put where everything goes at the end.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "VLLM_RPC_BASE_PATH": str(folder)}
     process = subprocess.Popen(
         [*command, *(["--dry-run"] if is_dry_run else [])], cwd=ROOT, env=environment, start_new_session=True
     )
