@@ -67,9 +67,10 @@ def parse() -> argparse.Namespace:
 
 def measure(parts: Sequence[str], folder: Path, is_dry_run: bool) -> dict[str, tuple[list[Row], str | None]]:
     """Run the parts one after the other; some at once where figures mean nothing."""
-    folders = {name: folder / name if is_dry_run else folder for name in parts}
-    with ThreadPoolExecutor(DRY_AT_ONCE if is_dry_run else 1) as pool:
-        started = {name: pool.submit(measure_part, name, folders[name], is_dry_run) for name in parts}
+    if not is_dry_run:
+        return {name: measure_part(name, folder, is_dry_run) for name in parts}
+    with ThreadPoolExecutor(DRY_AT_ONCE) as pool:
+        started = {name: pool.submit(measure_part, name, folder / name, is_dry_run) for name in parts}
         return {name: part.result() for name, part in started.items()}
 
 
@@ -92,8 +93,9 @@ def measure_part(
         str(output),
     ]
     limit, began = limit_seconds or seconds_of(name, is_dry_run), time.perf_counter()
-    # Threads that spin while they wait would take the cores from other processes of the same part.
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    # Threads that spin while they wait would take the cores from other processes of the same part. vLLM leaves its
+    # sockets where they are, so they are put where everything goes at the end.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "VLLM_RPC_BASE_PATH": str(folder)}
     process = subprocess.Popen(
         [*command, *(["--dry-run"] if is_dry_run else [])], cwd=ROOT, env=environment, start_new_session=True
     )
@@ -142,18 +144,26 @@ def _card() -> Row:
 
 
 def _wait(process: "subprocess.Popen[bytes]", limit_seconds: float) -> str | None:
-    """Wait for a part; after the limit, interrupt it, and end what stays. Return what went wrong."""
+    """Wait for a part, and see that nothing of it stays; return what went wrong."""
     try:
         code = process.wait(limit_seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(ENDING_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
         return f"took more than {limit_seconds:g} s; what it had measured by then is kept"
+    finally:
+        _end(process)  # also when this very program is interrupted
     return None if code == 0 else f"ended with exit code {code}"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Interrupt a part as Ctrl-C does, and end what then stays."""
+    if process.poll() is not None:
+        return
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(ENDING_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 if __name__ == "__main__":

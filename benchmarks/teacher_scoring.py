@@ -31,7 +31,7 @@ from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
 from cluster.lm_head import LmHead, load_lm_head
 from cluster.vllm_runtime import prepare_environment
-from teacher_workers.scoring import CHUNK_LOGITS, MIN_CHUNK_TOKENS
+from teacher_workers.scoring import chunk_size
 from teacher_workers.worker import TeacherWorker
 
 ROOT = Path(__file__).parents[1]
@@ -222,7 +222,7 @@ def _multiply(head: LmHead, num_tokens: int) -> None:
     """Do the head's matrix product for all completion tokens and nothing else."""
     device = head.weight.device
     hidden = torch.ones(num_tokens, head.weight.shape[1], dtype=head.weight.dtype, device=device)
-    for chunk in hidden.split(max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // head.vocabulary_size)):
+    for chunk in hidden.split(chunk_size(head)):
         functional.linear(chunk, head.weight, head.bias)
     if device.type == "cuda":
         torch.cuda.synchronize()

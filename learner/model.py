@@ -40,13 +40,12 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
     """
     model_config = load_model_config(student.model, student.trust_remote_code)
     _disable_dropout(model_config)
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    kernel = choose_kernel(config.attention, model_config, device, dtype)
+    kernel = choose_kernel(config.attention, model_config, device, getattr(torch, config.dtype))
     try:
         causal_lm, found = AutoModelForCausalLM.from_pretrained(
             student.model,
             config=model_config,
-            dtype=dtype,
+            dtype=getattr(torch, config.dtype),
             attn_implementation="sdpa" if kernel is None else register_packed_attention(),
             use_safetensors=True,  # anything else is a pickle, which can run code
             output_loading_info=True,

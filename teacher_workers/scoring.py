@@ -21,6 +21,7 @@ FLOOR = -87.0  # of ids that the teacher does not have: the log of float32's sma
 # weights too often. Measured on CPU with 49,152 tokens of vocabulary, in fp32 logits:
 CHUNK_LOGITS = 1 << 23
 MIN_CHUNK_TOKENS = 128
+GPU_CHUNK_LOGITS = 1 << 27  # 512 MiB: a GPU needs larger products to be busy
 
 
 def predicting_rows(hidden: Tensor, loss_mask: Bytes, num_cached: int = 0) -> Tensor:
@@ -57,8 +58,7 @@ def score_tokens(
     """
     given = np.empty((len(target_ids), 0), np.int32) if candidate_ids is None else candidate_ids
     ids = torch.from_numpy(np.concatenate([target_ids[:, None], given], axis=1).astype(np.int64))  # [tokens, 1 + k]
-    chunk_tokens = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // head.vocabulary_size)
-    device = head.weight.device
+    device, chunk_tokens = head.weight.device, chunk_size(head)
     chunks = [
         _score_chunk(head, chunk.to(device), chunk_ids.to(device), request)
         for chunk, chunk_ids in zip(hidden.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
@@ -72,6 +72,12 @@ def score_tokens(
         entropy=entropy if request.entropy else None,
         hidden=_to_numpy(hidden) if request.hidden else None,
     )
+
+
+def chunk_size(head: LmHead) -> int:
+    """Return how many tokens' logits may live at once."""
+    logits = CHUNK_LOGITS if head.weight.device.type == "cpu" else GPU_CHUNK_LOGITS
+    return max(MIN_CHUNK_TOKENS, logits // head.vocabulary_size)
 
 
 def _score_chunk(head: LmHead, hidden: Tensor, ids: Tensor, request: ScoreRequest) -> tuple[Tensor, ...]:

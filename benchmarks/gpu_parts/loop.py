@@ -86,11 +86,15 @@ def streaming_rows(alone: Sequence[Alone], together: Sequence[Together], size: s
 
 
 def sampler_rows(together: Sequence[Together], size: str) -> Iterator[Row]:
-    """Return how far the learner's log-probabilities are from the sampler's, and what that does to ratios."""
-    gap, largest, ratio = (
-        statistics.median(step.record[f"train/{name}"] for step in together)
-        for name in ("sampler_learner_gap", "sampler_learner_gap_max", "importance_p99")
-    )
+    """Return how long completions are, and how far the learner's log-probabilities are from the sampler's."""
+
+    def median(name: str) -> float:
+        return statistics.median(step.record[name] for step in together)
+
+    yield row("completion length, mean", size, median("rollout/completion_length"), "tokens")
+    yield row("completion length, longest of a step", size, median("rollout/completion_length_max"), "tokens")
+    gap, largest = median("train/sampler_learner_gap"), median("train/sampler_learner_gap_max")
+    ratio = median("train/importance_p99")
     yield at_most(row("sampler against learner: mean difference", size, gap, "nats"), MAX_GAP_NATS)
     yield row("sampler against learner: largest difference", size, largest, "nats")
     yield row("importance ratio, 99th percentile", size, ratio, "ratio")

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 VOCABULARY = 151_936
 CONTEXT_TOKENS = 4_096  # of 40,960: what the measurements need
@@ -19,6 +19,8 @@ INITIALIZER_RANGE = 0.02
 # Deviation of the logits. Weights as they are drawn give nearly uniform probabilities; with this one the entropy is
 # about 4 nats, like that of text, and rounding shows in log-probabilities as it does in trained models.
 LOGIT_DEVIATION = 4.0
+EOS = 1
+CONSTANT = 0.5  # several times the other numbers of an embedding, so that it stays visible, and does not drown them
 PROMPTS = "prompts.jsonl"
 PROMPT_WORDS = 256  # different ones; each is a token
 
@@ -81,7 +83,7 @@ def card_scale() -> Scale:
         num_prompts=32,
         samples_per_prompt=4,
         prompt_tokens=192,
-        mean_tokens=256,
+        mean_tokens=384,
         max_tokens=2048 - 192,
         num_scored=24,
         micro_batch_tokens=16_384,
@@ -111,27 +113,39 @@ def dry_scale() -> Scale:
 
 
 def model_folder(scale: Scale, shape: Shape, folder: Path) -> Path:
-    """Return the folder of a model of this shape, which is written when it is first asked for.
-
-    Completions end at one of several tokens, by chance: each place has the same probability of being the last on
-    average, so most completions are short and a few are many times longer.
-    """
+    """Return the folder of a model of this shape, which is written when it is first asked for."""
     target = folder / shape.name.replace(" ", "-")
     if (target / "config.json").exists():
         return target
     torch.manual_seed(shape.hidden)
     with torch.device(scale.device):
         model = AutoModelForCausalLM.from_config(qwen3_config(shape), dtype=scale.dtype)
-    with torch.no_grad():
-        model.model.norm.weight.fill_(LOGIT_DEVIATION / (INITIALIZER_RANGE * math.sqrt(shape.hidden)))
-    ends = np.linspace(PROMPT_WORDS, shape.vocabulary - 1, shape.vocabulary // scale.mean_tokens).astype(int)
-    model.generation_config.eos_token_id = ends.tolist()
+    end_by_chance(model, scale.mean_tokens)
     _write_tokenizer(target)
     model.save_pretrained(target)
     del model
     if scale.device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for itself, engines in other processes could not take
     return target
+
+
+@torch.no_grad()
+def end_by_chance(model: PreTrainedModel, mean_tokens: int) -> None:
+    """Give the end of text about the same probability everywhere, so that a few completions are many times longer.
+
+    The first number of every hidden state is made a constant, which only the head's row of that token looks at.
+    """
+    embedding, head, norm = model.get_input_embeddings().weight, model.get_output_embeddings().weight, model.model.norm
+    norm.weight.fill_(LOGIT_DEVIATION / (INITIALIZER_RANGE * math.sqrt(embedding.shape[1])))
+    embedding[:, 0] = CONSTANT
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+    ids = torch.randint(3, len(embedding), (4, 64), device=embedding.device)
+    hidden = model.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+    wanted_logit = (hidden @ head.t()).float().logsumexp(-1).mean() - math.log(mean_tokens)
+    head[EOS] = 0.0
+    head[EOS, 0] = wanted_logit / hidden[:, 0].float().mean()
 
 
 def qwen3_config(shape: Shape) -> Qwen3Config:
@@ -150,7 +164,7 @@ def qwen3_config(shape: Shape) -> Qwen3Config:
         tie_word_embeddings=shape.tied,
         initializer_range=INITIALIZER_RANGE,
         bos_token_id=None,
-        eos_token_id=1,
+        eos_token_id=EOS,
         pad_token_id=0,
     )
 
@@ -166,7 +180,7 @@ def write_prompts(scale: Scale, folder: Path) -> Path:
 
 def _write_tokenizer(folder: Path) -> None:
     """Write one that knows the prompts' words; nobody reads the completions."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{index}": index for index in range(3, PROMPT_WORDS)}
+    vocabulary = {"<pad>": 0, "<eos>": EOS, "<unk>": 2} | {f"w{index}": index for index in range(3, PROMPT_WORDS)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,17 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gpu import SECONDS, measure_part
 from benchmarks.gpu_parts.learning import long_tailed_batch
 from benchmarks.gpu_parts.loop import sampler_rows, stage_rows, streaming_rows
-from benchmarks.gpu_parts.shapes import QWEN3_06B, QWEN3_8B, QWEN3_17B, card_scale, qwen3_config
+from benchmarks.gpu_parts.shapes import (
+    EOS,
+    QWEN3_06B,
+    QWEN3_8B,
+    QWEN3_17B,
+    TINY_STUDENT,
+    card_scale,
+    dry_scale,
+    end_by_chance,
+    qwen3_config,
+)
 from benchmarks.pairs import ROOT
 from benchmarks.stages import DRIVER_AND_RAY, Alone, Spent, Together
 
@@ -32,13 +43,32 @@ def test_models_have_the_published_numbers_of_parameters(shape, billions):
     assert (total - embeddings) / 1e9 == pytest.approx(billions[1], rel=0.02)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_place_ends_the_text_with_about_the_wanted_probability(tied):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(qwen3_config(replace(TINY_STUDENT, tied=tied)))
+    end_by_chance(model, mean_tokens=50)
+    with torch.no_grad():
+        probabilities = model(torch.randint(3, TINY_STUDENT.vocabulary, (4, 100))).logits.softmax(-1)
+    assert 0.5 < 50 * probabilities[..., EOS].mean() < 2
+    assert 50 * probabilities[..., EOS].quantile(0.1) > 0.1
+    entropy = -(probabilities * probabilities.log()).sum(-1).mean()
+    assert 0.5 < entropy < 5.6  # uniform: 6.2
+
+
 def alone() -> Alone:
     stages = {name: Spent(seconds, {DRIVER_AND_RAY: 0.0}) for name, seconds in STAGE_SECONDS.items()}
     return Alone(completion_tokens=1000, stages=stages, generated_bytes=0, scored_bytes=0)
 
 
 def together(seconds: float, gap: float = 0.01) -> Together:
-    record = {"train/sampler_learner_gap": gap, "train/sampler_learner_gap_max": 0.3, "train/importance_p99": 1.02}
+    record = {
+        "train/sampler_learner_gap": gap,
+        "train/sampler_learner_gap_max": 0.3,
+        "train/importance_p99": 1.02,
+        "rollout/completion_length": 250.0,
+        "rollout/completion_length_max": 1500.0,
+    }
     return Together(2000, Spent(seconds, {DRIVER_AND_RAY: 0.0}), record)
 
 
@@ -98,6 +128,7 @@ def test_the_whole_script_runs_on_a_cpu(tmp_path: Path):
     assert not any("bar" in found for found in rows)
     for name in ("sequential", "strict streaming", "staleness 1"):
         assert values["loop", f"loop: {name}"] > 0
+    assert values["loop", "completion length, mean"] < 0.8 * dry_scale().max_tokens  # most end before the longest
     assert values["loop", "sampler against learner: mean difference"] < 1e-4  # float32
     assert values["scoring", "score: topk 64 / dicts"] > 0
     assert values["sync", "sync, object store, full"] > 0

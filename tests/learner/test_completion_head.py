@@ -25,7 +25,7 @@ from learner.completion_head import CompletionHead, Evaluation
 from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import load_student
 from learner.objective.objective import Objective
-from learner.projection import LogitScaling, Projection, Treatment
+from learner.projection import LogitScaling
 from tests.learner.support import OBJECTIVES, ROUTE, SMALL, VOCABULARY, make_scored, objective_of, random_heads
 
 WIDTH = 24
@@ -269,38 +269,3 @@ def test_hidden_states_arrive_as_the_bits_of_bfloat16():
         for either in (bits, floats)
     )
     np.testing.assert_array_equal(of_bits.numpy(), of_floats.numpy())
-
-
-def logits_of(rounds, bias=None):
-    """Return what a bfloat16 head makes of bfloat16 hidden states, and the products in float64."""
-    weight, hidden = make_head(torch.bfloat16).weight.detach(), make_hidden(40, torch.bfloat16).detach()
-    projection = Projection(hidden, weight, bias, Treatment(rounds=rounds), with_gradient=False)
-    exact = hidden.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    return projection.logits(torch.arange(40)).double(), exact
-
-
-@pytest.mark.parametrize("bias", [None, torch.full((VOCABULARY,), 0.5, dtype=torch.bfloat16)])
-def test_logits_in_float32_are_not_rounded_to_the_weights_dtype(bias):
-    wide, exact = logits_of(rounds=False, bias=bias)
-    rounded, _ = logits_of(rounds=True, bias=bias)
-    assert (wide - exact).abs().max() < 1e-5
-    assert (rounded - exact).abs().max() > 1e-2  # logits up to 8 in steps of 1/32
-
-
-@pytest.mark.parametrize("head_dtype", ["float32", "bfloat16"])
-def test_the_head_hands_back_gradients_in_the_weights_dtype_whatever_its_logits_are(head_dtype):
-    objective = OBJECTIVES["topk"]
-    batch = batch_of(objective)
-    linear = nn.Linear(WIDTH, VOCABULARY, bias=False, dtype=torch.bfloat16)
-    head, hidden = CompletionHead(linear, LogitScaling(), head_dtype), make_hidden(len(batch.tokens), torch.bfloat16)
-    evaluate(head, hidden, batch, objective).loss.backward()
-    assert hidden.grad.dtype == head.weight.grad.dtype == torch.bfloat16
-    assert hidden.grad.isfinite().all()
-
-
-def test_a_gpu_multiplies_into_float32_without_a_copy_of_the_weight():
-    """On the meta device torch checks the call and works out shape and dtype, as it would on CUDA."""
-    weight, hidden = (torch.empty(rows, WIDTH, dtype=torch.bfloat16, device="meta") for rows in (VOCABULARY, 5))
-    projection = Projection(hidden, weight, None, Treatment(rounds=False), with_gradient=False)
-    logits = projection.logits(torch.arange(5, device="meta"))
-    assert (logits.shape, logits.dtype) == ((5, VOCABULARY), torch.float32)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import ray
@@ -87,6 +88,7 @@ def config(stage, make_config, wide_folder):
         "learner.micro_batch_tokens=48",
         "learner.lr_schedule=linear",
         "learner.gradient_checkpointing=true",
+        f"learner.attention={'masked' if stage == 1 else 'grouped'}",
         f"run.steps={STEPS}",
         "weight_sync.bucket_bytes=30000",
     )
@@ -167,7 +169,8 @@ def tell(group, told, handles):
 @pytest.fixture(scope="module")
 def reference(config, batches, heads):
     """Train with plain torch as the group did; return the engine, the figures of its steps, and the one after."""
-    engine = ReferenceEngine(load_student(config.student, config.learner), config.learner)
+    learner = msgspec.structs.replace(config.learner, attention="masked")
+    engine = ReferenceEngine(load_student(config.student, learner), learner)
     measured = {}
     for name in MEASURED:
         micro_batch, tokens = in_one_micro_batch(batches[name])
