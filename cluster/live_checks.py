@@ -64,7 +64,7 @@ def mirror(config: Config) -> Config:
             base=teacher.base,
             # On a shared GPU it takes the teacher's place.
             engine=msgspec.structs.replace(
-                config.rollout.engine, gpu_memory_fraction=teacher.engine.gpu_memory_fraction
+                config.rollout.engine, gpu_memory_fraction=teacher.engine.gpu_memory_fraction, sleep=False
             ),
         )
         for name, teacher in config.teachers.items()

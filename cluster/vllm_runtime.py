@@ -35,6 +35,7 @@ class EngineRole:
     prefix_caching: bool
     tokenizer: bool  # without one the engine can neither find stop strings nor know the EOS token
     pooling: bool = False  # return last hidden states instead of generating
+    sleeps: bool = False  # whether it is to give its GPU memory back for a time
     priorities: bool = False  # when not all requests fit, those of the lowest priority run first
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # processed: after temperature, top-p
     max_logprobs: int = 1
@@ -87,6 +88,7 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     from cluster.vllm_versions import VLLMError, early_logits_processors, late_logits_processors
 
     arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
+    arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
     arguments |= early_logits_processors(role.logits_processors)
     try:
         args = AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)

@@ -34,7 +34,7 @@ ENGINE_ARGUMENTS = (
     "model trust_remote_code dtype tensor_parallel_size max_num_seqs max_num_batched_tokens max_model_len quantization "
     "disable_log_stats max_logprobs logprobs_mode enable_prefix_caching scheduling_policy skip_tokenizer_init "
     "weight_transfer_config worker_extension_cls runner convert hf_overrides gpu_memory_utilization enforce_eager "
-    "distributed_executor_backend kv_cache_memory_bytes enable_chunked_prefill logits_processors"
+    "distributed_executor_backend kv_cache_memory_bytes enable_chunked_prefill logits_processors enable_sleep_mode"
 )
 SAMPLING = (
     "temperature top_p top_k min_p max_tokens seed stop repetition_detection logprobs flat_logprobs detokenize "
@@ -80,10 +80,12 @@ NEEDS = (
         "vllm.v1.engine.async_llm", "AsyncLLM.generate", takes=("prompt", "sampling_params", "request_id", "priority")
     ),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.encode", takes=("prompt", "pooling_params", "request_id")),
+    Need("vllm.v1.engine.async_llm", "AsyncLLM.sleep", takes=("level",)),
+    Need("vllm.v1.engine.async_llm", "AsyncLLM.wake_up"),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", takes=("method", "args")),
     Need("vllm.v1.engine.core_client", "AsyncMPClient.pause_scheduler_async", takes=("mode", "clear_cache")),
     Need("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
-    Need("vllm.platforms.interface", "Platform", has=("is_cpu",)),
+    Need("vllm.platforms.interface", "Platform", has=("is_cpu", "is_sleep_mode_available")),
     Need("vllm.plugins", "load_general_plugins", words=("vllm.general_plugins",)),
     Need(
         "vllm.v1.worker.gpu_worker",
