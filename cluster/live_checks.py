@@ -56,9 +56,17 @@ def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> lis
 
 def mirror(config: Config) -> Config:
     """Return the run with the student's own weights for every teacher, served as the rollout workers serve them."""
-    student, engine = config.student, config.rollout.engine
+    student = config.student
     teachers = {
-        name: TeacherConfig(student.model, student.trust_remote_code, base=teacher.base, engine=engine)
+        name: TeacherConfig(
+            student.model,
+            student.trust_remote_code,
+            base=teacher.base,
+            # On a shared GPU it takes the teacher's place.
+            engine=msgspec.structs.replace(
+                config.rollout.engine, gpu_memory_fraction=teacher.engine.gpu_memory_fraction, sleep=False
+            ),
+        )
         for name, teacher in config.teachers.items()
     }
     return msgspec.structs.replace(config, teachers=teachers)
@@ -88,7 +96,10 @@ def _against_itself(
 ) -> list[CheckResult]:
     """Score the student's completions with the student: the divergence and every gradient must be 0."""
     name = mirrored.routes[0]
-    pool = start_teacher(mirrored, inputs, replace(placement.rollout, num_workers=1), name)
+    share = replace(placement.rollout, num_workers=1)
+    if placement.on_gpu and placement.learner.gpus_per_worker < 1:
+        share = replace(share, gpus_per_worker=placement.teachers[name].gpus_per_worker)
+    pool = start_teacher(mirrored, inputs, share, name)
     try:
         pool.wait_until_ready()
         itself = TeacherPools({ITSELF: pool}, mirrored.ray.call_timeout_seconds)

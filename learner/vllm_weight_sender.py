@@ -70,6 +70,9 @@ class VllmSender:
             # Here and not before: the card has the least room while the engines start.
             self._buffer = torch.empty(max(map(total_bytes, self._buckets)), dtype=torch.uint8, device=_device())
             self._link = self._make_link(self._buffer)
+        if self._link.is_read_in_place and torch.cuda.is_available():
+            # What training left in torch's cache: engines that slept meanwhile take their memory again.
+            torch.cuda.empty_cache()
         update = self._begin(self._link, workers) if self._engine.rank == 0 else None
         for bucket in self._buckets:
             self._fill(self._link, bucket)

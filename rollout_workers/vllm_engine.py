@@ -2,12 +2,13 @@
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.contracts.config import EngineConfig, StudentConfig
@@ -18,6 +19,7 @@ from cluster.vllm_versions import TokenVersions, VLLMClientError, label_weights
 from rollout_workers.draw_fetcher import DrawFetcher, Encoded
 from rollout_workers.draw_processor import draws_from_bytes
 from rollout_workers.mapped_memory import mappable
+from rollout_workers.nap import Nap
 from rollout_workers.vllm_requests import read_completion, sampling_params
 
 OBJECT_STORE = "object_store"
@@ -62,11 +64,14 @@ class VllmRolloutEngine:
                 prefix_caching=True,
                 tokenizer=True,
                 priorities=True,
+                sleeps=engine.sleep,
                 weight_transfer_backend=VLLM_BACKENDS.get(backend or "", backend),
                 worker_extension=f"{DRAWS}.WorkerExtension",
                 logits_processors=(f"{DRAWS}:DrawProcessor", f"{DRAWS}:DrawProcessorV2") if draws else None,
             ),
         )
+        sleeps = engine.sleep and current_platform.is_sleep_mode_available()
+        self._nap = Nap(self._sleep, self._wake) if sleeps else None  # None: always awake
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
@@ -77,6 +82,12 @@ class VllmRolloutEngine:
             RolloutError: vLLM refuses the request or gives it up.
             ActorDiedError: the engine's process is gone.
         """
+        async with self._awake():
+            return await self._generate(request_id, prompt_ids, sampling, seed, priority)
+
+    async def _generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
         draws, versions = self._draws_for(request_id, sampling), TokenVersions()
         prompt = {"prompt_token_ids": [int(token) for token in prompt_ids]}
         is_finished = False
@@ -110,6 +121,8 @@ class VllmRolloutEngine:
         # former back in its queue. A reset after the update would fail as long as a request holds a block.
         # vLLM's `pause_generation` does the same and then sleeps for 20 ms, so that outputs on their way reach their
         # callers before it returns. Nothing here waits for that: each output carries the label of its weights.
+        if self._nap is not None:
+            await self._nap.begin()
         with _told_as_death():
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
             if self._backend == OBJECT_STORE:
@@ -139,11 +152,24 @@ class VllmRolloutEngine:
             checksum = await self._install(policy_version)
             self._policy_version = policy_version
             await self._engine.resume_generation()
+        if self._nap is not None:
+            await self._nap.end()
         return checksum
 
     async def shutdown(self) -> None:
         """End the engine's process."""
         self._engine.shutdown()
+
+    def _awake(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext() if self._nap is None else self._nap.awake()
+
+    async def _sleep(self) -> None:
+        with _told_as_death():
+            await self._engine.sleep(level=1)  # weights go to host memory, the cache is dropped
+
+    async def _wake(self) -> None:
+        with _told_as_death():
+            await self._engine.wake_up()
 
     async def _update_weights(self, update_info: dict[str, Any]) -> None:
         with _told_as_death():

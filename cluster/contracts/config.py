@@ -61,7 +61,8 @@ class EngineConfig(Section):
     kv_cache_gib: Positive = 1.0  # on CPU and on a shared GPU; on a GPU of its own the memory fraction decides
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
     enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
-    quantization: str | None = None  # as vLLM names it, for example "fp8" or "awq"
+    quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8" or "awq"
+    sleep: bool = False  # rollout engines on a GPU: give its memory back whenever nothing is asked of them
 
 
 class RolloutConfig(Section):
@@ -226,6 +227,9 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"prompts.prompts_per_step times rollout.samples_per_prompt is {completions}; "
                 f"a step takes up to {MAX_COMPLETIONS_PER_STEP} completions"
             )
+        sleepers = [name for name, teacher in self.teachers.items() if teacher.engine.sleep]
+        if sleepers:
+            raise ValueError(f"teachers.{sleepers[0]}.engine.sleep is set, but only rollout engines sleep by it")
         if self.rollout.engine.quantization is not None:
             raise ValueError(
                 f"rollout.engine.quantization is '{self.rollout.engine.quantization}', but a student gets new weights "

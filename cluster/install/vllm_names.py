@@ -34,7 +34,7 @@ ENGINE_ARGUMENTS = (
     "model trust_remote_code dtype tensor_parallel_size max_num_seqs max_num_batched_tokens max_model_len quantization "
     "disable_log_stats max_logprobs logprobs_mode enable_prefix_caching scheduling_policy skip_tokenizer_init "
     "weight_transfer_config worker_extension_cls runner convert hf_overrides gpu_memory_utilization enforce_eager "
-    "distributed_executor_backend kv_cache_memory_bytes enable_chunked_prefill logits_processors"
+    "distributed_executor_backend kv_cache_memory_bytes enable_chunked_prefill logits_processors enable_sleep_mode"
 )
 SAMPLING = (
     "temperature top_p top_k min_p max_tokens seed stop repetition_detection logprobs flat_logprobs detokenize "
@@ -80,10 +80,12 @@ NEEDS = (
         "vllm.v1.engine.async_llm", "AsyncLLM.generate", takes=("prompt", "sampling_params", "request_id", "priority")
     ),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.encode", takes=("prompt", "pooling_params", "request_id")),
+    Need("vllm.v1.engine.async_llm", "AsyncLLM.sleep", takes=("level",)),
+    Need("vllm.v1.engine.async_llm", "AsyncLLM.wake_up"),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", takes=("method", "args")),
     Need("vllm.v1.engine.core_client", "AsyncMPClient.pause_scheduler_async", takes=("mode", "clear_cache")),
     Need("vllm.v1.executor.uniproc_executor", "UniProcExecutor"),
-    Need("vllm.platforms.interface", "Platform", has=("is_cpu",)),
+    Need("vllm.platforms.interface", "Platform", has=("is_cpu", "is_sleep_mode_available")),
     Need("vllm.plugins", "load_general_plugins", words=("vllm.general_plugins",)),
     Need(
         "vllm.v1.worker.gpu_worker",
@@ -181,12 +183,19 @@ def unmet_needs(tree: VllmTree) -> list[str]:
 
 def spared_in(tree: VllmTree) -> list[str]:
     """Returns one sentence for each thing that the tree does not have and `cluster.vllm_versions` does without."""
-    return [
+    imports = [
+        f"{module} has no {name!r}, and cluster.vllm_versions does without"
+        for _, source in our_sources()
+        for guarded in _guarded(source)
+        for _, module, name in _unmet(tree, guarded.body)
+    ]
+    members = [
         f"{need.module}.{need.name} has no {name!r}, and cluster.vllm_versions does without"
         for need in NEEDS
         for name in need.spare
         if tree.has(need.module, need.name) and name not in tree.members(need.module, need.name)
     ]
+    return imports + members
 
 
 def our_sources() -> Iterator[tuple[str, ast.Module]]:
@@ -216,16 +225,21 @@ def unfilled_methods(tree: VllmTree) -> Iterator[tuple[str, str, str]]:
 def unmet_imports(tree: VllmTree) -> Iterator[tuple[str, str, str]]:
     """Yields (our file, module, name) of imports that fail there and have no other to take their place."""
     for path, source in our_sources():
-        guarded = set()
-        for node in ast.walk(source):
-            if isinstance(node, ast.Try) and any(_catches_import_error(handler) for handler in node.handlers):
-                guarded |= {id(inner) for statement in node.body for inner in ast.walk(statement)}
-                if not any(True for _ in _unmet(tree, node.body)):
-                    # What the handlers import instead is not needed here.
-                    guarded |= {id(inner) for handler in node.handlers for inner in ast.walk(handler)}
+        spared = set()
+        for guarded in _guarded(source):
+            spared |= {id(inner) for statement in guarded.body for inner in ast.walk(statement)}
+            if not any(True for _ in _unmet(tree, guarded.body)):
+                # What the handlers import instead is not needed here.
+                spared |= {id(inner) for handler in guarded.handlers for inner in ast.walk(handler)}
         for node, module, name in _unmet(tree, source.body):
-            if id(node) not in guarded:
+            if id(node) not in spared:
                 yield path, module, name
+
+
+def _guarded(source: ast.Module) -> list[ast.Try]:
+    """Returns the statements that have another import for one that fails."""
+    tries = [node for node in ast.walk(source) if isinstance(node, ast.Try)]
+    return [found for found in tries if any(_catches_import_error(handler) for handler in found.handlers)]
 
 
 def _unmet(tree: VllmTree, body: list[ast.stmt]) -> Iterator[tuple[ast.AST, str, str]]:

@@ -14,6 +14,12 @@ def test_a_mirrored_run_has_the_student_for_every_teacher_under_the_old_names() 
     assert mirrored.teachers["main"].base == "before"
 
 
+def test_the_mirrored_scorer_takes_the_teachers_part_of_a_shared_gpu() -> None:
+    shares = ("rollout.engine.gpu_memory_fraction=0.45", "teachers.main.engine.gpu_memory_fraction=0.1")
+    engine = mirror(make_config(*shares, "rollout.engine.sleep=true")).teachers["main"].engine
+    assert (engine.gpu_memory_fraction, engine.sleep) == (0.1, False)
+
+
 def test_only_terms_that_vanish_at_the_student_are_checked_there() -> None:
     extrapolated = make_config("objective=exopd").objective  # 1.25 - 0.25 = 1 share of the student itself
     assert list(terms_with_optimum_at_the_student(extrapolated)) == ["main"]

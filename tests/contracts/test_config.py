@@ -76,6 +76,7 @@ def test_a_word_turns_the_balancer_on() -> None:
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
         ("learner={dtype='float32',head_dtype='bfloat16'}", "needs learner.dtype = 'bfloat16', found 'float32'"),
         ("weight_sync={backend='nccl',mode='delta'}", 'weight_sync: .*needs backend = "object_store", found "nccl"'),
+        ("teachers.main.engine.sleep=true", r"teachers.main.engine.sleep is set, but only rollout engines"),
         ("rollout.engine.quantization=fp8", "is 'fp8', but a student gets new weights"),
         ("rollout.engine.gpu_memory_fraction=1.5", "gpu_memory_fraction: Expected `float` <= 1.0"),
         ("rollout.temperature=2.5", "rollout.temperature: Expected `float` <= 2.0"),

@@ -14,11 +14,12 @@ BFLOAT16 = ("rollout.engine.dtype=bfloat16", "teachers.countdown.engine.dtype=bf
 NATS = {"float32": 1e-3, "bfloat16": 0.02}  # between the rollout engine and the learner
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_generator_teacher_and_learner_share_a_card(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "sleep"), [("float32", "false"), ("bfloat16", "false"), ("bfloat16", "true")])
+def test_generator_teacher_and_learner_share_a_card(tmp_path: Path, dtype: str, sleep: str) -> None:
     found = preceptor(
         "demo",
         "ray.share_gpu=true",
+        f"rollout.engine.sleep={sleep}",
         "ray.dashboard=false",
         f"run.directory={tmp_path}",
         "run.name=shared",

@@ -1,0 +1,85 @@
+"""When an engine sleeps: while nobody needs it, and never under anybody's hands."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from rollout_workers.nap import Nap
+
+
+class Sleeper:
+    """An engine that takes its time to fall asleep and to wake, and notes what happens."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.is_asleep = False
+
+    async def sleep(self) -> None:
+        self.events.append("falls asleep")
+        await asyncio.sleep(0)
+        self.is_asleep = True
+
+    async def wake(self) -> None:
+        await asyncio.sleep(0)
+        self.is_asleep = False
+        self.events.append("wakes")
+
+    async def use(self, nap: Nap, name: str, turns: int = 1) -> None:
+        async with nap.awake():
+            for _ in range(turns):
+                assert not self.is_asleep
+                await asyncio.sleep(0)
+            self.events.append(name)
+
+
+def run(scene: Callable[[Sleeper, Nap], Coroutine[Any, Any, None]]) -> list[str]:
+    sleeper = Sleeper()
+    asyncio.run(scene(sleeper, Nap(sleeper.sleep, sleeper.wake)))
+    return sleeper.events
+
+
+def test_an_engine_falls_asleep_when_the_last_one_is_done() -> None:
+    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+        await asyncio.gather(sleeper.use(nap, "long", turns=9), sleeper.use(nap, "short"))
+
+    assert run(scene) == ["short", "long", "falls asleep"]
+
+
+def test_it_is_awake_again_before_the_next_one_uses_it() -> None:
+    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+        await sleeper.use(nap, "first")
+        await asyncio.gather(*(sleeper.use(nap, "next") for _ in range(2)))
+
+    assert run(scene) == ["first", "falls asleep", "wakes", "next", "next", "falls asleep"]
+
+
+def test_who_comes_while_it_falls_asleep_wakes_it() -> None:
+    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+        first = asyncio.create_task(sleeper.use(nap, "first"))
+        while "falls asleep" not in sleeper.events:
+            await asyncio.sleep(0)
+        assert not sleeper.is_asleep  # on its way
+        await asyncio.gather(first, sleeper.use(nap, "late"))
+
+    assert run(scene) == ["first", "falls asleep", "wakes", "late", "falls asleep"]
+
+
+def test_an_update_of_the_weights_keeps_it_awake_between_its_calls() -> None:
+    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+        await nap.begin()
+        await sleeper.use(nap, "request")
+        assert not sleeper.is_asleep
+        await nap.end()
+
+    assert run(scene) == ["request", "falls asleep"]
+
+
+def test_a_request_that_fails_lets_it_sleep_too() -> None:
+    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+        async def fail() -> None:
+            async with nap.awake():
+                raise ValueError
+
+        await asyncio.gather(fail(), return_exceptions=True)
+
+    assert run(scene) == ["falls asleep"]
