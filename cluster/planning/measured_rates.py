@@ -7,7 +7,7 @@ What is derived:
   left full, and the last ones, give one such equation each, solved by least squares. Where a worker had more sequences
   than it runs at a time, one pace is fitted; so measure with few sequences per worker, strictly on-policy.
 - Teachers. A replica that has m batches with t tokens in all, one after the other, is busy for c m + t / rate seconds.
-- Learner, sync: the medians over steps, of which those before the third are start-up; the update itself is a rank's last
+- Learner, sync: medians over steps, of which those before the third are start-up; the update itself is a rank's last
   call before each weight sync.
 """
 
