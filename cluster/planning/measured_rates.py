@@ -82,8 +82,13 @@ def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], 
     """Return rates from a run's steps, and the calls of some of them.
 
     Raises:
-        ConfigError: there are too few steps, or none that a teacher scored.
+        ConfigError: there are too few steps, none that a teacher scored, or steps that overlap.
     """
+    if config.rollout.max_staleness:
+        raise ConfigError(
+            f"{source}: rates cannot be told apart where steps overlap, and the run's rollout.max_staleness is "
+            f"{config.rollout.max_staleness}; read them off a run with 0, and plan with any other"
+        )
     later = [step for step in steps if step.step >= FIRST_STEP]
     of_batches = [span for span in spans if span.num_rows and span.num_tokens]
     chains = chains_of([span for span in of_batches if span.stage == "generate"])
