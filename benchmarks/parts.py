@@ -22,6 +22,7 @@ PARTS = {
     "stages-embedded": Part("stages", ("--pair", "embedded")),
     "stages-smollm2": Part("stages", ("--pair", "smollm2"), "smollm2"),
     "streaming": Part("streaming", ("--workers", "2", "8", "64", "256")),
+    "plan": Part("plan"),
     "teacher-scoring-embedded": Part("teacher_scoring", ("--models", "embedded")),
     "teacher-scoring-smollm2": Part("teacher_scoring", ("--models", "smollm2"), "smollm2"),
     "objective": Part("objective"),

@@ -7,7 +7,7 @@ What is derived:
   left full, and the last ones, give one such equation each, solved by least squares. Where a worker had more sequences
   than it runs at a time, one pace is fitted; so measure with few sequences per worker, strictly on-policy.
 - Teachers. A replica that has m batches with t tokens in all, one after the other, is busy for c m + t / rate seconds.
-- Learner, sync: the medians over steps, of which those before the third are start-up; the update itself is a rank's last
+- Learner, sync: medians over steps, of which those before the third are start-up; the update itself is a rank's last
   call before each weight sync.
 """
 
@@ -82,8 +82,13 @@ def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], 
     """Return rates from a run's steps, and the calls of some of them.
 
     Raises:
-        ConfigError: there are too few steps, or none that a teacher scored.
+        ConfigError: there are too few steps, none that a teacher scored, or steps that overlap.
     """
+    if config.rollout.max_staleness:
+        raise ConfigError(
+            f"{source}: rates cannot be told apart where steps overlap, and the run's rollout.max_staleness is "
+            f"{config.rollout.max_staleness}; read them off a run with 0, and plan with any other"
+        )
     later = [step for step in steps if step.step >= FIRST_STEP]
     of_batches = [span for span in spans if span.num_rows and span.num_tokens]
     chains = chains_of([span for span in of_batches if span.stage == "generate"])

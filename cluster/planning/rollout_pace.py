@@ -77,8 +77,6 @@ def chains_of(spans: Iterable[Span]) -> list[Chain]:
 def pace_of(chains: Sequence[Chain], config: Config) -> tuple[tuple[int, float], ...]:
     """Return seconds per token by the number of running sequences: two points, or one where engines were full."""
     most = config.rollout.engine.max_concurrent_sequences
-    if config.rollout.max_staleness:
-        return ((most, _pace_ahead(chains, most)),)
     fitting = [chain for chain in chains if chain.num_rows <= most]
     if not fitting:
         random = np.random.default_rng(0)
@@ -107,16 +105,6 @@ def makespan(lengths: Sequence[float], most: int, random: np.random.Generator) -
             heapq.heapreplace(free_at, free_at[0] + float(length))
         ends.append(max(free_at))
     return mean(ends)
-
-
-def _pace_ahead(chains: Sequence[Chain], most: int) -> float:
-    """Return seconds per token of workers that have more to write than they can, since steps overlap."""
-    by_worker: dict[str, list[Span]] = defaultdict(list)
-    for chain in chains:
-        by_worker[chain.batches[0].worker] += chain.batches
-    busy = sum(sum(end - begin for begin, end in busy_times(spans)) for spans in by_worker.values())
-    tokens = sum(span.num_tokens for spans in by_worker.values() for span in spans)
-    return max(busy * most / tokens, LEAST_PACE_SECONDS)
 
 
 def busy_times(spans: Iterable[Span]) -> list[tuple[float, float]]:

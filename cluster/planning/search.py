@@ -18,6 +18,7 @@ from cluster.planning.simulated_run import Prediction, Split, simulate
 
 ROWS_OF_A_SMALL_RUN = 256  # per step; the search's time grows with them, what it finds hardly changes
 SEARCHED_STEPS, PREDICTED_STEPS = 3, 6  # that are simulated of each split; of the one that was found, and its like
+FINER = 4  # times as large is the second run that is searched
 LEAST_GAIN = 0.005  # of a step's seconds; below it a move is not worth while
 
 Gpus = dict[str, int]  # of each pool, by its name on the command line
@@ -59,8 +60,8 @@ class Plan:
     """What the search found."""
 
     best: Prediction
-    tried: tuple[Prediction, ...]  # in the order in which they were tried, at the scale of the search
-    scale: int  # how many times smaller the searched run was
+    tried: tuple[Prediction, ...]  # in the order in which they were tried, of the last run that was searched
+    scale: int  # how many times smaller that run was
 
 
 @dataclass
@@ -122,15 +123,27 @@ def find_split(config: Config, rates: Rates, num_gpus: int) -> Plan:
             f"learner.num_workers take {widths.fewest_gpus}; plan with at least as many"
         )
     scale = _scale(config, widths, num_gpus)
-    small = _Search(*_scaled(config, rates, scale), SEARCHED_STEPS)
-    start = shares(small.config, rates, small.widths, num_gpus // scale)
-    found = small.descend(start, most_moved=max(1, num_gpus // scale // 8))
-    full = _Search(config, rates, widths, Demand(config, rates), PREDICTED_STEPS)
-    gpus = {name: num * scale for name, num in found.items()}
+    search = _Search(*_scaled(config, rates, scale), SEARCHED_STEPS)
+    gpus = shares(search.config, rates, search.widths, num_gpus // scale)
+    gpus = search.descend(gpus, most_moved=max(1, num_gpus // scale // 8))
+    if scale >= 2 * FINER:  # another search, of a larger run, around what was found
+        scale //= FINER
+        search = _Search(*_scaled(config, rates, scale), SEARCHED_STEPS)
+        gpus = {name: num * FINER for name, num in gpus.items()}
+        gpus = search.descend(_with_rest(gpus, num_gpus // scale, search), most_moved=FINER // 2)
+    gpus = _with_rest({name: num * scale for name, num in gpus.items()}, num_gpus, search)
+    best = simulate(config, rates, widths.split(gpus), Demand(config, rates), PREDICTED_STEPS)
+    return Plan(best, tuple(search.tried.values()), scale)
+
+
+def _with_rest(gpus: Gpus, num_gpus: int, search: _Search) -> Gpus:
+    """Give GPUs that are left to the pool whose engines have the most work for each of theirs, if they fit there."""
     left = num_gpus - sum(gpus.values())
-    busiest = min(gpus, key=lambda name: small.predict(small.widths.split(found)).idle_shares[name])
-    gpus[busiest] += left
-    return Plan(full.predict(widths.split(gpus)), tuple(small.tried.values()), scale)
+    work = work_seconds(search.config, search.rates, search.widths)
+    neediest = max(
+        (name for name in gpus if left % search.widths.gpus[name] == 0), key=lambda name: work[name] / gpus[name]
+    )
+    return {**gpus, neediest: gpus[neediest] + left}
 
 
 def shares(config: Config, rates: Rates, widths: Widths, num_gpus: int) -> Gpus:

@@ -114,7 +114,7 @@ def simulate(config: Config, rates: Rates, split: Split, demand: Demand, num_ste
     """Predict what a split does, from some steps of a run that is well under way."""
     seconds, busy = build(config, rates, split, demand).steps(demand, num_steps)
     whole = sum(seconds)
-    idle = {name: 1 - busy[name] / size / whole for name, size in split.sizes.items()}
+    idle = {name: max(0.0, 1 - busy[name] / size / whole) for name, size in split.sizes.items()}
     first = config.rollout.max_staleness + 1
     tokens = sum(
         demand.row(request).completion_tokens

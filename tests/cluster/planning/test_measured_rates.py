@@ -112,3 +112,8 @@ def test_a_teacher_that_scored_nothing_is_named(tmp_path: Path) -> None:
     spans = [span for span in a_runs_spans() if span.pool == "rollout"]
     with pytest.raises(ConfigError, match="no batch that teacher 'main' scored"):
         rates_of_spans(spans, tmp_path)
+
+
+def test_rates_are_not_read_off_steps_that_overlap(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"max_staleness is 2; read them off a run with 0"):
+        rates_of_spans(a_runs_spans(), tmp_path, "rollout.max_staleness=2")
