@@ -215,8 +215,8 @@ def test_a_move_is_explained_by_what_the_pools_had_to_do_and_judged_by_what_step
     # The teacher begins at 0.1 s and works for 4 s; a batch for the learner and the weight sync take 0.1 s each: 4.3 s.
     # With two: it begins at 0.15 s and works for 2 s.
     assert driver.sentences == [
-        "rollout 3 -> 2, teachers.0 1 -> 2: of a step's 4.30 s rollout works 23%, teachers.0 works 93% with 0.0 batches "
-        "at hand; 2.35 s are expected (-45%)",
+        "rollout 3 -> 2, teachers.0 1 -> 2: of a step's 4.30 s rollout works 23%, "
+        "teachers.0 works 93% with 0.0 batches at hand; 2.35 s are expected (-45%)",
         "kept rollout=2 teachers.0=2: steps became 45% shorter",
     ]
 
