@@ -107,9 +107,11 @@ class Pace:
 def equations(written: Sequence[Written]) -> Seconds:
     """Return [equations, 3]: tokens of a batch's longest, tokens that its worker had written by then, seconds."""
     most_rows = max(len(batch.lengths) for batch in written)
+    by_worker: dict[str, list[Written]] = {}
+    for batch in written:
+        by_worker.setdefault(batch.worker, []).append(batch)
     rows = []
-    for worker in {batch.worker for batch in written}:
-        own = [batch for batch in written if batch.worker == worker]
+    for own in by_worker.values():
         lengths = np.concatenate([batch.lengths for batch in own])
         for batch in own:
             if len(batch.lengths) == most_rows or batch.longest == lengths.max():

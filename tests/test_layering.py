@@ -26,6 +26,7 @@ LAYERS = [
     ("cluster.step_record", 3),
     ("cluster.supervisor", 3),
     ("cluster.pipeline", 3),
+    ("cluster.run_pools", 3),
     ("cluster.planning", 3),
     ("cluster.live_checks", 3),
     ("cluster.lookout", 3),

@@ -5,8 +5,8 @@ It follows every completion and every batch, so what it takes is not what the ba
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.observation import Span
 
 ROWS_PER_BATCH = 8
+MEASURED_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class Simulation:
     seed: int = 0
     noise: float = 0.0  # standard deviation of the logarithm of every step's speed
     clock: float = 0.0
-    moves: list[tuple[int, dict[str, int]]] = field(default_factory=list)
 
     def step(self, number: int, sizes: dict[str, int]) -> tuple[dict[str, float], list[BatchHandle]]:
         """Return a step's record and batches."""
@@ -145,13 +145,17 @@ def _learn(batches: Sequence[_Batch], tokens_per_second: float) -> float:
     return now
 
 
-def best_split(
-    load: Load, splits: Sequence[dict[str, int]], steps: int = 20, **settings: Any
-) -> tuple[dict[str, int], float]:
+def best_split(load: Load, splits: Sequence[dict[str, int]]) -> tuple[dict[str, int], float]:
     """Return the split with the least mean seconds, and those."""
-    found = []
-    for index, sizes in enumerate(splits):
-        run = Simulation(lambda _: load, **settings)
-        found.append((sum(run.step(step, sizes)[0]["step/seconds"] for step in range(steps)) / steps, index))
-    seconds, index = min(found)
-    return splits[index], seconds
+    return min(((sizes, seconds_at(load, sizes)) for sizes in splits), key=lambda found: found[1])
+
+
+def seconds_at(load: Load, sizes: dict[str, int]) -> float:
+    """Return the mean seconds of a step at a split."""
+    return _mean_seconds(load, tuple(sizes.items()))
+
+
+@cache
+def _mean_seconds(load: Load, sizes: tuple[tuple[str, int], ...]) -> float:
+    run = Simulation(lambda _: load)
+    return sum(run.step(step, dict(sizes))[0]["step/seconds"] for step in range(MEASURED_STEPS)) / MEASURED_STEPS

@@ -13,7 +13,7 @@ from cluster.balance import Balance, Decision, Horizon, Seen, describe_move
 from cluster.contracts.balance import BalanceConfig
 from cluster.splits import PoolRule, Space, step_seconds
 from cluster.step_work import Generation, StepWork, TeacherWork, WorkMeter
-from tests.cluster.simulated_run import Load, Simulation, best_split
+from tests.cluster.simulated_run import Load, Simulation, best_split, seconds_at
 
 AUTO = BalanceConfig(mode="auto")
 Sizes = dict[str, int]
@@ -79,23 +79,16 @@ def splits(workers: int, teachers: int) -> list[Sizes]:
     ]
 
 
-def seconds_at(load: Load, sizes: Sizes) -> float:
-    return best_split(load, [sizes])[1]
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.05])
 @pytest.mark.parametrize("start", [0, -1])
 @pytest.mark.parametrize("name", LOADS)
-def test_from_either_end_it_comes_within_a_tenth_of_the_best_split_and_stays(
-    name: str, start: int, noise: float
-) -> None:
+def test_from_either_end_it_comes_within_a_tenth_of_the_best_split_and_stays(name: str, start: int) -> None:
     load, candidates = LOADS[name], splits(6, 1)
     driver = make_driver(candidates[start])
-    driver.run(Simulation(lambda _: load, noise=noise), range(60))
+    driver.run(Simulation(lambda _: load, noise=0.05), range(60))
     _, best = best_split(load, candidates)
     assert seconds_at(load, driver.sizes) <= 1.1 * best
     settled = len(driver.moves)
-    driver.run(Simulation(lambda _: load, noise=noise), range(60, 160))
+    driver.run(Simulation(lambda _: load, noise=0.05), range(60, 110))
     assert settled <= 5
     assert len(driver.moves) <= settled + 1
 
@@ -106,13 +99,13 @@ def test_two_teachers_that_hold_the_steps_up_are_both_helped() -> None:
     assert seconds_at(TWO_TEACHERS, driver.sizes) <= 1.1 * best_split(TWO_TEACHERS, splits(8, 2))[1]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", LOADS)
 def test_at_the_best_split_noise_moves_nobody_to_a_worse_one(name: str, seed: int) -> None:
     load = LOADS[name]
     best, seconds = best_split(load, splits(6, 1))
     driver = make_driver(best)
-    driver.run(Simulation(lambda _: load, seed=seed, noise=0.1), range(80))
+    driver.run(Simulation(lambda _: load, seed=seed, noise=0.1), range(50))
     assert seconds_at(load, driver.sizes) <= 1.1 * seconds
     assert len(driver.moves) <= 2  # one trial, taken back
 
@@ -139,12 +132,12 @@ def test_steps_of_two_kinds_get_the_split_that_is_best_for_both() -> None:
     assert len(driver.moves) <= 4
 
 
-@pytest.mark.parametrize("period", [3, 5, 9, 17, 40])
+@pytest.mark.parametrize("period", [3, 9, 25])
 def test_loads_that_change_sides_again_and_again_are_followed_less_and_less(period: int) -> None:
     kinds = LOADS["rollout-bound"], LOADS["teacher-bound"]
     driver = make_driver({"rollout": 3, "teachers.0": 3})
-    driver.run(Simulation(lambda step: kinds[step // period % 2]), range(600))
-    assert num_returns(driver.moves, {"rollout": 3, "teachers.0": 3}) <= most_returns(600)
+    driver.run(Simulation(lambda step: kinds[step // period % 2]), range(300))
+    assert num_returns(driver.moves, {"rollout": 3, "teachers.0": 3}) <= most_returns(300)
 
 
 def num_returns(moves: Sequence[Sizes], start: Sizes) -> int:
@@ -215,8 +208,8 @@ def test_a_move_is_explained_by_what_the_pools_had_to_do_and_judged_by_what_step
     # The teacher begins at 0.1 s and works for 4 s; a batch for the learner and the weight sync take 0.1 s each: 4.3 s.
     # With two: it begins at 0.15 s and works for 2 s.
     assert driver.sentences == [
-        "rollout 3 -> 2, teachers.0 1 -> 2: of a step's 4.30 s rollout works 23%, teachers.0 works 93% with 0.0 batches "
-        "at hand; 2.35 s are expected (-45%)",
+        "rollout 3 -> 2, teachers.0 1 -> 2: of a step's 4.30 s rollout works 23%, "
+        "teachers.0 works 93% with 0.0 batches at hand; 2.35 s are expected (-45%)",
         "kept rollout=2 teachers.0=2: steps became 45% shorter",
     ]
 

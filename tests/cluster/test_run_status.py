@@ -14,7 +14,7 @@ from cluster.contracts.observation import PoolState
 from cluster.metric_sinks import RecordsFile
 from cluster.observers import SeenStep
 from cluster.run_directory import RunDirectory
-from cluster.run_status import read_report
+from cluster.run_status import print_status, read_report
 from cluster.status_file import SILENCE_SECONDS, KeptStatus, StatusFile, change_status
 from tests.builders import make_config
 
@@ -53,6 +53,19 @@ def test_a_run_that_lives_shows_its_step_its_pools_and_their_figures(directory: 
     assert (rollout.workers, rollout.wanted, rollout.restarts, rollout.owed) == (["rollout-0"], 2, 1, 12)
     assert (rollout.policy_version, rollout.busy_share, rollout.tokens_per_second) == (4, 0.75, 500.0)
     assert (teacher.policy_version, teacher.busy_share, teacher.owed) == (None, None, 3)
+
+
+def test_the_latest_moves_of_the_balancer_are_shown(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in range(1, 8):
+        RecordsFile(directory.moves).write({"step": step, "sentence": f"rollout {step} -> {step + 1}", "moved": True})
+    with KeptStatus(directory.status):
+        see(directory)
+        report = read_report(directory.path)
+        print_status(directory.path, as_json=False)
+    assert [found["step"] for found in report.moves] == [3, 4, 5, 6, 7]
+    assert "balance after step 7: rollout 7 -> 8" in capsys.readouterr().out
 
 
 def do_a_step_and_raise(directory: RunDirectory, error: Exception) -> None:

@@ -14,7 +14,7 @@ from cluster.contracts.observation import PoolState, Span
 from cluster.demo import embedded_config
 from cluster.evaluation import Evaluation, write_samples
 from cluster.history import History
-from cluster.metric_sinks import PlainView
+from cluster.metric_sinks import PlainView, RecordsFile
 from cluster.pipeline import load_inputs
 from cluster.run_directory import RunDirectory
 from cluster.run_status import read_report
@@ -96,12 +96,13 @@ class ScriptedCheckpoint:
 def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tuple[TrainingRun, ScriptedLearner]:
     """Return a run of the embedded pair without pools and held-out prompts."""
     learner = ScriptedLearner()
-    rollouts = SimpleNamespace(state=lambda: PoolState("rollout", ["rollout-0"], 2, 1))
+    rollouts = SimpleNamespace(state=lambda: PoolState("rollout", ["rollout-0"], 2, 1), size=2)
     pipeline: Any = SimpleNamespace(
         learner=learner,
         rollouts=rollouts,
         teachers=TeacherPools({}, call_seconds=1),
-        placement=SimpleNamespace(rollout=None),
+        placement=SimpleNamespace(rollout=SimpleNamespace(gpus_per_worker=0)),
+        start_seconds=1.0,
     )
     inputs = replace(load_inputs(config), held_out_ids=())
     return TrainingRun(config, inputs, pipeline, directory, PlainView(), first_step, History()), learner
@@ -271,6 +272,17 @@ def test_a_step_is_recorded_with_its_pools_and_everybody_is_told(tmp_path: Path)
     assert (report.state, report.step, [pool.name for pool in report.pools]) == ("running", 1, ["rollout", "learner"])
     assert [path.name.startswith("events.out.tfevents.") for path in directory.tensorboard.iterdir()] == [True]
     assert "learner-0" in directory.trace.read_text()
+
+
+def test_a_balanced_run_looks_at_every_step_but_the_last_and_a_resumed_one_forgets_later_moves(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "run.steps=3", "balance=auto")
+    directory = RunDirectory.create(config)
+    for step in (1, 2):
+        RecordsFile(directory.moves).write({"step": step, "sentence": "s", "moved": True})
+    run, _ = make_run(directory, config, first_step=1)
+    finish(run, range(2, 4), truncated_ratio=0.0)
+    assert [found["step"] for found in RecordsFile(directory.moves).read()] == [1]
+    assert [found.get("balance/moves") for found in RecordsFile(directory.metrics).read()] == [0.0, None]
 
 
 def test_files_that_are_not_wanted_are_not_written(tmp_path: Path) -> None:
