@@ -32,6 +32,11 @@ def at_most(found: Row, bar: float) -> Row:
     return {**found, "bar": f"<= {bar:g}", "met": found["value"] <= bar}
 
 
+def exactly(found: Row, bar: float) -> Row:
+    """Add the only value that a row may have."""
+    return {**found, "bar": f"== {bar:g}", "met": found["value"] == bar}
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     """Print the table."""
     name, size = (max((len(found[column]) for found in rows), default=0) for column in ("name", "size"))

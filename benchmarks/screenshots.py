@@ -33,7 +33,7 @@ LARGEST_BYTES = 300_000
 PAGE_SECONDS = 60.0
 START_SECONDS = 200.0
 RUNS = FOLDER / "runs"
-FIGURES_STEP = 25  # by then every line has a few points
+POINTS = 12  # of a line, at least
 RUN = (
     "run.name=countdown",
     "run.steps=100000",
@@ -46,7 +46,7 @@ RUN = (
 )
 ACTORS = ("rollout-0", "rollout-1", "teacher-countdown-0", "learner-0", "learner-1")
 JOB_CLICKS = ("Task Timeline (beta)", "Cluster status and autoscaler", "Actor Table")
-LINES = ('{run="countdown"}', *(f'{{pool="{pool}", run="countdown"}}' for pool in ("rollout", "learner")))
+LINES = ('run="countdown"', *(f'pool="{pool}"' for pool in ("rollout", "teacher-countdown", "learner")))
 GRAPH = {"tab": "0", "range_input": "3m"}
 PRIVATE = (str(ROOT), sys.prefix, str(Path.home()), platform.node())
 SHOWN = ("max by (run) (ray_preceptor_held_out_accuracy)", "max by (run, pool) (ray_preceptor_pool_busy_share)")
@@ -68,20 +68,20 @@ def views(door: Door, job_id: str, server: Prometheus) -> list[View]:
     panels = [(f"g{place}.expr", query) for place, query in enumerate(SHOWN)]
     panels += [(f"g{place}.{name}", value) for place in range(len(SHOWN)) for name, value in GRAPH.items()]
     return [
-        View("actors", f"{door.dashboard}/#/actors", 900, [*ACTORS, "ALIVE"]),
+        View("actors", f"{door.dashboard}/#/actors", 1000, [*ACTORS, "ALIVE"]),
         View("cluster", f"{door.dashboard}/#/cluster", 760, [HEAD, *NODES]),
-        View("figures", f"{server.address}/graph?{urllib.parse.urlencode(panels)}", 1400, LINES),
+        View("figures", f"{server.address}/graph?{urllib.parse.urlencode(panels)}", 1480, LINES),
         # Last: to show it, the dashboard starts an actor of its own.
-        View("job", f"{door.dashboard}/#/jobs/{job_id}", 2200, [*ACTORS, "RUNNING"], JOB_CLICKS),
+        View("job", f"{door.dashboard}/#/jobs/{job_id}", 2200, [*ACTORS, "RUNNING", "Hide finished"], JOB_CLICKS),
     ]
 
 
 def has_figures(server: Prometheus) -> bool:
     """Return whether a line of some length can be drawn of the run; says what Prometheus cannot read."""
-    steps = [value for _, value in server.query('ray_preceptor_step{run="countdown"}')]
-    for sentence in server.silent_targets() if not steps else []:
+    points = [value for _, value in server.query('count_over_time(ray_preceptor_step{run="countdown"}[1h])')]
+    for sentence in server.silent_targets() if not points else []:
         print(sentence, flush=True)
-    return max(steps, default=0.0) >= FIGURES_STEP
+    return max(points, default=0.0) >= POINTS
 
 
 def photograph(page: Page, view: View, folder: Path) -> list[str]:
