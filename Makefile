@@ -11,8 +11,7 @@ demo: install
 	@$(BIN)/preceptor demo
 
 test: install
-	@$(BIN)/python -m pytest --ignore tests/chaos -m alone
-	@$(BIN)/python -m pytest --ignore tests/chaos -m "not alone" -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest --ignore tests/chaos
 
 chaos: install
 	@$(BIN)/python -m pytest tests/chaos

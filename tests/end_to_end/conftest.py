@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import SMALL, Seen, look_on, ray_folders_of, running
+from tests.end_to_end.runs import SMALL, Seen, look_on, running
 
 STEPS = 6
 SHORT = (
@@ -55,7 +55,7 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> ShortRun:
         with running(directory, *SHORT, "ray.dashboard=true", **CANARIES) as run:
             os.umask(before)
             seen = look_on(run)
-            left = [*run.watch.left(), *ray_folders_of(run.process.pid)]
+            left = run.left()
     finally:
         os.umask(before)
     return ShortRun(run.directory, "".join(run.lines), seen, left)

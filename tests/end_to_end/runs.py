@@ -21,6 +21,7 @@ COMMAND_SECONDS = 240
 STARTED_SECONDS = 300
 ENDED_SECONDS = 120
 LISTENING = "0A"
+RAY_FOLDER = Path("/tmp/ray")
 SMALL = (
     "prompts.prompts_per_step=32",
     "learner.warmup_steps=1",
@@ -60,6 +61,7 @@ class Run:
     watch: Watch
     directory: Path
     lines: list[str] = field(default_factory=list)
+    ray_folders_before: list[Path] = field(default_factory=lambda: list(RAY_FOLDER.glob("session_*")))
 
     def wait_for(self, start_of_line: str) -> None:
         """Wait until it prints a line that starts like this."""
@@ -69,6 +71,11 @@ class Run:
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal as a terminal does: to the driver and all processes of its group."""
         os.killpg(self.process.pid, number)
+
+    def left(self) -> list[str]:
+        """Return what is left of it once things had time to settle, one line each; also where Ray puts it by itself."""
+        sessions = set(RAY_FOLDER.glob(f"session_*_{self.process.pid}")) - set(self.ray_folders_before)
+        return [*self.watch.left(), *map(str, sessions)]
 
     def read(self) -> None:
         """Collect what it prints."""
@@ -162,8 +169,3 @@ def host(words: str) -> str:
     """Read an address as /proc/net writes it: words of 32 bits in the machine's order."""
     raw = b"".join(struct.pack("=I", int(words[i : i + 8], 16)) for i in range(0, len(words), 8))
     return socket.inet_ntop(socket.AF_INET if len(raw) == 4 else socket.AF_INET6, raw)
-
-
-def ray_folders_of(pid: int) -> list[str]:
-    """Return the session folders that a process made at the place where Ray makes them by itself."""
-    return [str(path) for path in Path("/tmp/ray").glob(f"session_*_{pid}")]

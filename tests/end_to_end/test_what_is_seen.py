@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.figure_files import DASHBOARD, exported_name
 from cluster.figures import COMPLETION_LENGTHS, EVERY_STEP, figures
 from tests.end_to_end.conftest import STEPS, ShortRun
-from tests.end_to_end.runs import ENDED_SECONDS, Run, preceptor, ray_folders_of, running
+from tests.end_to_end.runs import ENDED_SECONDS, Run, preceptor, running
 from tests.leftovers import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("short run")]
@@ -72,8 +72,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
         series, living = scrape(run), status(run.directory)
         run.signal_group(signal.SIGINT)
         assert run.process.wait(ENDED_SECONDS) == 130, "".join(run.lines)
-        left = [*run.watch.left(), *ray_folders_of(run.process.pid)]
-        yield Shown(series, living, status(run.directory), left)
+        yield Shown(series, living, status(run.directory), run.left())
 
 
 def test_every_query_of_the_dashboard_finds_finite_values_of_the_run(shown: Shown) -> None:
