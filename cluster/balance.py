@@ -115,6 +115,11 @@ class Balance:
         self._start_seconds = self.horizon.start_seconds
         self._works: deque[StepWork] = deque(maxlen=WINDOW * self.config.observe_steps)
 
+    @property
+    def is_trying(self) -> bool:
+        """Return whether a move is not judged yet."""
+        return self._trial is not None
+
     def see(self, seen: Seen) -> Decision | None:
         """Take in one step, and return what is to change or to be said after it."""
         if dict(seen.sizes) != dict(self._sizes):

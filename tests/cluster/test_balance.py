@@ -147,8 +147,9 @@ def num_returns(moves: Sequence[Sizes], start: Sizes) -> int:
 
 
 def most_returns(steps: int) -> int:
-    # Before the return number r, counted from 0, lie 2^r times the cool-down: cooldown (2^r - 1) steps before it.
-    return 1 + math.floor(math.log2(steps / AUTO.cooldown_steps + 1))
+    # A wait brings two returns at most: to a split that was left, and back. So before the last of r, which may be the
+    # second, the balancer waited for cooldown x 2^(r - 2) steps.
+    return 2 + math.floor(math.log2(max(1.0, steps / AUTO.cooldown_steps)))
 
 
 def make_work(seconds: float, generation: float, *teachers: float, hindered: bool = False) -> StepWork:
