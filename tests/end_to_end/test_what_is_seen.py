@@ -6,9 +6,11 @@ import re
 import signal
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -41,7 +43,8 @@ def scrape(run: Run) -> dict[str, list[tuple[dict[str, str], float]]]:
     found: dict[str, list[tuple[dict[str, str], float]]] = {}
     for discovery in run.watch.temporary.glob("preceptor-*/ray/prom_metrics_service_discovery.json"):
         for target in json.loads(discovery.read_text())[0]["targets"]:
-            with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+            # Ray names an endpoint before it answers.
+            with suppress(URLError), urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
                 for family in text_string_to_metric_families(answer.read().decode()):
                     for sample in family.samples:
                         found.setdefault(sample.name, []).append((sample.labels, sample.value))
