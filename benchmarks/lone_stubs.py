@@ -11,8 +11,9 @@ from benchmarks.streaming import TIMEOUTS, StubRun
 from benchmarks.stub_pools import StubLearnerActor, StubRates, StubRolloutProcess, StubTeacherProcess
 from benchmarks.workloads import PROMPT_TOKENS, Split, Workload
 from cluster.actors import create_actors
-from cluster.contracts.config import EngineConfig, StudentConfig, TeacherConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings, ScoreRequest
+from cluster.contracts.pools import EngineConfig, TeacherConfig
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool

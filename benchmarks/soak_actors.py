@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.checksum import new_digest
-from cluster.contracts.config import TeacherConfig
 from cluster.contracts.interfaces import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.metrics import Metric, Sum
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from rollout_workers.actor import RolloutActor, RolloutActorSettings
 from rollout_workers.worker import RolloutWorker

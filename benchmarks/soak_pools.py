@@ -11,7 +11,8 @@ from ray.actor import ActorHandle
 from benchmarks.soak_actors import Delays, WaitingRolloutActor, WaitingTeacherActor
 from benchmarks.soak_learner import WaitingLearnerActor
 from cluster.actors import PoolTimeouts, create_actors
-from cluster.contracts.config import Config, EngineConfig, StudentConfig
+from cluster.contracts.config import Config, StudentConfig
+from cluster.contracts.pools import EngineConfig
 from cluster.contracts.run_file import parse_run_config
 from cluster.pipeline import Inputs
 from learner.group import LearnerGroup

@@ -24,8 +24,9 @@ from benchmarks.stub_pools import (
     completion_length,
 )
 from cluster.actors import PoolTimeouts, create_actors
-from cluster.contracts.config import Config, EngineConfig, StudentConfig, TeacherConfig
+from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.interfaces import AtHand, RolloutRequest, SamplingSettings
+from cluster.contracts.pools import EngineConfig, TeacherConfig
 from cluster.contracts.run_file import parse_run_config
 from cluster.flow import Flow, StepBatches
 from cluster.local_cluster import local_cluster

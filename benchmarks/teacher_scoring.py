@@ -26,8 +26,8 @@ import torch
 from torch.nn import functional
 
 from benchmarks.report import RESULTS, Row, at_least, describe_machine, print_rows, row
-from cluster.contracts.config import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.interfaces import ScoreRequest
+from cluster.contracts.pools import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
 from cluster.lm_head import LmHead, load_lm_head
 from cluster.vllm_runtime import prepare_environment

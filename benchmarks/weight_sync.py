@@ -28,7 +28,9 @@ from benchmarks.hand_off import hand_off_rows, signal_rows
 from benchmarks.mapping_actor import MappingActor
 from benchmarks.report import RESULTS, Row, print_rows, row, write_rows
 from cluster.actors import PoolTimeouts
-from cluster.contracts.config import Dtype, EngineConfig, LearnerConfig, StudentConfig, WeightSyncConfig
+from cluster.contracts.config import StudentConfig
+from cluster.contracts.learner import LearnerConfig, WeightSyncConfig
+from cluster.contracts.pools import Dtype, EngineConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest, WeightSyncReport
 from cluster.local_cluster import local_cluster
 from learner.model import Student, load_student

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.figures import PANELS, Figure, Panel
+from cluster.figure import Figure, Panel
+from cluster.figures import PANELS
 
 DASHBOARD = Path(__file__).parent / "dashboards" / "preceptor.json"
 UID = "preceptorDashboard"  # as Ray's own dashboards: rayDefaultDashboard, rayDataDashboard, ...

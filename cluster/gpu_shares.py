@@ -5,8 +5,9 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from cluster.contracts.config import Config, EngineConfig
+from cluster.contracts.config import Config
 from cluster.contracts.errors import PlacementError
+from cluster.contracts.pools import EngineConfig
 
 WeightBackend = Literal["object_store", "nccl", "ipc"]
 SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.actors import get
-from cluster.contracts.config import Config, TeacherConfig
+from cluster.contracts.config import Config
 from cluster.contracts.interfaces import AtHand, BatchHandle, ScoreRequest
 from cluster.contracts.metrics import report
 from cluster.contracts.objective import (
@@ -20,6 +20,7 @@ from cluster.contracts.objective import (
     PolicyGradientTerm,
     TaskRewardTerm,
 )
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.wire import from_wire
 from cluster.pipeline import Inputs, Pipeline, start_pipeline, start_teacher, train_requests, train_sampling
 from cluster.placement import Placement

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from cluster.contracts.config import StudentConfig, TeacherConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ModelError
+from cluster.contracts.pools import TeacherConfig
 from cluster.lm_head import check_lm_head
 from cluster.model_files import context_length, load_model_config, load_tokenizer, looks_local
 from cluster.weight_files import check_weight_files

@@ -12,8 +12,9 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.contracts.config import Config, WeightSyncConfig
+from cluster.contracts.config import Config
 from cluster.contracts.errors import PlacementError
+from cluster.contracts.learner import WeightSyncConfig
 from cluster.gpu_shares import SHARED_GPU_VARIABLE, share_gpu, weight_backend
 from cluster.packing import CPU_UNITS, Demand, Room, largest_equal_share, pack
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from cluster.figures import EVERY_STEP, POOL, Figure, figures
+from cluster.figure import POOL, Figure
+from cluster.figures import EVERY_STEP, figures
 from cluster.observers import Ending, SeenStep
 
 # A completion's end lies anywhere between a word and a long chain of thought, so the buckets double.

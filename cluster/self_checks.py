@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from cluster.contracts.config import Dtype
 from cluster.contracts.errors import ModelError, SelfCheckError
+from cluster.contracts.pools import Dtype
 from cluster.contracts.trajectory import Floats, ragged
 
 # Mean absolute difference, in nats, that two implementations of the same model may show: vLLM and transformers in bf16

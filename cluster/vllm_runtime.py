@@ -9,8 +9,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from cluster.contracts.config import EngineConfig
 from cluster.contracts.errors import ModelError
+from cluster.contracts.pools import EngineConfig
 from cluster.gpu_shares import OWN_GPU_FRACTION, SHARED_GPU_VARIABLE
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from cluster.contracts.config import Attention
 from cluster.contracts.errors import ModelError
+from cluster.contracts.learner import Attention
 
 PACKED = "preceptor_packed"  # how transformers knows `packed_attention`
 HALF_PRECISION = (torch.bfloat16, torch.float16)  # what the flash kernels take

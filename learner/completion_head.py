@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cluster.contracts.config import HeadDtype
+from cluster.contracts.learner import HeadDtype
 from learner.micro_batch import MicroBatch, RoutedTokens
 from learner.objective.objective import Objective
 from learner.objective.softmax import student_facts

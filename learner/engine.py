@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cluster.contracts.config import LearnerConfig
+from cluster.contracts.learner import LearnerConfig
 from learner.completion_head import Evaluation
 from learner.micro_batch import MicroBatch
 from learner.model import Student

@@ -16,12 +16,13 @@ from ray.exceptions import RayTaskError
 
 from cluster.actors import call_all, create_actors, get, is_dead, shutdown
 from cluster.batch_store import add_environment
-from cluster.contracts.config import Config, TeacherConfig
+from cluster.contracts.config import Config
 from cluster.contracts.errors import ActorDiedError, LearnerDiedError
 from cluster.contracts.interfaces import BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.observation import PoolState, Span, Stage
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import Floats
 from cluster.contracts.weights import WeightSyncReport
 from learner import checkpoint

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from cluster.contracts.config import LearnerConfig
+from cluster.contracts.learner import LearnerConfig
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda _progress: 1.0,

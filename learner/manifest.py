@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from cluster.checksum import new_digest
-from cluster.contracts.config import LearnerConfig
 from cluster.contracts.errors import CheckpointError
+from cluster.contracts.learner import LearnerConfig
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cluster.contracts.config import HeadDtype, LearnerConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ModelError
+from cluster.contracts.learner import HeadDtype, LearnerConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest
 from cluster.lm_head import read_logit_scaling
 from cluster.model_files import load_model_config, looks_local

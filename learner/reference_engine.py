@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from cluster.contracts.config import LearnerConfig
+from cluster.contracts.learner import LearnerConfig
 from learner.completion_head import Evaluation
 from learner.engine import PausableAdamW, adamw_settings, paused
 from learner.micro_batch import MicroBatch

@@ -15,8 +15,8 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from cluster.contracts.config import WeightSyncConfig
 from cluster.contracts.errors import WeightSyncError
+from cluster.contracts.learner import WeightSyncConfig
 from cluster.contracts.weights import WeightSyncReport, plan_buckets, total_bytes
 from learner.audience import Audience
 from learner.card_links import IpcLink, Link, NcclLink, gather_from_ranks

@@ -13,7 +13,7 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from cluster.contracts.config import WeightSyncConfig
+from cluster.contracts.learner import WeightSyncConfig
 from cluster.contracts.weights import WeightSyncReport, plan_buckets, total_bytes
 from learner.engine import TrainEngine
 from learner.weight_update import Bucket, Bytes, SentCopy, WeightUpdate

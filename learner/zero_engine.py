@@ -17,7 +17,7 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from torch import Tensor
 
-from cluster.contracts.config import LearnerConfig
+from cluster.contracts.learner import LearnerConfig
 from learner.completion_head import Evaluation
 from learner.engine import PausableAdamW, adamw_settings, paused
 from learner.micro_batch import MicroBatch

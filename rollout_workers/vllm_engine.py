@@ -11,9 +11,10 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from cluster.contracts.config import EngineConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ActorDiedError, RolloutError, WeightSyncError
 from cluster.contracts.interfaces import Completion, SamplingSettings
+from cluster.contracts.pools import EngineConfig
 from cluster.vllm_runtime import EngineRole, build_engine
 from cluster.vllm_versions import TokenVersions, VLLMClientError, label_weights
 from rollout_workers.draw_fetcher import DrawFetcher, Encoded

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from cluster.batch_store import pack
-from cluster.contracts.config import TeacherConfig
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import Mean, Metrics, Sum
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.wire import from_wire
 from cluster.engine_death import end_with_engine
 from cluster.vllm_runtime import prepare_environment

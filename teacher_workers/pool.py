@@ -12,11 +12,11 @@ from ray.actor import ActorHandle
 
 from cluster import actors
 from cluster.actors import PoolTimeouts
-from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorDiedError, LostBytesError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import merge
 from cluster.contracts.observation import PoolState, Span
+from cluster.contracts.pools import TeacherConfig
 from cluster.replicas import Supervision
 from teacher_workers.scorers import Scorers
 

@@ -12,9 +12,9 @@ from ray.actor import ActorHandle
 
 from cluster import actors
 from cluster.batch_store import STORE_ENVIRONMENT, add_environment
-from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import PreceptorError
 from cluster.contracts.observation import PoolState
+from cluster.contracts.pools import TeacherConfig
 from cluster.replicas import Recipe, Replicas, Supervision
 from teacher_workers.actor import SlotActor, TeacherActor
 

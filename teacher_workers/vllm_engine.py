@@ -10,9 +10,9 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorDiedError, ScoreError
 from cluster.contracts.interfaces import HiddenStates
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.vllm_runtime import EngineRole, build_engine
 from teacher_workers.scoring import predicting_rows

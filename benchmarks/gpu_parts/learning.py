@@ -15,9 +15,10 @@ from benchmarks.objective import interleaved, peak_bytes
 from benchmarks.pairs import ROOT
 from benchmarks.report import Row, at_most, row
 from benchmarks.teacher_scoring import Setting, make_batches
-from cluster.contracts.config import Attention, LearnerConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ModelError
 from cluster.contracts.interfaces import ScoreRequest
+from cluster.contracts.learner import Attention, LearnerConfig
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.presets import expand_preset
 from cluster.contracts.trajectory import Scores, add_scores, ragged

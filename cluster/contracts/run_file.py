@@ -15,10 +15,11 @@ from typing import Any
 import msgspec
 
 from cluster.contracts.alarms import AlarmConfig, with_default_alarms
-from cluster.contracts.config import Config, TeacherConfig
+from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.files import read_text
 from cluster.contracts.objective import INITIAL_STUDENT, AnyTerm, ObjectiveConfig
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.presets import expand_preset
 from cluster.contracts.section import Section
 

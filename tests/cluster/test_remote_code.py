@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.contracts.config import LearnerConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import PreceptorError
+from cluster.contracts.learner import LearnerConfig
 from cluster.demo import EMBEDDED
 from cluster.lm_head import load_lm_head
 from cluster.model_files import load_model_config, load_tokenizer
@@ -98,7 +99,7 @@ def test_it_runs_where_it_is_trusted(loader: str, model: str, marker: Path, tmp_
 
 
 BUILD_ENGINE = """
-from cluster.contracts.config import EngineConfig
+from cluster.contracts.pools import EngineConfig
 from cluster.contracts.errors import ModelError
 from cluster.vllm_runtime import EngineRole, build_engine
 

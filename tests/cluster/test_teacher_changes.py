@@ -12,8 +12,9 @@ import pytest
 
 from cluster.actors import PoolTimeouts
 from cluster.cli import main
-from cluster.contracts.config import Config, TeacherConfig
+from cluster.contracts.config import Config
 from cluster.contracts.errors import ActorError, ScoreError
+from cluster.contracts.pools import TeacherConfig
 from cluster.demo import EMBEDDED, embedded_config
 from cluster.pipeline import Inputs, load_inputs
 from cluster.run_directory import RunDirectory

@@ -3,7 +3,7 @@ import subprocess
 import sys
 import time
 
-from cluster.contracts.config import EngineConfig
+from cluster.contracts.pools import EngineConfig
 from cluster.vllm_runtime import OWNER_CHECK_SECONDS, OWNER_VARIABLE, gpu_arguments
 
 CHILD = "from cluster.vllm_runtime import end_with_owner; end_with_owner(); import time; time.sleep(60)"

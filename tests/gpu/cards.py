@@ -10,7 +10,9 @@ import torch
 from ray.actor import ActorHandle
 
 from cluster.actors import PoolTimeouts, get
-from cluster.contracts.config import Dtype, EngineConfig, StudentConfig, WeightSyncConfig
+from cluster.contracts.config import StudentConfig
+from cluster.contracts.learner import WeightSyncConfig
+from cluster.contracts.pools import Dtype, EngineConfig
 from cluster.contracts.weights import WeightSyncReport
 from cluster.gpu_shares import SHARED_GPU_VARIABLE
 from learner.vllm_weight_sender import VllmSender, ipc_link, nccl_link

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cluster.actors import PoolTimeouts
-from cluster.contracts.config import EngineConfig, TeacherConfig
 from cluster.contracts.interfaces import ScoreRequest
+from cluster.contracts.pools import EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.lm_head import LmHead

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
-from cluster.contracts.config import WeightSyncConfig
+from cluster.contracts.learner import WeightSyncConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest
 from learner.card_links import IpcLink, NcclLink
 from learner.vllm_weight_sender import VllmSender

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import Gemma2ForCausalLM, MistralConfig, Qwen3Config
 
-from cluster.contracts.config import LearnerConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ModelError
+from cluster.contracts.learner import LearnerConfig
 from learner.attention import KERNELS, Packing, Segments, choose_kernel, fault_of, grouped, packed_attention
 from learner.completion_head import Evaluation
 from learner.micro_batch import build_micro_batch, trajectories

@@ -19,7 +19,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cluster.contracts.config import LearnerConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
+from cluster.contracts.learner import LearnerConfig
 from cluster.lm_head import LmHead
 from learner.completion_head import CompletionHead, Evaluation
 from learner.micro_batch import build_micro_batch, trajectories

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.contracts.config import LearnerConfig
+from cluster.contracts.learner import LearnerConfig
 from learner.lr_schedule import learning_rate_at
 
 

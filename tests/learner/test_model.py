@@ -16,8 +16,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cluster.contracts.config import LearnerConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ModelError
+from cluster.contracts.learner import LearnerConfig
 from learner.completion_head import Evaluation
 from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import check_forward, load_student

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.cli import main
-from cluster.contracts.config import Config, LearnerConfig, StudentConfig
+from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.errors import ConfigError, ModelError
+from cluster.contracts.learner import LearnerConfig
 from cluster.pipeline import load_inputs
 from learner.model import load_student
 from tests.builders import make_config

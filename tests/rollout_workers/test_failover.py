@@ -13,9 +13,10 @@ import pytest
 import ray
 
 from cluster.actors import PoolTimeouts, wait_for_any
-from cluster.contracts.config import EngineConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.contracts.pools import EngineConfig
 from cluster.replicas import Supervision
 from cluster.restarts import RestartLimit
 from cluster.watch import Watch

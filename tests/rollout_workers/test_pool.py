@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.actors import PoolTimeouts, wait_for_any
-from cluster.contracts.config import EngineConfig, StudentConfig
+from cluster.contracts.config import StudentConfig
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.contracts.pools import EngineConfig
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import make_prompts

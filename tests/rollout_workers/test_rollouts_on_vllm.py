@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.contracts.config import WeightSyncConfig
 from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.interfaces import SamplingSettings
+from cluster.contracts.learner import WeightSyncConfig
 from learner.weight_sender import ObjectStoreSender
 from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, FrozenEngine, RolloutDeployment, rows_of
 from tests.tiny_qwen3 import HALT, expected_logprobs

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.batch_store import pack
-from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ModelError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.contracts.wire import from_wire
 

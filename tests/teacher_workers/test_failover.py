@@ -10,9 +10,9 @@ import ray
 
 from cluster.actors import PoolTimeouts
 from cluster.batch_store import pack
-from cluster.contracts.config import TeacherConfig
 from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import make_generated
 from cluster.replicas import Supervision
 from cluster.restarts import RestartLimit

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from cluster.actors import PoolTimeouts
 from cluster.batch_store import pack
-from cluster.contracts.config import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.pools import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import make_generated, models_of, ragged
 from cluster.contracts.wire import from_wire
 from cluster.lm_head import load_lm_head

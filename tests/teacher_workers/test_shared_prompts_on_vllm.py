@@ -10,9 +10,9 @@ import ray
 
 from cluster.actors import PoolTimeouts
 from cluster.batch_store import pack
-from cluster.contracts.config import EngineConfig, TeacherConfig
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import report
+from cluster.contracts.pools import EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import Ints, make_generated, ragged
 from cluster.contracts.wire import from_wire
 from teacher_workers.pool import start_pool

@@ -10,8 +10,8 @@ import ray
 
 from cluster.actors import PoolTimeouts, wait_for_any
 from cluster.batch_store import pack
-from cluster.contracts.config import TeacherConfig
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import make_generated, ragged
 from cluster.contracts.wire import from_wire
 from cluster.replicas import Supervision

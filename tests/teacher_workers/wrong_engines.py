@@ -9,8 +9,8 @@ import math
 import numpy as np
 import torch
 
-from cluster.contracts.config import Dtype
 from cluster.contracts.interfaces import HiddenStates
+from cluster.contracts.pools import Dtype
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.lm_head import LmHead
 from teacher_workers.worker import TeacherWorker
