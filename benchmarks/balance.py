@@ -20,19 +20,19 @@ from benchmarks.lone_stubs import lone_run
 from benchmarks.report import RESULTS, Row, at_most, print_rows, row, write_rows
 from benchmarks.streaming import SAMPLING, TIMEOUTS, StubRun
 from benchmarks.workloads import WORKLOADS, Split, Workload
-from cluster.balance import Balance, Horizon
-from cluster.balancer import MOVES, Announcements, Balancer, Movable
 from cluster.contracts.balance import BalanceConfig
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.weights import WeightSyncReport
 from cluster.flow import Flow, StepBatches
-from cluster.local_cluster import local_cluster
-from cluster.metric_sinks import Record, RecordsFile
+from cluster.nodes.local_cluster import local_cluster
+from cluster.nodes.room import SplitRoom
+from cluster.observability.metric_sinks import Record, RecordsFile
 from cluster.permits import Permits
-from cluster.room import SplitRoom
-from cluster.splits import ROLLOUT, PoolRule, Sizes, Space
+from cluster.scaling.balance import Balance, Horizon
+from cluster.scaling.balancer import MOVES, Announcements, Balancer, Movable
+from cluster.scaling.splits import ROLLOUT, PoolRule, Sizes, Space
+from cluster.scaling.step_work import WorkMeter
 from cluster.step_record import step_record
-from cluster.step_work import WorkMeter
 from cluster.stopwatch import Stopwatch
 
 COMMAND = "python -m benchmarks.balance"

@@ -1,8 +1,8 @@
 """`python -m benchmarks.dashboard_queries`: does every query of the Grafana dashboard find figures of a real run?
 
 Starts the embedded run and a Prometheus (from PATH) that reads the endpoints which Ray names, and asks the queries of
-`cluster/dashboards/preceptor.json` as Grafana would, until all have an answer or the time is up. `--discovery FILE`
-looks at a run that goes on elsewhere: FILE is `prom_metrics_service_discovery.json` in its Ray's temporary folder.
+the Grafana dashboard as Grafana would, until all have an answer or the time is up. `--discovery FILE` looks at a run
+that goes on elsewhere: FILE is `prom_metrics_service_discovery.json` in its Ray's temporary folder.
 Rows: queries with and without an answer; lines of the dashboard whose values are not finite or out of their range.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.process_trees import descendants, end
 from benchmarks.prometheus import SCRAPE_SECONDS, Prometheus, prometheus
 from benchmarks.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
-from cluster.figure_files import DASHBOARD
+from cluster.observability.figure_files import DASHBOARD
 
 DISCOVERY = "prom_metrics_service_discovery.json"
 START_SECONDS = 200.0

@@ -10,10 +10,10 @@ from ray.actor import ActorHandle
 from benchmarks.streaming import TIMEOUTS, StubRun
 from benchmarks.stub_pools import StubLearnerActor, StubRates, StubRolloutProcess, StubTeacherProcess
 from benchmarks.workloads import PROMPT_TOKENS, Split, Workload
-from cluster.actors import create_actors
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings, ScoreRequest
 from cluster.contracts.pools import EngineConfig, TeacherConfig
+from cluster.workers.actors import create_actors
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool

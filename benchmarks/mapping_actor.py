@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from cluster.checksum import new_digest
+from cluster.models.checksum import new_digest
 from rollout_workers.mapped_memory import mappable
 
 

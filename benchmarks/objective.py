@@ -31,7 +31,7 @@ from cluster.contracts.objective import (
     ObjectiveConfig,
     PolicyGradientTerm,
 )
-from cluster.lm_head import LmHead
+from cluster.models.lm_head import LmHead
 from learner.completion_head import CompletionHead, chunk_size
 from learner.micro_batch import MicroBatch, RoutedTokens
 from learner.objective.objective import Objective

@@ -23,7 +23,7 @@ from benchmarks.report import RESULTS, Row, at_most, print_rows, row, write_rows
 from benchmarks.workloads import PROMPT_TOKENS, WORKLOADS, Split, Workload
 from cluster.contracts.config import Config
 from cluster.contracts.observation import Span
-from cluster.local_cluster import local_cluster
+from cluster.nodes.local_cluster import local_cluster
 from cluster.planning.demand import Demand
 from cluster.planning.measured_rates import FIRST_STEP, RunStep, rates_from
 from cluster.planning.rates import LearnerRates, LogNormal, Rates, RolloutRates, TeacherRates

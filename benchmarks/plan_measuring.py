@@ -14,12 +14,12 @@ import ray
 from benchmarks.streaming import SAMPLING, TIMEOUTS, StubRun
 from benchmarks.stub_pools import SharedWorker, StubLearnerActor, StubRolloutProcess, StubTeacherProcess
 from benchmarks.workloads import PROMPT_TOKENS, Split, Workload
-from cluster.actors import create_actors
 from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.observation import Span
 from cluster.contracts.pools import EngineConfig, TeacherConfig
 from cluster.flow import Flow, StepBatches
 from cluster.permits import Permits
+from cluster.workers.actors import create_actors
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool

@@ -10,11 +10,11 @@ from ray.actor import ActorHandle
 
 from benchmarks.soak_actors import Delays, WaitingRolloutActor, WaitingTeacherActor
 from benchmarks.soak_learner import WaitingLearnerActor
-from cluster.actors import PoolTimeouts, create_actors
 from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.pools import EngineConfig
 from cluster.contracts.run_file import parse_run_config
 from cluster.pipeline import Inputs
+from cluster.workers.actors import PoolTimeouts, create_actors
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool

@@ -30,11 +30,11 @@ from cluster.contracts.config import Config
 from cluster.contracts.interfaces import AtHand, BatchHandle, RolloutRequest
 from cluster.contracts.weights import WeightSyncReport
 from cluster.flow import Flow, StepBatches
-from cluster.metric_sinks import Record
+from cluster.nodes.placement import cluster_nodes, plan_placement
+from cluster.nodes.ray_session import ray_session
+from cluster.observability.metric_sinks import Record
 from cluster.permits import Permits
 from cluster.pipeline import Inputs, Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
-from cluster.placement import cluster_nodes, plan_placement
-from cluster.ray_session import ray_session
 from cluster.step_record import step_record
 from cluster.stopwatch import Stopwatch
 

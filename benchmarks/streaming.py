@@ -23,14 +23,14 @@ from benchmarks.stub_pools import (
     StubTeacherProcess,
     completion_length,
 )
-from cluster.actors import PoolTimeouts, create_actors
 from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.interfaces import AtHand, RolloutRequest, SamplingSettings
 from cluster.contracts.pools import EngineConfig, TeacherConfig
 from cluster.contracts.run_file import parse_run_config
 from cluster.flow import Flow, StepBatches
-from cluster.local_cluster import local_cluster
+from cluster.nodes.local_cluster import local_cluster
 from cluster.permits import Permits
+from cluster.workers.actors import PoolTimeouts, create_actors
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool

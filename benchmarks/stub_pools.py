@@ -16,13 +16,13 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors import create_actors
-from cluster.batch_store import pack
 from cluster.contracts.interfaces import BatchHandle, Completion, RolloutRequest, SamplingSettings, ScoreRequest
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.contracts.wire import from_wire
+from cluster.workers.actors import create_actors
+from cluster.workers.batch_store import pack
 from learner.arrivals import Share
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker

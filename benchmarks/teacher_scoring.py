@@ -29,7 +29,7 @@ from benchmarks.report import RESULTS, Row, at_least, describe_machine, print_ro
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.pools import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
-from cluster.lm_head import LmHead, load_lm_head
+from cluster.models.lm_head import LmHead, load_lm_head
 from cluster.vllm_runtime import prepare_environment
 from teacher_workers.scoring import chunk_size
 from teacher_workers.worker import TeacherWorker

@@ -18,7 +18,7 @@ from trl.trainer.distillation_trainer import DistillationTrainer
 from benchmarks.trl_baseline import Prompt, Settings, StepRecorder, step_prompts
 from cluster.contracts.config import Config
 from cluster.contracts.errors import PromptError
-from cluster.model_files import context_length, load_tokenizer
+from cluster.models.model_files import context_length, load_tokenizer
 from learner.lr_schedule import learning_rate_at
 
 

@@ -85,7 +85,7 @@ def check(options: argparse.Namespace) -> int:
 
 def scale(options: argparse.Namespace) -> int:
     """Change how many workers the pools of a running run have."""
-    from cluster.scaling import ask, describe, parse_sizes
+    from cluster.scaling.resizing import ask, describe, parse_sizes
 
     answer = ask(RunDirectory.open(options.run).scaling, parse_sizes(options.sizes))
     sys.stdout.write(f"{describe(answer.sizes)}\n")
@@ -95,7 +95,7 @@ def scale(options: argparse.Namespace) -> int:
 def teacher(options: argparse.Namespace) -> int:
     """Replace a teacher of a running run by another checkpoint."""
     directory = RunDirectory.open(options.run)
-    from cluster.teacher_changes import ask_to_replace
+    from cluster.scaling.teacher_changes import ask_to_replace
 
     # The driver's current folder may be another one.
     model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
@@ -105,7 +105,7 @@ def teacher(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Say how a run stands, while it lives or after."""
-    from cluster.run_status import print_status
+    from cluster.observability.run_status import print_status
 
     print_status(options.run, options.json)
     return 0
@@ -133,7 +133,7 @@ def submit(options: argparse.Namespace) -> int:
     config = _load(options)
     run_file, overrides = _split(options.arguments)
     assert run_file is not None
-    from cluster.job_commands import Submission, parse_variables, submit_run
+    from cluster.jobs.job_commands import Submission, parse_variables, submit_run
 
     variables = parse_variables(options.env)
     submission = Submission(Path(run_file), overrides, options.address, options.python, variables, options.resume)
@@ -142,14 +142,14 @@ def submit(options: argparse.Namespace) -> int:
 
 def follow(options: argparse.Namespace) -> int:
     """Show what a job of a cluster has printed and prints."""
-    from cluster.job_commands import follow_job
+    from cluster.jobs.job_commands import follow_job
 
     return follow_job(options.address, options.job_id)
 
 
 def stop(options: argparse.Namespace) -> int:
     """End a job of a cluster in order, with a checkpoint."""
-    from cluster.job_commands import stop_job
+    from cluster.jobs.job_commands import stop_job
 
     return stop_job(options.address, options.job_id)
 

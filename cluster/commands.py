@@ -1,14 +1,18 @@
 """What each command of the command line does, from a configuration to the last line that it prints."""
 
+from cluster.audits.live_checks import run_live_checks
 from cluster.checkpoints import find_resume_point
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError
 from cluster.evaluation import Evaluation, Evaluator, write_samples
 from cluster.history import History
 from cluster.interruption import stop_on_signals
-from cluster.live_checks import run_live_checks
-from cluster.metric_sinks import TerminalView, terminal_view
-from cluster.model_files import load_tokenizer
+from cluster.models.model_files import load_tokenizer
+from cluster.nodes.placement import Placement, await_placement, describe
+from cluster.nodes.ray_session import RaySession, ray_session
+from cluster.observability.metric_sinks import TerminalView, terminal_view
+from cluster.observability.status_file import KeptStatus
+from cluster.observability.wandb_observer import check_wandb
 from cluster.pipeline import (
     Inputs,
     load_inputs,
@@ -16,14 +20,10 @@ from cluster.pipeline import (
     start_student_rollouts,
     start_teacher_rollouts,
 )
-from cluster.placement import Placement, await_placement, describe
-from cluster.ray_session import RaySession, ray_session
 from cluster.run_directory import RunDirectory
-from cluster.status_file import KeptStatus
+from cluster.scaling.teacher_log import in_force
 from cluster.supervisor import Beginning, Supervisor
-from cluster.teacher_log import in_force
 from cluster.training_run import describe_evaluation
-from cluster.wandb_observer import check_wandb
 
 
 def start_training(config: Config) -> History:

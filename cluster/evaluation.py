@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from cluster.actors import get
 from cluster.contracts.config import Config
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import merge, report
@@ -17,8 +16,9 @@ from cluster.contracts.objective import TEACHER
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.flow import Flow
-from cluster.metric_sinks import RecordsFile
+from cluster.observability.metric_sinks import RecordsFile
 from cluster.pipeline import Inputs, held_out_requests, held_out_sampling
+from cluster.workers.actors import get
 from rollout_workers.pool import RolloutPool
 from teacher_workers.pools import Chain
 

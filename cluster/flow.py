@@ -12,9 +12,9 @@ from itertools import count
 from time import perf_counter
 from typing import Any
 
-from cluster.actors import wait_for_any
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from cluster.contracts.observation import Span
+from cluster.workers.actors import wait_for_any
 from rollout_workers.pool import Order, RolloutPool
 from teacher_workers.pools import Chain, TeacherPools
 

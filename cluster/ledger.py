@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from cluster.checksum import checksum, new_digest
 from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.interfaces import BatchHandle, BatchSource, RolloutRequest
-from cluster.metric_sinks import RecordsFile
+from cluster.models.checksum import checksum, new_digest
+from cluster.observability.metric_sinks import RecordsFile
 
 
 class Asked(msgspec.Struct, frozen=True):

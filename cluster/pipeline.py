@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 
-from cluster.actors import PoolTimeouts
+from cluster.audits.self_checks import check_tokenizers
 from cluster.contracts.config import Config, StudentConfig
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
-from cluster.gpu_shares import with_gpus
 from cluster.ledger import AuditedRun
-from cluster.model_checks import read_model
-from cluster.placement import Placement, PoolPlacement
-from cluster.replicas import Supervision
-from cluster.restarts import RestartLimit
-from cluster.self_checks import check_tokenizers
-from cluster.watch import Watch
+from cluster.models.model_checks import read_model
+from cluster.nodes.gpu_shares import with_gpus
+from cluster.nodes.placement import Placement, PoolPlacement
+from cluster.workers.actors import PoolTimeouts
+from cluster.workers.replicas import Supervision
+from cluster.workers.restarts import RestartLimit
+from cluster.workers.watch import Watch
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool

@@ -7,12 +7,12 @@ from ray.actor import ActorHandle
 
 from cluster.contracts.config import Config
 from cluster.contracts.observation import PoolState
+from cluster.nodes.placement import PoolPlacement
+from cluster.nodes.room import missing_for
 from cluster.pipeline import Inputs, Pipeline
-from cluster.placement import PoolPlacement
-from cluster.room import missing_for
 from cluster.run_directory import RunDirectory
-from cluster.scaling import Scalable, Scaling
-from cluster.teacher_needs import need_of
+from cluster.scaling.resizing import Scalable, Scaling
+from cluster.scaling.teacher_needs import need_of
 from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import TeacherPools
 

@@ -17,11 +17,11 @@ from cluster.contracts.errors import (
 from cluster.driver import train
 from cluster.history import History
 from cluster.interruption import StopRequest
-from cluster.metric_sinks import TerminalView
+from cluster.observability.metric_sinks import TerminalView
 from cluster.pipeline import Inputs, Pipeline, restart_limit
-from cluster.restarts import RestartBudget
 from cluster.run_directory import RunDirectory
 from cluster.training_run import TrainingRun
+from cluster.workers.restarts import RestartBudget
 
 
 @dataclass(frozen=True)

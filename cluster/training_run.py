@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import ray
 
-from cluster.alarms import Alarms, LengthCap, Raised
-from cluster.balancer import make_balancer
+from cluster.audits.score_audit import ScoreAudit
 from cluster.checkpoints import Checkpoints, RunState
 from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, PreceptorError, RunStopped, TrainingError
@@ -19,14 +18,15 @@ from cluster.flow import Flow
 from cluster.history import History
 from cluster.interruption import StopRequest
 from cluster.ledger import Ledger
-from cluster.lookout import Lookout, open_observers
-from cluster.metric_sinks import Record, RecordsFile, TerminalView
-from cluster.model_files import load_tokenizer
+from cluster.models.model_files import load_tokenizer
+from cluster.observability.alarms import Alarms, LengthCap, Raised
+from cluster.observability.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.pipeline import Inputs, Pipeline, train_requests, train_sampling
 from cluster.run_directory import RunDirectory
 from cluster.run_pools import Progress, make_scaling
-from cluster.score_audit import ScoreAudit
-from cluster.teacher_changes import RunParts, TeacherChanges
+from cluster.scaling.balancer import make_balancer
+from cluster.scaling.teacher_changes import RunParts, TeacherChanges
+from cluster.workers.lookout import Lookout, open_observers
 from learner.checkpoint import tidy
 from teacher_workers.audit import Finding
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.contracts.errors import ModelError
 from cluster.contracts.pools import EngineConfig
-from cluster.gpu_shares import OWN_GPU_FRACTION, SHARED_GPU_VARIABLE
+from cluster.nodes.gpu_shares import OWN_GPU_FRACTION, SHARED_GPU_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM

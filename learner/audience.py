@@ -6,8 +6,8 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from cluster.actors import get
 from cluster.contracts.errors import ActorDiedError
+from cluster.workers.actors import get
 
 
 class Audience:

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import Any
 
-from cluster.actors import get_all
 from cluster.contracts.metrics import Metric
 from cluster.contracts.observation import Span
-from cluster.promises import answers_of
+from cluster.workers.actors import get_all
+from cluster.workers.promises import answers_of
 
 
 class Calls:

@@ -14,8 +14,6 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from cluster.actors import call_all, create_actors, get, is_dead, shutdown
-from cluster.batch_store import add_environment
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ActorDiedError, LearnerDiedError
 from cluster.contracts.interfaces import BatchHandle, BatchSource
@@ -25,6 +23,8 @@ from cluster.contracts.observation import PoolState, Span, Stage
 from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import Floats
 from cluster.contracts.weights import WeightSyncReport
+from cluster.workers.actors import call_all, create_actors, get, is_dead, shutdown
+from cluster.workers.batch_store import add_environment
 from learner import checkpoint
 from learner.actor import LearnerActor
 from learner.arrivals import Arrivals

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.checksum import new_digest
 from cluster.contracts.errors import CheckpointError
 from cluster.contracts.learner import LearnerConfig
+from cluster.models.checksum import new_digest
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"

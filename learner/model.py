@@ -14,8 +14,8 @@ from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ModelError
 from cluster.contracts.learner import HeadDtype, LearnerConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest
-from cluster.lm_head import read_logit_scaling
-from cluster.model_files import load_model_config, looks_local
+from cluster.models.lm_head import read_logit_scaling
+from cluster.models.model_files import load_model_config, looks_local
 from learner.attention import Kernel, Packing, Segments, choose_kernel, register_packed_attention
 from learner.completion_head import CompletionHead, Evaluation
 from learner.micro_batch import MicroBatch, Trajectory, build_micro_batch

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.checksum import new_digest
 from cluster.contracts.errors import CheckpointError
+from cluster.models.checksum import new_digest
 from learner.manifest import FileEntry, WrittenShard
 
 CHUNK_BYTES = 1 << 24  # hashed and written in turns, so that neither keeps the other from the bytes

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from cluster.contracts.config import Config
-from cluster.lm_head import LmHead, load_lm_head
+from cluster.models.lm_head import LmHead, load_lm_head
 
 TeacherHeads = Mapping[str, Mapping[str, LmHead]]  # route -> model of the objective's target -> its head
 

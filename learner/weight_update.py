@@ -10,10 +10,10 @@ import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
-from cluster.checksum import checksum, new_digest
 from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.weights import DTYPE_BYTES, TensorSpec, WeightSyncReport
-from cluster.weight_delta import ALIGNMENT, BITS, Delta, encode
+from cluster.models.checksum import checksum, new_digest
+from cluster.models.weight_delta import ALIGNMENT, BITS, Delta, encode
 from learner.audience import Audience
 
 Bucket = Sequence[TensorSpec]

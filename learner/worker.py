@@ -17,7 +17,7 @@ from cluster.contracts.metrics import Max, Metric, Sum
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.weights import WeightSyncReport
-from cluster.model_files import load_tokenizer
+from cluster.models.model_files import load_tokenizer
 from learner import checkpoint
 from learner.engine import TrainEngine
 from learner.lr_schedule import learning_rate_at

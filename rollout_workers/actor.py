@@ -10,13 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.batch_store import pack
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from cluster.contracts.pools import EngineConfig
-from cluster.engine_death import end_with_engine
 from cluster.vllm_runtime import prepare_environment
+from cluster.workers.batch_store import pack
+from cluster.workers.engine_death import end_with_engine
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker, WrittenBatch
 

@@ -10,13 +10,13 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster import actors
-from cluster.actors import PoolTimeouts
-from cluster.batch_store import STORE_ENVIRONMENT, add_environment
 from cluster.contracts.errors import ActorDiedError, PreceptorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from cluster.contracts.observation import PoolState, Span
-from cluster.replicas import Recipe, Replicas, Supervision
+from cluster.workers import actors
+from cluster.workers.actors import PoolTimeouts
+from cluster.workers.batch_store import STORE_ENVIRONMENT, add_environment
+from cluster.workers.replicas import Recipe, Replicas, Supervision
 from rollout_workers.actor import RolloutActor, RolloutActorSettings
 from rollout_workers.expected_lengths import ExpectedLengths, spread
 from rollout_workers.prompts import PromptSet

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.weight_delta import BITS, apply, part_bytes
+from cluster.models.weight_delta import BITS, apply, part_bytes
 
 Bytes = NDArray[np.uint8]
 

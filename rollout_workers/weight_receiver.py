@@ -25,7 +25,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from cluster.checksum import checksum, new_digest
+from cluster.models.checksum import checksum, new_digest
 from rollout_workers.weight_copy import Bytes, WeightCopy, parts
 
 BACKEND = "object_store"
@@ -54,7 +54,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class Bucket(WeightTransferUpdateInfo):
-    """Consecutive parameters, whole, or as what changed since `base_version` (see `cluster.weight_delta`)."""
+    """Consecutive parameters, whole, or as what changed since `base_version` (see `cluster.models.weight_delta`)."""
 
     names: list[str]  # as in the Hugging Face checkpoint
     dtypes: list[str]  # keys of TORCH_DTYPES

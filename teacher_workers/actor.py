@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from cluster.batch_store import pack
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import Mean, Metrics, Sum
 from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.wire import from_wire
-from cluster.engine_death import end_with_engine
 from cluster.vllm_runtime import prepare_environment
+from cluster.workers.batch_store import pack
+from cluster.workers.engine_death import end_with_engine
 from teacher_workers.time_share import TimeShare
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ async def start_worker(name: str, teacher: TeacherConfig, max_model_len: int, sl
     prepare_environment(teacher.engine)
     import torch
 
-    from cluster.lm_head import load_lm_head
+    from cluster.models.lm_head import load_lm_head
     from teacher_workers.vllm_engine import VllmScoringEngine
     from teacher_workers.worker import TeacherWorker
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from cluster import actors
-from cluster.actors import PoolTimeouts
 from cluster.contracts.errors import ActorDiedError, LostBytesError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import merge
 from cluster.contracts.observation import PoolState, Span
 from cluster.contracts.pools import TeacherConfig
-from cluster.replicas import Supervision
+from cluster.workers import actors
+from cluster.workers.actors import PoolTimeouts
+from cluster.workers.replicas import Supervision
 from teacher_workers.scorers import Scorers
 
 Ticket = Any  # ray.ObjectRef of an answer, to wait for and to collect it by

@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.actors import wait_for_any
 from cluster.contracts.errors import LostBytesError, PreceptorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.workers.actors import wait_for_any
 from teacher_workers.pool import TeacherPool, Ticket
 from teacher_workers.scorers import Scorers
 

@@ -8,11 +8,11 @@ import msgspec
 import pyarrow as pa
 from transformers.utils.hub import cached_file
 
-from cluster.checksum import new_digest
 from cluster.contracts.errors import CheckpointError, ModelError
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.objective import TEACHER
 from cluster.contracts.trajectory import Ints, ragged
+from cluster.models.checksum import new_digest
 from teacher_workers.answers import Answer
 
 ORIGIN_KEY = b"preceptor.score_audit"

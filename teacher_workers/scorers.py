@@ -10,12 +10,12 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from cluster import actors
-from cluster.batch_store import STORE_ENVIRONMENT, add_environment
 from cluster.contracts.errors import PreceptorError
 from cluster.contracts.observation import PoolState
 from cluster.contracts.pools import TeacherConfig
-from cluster.replicas import Recipe, Replicas, Supervision
+from cluster.workers import actors
+from cluster.workers.batch_store import STORE_ENVIRONMENT, add_environment
+from cluster.workers.replicas import Recipe, Replicas, Supervision
 from teacher_workers.actor import SlotActor, TeacherActor
 
 _log = logging.getLogger("preceptor")

@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.contracts.errors import WrongLengthError
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.trajectory import Bytes, Ints, Scores
-from cluster.lm_head import LmHead
+from cluster.models.lm_head import LmHead
 
 FLOOR = -87.0  # of ids that the teacher does not have: the log of float32's smallest normal number is -87.3
 # Allocating and touching large logits costs more than computing with them; a chunk of few tokens reads the head's

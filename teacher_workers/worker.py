@@ -15,7 +15,7 @@ from cluster.contracts.interfaces import HiddenStates, ScoreRequest, ScoringEngi
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
 from cluster.contracts.objective import TEACHER
 from cluster.contracts.trajectory import Floats, add_scores, num_candidates_of, ragged
-from cluster.lm_head import LmHead
+from cluster.models.lm_head import LmHead
 from teacher_workers.scoring import score_tokens
 
 UNIFORM_TOLERANCE = 1e-5  # nats; float32 log-probabilities near -12 are exact to 1e-6, no real text is this even

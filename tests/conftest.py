@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cluster.local_cluster import local_cluster
+from cluster.nodes.local_cluster import local_cluster
 from tests.leftovers import Watch
 
 WATCH = pytest.StashKey[Watch]()

@@ -22,7 +22,7 @@ from cluster.contracts.learner import Attention, LearnerConfig
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.presets import expand_preset
 from cluster.contracts.trajectory import Scores, add_scores, ragged
-from cluster.lm_head import LmHead, load_lm_head
+from cluster.models.lm_head import LmHead, load_lm_head
 from learner.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.model import load_student
 from learner.objective.objective import Objective

@@ -11,9 +11,9 @@ from benchmarks.report import Row, at_least, at_most, row
 from benchmarks.stages import STAGES, Alone, Bench, Together
 from cluster.contracts.config import Config
 from cluster.contracts.run_file import parse_run_config
+from cluster.nodes.placement import cluster_nodes, plan_placement
+from cluster.nodes.ray_session import ray_session
 from cluster.pipeline import load_inputs, start_pipeline
-from cluster.placement import cluster_nodes, plan_placement
-from cluster.ray_session import ray_session
 
 LEAST_OF_LIMIT = 0.9
 MAX_SYNC_SECONDS = 0.3

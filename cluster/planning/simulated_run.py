@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 
-from cluster.actors import PoolTimeouts
 from cluster.contracts.config import Config
 from cluster.contracts.interfaces import SamplingSettings
 from cluster.flow import Flow, StepBatches
@@ -23,6 +22,7 @@ from cluster.planning.simulated_workers import (
     SimulatedRolloutWorker,
     SimulatedTeacherWorker,
 )
+from cluster.workers.actors import PoolTimeouts
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool

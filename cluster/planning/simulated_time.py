@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
-from cluster.promises import Promise
+from cluster.workers.promises import Promise
 
 
 class SimulatedPromise(Promise):

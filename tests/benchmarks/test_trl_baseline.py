@@ -10,7 +10,7 @@ import pytest
 from benchmarks.pairs import pair_config
 from benchmarks.trl_baseline import StepRecorder, step_prompts
 from benchmarks.trl_environment import LOCK, STAMP, environment_key, make_environment
-from cluster.model_files import load_tokenizer
+from cluster.models.model_files import load_tokenizer
 from cluster.pipeline import load_inputs, train_requests
 
 

@@ -13,9 +13,9 @@ import torch
 from benchmarks.hand_off import SIGNAL_TOP_K, SIGNAL_WIDTH, bytes_per_token
 from benchmarks.mapping_actor import check_buckets
 from benchmarks.weight_sync import SyncEngine, Synthetic, take_step
-from cluster.checksum import checksum
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.learner import LearnerConfig
+from cluster.models.checksum import checksum
 from learner.model import load_student
 from rollout_workers.mapped_memory import mappable
 from tests.tiny_qwen3 import write_tiny_qwen3

@@ -15,7 +15,7 @@ from benchmarks.chaos import DISTURBED, last_record
 from cluster.commands import start_training
 from cluster.demo import embedded_config
 from cluster.run_directory import RunDirectory
-from cluster.scaling import ask, describe
+from cluster.scaling.resizing import ask, describe
 
 NUM_NODES = 3  # besides the head, which holds the driver only
 STEPS = 60

@@ -14,8 +14,8 @@ from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import PreceptorError
 from cluster.contracts.learner import LearnerConfig
 from cluster.demo import EMBEDDED
-from cluster.lm_head import load_lm_head
-from cluster.model_files import load_model_config, load_tokenizer
+from cluster.models.lm_head import load_lm_head
+from cluster.models.model_files import load_model_config, load_tokenizer
 from learner.model import load_student
 
 CODE = """
@@ -93,7 +93,7 @@ def run(script: str, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("loader", ["load_model_config", "load_tokenizer"])
 def test_it_runs_where_it_is_trusted(loader: str, model: str, marker: Path, tmp_path: Path) -> None:
-    found = run(f"from cluster.model_files import {loader}; {loader}({model!r}, True)", tmp_path)
+    found = run(f"from cluster.models.model_files import {loader}; {loader}({model!r}, True)", tmp_path)
     assert found.returncode == 0, found.stderr
     assert marker.exists()
 

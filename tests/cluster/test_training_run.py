@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from cluster.checksum import checksum
 from cluster.contracts.config import Config
 from cluster.contracts.errors import ActorDiedError, CheckpointError, RunStopped, TrainingError
 from cluster.contracts.interfaces import AtHand, BatchHandle, RolloutRequest
@@ -14,11 +13,12 @@ from cluster.contracts.observation import PoolState, Span
 from cluster.demo import embedded_config
 from cluster.evaluation import Evaluation, write_samples
 from cluster.history import History
-from cluster.metric_sinks import PlainView, RecordsFile
+from cluster.models.checksum import checksum
+from cluster.observability.metric_sinks import PlainView, RecordsFile
+from cluster.observability.run_status import read_report
+from cluster.observability.status_file import KeptStatus
 from cluster.pipeline import load_inputs
 from cluster.run_directory import RunDirectory
-from cluster.run_status import read_report
-from cluster.status_file import KeptStatus
 from cluster.training_run import TrainingRun, summary
 from learner.pending_checkpoint import CheckpointSeconds
 from teacher_workers.pools import TeacherPools

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.keeper import Census
+from cluster.nodes.keeper import Census
 from tests.leftovers import MARK, Watch, command_line, short_folder, wait_until, without_ray
 
 COMMAND_SECONDS = 240

@@ -36,7 +36,7 @@ def killing(run: Run) -> int:
 
 
 # One interrupt in the middle of a run: tests/end_to_end/test_what_is_seen.py. What `preceptor stop` sends there:
-# tests/cluster/test_submit.py.
+# tests/cluster/jobs/test_submit.py.
 ENDINGS: list[tuple[Callable[[Run], int], str, int]] = [
     (two_interrupts, "step 2 ", 130),
     (one_interrupt, "run: ", 130),  # while engines start

@@ -14,9 +14,9 @@ from cluster.demo import embedded_config
 from cluster.driver import train
 from cluster.history import History
 from cluster.ledger import LedgerRecord, audit, read_ledger
-from cluster.metric_sinks import PlainView
+from cluster.nodes.placement import cluster_nodes, plan_placement
+from cluster.observability.metric_sinks import PlainView
 from cluster.pipeline import Inputs, Pipeline, audited_run, load_inputs, start_pipeline
-from cluster.placement import cluster_nodes, plan_placement
 from cluster.run_directory import RunDirectory
 from cluster.training_run import TrainingRun
 from learner.group import LearnerGroup

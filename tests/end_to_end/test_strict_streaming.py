@@ -18,9 +18,9 @@ from cluster.contracts.wire import from_wire
 from cluster.demo import embedded_config
 from cluster.driver import train
 from cluster.history import History
-from cluster.metric_sinks import terminal_view
+from cluster.nodes.placement import cluster_nodes, plan_placement
+from cluster.observability.metric_sinks import terminal_view
 from cluster.pipeline import Inputs, Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
-from cluster.placement import cluster_nodes, plan_placement
 from cluster.run_directory import RunDirectory
 from cluster.training_run import TrainingRun
 from learner.group import LearnerGroup

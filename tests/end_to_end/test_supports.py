@@ -15,8 +15,8 @@ from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import EMBEDDED, embedded_config
+from cluster.nodes.placement import cluster_nodes, plan_placement
 from cluster.pipeline import Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
-from cluster.placement import cluster_nodes, plan_placement
 from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import load_student
 from learner.objective.objective import Objective

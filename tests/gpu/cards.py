@@ -9,12 +9,12 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
-from cluster.actors import PoolTimeouts, get
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.learner import WeightSyncConfig
 from cluster.contracts.pools import Dtype, EngineConfig
 from cluster.contracts.weights import WeightSyncReport
-from cluster.gpu_shares import SHARED_GPU_VARIABLE
+from cluster.nodes.gpu_shares import SHARED_GPU_VARIABLE
+from cluster.workers.actors import PoolTimeouts, get
 from learner.vllm_weight_sender import VllmSender, ipc_link, nccl_link
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cluster.actors import PoolTimeouts
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.pools import EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
-from cluster.lm_head import LmHead
+from cluster.models.lm_head import LmHead
+from cluster.workers.actors import PoolTimeouts
 from learner.completion_head import CompletionHead, Evaluation
 from learner.objective.objective import Objective
 from learner.projection import LogitScaling

@@ -8,9 +8,9 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors import get
 from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
 from cluster.contracts.pools import Dtype, EngineConfig
+from cluster.workers.actors import get
 from rollout_workers.pool import RolloutPool
 from tests.gpu.cards import CALL_SECONDS, SHARE, rollout_pool, start_learner
 from tests.rollout_workers.deployment import NUM_PROMPTS, rows_of

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cluster.checksum import checksum
 from cluster.contracts.interfaces import BatchHandle
 from cluster.contracts.metrics import Max, Metric
 from cluster.contracts.objective import ObjectiveConfig
@@ -26,7 +25,8 @@ from cluster.contracts.trajectory import (
     ragged,
 )
 from cluster.contracts.wire import to_wire
-from cluster.lm_head import LmHead
+from cluster.models.checksum import checksum
+from cluster.models.lm_head import LmHead
 from learner.engine import TrainEngine
 from learner.micro_batch import MicroBatch
 from learner.objective.objective import Objective

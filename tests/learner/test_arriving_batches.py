@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.actors import create_actors
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.interfaces import AtHand, BatchHandle
 from cluster.contracts.metrics import report
 from cluster.contracts.pools import TeacherConfig
+from cluster.workers.actors import create_actors
 from learner.group import LearnerGroup
 from tests.learner.stub_rank import StubRank
 

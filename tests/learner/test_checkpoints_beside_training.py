@@ -9,10 +9,10 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors import create_actors
 from cluster.contracts.errors import CheckpointError
 from cluster.contracts.interfaces import AtHand
 from cluster.contracts.metrics import report
+from cluster.workers.actors import create_actors
 from learner.group import LearnerGroup
 from learner.manifest import Layout, verify
 from tests.learner.limited_rank import LimitedRank

@@ -21,7 +21,7 @@ from transformers import (
 
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.learner import LearnerConfig
-from cluster.lm_head import LmHead
+from cluster.models.lm_head import LmHead
 from learner.completion_head import CompletionHead, Evaluation
 from learner.micro_batch import build_micro_batch, trajectories
 from learner.model import load_student

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cluster.checksum import checksum
 from cluster.contracts.errors import CheckpointError
+from cluster.models.checksum import checksum
 from learner.shard_files import ShardWriter, host_copy, read_shard, write_shard
 
 TENSORS = {

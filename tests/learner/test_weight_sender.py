@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.checksum import checksum, new_digest
 from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.weights import TensorSpec
+from cluster.models.checksum import checksum, new_digest
 from learner.weight_sender import pack
 from learner.weight_update import check_received, compare, join
 

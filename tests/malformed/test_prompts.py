@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from cluster.contracts.errors import PromptError
-from cluster.model_files import load_tokenizer
+from cluster.models.model_files import load_tokenizer
 from rollout_workers.prompts import PromptSet, load_prompts
 from tests.builders import make_config
 from tests.malformed.prompt_cases import PROMPTS

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.actors import PoolTimeouts, wait_for_any
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from cluster.contracts.pools import EngineConfig
-from cluster.replicas import Supervision
-from cluster.restarts import RestartLimit
-from cluster.watch import Watch
+from cluster.workers.actors import PoolTimeouts, wait_for_any
+from cluster.workers.replicas import Supervision
+from cluster.workers.restarts import RestartLimit
+from cluster.workers.watch import Watch
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.actors import PoolTimeouts, wait_for_any
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
 from cluster.contracts.pools import EngineConfig
+from cluster.workers.actors import PoolTimeouts, wait_for_any
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import make_prompts

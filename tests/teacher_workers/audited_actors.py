@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.batch_store import pack
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.wire import from_wire
+from cluster.workers.batch_store import pack
 
 
 class Stage:

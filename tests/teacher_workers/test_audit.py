@@ -7,11 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from cluster.audits.self_checks import AGREEMENT_NATS
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.pools import Dtype
 from cluster.contracts.trajectory import Scores, add_scores, make_generated, ragged
-from cluster.self_checks import AGREEMENT_NATS
 from teacher_workers.answers import Answer, Tolerance
 from teacher_workers.audit import Verdict, judge
 from teacher_workers.probes import Probes, choose_rows, make_probes

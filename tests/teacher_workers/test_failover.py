@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.actors import PoolTimeouts
-from cluster.batch_store import pack
 from cluster.contracts.errors import ActorError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import make_generated
-from cluster.replicas import Supervision
-from cluster.restarts import RestartLimit
+from cluster.workers.actors import PoolTimeouts
+from cluster.workers.batch_store import pack
+from cluster.workers.replicas import Supervision
+from cluster.workers.restarts import RestartLimit
 from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory

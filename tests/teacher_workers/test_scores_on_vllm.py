@@ -12,14 +12,14 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.actors import PoolTimeouts
-from cluster.batch_store import pack
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.pools import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import make_generated, models_of, ragged
 from cluster.contracts.wire import from_wire
-from cluster.lm_head import load_lm_head
+from cluster.models.lm_head import load_lm_head
+from cluster.workers.actors import PoolTimeouts
+from cluster.workers.batch_store import pack
 from teacher_workers.pool import TeacherPool, start_pool
 from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory

@@ -9,7 +9,7 @@ import torch
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.interfaces import ScoreRequest
 from cluster.contracts.trajectory import Scores
-from cluster.lm_head import LmHead
+from cluster.models.lm_head import LmHead
 from teacher_workers.scoring import FLOOR, MIN_CHUNK_TOKENS, predicting_rows, score_tokens
 
 VOCABULARY, WIDTH = 70_000, 8  # so large that the smallest chunk applies

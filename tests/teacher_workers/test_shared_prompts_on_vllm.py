@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.actors import PoolTimeouts
-from cluster.batch_store import pack
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import report
 from cluster.contracts.pools import EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import Ints, make_generated, ragged
 from cluster.contracts.wire import from_wire
+from cluster.workers.actors import PoolTimeouts
+from cluster.workers.batch_store import pack
 from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 from tests.builders import make_trajectory

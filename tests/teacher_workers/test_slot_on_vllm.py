@@ -10,13 +10,13 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.actors import PoolTimeouts
-from cluster.batch_store import pack
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.metrics import Metrics, merge, report
 from cluster.contracts.pools import EngineConfig, TeacherConfig
 from cluster.contracts.trajectory import Floats, make_generated, ragged
 from cluster.contracts.wire import from_wire
+from cluster.workers.actors import PoolTimeouts
+from cluster.workers.batch_store import pack
 from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import Successors, TeacherPools
 from teacher_workers.scorers import Scorers

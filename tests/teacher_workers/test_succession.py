@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.actors import PoolTimeouts, wait_for_any
-from cluster.batch_store import pack
 from cluster.contracts.interfaces import BatchHandle, ScoreRequest
 from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import make_generated, ragged
 from cluster.contracts.wire import from_wire
-from cluster.replicas import Supervision
-from cluster.restarts import RestartLimit
+from cluster.workers.actors import PoolTimeouts, wait_for_any
+from cluster.workers.batch_store import pack
+from cluster.workers.replicas import Supervision
+from cluster.workers.restarts import RestartLimit
 from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import Successors, TeacherPools
 from teacher_workers.scorers import Scorers

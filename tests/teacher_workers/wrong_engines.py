@@ -12,7 +12,7 @@ import torch
 from cluster.contracts.interfaces import HiddenStates
 from cluster.contracts.pools import Dtype
 from cluster.contracts.trajectory import Bytes, Ints
-from cluster.lm_head import LmHead
+from cluster.models.lm_head import LmHead
 from teacher_workers.worker import TeacherWorker
 
 VOCABULARY, WIDTH = 112, 16

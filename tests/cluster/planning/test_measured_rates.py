@@ -8,10 +8,10 @@ import pytest
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.observation import Span
 from cluster.contracts.run_file import dump_run_config
+from cluster.observability.trace import timeline
 from cluster.planning.measured_rates import rates_from, rates_of_run
 from cluster.planning.rates import Rates
 from cluster.planning.rollout_pace import chains_of, makespan
-from cluster.trace import timeline
 from tests.builders import make_config
 
 ALONE, PER_RUNNING = 0.01, 0.002  # seconds per token that the written calls below show

@@ -1,6 +1,6 @@
-from cluster.actors import get_all, wait_for_any
 from cluster.planning.simulated_time import SimulatedTime
-from cluster.promises import Promise, answers_of
+from cluster.workers.actors import get_all, wait_for_any
+from cluster.workers.promises import Promise, answers_of
 
 
 def test_events_happen_in_the_order_of_their_time_and_of_their_planning() -> None:

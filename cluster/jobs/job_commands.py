@@ -1,0 +1,133 @@
+"""What `preceptor submit`, `follow` and `stop` do with a run that is a job of a Ray cluster."""
+
+import math
+import re
+import secrets
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from ray.job_submission import JobStatus
+
+from cluster.contracts.config import Config
+from cluster.contracts.errors import ConfigError, JobError, in_one_line
+from cluster.jobs.job_files import check_for_cluster, copy_files, files_to_send
+from cluster.jobs.job_server import STOP_WAIT_VARIABLE, Ending, Job, JobServer
+
+STOPPED = 130  # as a run that ends on Ctrl-C
+AFTER_KILL_SECONDS = 30.0  # until Ray notes that a job which it killed has ended
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is asked for on the command line."""
+
+    run_file: Path
+    overrides: Sequence[str]
+    address: str | None
+    python: str = "python"  # of the cluster's nodes
+    variables: Mapping[str, str] = field(default_factory=dict)
+    resume: bool = False
+
+
+def submit_run(submission: Submission, config: Config, wait: bool) -> int:
+    """Start a run as a job and follow it; return its exit code, or 0 at once where nobody waits.
+
+    Raises:
+        ConfigError: the run cannot be a job, or too much would travel with it.
+        JobError: the cluster cannot be asked, or is lost meanwhile.
+    """
+    check_for_cluster(config)
+    files = files_to_send(config)
+    server = JobServer(submission.address)
+    with tempfile.TemporaryDirectory() as folder:
+        run_file = copy_files(submission.run_file, files, Path(folder))
+        job = make_job(submission, config, run_file)
+        server.submit(job, Path(folder))
+    _say(f"submitted {job.job_id} to {server.address}")
+    if not wait:
+        _say(f"follow it with: preceptor follow {job.job_id} --address {server.address}")
+        return 0
+    return _follow(server, job.job_id)
+
+
+def follow_job(address: str | None, job_id: str) -> int:
+    """Show what a job has printed and prints, and return its exit code."""
+    return _follow(JobServer(address), job_id)
+
+
+def stop_job(address: str | None, job_id: str) -> int:
+    """End a job in order, as Ctrl-C ends a run: its step is finished and a checkpoint written.
+
+    Raises:
+        JobError: it does not run, or does not end.
+    """
+    server = JobServer(address)
+    grace_seconds = server.stop(job_id)
+    _say(f"{job_id} ends when its step is done and a checkpoint is written, or is killed in {grace_seconds:.0f} s")
+    ending = server.wait(job_id, grace_seconds + AFTER_KILL_SECONDS)
+    _say(f"{job_id} has ended: {ending.last_line}")
+    return 0
+
+
+def make_job(submission: Submission, config: Config, run_file: Path) -> Job:
+    """Describe the job of a run: `preceptor train` with the same run file and overrides."""
+    directory = str(Path(config.run.directory) / config.run.name)
+    what = ["--resume", directory] if submission.resume else [str(run_file)]
+    words = [submission.python, "-m", "cluster.cli", "train", *what, *submission.overrides]
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", config.run.name)
+    return Job(
+        job_id=f"preceptor-{name}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}",
+        # `exec`: the run itself, not a shell around it, gets Ray's SIGTERM.
+        entrypoint=f"exec {shlex.join(words)}",
+        # The end of a run takes a step and a checkpoint; Ray would kill it after 3 s.
+        variables={STOP_WAIT_VARIABLE: str(math.ceil(config.ray.call_timeout_seconds)), **submission.variables},
+        metadata={"run": config.run.name, "run_directory": directory, "run_file": submission.run_file.name},
+    )
+
+
+def parse_variables(texts: Sequence[str]) -> dict[str, str]:
+    """Read NAME=VALUE texts.
+
+    Raises:
+        ConfigError: one is something else.
+    """
+    for text in texts:
+        if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", text):
+            raise ConfigError(f"--env '{text}': expected NAME=VALUE, for example --env HF_HOME=/shared/hf")
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+
+
+def _follow(server: JobServer, job_id: str) -> int:
+    try:
+        ending = server.follow(job_id, _show)
+    except KeyboardInterrupt:
+        where = f"{job_id} --address {server.address}"
+        _say(f"{job_id} goes on; preceptor follow {where} shows it again, preceptor stop {where} ends it in order")
+        return STOPPED
+    return _exit_code(job_id, ending)
+
+
+def _exit_code(job_id: str, ending: Ending) -> int:
+    if ending.status == JobStatus.SUCCEEDED:
+        return 0
+    if ending.status == JobStatus.STOPPED:
+        _say(f"{job_id} was stopped")
+        return STOPPED
+    if ending.exit_code is None:
+        raise JobError(f"{job_id} did not run: {ending.last_line}")
+    _say(f"{job_id} failed with exit code {ending.exit_code}: {in_one_line(ending.last_line)}")
+    return ending.exit_code if 0 < ending.exit_code < 256 else 1
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"preceptor: {sentence}\n")

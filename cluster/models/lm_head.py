@@ -1,0 +1,168 @@
+"""A model's LM head by itself: the matrix from the last hidden states to logits, read without the rest of the model.
+
+A teacher's engine returns hidden states, so whoever needs probabilities keeps the head: the teacher's actor, and the
+learner when it compares whole distributions.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PretrainedConfig
+
+from cluster.contracts.errors import ModelError
+from cluster.contracts.pools import Dtype
+from cluster.models.model_files import load_model_config
+from cluster.models.weight_files import find_file, open_weights, weight_files
+
+# The last parts of the names that models give these tensors; a checkpoint has one of each at most, or one per
+# multi-token-prediction layer besides, whose names are longer.
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+EMBEDDING_NAMES = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+# What configurations call the number that logits are multiplied (1) or divided (-1) by.
+LOGIT_FACTORS = {
+    "logit_scale": 1,  # Cohere
+    "lm_head_multiplier": 1,  # Falcon-H1
+    "logits_scaling": -1,  # Granite, MiniCPM3
+}
+WIDTHS = ("hidden_size", "word_embed_proj_dim")  # the latter: OPT, whose last layer is projected
+MULTIPLIED_BY_LOGITS_SCALING = "hyperclovax"  # the one family that multiplies by what Granite divides by
+
+
+@dataclass(frozen=True)
+class LmHead:
+    """Maps last hidden states, after the final norm, to logits."""
+
+    weight: Tensor  # [vocabulary, width]
+    bias: Tensor | None = None  # [vocabulary]
+    logit_factor: float = 1.0
+    softcap: float | None = None  # logits are squeezed into (-softcap, softcap)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Return the number of tokens that the head tells apart."""
+        return self.weight.shape[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map [n, width] in any dtype to new logits [n, vocabulary] in float32.
+
+        They are multiplied in the weight's dtype; a GPU does not round the product to it.
+        """
+        hidden = hidden.to(self.weight.dtype)
+        if self.weight.device.type == "cpu" or self.weight.dtype == torch.float32:
+            logits = functional.linear(hidden, self.weight, self.bias).float()
+        else:
+            logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
+            logits = logits if self.bias is None else logits.add_(self.bias)
+        return scale_logits(logits, self.logit_factor, self.softcap)
+
+    def to(self, device: torch.device | str) -> "LmHead":
+        """Return the same head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)
+
+
+def scale_logits(logits: Tensor, logit_factor: float, softcap: float | None) -> Tensor:
+    """Do to the head's product what the model does to it."""
+    if logit_factor != 1.0:
+        logits = logits * logit_factor
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def read_logit_scaling(config: Any) -> tuple[float, float | None]:
+    """Return the factor and the soft cap of a model's logits, from its transformers configuration.
+
+    Example:
+        >>> from transformers import GraniteConfig
+        >>> read_logit_scaling(GraniteConfig(logits_scaling=4.0))
+        (0.25, None)
+    """
+    text_config = config.get_text_config()
+    settings = text_config.to_dict()  # families differ in what they have
+    factor = 1.0
+    for name, power in LOGIT_FACTORS.items():
+        value = settings.get(name)
+        if value is not None:
+            factor *= float(value) ** power
+    if text_config.model_type.startswith(MULTIPLIED_BY_LOGITS_SCALING):
+        factor = 1.0 / factor
+    return factor, settings.get("final_logit_softcapping")  # Gemma
+
+
+def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype) -> LmHead:
+    """Read the head of a Hugging Face directory or hub id; rows beyond the vocabulary, which only pad it, are cut.
+
+    Raises:
+        ModelError: the model has no safetensors, no tensor in them is known to be its head, or the head is quantised.
+    """
+    config = load_model_config(model, trust_remote_code)
+    shards = weight_files(model)
+    name = _head_name(model, shards, _is_tied(config))
+    vocabulary_size = int(config.get_text_config().vocab_size)
+    weight = _read(model, shards, name, vocabulary_size)
+    if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(
+            f"model '{model}': its LM head '{name}' is {weight.dtype} {list(weight.shape)}, expected float32, bfloat16 "
+            "or float16 [vocabulary, width]; use a copy of the model whose head is not quantised"
+        )
+    if len(weight) < vocabulary_size:
+        raise ModelError(f"model '{model}': its LM head '{name}' has {len(weight)} rows for {vocabulary_size} tokens")
+    bias_name = name.removesuffix("weight") + "bias"
+    bias = _read(model, shards, bias_name, vocabulary_size) if bias_name in shards else None
+    torch_dtype = getattr(torch, dtype)
+    factor, softcap = read_logit_scaling(config)
+    return LmHead(weight.to(torch_dtype), None if bias is None else bias.to(torch_dtype), factor, softcap)
+
+
+def check_lm_head(model: str, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check the head's shape against the configuration, from the headers of the files.
+
+    Raises:
+        ModelError: no tensor is known to be the head, or it is not [vocabulary or more, hidden].
+    """
+    name = _head_name(model, shapes, _is_tied(config))
+    text = config.get_text_config()
+    shape, rows = shapes[name], text.vocab_size
+    widths = {getattr(text, field, None) for field in WIDTHS} - {None}
+    if len(shape) != 2 or shape[0] < rows or (widths and shape[1] not in widths):
+        raise ModelError(
+            f"model '{model}': its LM head '{name}' is {list(shape)}, but config.json says vocab_size = {rows} and "
+            f"hidden_size = {', '.join(map(str, widths))}; weights and config.json are of different models"
+        )
+
+
+def _is_tied(config: Any) -> bool:
+    """Tell whether embedding and head are one tensor; of a model of several parts, the outer word counts."""
+    outer, inner = (part.to_dict().get("tie_word_embeddings") for part in (config, config.get_text_config()))
+    return bool(inner if outer is None else outer)
+
+
+def _head_name(model: str, shards: Iterable[str], is_tied: bool) -> str:
+    known = EMBEDDING_NAMES if is_tied else HEAD_NAMES
+    found = [name for name in shards if any(name == end or name.endswith(f".{end}") for end in known)]
+    if not found:
+        kind = "embedding, which is also its LM head," if is_tied else "LM head"
+        raise ModelError(
+            f"model '{model}': its {kind} was not found in its safetensors; expected a tensor called {', '.join(known)}"
+        )
+    return min(found, key=len)
+
+
+def _read(model: str, shards: dict[str, Path], name: str, num_rows: int) -> Tensor:
+    shard = shards[name]
+    path = shard if shard.exists() else find_file(model, shard.name)  # of a hub id, the index alone may be here
+    if path is None:
+        raise ModelError(f"model '{model}': its index names {shard.name}, which is missing")
+    with open_weights(model, path) as tensors:
+        rows: Tensor = tensors.get_slice(name)[:num_rows]
+    return rows

@@ -1,0 +1,86 @@
+"""What can be told of a model before any engine starts: its files are whole and go together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from cluster.contracts.config import StudentConfig
+from cluster.contracts.errors import ModelError
+from cluster.contracts.pools import TeacherConfig
+from cluster.models.lm_head import check_lm_head
+from cluster.models.model_files import context_length, load_model_config, load_tokenizer, looks_local
+from cluster.models.weight_files import check_weight_files
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the rest of a run needs to know of a model."""
+
+    tokenizer: PreTrainedTokenizerBase
+    context_tokens: int
+    vocabulary: int  # tokens that the model gives probabilities to
+
+
+def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> ModelFacts:
+    """Read configuration and tokenizer, and of a local directory the headers of the weights.
+
+    The student is compared with what transformers builds from its configuration, for the learner builds the same; of a
+    teacher, which vLLM builds, the LM head is, which is read by name.
+
+    Raises:
+        ModelError: something is missing, damaged, or does not go with the rest.
+    """
+    model = section.model
+    config = load_model_config(model, section.trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"model '{model}': is an encoder with a decoder; expected a decoder-only language model")
+    tokenizer = load_tokenizer(model, section.trust_remote_code)
+    vocabulary = _vocabulary(model, config, tokenizer)
+    if looks_local(model):
+        shapes = check_weight_files(model, config)
+        if is_student:
+            _check_shapes(section, config, shapes)
+        else:
+            check_lm_head(model, config, shapes)
+    return ModelFacts(tokenizer, context_length(config), vocabulary)
+
+
+def _vocabulary(model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the model's vocabulary; tokens added beside the tokenizer's own may lie beyond it, as Gemma 3's do."""
+    found = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(found, int) or found < max(1, tokenizer.vocab_size):
+        raise ModelError(
+            f"model '{model}': vocab_size in its config.json is {found}, but its tokenizer has {tokenizer.vocab_size} "
+            "tokens; they are of different models"
+        )
+    if not len(tokenizer):
+        raise ModelError(f"model '{model}': its tokenizer has no tokens; copy tokenizer.json again")
+    return found
+
+
+def _check_shapes(
+    section: StudentConfig | TeacherConfig, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Build the model without memory, and compare the parameters whose names the files have."""
+    model = section.model
+    try:
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(f"model '{model}': its config.json describes no causal language model: {error}") from error
+    expected = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    if not {_last_parts(name) for name in expected} & {_last_parts(name) for name in shapes}:
+        raise ModelError(f"model '{model}': its weights are of another kind of model than config.json says")
+    for name, shape in shapes.items():
+        if expected.get(name, shape) != shape:
+            raise ModelError(
+                f"model '{model}': '{name}' is {list(shape)}, but config.json makes it {list(expected[name])}; "
+                "weights and config.json are of different models"
+            )
+
+
+def _last_parts(name: str) -> str:
+    """Return the end of a parameter's name; checkpoints differ in what stands before it."""
+    return ".".join(name.split(".")[-2:])

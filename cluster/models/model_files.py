@@ -1,0 +1,118 @@
+"""Reads what stands beside a model's weights: configuration, tokenizer, context length."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from cluster.contracts.errors import ModelError
+from cluster.models.json_files import read_object
+
+MAX_LAYERS = 100_000  # transformers makes a list of them, which takes for ever where the number is damaged
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+
+def load_model_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the model's configuration.
+
+    Raises:
+        ModelError: the directory or hub id does not exist or cannot be read.
+    """
+    return _read(AutoConfig, model, "model configuration", trust_remote_code)
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer.
+
+    Raises:
+        ModelError: the directory or hub id does not exist or cannot be read.
+    """
+    # Without one, transformers makes up an empty tokenizer of the family.
+    if _is(model, Path.is_dir) and not _has_tokenizer(Path(model)):
+        raise ModelError(f"model '{model}': has no tokenizer; copy its {TOKENIZER_FILES[0]} there")
+    return _read(AutoTokenizer, model, "tokenizer", trust_remote_code)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Return how many tokens the model can attend to.
+
+    Raises:
+        ModelError: its configuration does not say.
+    """
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        raise ModelError(
+            f"model '{config.name_or_path}': max_position_embeddings in its config.json is {found}; "
+            "expected its context in tokens"
+        )
+    return found
+
+
+def looks_local(model: str) -> bool:
+    """Tell a path from a hub id: a hub id is `name` or `owner/name` and never exists as a folder here."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1 or _is(model, Path.exists)
+
+
+def _is(model: str, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(Path(model))
+    except OSError:  # longer than a file name may be
+        return False
+
+
+def _read(loader: Any, model: str, what: str, trust_remote_code: bool) -> Any:
+    if looks_local(model):
+        _check_folder(model, trust_remote_code)
+    try:
+        return loader.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:  # tokenizers raises Exception itself, and transformers whatever a wrong field leads to
+        reason = str(error).strip() or type(error).__name__
+        raise ModelError(f"model '{model}': cannot read its {what}: {reason}") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return not names.isdisjoint(TOKENIZER_FILES) or any(name.endswith(".tiktoken") for name in names)
+
+
+def _check_folder(model: str, trust_remote_code: bool) -> None:
+    """Check what transformers would answer with a trace, a guess or a warning."""
+    folder = Path(model)
+    if not _is(model, Path.is_dir):
+        raise ModelError(f"model '{model}': no such directory; give a Hugging Face directory or a hub id")
+    config = read_object(folder / "config.json", model)
+    for name in JSON_FILES:
+        if (folder / name).exists() or (folder / name).is_symlink():
+            read_object(folder / name, model)
+    _check_layers(model, config)
+    _check_kind(model, config, trust_remote_code)
+
+
+def _check_layers(model: str, config: dict[str, Any]) -> None:
+    for part in (config, config.get("text_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > MAX_LAYERS:
+            raise ModelError(f"model '{model}': num_hidden_layers in its config.json is {layers}; is it damaged?")
+
+
+def _check_kind(model: str, config: dict[str, Any], trust_remote_code: bool) -> None:
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return
+    if "auto_map" in config and not trust_remote_code:
+        raise ModelError(
+            f"model '{model}': runs code of its own (auto_map in config.json); if you trust it, set "
+            "trust_remote_code = true in its section of the run file"
+        )
+    if "auto_map" not in config:
+        raise ModelError(f"model '{model}': model_type in config.json is {kind!r}, which transformers does not know")

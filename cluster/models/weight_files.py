@@ -1,0 +1,112 @@
+"""Where a model's safetensors are and what their headers say; no weight is read to find out.
+
+Only safetensors are taken: other formats are pickles, which run what their author wrote when they are loaded.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig
+from transformers.utils.hub import cached_file
+
+from cluster.contracts.errors import ModelError
+from cluster.models.json_files import read_object
+
+INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+
+
+def weight_files(model: str) -> dict[str, Path]:
+    """Return the file of each tensor; a hub id's are in the hub's cache, where the engine has put them.
+
+    Raises:
+        ModelError: the model has no safetensors, or its index is damaged.
+    """
+    index = find_file(model, INDEX_FILE)
+    if index is not None:
+        return {name: index.parent / shard for name, shard in _weight_map(model, index).items()}
+    single = find_file(model, SINGLE_FILE)
+    if single is None:
+        raise ModelError(f"model '{model}': found neither {SINGLE_FILE} nor {INDEX_FILE}{_instead(model)}")
+    with open_weights(model, single) as tensors:
+        return dict.fromkeys(tensors.keys(), single)
+
+
+def find_file(model: str, name: str) -> Path | None:
+    """Return where a file of the model is, fetched from the hub if it has to be; None if the model has none."""
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.exists() or path.is_symlink() else None
+    try:
+        return Path(cached_file(model, name))
+    except OSError:  # also what a hub that cannot be reached raises, but the configuration has just been read from it
+        return None
+
+
+def open_weights(model: str, path: Path) -> Any:
+    """Open one file of weights; it maps them, and checks that the header describes the whole of the file."""
+    if not path.is_file():
+        raise ModelError(f"model '{model}': {path.name} is missing or no file; copy the whole model again")
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(
+            f"model '{model}': cannot read {path.name}: {error}; the file is damaged or cut: copy it again"
+        ) from error
+
+
+def check_weight_files(model: str, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Read every header of a model in a local directory; return the shape of each tensor.
+
+    Raises:
+        ModelError: a file is missing or damaged, the index does not go with the files, or a layer has no weights.
+    """
+    files = weight_files(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(set(files.values())):
+        with open_weights(model, path) as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    if not shapes:
+        raise ModelError(f"model '{model}': its safetensors hold no tensor; save it again")
+    lost = sorted(files.keys() - shapes.keys())
+    if lost:
+        raise ModelError(
+            f"model '{model}': {files[lost[0]].name} lacks the tensor '{lost[0]}' that the index says it has"
+        )
+    _check_layers(model, config, list(shapes))
+    return shapes
+
+
+def _check_layers(model: str, config: PretrainedConfig, names: Sequence[str]) -> None:
+    """Look for layers without weights, which a loader would fill with random ones."""
+    found = {int(match[1]) for name in names if (match := _LAYER.search(name))}
+    needed = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    missing = sorted(set(range(min(needed, max(found) + 2))) - found) if found else []
+    if missing:
+        raise ModelError(
+            f"model '{model}': config.json says num_hidden_layers = {needed}, but layer {missing[0]} has no weights"
+        )
+
+
+def _weight_map(model: str, index: Path) -> Mapping[str, str]:
+    found = read_object(index, model).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
+        raise ModelError(f"model '{model}': {index.name} has no weight_map from tensors to files; save the model again")
+    outside = next((shard for shard in found.values() if Path(shard).name != shard or "\0" in shard), None)
+    if outside is not None:
+        raise ModelError(f"model '{model}': {index.name} names {outside!r}, which is no file of its own folder")
+    return found
+
+
+def _instead(model: str) -> str:
+    """Say what stands there in the place of safetensors."""
+    others = (
+        sorted(path.name for pattern in PICKLES for path in Path(model).glob(pattern)) if Path(model).is_dir() else []
+    )
+    if not others:
+        return "; save it as safetensors"
+    return f", only {others[0]}, which is not loaded because such files can run code; save the model as safetensors"

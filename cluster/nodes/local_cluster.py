@@ -1,0 +1,149 @@
+"""A Ray cluster on this machine alone: entered with a token, bound to loopback, and gone without a trace at its end."""
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub is not complete
+from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
+
+from cluster.nodes import keeper
+
+LOOPBACK = "127.0.0.1"
+PRIVATE_UMASK = 0o077
+TOKEN_FILE = "token"
+KEEPER_TIMEOUT_SECONDS = 3 * keeper.GRACE_SECONDS
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+RAY_FOLDER = "ray"  # Ray opens the folder that it is given to everybody, so it is not the private one itself
+# Below the folder come names like ray/session_2026-01-31_12-00-00_123456_1234567/sockets/dash_MetricsHead, and the path
+# of a Unix socket has at most 107 bytes.
+MAX_BASE_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """Where a cluster is."""
+
+    folder: Path  # everything that it writes is below it
+    address: str  # host:port, for `ray.init`
+    dashboard_address: str | None  # host:port
+    token_file: Path | None  # None: the user's own token, or none
+
+
+@contextmanager
+def local_cluster(**arguments: Any) -> Iterator[LocalCluster]:
+    """Start a cluster with `ray.init`'s arguments, yield where it is, and end it.
+
+    Its processes write below one folder that only their owner may read, the token's file `token` included; the folder
+    goes when the cluster ends, also when this very process is killed. A token or mode that the environment sets stays.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(private_umask())
+        folder = stack.enter_context(_kept_folder())
+        stack.callback(_reload_authentication)
+        with _environment(_variables(folder)), on_loopback():
+            _reload_authentication()
+            context = ray.init(address="local", _temp_dir=str(folder / RAY_FOLDER), **arguments)
+        stack.callback(ray.shutdown)
+        token = folder / TOKEN_FILE
+        info = context.address_info
+        yield LocalCluster(folder, info["gcs_address"], info["webui_url"] or None, token if token.exists() else None)
+
+
+@contextmanager
+def private_umask() -> Iterator[None]:
+    """Let this process, and those that it starts, create files that only their owner may read."""
+    before = os.umask(PRIVATE_UMASK)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def _kept_folder() -> Iterator[Path]:
+    """Make a folder, and the process that removes it and what still runs below it."""
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="preceptor-", dir=base if len(base) <= MAX_BASE_LENGTH else "/tmp"))
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", keeper.__file__, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C goes to all processes of a terminal's group
+    )
+    assert process.stdin is not None
+    try:
+        yield folder
+    finally:
+        process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):  # it goes on by itself
+            process.wait(KEEPER_TIMEOUT_SECONDS)
+
+
+def _variables(folder: Path) -> dict[str, str]:
+    """Return what the cluster's processes are told, but for what the user has set."""
+    wanted = {
+        "RAY_AUTH_MODE": "token",
+        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
+        # Gloo, NCCL and vLLM would otherwise listen on the address that leads to the internet.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": LOOPBACK,
+    }
+    variables = {name: value for name, value in wanted.items() if name not in os.environ}
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(name in os.environ for name in TOKEN_VARIABLES):
+        variables["RAY_AUTH_TOKEN_PATH"] = str(_write_token(folder))
+    return variables | {keeper.MARK: str(folder), "TMPDIR": str(folder)}
+
+
+def _write_token(folder: Path) -> Path:
+    """Write a fresh token; in a file, because environments are printed, logged and handed on."""
+    path = folder / TOKEN_FILE
+    path.touch(mode=0o600)
+    path.write_text(secrets.token_hex(32))
+    return path
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables while the cluster starts: its processes inherit them, and nothing else that we start does."""
+    before = {name: os.environ.get(name) for name in (*variables, "RAY_AUTH_MODE")}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """Let Ray take 127.0.0.1 as the node's address, as it does where it supports one node only.
+
+    Ray replaces a loopback address that it is given by the machine's own, and listens on all of its interfaces then.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _reload_authentication() -> None:
+    """Let Ray read mode and token from the environment; it keeps what it read first."""
+    RayletConfig.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()

@@ -1,0 +1,130 @@
+"""Connects to a Ray cluster, or starts a local one for the length of the run."""
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import GcsClient  # type: ignore[attr-defined]  # its stub is not complete
+from ray.exceptions import AuthenticationError, RpcError
+
+from cluster.contracts.config import Config
+from cluster.contracts.errors import PlacementError
+from cluster.interruption import interrupt_on_sigterm
+from cluster.nodes.head_watch import end_run, watch_head
+from cluster.nodes.local_cluster import LOOPBACK, local_cluster, on_loopback, private_umask
+
+LOCAL_OBJECT_STORE_BYTES = 1 << 30  # a step's trajectories and one copy of the weights; Ray spills the rest to disk
+CONNECT_SECONDS = 10.0
+TOKEN_ADVICE = (
+    "set RAY_AUTH_MODE=token and give the cluster's own token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH "
+    "names, or in ~/.ray/auth_token"
+)
+VERSION_MISMATCH = "Version mismatch: "  # how Ray begins the error of a driver that is not like the cluster
+
+
+@dataclass(frozen=True)
+class RaySession:
+    """A live connection."""
+
+    dashboard_address: str | None  # host:port
+    is_local: bool
+    token_file: Path | None = None  # what the dashboard asks for; None: the user's own token, or none
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[RaySession]:
+    """Connect for the length of a `with` statement; a local cluster ends with it.
+
+    Files that this process writes meanwhile can be read by their owner only.
+
+    Raises:
+        PlacementError: no cluster answers at the configured address, or it does not take the token.
+    """
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    common = {"namespace": f"preceptor-{config.run.name}", "log_to_driver": False, "logging_level": "ERROR"}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would otherwise hide all GPUs from actors that ask for none and warn about it on every start.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is not None:
+        with _joined(address, common) as session, _watched_head(config):
+            yield session
+        return
+    try:
+        with (
+            local_cluster(
+                include_dashboard=config.ray.dashboard,
+                dashboard_host=config.ray.dashboard_host,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                **common,
+            ) as cluster,
+            interrupt_on_sigterm(),
+            _watched_head(config),
+        ):
+            yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
+    except AuthenticationError as error:
+        raise PlacementError(f"the token for the local Ray cluster cannot be used: {_first_sentence(error)}") from error
+
+
+def _watched_head(config: Config) -> AbstractContextManager[None]:
+    address = ray.get_runtime_context().gcs_address
+    return watch_head(address, lambda silent_seconds: end_run(config, address, silent_seconds))
+
+
+@contextmanager
+def _joined(address: str, arguments: dict[str, Any]) -> Iterator[RaySession]:
+    try:
+        # A cluster like our local ones is there for loopback only; Ray would look for it at the machine's own address.
+        with on_loopback() if _lives_on_loopback(address) else nullcontext():
+            context = ray.init(address=address, **arguments)
+    except AuthenticationError as error:
+        raise PlacementError(f"ray.address '{address}': the cluster refuses this token; {TOKEN_ADVICE}") from error
+    except (ConnectionError, RpcError) as error:
+        raise PlacementError(f"ray.address '{address}': no Ray cluster answers there: {error}") from error
+    except RuntimeError as error:
+        if VERSION_MISMATCH not in str(error):
+            raise
+        raise PlacementError(
+            f"ray.address '{address}': the driver needs the very Ray and Python of the cluster, to the last number: "
+            f"{_sides(str(error))}; use the cluster's, or let preceptor submit start the driver there"
+        ) from error
+    try:
+        with private_umask(), interrupt_on_sigterm():
+            yield RaySession(context.dashboard_url or None, is_local=False)
+    finally:
+        ray.shutdown()
+
+
+def _lives_on_loopback(address: str) -> bool:
+    """Ask the cluster where its nodes are; `ray.init` would try for 20 s, and then not say what is wrong.
+
+    Raises:
+        AuthenticationError: the token is missing or not the cluster's.
+        ConnectionError: nobody answers.
+    """
+    if ":" not in address or "://" in address:  # "auto", or Ray's client protocol, which has its own answer
+        return False
+    host, port = address.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(str(error)) from error
+    ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one, the client would end this process
+    nodes = GcsClient(address=address).get_all_node_info().values()
+    return {node.node_manager_address for node in nodes} == {LOOPBACK}
+
+
+def _sides(mismatch: str) -> str:
+    """Shorten Ray's paragraph about two versions of Ray and two of Python to half a line."""
+    found = re.findall(r"(?:Ray|Python): (\S+)", mismatch)
+    return "the cluster has Ray {} with Python {}, this process Ray {} with Python {}".format(*found)
+
+
+def _first_sentence(error: Exception) -> str:
+    return str(error).split(". ")[0]
