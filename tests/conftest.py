@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from cluster.nodes.local_cluster import local_cluster
 from tests.leftovers import Watch
+from tests.spreading import ByFile
 
 WATCH = pytest.StashKey[Watch]()
 LEFT = pytest.StashKey[list[str]]()
@@ -40,13 +42,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"LEFT BEHIND by the tests: {line}", red=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """Spread files over processes, not single tests."""
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, and skip what needs more GPUs than there are."""
+    """Skip what needs more GPUs than there are."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
         needed = max((mark.kwargs.get("cards", 1) for mark in item.iter_markers("gpu")), default=0)
         if needed > found:
             reason = "needs an NVIDIA GPU" if needed == 1 else f"needs {needed} NVIDIA GPUs on this machine"

@@ -21,7 +21,7 @@ from tests.end_to_end.conftest import STEPS, ShortRun
 from tests.end_to_end.runs import ENDED_SECONDS, Run, preceptor, running
 from tests.leftovers import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("short run")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 POOLS = {"rollout", "teacher-countdown", "learner"}
 SEEN_SECONDS = 120.0  # Ray brings figures to its endpoint every few seconds
