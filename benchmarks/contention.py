@@ -24,7 +24,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THRE
 
 def slowdown(cores: int) -> float:
     """Return the speed of a process that has the machine to itself over that of one of as many as there are cores."""
-    alone, together = [], []
+    alone: list[int] = []
+    together: list[int] = []
     for _ in range(REPEATS):
         alone += _counts(1)
         together += _counts(cores)

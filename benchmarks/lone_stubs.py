@@ -18,7 +18,7 @@ from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet
-from teacher_workers.pool import TeacherPool
+from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 
 
@@ -94,7 +94,7 @@ def lone_run(workload: Workload, split: Split) -> Iterator[StubRun]:
         pools = {}
         for name, size in split.teachers.items():
             teacher = TeacherConfig("stub")
-            pools[name] = TeacherPool(
+            pools[name] = start_pool(
                 name, teacher, 1, [options] * size, TIMEOUTS, actor=LoneTeacher, create=creating(rates)
             )
             stack.callback(pools[name].shutdown)

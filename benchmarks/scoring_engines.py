@@ -30,9 +30,11 @@ class MeasuredEngine(VllmScoringEngine):
 
     async def forget(self) -> None:
         """Drop what was read, so that the same sequences are read anew."""
+        assert self._engine is not None, "it never sleeps"
         await self._engine.reset_prefix_cache()
 
     async def _encode(self, ids: Ints, params: PoolingParams) -> None:
+        assert self._engine is not None, "it never sleeps"
         prompt: Any = {"prompt_token_ids": ids.tolist()}
         async for _ in self._engine.encode(prompt, params, _next_id(ids)):
             pass

@@ -6,7 +6,7 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 import ray
 from ray._private import internal_api  # `ray memory` prints these figures; there is no public call for them
 

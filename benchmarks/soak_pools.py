@@ -31,7 +31,7 @@ teachers.right.model = "stub"
 prompts = {{ train = "stub", prompts_per_step = 16 }}
 rollout = {{ samples_per_prompt = 2, rows_per_batch = 4, max_staleness = 2, max_completion_tokens = 400 }}
 learner = {{ num_workers = 2, micro_batch_tokens = 2048 }}
-weight_sync = {{ bucket_bytes = {1 << 17} }}  # two per update
+weight_sync = {{ backend = "object_store", bucket_bytes = {1 << 17} }}  # two per update
 ray = {{ start_timeout_seconds = 120.0, call_timeout_seconds = {WAIT_SECONDS} }}
 """
 NUM_ROLLOUT_WORKERS, NUM_TEACHER_WORKERS = 3, 2  # the latter for each of the two teachers

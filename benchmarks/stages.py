@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 
 import ray
-from psutil import Process  # type: ignore[import-untyped]
+from psutil import Process
 
 from benchmarks.contention import slowdown
 from benchmarks.pairs import PAIRS, missing_models, pair_config

@@ -9,14 +9,21 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from cluster.contracts.interfaces import BatchHandle, Completion, RolloutRequest, SamplingSettings, ScoreRequest
+from cluster.contracts.interfaces import (
+    BatchHandle,
+    Completion,
+    RolloutEngine,
+    RolloutRequest,
+    SamplingSettings,
+    ScoreRequest,
+)
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Scores, add_scores, ragged
@@ -120,7 +127,8 @@ class StubRolloutProcess:
 
     async def start(self, worker: int) -> None:
         """Build a worker."""
-        self._workers[worker] = RolloutWorker(StubRolloutEngine(self._rates), lambda ids: "", self._rows_per_batch)
+        engine = cast(RolloutEngine, StubRolloutEngine(self._rates))  # but for the weights, which never change
+        self._workers[worker] = RolloutWorker(engine, lambda ids: "", self._rows_per_batch)
 
     async def set_prompts(self, worker: int, wire: pa.Buffer) -> None:
         """Replace the prompts."""

@@ -36,7 +36,7 @@ class ReportedGKD(GKDTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Tensor:
         """Return TRL's loss: the mean over this forward's completion tokens."""
-        loss = super().compute_loss(model, inputs, *arguments, **options)
+        loss = super().compute_loss(model, inputs, *arguments, **options)  # type: ignore[no-untyped-call]
         lengths = (inputs["labels"] != -100).sum(dim=1)
         self.recorder.add(loss.item(), lengths.tolist(), int(inputs["prompt_attention_mask"].sum()))
         return loss

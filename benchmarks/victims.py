@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from psutil import Process
 
 from benchmarks.process_trees import descendants

@@ -12,7 +12,7 @@ HeadDtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Meta(ge=0, lt=1)]  # of a moving average; one of 1 would never move
 
 
-class LearnerConfig(Section, frozen=True):
+class LearnerConfig(Section):
     """The DeepSpeed ZeRO group that trains the student."""
 
     num_workers: Items = 1
@@ -56,7 +56,7 @@ class LearnerConfig(Section, frozen=True):
             )
 
 
-class WeightSyncConfig(Section, frozen=True):
+class WeightSyncConfig(Section):
     """How new student weights reach the rollout workers after each step."""
 
     backend: Literal["auto", "object_store", "nccl", "ipc"] = "auto"  # auto: nccl on own GPUs, ipc on a shared one

@@ -13,7 +13,7 @@ MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 
 
-class EngineConfig(Section, frozen=True):
+class EngineConfig(Section):
     """How one vLLM engine is built; the same for rollout workers and teachers."""
 
     dtype: Dtype = "bfloat16"
@@ -28,7 +28,7 @@ class EngineConfig(Section, frozen=True):
     sleep: bool = False  # rollout engines on a GPU: give its memory back whenever nothing is asked of them
 
 
-class RolloutConfig(Section, frozen=True):
+class RolloutConfig(Section):
     """The student's generators."""
 
     num_workers: Items = 1
@@ -50,7 +50,7 @@ class RolloutConfig(Section, frozen=True):
         check_limits(self.num_workers, self.min_workers, self.max_workers)
 
 
-class TeacherConfig(Section, frozen=True):
+class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
 
     model: Text
