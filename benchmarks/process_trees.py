@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 from psutil import Process
 
 END_SECONDS = 20.0  # Ray's daemons follow their driver within a few seconds
