@@ -16,7 +16,7 @@ from cluster.observability.figure_files import (
 )
 from cluster.observability.figures import PANELS, figures
 
-DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 PLACES = [panel["gridPos"] for panel in dashboard()["panels"]]
 
 
