@@ -11,7 +11,8 @@ demo: install
 	@$(BIN)/preceptor demo
 
 test: install
-	@$(BIN)/python -m pytest --ignore tests/chaos
+	@$(BIN)/python -m pytest --ignore tests/chaos -m alone
+	@$(BIN)/python -m pytest --ignore tests/chaos -m "not alone" -n 2 --no-loadscope-reorder
 
 chaos: install
 	@$(BIN)/python -m pytest tests/chaos
