@@ -29,7 +29,7 @@ from cluster.nodes.room import SplitRoom
 from cluster.observability.metric_sinks import Record, RecordsFile
 from cluster.permits import Permits
 from cluster.scaling.balance import Balance, Horizon
-from cluster.scaling.balancer import MOVES, Announcements, Balancer, Movable
+from cluster.scaling.balancer import Announcements, Balancer, Movable
 from cluster.scaling.splits import ROLLOUT, PoolRule, Sizes, Space
 from cluster.scaling.step_work import WorkMeter
 from cluster.step_record import step_record
@@ -81,17 +81,17 @@ class Steps:
         sentences: list[str] = []
         balance = self._balance()
         balancer = self._balancer(balance, Announcements(sentences.append, RecordsFile(folder / "moves.jsonl")))
-        num_moves = last = step = 0
+        last = step = 0
         for step in range(1, MOST_STEPS + 1):
             record, batches = next(self._done)
             num_said = len(sentences)
-            num_moves += int(balancer.after_step(record, batches, ENDLESS)[MOVES])
+            balancer.after_step(record, batches, ENDLESS)
             last = step if len(sentences) > num_said else last
             if step - last >= QUIET_STEPS and not balance.is_trying:
                 break
         sizes = {name: pool.size for name, pool in self.pools.items()}
         teachers = {name: sizes[f"teachers.{name}"] for name in self._workload.teachers}
-        return Settled(Split(sizes[ROLLOUT], teachers), last, num_moves, tuple(sentences))
+        return Settled(Split(sizes[ROLLOUT], teachers), last, balancer.num_moves, tuple(sentences))
 
     def _balance(self) -> Balance:
         space = Space({name: PoolRule(units=1) for name in self.pools}, units=0)

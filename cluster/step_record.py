@@ -9,6 +9,8 @@ from cluster.contracts.weights import WeightSyncReport
 from cluster.flow import Progress
 from cluster.stopwatch import Stopwatch
 
+NO_SLOTS = {"slot/switches": 0.0, "slot/switch_seconds": 0.0}  # what a run without slots shows
+
 
 def step_record(
     step: int, progress: Progress, learned: Metrics, synced: WeightSyncReport, watch: Stopwatch
@@ -30,6 +32,7 @@ def step_record(
         "step": step,
         "tokens": tokens,
         "completion_tokens": completion_tokens,
+        **NO_SLOTS,
         **report(merge(handle.metrics for handle in scored)),
         **_by_teacher(scored),
         **_staleness(step, scored),

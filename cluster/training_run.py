@@ -24,7 +24,7 @@ from cluster.observability.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.pipeline import Inputs, Pipeline, train_requests, train_sampling
 from cluster.run_directory import RunDirectory
 from cluster.run_pools import Progress, make_scaling
-from cluster.scaling.balancer import make_balancer
+from cluster.scaling.balancer import MOVES, make_balancer
 from cluster.scaling.teacher_changes import RunParts, TeacherChanges
 from cluster.workers.lookout import Lookout, open_observers
 from learner.checkpoint import tidy
@@ -114,7 +114,8 @@ class TrainingRun:
         record = {**record, **self._lookout.look(), **self._checkpoints.complete_if_written()}
         is_last = step == self.config.run.steps
         if self._balancer is not None and not is_last:
-            record |= self._balancer.after_step(record, list(batches), self.config.run.steps - step)
+            self._balancer.after_step(record, list(batches), self.config.run.steps - step)
+        record |= {MOVES: 0.0 if self._balancer is None else float(self._balancer.num_moves)}
         if not self.inputs.held_out_ids:
             self.history.note_kl(record["train/kl"])
         elif is_last or _is_due(step, self.config.evaluation.every_steps):

@@ -1,6 +1,7 @@
 """Fixtures that several folders share, and how the tests are spread over processes."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,8 @@ def is_one_of_several() -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """Mark everything that the tests start, and give it a folder of its own for temporary files."""
     if not is_one_of_several():  # those are marked by who starts them
+        # A job of a non-interactive shell ignores SIGINT, and so would every program that the tests interrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         config.stash[WATCH] = Watch.begin()
 
 

@@ -267,7 +267,7 @@ PANELS: tuple[Panel, ...] = (
         "Workers",
         "Moves between pools",
         "none",
-        (Figure("preceptor_balance_moves", "balance/moves", "times that the balancer moved workers", "counter"),),
+        (Figure("preceptor_balance_moves", "balance/moves", "times that the balancer moved workers since the start"),),
     ),
     Panel(
         "Workers",

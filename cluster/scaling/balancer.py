@@ -19,7 +19,7 @@ from cluster.scaling.balance import Balance, Horizon, Seen
 from cluster.scaling.splits import ROLLOUT, PoolRule, Space
 from cluster.scaling.step_work import WorkMeter
 
-MOVES = "balance/moves"  # the figure: 1 in a step after which workers moved
+MOVES = "balance/moves"  # the figure: how often workers moved so far
 
 
 class Movable(Protocol):
@@ -64,10 +64,11 @@ class Balancer:
         self._announcements = announcements
         self._states: list[PoolState] = []  # after the step before
         self._num_steady = 0  # steps in a row with the same workers
+        self.num_moves = 0
         self._looked_at = perf_counter()
 
-    def after_step(self, record: Record, batches: Sequence[BatchHandle], steps_left: int) -> dict[str, float]:
-        """Look at a step, resize pools if the balancer wants it, and return its figures."""
+    def after_step(self, record: Record, batches: Sequence[BatchHandle], steps_left: int) -> None:
+        """Look at a step, and resize pools if the balancer wants it."""
         states = [pool.state() for pool in self._pools.values()]
         is_steady = bool(self._states) and all(map(_serves_as_before, self._states, states))
         self._num_steady = self._num_steady + 1 if is_steady else 0
@@ -84,13 +85,13 @@ class Balancer:
             self._room.look({name: pool.staying for name, pool in self._pools.items()})
         decision = self._balance.see(seen)
         if decision is None:
-            return {MOVES: 0.0}
+            return
         self._announcements.say(f"balance: {decision.sentence}")
         step, has_moved = int(record["step"]), decision.sizes is not None
         self._announcements.notes.write({"step": step, "sentence": decision.sentence, "moved": has_moved})
         for name, size in (decision.sizes or {}).items():
             self._pools[name].resize(size)
-        return {MOVES: float(has_moved)}
+        self.num_moves += has_moved
 
 
 def _serves_as_before(before: PoolState, after: PoolState) -> bool:

@@ -282,7 +282,7 @@ def test_a_balanced_run_looks_at_every_step_but_the_last_and_a_resumed_one_forge
     run, _ = make_run(directory, config, first_step=1)
     finish(run, range(2, 4), truncated_ratio=0.0)
     assert [found["step"] for found in RecordsFile(directory.moves).read()] == [1]
-    assert [found.get("balance/moves") for found in RecordsFile(directory.metrics).read()] == [0.0, None]
+    assert [found["balance/moves"] for found in RecordsFile(directory.metrics).read()] == [0.0, 0.0]
 
 
 def test_files_that_are_not_wanted_are_not_written(tmp_path: Path) -> None:

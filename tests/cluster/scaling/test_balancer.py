@@ -11,7 +11,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.observation import PoolState
 from cluster.observability.metric_sinks import RecordsFile
 from cluster.run_directory import RunDirectory
-from cluster.scaling.balancer import MOVES, Balancer, make_balancer
+from cluster.scaling.balancer import Balancer, make_balancer
 from tests.builders import make_config
 from tests.cluster.simulated_run import Load, Simulation
 
@@ -69,17 +69,18 @@ class Run:
     def sizes(self) -> dict[str, int]:
         return {name: pool.size for name, pool in self.pools.items()}
 
-    def do(self, steps: int, arriving: bool = True) -> list[float]:
-        """Do steps, and return the figure of each."""
-        figures = []
+    def do(self, steps: int, arriving: bool = True) -> list[int]:
+        """Do steps, and return how often workers had moved after each."""
+        num_moves = []
         for _ in range(steps):
             self.step += 1
             record, batches = self.simulation.step(self.step, self.sizes())
             if arriving:
                 for pool in self.pools.values():
                     pool.arrive()
-            figures.append(self.balancer.after_step(record, batches, steps_left=1000)[MOVES])
-        return figures
+            self.balancer.after_step(record, batches, steps_left=1000)
+            num_moves.append(self.balancer.num_moves)
+        return num_moves
 
 
 def balanced(folder: Path, *overrides: str) -> Config:
@@ -95,11 +96,11 @@ def test_it_is_off_unless_the_run_file_says_auto(tmp_path: Path) -> None:
 
 def test_workers_move_to_the_pool_that_holds_the_steps_up_and_everybody_is_told(tmp_path: Path) -> None:
     run = Run(balanced(tmp_path))
-    figures = run.do(20)
+    num_moves = run.do(20)
     assert run.sizes() == {"rollout": 2, "teachers.0": 3}
-    assert sum(figures) == len(run.pools["rollout"].resized) == 2
+    assert num_moves[-1] == len(run.pools["rollout"].resized) == 2
     moved = [found for found in RecordsFile(run.directory.moves).read() if found["moved"]]
-    assert [found["step"] for found in moved] == [index + 1 for index, figure in enumerate(figures) if figure]
+    assert [found["step"] for found in moved] == [num_moves.index(number) + 1 for number in (1, 2)]
     assert moved[0]["sentence"].startswith("rollout 4 -> 3, teachers.0 1 -> 2: of a step's ")
     assert run.said[0] == f"balance: {moved[0]['sentence']}"
 
