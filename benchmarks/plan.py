@@ -38,7 +38,7 @@ def main() -> None:
     """Measure, predict, print the table and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description=__doc__)
     parser.add_argument("--workloads", nargs="+", default=[], help="beginnings of names; default: all")
-    parser.add_argument("--turns", type=int, default=4, help="measured steps, or series of steps, of each split")
+    parser.add_argument("--turns", type=int, default=8, help="measured steps, or series of steps, of each split")
     parser.add_argument("--measure", type=Path, help="measure only, and write what was found there")
     parser.add_argument("--from", dest="sources", type=Path, nargs="+", help="what --measure wrote")
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/DATE-plan.json")

@@ -27,7 +27,7 @@ from rollout_workers.prompts import PromptSet
 from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 
-SERIES = 2  # times as many steps of a workload that runs ahead, in one go, besides the first and last
+SERIES = 1  # times as many steps of a workload that runs ahead, in one go, besides the first and last
 MOST_SPLITS = 7  # that are measured of a workload
 
 
