@@ -27,7 +27,6 @@ from rollout_workers.prompts import PromptSet
 from teacher_workers.pool import start_pool
 from teacher_workers.pools import TeacherPools
 
-SERIES = 1  # times as many steps of a workload that runs ahead, in one go, besides the first and last
 MOST_SPLITS = 7  # that are measured of a workload
 
 
@@ -142,7 +141,8 @@ def measure(workload: Workload, turns: int) -> list[Measured]:
     found = {str(split): Measured(workload.name, split) for split in splits}
     probed = splits[len(splits) // 2]
     probe = Measured(workload.name, probed)
-    series = 1 if not max_staleness else SERIES * turns + settling_steps(max_staleness) + max_staleness
+    # A workload that runs ahead does its steps in one go, and some before and after them that are not typical.
+    series = 1 if not max_staleness else turns + settling_steps(max_staleness) + max_staleness
     with stub_runs(workload) as runs:
         strict = replace(runs[str(probed)], config=strictly(workload.config))
         do_steps(strict, range(1), Measured(workload.name, probed))  # warms up
