@@ -18,15 +18,15 @@ from cluster.flow import Flow
 from cluster.history import History
 from cluster.interruption import StopRequest
 from cluster.ledger import Ledger
+from cluster.lookout import Lookout, open_observers
 from cluster.models.model_files import load_tokenizer
 from cluster.observability.alarms import Alarms, LengthCap, Raised
 from cluster.observability.metric_sinks import Record, RecordsFile, TerminalView
 from cluster.pipeline import Inputs, Pipeline, train_requests, train_sampling
 from cluster.run_directory import RunDirectory
-from cluster.run_pools import Progress, make_scaling
 from cluster.scaling.balancer import MOVES, make_balancer
+from cluster.scaling.run_pools import Progress, make_scaling
 from cluster.scaling.teacher_changes import RunParts, TeacherChanges
-from cluster.workers.lookout import Lookout, open_observers
 from learner.checkpoint import tidy
 from teacher_workers.audit import Finding
 

@@ -14,8 +14,8 @@ from cluster.nodes.room import SplitRoom
 from cluster.observability.metric_sinks import Record, RecordsFile
 from cluster.pipeline import Pipeline
 from cluster.run_directory import RunDirectory
-from cluster.run_pools import TeacherOfNow, placed_pools
 from cluster.scaling.balance import Balance, Horizon, Seen
+from cluster.scaling.run_pools import TeacherOfNow, placed_pools
 from cluster.scaling.splits import ROLLOUT, PoolRule, Space
 from cluster.scaling.step_work import WorkMeter
 
