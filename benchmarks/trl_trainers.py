@@ -15,7 +15,7 @@ from trl.experimental.gkd.gkd_trainer import GKDTrainer
 from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
-from benchmarks.trl_baseline import Prompt, Settings, StepRecorder, step_prompts
+from benchmarks.trl_steps import Prompt, Settings, StepRecorder, step_prompts
 from cluster.contracts.config import Config
 from cluster.contracts.errors import PromptError
 from cluster.models.model_files import context_length, load_tokenizer

@@ -7,7 +7,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.errors import CheckpointError, ConfigError
 from cluster.contracts.files import read_text
 from cluster.contracts.run_file import MAX_RUN_FILE_BYTES, config_from_json, dump_run_config
-from cluster.scaling.wishes import WishFiles
+from cluster.wishes import WishFiles
 
 
 class RunDirectory:

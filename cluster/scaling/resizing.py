@@ -12,7 +12,7 @@ from uuid import uuid4
 import msgspec
 
 from cluster.contracts.errors import ConfigError, PlacementError
-from cluster.scaling.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, write_message
+from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, write_message
 
 LARGEST_POOL = 100_000
 

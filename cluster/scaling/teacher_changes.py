@@ -25,7 +25,7 @@ from cluster.nodes.room import missing_for
 from cluster.pipeline import Inputs, Pipeline, check_support, pool_timeouts
 from cluster.run_directory import RunDirectory
 from cluster.scaling.teacher_log import Reign, TeacherLog, with_models
-from cluster.scaling.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, read_message, write_message
+from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, read_message, write_message
 from cluster.workers.replicas import for_later
 from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import Successors

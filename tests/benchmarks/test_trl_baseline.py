@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pairs import pair_config
-from benchmarks.trl_baseline import StepRecorder, step_prompts
 from benchmarks.trl_environment import LOCK, STAMP, environment_key, make_environment
+from benchmarks.trl_steps import StepRecorder, step_prompts
 from cluster.models.model_files import load_tokenizer
 from cluster.pipeline import load_inputs, train_requests
 

@@ -5,7 +5,7 @@ import pytest
 
 from cluster.contracts.errors import ConfigError, PlacementError, PreceptorError
 from cluster.scaling.resizing import Scaling, ask, parse_sizes
-from cluster.scaling.wishes import WishFiles
+from cluster.wishes import WishFiles
 
 
 class Pool:

@@ -18,7 +18,7 @@ from cluster.demo import EMBEDDED, embedded_config
 from cluster.pipeline import Inputs, load_inputs
 from cluster.run_directory import RunDirectory
 from cluster.scaling.teacher_changes import ReplaceAnswer, RunParts, TeacherChanges
-from cluster.scaling.wishes import LOOK_SECONDS, read_message
+from cluster.wishes import LOOK_SECONDS, read_message
 from cluster.workers.actors import PoolTimeouts
 from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import Successors, TeacherPools
