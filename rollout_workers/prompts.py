@@ -64,11 +64,6 @@ class PromptSet:
         return int(self._table.num_rows)
 
     @property
-    def has_answers(self) -> bool:
-        """Tell whether any prompt can be verified."""
-        return bool(self._table["answer"].null_count < len(self))
-
-    @property
     def longest_tokens(self) -> int:
         """Return the token count of the longest prompt."""
         return int(self._token_ids.lengths.max(initial=0))
