@@ -257,9 +257,16 @@ class RolloutPool:
         return replace(handle, reference=awaited.wire, rollout=awaited.order.rollout, spans=(span,))
 
     def _span(self, awaited: _Awaited, handle: BatchHandle) -> Span:
-        worker, num_tokens = self._replicas.name(awaited.worker), sum(handle.num_completion_tokens)
-        num_rows = len(handle.trajectory_ids)
-        return Span(self._name, worker, "generate", awaited.asked_at, perf_counter(), num_rows, num_tokens)
+        return Span(
+            self._name,
+            self._replicas.name(awaited.worker),
+            "generate",
+            awaited.asked_at,
+            perf_counter(),
+            len(handle.trajectory_ids),
+            sum(handle.num_completion_tokens),
+            awaited.order.rollout,
+        )
 
     def _hand_on(self, worker: int) -> None:
         """Ask others for what a lost worker owes."""

@@ -23,6 +23,7 @@ class Span:
     ended: float
     num_rows: int = 0  # of the batch that the answer is about
     num_tokens: int = 0
+    rollout: int | None = None  # that a generate call was of; in training the step
 
     @property
     def seconds(self) -> float:

@@ -86,6 +86,7 @@ def lanes(spans: Iterable[Span]) -> list[int]:
 
 def _event(span: Span, process: int, lane: int, start: float) -> dict[str, Any]:
     counts = {"rows": span.num_rows, "tokens": span.num_tokens} if span.num_rows else {}
+    rollout = {} if span.rollout is None else {"rollout": span.rollout}
     return {
         "ph": "X",
         "name": span.stage,
@@ -94,7 +95,7 @@ def _event(span: Span, process: int, lane: int, start: float) -> dict[str, Any]:
         "tid": lane,
         "ts": round((span.began - start) * 1e6, 1),
         "dur": round(span.seconds * 1e6, 1),
-        "args": counts,
+        "args": counts | rollout,
     }
 
 

@@ -171,10 +171,11 @@ def _spans_of(events: Sequence[_Event]) -> list[Span]:
 
 
 def _span_of(event: _Event, worker: str) -> Span:
-    rows, tokens = (event.args.get(name) for name in ("rows", "tokens"))
+    values = (event.args.get(name) for name in ("rows", "tokens", "rollout"))
+    rows, tokens, rollout = (value if isinstance(value, int) else None for value in values)
     began, pool = event.ts / 1e6, worker.rpartition("-")[0]
-    counts = (value if isinstance(value, int) else 0 for value in (rows, tokens))
-    return Span(pool, worker, event.name, began, began + event.dur / 1e6, *counts)  # type: ignore[arg-type]
+    ended = began + event.dur / 1e6
+    return Span(pool, worker, event.name, began, ended, rows or 0, tokens or 0, rollout)  # type: ignore[arg-type]
 
 
 def _decode(path: Path, text: str, kind: type[_Decoded]) -> _Decoded:

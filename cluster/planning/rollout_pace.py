@@ -11,7 +11,6 @@ import numpy as np
 from cluster.contracts.config import Config
 from cluster.contracts.observation import Span
 
-NEXT_CALL_SECONDS = 0.005  # within which the driver asks a worker for its next batch
 ORDERS = 8  # in which sequences may have been begun that are averaged over
 LEAST_PACE_SECONDS = 1e-7  # per token: faster than any engine, so that a fit through noise stays above 0
 
@@ -62,16 +61,11 @@ class Chain:
 
 
 def chains_of(spans: Iterable[Span]) -> list[Chain]:
-    """Put the calls of each worker together that belong to one rollout: each is asked when the one before came back."""
-    open_chains: dict[str, list[list[Span]]] = defaultdict(list)
+    """Put the calls of each worker together that belong to one rollout."""
+    chains: dict[tuple[str, int | None], list[Span]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.began):
-        own = open_chains[span.worker]
-        chain = next((one for one in own if abs(span.began - one[-1].ended) < NEXT_CALL_SECONDS), None)
-        if chain is None:
-            own.append([span])
-        else:
-            chain.append(span)
-    return [Chain(tuple(chain)) for own in open_chains.values() for chain in own]
+        chains[span.worker, span.rollout].append(span)
+    return [Chain(tuple(chain)) for chain in chains.values()]
 
 
 def pace_of(chains: Sequence[Chain], config: Config) -> tuple[tuple[int, float], ...]:

@@ -26,13 +26,13 @@ RECORD = {
 }
 
 
-def rollout(worker: int, began: float, lengths: Sequence[int]) -> list[Span]:
+def rollout(step: int, worker: int, began: float, lengths: Sequence[int]) -> list[Span]:
     """Return the calls of one rollout whose rows all run from the start, each of them a full batch."""
     spans, asked = [], began
     for length in sorted(lengths):
         tokens = sum(min(other, length) for other in lengths)
         ended = began + ALONE * length + PER_RUNNING * tokens
-        spans.append(Span("rollout", f"rollout-{worker}", "generate", asked, ended, 1, length))
+        spans.append(Span("rollout", f"rollout-{worker}", "generate", asked, ended, 1, length, step))
         asked = ended + 0.0002
     return spans
 
@@ -48,7 +48,7 @@ def a_runs_spans() -> list[Span]:
         for step in range(4)
         for worker in range(3)
         for span in rollout(
-            worker, 100.0 * step, random.choice(np.arange(20, 250), 30 + 4 * step, replace=False).tolist()
+            step, worker, 100.0 * step, random.choice(np.arange(20, 250), 30 + 4 * step, replace=False).tolist()
         )
     ]
     # A batch takes 0.1 s, and a token 0.5 ms.
@@ -85,9 +85,10 @@ def test_the_other_rates_are_read_off_too(tmp_path: Path) -> None:
     assert rates.rollout.completion_tokens[-1] == 250.0  # type: ignore[index]
 
 
-def test_calls_that_overlap_belong_to_rollouts_of_their_own() -> None:
-    calls = [Span("rollout", "rollout-0", "generate", *times, 1, 10) for times in ((0, 1), (0.5, 2), (1.001, 3))]
-    assert [[span.began for span in chain.batches] for chain in chains_of(calls)] == [[0, 1.001], [0.5]]
+def test_calls_of_one_rollout_belong_together_however_late_the_next_one_was_asked() -> None:
+    calls = [("rollout-0", 7, 0, 1), ("rollout-0", 8, 0.5, 2), ("rollout-0", 7, 1.3, 3), ("rollout-1", 7, 3, 4)]
+    spans = [Span("rollout", worker, "generate", began, ended, 1, 10, step) for worker, step, began, ended in calls]
+    assert [[span.began for span in chain.batches] for chain in chains_of(spans)] == [[0, 1.3], [0.5], [3]]
 
 
 def test_full_engines_give_the_pace_at_their_limit(tmp_path: Path) -> None:
