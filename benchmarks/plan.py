@@ -31,7 +31,7 @@ from cluster.planning.simulated_run import Split as Workers
 from cluster.planning.simulated_run import simulate
 
 MOST_OFF = 1.1
-SIMULATED_STEPS = 24
+SIMULATED_STEPS = 48
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """What each step of a planned run asks for: the same lengths and teachers however the GPUs are shared out."""
 
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -10,10 +11,11 @@ from cluster.planning.rates import Rates, draw
 from cluster.planning.simulated_workers import Row
 
 GOLDEN_RATIO = 0.618033988749895  # multiples of it, modulo 1, fill [0, 1) evenly
+STEPS_AT_ONCE = 8  # whose lengths are drawn together: a step has its share of luck, all of them have little
 
 
 class Demand:
-    """Draws a step's trajectories when they are first asked for, from the run's seed and the step alone."""
+    """Draws the trajectories of some steps when one of them is first asked for, from the run's seed alone."""
 
     def __init__(self, config: Config, rates: Rates, num_prompts: int | None = None) -> None:
         """Take the run, its rates, and how many prompts there are; None: none is asked twice."""
@@ -38,23 +40,30 @@ class Demand:
 
     def tokens_per_step(self) -> tuple[float, float]:
         """Return the mean prompt and completion tokens of a step."""
-        rows = [row for step in range(8) for row in self._rows(step)]
-        return sum(row.prompt_tokens for row in rows) / 8, sum(row.completion_tokens for row in rows) / 8
+        rows = [row for step in range(STEPS_AT_ONCE) for row in self._rows(step)]
+        tokens = sum(row.prompt_tokens for row in rows), sum(row.completion_tokens for row in rows)
+        return tokens[0] / STEPS_AT_ONCE, tokens[1] / STEPS_AT_ONCE
 
     def _rows(self, step: int) -> list[Row]:
         if step not in self._steps:
-            self._steps[step] = self._draw(step)
+            self._draw(step // STEPS_AT_ONCE)
         return self._steps[step]
 
-    def _draw(self, step: int) -> list[Row]:
+    def _draw(self, block: int) -> None:
+        random = np.random.default_rng([self._config.run.seed, block])
+        num_prompts, num_rows = self._config.prompts.prompts_per_step, self._rows_per_step
+        prompts = draw(self._rates.rollout.prompt_tokens, STEPS_AT_ONCE * num_prompts, random)
+        completions = draw(self._rates.rollout.completion_tokens, STEPS_AT_ONCE * num_rows, random)
+        for index in range(STEPS_AT_ONCE):
+            step = block * STEPS_AT_ONCE + index
+            of_step = slice(index * num_prompts, (index + 1) * num_prompts)
+            self._steps[step] = self._step(step, prompts[of_step], completions[index * num_rows :][:num_rows])
+
+    def _step(self, step: int, prompts: Sequence[int], completions: Sequence[int]) -> list[Row]:
         samples, longest = self._config.rollout.samples_per_prompt, self._config.rollout.max_completion_tokens
-        random = np.random.default_rng([self._config.run.seed, step])
-        num_prompts = self._config.prompts.prompts_per_step
-        prompts = draw(self._rates.rollout.prompt_tokens, num_prompts, random)
-        completions = draw(self._rates.rollout.completion_tokens, self._rows_per_step, random)
         rows = []
         for index, completion_tokens in enumerate(completions):
-            prompt = step * num_prompts + index // samples
+            prompt = step * len(prompts) + index // samples
             prompt_id = prompt % self._num_prompts if self._num_prompts else prompt
             trajectory_id = step * self._rows_per_step + index
             teacher = self._teacher(prompt_id)

@@ -4,6 +4,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import NormalDist
 from typing import Annotated
 
 import msgspec
@@ -16,6 +17,8 @@ from cluster.contracts.files import read_text
 from cluster.contracts.section import Count, Fraction, NonNegative, Positive, Section
 
 MAX_RATES_BYTES = 1 << 24
+STANDARD_NORMAL = NormalDist()
+SMALLEST_PART = 1e-12  # of the lengths below which none is asked for: at 0 the normal distribution has no value
 Lengths = Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=100_000)]
 
 
@@ -121,9 +124,15 @@ def pace(points: Sequence[tuple[int, float]], running: int) -> float:
 
 
 def draw(lengths: Sequence[float] | LogNormal, num: int, random: np.random.Generator) -> list[int]:
-    """Return so many lengths, of at least 1 token."""
+    """Return so many lengths, of at least 1 token, in any order: one from each of as many equal parts of them all.
+
+    Their mean is then nearly that of the distribution, where as many independent ones would miss it by percents.
+    """
+    parts = random.permutation((np.arange(num) + random.random(num)) / num)
     if isinstance(lengths, LogNormal):
-        drawn = lengths.median * np.exp(lengths.sigma * random.normal(size=num))
-        return [int(length) for length in np.clip(drawn, 1, lengths.longest)]
-    at = random.random(num) * (len(lengths) - 1)
+        deviations = np.array([STANDARD_NORMAL.inv_cdf(part) for part in np.clip(parts, SMALLEST_PART, None)])
+        return [
+            int(length) for length in np.clip(lengths.median * np.exp(lengths.sigma * deviations), 1, lengths.longest)
+        ]
+    at = parts * (len(lengths) - 1)
     return [max(1, round(length)) for length in np.interp(at, np.arange(len(lengths)), lengths)]

@@ -26,3 +26,10 @@ def test_log_normal_lengths_have_their_median_and_end_at_the_longest() -> None:
     lengths = draw(LogNormal(100.0, 1.0, 500), 20_000, np.random.default_rng(0))
     assert np.median(lengths) == pytest.approx(100, rel=0.03)
     assert max(lengths) == 500
+
+
+def test_few_lengths_have_almost_the_mean_of_the_distribution_and_none_comes_twice_from_one_part() -> None:
+    lengths = draw([0.0, 1000.0], 100, np.random.default_rng(0))
+    assert sorted(length // 10 for length in lengths) == pytest.approx(range(100), abs=1)
+    assert np.mean(lengths) == pytest.approx(500, abs=1)  # independent ones would miss it by 29 on average
+    assert lengths != sorted(lengths)
