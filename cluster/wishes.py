@@ -1,6 +1,7 @@
 """What a command wishes of a running driver, and what the driver answers: two files in the run directory.
 
-Who may write there may also stop the run; no port is opened for it.
+Commands that come together are answered one after the other: each leaves its wish when the one that lies there is
+answered, and again when another's took its place. Who may write there may also stop the run; no port is opened for it.
 """
 
 import time
@@ -37,8 +38,14 @@ class WishFiles:
     answer: Path
 
 
+class _Named(msgspec.Struct, frozen=True):
+    """What every message begins with."""
+
+    wish_id: str
+
+
 class WishReader:
-    """The driver's side: finds wishes that are new."""
+    """The driver's side: finds wishes that are new, and answers them."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, last_wish: str = "") -> None:
         """Begin to look; the wish whose id is `last_wish` counts as old."""
@@ -58,21 +65,30 @@ class WishReader:
         self._last_wish = wish.wish_id
         return wish
 
+    def answer(self, path: Path, answer: _Message) -> None:
+        """Answer a wish; the next one is not looked at before whoever waits for this answer has seen it."""
+        write_message(path, answer)
+        self._next_look = self._clock() + LOOK_SECONDS
+
 
 def ask_driver(files: WishFiles, wish: _Message, kind: type[Answer], timeout_seconds: float = ANSWER_SECONDS) -> Answer:
-    """Leave a wish, and wait for the driver's answer to it.
+    """Leave a wish when no other waits for its answer, and wait for the driver's answer to it.
 
     Raises:
         PreceptorError: nobody answered.
     """
-    write_message(files.wish, wish)
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         answer = read_message(files.answer, kind)
         if answer is not None and answer.wish_id == wish.wish_id:
             return answer
+        waiting = read_message(files.wish, _Named)
+        if waiting is None or (answer is not None and waiting.wish_id == answer.wish_id):
+            write_message(files.wish, wish)
         time.sleep(POLL_SECONDS)
-    files.wish.unlink(missing_ok=True)
+    waiting = read_message(files.wish, _Named)
+    if waiting is not None and waiting.wish_id == wish.wish_id:
+        files.wish.unlink(missing_ok=True)
     raise PreceptorError(
         f"{files.wish.parent}: no driver answered within {timeout_seconds:.0f} s; is the run still going on?"
     )

@@ -12,7 +12,7 @@ from uuid import uuid4
 import msgspec
 
 from cluster.contracts.errors import ConfigError, PlacementError
-from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, write_message
+from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver
 
 LARGEST_POOL = 100_000
 
@@ -76,7 +76,7 @@ class Scaling:
             return
         refusal = self._grant(wish.sizes)
         sizes = {name: pool.size for name, pool in self._pools.items()}
-        write_message(self._files.answer, Answer(wish.wish_id, sizes, refusal))
+        self._wishes.answer(self._files.answer, Answer(wish.wish_id, sizes, refusal))
         self._say(refusal or f"scaled: {describe(sizes)}")
 
     def _grant(self, sizes: Mapping[str, int]) -> str | None:

@@ -25,7 +25,7 @@ from cluster.nodes.room import missing_for
 from cluster.pipeline import Inputs, Pipeline, check_support, pool_timeouts
 from cluster.run_directory import RunDirectory
 from cluster.scaling.teacher_log import Reign, TeacherLog, with_models
-from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, read_message, write_message
+from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, read_message
 from cluster.workers.replicas import for_later
 from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import Successors
@@ -119,7 +119,7 @@ class TeacherChanges:
             sentence, is_granted = self._begin(wish.teacher, wish.model), True
         except PreceptorError as error:
             sentence, is_granted = str(error), False
-        write_message(self._files.answer, ReplaceAnswer(wish.wish_id, sentence, is_granted))
+        self._wishes.answer(self._files.answer, ReplaceAnswer(wish.wish_id, sentence, is_granted))
         self._say(sentence)
 
     def enter(self, step: int, audit: ScoreAudit) -> None:

@@ -1,11 +1,13 @@
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from cluster.contracts.errors import ConfigError, PlacementError, PreceptorError
-from cluster.scaling.resizing import Scaling, ask, parse_sizes
-from cluster.wishes import WishFiles
+from cluster.scaling.resizing import Answer, Scaling, Wish, ask, parse_sizes
+from cluster.wishes import POLL_SECONDS, WishFiles, WishReader, write_message
 
 
 class Pool:
@@ -90,6 +92,41 @@ def test_a_run_that_does_not_go_on_is_one_sentence_and_its_wish_is_taken_back(tm
     with pytest.raises(PreceptorError, match="no driver answered"):
         ask(files, {"rollout": 2}, timeout_seconds=0.1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_that_come_together_are_all_granted(tmp_path: Path) -> None:
+    driver = Driver(tmp_path)
+    wishes = [{"rollout": 6}, {"teachers.math": 3}]
+    with ThreadPoolExecutor() as commands:
+        answers = [commands.submit(ask, driver.files, wish, 10.0) for wish in wishes]
+        time.sleep(2 * POLL_SECONDS)  # both have left their wishes before the driver looks
+        with driver:
+            found = [answer.result().refusal for answer in answers]
+    assert found == [None, None]
+    assert driver.sizes() == {"rollout": 6, "teachers.math": 3}
+
+
+def test_who_gives_up_takes_nobody_elses_wish_back(tmp_path: Path) -> None:
+    files = WishFiles(tmp_path / "wish.json", tmp_path / "answer.json")
+    write_message(files.wish, Wish("another's", {"rollout": 3}))
+    with pytest.raises(PreceptorError, match="no driver answered"):
+        ask(files, {"rollout": 2}, timeout_seconds=0.1)
+    assert "another's" in files.wish.read_text()
+
+
+def test_an_answer_stays_for_a_second_however_long_the_driver_took_to_give_it(tmp_path: Path) -> None:
+    files = WishFiles(tmp_path / "wish.json", tmp_path / "answer.json")
+    moment = 0.0
+    reader = WishReader(clock=lambda: moment)
+    write_message(files.wish, Wish("first", {}))
+    assert reader.take(files.wish, Wish) == Wish("first", {})
+    moment = 5.0
+    reader.answer(files.answer, Answer("first", {}, None))
+    write_message(files.wish, Wish("second", {}))
+    moment = 5.9
+    assert reader.take(files.wish, Wish) is None
+    moment = 6.0
+    assert reader.take(files.wish, Wish) == Wish("second", {})
 
 
 def test_a_resumed_run_takes_the_last_sizes_that_were_asked_for(tmp_path: Path) -> None:
