@@ -95,6 +95,8 @@ class TrainingRun:
     def enter(self, step: int) -> None:
         """Settle who scores a step, from 0, that is about to be asked for."""
         self._changes.enter(step, self._audit)
+        # A teacher that takes another's place can start when that one has left, and this step's scores wait for it.
+        self.pipeline.teachers.close(next_step=self._finished_step)
 
     def sampling(self, step: int) -> SamplingSettings:
         """Return how the completions of a step, from 0, are drawn."""

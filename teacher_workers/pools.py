@@ -4,6 +4,7 @@ A pool may have a successor, of another checkpoint: it starts beside the others,
 of that step and later ones, while those of earlier steps stay with the pool that they began with.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,6 +34,7 @@ class Successors:
     takes_places: bool = False  # whether there is no room for them beside the others
     num_lent: int = 0  # workers of the others that left to make room for the first of these
     error: PreceptorError | None = None  # why they cannot
+    due: float = math.inf  # on the driver's clock: when they are given up unless one of them serves
 
     @property
     def scorers(self) -> Scorers:

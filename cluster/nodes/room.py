@@ -11,17 +11,22 @@ from ray.actor import ActorHandle
 from cluster.nodes.placement import PoolPlacement
 
 
-def missing_for(share: PoolPlacement, more: int) -> str | None:
-    """Say what the connected cluster lacks for so many more workers of a pool; None when it has room.
+def missing_for(*changes: tuple[PoolPlacement, int]) -> str | None:
+    """Say what the connected cluster lacks for changes of pools' workers, together; None when it has room.
 
-    Workers without GPUs take turns on the same cores, so there always is. Looks at the sum: an engine on several GPUs
-    also needs them on one node, which Ray finds out when it places the actor.
+    Workers that leave make room for those that come. Workers without GPUs take turns on the same cores, so there always
+    is some. Looks at the sum: an engine on several GPUs also needs them on one node, which Ray finds out when it places
+    the actor.
     """
-    needed, free = more * share.gpus_per_worker, ray.available_resources().get("GPU", 0.0)
-    if needed <= free:
+    more = sum(change for _, change in changes if change > 0)
+    needed = sum(change * share.gpus_per_worker for share, change in changes if change > 0)
+    left = sum(-change * share.gpus_per_worker for share, change in changes if change < 0)
+    free = ray.available_resources().get("GPU", 0.0)
+    if needed <= free + left:
         return None
     total = ray.cluster_resources().get("GPU", 0.0)
-    return f"{more} more workers need {needed} GPUs, and {free:g} of the cluster's {total:g} are free"
+    others = f", with {left:g} more when others leave" if left else ""
+    return f"{more} more workers need {needed:g} GPUs, and {free:g} of the cluster's {total:g} are free{others}"
 
 
 @dataclass

@@ -56,13 +56,15 @@ def timeline(spans: Sequence[Span]) -> dict[str, Any]:
         >>> event["name"], event["ts"], event["dur"], event["args"]
         ('generate', 0.0, 500000.0, {'rows': 8, 'tokens': 90})
     """
-    workers = [worker for _, _, worker in sorted({(_order(span), span.pool, span.worker) for span in spans})]
+    by_worker: dict[str, list[Span]] = {}  # teachers of a slot have the same workers
+    for span in sorted(spans, key=lambda span: (_order(span), span.pool, span.worker)):
+        by_worker.setdefault(span.worker, []).append(span)
     start = min((span.began for span in spans), default=0.0)
     events: list[dict[str, Any]] = []
-    for process, worker in enumerate(workers, start=1):
+    for process, (worker, calls) in enumerate(by_worker.items(), start=1):
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": worker}})
         events.append({"ph": "M", "name": "process_sort_index", "pid": process, "args": {"sort_index": process}})
-        own = sorted((span for span in spans if span.worker == worker), key=lambda span: span.began)
+        own = sorted(calls, key=lambda span: span.began)
         events += [_event(span, process, lane, start) for span, lane in zip(own, lanes(own), strict=True)]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
@@ -87,6 +89,7 @@ def lanes(spans: Iterable[Span]) -> list[int]:
 def _event(span: Span, process: int, lane: int, start: float) -> dict[str, Any]:
     counts = {"rows": span.num_rows, "tokens": span.num_tokens} if span.num_rows else {}
     rollout = {} if span.rollout is None else {"rollout": span.rollout}
+    pool = {} if span.worker.startswith(f"{span.pool}-") else {"pool": span.pool}  # of a slot, or of a later checkpoint
     return {
         "ph": "X",
         "name": span.stage,
@@ -95,7 +98,7 @@ def _event(span: Span, process: int, lane: int, start: float) -> dict[str, Any]:
         "tid": lane,
         "ts": round((span.began - start) * 1e6, 1),
         "dur": round(span.seconds * 1e6, 1),
-        "args": counts | rollout,
+        "args": counts | rollout | pool,
     }
 
 

@@ -35,6 +35,7 @@ def print_plan(config: Config, options: PlanOptions) -> None:
         ConfigError: the rates are missing, malformed or of another run, or the GPUs are too few.
         CheckpointError: the directory holds no run.
     """
+    check_pools(config)
     rates = load_rates(options.rates, config)
     if options.save_rates is not None:
         _write(options.save_rates, msgspec.json.format(msgspec.json.encode(rates), indent=1))
@@ -45,6 +46,28 @@ def print_plan(config: Config, options: PlanOptions) -> None:
     sys.stdout.write(f"{text}\n")
     if options.picture is not None:
         report.draw(options.picture)
+
+
+def check_pools(config: Config) -> None:
+    """Check that every pool has workers and hardware of its own, as those of a plan have.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    for name, teacher in config.teachers.items():
+        if not teacher.num_workers:
+            raise ConfigError(
+                f"teachers.{name}: num_workers = 0 scores nothing, so no step of a plan would end; "
+                f"plan with teachers.{name}.num_workers=1"
+            )
+    for first, *others in config.scorer_groups.values():
+        if others:
+            raise ConfigError(
+                f"teachers.{first} and teachers.{others[0]} take turns in the slot '{config.teachers[first].slot}', "
+                f"which a plan knows nothing of; plan with teachers.{others[0]}.slot of another name"
+            )
+    if config.ray.share_gpu:
+        raise ConfigError("ray.share_gpu: a plan gives every pool GPUs of its own; plan with ray.share_gpu=false")
 
 
 def load_rates(path: Path, config: Config) -> Rates:

@@ -82,12 +82,19 @@ def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], 
     """Return rates from a run's steps, and the calls of some of them.
 
     Raises:
-        ConfigError: there are too few steps, none that a teacher scored, or steps that overlap.
+        ConfigError: there are too few steps, none that a teacher scored, steps that overlap, or teachers that
+            share a slot.
     """
     if config.rollout.max_staleness:
         raise ConfigError(
             f"{source}: rates cannot be told apart where steps overlap, and the run's rollout.max_staleness is "
             f"{config.rollout.max_staleness}; read them off a run with 0, and plan with any other"
+        )
+    shared = [names for names in config.scorer_groups.values() if len(names) > 1]
+    if shared:
+        raise ConfigError(
+            f"{source}: rates cannot be told apart where teachers wait for their turns, and {' and '.join(shared[0])} "
+            "share a slot; read them off a run with slots of their own"
         )
     later = [step for step in steps if step.step >= FIRST_STEP]
     of_batches = [span for span in spans if span.num_rows and span.num_tokens]
@@ -173,7 +180,7 @@ def _spans_of(events: Sequence[_Event]) -> list[Span]:
 def _span_of(event: _Event, worker: str) -> Span:
     values = (event.args.get(name) for name in ("rows", "tokens", "rollout"))
     rows, tokens, rollout = (value if isinstance(value, int) else None for value in values)
-    began, pool = event.ts / 1e6, worker.rpartition("-")[0]
+    began, pool = event.ts / 1e6, str(event.args.get("pool") or worker.rpartition("-")[0])
     ended = began + event.dur / 1e6
     return Span(pool, worker, event.name, began, ended, rows or 0, tokens or 0, rollout)  # type: ignore[arg-type]
 

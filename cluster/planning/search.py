@@ -188,16 +188,21 @@ def _scale(config: Config, widths: Widths, num_gpus: int) -> int:
         rows // (scale * 2) >= ROWS_OF_A_SMALL_RUN
         and config.prompts.prompts_per_step % (scale * 2) == 0
         and num_gpus // (scale * 2) >= 2 * sum(widths.gpus.values())
+        and num_gpus // (scale * 2) >= sum(widths.gpus.values()) - 1 + _ranks(config, scale * 2)
     ):
         scale *= 2
     return scale
 
 
+def _ranks(config: Config, scale: int) -> int:
+    """Return the fewest ranks of a run that is so many times smaller."""
+    return -(-config.learner.num_workers // scale)
+
+
 def _scaled(config: Config, rates: Rates, scale: int) -> tuple[Config, Rates, Widths, Demand]:
     """Return a run with a `scale`-th of rows, GPUs and ranks, whose driver has as much to do per second."""
     prompts = msgspec.structs.replace(config.prompts, prompts_per_step=config.prompts.prompts_per_step // scale)
-    ranks = -(-config.learner.num_workers // scale)
-    learner = msgspec.structs.replace(config.learner, num_workers=ranks)
+    learner = msgspec.structs.replace(config.learner, num_workers=_ranks(config, scale))
     small = msgspec.structs.replace(config, prompts=prompts, learner=learner)
     slower = msgspec.structs.replace(rates, seconds_per_call=rates.seconds_per_call * scale)
     return small, slower, Widths.of(small), Demand(small, slower)

@@ -50,7 +50,7 @@ class Scaling:
         self,
         files: WishFiles,
         pools: Mapping[str, Scalable],
-        missing: Callable[[str, int], str | None],
+        missing: Callable[[Mapping[str, int]], str | None],
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         needed: Callable[[str], str | None] = lambda name: "it has at least one worker",
@@ -60,7 +60,7 @@ class Scaling:
         Args:
             files: in the run directory; the last wish of an earlier part of the run counts as new.
             pools: by the name that a wish gives them.
-            missing: says what the cluster lacks for so many more workers of a pool; None: nothing.
+            missing: says what the cluster lacks for so many more or fewer workers of pools; None: nothing.
             say: tells people.
             clock: seconds.
             needed: says why a pool cannot be without workers; None: it can.
@@ -88,10 +88,11 @@ class Scaling:
             need = None if size else self._needed(name)
             if need is not None:
                 return f"{name}=0: {need}"
-            more = size - self._pools[name].size
-            lack = self._missing(name, more) if more > 0 else None
-            if lack is not None:
-                return f"{name}={size}: {lack}"
+        changes = {name: size - self._pools[name].size for name, size in sizes.items()}
+        growing = {name: sizes[name] for name, change in changes.items() if change > 0}
+        lack = self._missing(changes) if growing else None
+        if lack is not None:
+            return f"{describe(growing)}: {lack}"
         for name, size in sizes.items():
             self._pools[name].resize(size)
         return None

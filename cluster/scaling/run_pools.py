@@ -1,6 +1,6 @@
 """The pools of a run by the names that people give them: "rollout" and "teachers.NAME"."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ray.actor import ActorHandle
@@ -72,10 +72,27 @@ def make_scaling(
         served = next(names for names in config.scorer_groups.values() if pool.removeprefix("teachers.") in names)
         return need_of(served, config, inputs, progress.finished_step())
 
-    def missing(pool: str, more: int) -> str | None:
-        return missing_for(shares[pool], more)
+    def missing(changes: Mapping[str, int]) -> str | None:
+        # The teachers of a slot have one share together.
+        by_share = {shares[pool].name: (shares[pool], change) for pool, change in changes.items()}
+        return missing_for(*by_share.values())
 
+    _bring_back(config, pools, needed, progress)
     return Scaling(directory.scaling, pools, missing, progress.say, needed=needed)
+
+
+def _bring_back(
+    config: Config, pools: Mapping[str, Scalable], needed: Callable[[str], str | None], progress: "Progress"
+) -> None:
+    """Give teachers that were drained their workers again where the run went back to steps that need them."""
+    num_workers = {f"teachers.{name}": teacher.num_workers for name, teacher in config.teachers.items()}
+    for name, pool in pools.items():
+        if pool.size or not num_workers[name]:  # the rollout pool always has some
+            continue
+        need = needed(name)
+        if need is not None:
+            pool.resize(num_workers[name])
+            progress.say(f"{name}={num_workers[name]} again: {need}")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ import msgspec
 from cluster.audits.score_audit import ScoreAudit
 from cluster.audits.self_checks import check_tokenizers
 from cluster.contracts.config import Config
-from cluster.contracts.errors import ConfigError, ModelError, PreceptorError
+from cluster.contracts.errors import ActorError, ConfigError, ModelError, PreceptorError
+from cluster.contracts.pools import TeacherConfig
 from cluster.models.model_checks import read_model
 from cluster.models.model_files import load_tokenizer
+from cluster.nodes.gpu_shares import with_gpus
 from cluster.nodes.placement import PoolPlacement
 from cluster.nodes.room import missing_for
 from cluster.pipeline import Inputs, Pipeline, check_support, pool_timeouts
@@ -60,9 +62,8 @@ def start_successors(config: Config, inputs: Inputs, pipeline: Pipeline, name: s
     """
     of_now = pipeline.teachers.pools[name].scorers
     label = f"{of_now.label.partition('@')[0]}@{uuid4().hex[:6]}"  # Ray may hold a dead actor's name for a while
-    size = of_now.size
-    teachers = {each: msgspec.structs.replace(config.teachers[each], num_workers=size) for each in of_now.teachers}
-    options = [for_later(pipeline.placement.teachers[name].share)] * max(1, size)
+    teachers = _sections(config, pipeline, of_now)
+    options = [for_later(pipeline.placement.teachers[name].share)] * max(1, of_now.size)
     scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=pipeline.supervision)
     return Successors(
         {
@@ -70,6 +71,12 @@ def start_successors(config: Config, inputs: Inputs, pipeline: Pipeline, name: s
             for each, teacher in teachers.items()
         }
     )
+
+
+def _sections(config: Config, pipeline: Pipeline, of_now: Scorers) -> dict[str, TeacherConfig]:
+    """Return what the engines are given: as many as there are now, with the same parts of a GPU that all share."""
+    placed = with_gpus(config, pipeline.placement.on_gpu).teachers
+    return {each: msgspec.structs.replace(placed[each], num_workers=of_now.size) for each in of_now.teachers}
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class RunParts:
     inputs: Inputs
     pipeline: Pipeline
     start: Callable[[Config, Inputs, Pipeline, str], Successors] = start_successors
-    missing: Callable[[PoolPlacement, int], str | None] = missing_for
+    missing: Callable[[tuple[PoolPlacement, int]], str | None] = missing_for
     clock: Callable[[], float] = time.monotonic
 
 
@@ -110,8 +117,9 @@ class TeacherChanges:
     def look(self) -> None:
         """See whether somebody has asked for another checkpoint, and whether one that starts cannot serve."""
         for successors in list(self._pipeline.teachers.successors):
-            if successors.error is not None:
-                self._dismiss(successors, successors.error)
+            error = successors.error or self._overdue(successors)
+            if error is not None:
+                self._dismiss(successors, error)
         wish = self._wishes.take(self._files.wish, ReplaceWish)
         if wish is None:
             return
@@ -137,11 +145,12 @@ class TeacherChanges:
         config = self._checked(name, model)
         teachers = self._pipeline.teachers
         of_now = teachers.pools[name].scorers
-        lack = self._run.missing(self._pipeline.placement.teachers[name], 1)
+        lack = self._run.missing((self._pipeline.placement.teachers[name], 1))
         several = of_now.size > 1
         successors = self._run.start(config, self._run.inputs, self._pipeline, name)
         successors.takes_places = not of_now.size or (lack is not None and not several)
         successors.num_lent = int(lack is not None and several)
+        successors.due = self._run.clock() + config.ray.start_timeout_seconds
         teachers.prepare(successors)
         if not of_now.size:
             return f"teacher {name}: {model} takes its place at the next step, and has no worker yet either"
@@ -198,6 +207,13 @@ class TeacherChanges:
             self._note(name, step, "replacement")
         said = ", ".join(f"teacher {name} is {models[name]}" for name in changed)
         self._say(f"{said} from step {step + 1} on")
+
+    def _overdue(self, successors: Successors) -> PreceptorError | None:
+        """Return why successors are given up that wait too long for their place."""
+        if successors.takes_places or successors.scorers.serves or self._run.clock() <= successors.due:
+            return None
+        limit = self._run.config.ray.start_timeout_seconds
+        return ActorError(f"none of the new workers served within {limit:.0f} s; make room, and ask for it again")
 
     def _dismiss(self, successors: Successors, error: PreceptorError) -> None:
         changed = self._changed(successors)

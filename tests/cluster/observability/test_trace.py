@@ -57,6 +57,12 @@ def test_calls_of_a_worker_that_overlap_lie_beside_each_other() -> None:
     assert [event["tid"] for event in shown] == [0, 1, 1, 0]
 
 
+def test_the_calls_of_a_worker_that_two_teachers_share_are_shown_once_with_their_teacher() -> None:
+    spans = [Span(f"teacher-{name}", "slot-both-0", "score", 0.0, 1.0, 1, 1) for name in ("math", "code")]
+    shown = [event for event in timeline(spans)["traceEvents"] if event["ph"] == "X"]
+    assert [(event["pid"], event["args"]["pool"]) for event in shown] == [(1, "teacher-code"), (1, "teacher-math")]
+
+
 def test_workers_stand_in_the_order_of_the_data() -> None:
     workers = [("learner", "learner-0"), ("teacher-a", "teacher-a-0"), ("rollout", "rollout-0")]
     spans = [Span(pool, worker, "sync", 0.0, 1.0) for pool, worker in workers]

@@ -118,3 +118,15 @@ def test_a_teacher_that_scored_nothing_is_named(tmp_path: Path) -> None:
 def test_rates_are_not_read_off_steps_that_overlap(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"max_staleness is 2; read them off a run with 0"):
         rates_of_spans(a_runs_spans(), tmp_path, "rollout.max_staleness=2")
+
+
+def test_a_teachers_calls_are_known_by_its_name_whatever_its_workers_are_called(tmp_path: Path) -> None:
+    later = Span("teacher-main", "teacher-main@3f9a01-0", "score", 3.0, 4.0, 2, 1000)  # of another checkpoint
+    spans = [Span("rollout", "rollout-0", "generate", 0.0, 1.0, 1, 100), later]
+    assert rates_of_spans(spans, tmp_path).teachers["main"].tokens_per_second == pytest.approx(1000.0)
+
+
+def test_rates_are_not_read_off_teachers_that_wait_for_their_turns(tmp_path: Path) -> None:
+    slots = ("teachers.main.slot=s", "teachers.code={model='c',slot='s'}")
+    with pytest.raises(ConfigError, match=r"wait for their turns, and main and code share a slot; read them off"):
+        rates_of_spans(a_runs_spans(), tmp_path, *slots)

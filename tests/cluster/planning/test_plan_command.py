@@ -61,3 +61,20 @@ def test_a_run_directory_stands_for_its_rates_and_they_can_be_kept(run_file: str
     arguments = ["--rates", str(directory), "--save-rates", str(kept), "prompts.prompts_per_step=4"]
     assert main(["plan", run_file, *arguments]) == 0
     assert msgspec.json.decode(kept.read_bytes(), type=Rates) == rates
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("teachers.main.num_workers=0", "plan with teachers.main.num_workers=1"),
+        ("teachers={main={model='a',slot='s'},code={model='b',slot='s'}}", "take turns in the slot 's', which a plan"),
+        ("ray.share_gpu=true", "a plan gives every pool GPUs of its own; plan with ray.share_gpu=false"),
+    ],
+)
+def test_what_a_plan_cannot_show_is_refused_in_one_sentence(
+    run_file: str, rates_file: str, override: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", run_file, override, "--rates", rates_file, "--gpus", "8"]) == 1
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1

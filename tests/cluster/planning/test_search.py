@@ -66,3 +66,8 @@ def test_two_teachers_get_gpus_by_their_load() -> None:
     teachers = {"main": TeacherRates(1000.0, share=0.8), "second": TeacherRates(1000.0, share=0.2)}
     split = find_split(config, make_rates(teachers=teachers), 12).best.split
     assert split.teachers["main"] >= 2 * split.teachers["second"]
+
+
+def test_a_learner_that_takes_nearly_all_gpus_keeps_its_ranks() -> None:
+    config = make_config("prompts.prompts_per_step=512", "learner.num_workers=10")
+    assert str(find_split(config, make_rates(), 12).best.split) == "rollout=1 teachers.main=1 learner=10"

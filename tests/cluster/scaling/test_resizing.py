@@ -31,7 +31,7 @@ class Driver:
         self.scaling = Scaling(
             self.files,
             self.pools,
-            lambda name, more: "no room" if more > room else None,
+            lambda changes: "no room" if sum(changes.values()) > room else None,
             self.said.append,
             clock=lambda: self.moment,
         )
@@ -66,6 +66,18 @@ def test_one_pool_without_room_refuses_the_whole_wish(tmp_path: Path) -> None:
     with Driver(tmp_path, room=3) as driver, pytest.raises(PlacementError, match="rollout=9: no room"):
         ask(driver.files, {"teachers.math": 2, "rollout": 9})
     assert driver.sizes() == {"rollout": 1, "teachers.math": 1}
+
+
+def test_pools_that_grow_together_need_room_together(tmp_path: Path) -> None:
+    with Driver(tmp_path, room=3) as driver, pytest.raises(PlacementError, match=r"rollout=3 teachers.math=3: no room"):
+        ask(driver.files, {"rollout": 3, "teachers.math": 3})
+    assert driver.sizes() == {"rollout": 1, "teachers.math": 1}
+
+
+def test_workers_that_leave_make_room_for_those_that_come(tmp_path: Path) -> None:
+    with Driver(tmp_path, room=0) as driver:
+        driver.pools["rollout"].size = 3
+        assert ask(driver.files, {"rollout": 1, "teachers.math": 3}).sizes == {"rollout": 1, "teachers.math": 3}
 
 
 def test_fewer_workers_always_have_room(tmp_path: Path) -> None:

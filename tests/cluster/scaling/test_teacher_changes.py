@@ -17,12 +17,13 @@ from cluster.contracts.pools import TeacherConfig
 from cluster.demo import EMBEDDED, embedded_config
 from cluster.pipeline import Inputs, load_inputs
 from cluster.run_directory import RunDirectory
-from cluster.scaling.teacher_changes import ReplaceAnswer, RunParts, TeacherChanges
+from cluster.scaling.teacher_changes import ReplaceAnswer, RunParts, TeacherChanges, _sections
 from cluster.wishes import LOOK_SECONDS, read_message
 from cluster.workers.actors import PoolTimeouts
 from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import Successors, TeacherPools
 from teacher_workers.reference import fingerprint
+from tests.builders import make_config
 from tests.tiny_qwen3 import write_tiny_qwen3
 
 TEACHER, STUDENT = str(EMBEDDED / "teacher"), str(EMBEDDED / "student")
@@ -93,7 +94,7 @@ class Run:
         self.open(first_step=0)
 
     def open(self, first_step: int) -> None:
-        parts = RunParts(self.config, self.inputs, self.pipeline, self.start, lambda share, more: self.lack, self.tick)
+        parts = RunParts(self.config, self.inputs, self.pipeline, self.start, lambda change: self.lack, self.tick)
         self.changes = TeacherChanges(parts, self.directory, first_step, self.said.append)
 
     def tick(self) -> float:
@@ -190,6 +191,29 @@ def test_one_that_cannot_start_changes_nothing_and_is_told(tmp_path: Path, input
     assert run.said[-1] == f"teacher {NAME} stays as it is: vLLM cannot serve it"
     assert (run.started[0].has_ended, run.workers.size) == (True, 2)
     assert run.ask(STUDENT).is_granted  # it may be tried again
+
+
+def test_one_that_finds_no_place_in_time_is_given_up_and_may_be_tried_again(tmp_path: Path, inputs: Inputs) -> None:
+    run = Run(tmp_path, inputs, size=2)
+    run.lack = "no room"
+    run.ask(STUDENT)
+    run.moment += run.config.ray.start_timeout_seconds - 10
+    run.changes.look()
+    assert run.workers.size == 1
+    run.moment += 10
+    run.changes.look()
+    assert run.said[-1].startswith(f"teacher {NAME} stays as it is: none of the new workers served within 600 s; ")
+    assert (run.started[0].has_ended, run.workers.size) == (True, 2)
+    assert run.ask(STUDENT).is_granted
+
+
+def test_new_workers_on_a_gpu_that_all_share_are_given_the_part_of_the_old_ones() -> None:
+    config = make_config("ray.share_gpu=true", "teachers.main.num_workers=2", "learner.gpu_memory_fraction=0.35")
+    pipeline: Any = SimpleNamespace(placement=SimpleNamespace(on_gpu=True))
+    found = _sections(config, pipeline, Workers(config.teachers, size=3))["main"]  # type: ignore[arg-type]
+    assert found.num_workers == 3
+    # A rollout worker and two of the teacher share what the learner and 0.05 for processes leave.
+    assert found.engine.gpu_memory_fraction == pytest.approx(0.2)
 
 
 def test_one_whose_scores_cannot_be_trusted_does_not_take_over(run: Run) -> None:

@@ -1,9 +1,13 @@
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster.contracts.config import Config
 from cluster.pipeline import Inputs
+from cluster.run_directory import RunDirectory
+from cluster.scaling.run_pools import Progress, make_scaling
 from cluster.scaling.teacher_needs import need_of
 from rollout_workers.prompts import PromptOrder, PromptSet
 from tests.builders import make_config
@@ -61,3 +65,30 @@ def test_of_a_slot_any_teacher_may_be_needed() -> None:
 def test_held_out_prompts_need_their_teachers_to_the_end() -> None:
     found = need_of(["main"], config(), make_inputs(held_out_ids=(1,)), next_step=2)
     assert found == "held-out prompts are scored by teacher main"
+
+
+@pytest.mark.parametrize(("first_step", "size"), [(2, 2), (3, 0)])
+def test_a_drained_teacher_is_brought_back_where_the_run_goes_back_to_steps_that_need_it(
+    first_step: int, size: int, tmp_path: Path
+) -> None:
+    of_run, said = config("teachers.code.num_workers=2"), []
+    pools = {name: Sizes(0 if name == "code" else 1) for name in of_run.teachers}
+    pipeline: Any = SimpleNamespace(
+        rollouts=Sizes(1),
+        teachers=SimpleNamespace(pools=pools),
+        placement=SimpleNamespace(rollout=None, teachers={"main": None, "code": None}),
+    )
+    progress = Progress(lambda: first_step, said.append)
+    make_scaling(of_run, make_inputs(), pipeline, RunDirectory(tmp_path), progress)
+    assert (pools["code"].size, pools["main"].size) == (size, 1)
+    assert said == ["teachers.code=2 again: step 3 asks prompts that teacher code scores"] * (size > 0)
+
+
+class Sizes:
+    """A pool that changes its size at once."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def resize(self, size: int) -> None:
+        self.size = size
