@@ -39,10 +39,14 @@ class RunDirectory:
         """Open the folder of an earlier run.
 
         Raises:
-            CheckpointError: the folder does not hold a run.
+            CheckpointError: the folder does not hold a run, or is somebody else's.
         """
         directory = cls(path)
-        if not directory.config.is_file():
+        try:
+            holds_run = directory.config.is_file()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot look for a run there: {error.strerror}") from error
+        if not holds_run:
             raise CheckpointError(f"{path}: holds no run (there is no {directory.config.name})")
         return directory
 

@@ -51,3 +51,8 @@ def test_a_second_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_holds_no_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no run"):
         RunDirectory.open(tmp_path)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_sentence() -> None:
+    with pytest.raises(CheckpointError, match="x: cannot look for a run there: File name too long"):
+        RunDirectory.open(Path("x" * 5000))
