@@ -266,6 +266,7 @@ class RolloutPool:
             len(handle.trajectory_ids),
             sum(handle.num_completion_tokens),
             awaited.order.rollout,
+            handle.num_completion_tokens,
         )
 
     def _hand_on(self, worker: int) -> None:

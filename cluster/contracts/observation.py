@@ -24,6 +24,7 @@ class Span:
     num_rows: int = 0  # of the batch that the answer is about
     num_tokens: int = 0
     rollout: int | None = None  # that a generate call was of; in training the step
+    lengths: tuple[int, ...] = ()  # completion tokens of each row of a generate call
 
     @property
     def seconds(self) -> float:

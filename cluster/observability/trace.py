@@ -15,7 +15,7 @@ from cluster.contracts.observation import Span
 from cluster.json_writing import write_atomically
 from cluster.observability.observers import Ending, SeenStep
 
-MOST_SPANS_PER_STEP = 20_000  # the rest of a step is left out; such a file has about 3 MB per step
+MOST_SPANS_PER_STEP = 20_000  # the rest of a step is left out; such a file has about 4 MB per step
 
 
 class Trace:
@@ -51,10 +51,10 @@ def timeline(spans: Sequence[Span]) -> dict[str, Any]:
     """Return the trace; its time begins with the first call.
 
     Example:
-        >>> span = Span("rollout", "rollout-0", "generate", began=7.0, ended=7.5, num_rows=8, num_tokens=90)
+        >>> span = Span("rollout", "rollout-0", "generate", 7.0, 7.5, num_rows=2, num_tokens=90, lengths=(30, 60))
         >>> event = timeline([span])["traceEvents"][-1]
         >>> event["name"], event["ts"], event["dur"], event["args"]
-        ('generate', 0.0, 500000.0, {'rows': 8, 'tokens': 90})
+        ('generate', 0.0, 500000.0, {'rows': 2, 'tokens': 90, 'lengths': (30, 60)})
     """
     by_worker: dict[str, list[Span]] = {}  # teachers of a slot have the same workers
     for span in sorted(spans, key=lambda span: (_order(span), span.pool, span.worker)):
@@ -89,6 +89,7 @@ def lanes(spans: Iterable[Span]) -> list[int]:
 def _event(span: Span, process: int, lane: int, start: float) -> dict[str, Any]:
     counts = {"rows": span.num_rows, "tokens": span.num_tokens} if span.num_rows else {}
     rollout = {} if span.rollout is None else {"rollout": span.rollout}
+    lengths = {"lengths": span.lengths} if span.lengths else {}
     pool = {} if span.worker.startswith(f"{span.pool}-") else {"pool": span.pool}  # of a slot, or of a later checkpoint
     return {
         "ph": "X",
@@ -98,7 +99,7 @@ def _event(span: Span, process: int, lane: int, start: float) -> dict[str, Any]:
         "tid": lane,
         "ts": round((span.began - start) * 1e6, 1),
         "dur": round(span.seconds * 1e6, 1),
-        "args": counts | rollout | pool,
+        "args": counts | rollout | lengths | pool,
     }
 
 

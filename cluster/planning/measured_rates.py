@@ -4,7 +4,8 @@ What is derived:
 
 - Rollout. A sequence of L tokens that began with all others of its call is finished after
   a L + b sum_i min(length_i, L) seconds, where each token takes a + b n seconds while n sequences run: batches that
-  left full, and the last ones, give one such equation each, solved by least squares. Where a worker had more sequences
+  left full, and the last ones, give one such equation each, solved by least squares. The trace has every completion's
+  length; of one that has not, the mean of the batch stands for it. Where a worker had more sequences
   than it runs at a time, one pace is fitted; so measure with few sequences per worker, strictly on-policy.
 - Teachers. A replica that has m batches with t tokens in all, one after the other, is busy for c m + t / rate seconds.
 - Learner, sync: medians over steps, of which those before the third are start-up; the update itself is a rank's last
@@ -25,7 +26,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.files import read_text
 from cluster.contracts.observation import Span
-from cluster.contracts.section import NonNegative, Positive
+from cluster.contracts.section import CountOrZero, NonNegative, Positive
 from cluster.planning.rates import LearnerRates, Rates, RolloutRates, TeacherRates
 from cluster.planning.rollout_pace import Chain, busy_times, chains_of, least_squares, pace_of
 from cluster.run_directory import RunDirectory
@@ -48,6 +49,17 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
     sync_seconds: NonNegative = msgspec.field(name="sync/seconds")
 
 
+class _Arguments(msgspec.Struct, frozen=True):
+    """What an entry of a trace file says besides its time; as in `Span`."""
+
+    name: str = ""  # of a worker
+    rows: CountOrZero = 0
+    tokens: CountOrZero = 0
+    rollout: int | None = None
+    lengths: tuple[CountOrZero, ...] = ()  # older traces have none
+    pool: str = ""  # where the worker's name does not say it
+
+
 class _Event(msgspec.Struct, frozen=True):
     """One entry of a trace file: a call to a worker, or a worker's name."""
 
@@ -56,7 +68,7 @@ class _Event(msgspec.Struct, frozen=True):
     pid: int
     ts: NonNegative = 0.0  # microseconds
     dur: NonNegative = 0.0
-    args: dict[str, Any] = {}
+    args: _Arguments = _Arguments()
 
 
 class _Trace(msgspec.Struct, frozen=True):
@@ -165,7 +177,7 @@ def _learner(steps: Sequence[RunStep], spans: Sequence[Span], num_ranks: int) ->
 def _quantiles(chains: Sequence[Chain], longest: float) -> tuple[float, ...]:
     lengths = sorted(length for chain in chains for length in chain.lengths)
     num = min(MOST_QUANTILES, len(lengths))
-    found = [float(value) for value in np.quantile(lengths, np.linspace(0, 1, num))]
+    found = [max(1.0, float(value)) for value in np.quantile(lengths, np.linspace(0, 1, num))]
     found[-1] = max(found[-1], longest)
     assert all(low <= high for low, high in pairwise(found))
     return tuple(found)
@@ -173,16 +185,15 @@ def _quantiles(chains: Sequence[Chain], longest: float) -> tuple[float, ...]:
 
 def _spans_of(events: Sequence[_Event]) -> list[Span]:
     """Return the calls of a trace."""
-    workers = {event.pid: str(event.args.get("name")) for event in events if event.name == "process_name"}
+    workers = {event.pid: event.args.name for event in events if event.name == "process_name"}
     return [_span_of(event, workers.get(event.pid, "")) for event in events if event.ph == "X"]
 
 
 def _span_of(event: _Event, worker: str) -> Span:
-    values = (event.args.get(name) for name in ("rows", "tokens", "rollout"))
-    rows, tokens, rollout = (value if isinstance(value, int) else None for value in values)
-    began, pool = event.ts / 1e6, str(event.args.get("pool") or worker.rpartition("-")[0])
-    ended = began + event.dur / 1e6
-    return Span(pool, worker, event.name, began, ended, rows or 0, tokens or 0, rollout)  # type: ignore[arg-type]
+    said, began = event.args, event.ts / 1e6
+    pool, ended = said.pool or worker.rpartition("-")[0], began + event.dur / 1e6
+    stage: Any = event.name
+    return Span(pool, worker, stage, began, ended, said.rows, said.tokens, said.rollout, said.lengths)
 
 
 def _decode(path: Path, text: str, kind: type[_Decoded]) -> _Decoded:

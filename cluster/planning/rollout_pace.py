@@ -33,11 +33,11 @@ class Chain:
 
     @property
     def lengths(self) -> list[float]:
-        """Return about how long each completion was: as those of its batch on average."""
-        return [span.num_tokens / span.num_rows for span in self.batches for _ in range(span.num_rows)]
+        """Return how long each completion was; where a trace is too old to say, as those of its batch on average."""
+        return [length for span in self.batches for length in lengths_of(span)]
 
     def equations(self, rows_per_batch: int) -> list[tuple[float, float, float]]:
-        """Return (L, sum of min(length, L), seconds) at moments when a completion of about L tokens was finished."""
+        """Return (L, sum of min(length, L), seconds) at moments when a completion of L tokens was finished."""
         lengths = np.array(self.lengths)
         found = []
         for index, span in enumerate(self.batches):
@@ -48,16 +48,28 @@ class Chain:
         return found
 
     def _longest(self, index: int) -> float:
-        """Return about how long a batch's last completion was: rows finish in the order of their lengths."""
+        """Return how long a batch's last completion was: rows finish in the order of their lengths."""
         batch = self.batches[index]
+        if batch.lengths:
+            return float(max(batch.lengths))
         others = self.batches[index + 1 : index + 2] or self.batches[index - 1 : index]
         if not others:
             return batch.num_tokens / batch.num_rows
         mean_length, other_mean = batch.num_tokens / batch.num_rows, others[0].num_tokens / others[0].num_rows
-        # Half a batch's rows lie between its mean and its longest, half of both between the two means.
+        # Of an old trace: half a batch's rows lie between its mean and its longest, half of both between the two means.
         return mean_length + abs(other_mean - mean_length) * (batch.num_rows - 1) / (
             batch.num_rows + others[0].num_rows
         )
+
+
+def lengths_of(span: Span) -> list[float]:
+    """Return the completion tokens of each row of a call.
+
+    Example:
+        >>> lengths_of(Span("rollout", "rollout-0", "generate", 0.0, 1.0, num_rows=2, num_tokens=90))
+        [45.0, 45.0]
+    """
+    return [float(length) for length in span.lengths] or [span.num_tokens / span.num_rows] * span.num_rows
 
 
 def chains_of(spans: Iterable[Span]) -> list[Chain]:

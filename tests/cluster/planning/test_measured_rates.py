@@ -130,3 +130,33 @@ def test_rates_are_not_read_off_teachers_that_wait_for_their_turns(tmp_path: Pat
     slots = ("teachers.main.slot=s", "teachers.code={model='c',slot='s'}")
     with pytest.raises(ConfigError, match=r"wait for their turns, and main and code share a slot; read them off"):
         rates_of_spans(a_runs_spans(), tmp_path, *slots)
+
+
+def test_every_completions_length_counts_where_the_trace_has_them(tmp_path: Path) -> None:
+    # At 30 tokens 10 + 3 x 30 are written, at 70 all 160: 0.01 x 30 + 0.002 x 100 and 0.01 x 70 + 0.002 x 160 seconds.
+    calls = [(0.0, 0.5, (10, 30)), (0.6, 1.02, (70, 50))]
+    written = [
+        Span("rollout", "rollout-0", "generate", began, ended, 2, sum(lengths), 7, lengths)
+        for began, ended, lengths in calls
+    ]
+    rates = rates_of_spans([*written, scored(2.0, 400, 0.4)], tmp_path, "rollout.rows_per_batch=2").rollout
+    assert rates.completion_tokens == (10.0, 30.0, 50.0, 250.0)  # 250 is the longest of the run's figures
+    (one, alone), (four, crowded) = rates.seconds_per_token
+    assert (one, four) == (1, 4)
+    assert (alone, crowded) == (pytest.approx(0.012), pytest.approx(0.018))
+
+
+def test_the_pace_of_a_full_engine_follows_from_its_longest_completion(tmp_path: Path) -> None:
+    # Two at a time; the longest begins first, or after one of the others: 97 or 98 tokens in 1.95 s.
+    written = Span("rollout", "rollout-0", "generate", 0.0, 1.95, 4, 100, 7, (1, 1, 1, 97))
+    spans = [written, scored(2.0, 400, 0.4)]
+    [(_, pace)] = rates_of_spans(spans, tmp_path, "rollout.engine.max_concurrent_sequences=2").rollout.seconds_per_token
+    assert pace == pytest.approx(0.02, rel=0.01)
+
+
+def test_a_trace_with_nonsense_for_lengths_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    rates_of_spans(a_runs_spans(), tmp_path)
+    trace = tmp_path / "trace.json"
+    trace.write_text(trace.read_text().replace('"rollout": 0', '"lengths": ["long"]', 1))
+    with pytest.raises(ConfigError, match=r"not what a run writes: Expected `int`, got `str` .*lengths"):
+        rates_of_run(tmp_path)

@@ -125,3 +125,18 @@ def test_idle_shares_are_what_is_left_of_a_step() -> None:
     assert found.idle_shares["teachers.main"] == pytest.approx(1 - 0.44 / 1.484)
     assert found.idle_shares["learner"] == pytest.approx(1 - 0.044 / 1.484)
     assert found.completion_tokens_per_second == pytest.approx(400 / 1.484)
+
+
+def test_calls_to_rollout_workers_say_how_long_each_completion_was() -> None:
+    config = four_rows()
+    rates = make_rates(rollout=LONG_TAIL)
+    demand = Demand(config, rates)
+    run = build(config, rates, ONE_EACH, demand)
+    sampling = SamplingSettings(400, 1.0)
+    handles = list(run.rollouts.generate(demand.requests(0), sampling, "exact"))
+    said = {
+        row: length
+        for found in handles
+        for row, length in zip(found.trajectory_ids, found.spans[0].lengths, strict=True)
+    }
+    assert said == {request.trajectory_id: demand.row(request).completion_tokens for request in demand.requests(0)}
