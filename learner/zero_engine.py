@@ -189,5 +189,7 @@ def _skip_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce on CPU.
 
     Only its inference engine calls that op; building it takes a C++ compiler, and longer than a demo's training step.
+    On a GPU DeepSpeed has no such op, and looking at the list would make it try compilers for all of its CUDA ops.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
