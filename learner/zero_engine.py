@@ -78,6 +78,9 @@ class ZeroEngine:
             rank=rank,
             world_size=world_size,
         )
+        zero = zero_settings(config, world_size)
+        if config.zero_stage == 3:
+            _shard(student, zero)
         offloads = "cpu" in (config.offload_optimizer, config.offload_parameters)
         settings = adamw_settings(config)
         self._optimizer = (
@@ -86,7 +89,7 @@ class ZeroEngine:
             else PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
         )
         self._engine, *_ = deepspeed.initialize(
-            model=student, optimizer=self._optimizer, config=zero_settings(config, world_size), dist_init_required=False
+            model=student, optimizer=self._optimizer, config=zero, dist_init_required=False
         )
 
     def forward(
@@ -183,6 +186,17 @@ def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # ours is AdamW with a pause
         "steps_per_print": 1 << 62,
     }
+
+
+def _shard(student: Student, zero: dict[str, Any]) -> None:
+    """Leave each rank its part of every parameter, one parameter after the other, and bring the buffers to its device.
+
+    DeepSpeed would bring the whole student to every GPU before it shards it.
+    """
+    deepspeed.zero.Init(module=student, config_dict_or_path=zero)
+    device = deepspeed.accelerator.get_accelerator().current_device_name()
+    for buffer in student.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def _skip_shared_memory_op() -> None:
