@@ -135,8 +135,8 @@ def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dt
 def head_widths(model_config: Any) -> tuple[int, int]:
     """Return how wide a head's queries and keys are, and its values; latent attention has two numbers."""
     text = model_config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else USUAL_WIDTH)
+    heads, hidden = (getattr(text, name, None) for name in ("num_attention_heads", "hidden_size"))
+    width = getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else USUAL_WIDTH)
     return getattr(text, "qk_head_dim", None) or width, getattr(text, "v_head_dim", None) or width
 
 
