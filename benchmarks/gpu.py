@@ -23,8 +23,10 @@ from benchmarks.pairs import ROOT
 from benchmarks.report import RESULTS, Row, describe_machine, print_rows, version_of
 
 COMMAND = "python -m benchmarks.gpu"
-# Of each part's process, in the order in which they run.
-SECONDS = {"loop": 200.0, "scoring": 130.0, "sync": 50.0, "kernels": 50.0, "learning": 50.0}
+ALL_SECONDS = 480.0  # of all parts together, whichever are chosen
+# In the order in which the parts run, their shares of it. Each leaves what it does not take to those after it, and the
+# last two, which start two engines per model or wait for the longest completion, are the hardest to foretell.
+SHARES = {"kernels": 40, "learning": 50, "sync": 50, "loop": 180, "scoring": 160}
 DRY_SECONDS = 200.0  # of each part, on a CPU that others use too
 DRY_AT_ONCE = 3  # parts; each engine takes more than 1 GB of memory
 ENDING_SECONDS = 20.0  # in which an interrupted part ends its engines
@@ -56,11 +58,12 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument(
-        "--parts", nargs="+", choices=SECONDS, default=list(SECONDS), metavar="PART", help=", ".join(SECONDS)
+        "--parts", nargs="+", choices=SHARES, default=list(SHARES), metavar="PART", help=", ".join(SHARES)
     )
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-gpu.json")
-    parser.add_argument("--child", choices=SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=SHARES, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -68,15 +71,32 @@ def parse() -> argparse.Namespace:
 def measure(parts: Sequence[str], folder: Path, is_dry_run: bool) -> dict[str, tuple[list[Row], str | None]]:
     """Run the parts one after the other; some at once where figures mean nothing."""
     if not is_dry_run:
-        return {name: measure_part(name, folder, is_dry_run) for name in parts}
+        return _measure_in_turns([name for name in SHARES if name in parts], folder)
     with ThreadPoolExecutor(DRY_AT_ONCE) as pool:
-        started = {name: pool.submit(measure_part, name, folder / name, is_dry_run) for name in parts}
+        started = {name: pool.submit(measure_part, name, folder / name, is_dry_run, DRY_SECONDS) for name in parts}
         return {name: part.result() for name, part in started.items()}
 
 
-def measure_part(
-    name: str, folder: Path, is_dry_run: bool, limit_seconds: float | None = None
-) -> tuple[list[Row], str | None]:
+def _measure_in_turns(parts: Sequence[str], folder: Path) -> dict[str, tuple[list[Row], str | None]]:
+    deadline = time.perf_counter() + ALL_SECONDS
+    found = {}
+    for index, name in enumerate(parts):
+        limit = share_of_time(parts[index:], deadline - time.perf_counter())
+        found[name] = measure_part(name, folder, is_dry_run=False, limit_seconds=limit)
+    return found
+
+
+def share_of_time(parts: Sequence[str], seconds: float) -> float:
+    """Return how many of the seconds the first of some parts may take, so that the others have theirs.
+
+    Example:
+        >>> share_of_time(["loop", "scoring"], 340.0)
+        180.0
+    """
+    return seconds * SHARES[parts[0]] / sum(SHARES[part] for part in parts)
+
+
+def measure_part(name: str, folder: Path, is_dry_run: bool, limit_seconds: float) -> tuple[list[Row], str | None]:
     """Run a part and return its rows, and what went wrong."""
     print(f"== {name}", flush=True)
     folder.mkdir(exist_ok=True)
@@ -91,15 +111,17 @@ def measure_part(
         str(folder),
         "--output",
         str(output),
+        "--seconds",
+        str(limit_seconds),
     ]
-    limit, began = limit_seconds or seconds_of(name, is_dry_run), time.perf_counter()
+    began = time.perf_counter()
     # Threads that spin while they wait would take the cores from other processes of the same part. vLLM leaves its
     # sockets where they are, so they are put where everything goes at the end.
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "VLLM_RPC_BASE_PATH": str(folder)}
     process = subprocess.Popen(
         [*command, *(["--dry-run"] if is_dry_run else [])], cwd=ROOT, env=environment, start_new_session=True
     )
-    fault = _wait(process, limit)
+    fault = _wait(process, limit_seconds)
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     print(f"{name}: {len(rows)} rows in {time.perf_counter() - began:.0f} s", flush=True)
     return rows, None if fault is None else f"FAILED: {name}: {fault}"
@@ -116,17 +138,11 @@ def run_part(options: argparse.Namespace) -> None:
     transformers.utils.logging.disable_progress_bar()
     scale = dry_scale() if options.dry_run else card_scale()
     part = importlib.import_module(f"benchmarks.gpu_parts.{options.child}")
-    limit = seconds_of(options.child, options.dry_run)
     with options.output.open("w") as output:
-        for found in part.rows(scale, options.folder, LONGEST_KEPT * limit):
+        for found in part.rows(scale, options.folder, LONGEST_KEPT * options.seconds):
             kept = found if scale.has_bars else {key: found[key] for key in found if key not in ("bar", "met")}
             output.write(json.dumps({**kept, "part": options.child}) + "\n")
             output.flush()
-
-
-def seconds_of(name: str, is_dry_run: bool) -> float:
-    """Return a part's time limit."""
-    return DRY_SECONDS if is_dry_run else SECONDS[name]
 
 
 def describe_card(options: argparse.Namespace) -> Row:
@@ -148,7 +164,7 @@ def _wait(process: "subprocess.Popen[bytes]", limit_seconds: float) -> str | Non
     try:
         code = process.wait(limit_seconds)
     except subprocess.TimeoutExpired:
-        return f"took more than {limit_seconds:g} s; what it had measured by then is kept"
+        return f"took more than {limit_seconds:.3g} s; what it had measured by then is kept"
     finally:
         _end(process)  # also when this very program is interrupted
     return None if code == 0 else f"ended with exit code {code}"

@@ -56,6 +56,9 @@ def prepare_environment(engine: EngineConfig) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if engine.dtype == "float32":
+        # On a GPU vLLM attends in float32 with Triton alone, which would round what it multiplies to TF32's 10 bits.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     os.environ[OWNER_VARIABLE] = str(os.getpid())
 
 

@@ -24,6 +24,7 @@ PACKED = "preceptor_packed"  # how transformers knows `packed_attention`
 HALF_PRECISION = (torch.bfloat16, torch.float16)  # what the flash kernels take
 KERNEL_TOLERANCE = 0.03  # of the norm; bfloat16 makes errors of about 0.005, a wrong mask of more than 0.1
 PROBE_LENGTHS = (5, 3)
+USUAL_WIDTH = 64  # of a head, where a model does not say
 # What some models ask of their attention that the kernels here are not told.
 UNKNOWN_WISHES = ("sliding_window", "softcap", "s_aux", "position_bias")
 
@@ -66,7 +67,8 @@ class Segments:
         )
 
 
-# (query [tokens, heads, width], key and value [tokens, key_value_heads, width], scale) to [tokens, heads, width]
+# (query [tokens, heads, width], key [tokens, key_value_heads, width], value, whose width may be another, scale) to
+# [tokens, heads, width of the values]
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 
 
@@ -120,22 +122,35 @@ def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dt
     """
     if wanted == "masked" or (wanted == "auto" and (device.type == "cpu" or not _is_plain(model_config))):
         return None
+    widths = head_widths(model_config)
     if wanted == "auto":
-        flash = [name for name in ("flash", "varlen") if dtype in HALF_PRECISION and not fault_of(name, device, dtype)]
+        tried = ("flash", "varlen") if dtype in HALF_PRECISION else ()
+        flash = [name for name in tried if not fault_of(name, device, dtype, widths)]
         return KERNELS[flash[0] if flash else "grouped"]()
-    if fault := fault_of(wanted, device, dtype):
+    if fault := fault_of(wanted, device, dtype, widths):
         raise ModelError(f'learner.attention = "{wanted}" does not work here: {fault}; take "auto" or "grouped"')
     return KERNELS[wanted]()
 
 
-def fault_of(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say why a kernel cannot be used, after a forward and backward of two short sequences; None if it can."""
+def head_widths(model_config: Any) -> tuple[int, int]:
+    """Return how wide a head's queries and keys are, and its values; latent attention has two numbers."""
+    text = model_config.get_text_config()
+    heads, hidden = (getattr(text, name, None) for name in ("num_attention_heads", "hidden_size"))
+    width = getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else USUAL_WIDTH)
+    return getattr(text, "qk_head_dim", None) or width, getattr(text, "v_head_dim", None) or width
+
+
+def fault_of(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
+    """Say why a kernel cannot be used, after a forward and backward of two short sequences; None if it can.
+
+    Flash kernels take a multiple of 8 as a head's width, and the same for its values.
+    """
     try:
-        found = _probe(KERNELS[name](), device, dtype)
+        found = _probe(KERNELS[name](), device, dtype, widths)
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
         # Of torch's page about backends, the first sentence.
         return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-    expected = _probe(grouped, device, dtype)
+    expected = _probe(grouped, device, dtype, widths)
     off = max(((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True))
     return None if off <= KERNEL_TOLERANCE else f"it differs from plain attention by {off:.1%}"
 
@@ -210,14 +225,14 @@ def _varlen() -> Kernel:
 KERNELS: dict[str, Callable[[], Kernel]] = {"flash": _flash, "varlen": _varlen, "grouped": lambda: grouped}
 
 
-def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> list[Tensor]:
     """Return the outputs of two sequences, and the gradients by query, key and value; four heads share two keys."""
     random = torch.Generator().manual_seed(0)
     segments = Segments.of(PROBE_LENGTHS, device)
-    shapes = [(sum(PROBE_LENGTHS), heads, 64) for heads in (4, 2, 2)]
+    shapes = [(sum(PROBE_LENGTHS), heads, width) for heads, width in ((4, widths[0]), (2, widths[0]), (2, widths[1]))]
     rows = [torch.randn(shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes]
     with torch.enable_grad():
-        found = kernel(rows[0], rows[1], rows[2], segments, 0.125)
+        found = kernel(rows[0], rows[1], rows[2], segments, widths[0] ** -0.5)
         gradients = torch.autograd.grad(found.square().sum() / 2, rows)
     return [part.detach().float() for part in (found, *gradients)]
 

@@ -46,9 +46,10 @@ def accumulate(
         started = perf_counter()
         found = engine.forward(batch, task.objective, task.teacher_heads)
         engine.backward(found.loss, is_last and completes_step)
-        busy = {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)}
         tokens = batch.tokens.to(found.loss.device)
-        parts.append(describe(found, tokens, task.objective.config.support == "samples") | busy)
+        figures = describe(found, tokens, task.objective.config.support == "samples")
+        # Only now: a GPU has just begun when `backward` returns, and reading the figures waits for it.
+        parts.append(figures | {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)})
     return merge(parts)
 
 

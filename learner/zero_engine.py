@@ -78,6 +78,9 @@ class ZeroEngine:
             rank=rank,
             world_size=world_size,
         )
+        zero = zero_settings(config, world_size)
+        if config.zero_stage == 3:
+            _shard(student, zero)
         offloads = "cpu" in (config.offload_optimizer, config.offload_parameters)
         settings = adamw_settings(config)
         self._optimizer = (
@@ -86,7 +89,7 @@ class ZeroEngine:
             else PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
         )
         self._engine, *_ = deepspeed.initialize(
-            model=student, optimizer=self._optimizer, config=zero_settings(config, world_size), dist_init_required=False
+            model=student, optimizer=self._optimizer, config=zero, dist_init_required=False
         )
 
     def forward(
@@ -185,9 +188,22 @@ def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
     }
 
 
+def _shard(student: Student, zero: dict[str, Any]) -> None:
+    """Leave each rank its part of every parameter, one parameter after the other, and bring the buffers to its device.
+
+    DeepSpeed would bring the whole student to every GPU before it shards it.
+    """
+    deepspeed.zero.Init(module=student, config_dict_or_path=zero)
+    device = deepspeed.accelerator.get_accelerator().current_device_name()
+    for buffer in student.buffers():
+        buffer.data = buffer.data.to(device)
+
+
 def _skip_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce on CPU.
 
     Only its inference engine calls that op; building it takes a C++ compiler, and longer than a demo's training step.
+    On a GPU DeepSpeed has no such op, and looking at the list would make it try compilers for all of its CUDA ops.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

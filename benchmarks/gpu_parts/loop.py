@@ -48,8 +48,14 @@ def measured_rows(scale: Scale, bench: Bench, deadline: float) -> Iterator[Row]:
     alone: list[Alone] = []
     together: list[Together] = []
     while len(alone) < ROUNDS[kind] and (not alone or time.perf_counter() < half):
-        alone.append(bench.alone(1 + len(alone)))
-        together.append(bench.together(len(alone)))
+        step = 1 + len(alone)
+        # In changing order, for whichever comes second finds the step's prompts in the teacher's cache.
+        if step % 2:
+            alone.append(bench.alone(step))
+            together.append(bench.together(step))
+        else:
+            together.append(bench.together(step))
+            alone.append(bench.alone(step))
     yield from stage_rows(alone, size)
     yield from streaming_rows(alone, together, size)
     yield from sampler_rows(together, size)

@@ -22,6 +22,9 @@ LOGIT_DEVIATION = 4.0
 EOS = 1
 CONSTANT = 0.5  # several times the other numbers of an embedding, so that it stays visible, and does not drown them
 PROMPTS = "prompts.jsonl"
+# No multiple of the 16 tokens of vLLM's cache blocks: were the whole prompt cached, a teacher would lack the position
+# that predicts the first completion token, and read all of it a second time.
+PROMPT_TOKENS = 200
 PROMPT_WORDS = 256  # different ones; each is a token
 
 
@@ -73,7 +76,7 @@ class Scale:
 
 
 def card_scale() -> Scale:
-    """Return the sizes for a card of 80 GB or more."""
+    """Return the sizes for a card of 140 GB; the learner keeps some 45 GB of activations beside the two engines."""
     return Scale(
         device=torch.device("cuda"),
         dtype=torch.bfloat16,
@@ -82,9 +85,9 @@ def card_scale() -> Scale:
         scored_teachers=(QWEN3_17B, QWEN3_8B),
         num_prompts=32,
         samples_per_prompt=4,
-        prompt_tokens=192,
+        prompt_tokens=PROMPT_TOKENS,
         mean_tokens=384,
-        max_tokens=2048 - 192,
+        max_tokens=2048 - PROMPT_TOKENS,
         num_scored=24,
         micro_batch_tokens=16_384,
         repeats=3,

@@ -3,8 +3,10 @@ import subprocess
 import sys
 import time
 
-from cluster.contracts.pools import EngineConfig
-from cluster.vllm_runtime import OWNER_CHECK_SECONDS, OWNER_VARIABLE, gpu_arguments
+import pytest
+
+from cluster.contracts.pools import Dtype, EngineConfig
+from cluster.vllm_runtime import OWNER_CHECK_SECONDS, OWNER_VARIABLE, gpu_arguments, prepare_environment
 
 CHILD = "from cluster.vllm_runtime import end_with_owner; end_with_owner(); import time; time.sleep(60)"
 OWNER = f"""
@@ -51,3 +53,12 @@ def test_on_a_shared_gpu_the_cache_has_a_set_size() -> None:
     assert arguments["gpu_memory_utilization"] == 0.3
     assert arguments["kv_cache_memory_bytes"] == 2_684_354_560
     assert arguments["distributed_executor_backend"] is None
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("bfloat16", None)])
+def test_float32_is_not_rounded_to_tf32_by_triton(
+    monkeypatch: pytest.MonkeyPatch, dtype: Dtype, precision: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    prepare_environment(EngineConfig(dtype=dtype))
+    assert os.environ.get("TRITON_F32_DEFAULT") == precision

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import ray
 import torch
 from ray.actor import ActorHandle
+from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.learner import WeightSyncConfig
@@ -49,12 +51,17 @@ class CardLearner:
     @torch.no_grad()
     def logprobs(self, token_ids: list[int], dtype: Dtype) -> torch.Tensor:
         """Return [tokens - 1, vocabulary] on the CPU: row t is the distribution of token t + 1."""
-        kept = {name: value.clone() for name, value in self._model.state_dict().items()}
-        model = self._model.to(getattr(torch, dtype))
-        logits = model(torch.tensor([token_ids], device="cuda")).logits[0, :-1].float()
-        self._model = model.float()
-        self._model.load_state_dict(kept)
-        return logits.log_softmax(-1).cpu()
+        return logprobs_in(dtype, self._model, torch.tensor([token_ids], device="cuda")).cpu()
+
+
+def logprobs_in(dtype: Dtype, model: PreTrainedModel, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return [tokens - 1, vocabulary] of one sequence [1, tokens] with the weights cast, the model itself as it was.
+
+    Casting the module would round its rotary frequencies too, which models that are loaded in bfloat16 keep in float32.
+    """
+    weights = {name: value.to(getattr(torch, dtype)) for name, value in model.named_parameters()}
+    logits = functional_call(model, weights, (), {"input_ids": token_ids}).logits[0, :-1]
+    return logits.float().log_softmax(-1)
 
 
 def start_learner(

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import Gemma2ForCausalLM, MistralConfig, Qwen3Config
+from transformers import DeepseekV3Config, Gemma2ForCausalLM, MistralConfig, Qwen3Config
 
 from cluster.contracts.config import StudentConfig
 from cluster.contracts.errors import ModelError
@@ -136,7 +136,8 @@ def test_a_kernel_that_is_not_there_is_one_sentence(attention):
 
 
 def test_the_probe_finds_no_fault_in_attention_that_is_right():
-    assert fault_of("grouped", CPU, torch.bfloat16) is None
+    assert fault_of("grouped", CPU, torch.bfloat16, widths=(64, 64)) is None
+    assert fault_of("grouped", CPU, torch.bfloat16, widths=(48, 32)) is None
 
 
 def test_a_model_with_a_window_says_so(tmp_path):
@@ -179,6 +180,7 @@ def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, ma
         return functional.scaled_dot_product_attention(*taken, is_causal=causal, scale=softmax_scale).transpose(0, 1)
     return torch.cat([one(a, b) for a, b in zip(bounds, bounds[1:])])
 """
+LATENT = {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 
 
 @pytest.fixture
@@ -204,3 +206,12 @@ def test_a_flash_attention_that_computes_something_else_is_refused(install_flash
     install_flash(FLASH.replace("is_causal=causal", "is_causal=False"))
     with pytest.raises(ModelError, match="it differs from plain attention by"):
         choose_kernel("flash", Qwen3Config(**SMALL), CPU, torch.bfloat16)
+
+
+def test_flash_attention_that_cannot_take_the_models_heads_is_refused_before_the_model_is_loaded(install_flash):
+    signature = "                           softmax_scale=None, causal=False):\n"
+    refusal = "    if q.shape[-1] != v.shape[-1]: raise RuntimeError(f'{q.shape[-1]} is not {v.shape[-1]}')\n"
+    install_flash(FLASH.replace(signature, signature + refusal))
+    assert choose_kernel("flash", Qwen3Config(**SMALL), CPU, torch.bfloat16) is not None
+    with pytest.raises(ModelError, match="48 is not 32"):
+        choose_kernel("flash", DeepseekV3Config(**LATENT), CPU, torch.bfloat16)

@@ -1,5 +1,8 @@
 """One process of plain torch: micro-batching, self-distillation, metrics."""
 
+import time
+from dataclasses import replace
+
 import msgspec
 import numpy as np
 import pytest
@@ -235,3 +238,31 @@ def test_a_restored_bfloat16_engine_goes_on_as_if_it_had_not_stopped(make_config
     continued = steps(second, 2)
     for name, expected in steps(whole, 4).items():
         assert torch.equal(continued[name], expected), name
+
+
+class Unfinished(torch.Tensor):
+    """A tensor that a device still computes: whoever reads it waits."""
+
+    SECONDS = 0.1
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.item:
+            time.sleep(cls.SECONDS)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class DeferringEngine(ReferenceEngine):
+    """Returns as a GPU does, when the work has been handed out."""
+
+    def forward(self, batch, objective=None, teacher_heads=None):
+        found = super().forward(batch, objective, teacher_heads)
+        return replace(found, entropy=found.entropy.as_subclass(Unfinished))
+
+
+def test_a_learner_is_busy_until_its_figures_can_be_read(make_config, scored):
+    config = make_config()
+    engine = DeferringEngine(load_student(config.student, config.learner), config.learner)
+    (batches,) = plan_batches([scored], 50)
+    figures = report(accumulate_all(engine, batches, task_of("sampled", completion_tokens(scored))))
+    assert figures["busy_seconds"] > len(batches) * Unfinished.SECONDS
