@@ -1,0 +1,17 @@
+"""The receiving end of a weight sync over NCCL: vLLM's `nccl` engine, which may join one group after another.
+
+A group spans a fixed set of workers, so another is formed whenever one of them starts again, comes or leaves.
+"""
+
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
+
+
+class NcclReceiver(NCCLWeightTransferEngine):
+    """Leaves the group that was there before."""
+
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
+        """Join a group; vLLM would forget the one before, whose buffers would stay on the card for good."""
+        if self.model_update_group is not None:
+            self.model_update_group.destroy()
+            self.model_update_group = None
+        super().init_transfer_engine(init_info)
