@@ -182,7 +182,13 @@ def _on_one_gpu(config: Config, nodes: Sequence[NodeResources], free: Sequence[N
     """Put everybody on one node, where they share the CPUs as without a GPU, and give each its part of one GPU."""
     shares = share_gpu(config)
     left = nodes if free is None else free
-    hosts = [position for position, node in enumerate(left) if node.gpus]
+    # Of a node's GPUs, Ray takes a part of any that has it: a worker that starts again would land beside the others.
+    hosts = [position for position, node in enumerate(left) if node.gpus and nodes[position].gpus == 1]
+    if not hosts and any(node.gpus for node in left):
+        raise PlacementError(
+            f"ray.share_gpu needs a node with one GPU, and {len(nodes)} nodes have more each or one in use; start Ray "
+            "on a node with --num-gpus 1"
+        )
     if not hosts:
         raise PlacementError(f"ray.share_gpu needs one GPU that nobody uses, and none is free on {len(nodes)} nodes")
     host = max(hosts, key=lambda position: left[position].cpus)

@@ -20,6 +20,7 @@ from cluster.contracts.config import Config
 from cluster.contracts.errors import ConfigError, ModelError, PreceptorError
 from cluster.models.model_checks import read_model
 from cluster.models.model_files import load_tokenizer
+from cluster.nodes.gpu_shares import with_gpus
 from cluster.nodes.placement import PoolPlacement
 from cluster.nodes.room import missing_for
 from cluster.pipeline import Inputs, Pipeline, check_support, pool_timeouts
@@ -139,7 +140,8 @@ class TeacherChanges:
         of_now = teachers.pools[name].scorers
         lack = self._run.missing(self._pipeline.placement.teachers[name], 1)
         several = of_now.size > 1
-        successors = self._run.start(config, self._run.inputs, self._pipeline, name)
+        on_their_gpus = with_gpus(config, self._pipeline.placement.on_gpu)
+        successors = self._run.start(on_their_gpus, self._run.inputs, self._pipeline, name)
         successors.takes_places = not of_now.size or (lack is not None and not several)
         successors.num_lent = int(lack is not None and several)
         teachers.prepare(successors)

@@ -72,8 +72,9 @@ class Audit:
 class Run:
     """A run of the embedded pair up to its pools."""
 
-    def __init__(self, folder: Path, inputs: Inputs, size: int = 1) -> None:
-        self.config = embedded_config([f"run.directory={folder}", "run.name=r"])
+    def __init__(self, folder: Path, inputs: Inputs, size: int = 1, shared_gpu: bool = False) -> None:
+        sharing = ["ray.share_gpu=true"] if shared_gpu else []
+        self.config = embedded_config([f"run.directory={folder}", "run.name=r", *sharing])
         self.directory = RunDirectory.create(self.config)
         self.inputs = inputs
         self.lack: str | None = None
@@ -88,7 +89,9 @@ class Run:
         )
         self.teachers = TeacherPools({NAME: pool}, call_seconds=1)
         self.pipeline: Any = SimpleNamespace(
-            teachers=self.teachers, learner=learner, placement=SimpleNamespace(teachers={NAME: None})
+            teachers=self.teachers,
+            learner=learner,
+            placement=SimpleNamespace(teachers={NAME: None}, on_gpu=shared_gpu),
         )
         self.open(first_step=0)
 
@@ -178,6 +181,13 @@ def test_without_room_beside_a_single_worker_the_new_one_takes_its_place_at_once
     assert old.size == 1
     run.teachers.close(next_step=3)
     assert old.size == 0
+
+
+def test_on_a_shared_gpu_a_new_checkpoint_has_the_part_of_the_old_one(tmp_path: Path, inputs: Inputs) -> None:
+    run = Run(tmp_path, inputs, shared_gpu=True)
+    run.ask(STUDENT)
+    # The learner's 0.4 and 0.05 for the processes leave as much for the generator as for the teacher.
+    assert run.started[0].teachers[NAME].engine.gpu_memory_fraction == pytest.approx((1 - 0.4 - 0.05) / 2)
 
 
 def test_one_that_cannot_start_changes_nothing_and_is_told(tmp_path: Path, inputs: Inputs) -> None:
