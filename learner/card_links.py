@@ -103,7 +103,7 @@ class NcclLink:
             self._group.destroy()
         try:
             self._group = self._open_group(**self._meeting)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise WeightSyncError(
                 f"the NCCL group of {self._meeting['world_size']} ranks did not form: {error}"
             ) from error

@@ -3,11 +3,14 @@
 A group spans a fixed set of workers, so another is formed whenever one of them starts again, comes or leaves.
 """
 
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
 
 
 class NcclReceiver(NCCLWeightTransferEngine):
     """Leaves the group that was there before."""
+
+    model_update_group: PyNcclCommunicator | None
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         """Join a group; vLLM would forget the one before, whose buffers would stay on the card for good."""

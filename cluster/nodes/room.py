@@ -17,16 +17,15 @@ def missing_for(share: PoolPlacement, more: int) -> str | None:
     Workers without GPUs take turns on the same cores, so there always is. Looks at the sum: an engine on several GPUs
     also needs them on one node, which Ray finds out when it places the actor.
     """
-    needed = more * share.gpus_per_worker
+    needed, free = more * share.gpus_per_worker, ray.available_resources().get("GPU", 0.0)
+    whose = f"of the cluster's {ray.cluster_resources().get('GPU', 0.0):g}"
     if 0 < share.gpus_per_worker < 1 and share.nodes:
         # Weights reach only engines on the GPU that the run shares, which is its node's only one.
         free = available_resources_per_node().get(share.nodes[0].node_id, {}).get("GPU", 0.0)
-        return None if needed <= free else f"{more} more workers need {needed:g} of the shared GPU, and {free:g} is free"
-    free = ray.available_resources().get("GPU", 0.0)
+        whose = "of the shared one"
     if needed <= free:
         return None
-    total = ray.cluster_resources().get("GPU", 0.0)
-    return f"{more} more workers need {needed} GPUs, and {free:g} of the cluster's {total:g} are free"
+    return f"{more} more workers need {needed:g} GPUs, and {free:g} {whose} are free"
 
 
 @dataclass

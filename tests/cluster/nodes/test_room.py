@@ -45,7 +45,7 @@ def test_another_part_of_a_shared_gpu_needs_room_on_that_very_gpu(ray_cluster: N
     there = NodeResources(8, 1, ray.get_runtime_context().get_node_id())
     of_one = PoolPlacement("rollout", 1, 0.25, 0.5, 1, (there,))
     # The cluster of the tests has none.
-    assert missing_for(of_one, 2) == "2 more workers need 0.5 of the shared GPU, and 0 is free"
+    assert missing_for(of_one, 2) == "2 more workers need 0.5 GPUs, and 0 of the shared one are free"
 
 
 def test_where_workers_are_is_asked_of_the_cluster(ray_cluster: None) -> None:
