@@ -3,8 +3,13 @@
 A group spans a fixed set of workers, so another is formed whenever one of them starts again, comes or leaves.
 """
 
+from typing import Any
+
+import torch
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
+
+from cluster.vllm_versions import REUSES_STREAMS
 
 
 class NcclReceiver(NCCLWeightTransferEngine):
@@ -18,3 +23,9 @@ class NcclReceiver(NCCLWeightTransferEngine):
             self.model_update_group.destroy()
             self.model_update_group = None
         super().init_transfer_engine(init_info)
+
+    def receive_weights(self, *arguments: Any, **loader: Any) -> None:
+        """Receive one bucket, and keep no memory for a stream that never comes back."""
+        super().receive_weights(*arguments, **loader)
+        if not REUSES_STREAMS:
+            torch.cuda.empty_cache()
