@@ -1,4 +1,4 @@
-"""What DeepSpeed is asked for; the engine itself runs in tests/learner/test_group.py."""
+"""Which optimizer the ZeRO engine is given; the engine itself runs in tests/learner/test_group.py."""
 
 from typing import Any
 
