@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.weight_transfer import packed_tensor
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 
@@ -38,6 +39,8 @@ LABELS_TOKENS = "weight_versions" in {field.name for field in fields(CompletionO
 # Without labels, the engine's caller notes what a request had written when the weights changed, so it has to hear of
 # every token.
 OUTPUT_KIND = RequestOutputKind.FINAL_ONLY if LABELS_TOKENS else RequestOutputKind.CUMULATIVE
+# Without, every bucket comes on a CUDA stream of its own, for which torch keeps the bucket's memory: up to 32 of them.
+REUSES_STREAMS = hasattr(packed_tensor, "_get_streams")  # not 0.24
 
 
 class TokenVersions:

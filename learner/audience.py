@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 
 from cluster.contracts.errors import ActorDiedError
@@ -29,6 +30,17 @@ class Audience:
         return {
             position: getattr(worker, method).remote(arguments[position]) for position, worker in self.workers.items()
         }
+
+    def look(self, references: Mapping[int, Any]) -> None:
+        """Return at once; of the answers that are there, raise what went wrong.
+
+        Raises:
+            ActorDiedError: a worker is gone.
+            PreceptorError: what a worker raised.
+        """
+        if references:
+            ready, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=0)
+            get(ready, self._timeout_seconds, "rollout workers")
 
     def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
         """Return the answers of the workers that live; from now on the others are passed over."""

@@ -17,7 +17,8 @@ from cluster.contracts.errors import WeightSyncError
 from cluster.vllm_versions import open_nccl_group, taken_by
 from learner.weight_update import Bucket
 
-# Where these stand in what torch's `reduce_tensor` returns for a CUDA tensor; the rest are classes.
+# Where these stand in what torch's `reduce_tensor` returns for a CUDA tensor; the rest are classes, and the event that
+# a reader would wait for: `settle` has waited already, and torch never closes one that it opened.
 HANDLE_FIELDS = {
     "size": 1,
     "stride": 2,
@@ -28,8 +29,6 @@ HANDLE_FIELDS = {
     "storage_offset_bytes": 9,
     "counter_handle": 11,
     "counter_offset": 12,
-    "event_handle": 13,
-    "event_sync_required": 14,
 }
 LEARNER_RANKS = 1  # of the NCCL group: rank 0 alone sends
 
@@ -104,7 +103,7 @@ class NcclLink:
             self._group.destroy()
         try:
             self._group = self._open_group(**self._meeting)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise WeightSyncError(
                 f"the NCCL group of {self._meeting['world_size']} ranks did not form: {error}"
             ) from error

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
@@ -15,7 +16,7 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
-from cluster.contracts.errors import WeightSyncError
+from cluster.contracts.errors import ActorDiedError, WeightSyncError
 from cluster.contracts.learner import WeightSyncConfig
 from cluster.contracts.weights import WeightSyncReport, plan_buckets, total_bytes
 from learner.audience import Audience
@@ -24,6 +25,8 @@ from learner.engine import TrainEngine
 from learner.rendezvous import free_port
 from learner.weight_sender import fill
 from learner.weight_update import Bucket
+
+LOOK_SECONDS = 1.0  # how long NCCL may wait for the workers before they are looked at
 
 _log = logging.getLogger("preceptor")
 
@@ -58,6 +61,7 @@ class VllmSender:
         self._link: Link | None = None
         self._buffer: Tensor
         self._connected: list[ActorHandle] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="card-link")  # of what may wait for ever
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
         """Send everything and return when every worker runs on it; all ranks call this together.
@@ -94,7 +98,8 @@ class VllmSender:
 
     def _begin(self, link: Link, workers: Sequence[ActorHandle]) -> "CardUpdate":
         """Pause the workers, find out who lives, and connect with them."""
-        update = CardUpdate(link, self._listen(workers, self._timeout_seconds), self._end_process)
+        audience = self._listen(workers, self._timeout_seconds)
+        update = CardUpdate(link, audience, self._thread, self._end_process)
         living = update.start()
         if living and living != self._connected:
             # A group spans a fixed set of workers; another set needs another.
@@ -110,11 +115,14 @@ class CardUpdate:
     Args:
         link: connected to the workers that `start` returns.
         audience: the workers.
+        thread: where the link waits for them, while this one hears what goes wrong at their end.
         end_process: ends this rank for good.
     """
 
-    def __init__(self, link: Link, audience: Audience, end_process: Callable[[int], Any]) -> None:
-        self._link, self._audience, self._end_process = link, audience, end_process
+    def __init__(
+        self, link: Link, audience: Audience, thread: ThreadPoolExecutor, end_process: Callable[[int], Any]
+    ) -> None:
+        self._link, self._audience, self._thread, self._end_process = link, audience, thread, end_process
         self._receiving: dict[int, Any] = {}  # worker -> reference
         self._paused = time.perf_counter()
         self._num_workers = 0
@@ -128,11 +136,11 @@ class CardUpdate:
     def connect(self) -> None:
         """Open both ends at once: each waits for the others."""
         invitations = self._link.invite(self._num_workers)
-        opening = self._audience.call(
+        self._receiving = self._audience.call(
             "init_weight_transfer", dict(zip(self._audience.workers, invitations, strict=True))
         )
-        self._link.open()
-        self._audience.answers(opening, "open the weight transfer")
+        self._beside(self._link.open)
+        self._await("open the weight transfer")
 
     def send(self, bucket: Bucket, payload: Tensor) -> None:
         """Let the workers receive what lies in the buffer; with NCCL they read it while the next bucket is made."""
@@ -141,7 +149,7 @@ class CardUpdate:
             return
         message = self._link.update_message(bucket)
         self._receiving = self._audience.call("update_weights", dict.fromkeys(self._audience.workers, message))
-        self._link.carry(payload)
+        self._beside(lambda: self._link.carry(payload))
         if self._link.is_read_in_place:
             self._await("receive a bucket of weights")
 
@@ -159,10 +167,28 @@ class CardUpdate:
         self._audience.answers(self._receiving, what_for)
         self._receiving = {}
         if len(self._audience.workers) < self._num_workers and not self._link.is_read_in_place:
-            # The broadcast waits on this card, and on those of the living workers, for a rank that is gone. Only the
-            # end of the processes ends that; the driver then goes back to the last checkpoint with new ones.
-            _log.error("a rollout worker died in the middle of a broadcast; this rank of the learner ends")
-            self._end_process(1)
+            self._end()
+
+    def _beside(self, act: Callable[[], None]) -> None:
+        """Do what may wait for the workers for ever, as NCCL does, and look at them meanwhile.
+
+        Raises:
+            PreceptorError: what went wrong, at either end.
+        """
+        acting = self._thread.submit(_on_this_stream(act))
+        while not wait([acting], LOOK_SECONDS).done:
+            try:
+                self._audience.look(self._receiving)
+            except ActorDiedError:
+                self._end()
+                return
+        acting.result()
+
+    def _end(self) -> None:
+        # NCCL waits on this card, and on those of the living workers, for a rank that is gone. Only the end of the
+        # processes ends that; the driver then goes back to the last checkpoint with new ones.
+        _log.error("a rollout worker died while weights were sent to it; this rank of the learner ends")
+        self._end_process(1)
 
 
 def nccl_link(engine: TrainEngine, tensor_parallel: int, bucket_bytes: int) -> Callable[[Tensor], Link]:
@@ -186,6 +212,19 @@ def ipc_link(buffer: Tensor) -> Link:
     if not buffer.is_cuda:
         raise WeightSyncError('weight_sync.backend = "ipc" shares memory of a GPU, and the learner has none')
     return IpcLink(buffer, str(torch.cuda.get_device_properties(buffer.device).uuid), gather_from_ranks)
+
+
+def _on_this_stream(act: Callable[[], None]) -> Callable[[], None]:
+    """Return what another thread can do in this one's place: each thread has a current stream of its own."""
+    if not torch.cuda.is_available():
+        return act
+    stream = torch.cuda.current_stream()
+
+    def act_there() -> None:
+        with torch.cuda.stream(stream):
+            act()
+
+    return act_there
 
 
 def _device() -> torch.device:

@@ -81,13 +81,7 @@ class ZeroEngine:
         zero = zero_settings(config, world_size)
         if config.zero_stage == 3:
             _shard(student, zero)
-        offloads = "cpu" in (config.offload_optimizer, config.offload_parameters)
-        settings = adamw_settings(config)
-        self._optimizer = (
-            PausableCPUAdam(student.parameters(), **settings)
-            if offloads
-            else PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
-        )
+        self._optimizer = make_optimizer(student, config)
         self._engine, *_ = deepspeed.initialize(
             model=student, optimizer=self._optimizer, config=zero, dist_init_required=False
         )
@@ -161,6 +155,14 @@ class ZeroEngine:
         is_sharded = self._zero_stage == 3
         masters = optimizer.fp32_partitioned_groups_flat if is_sharded else optimizer.single_partition_of_fp32_groups
         return list(masters)
+
+
+def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | PausableCPUAdam:
+    """Return the optimizer for where its state is; offloaded parameters alone leave it, and the masters, on the GPU."""
+    settings = adamw_settings(config)
+    if config.offload_optimizer == "cpu":
+        return PausableCPUAdam(student.parameters(), **settings)
+    return PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
 
 
 def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:

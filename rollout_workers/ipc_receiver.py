@@ -35,6 +35,6 @@ def rebuild_arguments(plain: dict[str, Any]) -> tuple[Any, ...]:
         False,  # requires_grad
         plain["counter_handle"],
         plain["counter_offset"],
-        plain["event_handle"],
-        plain["event_sync_required"],
+        b"",  # event_handle
+        False,  # event_sync_required: the sender waits for its copying before it says anything
     )

@@ -24,7 +24,7 @@ from rollout_workers.nap import Nap
 from rollout_workers.vllm_requests import read_completion, sampling_params
 
 OBJECT_STORE = "object_store"
-VLLM_BACKENDS = {"ipc": "plain_ipc"}  # where the receiving end is ours under another name
+VLLM_BACKENDS = {"ipc": "plain_ipc", "nccl": "renewed_nccl"}  # where the receiving end is ours under another name
 DRAWS = "rollout_workers.draw_processor"  # the module; vLLM loads its classes by name
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 UNVERIFIED = "unverified"  # vLLM's own backends report nothing of what they received

@@ -37,6 +37,7 @@ def register() -> None:
     if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM may load plugins twice in one process
         WeightTransferEngineFactory.register_engine(BACKEND, __name__, ObjectStoreReceiver.__name__)
         WeightTransferEngineFactory.register_engine("plain_ipc", "rollout_workers.ipc_receiver", "IpcReceiver")
+        WeightTransferEngineFactory.register_engine("renewed_nccl", "rollout_workers.nccl_receiver", "NcclReceiver")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ DOORS = {
         "cluster.vllm_versions",
         "rollout_workers.draw_processor",
         "rollout_workers.ipc_receiver",
+        "rollout_workers.nccl_receiver",
         "rollout_workers.vllm_engine",
         "rollout_workers.vllm_requests",
         "rollout_workers.weight_receiver",

@@ -24,7 +24,7 @@ class EngineConfig(Section):
     kv_cache_gib: Positive = 1.0  # on CPU and on a shared GPU; on a GPU of its own the memory fraction decides
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
     enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
-    quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8" or "awq"
+    quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8_per_tensor"
     sleep: bool = False  # rollout engines on a GPU: give its memory back whenever nothing is asked of them
 
 

@@ -115,6 +115,7 @@ NEEDS = (
         takes=("names", "dtype_names", "shapes"),
         spare=("packed", "packed_buffer_size_bytes", "packed_num_buffers"),
     ),
+    Need(f"{TRANSFER}.nccl_engine", "NCCLWeightTransferEngine", has=("init_transfer_engine", "model_update_group")),
     Need(f"{TRANSFER}.ipc_engine", "IPCWeightTransferInitInfo", spare=("packed",)),
     Need(
         f"{TRANSFER}.ipc_engine",

@@ -19,6 +19,7 @@ from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 from cluster.nodes import keeper
 
 LOOPBACK = "127.0.0.1"
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 PRIVATE_UMASK = 0o077
 TOKEN_FILE = "token"
 KEEPER_TIMEOUT_SECONDS = 3 * keeper.GRACE_SECONDS
@@ -40,17 +41,22 @@ class LocalCluster:
 
 
 @contextmanager
-def local_cluster(**arguments: Any) -> Iterator[LocalCluster]:
-    """Start a cluster with `ray.init`'s arguments, yield where it is, and end it.
+def local_cluster(one_gpu: bool = False, **arguments: Any) -> Iterator[LocalCluster]:
+    """Start a cluster, yield where it is, and end it.
 
     Its processes write below one folder that only their owner may read, the token's file `token` included; the folder
     goes when the cluster ends, also when this very process is killed. A token or mode that the environment sets stays.
+
+    Args:
+        one_gpu: whether it is to have one GPU at most, so that parts of a GPU are all of the same one.
+        arguments: of `ray.init`.
     """
     with ExitStack() as stack:
         stack.enter_context(private_umask())
         folder = stack.enter_context(_kept_folder())
         stack.callback(_reload_authentication)
-        with _environment(_variables(folder)), on_loopback():
+        gpus = {VISIBLE_GPUS: first_gpu(os.environ)} if one_gpu else {}
+        with _environment(_variables(folder) | gpus), on_loopback():
             _reload_authentication()
             context = ray.init(address="local", _temp_dir=str(folder / RAY_FOLDER), **arguments)
         stack.callback(ray.shutdown)
@@ -88,6 +94,16 @@ def _kept_folder() -> Iterator[Path]:
         process.stdin.close()
         with suppress(subprocess.TimeoutExpired):  # it goes on by itself
             process.wait(KEEPER_TIMEOUT_SECONDS)
+
+
+def first_gpu(environment: Mapping[str, str]) -> str:
+    """Return the first of the GPUs that an environment shows to CUDA, as CUDA names them.
+
+    Example:
+        >>> first_gpu({}), first_gpu({"CUDA_VISIBLE_DEVICES": "2,3"}), first_gpu({"CUDA_VISIBLE_DEVICES": ""})
+        ('0', '2', '')
+    """
+    return environment.get(VISIBLE_GPUS, "0").split(",")[0]
 
 
 def _variables(folder: Path) -> dict[str, str]:

@@ -182,7 +182,13 @@ def _on_one_gpu(config: Config, nodes: Sequence[NodeResources], free: Sequence[N
     """Put everybody on one node, where they share the CPUs as without a GPU, and give each its part of one GPU."""
     shares = share_gpu(config)
     left = nodes if free is None else free
-    hosts = [position for position, node in enumerate(left) if node.gpus]
+    # Of a node's GPUs, Ray takes a part of any that has it: a worker that starts again would land beside the others.
+    hosts = [position for position, node in enumerate(left) if node.gpus and nodes[position].gpus == 1]
+    if not hosts and any(node.gpus for node in left):
+        raise PlacementError(
+            f"ray.share_gpu needs a node with one GPU, and {len(nodes)} nodes have more each or one in use; start Ray "
+            "on a node with --num-gpus 1"
+        )
     if not hosts:
         raise PlacementError(f"ray.share_gpu needs one GPU that nobody uses, and none is free on {len(nodes)} nodes")
     host = max(hosts, key=lambda position: left[position].cpus)
@@ -218,7 +224,14 @@ def _where(demands: Sequence[Demand], nodes: Sequence[NodeResources], free: Sequ
     needed = sum(demand.num_workers * (demand.share.gpus or demand.share.cpu_units / CPU_UNITS) for demand in demands)
     found, left = (sum(node.gpus if on_gpu else node.cpus for node in some) for some in (nodes, free or ()))
     has = f"the cluster has {found:g}" if free is None else f"{left:g} of the cluster's {found:g} are free"
-    return f"the run needs {needed:g} {'GPUs' if on_gpu else 'CPUs'} and {has} on {len(nodes)} nodes"
+    could_share = on_gpu and needed > found and all(_could_share(demand) for demand in demands)
+    advice = "; ray.share_gpu = true puts all of it on one GPU" if could_share else ""
+    return f"the run needs {needed:g} {'GPUs' if on_gpu else 'CPUs'} and {has} on {len(nodes)} nodes{advice}"
+
+
+def _could_share(demand: Demand) -> bool:
+    """Return whether the workers would do with a part of one GPU."""
+    return demand.share.gpus == 1 and (demand.num_workers == 1 or not demand.together)
 
 
 def _placed(demand: Demand, nodes: Sequence[NodeResources], places: Sequence[int], threads: int) -> PoolPlacement:

@@ -59,6 +59,7 @@ def ray_session(config: Config) -> Iterator[RaySession]:
     try:
         with (
             local_cluster(
+                one_gpu=config.ray.share_gpu,
                 include_dashboard=config.ray.dashboard,
                 dashboard_host=config.ray.dashboard_host,
                 object_store_memory=LOCAL_OBJECT_STORE_BYTES,

@@ -21,12 +21,21 @@ def missing_for(*changes: tuple[PoolPlacement, int]) -> str | None:
     more = sum(change for _, change in changes if change > 0)
     needed = sum(change * share.gpus_per_worker for share, change in changes if change > 0)
     left = sum(-change * share.gpus_per_worker for share, change in changes if change < 0)
-    free = ray.available_resources().get("GPU", 0.0)
+    free, whose = _free_gpus(changes)
     if needed <= free + left:
         return None
-    total = ray.cluster_resources().get("GPU", 0.0)
     others = f", with {left:g} more when others leave" if left else ""
-    return f"{more} more workers need {needed:g} GPUs, and {free:g} of the cluster's {total:g} are free{others}"
+    return f"{more} more workers need {needed:g} GPUs, and {free:g} {whose} are free{others}"
+
+
+def _free_gpus(changes: Sequence[tuple[PoolPlacement, int]]) -> tuple[float, str]:
+    """Return how many GPUs workers may still have, and of which."""
+    for share, _ in changes:
+        if 0 < share.gpus_per_worker < 1 and share.nodes:
+            # Weights reach only engines on the GPU that the run shares, which is its node's only one.
+            return available_resources_per_node().get(share.nodes[0].node_id, {}).get("GPU", 0.0), "of the shared one"
+    total = ray.cluster_resources().get("GPU", 0.0)
+    return ray.available_resources().get("GPU", 0.0), f"of the cluster's {total:g}"
 
 
 @dataclass

@@ -54,7 +54,11 @@ def for_later(option: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> for_later({"num_cpus": 1.0, "num_gpus": 0, "scheduling_strategy": "DEFAULT"})
         {'num_cpus': 0, 'num_gpus': 0, 'scheduling_strategy': 'SPREAD'}
+        >>> for_later({"num_cpus": 0.5, "num_gpus": 0.3, "scheduling_strategy": "where the others are"})
+        {'num_cpus': 0.5, 'num_gpus': 0.3, 'scheduling_strategy': 'where the others are'}
     """
+    if 0 < option.get("num_gpus", 0) < 1:
+        return dict(option)  # the GPU that the run shares is on the same node
     # Without GPUs, all share the same cores in turns, and the first replicas have reserved them.
     free = {} if option.get("num_gpus") else {"num_cpus": 0}
     return {**option, **free, "scheduling_strategy": "SPREAD"}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
+from cluster.contracts.errors import ActorDiedError
 from cluster.contracts.learner import WeightSyncConfig
 from cluster.contracts.weights import TensorSpec, WeightManifest
 from learner.card_links import IpcLink, NcclLink
@@ -76,6 +77,10 @@ class FakeAudience:
         self.workers = {p: w for p, w in self.workers.items() if not references.get(p, False)}
         return dict.fromkeys(self.workers)
 
+    def look(self, references: Mapping[int, Any]) -> None:
+        if any(references.values()):
+            raise ActorDiedError("a rollout worker died")
+
     def messages(self, method: str) -> list[dict[int, Any]]:
         return [arguments for verb, arguments in self.told if verb == method]
 
@@ -88,6 +93,7 @@ class Publication:
         make_link: Callable[[Tensor], Any],
         mortal: Mapping[str, tuple[str, int]] | None = None,
         audience: type[FakeAudience] = FakeAudience,
+        end: Callable[[int], Any] | None = None,
     ) -> None:
         self.engine = FakeEngine()
         self.audiences: list[FakeAudience] = []
@@ -99,7 +105,7 @@ class Publication:
 
         config = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)
         engine: Any = self.engine
-        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, self.ends.append)
+        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, end or self.ends.append)
 
     def publish(self, *workers: str, version: int = 1) -> Any:
         return self.sender.publish(list(workers), version)

@@ -84,6 +84,10 @@ class Ranks(FakeAudience):
             for position, engine in self.workers.items()
         }
 
+    def look(self, references: Mapping[int, Any]) -> None:
+        for one in (one for of_ranks in references.values() for one in of_ranks if one.done()):
+            one.result()
+
     def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
         return {position: [one.result(SECONDS) for one in of_ranks] for position, of_ranks in references.items()}
 

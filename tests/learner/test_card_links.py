@@ -5,8 +5,9 @@ here: its dataclasses check the messages, `pack_tensors` cuts what is sent as it
 reads what arrives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
+from threading import Event
 from typing import Any
 
 import pytest
@@ -147,6 +148,58 @@ def test_a_death_in_a_broadcast_ends_the_learners_rank() -> None:
     publication = Publication(nccl([]), mortal={"b": ("update_weights", 2)})
     publication.publish("a", "b")
     assert publication.ends[0] == 1
+
+
+class StuckGroup(FakeGroup):
+    """Waits in its first broadcast for ranks that never come, as NCCL does, until the test is over."""
+
+    def __init__(self, is_over: Event) -> None:
+        super().__init__()
+        self._is_over = is_over
+
+    def broadcast(self, tensor: Tensor, src: int, stream: Any) -> None:
+        self._is_over.wait()
+
+
+@pytest.fixture
+def is_over() -> Iterator[Event]:
+    """Let threads that wait for ever go when a test ends."""
+    event = Event()
+    yield event
+    event.set()
+
+
+def stuck_link(is_over: Event, in_opening: bool) -> Callable[[Tensor], NcclLink]:
+    def join(**meeting: Any) -> FakeGroup:
+        if in_opening:
+            is_over.wait()
+        return StuckGroup(is_over)
+
+    return lambda buffer: NcclLink(True, lambda: ("10.0.0.1", 5000), 1, buffer.numel(), join)
+
+
+@pytest.mark.parametrize(
+    ("verb", "in_opening"), [("init_weight_transfer", True), ("update_weights", False)], ids=["opening", "broadcast"]
+)
+def test_a_worker_that_fails_while_nccl_waits_for_it_is_heard(is_over: Event, verb: str, in_opening: bool) -> None:
+    class Failing(FakeAudience):
+        def look(self, references: Mapping[int, Any]) -> None:
+            if self.told[-1][0] == verb:
+                raise WeightSyncError("no memory is left on the card")
+
+    publication = Publication(stuck_link(is_over, in_opening), audience=Failing)
+    with pytest.raises(WeightSyncError, match="no memory is left"):
+        publication.publish("a", "b")
+
+
+def test_a_death_while_nccl_waits_ends_the_learners_rank(is_over: Event) -> None:
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    mortal = {"b": ("init_weight_transfer", 1)}
+    publication = Publication(stuck_link(is_over, in_opening=True), mortal=mortal, end=end)
+    with pytest.raises(SystemExit):
+        publication.publish("a", "b")
 
 
 def test_a_death_beside_a_shared_buffer_ends_nothing() -> None:

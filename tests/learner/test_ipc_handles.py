@@ -21,8 +21,6 @@ PLAIN: dict[str, Any] = {
     "storage_offset_bytes": 512,
     "counter_handle": b"/torch_1_2",
     "counter_offset": 3,
-    "event_handle": bytes(64),
-    "event_sync_required": True,
 }
 
 
@@ -47,6 +45,11 @@ def test_a_handle_in_plain_values_becomes_what_torch_wants() -> None:
     assert {names[position] for position in HANDLE_FIELDS.values()} == {
         torchs.get(name, name) for name in HANDLE_FIELDS
     }
+
+
+def test_who_opens_a_buffer_opens_no_event_which_torch_would_never_close() -> None:
+    arguments = dict(zip(inspect.signature(rebuild_cuda_tensor).parameters, rebuild_arguments(PLAIN), strict=True))
+    assert (arguments["event_handle"], arguments["event_sync_required"]) == (b"", False)
 
 
 def test_a_plain_handle_passes_between_vllms_processes_unharmed() -> None:

@@ -91,7 +91,7 @@ def test_choosing_twice_changes_nothing() -> None:
 
 
 def test_everybody_gets_a_part_of_one_gpu_on_one_node() -> None:
-    nodes = [NodeResources(8, 0, "aa" * 28), NodeResources(2, 1, "bb" * 28), NodeResources(4, 2, "cc" * 28)]
+    nodes = [NodeResources(8, 0, "aa" * 28), NodeResources(2, 1, "bb" * 28), NodeResources(4, 1, "cc" * 28)]
     placement = plan_placement(make_config(SHARED), nodes)
     assert {node.node_id for pool in placement.pools for node in pool.nodes} == {
         "cc" * 28
@@ -110,6 +110,16 @@ def test_a_gpu_that_others_use_is_not_shared() -> None:
         PlacementError, match=r"ray\.share_gpu needs one GPU that nobody uses, and none is free on 1 nodes"
     ):
         plan_placement(make_config(SHARED), nodes, [NodeResources(4, 0, "a")])
+
+
+def test_a_part_of_a_gpu_beside_others_is_refused_for_ray_takes_it_of_any() -> None:
+    several, single = NodeResources(16, 8, "aa" * 28), NodeResources(4, 1, "bb" * 28)
+    placement = plan_placement(make_config(SHARED), [several, single])
+    assert {node.node_id for pool in placement.pools for node in pool.nodes} == {single.node_id}
+    with pytest.raises(PlacementError, match=r"needs a node with one GPU, .* with --num-gpus 1"):
+        plan_placement(make_config(SHARED), [several])
+    with pytest.raises(PlacementError, match="needs a node with one GPU"):  # seven others are in use
+        plan_placement(make_config(SHARED), [several], [NodeResources(16, 1, "aa" * 28)])
 
 
 def test_without_gpus_there_is_nothing_to_share() -> None:

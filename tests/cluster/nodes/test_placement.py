@@ -44,6 +44,15 @@ def test_too_few_gpus_are_said_with_numbers() -> None:
         plan_placement(config, [NodeResources(cpus=32, gpus=5)])
 
 
+def test_who_has_too_few_gpus_hears_that_a_run_can_share_one_unless_it_cannot() -> None:
+    advice = r"needs 3 GPUs and the cluster has 1 on 1 nodes; ray\.share_gpu = true puts all of it on one GPU$"
+    with pytest.raises(PlacementError, match=advice):
+        plan_placement(make_config(), [NodeResources(cpus=32, gpus=1)])
+    for wide in ("learner.num_workers=2", "rollout.engine.tensor_parallel=2"):
+        with pytest.raises(PlacementError, match=r"needs 4 GPUs and the cluster has 1 on 1 nodes$"):
+            plan_placement(make_config(wide), [NodeResources(cpus=32, gpus=1)])
+
+
 def test_an_engine_is_not_split_over_nodes() -> None:
     config = make_config("teachers.main.engine.tensor_parallel=8")
     with pytest.raises(PlacementError, match="teacher-main worker 0 needs 8 GPUs on one node, 4 are left"):

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.nodes.room import SplitRoom
+from cluster.nodes.placement import NodeResources, PoolPlacement
+from cluster.nodes.room import SplitRoom, missing_for
 from tests.moody_actor import Moody
 
 GPUS = {"rollout": 1, "teachers.main": 2}
@@ -38,6 +39,13 @@ def test_halves_of_an_engine_on_two_nodes_are_none() -> None:
 
 def test_without_gpus_there_is_always_room() -> None:
     assert SplitRoom({"rollout": 0, "teachers.main": 0}).fits({"rollout": 100, "teachers.main": 100})
+
+
+def test_another_part_of_a_shared_gpu_needs_room_on_that_very_gpu(ray_cluster: None) -> None:
+    there = NodeResources(8, 1, ray.get_runtime_context().get_node_id())
+    of_one = PoolPlacement("rollout", 1, 0.25, 0.5, 1, (there,))
+    # The cluster of the tests has none.
+    assert missing_for((of_one, 2)) == "2 more workers need 0.5 GPUs, and 0 of the shared one are free"
 
 
 def test_where_workers_are_is_asked_of_the_cluster(ray_cluster: None) -> None:
