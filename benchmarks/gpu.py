@@ -27,7 +27,7 @@ ALL_SECONDS = 480.0  # of all parts together, whichever are chosen
 # In the order in which the parts run, their shares of it. Each leaves what it does not take to those after it, and the
 # last two, which start two engines per model or wait for the longest completion, are the hardest to foretell.
 SHARES = {"kernels": 40, "learning": 50, "sync": 50, "loop": 180, "scoring": 160}
-DRY_SECONDS = 200.0  # of each part, on a CPU that others use too
+DRY_SECONDS = 400.0  # of each part, on a CPU that others use too
 DRY_AT_ONCE = 3  # parts; each engine takes more than 1 GB of memory
 ENDING_SECONDS = 20.0  # in which an interrupted part ends its engines
 LONGEST_KEPT = 0.9  # of a part's limit: measurements that can be left out do not begin later
