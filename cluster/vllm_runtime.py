@@ -91,6 +91,9 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     from cluster.vllm_versions import VLLMError, early_logits_processors, late_logits_processors
 
     arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
+    if current_platform.is_cpu() and arguments["enforce_eager"]:
+        # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
     arguments |= early_logits_processors(role.logits_processors)
     try:
