@@ -44,7 +44,10 @@ def fault_of(kernels: RowKernels, device: torch.device, support: Support) -> str
         except kernels.errors as error:
             return f"{name}: {_first_line(error)}"
         expected = _probe(Objective(config), device)
-        off = max(((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True))
+        # Not Python's `max`, which may pass over what is not a number.
+        off = torch.stack(
+            [(one - other).norm() / other.norm() for one, other in zip(found, expected, strict=True)]
+        ).max()
         if not off <= KERNEL_TOLERANCE:
             return f"{name}: they differ from plain torch by {off:.1e}"
     return None

@@ -2,7 +2,7 @@
 
 They compute what `exact.py` and `softmax.py` do: float32, log-probabilities of at least LOWEST_LOGPROB. The divergences
 need no mixture of probabilities, which could underflow: with d = log q - log p, at most 87 in size, p / m and q / m are
-functions of exp(d). A table has one column per row of logits; parameters in capitals are known when a kernel is compiled.
+functions of exp(d). A table has one column per row of logits; parameters in capitals are known as a kernel is compiled.
 """
 
 import triton
