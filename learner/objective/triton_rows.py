@@ -73,6 +73,7 @@ class TritonKernels:
 
     def compare(self, logits: Tensor, target: Tensor, divergence: Divergence) -> Comparison:
         """Compare with a target's logits [n, width], float32 or bfloat16, over the student's first tokens."""
+        assert target.stride(-1) == 1, "a head's logits lie row by row"
         count, vocabulary = logits.shape
         table = logits.new_empty(COMPARISON_FIELDS, count)
         compare_kernel[(count,)](
