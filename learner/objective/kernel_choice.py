@@ -1,4 +1,7 @@
-"""The choice of kernels over logits: they are tried on the device, and used if they agree with plain torch."""
+"""The choice of kernels over logits: they are tried on the device, and used if they say what plain torch says.
+
+Plain torch is asked in float64: in float32, over so many tokens, its own errors reach 1e-4.
+"""
 
 import logging
 
@@ -11,7 +14,7 @@ from learner.objective.fused import RowKernels
 from learner.objective.objective import Objective
 from learner.objective.tokens import CompletionTokens
 
-KERNEL_TOLERANCE = 1e-4  # of the norm; float32 in another order makes errors of about 1e-6
+KERNEL_TOLERANCE = 5e-4  # of the norm; float32 makes errors of up to 1e-5 here, a card's exponentials a few times that
 PROBE_TOKENS = 5
 # Several tiles, the last of them not full; multiples of 16, as real vocabularies are, for which Triton compiles apart.
 PROBE_VOCABULARY, PROBE_TARGET_VOCABULARY = 12_336, 12_320
@@ -40,10 +43,10 @@ def fault_of(kernels: RowKernels, device: torch.device, support: Support) -> str
     """Say why the kernels cannot be used, after losses and gradients of a few random tokens; None if they can."""
     for name, config in _probes(support).items():
         try:
-            found = _probe(Objective(config, kernels), device)
+            found = _probe(Objective(config, kernels), device, torch.float32)
         except kernels.errors as error:
             return f"{name}: {_first_line(error)}"
-        expected = _probe(Objective(config), device)
+        expected = _probe(Objective(config), device, torch.float64)
         # Not Python's `max`, which may pass over what is not a number.
         off = torch.stack(
             [(one - other).norm() / other.norm() for one, other in zip(found, expected, strict=True)]
@@ -63,11 +66,11 @@ def _probes(support: Support) -> dict[str, ObjectiveConfig]:
     return probes
 
 
-def _probe(objective: Objective, device: torch.device) -> list[Tensor]:
+def _probe(objective: Objective, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Return losses, log-probabilities, entropy and gradient of a few tokens."""
     random = torch.Generator().manual_seed(0)
     sizes = (PROBE_VOCABULARY, PROBE_TARGET_VOCABULARY)
-    logits, target = (torch.randn(PROBE_TOKENS, size, generator=random).mul(4).to(device) for size in sizes)
+    logits, target = (torch.randn(PROBE_TOKENS, size, generator=random).mul(4).to(device, dtype) for size in sizes)
     tokens = _probe_tokens(torch.randint(min(sizes), (PROBE_TOKENS,), generator=random)).to(device)
     plan = objective.plan(tokens, None)
     found = objective.evaluate(logits, tokens, plan, {"teacher": target}, with_gradient=True)

@@ -17,9 +17,10 @@ LOWEST = tl.constexpr(LOWEST_LOGPROB)
 PEAK, ENTROPY, SHARED_PEAK = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
 TARGET_PEAK, LOSS = tl.constexpr(5), tl.constexpr(7)
 LOOK_FIELDS, COMPARISON_FIELDS = 3, 9
+COUNTS = ["count", "tiles"]  # change from one micro-batch to the next, which should not have Triton compile anew
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def look_kernel(
     logits: tl.tensor, table: tl.tensor, stride: tl.tensor, count: tl.tensor, vocabulary: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
@@ -30,13 +31,12 @@ def look_kernel(
     _store_look(table + row, count, peak, total, energy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def probabilities_kernel(
     logits: tl.tensor,
-    peaks: tl.tensor,
-    log_sums: tl.tensor,
-    factors: tl.tensor,
+    table: tl.tensor,
     stride: tl.tensor,
+    count: tl.tensor,
     vocabulary: tl.tensor,
     tiles: tl.tensor,
     BLOCK: tl.constexpr,
@@ -45,11 +45,12 @@ def probabilities_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64)
     columns = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
     places, inside = logits + row * stride + columns, columns < vocabulary
-    logprobs = _logprobs(_load(places, inside), tl.load(peaks + row), tl.load(log_sums + row))
-    tl.store(places, tl.exp(logprobs) * tl.load(factors + row), mask=inside)
+    table += row
+    logprobs = _logprobs(_load(places, inside), tl.load(table), tl.load(table + count))
+    tl.store(places, tl.exp(logprobs) * tl.load(table + 2 * count), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def compare_kernel(
     logits: tl.tensor,
     target: tl.tensor,
@@ -80,22 +81,16 @@ def compare_kernel(
     if NAME == "forward_kl":
         loss = tl.sum(gap, 0) / tl.sum(goal_total, 0) - (goal_log_sum - log_sum)
         end = tl.where((lowest - peak) - log_sum < LOWEST, width, 0)
-    values, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        p, log_ratio, q = _pair(logits, target, columns, width, peak, log_sum, goal, goal_log_sum)
-        value, slope = _value_and_slope(p, q, log_ratio, parameter, NAME)
-        values += value
-        slopes += p * slope
-    loss = tl.where(end > 0, tl.sum(values, 0), loss)
-    # The slope of the reverse divergence is the logarithm whose mean is the loss.
-    mean = loss if NAME == "reverse_kl" else tl.sum(slopes, 0)
+    summed, mean = _read_again(logits, target, width, end, peak, log_sum, goal, goal_log_sum, parameter, NAME, BLOCK)
+    loss = tl.where(end > 0, summed, loss)
+    if NAME == "reverse_kl":  # the slope is the logarithm whose mean is the loss
+        mean = loss
     _store_pair(table, LOSS, count, loss, mean)
     peak, total, energy = _read_on(logits, width, vocabulary, peak, total, energy, BLOCK)
     _store_look(table, count, peak, total, energy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
     logits: tl.tensor,
     target: tl.tensor,
@@ -194,6 +189,31 @@ def _read_both(
         total = tl.exp(-rise) * total + tl.exp(below)
         goal_total = tl.exp(-goal_rise) * goal_total + tl.exp(goal_below)
     return peak, total, energy, goal, goal_total, gap, tl.min(lowest, 0)
+
+
+@triton.jit
+def _read_again(
+    logits: tl.tensor,
+    target: tl.tensor,
+    width: tl.tensor,
+    end: tl.tensor,
+    peak: tl.tensor,
+    log_sum: tl.tensor,
+    goal: tl.tensor,
+    goal_log_sum: tl.tensor,
+    parameter: tl.tensor,
+    NAME: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tuple:
+    """Return the divergence and its slope's mean, from log-probabilities; `end` is the width, or 0 for neither."""
+    values, slopes = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        p, log_ratio, q = _pair(logits, target, columns, width, peak, log_sum, goal, goal_log_sum)
+        value, slope = _value_and_slope(p, q, log_ratio, parameter, NAME)
+        values += value
+        slopes += p * slope
+    return tl.sum(values, 0), tl.sum(slopes, 0)
 
 
 @triton.jit

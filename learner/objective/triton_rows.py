@@ -58,14 +58,14 @@ class TritonKernels:
 
     def write_probabilities(self, logits: Tensor, whole: Normaliser, factors: Tensor) -> None:
         """Overwrite the logits by their probabilities times a factor per row, [n]."""
-        tiles = triton.cdiv(logits.shape[-1], self.block)
-        probabilities_kernel[(len(logits) * tiles,)](
+        count, vocabulary = logits.shape
+        tiles = triton.cdiv(vocabulary, self.block)
+        probabilities_kernel[(count * tiles,)](
             logits,
-            whole.peak,
-            whole.log_sum,
-            factors.contiguous(),
+            torch.stack([whole.peak, whole.log_sum, factors]),
             logits.stride(0),
-            logits.shape[-1],
+            count,
+            vocabulary,
             tiles,
             BLOCK=self.block,
             num_warps=self.num_warps,
@@ -100,7 +100,6 @@ class TritonKernels:
         count, vocabulary = logits.shape
         tiles = triton.cdiv(vocabulary, self.block)
         shared, goal = comparison.shared, comparison.target
-        # One table, so that the kernel has one pointer for all that is known of a row.
         table = torch.stack(
             [shared.peak, shared.log_sum, goal.peak, goal.log_sum, comparison.mean, weights * divergence.factor]
         )

@@ -14,7 +14,7 @@ from learner.objective import row_kernels
 from learner.objective.exact import EXACT_DIVERGENCES
 from learner.objective.triton_rows import BLOCK, NUM_WARPS
 
-POINTERS = ("logits", "target", "table", "peaks", "log_sums", "factors")
+POINTERS = ("logits", "target", "table")
 STRIDES = ("stride", "logits_stride", "target_stride")
 THREADS_PER_WARP = 32
 REGISTERS = 65_536  # of a multiprocessor

@@ -1,6 +1,7 @@
 """The kernels over rows of logits, interpreted on a CPU, against float64 autograd of definitions and plain torch."""
 
 import math
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from learner.objective.exact import EXACT_DIVERGENCES
 from learner.objective.fused import Divergence
+from learner.objective.kernel_choice import choose_kernels
+from learner.objective.triton_rows import TritonKernels
 from tests.learner.objective.builders import entropy, random_logprobs, written
 from tests.learner.objective.interpreted import Case, evaluate, evaluate_interpreted, fault_interpreted
 
@@ -180,6 +183,30 @@ def test_kernels_are_chosen_only_if_they_agree_with_plain_torch(
 ) -> None:
     found = interpreter.submit(fault_interpreted, flaw, "full").result(SECONDS)
     assert (found is None) if says is None else found is not None and found.startswith(says)
+
+
+def test_a_card_without_triton_takes_plain_torch_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("triton_rows", "row_kernels"):
+        monkeypatch.delitem(sys.modules, f"learner.objective.{name}", raising=False)
+    assert choose_kernels(torch.device("cuda"), "full") is None
+    (record,) = caplog.records
+    assert record.getMessage().startswith("learner: the kernels over logits are not used, but plain torch")
+    assert "triton" in record.getMessage()
+
+
+def test_a_cpu_takes_plain_torch() -> None:
+    assert choose_kernels(torch.device("cpu"), "full") is None
+
+
+def test_kernels_take_rows_of_float32_on_their_kind_of_device() -> None:
+    kernels, rows = TritonKernels(device_type="cpu"), torch.ones(3, 5)
+    assert kernels.takes(rows)
+    assert kernels.takes(rows[:, :4])
+    assert not any(kernels.takes(values) for values in (rows.double(), rows[:0], rows.t(), rows.bfloat16()))
+    assert not TritonKernels().takes(rows)
 
 
 @pytest.mark.parametrize(
