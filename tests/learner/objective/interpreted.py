@@ -77,7 +77,7 @@ class OnCpu(TritonKernels):
 
 @dataclass(frozen=True)
 class Flawed(OnCpu):
-    """Kernels of which one is off by a thousandth, or does not start."""
+    """Kernels of which one is off by a hundredth, or does not start."""
 
     flaw: str = ""
 
@@ -93,13 +93,13 @@ class Flawed(OnCpu):
         """Write a gradient that may be off."""
         super().write_gradient(logits, target, divergence, comparison, weights)
         if self.flaw == f"{divergence.name} is off":
-            logits.mul_(1.001)
+            logits.mul_(1.01)
 
     def write_probabilities(self, logits: Tensor, whole: Normaliser, factors: Tensor) -> None:
         """Write probabilities that may be off."""
         super().write_probabilities(logits, whole, factors)
         if self.flaw == "softmax is off":
-            logits.mul_(1.001)
+            logits.mul_(1.01)
 
     def look(self, logits: Tensor) -> Look:
         """Look, and find nothing finite if that is the flaw."""
