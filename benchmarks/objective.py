@@ -34,6 +34,7 @@ from cluster.contracts.objective import (
 from cluster.models.lm_head import LmHead
 from learner.completion_head import CompletionHead, chunk_size
 from learner.micro_batch import MicroBatch, RoutedTokens
+from learner.objective.kernel_choice import choose_kernels
 from learner.objective.objective import Objective
 from learner.objective.tokens import CompletionTokens
 from learner.projection import LogitScaling
@@ -114,6 +115,7 @@ class Bench:
         widths = {case.teacher_widths for case in CASES if case.teacher_widths}
         self.teacher_heads = {times: LmHead(self.normal(vocabulary, times * width, scale=0.05)) for times in widths}
         self.batches = {case.name: self.batch_of(case) for case in CASES}
+        self.kernels = choose_kernels(sizes.device, "full")
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=self.random, device=self.device) * scale).to(self.dtype)
@@ -142,11 +144,12 @@ class Bench:
         hidden = {"teacher": self.normal(n, case.teacher_widths * self.sizes.width)} if case.teacher_widths else {}
         return MicroBatch(nothing, nothing, nothing, places, (n,), tokens, (RoutedTokens(ROUTE, places, hidden),))
 
-    def run(self, case: Case) -> None:
-        """Run the learner's head forward and backward."""
+    def run(self, case: Case, *, plain: bool = False) -> None:
+        """Run the learner's head forward and backward; plain: without kernels over the logits."""
         hidden = self.hidden.detach().requires_grad_()
         heads = {ROUTE: {"teacher": self.teacher_heads[case.teacher_widths]}} if case.teacher_widths else {}
-        loss, *_ = self.head(hidden, self.batches[case.name], Objective(case.config), heads)
+        objective = Objective(case.config, None if plain else self.kernels)
+        loss, *_ = self.head(hidden, self.batches[case.name], objective, heads)
         torch.autograd.backward(loss / self.num_tokens)
         self.head.weight.grad = None
 
@@ -181,7 +184,7 @@ def main() -> int:
 
 
 def time_rows(sizes: Sizes, repeats: int) -> list[Row]:
-    """Time every case and two kinds of cross-entropy in turns."""
+    """Time every case and two kinds of cross-entropy in turns; where kernels are used, also without them."""
     device, num_tokens = sizes.device, sizes.timed_tokens
     bench = Bench(num_tokens, sizes)
     runs: dict[str, Callable[[], None]] = {
@@ -189,15 +192,19 @@ def time_rows(sizes: Sizes, repeats: int) -> list[Row]:
         "cross-entropy, in chunks": lambda: bench.cross_entropy(chunk_size(sizes.vocabulary, device)),
         **{case.name: partial(bench.run, case) for case in CASES},
     }
+    plain = {} if bench.kernels is None else {f"{case.name}, plain": case for case in CASES}
+    runs |= {name: partial(bench.run, case, plain=True) for name, case in plain.items()}
     seconds = interleaved(runs, device, repeats)
     baseline = min(list(runs)[:2], key=lambda name: seconds[name])
     size = f"{num_tokens} tokens, {str(sizes.dtype).removeprefix('torch.')}"
     unit = "s" if device.type == "cuda" else "CPU-s"
     rows = [row(name, size, value, unit) for name, value in seconds.items()]
-    for case in CASES:
-        ratio = (seconds[case.name] / case.products) / (seconds[baseline] / 3)
+    for name, case in ({case.name: case for case in CASES} | plain).items():
+        ratio = (seconds[name] / case.products) / (seconds[baseline] / 3)
         bar = MAX_ON_GPU if device.type == "cuda" and case.teacher_widths else case.bar
-        rows.append(with_bar(row(f"{case.name}, per product", f"of {baseline}", ratio, "ratio"), bar))
+        rows.append(
+            with_bar(row(f"{name}, per product", f"of {baseline}", ratio, "ratio"), None if name in plain else bar)
+        )
     return rows
 
 

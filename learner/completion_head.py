@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from cluster.contracts.learner import HeadDtype
 from learner.micro_batch import MicroBatch, RoutedTokens
+from learner.objective.fused import RowKernels
 from learner.objective.objective import Objective
 from learner.objective.softmax import student_facts
 from learner.objective.tokens import StudentFacts, TokenResults
@@ -118,7 +119,8 @@ def judge(
 ) -> TokenResults:
     """Return what the objective makes of the batch's tokens; the gradients go into the projection."""
     tokens = batch.tokens
-    plan = objective.plan(tokens, look(projection, batch, chunk_tokens) if objective.needs_first_pass else None)
+    first_pass = look(projection, batch, chunk_tokens, objective.kernels) if objective.needs_first_pass else None
+    plan = objective.plan(tokens, first_pass)
     losses, mass, logprobs, entropy = (torch.zeros_like(tokens.rollout_logprobs) for _ in range(4))
     for chunk in _chunks(batch, chunk_tokens):
         places = chunk.places
@@ -136,11 +138,13 @@ def judge(
     return TokenResults(losses, StudentFacts(logprobs, entropy), mass, None)
 
 
-def look(projection: Projection, batch: MicroBatch, chunk_tokens: int) -> StudentFacts:
+def look(
+    projection: Projection, batch: MicroBatch, chunk_tokens: int, kernels: RowKernels | None = None
+) -> StudentFacts:
     """Return what the student says of the batch's tokens."""
     logprobs, entropy = (torch.zeros_like(batch.tokens.rollout_logprobs) for _ in range(2))
     for chunk in _chunks(batch, chunk_tokens):
-        found = student_facts(projection.logits(chunk.places), batch.tokens.target_ids[chunk.places])
+        found = student_facts(projection.logits(chunk.places), batch.tokens.target_ids[chunk.places], kernels)
         logprobs[chunk.places], entropy[chunk.places] = found.logprobs, found.entropy
     return StudentFacts(logprobs, entropy)
 

@@ -24,6 +24,7 @@ from learner.lr_schedule import learning_rate_at
 from learner.manifest import WrittenShard, shard_name
 from learner.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.model import load_student
+from learner.objective.kernel_choice import choose_kernels
 from learner.objective.objective import Objective
 from learner.packing import Grid, plan_step
 from learner.reference_engine import ReferenceEngine
@@ -56,7 +57,8 @@ class LearnerWorker:
         self._config = config
         self._engine = engine
         self._teacher_heads = teacher_heads
-        self._objective = Objective(config.objective)
+        self._kernels = choose_kernels(_device(), config.objective.support)
+        self._objective = Objective(config.objective, self._kernels)
         self._sender = _make_sender(config, engine)
         self._writer = ShardWriter()
 
@@ -79,7 +81,9 @@ class LearnerWorker:
             completes_step: whether no round of the step follows.
             objective: another one than the run's, of the same support.
         """
-        task = StepTask(self._objective if objective is None else Objective(objective), self._teacher_heads)
+        task = StepTask(
+            self._objective if objective is None else Objective(objective, self._kernels), self._teacher_heads
+        )
         return accumulate(self._engine, self._build(rows), task, completes_step)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:

@@ -52,6 +52,7 @@ DOORS = {
         "learner.card_links",
     },
     "deepspeed": {"learner.zero_engine"},
+    "triton": {"learner.objective.row_kernels", "learner.objective.triton_rows"},
 }
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed")
 

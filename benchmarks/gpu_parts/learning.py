@@ -25,6 +25,7 @@ from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.models.lm_head import LmHead, load_lm_head
 from learner.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.model import load_student
+from learner.objective.kernel_choice import choose_kernels
 from learner.objective.objective import Objective
 from learner.packing import plan_step
 from learner.reference_engine import ReferenceEngine
@@ -88,9 +89,9 @@ def evaluate_on(
     config, (objective, head) = LearnerConfig(dtype="float32", attention=attention), task
     engine = ReferenceEngine(load_student(StudentConfig(str(EMBEDDED / "student")), config, device), config)
     heads = {ROUTE: {"teacher": head.to(device)}} if objective.support == "full" else {}
-    losses = []
+    losses, kernels = [], choose_kernels(device, objective.support)
     for batch in grids_of(scored, micro_batch_tokens=2048):
-        found = engine.forward(batch.to(device), Objective(objective), heads)
+        found = engine.forward(batch.to(device), Objective(objective, kernels), heads)
         engine.backward(found.loss, is_last=False)
         losses.append(found.losses.cpu())
     tokens = torch.cat(losses)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cluster.contracts.objective import TEACHER, AnyTerm, DivergenceTerm, ObjectiveConfig, PolicyGradientTerm
 from learner.objective.full_support import evaluate_full
-from learner.objective.softmax import at_least_float32, kth_largest, logits_gradient, softmax_of
+from learner.objective.fused import FusedDivergence, RowKernels
+from learner.objective.softmax import any_softmax, at_least_float32, kth_largest
 from learner.objective.targets import log_linear
 from learner.objective.terms import Chunk, mapped_log_ratio, sum_of_terms
 from learner.objective.tokens import CompletionTokens, StudentFacts, TokenPlan, TokenResults
@@ -24,13 +25,17 @@ from learner.objective.whole_trajectories import (
 class Objective:
     """A configured objective: `plan` looks at whole trajectories, `evaluate` at any of their tokens.
 
+    Args:
+        config: what to minimise.
+        kernels: used where they take the logits; None: plain torch everywhere.
+
     Example:
         >>> Objective(ObjectiveConfig()).needs_first_pass
         False
     """
 
-    def __init__(self, config: ObjectiveConfig) -> None:
-        self.config = config
+    def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None) -> None:
+        self.config, self.kernels = config, kernels
         self.needs_first_pass = _needs_first_pass(config)
 
     @torch.no_grad()
@@ -76,6 +81,8 @@ class Objective:
         logits = at_least_float32(logits)
         if self.config.support != "full":
             return self._evaluate_listed(logits, tokens, plan, with_gradient)
+        if fused := FusedDivergence.of(self.config.terms, self.kernels, logits):
+            return fused.evaluate(logits, tokens, plan, model_logits, with_gradient)
         models = {model: at_least_float32(values) for model, values in model_logits.items()}
         results = evaluate_full(self.config.terms, logits, tokens, plan, models)
         return results if with_gradient else replace(results, logits_gradient=None)
@@ -86,10 +93,10 @@ class Objective:
         """Evaluate terms that look at written tokens and candidates alone: a few numbers per token take autograd."""
         candidates, inside = self._candidates(logits, tokens)
         ids = torch.cat([tokens.target_ids[:, None], candidates], dim=-1)
-        softmax = softmax_of(logits, ids)
+        softmax = any_softmax(logits, ids, self.kernels)
         chunk = Chunk(tokens, plan, softmax.logprobs.clone(), draws=self.config.support == "samples", inside=inside)
         losses, by_logprobs = sum_of_terms(self.config.terms, chunk)
-        gradient = logits_gradient(softmax, ids, by_logprobs) if with_gradient else None
+        gradient = softmax.gradient(ids, by_logprobs) if with_gradient else None
         facts = StudentFacts(softmax.logprobs[:, 0], softmax.entropy)
         return TokenResults(losses, facts, self._mass(candidates, softmax.logprobs[:, 1:]), gradient)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from learner.objective.divergences import LOWEST_LOGPROB
+from learner.objective.fused import FusedSoftmax, RowKernels, fused_softmax
 from learner.objective.tokens import StudentFacts
 
 CPU_BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: some blocks fit the shared cache, and every thread has a row
@@ -25,6 +26,13 @@ class Softmax:
     logprobs: Tensor  # [n, ids] of the tokens asked for
     entropy: Tensor  # [n] in nats
 
+    def gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Turn the gradient by log-probabilities of ids [n, m] into that by all logits, in the probabilities' memory.
+
+        A log-probability's derivative by the logits is its one-hot vector minus the probabilities.
+        """
+        return self.probabilities.mul_(-gradient.sum(-1, keepdim=True)).scatter_add_(-1, ids, gradient)
+
 
 def softmax_of(logits: Tensor, ids: Tensor) -> Softmax:
     """Overwrite the logits by their probabilities, and read off the log-probabilities of ids [n, m] and the entropy."""
@@ -39,18 +47,17 @@ def softmax_of(logits: Tensor, ids: Tensor) -> Softmax:
     return Softmax(logits, logprobs, entropy)
 
 
-def student_facts(logits: Tensor, target_ids: Tensor) -> StudentFacts:
+def any_softmax(logits: Tensor, ids: Tensor, kernels: RowKernels | None) -> Softmax | FusedSoftmax:
+    """Return `softmax_of`, by kernels if there are some that take the logits."""
+    if kernels is None or not kernels.takes(logits):
+        return softmax_of(logits, ids)
+    return fused_softmax(kernels, logits, ids)
+
+
+def student_facts(logits: Tensor, target_ids: Tensor, kernels: RowKernels | None = None) -> StudentFacts:
     """Read off what a first pass needs, for written tokens [n]; float32 logits are overwritten."""
-    softmax = softmax_of(at_least_float32(logits), target_ids[:, None])
+    softmax = any_softmax(at_least_float32(logits), target_ids[:, None], kernels)
     return StudentFacts(softmax.logprobs[:, 0], softmax.entropy)
-
-
-def logits_gradient(softmax: Softmax, ids: Tensor, gradient: Tensor) -> Tensor:
-    """Turn the gradient by log-probabilities of ids [n, m] into that by all logits, in the memory of the probabilities.
-
-    A log-probability's derivative by the logits is its one-hot vector minus the probabilities.
-    """
-    return softmax.probabilities.mul_(-gradient.sum(-1, keepdim=True)).scatter_add_(-1, ids, gradient)
 
 
 def kth_largest(logits: Tensor, k: int) -> Tensor:

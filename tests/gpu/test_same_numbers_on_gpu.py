@@ -16,6 +16,7 @@ from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import LmHead
 from cluster.workers.actors import PoolTimeouts
 from learner.completion_head import CompletionHead, Evaluation
+from learner.objective.kernel_choice import choose_kernels
 from learner.objective.objective import Objective
 from learner.projection import LogitScaling
 from learner.teacher_heads import TeacherHeads
@@ -62,8 +63,10 @@ def on(device: str, kind: str) -> tuple[Evaluation, Tensor, Tensor]:
     head = CompletionHead(linear.to(device), LogitScaling())
     batch = batch_of(objective, heads or None)
     hidden = make_hidden(len(batch.predicting)).detach().to(device).requires_grad_()
+    place = torch.device(device)
+    kernels = choose_kernels(place, objective.support)
     moved = {route: {name: moved_head(found, device) for name, found in by.items()} for route, by in heads.items()}
-    result = Evaluation(*head(hidden, batch.to(torch.device(device)), Objective(objective), moved))
+    result = Evaluation(*head(hidden, batch.to(place), Objective(objective, kernels), moved))
     result.loss.backward()
     assert hidden.grad is not None
     assert head.weight.grad is not None

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from learner.objective.softmax import CPU_BLOCK_ELEMENTS, kth_largest, logits_gradient, softmax_of, student_facts
+from learner.objective.softmax import CPU_BLOCK_ELEMENTS, kth_largest, softmax_of, student_facts
 from tests.learner.objective.builders import entropy, random_logprobs, written
 
 IDS = torch.tensor([[3, 8, 3], [0, 1, 2], [5, 5, 5], [8, 0, 4]])
@@ -27,7 +27,7 @@ def test_the_gradient_by_logits_is_that_of_autograd_with_repeated_ids() -> None:
     logits = random_logprobs(4, 9, seed=1).requires_grad_()
     by_logprobs = random_logprobs(4, 3, seed=2)
     (expected,) = torch.autograd.grad((logits.log_softmax(-1).gather(-1, IDS) * by_logprobs).sum(), logits)
-    found = logits_gradient(softmax_of(logits.detach().clone(), IDS), IDS, by_logprobs)
+    found = softmax_of(logits.detach().clone(), IDS).gradient(IDS, by_logprobs)
     torch.testing.assert_close(found, expected)
 
 
