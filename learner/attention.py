@@ -151,7 +151,8 @@ def fault_of(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[
         # Of torch's page about backends, the first sentence.
         return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
     expected = _probe(grouped, device, dtype, widths)
-    off = max(((one - other).norm() / other.norm()).item() for one, other in zip(found, expected, strict=True))
+    # Not Python's `max`, which may pass over what is not a number.
+    off = torch.stack([(one - other).norm() / other.norm() for one, other in zip(found, expected, strict=True)]).max()
     return None if off <= KERNEL_TOLERANCE else f"it differs from plain attention by {off:.1%}"
 
 

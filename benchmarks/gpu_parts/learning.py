@@ -106,8 +106,10 @@ def grids_of(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> list
 
 
 def attention_rows(scale: Scale, student: Path) -> Iterator[Row]:
-    """Time forward and backward of one micro-batch, and the memory that they take, for each kind of attention."""
+    """Time one micro-batch on its written tokens alone, and the memory that it takes, for each kind of attention."""
     batch = long_tailed_batch(scale).to(scale.device)
+    config = msgspec.convert(expand_preset({"preset": "thinking-machines"}), ObjectiveConfig)
+    objective = Objective(config, choose_kernels(scale.device, config.support))
     size = f"{scale.student.name}, {len(batch.lengths)} trajectories, {sum(batch.lengths)} tokens"
     for attention in ATTENTIONS:
         try:
@@ -115,7 +117,7 @@ def attention_rows(scale: Scale, student: Path) -> Iterator[Row]:
         except ModelError as error:
             print(f"not measured: {error}", flush=True)
             continue
-        run = partial(train_on, engine, batch)
+        run = partial(train_on, engine, batch, objective)
         seconds = interleaved({attention: run}, scale.device, scale.repeats)[attention]
         yield row(f"learn alone: attention {attention}", size, sum(batch.lengths) / seconds, "tokens/s")
         yield row(f"learn alone: peak memory, attention {attention}", size, peak_bytes(run, scale.device) / 1e9, "GB")
@@ -128,9 +130,8 @@ def engine_with(scale: Scale, student: Path, attention: Attention) -> ReferenceE
     return ReferenceEngine(load_student(StudentConfig(str(student)), config, scale.device), config)
 
 
-def train_on(engine: ReferenceEngine, batch: MicroBatch) -> None:
-    """Do one optimizer step on the written tokens alone."""
-    objective = Objective(msgspec.convert(expand_preset({"preset": "thinking-machines"}), ObjectiveConfig))
+def train_on(engine: ReferenceEngine, batch: MicroBatch, objective: Objective) -> None:
+    """Do one optimizer step."""
     engine.backward(engine.forward(batch, objective).loss, is_last=True)
     engine.step(1e-6, batch.num_completion_tokens)
 

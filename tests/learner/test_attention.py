@@ -208,6 +208,15 @@ def test_a_flash_attention_that_computes_something_else_is_refused(install_flash
         choose_kernel("flash", Qwen3Config(**SMALL), CPU, torch.bfloat16)
 
 
+def test_a_flash_attention_whose_gradients_are_not_numbers_is_refused(install_flash):
+    signature = "                           softmax_scale=None, causal=False):\n"
+    install_flash(
+        FLASH.replace(signature, signature + "    v.register_hook(lambda gradient: gradient * float('nan'))\n")
+    )
+    with pytest.raises(ModelError, match="it differs from plain attention by nan"):
+        choose_kernel("flash", Qwen3Config(**SMALL), CPU, torch.bfloat16)
+
+
 def test_flash_attention_that_cannot_take_the_models_heads_is_refused_before_the_model_is_loaded(install_flash):
     signature = "                           softmax_scale=None, causal=False):\n"
     refusal = "    if q.shape[-1] != v.shape[-1]: raise RuntimeError(f'{q.shape[-1]} is not {v.shape[-1]}')\n"
