@@ -136,6 +136,13 @@ class Bench:
         spent["sync"] = self._meter.measure(self._publish)
         return Alone(_completion_tokens(scored), spent, _wire_bytes(generated), _wire_bytes(scored))
 
+    def both(self, step: int) -> tuple[Alone, Together]:
+        """Do the step both ways, in changing order: whichever is second finds its prompts in the teachers' caches."""
+        if step % 2:
+            return self.alone(step), self.together(step)
+        together = self.together(step)
+        return self.alone(step), together
+
     def together(self, step: int) -> Together:
         """Do the step as the training loop does, strictly on-policy."""
         return self.running(range(step, step + 1))[0]
@@ -200,18 +207,11 @@ def main() -> None:
 
 def measure(config: Config, warm_up: int, steps: int) -> tuple[list[Alone], list[Together]]:
     """Do every step both ways, in changing order, so that what the student learns meets both alike."""
-    alone, together = [], []
     inputs = load_inputs(config)
     with ray_session(config), start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as pipeline:
         bench = Bench(config, inputs, pipeline)
-        for step in range(warm_up + steps):
-            if step % 2:
-                alone.append(bench.alone(step))
-                together.append(bench.together(step))
-            else:
-                together.append(bench.together(step))
-                alone.append(bench.alone(step))
-    return alone[warm_up:], together[warm_up:]
+        done = [bench.both(step) for step in range(warm_up + steps)][warm_up:]
+    return [alone for alone, _ in done], [together for _, together in done]
 
 
 def stage_rows(alone: Sequence[Alone], together: Sequence[Together], cores: int, size: str) -> list[Row]:

@@ -48,14 +48,9 @@ def measured_rows(scale: Scale, bench: Bench, deadline: float) -> Iterator[Row]:
     alone: list[Alone] = []
     together: list[Together] = []
     while len(alone) < ROUNDS[kind] and (not alone or time.perf_counter() < half):
-        step = 1 + len(alone)
-        # In changing order, for whichever comes second finds the step's prompts in the teacher's cache.
-        if step % 2:
-            alone.append(bench.alone(step))
-            together.append(bench.together(step))
-        else:
-            together.append(bench.together(step))
-            alone.append(bench.alone(step))
+        by_itself, as_a_loop = bench.both(1 + len(alone))
+        alone.append(by_itself)
+        together.append(as_a_loop)
     yield from stage_rows(alone, size)
     yield from streaming_rows(alone, together, size)
     yield from sampler_rows(together, size)

@@ -4,8 +4,7 @@ What is derived:
 
 - Rollout. A sequence of L tokens that began with all others of its call is finished after
   a L + b sum_i min(length_i, L) seconds, where each token takes a + b n seconds while n sequences run: batches that
-  left full, and the last ones, give one such equation each, solved by least squares. The trace has every completion's
-  length; of one that has not, the mean of the batch stands for it. Where a worker had more sequences
+  left full, and the last ones, give one such equation each, solved by least squares. Where a worker had more sequences
   than it runs at a time, one pace is fitted; so measure with few sequences per worker, strictly on-policy.
 - Teachers. A replica that has m batches with t tokens in all, one after the other, is busy for c m + t / rate seconds.
 - Learner, sync: medians over steps, of which those before the third are start-up; the update itself is a rank's last
@@ -56,7 +55,7 @@ class _Arguments(msgspec.Struct, frozen=True):
     rows: CountOrZero = 0
     tokens: CountOrZero = 0
     rollout: int | None = None
-    lengths: tuple[CountOrZero, ...] = ()  # older traces have none
+    lengths: tuple[CountOrZero, ...] = ()  # of completions
     pool: str = ""  # where the worker's name does not say it
 
 
@@ -110,7 +109,7 @@ def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], 
         )
     later = [step for step in steps if step.step >= FIRST_STEP]
     of_batches = [span for span in spans if span.num_rows and span.num_tokens]
-    chains = chains_of([span for span in of_batches if span.stage == "generate"])
+    chains = chains_of([span for span in of_batches if span.stage == "generate" and span.lengths])
     if not later or not chains:
         raise ConfigError(
             f"{source}: {len(steps)} steps and {len(chains)} traced rollouts are too few to read rates off; "

@@ -32,44 +32,20 @@ class Chain:
         return self.batches[-1].ended - self.batches[0].began
 
     @property
-    def lengths(self) -> list[float]:
-        """Return how long each completion was; where a trace is too old to say, as those of its batch on average."""
-        return [length for span in self.batches for length in lengths_of(span)]
+    def lengths(self) -> list[int]:
+        """Return how long each completion was."""
+        return [length for span in self.batches for length in span.lengths]
 
     def equations(self, rows_per_batch: int) -> list[tuple[float, float, float]]:
         """Return (L, sum of min(length, L), seconds) at moments when a completion of L tokens was finished."""
         lengths = np.array(self.lengths)
-        found = []
+        found: list[tuple[float, float, float]] = []
         for index, span in enumerate(self.batches):
             is_last = index == len(self.batches) - 1
             if is_last or span.num_rows >= rows_per_batch:  # others leave when they have waited, not when one is done
-                length = self._longest(index)
+                length = max(span.lengths)  # rows finish in the order of their lengths
                 found.append((length, float(np.minimum(lengths, length).sum()), span.ended - self.batches[0].began))
         return found
-
-    def _longest(self, index: int) -> float:
-        """Return how long a batch's last completion was: rows finish in the order of their lengths."""
-        batch = self.batches[index]
-        if batch.lengths:
-            return float(max(batch.lengths))
-        others = self.batches[index + 1 : index + 2] or self.batches[index - 1 : index]
-        if not others:
-            return batch.num_tokens / batch.num_rows
-        mean_length, other_mean = batch.num_tokens / batch.num_rows, others[0].num_tokens / others[0].num_rows
-        # Of an old trace: half a batch's rows lie between its mean and its longest, half of both between the two means.
-        return mean_length + abs(other_mean - mean_length) * (batch.num_rows - 1) / (
-            batch.num_rows + others[0].num_rows
-        )
-
-
-def lengths_of(span: Span) -> list[float]:
-    """Return the completion tokens of each row of a call.
-
-    Example:
-        >>> lengths_of(Span("rollout", "rollout-0", "generate", 0.0, 1.0, num_rows=2, num_tokens=90))
-        [45.0, 45.0]
-    """
-    return [float(length) for length in span.lengths] or [span.num_tokens / span.num_rows] * span.num_rows
 
 
 def chains_of(spans: Iterable[Span]) -> list[Chain]:

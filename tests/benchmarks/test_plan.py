@@ -18,7 +18,7 @@ def measured_as(workload: Workload, factor: float) -> list[Measured]:
         "sync/seconds": 0.0,
     }
     spans = [
-        Span("rollout", "rollout-0", "generate", 0.0, 1.0, 8, 800),
+        Span("rollout", "rollout-0", "generate", 0.0, 1.0, 8, 800, 0, (100,) * 8),
         *(Span(f"teacher-{name}", f"teacher-{name}-0", "score", 1.0, 1.5, 8, 864) for name in workload.teachers),
     ]
     split = measured_splits(workload)[0]

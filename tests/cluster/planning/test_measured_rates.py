@@ -32,7 +32,7 @@ def rollout(step: int, worker: int, began: float, lengths: Sequence[int]) -> lis
     for length in sorted(lengths):
         tokens = sum(min(other, length) for other in lengths)
         ended = began + ALONE * length + PER_RUNNING * tokens
-        spans.append(Span("rollout", f"rollout-{worker}", "generate", asked, ended, 1, length, step))
+        spans.append(Span("rollout", f"rollout-{worker}", "generate", asked, ended, 1, length, step, (length,)))
         asked = ended + 0.0002
     return spans
 
@@ -93,7 +93,7 @@ def test_calls_of_one_rollout_belong_together_however_late_the_next_one_was_aske
 
 def test_full_engines_give_the_pace_at_their_limit(tmp_path: Path) -> None:
     # Four sequences of 100 tokens, two at a time, in 4 s.
-    spans = [Span("rollout", "rollout-0", "generate", 0.0, 4.0, 4, 400), scored(4.0, 400, 0.4)]
+    spans = [Span("rollout", "rollout-0", "generate", 0.0, 4.0, 4, 400, 0, (100,) * 4), scored(4.0, 400, 0.4)]
     rates = rates_of_spans(spans, tmp_path, "rollout.engine.max_concurrent_sequences=2")
     assert rates.rollout.seconds_per_token == ((2, pytest.approx(0.02)),)
 
@@ -122,7 +122,7 @@ def test_rates_are_not_read_off_steps_that_overlap(tmp_path: Path) -> None:
 
 def test_a_teachers_calls_are_known_by_its_name_whatever_its_workers_are_called(tmp_path: Path) -> None:
     later = Span("teacher-main", "teacher-main@3f9a01-0", "score", 3.0, 4.0, 2, 1000)  # of another checkpoint
-    spans = [Span("rollout", "rollout-0", "generate", 0.0, 1.0, 1, 100), later]
+    spans = [Span("rollout", "rollout-0", "generate", 0.0, 1.0, 1, 100, 0, (100,)), later]
     assert rates_of_spans(spans, tmp_path).teachers["main"].tokens_per_second == pytest.approx(1000.0, rel=1e-3)
 
 
@@ -132,7 +132,7 @@ def test_rates_are_not_read_off_teachers_that_wait_for_their_turns(tmp_path: Pat
         rates_of_spans(a_runs_spans(), tmp_path, *slots)
 
 
-def test_every_completions_length_counts_where_the_trace_has_them(tmp_path: Path) -> None:
+def test_every_completions_length_counts(tmp_path: Path) -> None:
     # At 30 tokens 10 + 3 x 30 are written, at 70 all 160: 0.01 x 30 + 0.002 x 100 and 0.01 x 70 + 0.002 x 160 seconds.
     calls = [(0.0, 0.5, (10, 30)), (0.6, 1.02, (70, 50))]
     written = [
