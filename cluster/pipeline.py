@@ -22,7 +22,7 @@ from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
-from teacher_workers.pool import TeacherPool, start_pool
+from teacher_workers.pool import TeacherPool
 from teacher_workers.pools import TeacherPools
 from teacher_workers.reference import fingerprint
 from teacher_workers.scorers import Scorers
@@ -198,18 +198,14 @@ def start_pipeline(
         yield Pipeline(rollouts, pools, learner, placement, supervision, start_seconds=perf_counter() - began)
 
 
-def start_teacher(
-    config: Config, inputs: Inputs, placement: PoolPlacement, name: str, supervision: Supervision | None = None
-) -> TeacherPool:
-    """Begin to start scorers of one teacher alone; without supervision, a dead one ends the run."""
-    return start_pool(
-        name,
-        with_gpus(config, placement.gpus_per_worker > 0).teachers[name],
-        inputs.max_model_len,
-        placement.options(),
-        pool_timeouts(config),
-        supervision=supervision,
-    )
+def start_student_as_teacher(mirrored: Config, inputs: Inputs, placement: PoolPlacement, name: str) -> TeacherPool:
+    """Begin to start scorers of the student that a mirrored run has for a teacher; a dead one ends the run.
+
+    They are called student-as-teacher-0, ...: Ray may hold the names of the real teachers for a while after their end.
+    """
+    teacher = with_gpus(mirrored, placement.gpus_per_worker > 0).teachers[name]
+    scorers = Scorers("student-as-teacher", {name: teacher}, inputs.max_model_len, placement.options())
+    return TeacherPool(name, scorers, pool_timeouts(mirrored))
 
 
 def start_scorers(
@@ -247,7 +243,7 @@ def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement,
         config.rollout.rows_per_batch,
         weight_sync_backend=None,
     )
-    pool = RolloutPool(settings, placement.teachers[name].options(), pool_timeouts(config), f"teacher-{name}-rollout")
+    pool = RolloutPool(settings, placement.teachers[name].options(), pool_timeouts(config), f"rollout-of-{name}")
     with _ready_rollouts(pool, inputs):
         yield pool
 

@@ -30,7 +30,7 @@ from cluster.contracts.objective import (
 from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.wire import from_wire
 from cluster.nodes.placement import Placement
-from cluster.pipeline import Inputs, Pipeline, start_pipeline, start_teacher, train_requests, train_sampling
+from cluster.pipeline import Inputs, Pipeline, start_pipeline, start_student_as_teacher, train_requests, train_sampling
 from cluster.workers.actors import get
 from teacher_workers.pools import TeacherPools
 
@@ -100,7 +100,7 @@ def _against_itself(
     share = replace(placement.rollout, num_workers=1)
     if placement.on_gpu and placement.learner.gpus_per_worker < 1:
         share = replace(share, gpus_per_worker=placement.teachers[name].gpus_per_worker)
-    pool = start_teacher(mirrored, inputs, share, name)
+    pool = start_student_as_teacher(mirrored, inputs, share, name)
     try:
         pool.wait_until_ready()
         itself = TeacherPools({ITSELF: pool}, mirrored.ray.call_timeout_seconds)

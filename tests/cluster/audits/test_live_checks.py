@@ -1,4 +1,9 @@
+import ray
+
 from cluster.audits.live_checks import mirror, terms_with_optimum_at_the_student
+from cluster.nodes.placement import cluster_nodes, plan_placement
+from cluster.pipeline import Inputs, start_student_as_teacher
+from rollout_workers.prompts import PromptOrder, PromptSet
 from tests.builders import make_config
 
 BASE = ("teachers.before.model=before", "teachers.main.base=before")
@@ -29,3 +34,19 @@ def test_only_terms_that_vanish_at_the_student_are_checked_there() -> None:
     assert terms_with_optimum_at_the_student(tempered) == {}
     rewarded = make_config("objective=opd-grpo").objective
     assert list(terms_with_optimum_at_the_student(rewarded)) == ["main"]
+
+
+def test_the_student_takes_a_teachers_place_while_ray_still_holds_that_teachers_name(ray_cluster: None) -> None:
+    class Held:
+        def is_there(self) -> bool:
+            return True
+
+    config = mirror(make_config())
+    share = plan_placement(config, cluster_nodes()).teachers["main"]
+    teacher = ray.remote(Held).options(name=f"{share.name}-0", num_cpus=0).remote()
+    assert ray.get(teacher.is_there.remote())
+    prompts = PromptSet.of_token_ids([[1]], "main")
+    inputs = Inputs(prompts, PromptOrder(1, seed=0, shuffle=False), (), max_model_len=8)
+    start_student_as_teacher(config, inputs, share, "main")
+    ray.kill(ray.get_actor("student-as-teacher-0"))
+    ray.kill(teacher)
