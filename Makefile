@@ -11,8 +11,8 @@ demo: install
 	@$(BIN)/preceptor demo
 
 test: install
-	@$(BIN)/python -m pytest --ignore tests/chaos -m alone
-	@$(BIN)/python -m pytest --ignore tests/chaos -m "not alone" -n 2 --no-loadscope-reorder
+	@$(BIN)/python -m pytest --ignore tests/chaos -m alone --durations 20 --durations-min 5
+	@$(BIN)/python -m pytest --ignore tests/chaos -m "not alone" -n 2 --no-loadscope-reorder --durations 40 --durations-min 5
 
 chaos: install
 	@$(BIN)/python -m pytest tests/chaos

@@ -49,6 +49,7 @@ class Supervisor:
         self._view = view
         self._stop = stop
         self._budget = RestartBudget(restart_limit(config))
+        self._has_begun = False
 
     def train(self, beginning: Beginning) -> History:
         """Do the run's steps, and return what it achieved.
@@ -83,6 +84,9 @@ class Supervisor:
         run = TrainingRun(
             self._config, self._inputs, self._pipeline, start.directory, self._view, step, history, self._stop
         )
+        if not self._has_begun:  # after a rewind the pools still have their sizes
+            run.restore_pools()
+            self._has_begun = True
         if start.point:
             run.ledger.check(start.point.state.ledger)
             self._pipeline.learner.load_checkpoint(start.point.folder)

@@ -77,6 +77,10 @@ class TrainingRun:
         for record in self._metrics.read():  # of a resumed run
             self._shorten(self._alarms.look(record))
 
+    def restore_pools(self) -> None:
+        """Give the pools, which have just started, the sizes that were last asked for in a run that is resumed."""
+        self._scaling.restore()
+
     def begin(self, flow: Flow) -> None:
         """Measure the untrained student, unless the run is resumed; `flow` serves this and all later evaluations."""
         self._flow = flow

@@ -12,7 +12,7 @@ from uuid import uuid4
 import msgspec
 
 from cluster.contracts.errors import ConfigError, PlacementError
-from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver
+from cluster.wishes import ANSWER_SECONDS, WishFiles, WishReader, ask_driver, read_message
 
 LARGEST_POOL = 100_000
 
@@ -58,7 +58,7 @@ class Scaling:
         """Take the run's pools.
 
         Args:
-            files: in the run directory; the last wish of an earlier part of the run counts as new.
+            files: in the run directory.
             pools: by the name that a wish gives them.
             missing: says what the cluster lacks for so many more or fewer workers of pools; None: nothing.
             say: tells people.
@@ -67,7 +67,22 @@ class Scaling:
         """
         self._files, self._pools, self._missing, self._say = files, pools, missing, say
         self._needed = needed
-        self._wishes = WishReader(clock)
+        answered = read_message(files.answer, Answer)
+        self._wishes = WishReader(clock, last_wish=answered.wish_id if answered else "")
+
+    def restore(self) -> None:
+        """Give pools that have just started the sizes that they had after the last wish of the run's earlier part."""
+        answered = read_message(self._files.answer, Answer)
+        if answered is None:
+            return
+        sizes = {
+            name: size
+            for name, size in answered.sizes.items()
+            if name in self._pools and size != self._pools[name].size and (size or not self._needed(name))
+        }
+        if sizes:
+            refusal = self._grant(sizes)
+            self._say(f"as asked before the run was resumed: {refusal or describe(sizes)}")
 
     def look(self) -> None:
         """See whether somebody has asked for other sizes; most calls return at once."""

@@ -141,12 +141,42 @@ def test_an_answer_stays_for_a_second_however_long_the_driver_took_to_give_it(tm
     assert reader.take(files.wish, Wish) == Wish("second", {})
 
 
-def test_a_resumed_run_takes_the_last_sizes_that_were_asked_for(tmp_path: Path) -> None:
-    with Driver(tmp_path) as driver:
+def scaled(folder: Path) -> None:
+    with Driver(folder) as driver:
         ask(driver.files, {"rollout": 4})
+        ask(driver.files, {"teachers.math": 3})
+
+
+def test_a_resumed_run_has_all_the_sizes_that_were_asked_for(tmp_path: Path) -> None:
+    scaled(tmp_path)
     resumed = Driver(tmp_path)
-    resumed.scaling.look()
-    assert resumed.sizes()["rollout"] == 4
+    resumed.scaling.restore()
+    assert resumed.sizes() == {"rollout": 4, "teachers.math": 3}
+    assert resumed.said == ["as asked before the run was resumed: rollout=4 teachers.math=3"]
+
+
+def test_a_resumed_run_with_less_room_says_why_its_pools_are_as_they_are(tmp_path: Path) -> None:
+    scaled(tmp_path)
+    resumed = Driver(tmp_path, room=2)
+    resumed.scaling.restore()
+    assert resumed.sizes() == {"rollout": 1, "teachers.math": 1}
+    assert resumed.said == ["as asked before the run was resumed: rollout=4 teachers.math=3: no room"]
+
+
+def test_a_resumed_run_brings_back_a_drained_pool_that_it_needs(tmp_path: Path) -> None:
+    scaled(tmp_path)
+    files = Driver(tmp_path).files
+    write_message(files.answer, Answer("the last", {"rollout": 2, "teachers.math": 0}, None))
+    resumed = Driver(tmp_path)
+    resumed.scaling.restore()
+    assert resumed.sizes() == {"rollout": 2, "teachers.math": 1}
+
+
+def test_after_a_rewind_a_wish_that_was_granted_is_not_granted_again(tmp_path: Path) -> None:
+    scaled(tmp_path)
+    rewound = Driver(tmp_path)
+    rewound.scaling.look()
+    assert rewound.sizes() == {"rollout": 1, "teachers.math": 1}
 
 
 def test_nothing_is_read_twice_within_a_second(tmp_path: Path) -> None:
