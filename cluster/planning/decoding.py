@@ -74,6 +74,8 @@ class Decoding:
         if plan != self._num_plans:  # something changed since
             return
         self._advance()
+        # After so many seconds that the clock cannot tell this moment from the last, nothing would have been written.
+        self._progress = max(self._progress, self._running[0][0])
         finished = []
         while self._running and self._running[0][0] <= self._progress + ROUNDING_TOKENS:
             finished.append(heapq.heappop(self._running)[2])

@@ -5,8 +5,16 @@ import time
 
 import pytest
 
+from cluster.contracts.errors import ModelError
 from cluster.contracts.pools import Dtype, EngineConfig
-from cluster.vllm_runtime import OWNER_CHECK_SECONDS, OWNER_VARIABLE, gpu_arguments, prepare_environment
+from cluster.vllm_runtime import (
+    OWNER_CHECK_SECONDS,
+    OWNER_VARIABLE,
+    EngineRole,
+    build_engine,
+    gpu_arguments,
+    prepare_environment,
+)
 
 CHILD = "from cluster.vllm_runtime import end_with_owner; end_with_owner(); import time; time.sleep(60)"
 OWNER = f"""
@@ -62,3 +70,25 @@ def test_float32_is_not_rounded_to_tf32_by_triton(
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     prepare_environment(EngineConfig(dtype=dtype))
     assert os.environ.get("TRITON_F32_DEFAULT") == precision
+
+
+@pytest.mark.parametrize(("enforce_eager", "setting"), [(True, "1"), (None, "1"), (False, None)])
+def test_on_a_cpu_nothing_is_compiled_for_an_eager_engine(
+    monkeypatch: pytest.MonkeyPatch, enforce_eager: bool | None, setting: str | None
+) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    seen: list[str | None] = []
+
+    def stop(_arguments: AsyncEngineArgs) -> None:
+        seen.append(os.environ.get("TORCH_COMPILE_DISABLE"))
+        raise ValueError("this is as far as the test goes")
+
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", stop)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: True)
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    role = EngineRole(64, prefix_caching=False, tokenizer=True)
+    with pytest.raises(ModelError, match="as far as the test goes"):
+        build_engine("nowhere", False, EngineConfig(dtype="float32", enforce_eager=enforce_eager), role)
+    assert seen == [setting]

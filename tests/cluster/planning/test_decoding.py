@@ -51,3 +51,11 @@ def test_nothing_is_written_during_a_pause() -> None:
     time.spend(100.0)
     assert found == [pytest.approx(8.0)]
     assert decoding.busy_seconds == pytest.approx(3.0)
+
+
+def test_a_sequence_ends_even_when_the_clock_is_too_late_to_show_its_seconds() -> None:
+    time, found = SimulatedTime(), []
+    decoding = Decoding(time, ((1, 1e-6),), 8)
+    time.at(1e15, lambda: decoding.write(30, 0, lambda: found.append(time.now)))
+    time.spend(2e15)
+    assert found == [1e15]

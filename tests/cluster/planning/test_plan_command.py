@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from cluster.cli import main
-from cluster.planning.rates import Rates
+from cluster.planning.rates import LearnerRates, Rates, RolloutRates, TeacherRates
 from tests.builders import MINIMAL_RUN
 from tests.cluster.planning.rates_builder import make_rates
 from tests.cluster.planning.test_measured_rates import a_runs_spans, rates_of_spans
@@ -78,3 +78,19 @@ def test_what_a_plan_cannot_show_is_refused_in_one_sentence(
     said = capsys.readouterr().err
     assert sentence in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.timeout(60)  # seconds; a clock that were asked at every simulated second would take years
+@pytest.mark.parametrize(
+    "rates",
+    [
+        make_rates(rollout=RolloutRates(((1, 1e9),), (10.0,), (100.0,))),
+        make_rates(rollout=RolloutRates(((1, 1e-9),), (10.0,), (1e9,)), sync_seconds=1e29),
+        make_rates(teachers={"main": TeacherRates(1e-9)}, learner=LearnerRates(1e-9), seconds_per_call=1e29),
+    ],
+    ids=["slow to write", "slow to bring weights", "slow to read and to learn"],
+)
+def test_a_plan_of_absurd_rates_ends_too(run_file: str, tmp_path: Path, rates: Rates) -> None:
+    path = tmp_path / "absurd.json"
+    path.write_bytes(msgspec.json.encode(rates))
+    assert main(["plan", run_file, "--rates", str(path), "--gpus", "16", "prompts.prompts_per_step=16"]) == 0
