@@ -3,9 +3,9 @@
 vLLM reads its environment when it is first imported, so `prepare_environment` comes before any `import vllm`.
 """
 
+import multiprocessing
 import os
 import threading
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
-OWNER_CHECK_SECONDS = 1.0
 BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.
@@ -65,15 +64,16 @@ def prepare_environment(engine: EngineConfig) -> None:
 def end_with_owner() -> None:
     """End this process when the actor that started it is gone; vLLM calls it in each of its processes as a plugin.
 
-    An actor that is killed outright cannot end its engine, which would go on holding memory, or a whole GPU.
+    An actor that is killed outright cannot end its engine, which would go on holding memory, or a whole GPU. It may be
+    gone already when this is called: an engine's process imports for seconds before it comes here.
     """
-    if os.environ.get(OWNER_VARIABLE) == str(os.getppid()):
-        threading.Thread(target=_watch_owner, args=(os.getppid(),), daemon=True).start()
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.environ.get(OWNER_VARIABLE) == str(parent.pid):
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
 
 
-def _watch_owner(owner: int) -> None:
-    while os.getppid() == owner:
-        time.sleep(OWNER_CHECK_SECONDS)
+def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
     os._exit(1)  # the main thread may be deep inside a kernel and would not see a signal
 
 

@@ -2,13 +2,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from cluster.contracts.errors import ModelError
 from cluster.contracts.pools import Dtype, EngineConfig
 from cluster.vllm_runtime import (
-    OWNER_CHECK_SECONDS,
     OWNER_VARIABLE,
     EngineRole,
     build_engine,
@@ -16,13 +17,25 @@ from cluster.vllm_runtime import (
     prepare_environment,
 )
 
-CHILD = "from cluster.vllm_runtime import end_with_owner; end_with_owner(); import time; time.sleep(60)"
+# Starts a process as vLLM starts an engine's, which comes to its plugins when it may.
 OWNER = f"""
-import os, subprocess, sys, time
-os.environ["{OWNER_VARIABLE}"] = str(os.getpid())
-child = subprocess.Popen([sys.executable, "-c", {CHILD!r}])
-print(child.pid, flush=True)
-time.sleep(60)
+import multiprocessing, os, pathlib, sys, time
+
+def engine(may_go_on, is_watching):
+    from cluster.vllm_runtime import end_with_owner
+    while not may_go_on.exists():
+        time.sleep(0.05)
+    end_with_owner()
+    is_watching.touch()
+    time.sleep(300)
+
+if __name__ == "__main__":
+    os.environ["{OWNER_VARIABLE}"] = str(os.getpid())
+    files = [pathlib.Path(name) for name in sys.argv[1:]]
+    child = multiprocessing.get_context("spawn").Process(target=engine, args=files)
+    child.start()
+    print(child.pid, flush=True)
+    time.sleep(300)
 """
 
 
@@ -35,18 +48,28 @@ def is_running(pid: int) -> bool:
         return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
 
 
-def test_an_engine_process_ends_soon_after_its_actor_was_killed() -> None:
-    owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+def wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["while it runs", "before it looks"])
+def test_an_engine_process_ends_when_its_actor_was_killed(tmp_path: Path, is_late: bool) -> None:
+    script, may_go_on, is_watching = tmp_path / "owner.py", tmp_path / "may-go-on", tmp_path / "is-watching"
+    script.write_text(OWNER)
+    owner = subprocess.Popen([sys.executable, script, may_go_on, is_watching], stdout=subprocess.PIPE)
     assert owner.stdout is not None
-    child = int(owner.stdout.readline())
-    time.sleep(2 * OWNER_CHECK_SECONDS)
-    assert is_running(child)
+    engine = int(owner.stdout.readline())
+    if not is_late:
+        may_go_on.touch()
+        assert wait_until(is_watching.exists)
+    assert is_running(engine)
     owner.kill()
     owner.wait()
-    deadline = time.monotonic() + 10 * OWNER_CHECK_SECONDS
-    while is_running(child) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not is_running(child)
+    may_go_on.touch()
+    assert wait_until(lambda: not is_running(engine))
 
 
 def test_an_engine_takes_nine_tenths_of_a_gpu_of_its_own_and_sizes_its_cache_itself() -> None:
