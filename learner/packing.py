@@ -5,6 +5,7 @@ split, so attention costs rows x row_length^2, and the longest trajectory alone 
 placed from the longest to the shortest: those that share a grid are of similar length, and little of it is padding.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,19 +70,28 @@ def _fill_grid(num_tokens: Sequence[int], waiting: Sequence[int], micro_batch_to
     row_length = max(1, num_tokens[waiting[0]])
     rows: list[list[int]] = []
     room: list[int] = []
+    most_room = -1  # of a row that is there
     max_rows = max(1, micro_batch_tokens // row_length)
-    left_over = []
-    for index in waiting:
-        row = next((row for row, free in enumerate(room) if free >= num_tokens[index]), None)
-        if row is None and len(rows) == max_rows:
-            left_over.append(index)
-            continue
-        if row is None:
+    left_over: list[int] = []
+    position = 0
+    while position < len(waiting):
+        index = waiting[position]
+        needed = num_tokens[index]
+        if needed <= most_room:
+            row = next(row for row, free in enumerate(room) if free >= needed)
+        elif len(rows) < max_rows:
             row = len(rows)
             rows.append([])
             room.append(row_length)
+        else:  # pass over all that are too long for what is left
+            after = bisect_left(waiting, -most_room, lo=position, key=lambda index: -num_tokens[index])
+            left_over += waiting[position:after]
+            position = after
+            continue
         rows[row].append(index)
-        room[row] -= num_tokens[index]
+        room[row] -= needed
+        most_room = max(room)
+        position += 1
     return tuple(tuple(row) for row in rows), left_over
 
 

@@ -39,11 +39,11 @@ class RoundPlanner:
 
     def full_rounds(self) -> list[Round]:
         """Return the rounds that waiting trajectories fill: all planned ones but the last, which more may join."""
-        return self._take(len(self._plan()) - 1)
+        return self._take(self._plan()[:-1])
 
     def all_rounds(self) -> list[Round]:
         """Return rounds for everything that waits; none where nothing does."""
-        return self._take(len(self._plan()))
+        return self._take(self._plan())
 
     def _plan(self) -> list[Round]:
         if not self._waiting:
@@ -52,8 +52,7 @@ class RoundPlanner:
         ranks = plan_step(list(self._waiting.values()), self.num_ranks, self.micro_batch_tokens).ranks
         return [tuple(_named(grid, indices) for grid in grids) for grids in zip(*ranks, strict=True)]
 
-    def _take(self, count: int) -> list[Round]:
-        rounds = self._plan()[: max(0, count)]
+    def _take(self, rounds: list[Round]) -> list[Round]:
         for index in [index for grids in rounds for grid in grids for row in grid for index in row]:
             del self._waiting[index]
         return rounds

@@ -7,6 +7,7 @@ the same answer.
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from heapq import heapreplace
 
 from cluster.contracts.interfaces import BatchHandle, RolloutRequest
 
@@ -74,9 +75,9 @@ def spread(
         by_prompt[request.prompt_id].append(request)
     expected = {prompt_id: expect(prompt_id) for prompt_id in by_prompt}
     shares: list[list[RolloutRequest]] = [[] for _ in range(num_workers)]
-    loads = [0.0] * num_workers
+    loads = [(0.0, worker) for worker in range(num_workers)]  # a heap: the least is the first
     for prompt_id in sorted(by_prompt, key=expected.__getitem__, reverse=True):  # stable, reversed or not
-        worker = loads.index(min(loads))
+        load, worker = loads[0]
         shares[worker].extend(by_prompt[prompt_id])
-        loads[worker] += expected[prompt_id] * len(by_prompt[prompt_id])
+        heapreplace(loads, (load + expected[prompt_id] * len(by_prompt[prompt_id]), worker))
     return shares

@@ -4,8 +4,10 @@ A prompt file is JSONL, one object per line: `prompt` (a text, or a list of chat
 `domain` and `teacher` (the NAME of a [teachers.NAME] section; needed when there are several).
 """
 
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +146,8 @@ def sampling_seed(*key: int) -> int:
     Args:
         key: what tells the completion from all others: run seed, purpose, step, prompt id, sample index.
     """
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return int(state[0] >> 1)  # vLLM takes signed 64-bit seeds
+    digest = blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # vLLM takes signed 64-bit seeds
 
 
 def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config, context_tokens: int) -> PromptSet:

@@ -1,6 +1,7 @@
 """Which rank computes which trajectory, and where in its grid."""
 
 import numpy as np
+import pytest
 
 from learner.packing import balance, plan_step
 
@@ -48,3 +49,30 @@ def test_little_of_the_grids_is_padding():
     (grids,) = plan_step(lengths, num_ranks=1, micro_batch_tokens=4096).ranks
     area = sum(len(grid) * max(sum(lengths[index] for index in row) for row in grid) for grid in grids)
     assert sum(lengths) / area > 0.9
+
+
+def first_fit(lengths, budget):
+    """Place the longest first, each in the first row that has room, looking at every row for every trajectory."""
+    waiting, grids = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)), []
+    while waiting:
+        width, rows, left_over = max(1, lengths[waiting[0]]), [], []
+        for index in waiting:
+            fitting = [row for row in rows if sum(lengths[other] for other in row) + lengths[index] <= width]
+            if fitting:
+                fitting[0].append(index)
+            elif (len(rows) + 1) * width <= max(budget, width):
+                rows.append([index])
+            else:
+                left_over.append(index)
+        grids.append(tuple(map(tuple, rows)))
+        waiting = left_over
+    return tuple(grids)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("longest", "budget"), [(4, 6), (20, 60), (60, 100), (60, 10)])
+def test_every_trajectory_stands_in_the_first_row_that_has_room(seed, longest, budget):
+    random = np.random.default_rng([seed, longest])
+    lengths = random.integers(seed % 2, longest, random.integers(1, 80)).tolist()
+    (grids,) = plan_step(lengths, num_ranks=1, micro_batch_tokens=budget).ranks
+    assert grids == first_fit(lengths, budget)
