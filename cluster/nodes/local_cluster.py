@@ -1,5 +1,6 @@
 """A Ray cluster on this machine alone: entered with a token, bound to loopback, and gone without a trace at its end."""
 
+import logging
 import os
 import secrets
 import subprocess
@@ -16,6 +17,7 @@ from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # its stub is not complete
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
+from cluster.contracts.errors import PlacementError
 from cluster.nodes import keeper
 
 LOOPBACK = "127.0.0.1"
@@ -28,6 +30,14 @@ RAY_FOLDER = "ray"  # Ray opens the folder that it is given to everybody, so it 
 # Below the folder come names like ray/session_2026-01-31_12-00-00_123456_1234567/sockets/dash_MetricsHead, and the path
 # of a Unix socket has at most 107 bytes.
 MAX_BASE_LENGTH = 16
+NOT_STARTED = "node timed out during startup"  # what Ray says when its processes took more than 30 s, in an `Exception`
+
+
+_log = logging.getLogger("preceptor")
+
+
+class _NotStartedError(Exception):
+    """Ray waited in vain for the cluster's own processes, which another load of the machine may be the reason of."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +60,45 @@ def local_cluster(one_gpu: bool = False, **arguments: Any) -> Iterator[LocalClus
     Args:
         one_gpu: whether it is to have one GPU at most, so that parts of a GPU are all of the same one.
         arguments: of `ray.init`.
+
+    Raises:
+        PlacementError: it did not start, twice.
     """
     with ExitStack() as stack:
         stack.enter_context(private_umask())
-        folder = stack.enter_context(_kept_folder())
-        stack.callback(_reload_authentication)
+        try:
+            cluster = _start(stack, one_gpu, arguments)
+        except _NotStartedError:
+            _log.warning("the local Ray cluster did not start in time; it is started once more")
+            try:
+                cluster = _start(stack, one_gpu, arguments)
+            except _NotStartedError as error:
+                raise PlacementError(
+                    f"the local Ray cluster did not start, twice: {error}; see what else takes this machine's cores "
+                    "and memory, or join a cluster with ray.address"
+                ) from error
+        yield cluster
+
+
+def _start(stack: ExitStack, one_gpu: bool, arguments: Mapping[str, Any]) -> LocalCluster:
+    """Start a cluster in a folder of its own, which end with the stack, or at once if it does not start."""
+    with ExitStack() as own:
+        folder = own.enter_context(_kept_folder())
+        own.callback(_reload_authentication)
         gpus = {VISIBLE_GPUS: first_gpu(os.environ)} if one_gpu else {}
         with _environment(_variables(folder) | gpus), on_loopback():
             _reload_authentication()
-            context = ray.init(address="local", _temp_dir=str(folder / RAY_FOLDER), **arguments)
-        stack.callback(ray.shutdown)
-        token = folder / TOKEN_FILE
-        info = context.address_info
-        yield LocalCluster(folder, info["gcs_address"], info["webui_url"] or None, token if token.exists() else None)
+            try:
+                context = ray.init(address="local", _temp_dir=str(folder / RAY_FOLDER), **arguments)
+            except Exception as error:
+                if NOT_STARTED not in str(error):
+                    raise
+                raise _NotStartedError(str(error).split(". ")[0]) from error
+        own.callback(ray.shutdown)
+        stack.push(own.pop_all())
+    token = folder / TOKEN_FILE
+    info = context.address_info
+    return LocalCluster(folder, info["gcs_address"], info["webui_url"] or None, token if token.exists() else None)
 
 
 @contextmanager
