@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from cluster.contracts.errors import PlacementError
+from cluster.nodes import local_cluster as module
 from cluster.nodes.local_cluster import local_cluster
 
 TIMED_OUT = Exception(
@@ -34,6 +35,8 @@ def answering(answers: Iterator[Any], folders: list[Path]) -> Callable[..., Any]
 @pytest.fixture
 def folders(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    # Another test's cluster may be up in this process, which is to keep the token that it was entered with.
+    monkeypatch.setattr(module, "_reload_authentication", lambda: None)
     return []
 
 
