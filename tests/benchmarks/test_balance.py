@@ -18,6 +18,7 @@ TEACHER_BOUND = Workload(
 )
 
 
+@pytest.mark.exhaustive
 def test_a_worker_moves_to_the_pool_that_holds_the_steps_up(ray_cluster: None, tmp_path: Path) -> None:
     with lone_run(TEACHER_BOUND, Split(2, {"main": 1})) as run:
         settled = Steps(run, TEACHER_BOUND).balance(tmp_path)

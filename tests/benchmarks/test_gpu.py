@@ -120,6 +120,7 @@ def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_the_whole_script_runs_on_a_cpu(tmp_path: Path):
     output = tmp_path / "rows.json"

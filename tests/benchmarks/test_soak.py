@@ -114,6 +114,7 @@ def test_delays_are_the_same_for_the_same_key_and_differ_for_every_other() -> No
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_twenty_seconds_of_random_delays_lose_and_repeat_nothing(tmp_path: Path) -> None:
     output = tmp_path / "soak.json"
     command = [sys.executable, "-m", "benchmarks.soak", "--minutes", "0.33", "--seed", "3", "--output", str(output)]

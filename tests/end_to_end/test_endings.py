@@ -37,10 +37,10 @@ def killing(run: Run) -> int:
 
 # One interrupt in the middle of a run: tests/end_to_end/test_what_is_seen.py. What `preceptor stop` sends there:
 # tests/cluster/jobs/test_submit.py.
-ENDINGS: list[tuple[Callable[[Run], int], str, int]] = [
-    (two_interrupts, "step 2 ", 130),
+ENDINGS = [
+    pytest.param(two_interrupts, "step 2 ", 130, marks=pytest.mark.exhaustive),
     (one_interrupt, "run: ", 130),  # while engines start
-    (termination, "run: ", 130),
+    pytest.param(termination, "run: ", 130, marks=pytest.mark.exhaustive),
     (killing, "step 2 ", -signal.SIGKILL),
 ]
 

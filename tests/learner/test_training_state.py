@@ -71,7 +71,11 @@ CASES = {
 IN_ANOTHER_GROUP = ("zero1-2", "zero2-2", "zero3-2")  # processes take long to start
 
 
-@pytest.fixture(scope="module", params=CASES)
+PLAIN = ("zero1-1", "zero2-1", "zero2-2-bf16")  # what they hold is in the other cases too
+PARAMS = [pytest.param(name, marks=pytest.mark.exhaustive) if name in PLAIN else name for name in CASES]
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def case(request: pytest.FixtureRequest, make_config: Any, ray_cluster: None, tmp_path_factory: Any) -> Case:
     stage, ranks, dtype, more = CASES[request.param]
     config = make_config(

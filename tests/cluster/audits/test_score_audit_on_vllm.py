@@ -76,7 +76,11 @@ def run_audit(audit: ScoreAudit, replicas: dict[str, Any], step: int, request: S
 
 
 @pytest.mark.parametrize(
-    ("dtype", "objective"), [("float32", "tail-topk"), ("bfloat16", "exact-reverse-kl")], ids=["fp32", "bf16"]
+    ("dtype", "objective"),
+    [
+        pytest.param("float32", "tail-topk", id="fp32", marks=pytest.mark.exhaustive),
+        pytest.param("bfloat16", "exact-reverse-kl", id="bf16"),
+    ],
 )
 def test_right_teachers_pass_beside_other_work_and_replaced_weights_are_found(
     dtype: str, objective: str, ray_cluster: None, tmp_path: Path

@@ -248,6 +248,7 @@ def test_a_cluster_with_an_old_ray_is_one_sentence() -> None:
     assert str(error.value) == f"{address}: the cluster runs Ray 2.9.0; Preceptor needs 2.60 or newer there"
 
 
+@pytest.mark.exhaustive
 def test_who_follows_hears_that_the_head_is_lost(home: Path) -> None:
     sleeper = home / "sleeper"
     sleeper.write_text("#!/bin/sh\nexec sleep 600\n")

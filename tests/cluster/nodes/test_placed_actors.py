@@ -45,6 +45,7 @@ def test_five_workers_start_on_two_nodes_of_two_cpus() -> None:
     assert sorted(Counter(node for pool in nodes.values() for node in pool).values()) == [2, 3]
 
 
+@pytest.mark.exhaustive
 def test_a_replica_whose_node_is_lost_starts_on_another() -> None:
     found = placed("lost")
     assert len(set(found["before"])) == 3

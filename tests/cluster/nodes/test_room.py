@@ -50,6 +50,7 @@ def test_another_part_of_a_shared_gpu_needs_room_on_that_very_gpu(ray_cluster: N
 
 def test_where_workers_are_is_asked_of_the_cluster(ray_cluster: None) -> None:
     worker: Any = ray.remote(num_cpus=0)(Moody).remote(0)
+    ray.get(worker.answer.remote())  # one that still starts is on no node
     node = ray.get_runtime_context().get_node_id()
     room = SplitRoom({"rollout": 1})
     room.look({"rollout": [worker]})
