@@ -17,8 +17,8 @@ from pathlib import Path
 from cluster.nodes.keeper import Census
 from tests.leftovers import MARK, Watch, command_line, short_folder, wait_until, without_ray
 
-COMMAND_SECONDS = 240
-STARTED_SECONDS = 300
+COMMAND_SECONDS = 500
+STARTED_SECONDS = 500
 ENDED_SECONDS = 120
 LISTENING = "0A"
 RAY_FOLDER = Path("/tmp/ray")

@@ -10,7 +10,7 @@ import pytest
 from tests.end_to_end.conftest import CANARIES, ShortRun
 from tests.end_to_end.runs import ENDED_SECONDS, Run, read_all, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def one_interrupt(run: Run) -> int:

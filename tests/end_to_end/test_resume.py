@@ -21,7 +21,7 @@ from cluster.run_directory import RunDirectory
 from cluster.training_run import TrainingRun
 from learner.group import LearnerGroup
 
-pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)]
 
 STEPS = 5
 PROMPTS_PER_STEP = 16

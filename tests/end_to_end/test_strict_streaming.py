@@ -25,7 +25,7 @@ from cluster.run_directory import RunDirectory
 from cluster.training_run import TrainingRun
 from learner.group import LearnerGroup
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS = 3
 SETTINGS = (

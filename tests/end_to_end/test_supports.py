@@ -24,7 +24,7 @@ from learner.packing import plan_step
 from learner.reference_engine import ReferenceEngine
 from learner.teacher_heads import load_teacher_heads
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMALL = ("prompts.prompts_per_step=8", "evaluation.num_prompts=8", "ray.dashboard=false")
 

@@ -9,7 +9,7 @@ from cluster.demo import EMBEDDED
 from tests.end_to_end.conftest import SHORT
 from tests.end_to_end.runs import preceptor
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Two different models: the embedded teacher, and the student as it was before training.
 RUN_FILE = f"""

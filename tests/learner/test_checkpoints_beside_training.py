@@ -18,7 +18,7 @@ from learner.manifest import Layout, verify
 from tests.learner.limited_rank import LimitedRank
 from tests.learner.support import OBJECTIVES, make_scored, put_batch
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LAYOUT = Layout(num_ranks=2, zero_stage=2)
 LIMIT_BYTES = 50_000  # a shard of the tiny student has several times as many

@@ -24,8 +24,8 @@ from cluster.jobs.job_server import LOST_SECONDS, JobServer
 from tests.cluster.nodes.test_ray_session import WRONG_TOKEN
 from tests.leftovers import short_folder, wait_until, without_ray
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-COMMAND_SECONDS = 300
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+COMMAND_SECONDS = 500
 SHORT = (
     "run.name=run",
     "prompts.prompts_per_step=16",
@@ -65,7 +65,7 @@ def job_cluster(home: Path) -> Iterator[dict[str, Any]]:
     )
     try:
         # Until the node's agent is up, Ray answers that there is nobody to start a job.
-        assert wait_until(lambda: preceptor(told, "submit", *ABSENT, "--no-wait").returncode == 0, seconds=90)
+        assert wait_until(lambda: preceptor(told, "submit", *ABSENT, "--no-wait").returncode == 0, seconds=180)
         yield told
     finally:
         process.terminate()
@@ -140,7 +140,7 @@ def test_a_run_that_is_stopped_leaves_a_checkpoint_and_can_be_followed_afterward
     assert f"preceptor follow {job} --address http://{cluster['dashboard']}" in submitted.stderr
     following = start(cluster, "follow", job)
     figures = tmp_path / "run/metrics.jsonl"
-    assert wait_until(lambda: figures.exists() and figures.stat().st_size > 0, seconds=200)
+    assert wait_until(lambda: figures.exists() and figures.stat().st_size > 0, seconds=400)
     interrupted = start(cluster, "follow", job)
     assert interrupted.stdout is not None
     interrupted.stdout.readline()
