@@ -120,7 +120,7 @@ class Seen:
 
 def look_on(run: Run) -> Seen:
     """Watch a run until it comes to its end."""
-    seen = Seen()
+    seen, versions = Seen(), dict[Path, tuple[int, int]]()
     census = Census(MARK, str(run.watch.temporary))
     while run.process.poll() is None:
         seen.addresses |= listening([pid for pid, _ in census.count()])
@@ -129,33 +129,40 @@ def look_on(run: Run) -> Seen:
                 with suppress(FileNotFoundError):
                     if folder.stat().st_mode & 0o077:
                         seen.open_folders.add(folder)
-                seen.temporary |= read_all(folder)
+                seen.temporary |= read_all(folder, versions)
         time.sleep(0.5)
     assert run.process.returncode == 0, "".join(run.lines)
     return seen
 
 
-def read_all(folder: Path) -> dict[Path, bytes]:
-    """Return the contents of all files below a folder that changes meanwhile."""
+def read_all(folder: Path, versions: dict[Path, tuple[int, int]] | None = None) -> dict[Path, bytes]:
+    """Return the contents of all files below a folder that changes meanwhile.
+
+    With `versions`, which remembers sizes and times, those of the files that changed since the last call with it.
+    """
     found = {}
+    known = {} if versions is None else versions
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             with suppress(OSError):
-                if path.is_file():
+                stat = path.stat()
+                version = stat.st_size, stat.st_mtime_ns
+                if path.is_file() and known.get(path) != version:
                     found[path] = path.read_bytes()
+                    known[path] = version
     return found
 
 
 def listening(pids: Sequence[int]) -> set[tuple[str, str]]:
     """Return the addresses that processes accept connections at, and the command line of each."""
-    found = set()
+    found, listeners = set(), tcp_listeners()  # the kernel takes milliseconds to list them
     for pid in pids:
         try:
             links = [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir()]
         except OSError:
             continue
         inodes = {match[1] for link in links if (match := re.fullmatch(r"socket:\[(\d+)\]", link))}
-        found |= {(address, command_line(pid)) for inode, address in tcp_listeners().items() if inode in inodes}
+        found |= {(address, command_line(pid)) for inode, address in listeners.items() if inode in inodes}
     return found
 
 
