@@ -20,20 +20,19 @@ from benchmarks.lone_stubs import lone_run
 from benchmarks.report import RESULTS, Row, at_most, print_rows, row, write_rows
 from benchmarks.streaming import SAMPLING, TIMEOUTS, StubRun
 from benchmarks.workloads import WORKLOADS, Split, Workload
-from cluster.contracts.balance import BalanceConfig
-from cluster.contracts.interfaces import BatchHandle
-from cluster.contracts.weights import WeightSyncReport
-from cluster.flow import Flow, StepBatches
+from cluster.config.stages import BalanceConfig
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.files import Record, RecordsFile
+from cluster.elastic.balance_policy import Balance, Horizon
+from cluster.elastic.balancer import Announcements, Balancer, Movable
+from cluster.elastic.splits import ROLLOUT, PoolRule, Sizes, Space
+from cluster.elastic.step_cost import WorkMeter
 from cluster.nodes.local_cluster import local_cluster
-from cluster.nodes.room import SplitRoom
-from cluster.observability.metric_sinks import Record, RecordsFile
-from cluster.permits import Permits
-from cluster.scaling.balance import Balance, Horizon
-from cluster.scaling.balancer import Announcements, Balancer, Movable
-from cluster.scaling.splits import ROLLOUT, PoolRule, Sizes, Space
-from cluster.scaling.step_work import WorkMeter
-from cluster.step_record import step_record
-from cluster.stopwatch import Stopwatch
+from cluster.placement.capacity import SplitRoom
+from cluster.run.driver import Permits
+from cluster.run.flow import Flow, StepBatches
+from cluster.run.step_metrics import Stopwatch, step_record
+from cluster.weight_sync.manifest import WeightSyncReport
 
 COMMAND = "python -m benchmarks.balance"
 DIFFERENT_STEPS = 3  # done again and again, so that every split is given the same to do

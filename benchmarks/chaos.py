@@ -25,10 +25,10 @@ from typing import IO
 from benchmarks.process_trees import descendants, end
 from benchmarks.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
 from benchmarks.victims import DRIVER, kill, shares
+from cluster.config.run_directory import RunDirectory
 from cluster.demo import embedded_config
-from cluster.ledger import audit, read_ledger
-from cluster.pipeline import audited_run, load_inputs
-from cluster.run_directory import RunDirectory
+from cluster.run.inputs import audited_run, load_inputs
+from cluster.run.ledger import audit, read_ledger
 
 PAUSE_SECONDS = 2.0  # longest wait between a step and the kill that follows it
 LOOK_SECONDS = 0.2

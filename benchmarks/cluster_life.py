@@ -23,7 +23,7 @@ from benchmarks.hosts import Rack, isolated
 from benchmarks.ray_cluster import Door, cluster_of_hosts, preceptor, submit, wait_until
 from benchmarks.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
 from cluster.demo import embedded_config
-from cluster.pipeline import load_inputs
+from cluster.run.inputs import load_inputs
 
 NODES = ("node-1", "node-2", "node-3")
 STALL_SECONDS = 400.0  # a node's death is noticed after about 20 s, and engines start within a minute

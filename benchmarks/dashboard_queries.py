@@ -25,7 +25,7 @@ from pathlib import Path
 from benchmarks.process_trees import descendants, end
 from benchmarks.prometheus import SCRAPE_SECONDS, Prometheus, prometheus
 from benchmarks.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
-from cluster.observability.figure_files import DASHBOARD
+from cluster.monitoring.dashboard import DASHBOARD
 
 DISCOVERY = "prom_metrics_service_discovery.json"
 START_SECONDS = 200.0

@@ -11,10 +11,10 @@ import ray
 
 from benchmarks.report import Row, at_least, row
 from benchmarks.wire import make_scored
-from cluster.contracts.interfaces import BatchHandle
+from cluster.actors.object_store import STORE_ENVIRONMENT, pack
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.trajectory import GeneratedTrajectory, Scores, add_scores, make_generated, ragged
 from cluster.contracts.wire import from_wire, to_wire
-from cluster.workers.batch_store import STORE_ENVIRONMENT, pack
 
 ROWS, COMPLETION_TOKENS, TOP_K = 800, 512, 16  # about 64 MB
 MIN_BANDWIDTH = 0.5  # of memcpy

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from benchmarks.process_trees import descendants
-from cluster.interruption import interrupt_on_sigterm
+from cluster.nodes.interruption import interrupt_on_sigterm
 
 NETWORK = "198.18.77"  # of the range that RFC 2544 keeps for tests
 SWITCH = "switch"

@@ -10,16 +10,17 @@ from ray.actor import ActorHandle
 from benchmarks.streaming import TIMEOUTS, StubRun
 from benchmarks.stub_pools import StubLearnerActor, StubRates, StubRolloutProcess, StubTeacherProcess
 from benchmarks.workloads import PROMPT_TOKENS, Split, Workload
-from cluster.contracts.config import StudentConfig
-from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings, ScoreRequest
-from cluster.contracts.pools import EngineConfig, TeacherConfig
-from cluster.workers.actors import create_actors
+from cluster.actors.calls import create_actors
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig, TeacherConfig
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.requests import RolloutRequest, SamplingSettings, ScoreRequest
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet
 from teacher_workers.pool import start_pool
-from teacher_workers.pools import TeacherPools
+from teacher_workers.router import TeacherPools
 
 
 class LoneRollout:

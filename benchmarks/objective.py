@@ -25,19 +25,14 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import RESULTS, Row, describe_machine, print_rows, row
-from cluster.contracts.objective import (
-    DivergenceTerm,
-    ImportanceConfig,
-    ObjectiveConfig,
-    PolicyGradientTerm,
-)
+from cluster.config.objective import DivergenceTerm, ImportanceConfig, ObjectiveConfig, PolicyGradientTerm
 from cluster.models.lm_head import LmHead
-from learner.completion_head import CompletionHead, chunk_size
-from learner.micro_batch import MicroBatch, RoutedTokens
-from learner.objective.kernel_choice import choose_kernels
-from learner.objective.objective import Objective
-from learner.objective.tokens import CompletionTokens
-from learner.projection import LogitScaling
+from learner.batching.micro_batch import MicroBatch, RoutedTokens
+from learner.loss.kernels.choice import choose_kernels
+from learner.loss.objective import Objective
+from learner.loss.tokens import CompletionTokens
+from learner.model.completion_head import CompletionHead, chunk_size
+from learner.model.projection import LogitScaling
 
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.objective"
 VOCABULARY, WIDTH = 151_936, 1_024

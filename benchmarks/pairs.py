@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.contracts.config import Config
-from cluster.contracts.run_file import load_run_config
+from cluster.config.run_config import Config
+from cluster.config.run_file import load_run_config
 from cluster.demo import embedded_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,14 +21,13 @@ import msgspec
 from benchmarks.plan_measuring import Measured, measure, strictly
 from benchmarks.report import RESULTS, Row, at_most, print_rows, row, write_rows
 from benchmarks.workloads import PROMPT_TOKENS, WORKLOADS, Split, Workload
-from cluster.contracts.config import Config
-from cluster.contracts.observation import Span
+from cluster.config.run_config import Config
+from cluster.contracts.batches import Span
 from cluster.nodes.local_cluster import local_cluster
-from cluster.planning.demand import Demand
-from cluster.planning.measured_rates import FIRST_STEP, RunStep, rates_from
-from cluster.planning.rates import LearnerRates, LogNormal, Rates, RolloutRates, TeacherRates
-from cluster.planning.simulated_run import Split as Workers
-from cluster.planning.simulated_run import simulate
+from cluster.simulation.measured_rates import FIRST_STEP, RunStep, rates_from
+from cluster.simulation.rates import LearnerRates, LogNormal, Rates, RolloutRates, TeacherRates
+from cluster.simulation.simulated_run import Demand, simulate
+from cluster.simulation.simulated_run import Split as Workers
 
 MOST_OFF = 1.1
 SIMULATED_STEPS = 48

@@ -14,18 +14,18 @@ import ray
 from benchmarks.streaming import SAMPLING, TIMEOUTS, StubRun
 from benchmarks.stub_pools import SharedWorker, StubLearnerActor, StubRolloutProcess, StubTeacherProcess
 from benchmarks.workloads import PROMPT_TOKENS, Split, Workload
-from cluster.contracts.config import Config, StudentConfig
-from cluster.contracts.observation import Span
-from cluster.contracts.pools import EngineConfig, TeacherConfig
-from cluster.flow import Flow, StepBatches
-from cluster.permits import Permits
-from cluster.workers.actors import create_actors
+from cluster.actors.calls import create_actors
+from cluster.config.run_config import Config, StudentConfig
+from cluster.config.stages import EngineConfig, TeacherConfig
+from cluster.contracts.batches import Span
+from cluster.run.driver import Permits
+from cluster.run.flow import Flow, StepBatches
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet
 from teacher_workers.pool import start_pool
-from teacher_workers.pools import TeacherPools
+from teacher_workers.router import TeacherPools
 
 MOST_SPLITS = 7  # that are measured of a workload
 

@@ -9,10 +9,10 @@ from vllm import PoolingParams, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from cluster.contracts.pools import TeacherConfig
+from cluster.config.stages import TeacherConfig
 from cluster.contracts.trajectory import Ints
-from cluster.vllm_runtime import EngineRole, build_engine
-from teacher_workers.vllm_engine import VllmScoringEngine
+from cluster.vllm.engine import EngineRole, build_engine
+from teacher_workers.backends.vllm import VllmScoringEngine
 
 
 class MeasuredEngine(VllmScoringEngine):

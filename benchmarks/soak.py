@@ -25,12 +25,12 @@ from benchmarks.soak_actors import Delays
 from benchmarks.soak_learner import RankReport
 from benchmarks.soak_memory import MemorySample, MemorySampler, growth_per_ten_minutes
 from benchmarks.soak_pools import WAIT_SECONDS, SoakPools, soak_pools
+from cluster.actors.calls import get_all
 from cluster.contracts.errors import PreceptorError
-from cluster.flow import Flow, StepBatches
 from cluster.nodes.local_cluster import local_cluster
-from cluster.permits import Permits
-from cluster.pipeline import train_requests, train_sampling
-from cluster.workers.actors import get_all
+from cluster.run.driver import Permits
+from cluster.run.flow import Flow, StepBatches
+from cluster.run.inputs import train_requests, train_sampling
 
 MEAN_DELAY_SECONDS, LONGEST_DELAY_SECONDS = 0.02, 3.0
 SAMPLE_SECONDS = 10.0

@@ -13,11 +13,11 @@ from zlib import crc32
 import numpy as np
 import pyarrow as pa
 
-from cluster.contracts.interfaces import Completion, SamplingSettings, ScoreRequest
+from cluster.config.stages import TeacherConfig
 from cluster.contracts.metrics import Metric, Sum
-from cluster.contracts.pools import TeacherConfig
+from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.trajectory import Scores, add_scores, ragged
-from cluster.models.checksum import new_digest
+from cluster.weight_sync.manifest import new_digest
 from rollout_workers.actor import RolloutActor, RolloutActorSettings
 from rollout_workers.worker import RolloutWorker
 from teacher_workers.actor import TeacherActor

@@ -15,13 +15,12 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from benchmarks.soak_actors import Delays
-from cluster.contracts.config import Config
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.run_config import Config
 from cluster.contracts.metrics import Metric, Sum
-from cluster.contracts.objective import ObjectiveConfig
-from cluster.contracts.weights import TensorSpec, WeightManifest, WeightSyncReport
-from learner.actor import LearnerActor
-from learner.weight_sender import ObjectStoreSender
-from learner.worker import RankRows
+from cluster.weight_sync.manifest import TensorSpec, WeightManifest, WeightSyncReport
+from learner.weight_sync.object_store import ObjectStoreSender
+from learner.worker import LearnerActor, RankRows
 
 NUM_PARAMETERS, PARAMETER_VALUES = 4, 1 << 14  # of 64 KiB each in float32
 

@@ -10,17 +10,17 @@ from ray.actor import ActorHandle
 
 from benchmarks.soak_actors import Delays, WaitingRolloutActor, WaitingTeacherActor
 from benchmarks.soak_learner import WaitingLearnerActor
-from cluster.contracts.config import Config, StudentConfig
-from cluster.contracts.pools import EngineConfig
-from cluster.contracts.run_file import parse_run_config
-from cluster.pipeline import Inputs
-from cluster.workers.actors import PoolTimeouts, create_actors
+from cluster.actors.calls import PoolTimeouts, create_actors
+from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_file import parse_run_config
+from cluster.config.stages import EngineConfig
+from cluster.run.inputs import Inputs
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet
 from teacher_workers.pool import start_pool
-from teacher_workers.pools import TeacherPools
+from teacher_workers.router import TeacherPools
 
 WAIT_SECONDS = 60.0  # the timeout of every wait; twenty times the longest delay
 RUN = f"""

@@ -26,17 +26,18 @@ from benchmarks.contention import slowdown
 from benchmarks.pairs import PAIRS, missing_models, pair_config
 from benchmarks.process_trees import cpu_seconds, descendants, spent
 from benchmarks.report import RESULTS, Row, at_least, print_rows, row, write_rows
-from cluster.contracts.config import Config
-from cluster.contracts.interfaces import AtHand, BatchHandle, RolloutRequest
-from cluster.contracts.weights import WeightSyncReport
-from cluster.flow import Flow, StepBatches
-from cluster.nodes.placement import cluster_nodes, plan_placement
+from cluster.config.run_config import Config
+from cluster.contracts.batches import AtHand, BatchHandle
+from cluster.contracts.files import Record
+from cluster.contracts.requests import RolloutRequest
 from cluster.nodes.ray_session import ray_session
-from cluster.observability.metric_sinks import Record
-from cluster.permits import Permits
-from cluster.pipeline import Inputs, Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
-from cluster.step_record import step_record
-from cluster.stopwatch import Stopwatch
+from cluster.placement.placement import cluster_nodes, plan_placement
+from cluster.run.driver import Permits
+from cluster.run.flow import Flow, StepBatches
+from cluster.run.inputs import Inputs, load_inputs, train_requests, train_sampling
+from cluster.run.pools import Pipeline, start_pipeline
+from cluster.run.step_metrics import Stopwatch, step_record
+from cluster.weight_sync.manifest import WeightSyncReport
 
 BAR = 0.85
 STEPS = {"embedded": 20, "smollm2": 2}

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.report import RESULTS, Row, describe_machine, print_rows, row
 from cluster.commands import start_training
-from cluster.contracts.config import Config
+from cluster.config.run_config import Config
 from cluster.demo import embedded_config
 
 BOUNDS = (0, 1, 2, 4)

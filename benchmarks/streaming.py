@@ -23,20 +23,21 @@ from benchmarks.stub_pools import (
     StubTeacherProcess,
     completion_length,
 )
-from cluster.contracts.config import Config, StudentConfig
-from cluster.contracts.interfaces import AtHand, RolloutRequest, SamplingSettings
-from cluster.contracts.pools import EngineConfig, TeacherConfig
-from cluster.contracts.run_file import parse_run_config
-from cluster.flow import Flow, StepBatches
+from cluster.actors.calls import PoolTimeouts, create_actors
+from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_file import parse_run_config
+from cluster.config.stages import EngineConfig, TeacherConfig
+from cluster.contracts.batches import AtHand
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.nodes.local_cluster import local_cluster
-from cluster.permits import Permits
-from cluster.workers.actors import PoolTimeouts, create_actors
+from cluster.run.driver import Permits
+from cluster.run.flow import Flow, StepBatches
 from learner.group import LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet, sampling_seed
 from teacher_workers.pool import start_pool
-from teacher_workers.pools import TeacherPools
+from teacher_workers.router import TeacherPools
 
 RUN = '[student]\nmodel = "stub"\n[teachers.main]\nmodel = "stub"\n[prompts]\ntrain = "stub"\n'
 SAMPLING = SamplingSettings(max_completion_tokens=800, temperature=1.0)

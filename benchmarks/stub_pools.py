@@ -16,21 +16,16 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from cluster.contracts.interfaces import (
-    BatchHandle,
-    Completion,
-    RolloutEngine,
-    RolloutRequest,
-    SamplingSettings,
-    ScoreRequest,
-)
+from cluster.actors.calls import create_actors
+from cluster.actors.object_store import pack
+from cluster.config.objective import ObjectiveConfig
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Metric, Sum
-from cluster.contracts.objective import ObjectiveConfig
+from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings, ScoreRequest
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.contracts.wire import from_wire
-from cluster.workers.actors import create_actors
-from cluster.workers.batch_store import pack
-from learner.arrivals import Share
+from learner.batching.arrivals import Share
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker
 

@@ -26,12 +26,12 @@ import torch
 from torch.nn import functional
 
 from benchmarks.report import RESULTS, Row, at_least, describe_machine, print_rows, row
-from cluster.contracts.interfaces import ScoreRequest
-from cluster.contracts.pools import Dtype, EngineConfig, TeacherConfig
+from cluster.config.stages import Dtype, EngineConfig, TeacherConfig
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
 from cluster.models.lm_head import LmHead, load_lm_head
-from cluster.vllm_runtime import prepare_environment
-from teacher_workers.scoring import chunk_size
+from cluster.vllm.engine import prepare_environment
+from teacher_workers.backends.lm_head_scores import chunk_size
 from teacher_workers.worker import TeacherWorker
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from cluster.contracts.config import Config
+from cluster.config.run_config import Config
 from rollout_workers.prompts import PromptOrder, load_prompts
 
 Trainer = Literal["gkd", "distillation"]

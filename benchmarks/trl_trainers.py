@@ -16,10 +16,10 @@ from trl.trainer.distillation_config import DistillationConfig
 from trl.trainer.distillation_trainer import DistillationTrainer
 
 from benchmarks.trl_steps import Prompt, Settings, StepRecorder, step_prompts
-from cluster.contracts.config import Config
+from cluster.config.run_config import Config
 from cluster.contracts.errors import PromptError
 from cluster.models.model_files import context_length, load_tokenizer
-from learner.lr_schedule import learning_rate_at
+from learner.train_step import learning_rate_at
 
 
 class ReportedGKD(GKDTrainer):

@@ -27,14 +27,13 @@ from ray.actor import ActorHandle
 from benchmarks.hand_off import hand_off_rows, signal_rows
 from benchmarks.mapping_actor import MappingActor
 from benchmarks.report import RESULTS, Row, print_rows, row, write_rows
-from cluster.contracts.config import StudentConfig
-from cluster.contracts.learner import LearnerConfig, WeightSyncConfig
-from cluster.contracts.pools import Dtype, EngineConfig
-from cluster.contracts.weights import TensorSpec, WeightManifest, WeightSyncReport
+from cluster.actors.calls import PoolTimeouts
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import Dtype, EngineConfig, LearnerConfig, WeightSyncConfig
 from cluster.nodes.local_cluster import local_cluster
-from cluster.workers.actors import PoolTimeouts
-from learner.model import Student, load_student
-from learner.weight_sender import ObjectStoreSender
+from cluster.weight_sync.manifest import TensorSpec, WeightManifest, WeightSyncReport
+from learner.model.student import Student, load_student
+from learner.weight_sync.object_store import ObjectStoreSender
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 

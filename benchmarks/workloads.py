@@ -11,8 +11,8 @@ from itertools import product
 
 from benchmarks.streaming import StubRun, StubSizes, start_stubs
 from benchmarks.stub_pools import StubRates
-from cluster.contracts.config import Config
-from cluster.contracts.run_file import parse_run_config
+from cluster.config.run_config import Config
+from cluster.config.run_file import parse_run_config
 from rollout_workers.prompts import PromptSet
 
 PROMPT_TOKENS = 8

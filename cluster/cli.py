@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.contracts.config import Config
+from cluster.config.run_config import Config
+from cluster.config.run_directory import RunDirectory
+from cluster.config.run_file import load_run_config
 from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped, in_one_line
-from cluster.contracts.run_file import load_run_config
-from cluster.run_directory import RunDirectory
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -85,7 +85,7 @@ def check(options: argparse.Namespace) -> int:
 
 def scale(options: argparse.Namespace) -> int:
     """Change how many workers the pools of a running run have."""
-    from cluster.scaling.resizing import ask, describe, parse_sizes
+    from cluster.elastic.scale import ask, describe, parse_sizes
 
     answer = ask(RunDirectory.open(options.run).scaling, parse_sizes(options.sizes))
     sys.stdout.write(f"{describe(answer.sizes)}\n")
@@ -95,7 +95,7 @@ def scale(options: argparse.Namespace) -> int:
 def teacher(options: argparse.Namespace) -> int:
     """Replace a teacher of a running run by another checkpoint."""
     directory = RunDirectory.open(options.run)
-    from cluster.scaling.teacher_changes import ask_to_replace
+    from cluster.elastic.replace_teacher import ask_to_replace
 
     # The driver's current folder may be another one.
     model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
@@ -105,7 +105,7 @@ def teacher(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Say how a run stands, while it lives or after."""
-    from cluster.observability.run_status import print_status
+    from cluster.monitoring.status import print_status
 
     print_status(options.run, options.json)
     return 0
@@ -114,7 +114,7 @@ def status(options: argparse.Namespace) -> int:
 def plan(options: argparse.Namespace) -> int:
     """Predict a run's step time from measured rates, and find the best split of a number of GPUs."""
     config = _load(options)
-    from cluster.planning.command import PlanOptions, print_plan
+    from cluster.simulation.command import PlanOptions, print_plan
 
     print_plan(config, PlanOptions(options.rates, options.gpus, options.picture, options.save_rates, options.json))
     return 0

@@ -1,29 +1,23 @@
 """What each command of the command line does, from a configuration to the last line that it prints."""
 
-from cluster.audits.live_checks import run_live_checks
-from cluster.checkpoints import find_resume_point
-from cluster.contracts.config import Config
+from cluster.config.run_config import Config
+from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError
-from cluster.evaluation import Evaluation, Evaluator, write_samples
-from cluster.history import History
-from cluster.interruption import stop_on_signals
+from cluster.elastic.teacher_log import in_force
 from cluster.models.model_files import load_tokenizer
-from cluster.nodes.placement import Placement, await_placement, describe
+from cluster.monitoring.sinks import TerminalView, terminal_view
+from cluster.monitoring.status_file import KeptStatus
+from cluster.monitoring.wandb import check_wandb
+from cluster.nodes.interruption import stop_on_signals
 from cluster.nodes.ray_session import RaySession, ray_session
-from cluster.observability.metric_sinks import TerminalView, terminal_view
-from cluster.observability.status_file import KeptStatus
-from cluster.observability.wandb_observer import check_wandb
-from cluster.pipeline import (
-    Inputs,
-    load_inputs,
-    start_pipeline,
-    start_student_rollouts,
-    start_teacher_rollouts,
-)
-from cluster.run_directory import RunDirectory
-from cluster.scaling.teacher_log import in_force
-from cluster.supervisor import Beginning, Supervisor
-from cluster.training_run import describe_evaluation
+from cluster.placement.placement import Placement, await_placement, describe
+from cluster.run.checkpoints import History, find_resume_point
+from cluster.run.evaluation import Evaluation, Evaluator, write_samples
+from cluster.run.inputs import Inputs, load_inputs
+from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
+from cluster.run.preflight import run_live_checks
+from cluster.run.supervisor import Beginning, Supervisor
+from cluster.run.training_run import describe_evaluation
 
 
 def start_training(config: Config) -> History:

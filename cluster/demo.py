@@ -5,11 +5,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.contracts.config import Config
-from cluster.contracts.run_file import load_run_config
+from cluster.config.run_config import Config
+from cluster.config.run_file import load_run_config
 
 if TYPE_CHECKING:
-    from cluster.history import History
+    from cluster.run.checkpoints import History
 
 EMBEDDED = Path(__file__).parent / "embedded"
 

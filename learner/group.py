@@ -3,7 +3,7 @@
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -14,24 +14,78 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from cluster.contracts.config import Config
+from cluster.actors.calls import answers_of, call_all, create_actors, get, get_all, is_dead, shutdown
+from cluster.actors.object_store import add_environment
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.run_config import Config
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.batches import BatchHandle, BatchSource, PoolState, Span, Stage
 from cluster.contracts.errors import ActorDiedError, LearnerDiedError
-from cluster.contracts.interfaces import BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric, Sum, merge
-from cluster.contracts.objective import ObjectiveConfig
-from cluster.contracts.observation import PoolState, Span, Stage
-from cluster.contracts.pools import TeacherConfig
 from cluster.contracts.trajectory import Floats
-from cluster.contracts.weights import WeightSyncReport
-from cluster.workers.actors import call_all, create_actors, get, is_dead, shutdown
-from cluster.workers.batch_store import add_environment
-from learner import checkpoint
-from learner.actor import LearnerActor
-from learner.arrivals import Arrivals
-from learner.calls import Calls
-from learner.manifest import Layout, verify
-from learner.pending_checkpoint import PendingCheckpoint
-from learner.rounds import Round, RoundPlanner
+from cluster.weight_sync.manifest import WeightSyncReport
+from learner.batching.arrivals import Arrivals
+from learner.batching.plan import Round, RoundPlanner
+from learner.checkpointing import checkpoint
+from learner.checkpointing.checkpoint import PendingCheckpoint
+from learner.checkpointing.manifest import Layout, verify
+from learner.worker import LearnerActor
+
+
+class Calls:
+    """Keeps the answers of calls that every rank gets in the same order."""
+
+    def __init__(self, names: Sequence[str], timeout_seconds: float, waiting_for: str) -> None:
+        """Say who is called, how long the last answer may take, and what an error says was waited for."""
+        self._names = names
+        self._timeout_seconds = timeout_seconds
+        self._waiting_for = waiting_for
+        self._pending: list[tuple[str, Any, float]] = []  # who, reference, when it was asked
+        self._answers: list[dict[str, Metric]] = []
+        self.spans: list[Span] = []  # of the calls whose answers were taken
+
+    def add(self, references: Iterable[Any]) -> None:
+        """Take the references of one call to each rank, in their order."""
+        now = perf_counter()
+        self._pending += [(name, called, now) for name, called in zip(self._names, references, strict=True)]
+
+    @property
+    def pending(self) -> list[Any]:
+        """Return the references whose answers were not taken yet."""
+        return [reference for _, reference, _ in self._pending]
+
+    def collect(self) -> bool:
+        """Take the answers that are there, and say whether none is missing.
+
+        Raises:
+            ActorError: a rank died.
+            PreceptorError: what a rank raised.
+        """
+        if self._pending:
+            pending = self.pending
+            ready = set(answers_of(pending).wait(pending, num_returns=len(pending), timeout=0)[0])
+            self._take([call for call in self._pending if call[1] in ready])
+            self._pending = [call for call in self._pending if call[1] not in ready]
+        return not self._pending
+
+    def answers(self) -> list[dict[str, Metric]]:
+        """Return all answers, waiting for those that are missing.
+
+        Raises:
+            ActorError: a rank died, or did not answer in time; says which.
+            PreceptorError: what a rank raised.
+        """
+        self._take(self._pending)
+        self._pending = []
+        return self._answers
+
+    def _take(self, calls: Sequence[tuple[str, Any, float]]) -> None:
+        references = [reference for _, reference, _ in calls]
+        names = [name for name, _, _ in calls]
+        self._answers += get_all(references, self._timeout_seconds, self._waiting_for, names)
+        now = perf_counter()
+        self.spans += [Span("learner", name, "learn", asked_at, now) for name, _, asked_at in calls]
+
 
 SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail within this
 

@@ -1,6 +1,7 @@
 """Forward, objective and backward over micro-batches of one rank, and what they say of the student."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeVar
@@ -8,14 +9,35 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from cluster.config.objective import TEACHER
+from cluster.config.stages import LearnerConfig
 from cluster.contracts.metrics import Max, Mean, Metric, Quantile, Sum, merge
-from cluster.contracts.objective import TEACHER
-from learner.completion_head import Evaluation
-from learner.engine import TrainEngine
-from learner.micro_batch import MicroBatch
-from learner.objective.objective import Objective
-from learner.objective.tokens import CompletionTokens
-from learner.teacher_heads import TeacherHeads
+from learner.batching.micro_batch import MicroBatch
+from learner.engines.base import TrainEngine
+from learner.loss.objective import Objective
+from learner.loss.tokens import CompletionTokens
+from learner.model.completion_head import Evaluation, TeacherHeads
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda _progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+}
+
+
+def learning_rate_at(step: int, num_steps: int, config: LearnerConfig) -> float:
+    """Return the rate of optimizer step `step` (from 0) of `num_steps`.
+
+    Warm-up rises linearly and reaches the peak with its last step; a decay falls from the peak to
+    `min_learning_rate_ratio` of it at the last step.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    decaying_steps = max(1, num_steps - 1 - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / decaying_steps)
+    floor = config.min_learning_rate_ratio
+    return config.learning_rate * (floor + (1.0 - floor) * DECAYS[config.lr_schedule](progress))
+
 
 IMPORTANCE_QUANTILE = 0.99
 

@@ -5,34 +5,37 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 import transformers
 from ray.actor import ActorHandle
 
-from cluster.contracts.config import Config
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.run_config import Config
 from cluster.contracts.metrics import Max, Metric, Sum
-from cluster.contracts.objective import ObjectiveConfig
 from cluster.contracts.trajectory import Floats, ragged
-from cluster.contracts.weights import WeightSyncReport
+from cluster.contracts.wire import from_wire
 from cluster.models.model_files import load_tokenizer
-from learner import checkpoint
-from learner.engine import TrainEngine
-from learner.lr_schedule import learning_rate_at
-from learner.manifest import WrittenShard, shard_name
-from learner.micro_batch import MicroBatch, build_micro_batch, trajectories
-from learner.model import load_student
-from learner.objective.kernel_choice import choose_kernels
-from learner.objective.objective import Objective
-from learner.packing import Grid, plan_step
-from learner.reference_engine import ReferenceEngine
-from learner.shard_files import ShardWriter, read_shard
-from learner.teacher_heads import TeacherHeads, load_teacher_heads
-from learner.train_step import StepTask, accumulate
-from learner.training_state import random_state, set_random_state, split_random_state
-from learner.weight_sender import ObjectStoreSender, WeightSender
+from cluster.weight_sync.manifest import WeightSyncReport
+from learner.batching.arrivals import Share
+from learner.batching.micro_batch import MicroBatch, build_micro_batch, trajectories
+from learner.batching.plan import Grid, plan_step
+from learner.checkpointing import checkpoint
+from learner.checkpointing.manifest import WrittenShard, shard_name
+from learner.checkpointing.shards import ShardWriter, random_state, read_shard, set_random_state, split_random_state
+from learner.engines.base import TrainEngine
+from learner.engines.torch import ReferenceEngine
+from learner.loss.kernels.choice import choose_kernels
+from learner.loss.objective import Objective
+from learner.model.completion_head import TeacherHeads, load_teacher_heads
+from learner.model.student import load_student
+from learner.rendezvous import free_address
+from learner.train_step import StepTask, accumulate, learning_rate_at
+from learner.weight_sync.object_store import ObjectStoreSender, WeightSender
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def start_worker(config: Config, rank: int, world_size: int, address: str) -> Le
     teacher_heads = load_teacher_heads(config, device)
     if config.learner.zero_stage == 0:
         return LearnerWorker(config, ReferenceEngine(student, config.learner), teacher_heads)
-    from learner.zero_engine import ZeroEngine  # picks its accelerator as it is imported
+    from learner.engines.zero import ZeroEngine  # picks its accelerator as it is imported
 
     return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address), teacher_heads)
 
@@ -192,8 +195,76 @@ def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:
     backend = config.weight_sync.backend
     if backend in ("object_store", "auto"):  # auto: nobody has looked at the GPUs; this way is always open
         return ObjectStoreSender(engine, config.weight_sync, dtype, timeout_seconds)
-    from learner.vllm_weight_sender import VllmSender, ipc_link, nccl_link  # vllm, which the other does not need
+    from learner.weight_sync.gpu_sender import VllmSender, ipc_link, nccl_link  # vllm, which the other does not need
 
     to_own_cards = nccl_link(engine, config.rollout.engine.tensor_parallel, config.weight_sync.bucket_bytes)
     make_link = to_own_cards if backend == "nccl" else ipc_link
     return VllmSender(engine, config.weight_sync, dtype, timeout_seconds, make_link)
+
+
+class LearnerActor:
+    """A LearnerWorker behind Ray: fetches what references point to, and passes everything else on."""
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self._config = config
+        self._rank, self._world_size = rank, world_size
+        self._worker: LearnerWorker
+
+    def address(self) -> str:
+        """Return where the group meets; asked of rank 0."""
+        return free_address()
+
+    def start(self, address: str) -> None:
+        """Load the student and join the group."""
+        self._worker = start_worker(self._config, self._rank, self._world_size, address)
+
+    def read_teacher_heads(self, config: Config) -> None:
+        """Read the LM heads of a configuration's teachers in place of those before."""
+        self._worker.read_teacher_heads(config)
+
+    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
+        """Add the gradients of this rank's share of a round."""
+        wires = ray.get(list(share.references), timeout=self._config.ray.call_timeout_seconds)
+        batches = [from_wire(wire, stage="scored") for wire in wires]
+        return self._worker.accumulate(RankRows(batches, share.task_advantages, share.grids), completes_step, objective)
+
+    def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
+        """Update the weights with the gradients added up."""
+        return self._worker.take_step(num_tokens, step)
+
+    def discard_step(self, num_tokens: int) -> dict[str, Metric]:
+        """Measure the gradients added up and clear them."""
+        return self._worker.discard_step(num_tokens)
+
+    def student_logprobs(self, references: Sequence[Any]) -> Floats | None:
+        """Return the log-probabilities of one batch on rank 0, and nothing on the others."""
+        (wire,) = ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
+        logprobs = self._worker.student_logprobs(from_wire(wire))
+        return logprobs if self._rank == 0 else None
+
+    def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
+        """Bring the weights to the rollout workers."""
+        return self._worker.publish_weights(rollout_workers, policy_version)
+
+    def begin_shard(self, partial: Path) -> float:
+        """Begin to write this rank's part of a checkpoint."""
+        return self._worker.begin_shard(partial)
+
+    def shard_is_written(self) -> bool:
+        """Return whether it is written."""
+        return self._worker.shard_is_written()
+
+    def finish_shard(self) -> WrittenShard:
+        """Wait until it is written."""
+        return self._worker.finish_shard()
+
+    def load_shard(self, folder: Path) -> None:
+        """Restore this rank's part of a checkpoint."""
+        self._worker.load_shard(folder)
+
+    def export(self, folder: Path) -> None:
+        """Write the student as a Hugging Face directory."""
+        self._worker.export(folder)
+
+    def shutdown(self) -> None:
+        """End nothing: a rank starts no process of its own."""

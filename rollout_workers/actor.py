@@ -10,13 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.contracts.config import StudentConfig
+from cluster.actors.liveness import end_with_engine
+from cluster.actors.object_store import pack
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError, WeightSyncError
-from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from cluster.contracts.pools import EngineConfig
-from cluster.vllm_runtime import prepare_environment
-from cluster.workers.batch_store import pack
-from cluster.workers.engine_death import end_with_engine
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.vllm.engine import prepare_environment
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker, WrittenBatch
 

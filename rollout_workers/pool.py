@@ -10,16 +10,16 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from cluster.actors import calls
+from cluster.actors.calls import PoolTimeouts
+from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
+from cluster.actors.replicas import Recipe, Replicas, Supervision
+from cluster.contracts.batches import BatchHandle, PoolState, Span
 from cluster.contracts.errors import ActorDiedError, PreceptorError
-from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from cluster.contracts.observation import PoolState, Span
-from cluster.workers import actors
-from cluster.workers.actors import PoolTimeouts
-from cluster.workers.batch_store import STORE_ENVIRONMENT, add_environment
-from cluster.workers.replicas import Recipe, Replicas, Supervision
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActor, RolloutActorSettings
-from rollout_workers.expected_lengths import ExpectedLengths, spread
 from rollout_workers.prompts import PromptSet
+from rollout_workers.scheduling import ExpectedLengths, spread
 
 _log = logging.getLogger("preceptor")
 
@@ -68,7 +68,7 @@ class RolloutPool:
         timeouts: PoolTimeouts,
         name: str = "rollout",
         actor: type = RolloutActor,
-        create: Callable[..., list[ActorHandle]] = actors.create_actors,
+        create: Callable[..., list[ActorHandle]] = calls.create_actors,
         supervision: Supervision | None = None,
     ) -> None:
         """Begin to start the actors.
@@ -113,7 +113,7 @@ class RolloutPool:
     def set_prompts(self, prompts: PromptSet) -> None:
         """Give every actor the prompts; their bytes go into the object store once."""
         self._prompts = ray.put(prompts.to_wire())
-        actors.call_all(
+        calls.call_all(
             self.actors,
             "set_prompts",
             self._prompts,
@@ -202,7 +202,7 @@ class RolloutPool:
             try:
                 answer = self._replicas.actor(worker).abandon.remote()
                 waiting_for = f"{self._replicas.name(worker)} to abandon its rollouts"
-                actors.get(answer, self._timeouts.call_seconds, waiting_for)
+                calls.get(answer, self._timeouts.call_seconds, waiting_for)
             except PreceptorError as error:  # it died, or an update of its weights never ended
                 self._replicas.lose(worker, error)
 
@@ -228,7 +228,7 @@ class RolloutPool:
         """
         self.submit(Order(next(self._rollout_ids), tuple(requests), sampling, verifier))
         while self._awaited or self._unassigned:
-            ready = actors.wait_for_any(self.look_after, self._timeouts.call_seconds, self._waited_for)
+            ready = calls.wait_for_any(self.look_after, self._timeouts.call_seconds, self._waited_for)
             yield from self.collect(ready)
 
     def shutdown(self) -> None:
@@ -243,7 +243,7 @@ class RolloutPool:
         awaited = self._awaited.pop(reference)
         waiting_for = f"a batch from {self._replicas.name(awaited.worker)}"
         try:
-            handle: BatchHandle = actors.get(reference, self._timeouts.call_seconds, waiting_for)
+            handle: BatchHandle = calls.get(reference, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
             self._awaited[reference] = awaited
             self._replicas.lose(awaited.worker, error)

@@ -17,11 +17,11 @@ import pyarrow as pa
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from cluster.contracts.config import Config
+from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, PromptError
 from cluster.contracts.files import read_file
 from cluster.contracts.trajectory import Ints, ragged
-from rollout_workers.verifiers import check_answer
+from rollout_workers.environments.verifiers import check_answer
 
 MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
 # A chat template is a program of the model's author, and what it does to messages can fail in as many ways.

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cluster.contracts.interfaces import Completion, RolloutRequest
 from cluster.contracts.metrics import Max, Mean, Metric, Sum
+from cluster.contracts.requests import Completion, RolloutRequest
 from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints
 
 

@@ -1,8 +1,8 @@
 """The rollout engine on vLLM: seeded completions with log-probabilities, and weights replaced while requests run."""
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,21 +11,61 @@ from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, Wei
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from cluster.contracts.config import StudentConfig
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import ActorDiedError, RolloutError, WeightSyncError
-from cluster.contracts.interfaces import Completion, SamplingSettings
-from cluster.contracts.pools import EngineConfig
-from cluster.vllm_runtime import EngineRole, build_engine
-from cluster.vllm_versions import TokenVersions, VLLMClientError, label_weights
-from rollout_workers.draw_fetcher import DrawFetcher, Encoded
-from rollout_workers.draw_processor import draws_from_bytes
-from rollout_workers.mapped_memory import mappable
-from rollout_workers.nap import Nap
+from cluster.contracts.requests import Completion, SamplingSettings
+from cluster.vllm.compat import TokenVersions, VLLMClientError, label_weights
+from cluster.vllm.engine import EngineRole, build_engine
+from rollout_workers.candidates.vllm_processor import DrawFetcher, Encoded, draws_from_bytes
 from rollout_workers.vllm_requests import read_completion, sampling_params
+from rollout_workers.weight_sync.shared_memory import mappable
+
+
+class Nap:
+    """Counts who needs an engine; it is awake while anybody does, and falls asleep when the last one is done.
+
+    Args:
+        sleep: puts the engine to sleep.
+        wake: wakes it.
+    """
+
+    def __init__(self, sleep: Callable[[], Awaitable[Any]], wake: Callable[[], Awaitable[Any]]) -> None:
+        self._sleep, self._wake = sleep, wake
+        self._needed_by = 0
+        self._is_asleep = False
+        self._lock = asyncio.Lock()  # nobody uses an engine that is on its way to sleep, or not quite awake
+
+    async def begin(self) -> None:
+        """Need the engine from now on; returns when it is awake."""
+        async with self._lock:
+            if self._is_asleep:
+                await self._wake()
+                self._is_asleep = False
+            self._needed_by += 1
+
+    async def end(self) -> None:
+        """Need it no more."""
+        async with self._lock:
+            self._needed_by -= 1
+            if self._needed_by == 0:
+                await self._sleep()
+                self._is_asleep = True
+
+    @asynccontextmanager
+    async def awake(self) -> AsyncIterator[None]:
+        """Need the engine for as long as a `with` statement lasts."""
+        await self.begin()
+        try:
+            yield
+        finally:
+            await self.end()
+
 
 OBJECT_STORE = "object_store"
 VLLM_BACKENDS = {"ipc": "plain_ipc", "nccl": "renewed_nccl"}  # where the receiving end is ours under another name
-DRAWS = "rollout_workers.draw_processor"  # the module; vLLM loads its classes by name
+DRAWS = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
+WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 UNVERIFIED = "unverified"  # vLLM's own backends report nothing of what they received
 
@@ -67,7 +107,7 @@ class VllmRolloutEngine:
                 priorities=True,
                 sleeps=engine.sleep,
                 weight_transfer_backend=VLLM_BACKENDS.get(backend or "", backend),
-                worker_extension=f"{DRAWS}.WorkerExtension",
+                worker_extension=WORKER_EXTENSION,
                 logits_processors=(f"{DRAWS}:DrawProcessor", f"{DRAWS}:DrawProcessorV2") if draws else None,
             ),
         )

@@ -7,11 +7,11 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RepetitionDetectionParams
 
 from cluster.contracts.errors import RolloutError
-from cluster.contracts.interfaces import Completion, SamplingSettings
+from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, Ints
-from cluster.vllm_versions import OUTPUT_KIND
-from rollout_workers.candidate_draws import DrawOrder
-from rollout_workers.draw_processor import ask_for_draws
+from cluster.vllm.compat import OUTPUT_KIND
+from rollout_workers.candidates.draws import DrawOrder
+from rollout_workers.candidates.vllm_processor import ask_for_draws
 
 FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",

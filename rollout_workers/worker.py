@@ -9,11 +9,12 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.contracts.errors import RolloutError, WeightSyncError
-from cluster.contracts.interfaces import RolloutEngine, RolloutRequest, SamplingSettings
 from cluster.contracts.metrics import Metrics
+from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
 from rollout_workers.batching import in_batches
-from rollout_workers.judge import Judge
+from rollout_workers.environments.verifiers import Judge
 from rollout_workers.prompts import PromptSet
 from rollout_workers.trajectory_builder import PromptFacts, before_stop, build_trajectory, rollout_metrics
 

@@ -3,22 +3,204 @@
 Importing this loads neither vLLM nor torch: the driver needs none, and an actor sets their environment first.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
 from ray.actor import ActorHandle
 
-from cluster.contracts.errors import ActorDiedError, LostBytesError
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.actors import calls
+from cluster.actors.calls import PoolTimeouts
+from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
+from cluster.actors.replicas import Recipe, Replicas, Supervision
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.batches import BatchHandle, PoolState, Span
+from cluster.contracts.errors import ActorDiedError, LostBytesError, PreceptorError
 from cluster.contracts.metrics import merge
-from cluster.contracts.observation import PoolState, Span
-from cluster.contracts.pools import TeacherConfig
-from cluster.workers import actors
-from cluster.workers.actors import PoolTimeouts
-from cluster.workers.replicas import Supervision
-from teacher_workers.scorers import Scorers
+from cluster.contracts.requests import ScoreRequest
+from teacher_workers.actor import TeacherActor
+from teacher_workers.time_sharing import SlotActor
+
+_log = logging.getLogger("preceptor")
+
+
+class Scorers:
+    """Replicas with one engine per teacher each, and how many tokens each has still to score.
+
+    A replica that dies is started again; the pools learn of it by `num_gone` and by what their answers raise.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        teachers: Mapping[str, TeacherConfig],
+        max_model_len: int,
+        options: Sequence[Mapping[str, Any]],
+        actor: type | None = None,
+        create: Callable[..., list[ActorHandle]] = calls.create_actors,
+        supervision: Supervision | None = None,
+    ) -> None:
+        """Begin to start the actors, called LABEL-0, LABEL-1, ...
+
+        Args:
+            label: of the replicas.
+            teachers: by name; of several, one at a time is awake.
+            max_model_len: tokens of the longest trajectory, plus 1.
+            options: Ray's actor options, one entry per actor; where the teachers are to have none yet, one for later.
+            actor: another class with TeacherActor's methods, or of several teachers SlotActor's, without engines.
+            create: makes the actors, as `create_actors` does.
+            supervision: how often dead ones are started again; None: never.
+        """
+        self.label = label
+        self.teachers = dict(teachers)
+        self.num_gone = 0  # actors that took their batches with them
+        self._loads: Counter[int] = Counter()  # replica -> tokens still to score
+        first, *others = self.teachers.values()
+        stored = [add_environment(option, STORE_ENVIRONMENT) for option in options]
+        recipe = Recipe(
+            actor or (SlotActor if others else TeacherActor),
+            lambda name: (name, self.teachers if others else first, max_model_len),
+            stored if first.num_workers else [],
+            create,
+            spare=stored[0],
+        )
+        self._replicas = Replicas(label, recipe, supervision or Supervision())
+
+    def wait_until_ready(self, timeout_seconds: float, waiting_for: str) -> None:
+        """Wait for every engine.
+
+        Raises:
+            ModelError: vLLM cannot serve a teacher, or its LM head cannot be read.
+            ActorError: an actor died or took too long; says which.
+        """
+        self._replicas.wait_until_ready(timeout_seconds, waiting_for)
+
+    @property
+    def is_shared(self) -> bool:
+        """Return whether several teachers take turns."""
+        return len(self.teachers) > 1
+
+    @property
+    def serving(self) -> dict[int, str]:
+        """Return the replicas that take batches, and the names of their actors, which change when they start again."""
+        return {replica: self._replicas.actor_name(replica) for replica in self._replicas.serving}
+
+    @property
+    def serves(self) -> bool:
+        """Return whether a replica takes batches."""
+        return bool(self._replicas.serving)
+
+    @property
+    def size(self) -> int:
+        """Return how many replicas take batches, or will when they have started."""
+        return self._replicas.size
+
+    @property
+    def is_gone(self) -> bool:
+        """Return whether none takes batches, is to come or has anything left to do."""
+        return not self.size and not self._replicas.leaving
+
+    @property
+    def staying(self) -> list[ActorHandle]:
+        """Return the actors that serve, those first that stay when the pool shrinks."""
+        return self._replicas.staying
+
+    def resize(self, size: int) -> None:
+        """Start replicas, or let some leave when they have scored what they were given; returns at once."""
+        self._replicas.resize(size)
+
+    def least_loaded(self) -> int:
+        """Return the replica with the fewest tokens to score, of at least one that serves."""
+        serving = self._replicas.serving
+        return serving[least_loaded([self._loads[replica] for replica in serving])]
+
+    def load(self, replica: int, num_tokens: int) -> None:
+        """Note that a replica has so many more tokens to score; fewer, if negative."""
+        self._loads[replica] += num_tokens
+
+    def actor(self, replica: int) -> ActorHandle:
+        """Return a serving replica's actor."""
+        return self._replicas.actor(replica)
+
+    def actor_name(self, replica: int) -> str:
+        """Return what a replica's present actor is called."""
+        return self._replicas.actor_name(replica)
+
+    def name(self, replica: int) -> str:
+        """Return what a replica is called, whichever actor it has."""
+        return self._replicas.name(replica)
+
+    def is_served_by(self, replica: int, actor_name: str) -> bool:
+        """Return whether the replica serves with this actor still."""
+        return self._replicas.is_served_by(replica, actor_name)
+
+    def lose(self, replica: int, actor_name: str, error: PreceptorError) -> None:
+        """Replace a dead actor, unless somebody else found it dead before.
+
+        Raises:
+            ActorError: the replica died more often than it may.
+        """
+        self.num_gone += 1
+        if self._replicas.is_served_by(replica, actor_name):
+            self._replicas.lose(replica, error)
+
+    def fence(self, replica: int, reason: str) -> None:
+        """End a replica whose scores are wrong, for good."""
+        _log.warning("%s; %s is ended", reason, self._replicas.name(replica))
+        self.num_gone += 1
+        self._replicas.retire(replica)
+
+    def look_after(self) -> list[Any]:
+        """Replace replicas that died unnoticed, start those whose rest is over, and return what starting ones do.
+
+        Raises:
+            ActorError: a replica died more often than it may.
+        """
+        self.num_gone += len(self._replicas.look())
+        for replica in self._replicas.leaving:
+            if not self._loads[replica]:
+                self._replicas.retire(replica)
+        return self._replicas.arriving
+
+    def welcome(self, ready: Collection[Any]) -> None:
+        """Let replicas serve whose last step of starting is among references that are ready.
+
+        Raises:
+            ActorError: a replica died more often than it may.
+        """
+        self._replicas.welcome(ready)
+
+    def forget_loads(self) -> None:
+        """Count as if nothing were to be scored."""
+        self._loads.clear()
+
+    def state(self, pool: str, num_owed: int) -> PoolState:
+        """Return who serves a pool, which knows what it is owed."""
+        return self._replicas.state(pool, num_owed)
+
+    def end(self) -> None:
+        """End actors that have nothing to do, started or not; their engines end with them."""
+        self.resize(0)
+        for replica in self._replicas.leaving:
+            self._replicas.retire(replica)
+
+    def shutdown(self) -> None:
+        """End engines and actors; no process stays."""
+        self._replicas.shutdown()
+
+
+def least_loaded(outstanding_tokens: Sequence[int]) -> int:
+    """Return the replica with the fewest tokens still to score; the first of equals.
+
+    Example:
+        >>> least_loaded([40, 10, 10])
+        1
+    """
+    return min(range(len(outstanding_tokens)), key=outstanding_tokens.__getitem__)
+
 
 Ticket = Any  # ray.ObjectRef of an answer, to wait for and to collect it by
 
@@ -43,7 +225,7 @@ def start_pool(
     options: Sequence[Mapping[str, Any]],
     timeouts: PoolTimeouts,
     actor: type | None = None,
-    create: Callable[..., list[ActorHandle]] = actors.create_actors,
+    create: Callable[..., list[ActorHandle]] = calls.create_actors,
     supervision: Supervision | None = None,
 ) -> "TeacherPool":
     """Begin to start a teacher's own replicas, called teacher-NAME-0, teacher-NAME-1, ...; else as in Scorers."""
@@ -139,7 +321,7 @@ class TeacherPool:
         assignment = self._outstanding[ticket]
         waiting_for = f"scores from {self.scorers.name(assignment.replica)}"
         try:
-            scored: BatchHandle = actors.get(ticket, self._timeouts.call_seconds, waiting_for)
+            scored: BatchHandle = calls.get(ticket, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
             self.scorers.lose(assignment.replica, assignment.actor_name, error)
             self.look_after()
@@ -185,7 +367,7 @@ class TeacherPool:
         for replica in self.scorers.serving:
             asked = [self._score(replica, handle, request) for handle in handles]
             waiting_for = f"scores from {self.scorers.name(replica)}"
-            scored = actors.get([answer for _, answer in asked], self._timeouts.call_seconds, waiting_for)
+            scored = calls.get([answer for _, answer in asked], self._timeouts.call_seconds, waiting_for)
             everywhere.append(
                 [replace(handle, reference=wire) for handle, (wire, _) in zip(scored, asked, strict=True)]
             )

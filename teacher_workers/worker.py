@@ -10,13 +10,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cluster.config.objective import TEACHER
 from cluster.contracts.errors import ScoreError, UniformError, WrongLengthError
-from cluster.contracts.interfaces import HiddenStates, ScoreRequest, ScoringEngine
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
-from cluster.contracts.objective import TEACHER
+from cluster.contracts.protocols import ScoringEngine
+from cluster.contracts.requests import HiddenStates, ScoreRequest
 from cluster.contracts.trajectory import Floats, add_scores, num_candidates_of, ragged
 from cluster.models.lm_head import LmHead
-from teacher_workers.scoring import score_tokens
+from teacher_workers.backends.lm_head_scores import score_tokens
 
 UNIFORM_TOLERANCE = 1e-5  # nats; float32 log-probabilities near -12 are exact to 1e-6, no real text is this even
 

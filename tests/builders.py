@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from cluster.contracts.config import Config
-from cluster.contracts.run_file import parse_run_config
+from cluster.config.run_config import Config
+from cluster.config.run_file import parse_run_config
 from cluster.contracts.trajectory import GeneratedTrajectory, Scores
 
 MINIMAL_RUN = '[student]\nmodel = "student"\n[teachers.main]\nmodel = "teacher"\n[prompts]\ntrain = "train.jsonl"\n'

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.nodes.keeper import Census
+from cluster.nodes.reaper import Census
 
 MARK = "PRECEPTOR_TESTS"
 POLL_SECONDS = 0.2

@@ -15,21 +15,21 @@ from benchmarks.objective import interleaved, peak_bytes
 from benchmarks.pairs import ROOT
 from benchmarks.report import Row, at_most, row
 from benchmarks.teacher_scoring import Setting, make_batches
-from cluster.contracts.config import StudentConfig
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.presets import expand_preset
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import Attention, LearnerConfig
 from cluster.contracts.errors import ModelError
-from cluster.contracts.interfaces import ScoreRequest
-from cluster.contracts.learner import Attention, LearnerConfig
-from cluster.contracts.objective import ObjectiveConfig
-from cluster.contracts.presets import expand_preset
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.models.lm_head import LmHead, load_lm_head
-from learner.micro_batch import MicroBatch, build_micro_batch, trajectories
-from learner.model import load_student
-from learner.objective.kernel_choice import choose_kernels
-from learner.objective.objective import Objective
-from learner.packing import plan_step
-from learner.reference_engine import ReferenceEngine
-from teacher_workers.scoring import predicting_rows, score_tokens
+from learner.batching.micro_batch import MicroBatch, build_micro_batch, trajectories
+from learner.batching.plan import plan_step
+from learner.engines.torch import ReferenceEngine
+from learner.loss.kernels.choice import choose_kernels
+from learner.loss.objective import Objective
+from learner.model.student import load_student
+from teacher_workers.backends.lm_head_scores import predicting_rows, score_tokens
 
 EMBEDDED = ROOT / "cluster/embedded"
 COMPARED = ("thinking-machines", "tail-topk", "exact-reverse-kl", "gkd")

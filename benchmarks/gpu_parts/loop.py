@@ -9,11 +9,12 @@ from pathlib import Path
 from benchmarks.gpu_parts.shapes import Scale, model_folder, write_prompts
 from benchmarks.report import Row, at_least, at_most, row
 from benchmarks.stages import STAGES, Alone, Bench, Together
-from cluster.contracts.config import Config
-from cluster.contracts.run_file import parse_run_config
-from cluster.nodes.placement import cluster_nodes, plan_placement
+from cluster.config.run_config import Config
+from cluster.config.run_file import parse_run_config
 from cluster.nodes.ray_session import ray_session
-from cluster.pipeline import load_inputs, start_pipeline
+from cluster.placement.placement import cluster_nodes, plan_placement
+from cluster.run.inputs import load_inputs
+from cluster.run.pools import start_pipeline
 
 LEAST_OF_LIMIT = 0.9
 MAX_SYNC_SECONDS = 0.3

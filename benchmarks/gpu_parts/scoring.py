@@ -7,7 +7,7 @@ from pathlib import Path
 from benchmarks.gpu_parts.shapes import Scale, model_folder
 from benchmarks.report import Row
 from benchmarks.teacher_scoring import Plan, Setting, measure
-from cluster.contracts.pools import EngineConfig
+from cluster.config.stages import EngineConfig
 
 TOP_KS = {"cuda": (1, 16, 64), "cpu": (1, 64)}
 GPU_MEMORY_FRACTION = 0.35  # of each of two engines; LM head and logits live in the rest

@@ -8,10 +8,9 @@ from benchmarks.gpu_parts.loop import MAX_SYNC_SECONDS
 from benchmarks.gpu_parts.shapes import Scale, model_folder
 from benchmarks.report import Row, at_most, row
 from benchmarks.weight_sync import Publisher, SyncEngine, median_pause, rollout_pool, sync_cluster
-from cluster.contracts.config import StudentConfig
-from cluster.contracts.learner import LearnerConfig
-from cluster.contracts.pools import EngineConfig
-from learner.model import load_student
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig, LearnerConfig
+from learner.model.student import load_student
 
 GPU_MEMORY_FRACTION = 0.3
 

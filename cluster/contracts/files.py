@@ -1,9 +1,94 @@
 """Reads small files whole: what is no regular file, too large or not UTF-8 is one sentence instead of a hang."""
 
 import codecs
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from cluster.contracts.errors import PreceptorError
+from cluster.contracts.errors import CheckpointError, PreceptorError
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file's text at once; readers see the old one or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+Record = Mapping[str, float]  # one step's figures by name
+
+
+class RecordsFile:
+    """A file of one JSON object per line, each with the step that it belongs to, in order.
+
+    A crash can cut the last line short; such a line does not count. Other damage is a CheckpointError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self) -> list[str]:
+        """Return the lines that were written completely."""
+        return [line for line, _ in self._parsed()]
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return what was written so far, without the figures that were not finite."""
+        return [{name: value for name, value in found.items() if value is not None} for _, found in self._parsed()]
+
+    def drop_from(self, step: int) -> None:
+        """Forget `step` and what followed: a resumed run does those steps again."""
+        self.keep(lambda record: record["step"] < step)
+
+    def keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+        """Forget all records but those that are to be kept, and a last line that was cut short."""
+        if not self.path.exists():
+            return
+        shortened = self.path.with_name(self.path.name + ".partial")
+        with shortened.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line, record in self._parsed() if is_kept(record))
+            file.flush()
+            os.fsync(file.fileno())
+        shortened.replace(self.path)
+
+    def write(self, record: Mapping[str, Any]) -> str:
+        """Append one object and return its line; a figure that is not finite becomes null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
+        line = json.dumps(finite)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        return line
+
+    def sync(self) -> None:
+        """Bring what was written to disk."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _parsed(self) -> list[tuple[str, dict[str, Any]]]:
+        *complete, _torn = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        found = []
+        for number, line in enumerate(complete, start=1):
+            try:
+                found.append((line.decode(), _record(line)))
+            except ValueError as error:
+                if number == len(complete):  # a crash of the whole machine can leave zeros in the place of a line
+                    break
+                raise CheckpointError(f"{self.path}:{number}: not a record of a step; restore the line") from error
+        return found
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    found = json.loads(line)
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        raise ValueError("no object with a step")
+    return found
+
 
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 

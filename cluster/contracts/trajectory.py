@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from cluster.contracts.columns import Ragged as Ragged
+from cluster.contracts.columns import check_rows
+from cluster.contracts.columns import ragged as ragged
 from cluster.contracts.errors import NotFiniteError, ScoreError, TrajectoryError, WrongLengthError
-from cluster.contracts.list_columns import Ragged as Ragged
-from cluster.contracts.list_columns import ragged as ragged
-from cluster.contracts.row_checks import check_rows
 
 Stage = Literal["generated", "scored"]
 FinishReason = Literal["stop", "length", "repetition", "abort"]

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig
 
+from cluster.config.stages import Dtype
 from cluster.contracts.errors import ModelError
-from cluster.contracts.pools import Dtype
 from cluster.models.model_files import load_model_config
 from cluster.models.weight_files import find_file, open_weights, weight_files
 

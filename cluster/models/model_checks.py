@@ -6,12 +6,50 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from cluster.contracts.config import StudentConfig
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError
-from cluster.contracts.pools import TeacherConfig
 from cluster.models.lm_head import check_lm_head
 from cluster.models.model_files import context_length, load_model_config, load_tokenizer, looks_local
 from cluster.models.weight_files import check_weight_files
+
+
+def check_tokenizers(
+    student: PreTrainedTokenizerBase, teachers: Mapping[str, PreTrainedTokenizerBase], compare_templates: bool
+) -> None:
+    """Compare token ids, special tokens, EOS and, for chat prompts, the chat template.
+
+    Raises:
+        ModelError: a teacher reads the student's token ids as other tokens; names the first difference.
+    """
+    for name, teacher in teachers.items():
+        difference = _vocabulary_difference(student, teacher) or _special_difference(student, teacher)
+        if difference is None and compare_templates and student.chat_template != teacher.chat_template:
+            difference = "their chat templates differ"
+        if difference is not None:
+            raise ModelError(
+                f"teachers.{name}: its tokenizer is not the student's: {difference}; "
+                "a teacher must read the student's token ids as the same tokens"
+            )
+
+
+def _vocabulary_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token) != token_id:
+            return f"token {token!r} has id {token_id} for the student and {theirs.get(token)} for the teacher"
+    if len(theirs) != len(ours):
+        extra = sorted(theirs.keys() - ours.keys())[0]
+        return f"token {extra!r} exists for the teacher only"
+    return None
+
+
+def _special_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+    for kind in ("bos_token", "eos_token", "unk_token"):
+        ours, theirs = getattr(student, kind), getattr(teacher, kind)
+        if ours != theirs:
+            return f"{kind} is {ours!r} for the student and {theirs!r} for the teacher"
+    return None
 
 
 @dataclass(frozen=True)

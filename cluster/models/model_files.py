@@ -1,5 +1,6 @@
 """Reads what stands beside a model's weights: configuration, tokenizer, context length."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,26 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from cluster.contracts.errors import ModelError
-from cluster.models.json_files import read_object
+from cluster.contracts.files import read_text
+
+MAX_JSON_BYTES = 1 << 28  # tokenizers of large vocabularies take tens of megabytes
+
+
+def read_object(path: Path, model: str) -> dict[str, Any]:
+    """Return the object that a file of the model holds.
+
+    Raises:
+        ModelError: it is missing, not JSON, or another value than an object.
+    """
+    text = read_text(path, "model file", ModelError, MAX_JSON_BYTES)
+    try:
+        found = json.loads(text)  # takes Infinity, which some configurations hold
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"model '{model}': {path.name} is not valid JSON: {error}; copy it again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"model '{model}': {path.name} holds {type(found).__name__}; expected an object")
+    return found
+
 
 MAX_LAYERS = 100_000  # transformers makes a list of them, which takes for ever where the number is damaged
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from cluster.contracts.errors import ModelError
-from cluster.models.json_files import read_object
+from cluster.models.model_files import read_object
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")

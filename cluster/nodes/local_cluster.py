@@ -18,13 +18,13 @@ from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined] 
 from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from cluster.contracts.errors import PlacementError
-from cluster.nodes import keeper
+from cluster.nodes import reaper
 
 LOOPBACK = "127.0.0.1"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 PRIVATE_UMASK = 0o077
 TOKEN_FILE = "token"
-KEEPER_TIMEOUT_SECONDS = 3 * keeper.GRACE_SECONDS
+KEEPER_TIMEOUT_SECONDS = 3 * reaper.GRACE_SECONDS
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 RAY_FOLDER = "ray"  # Ray opens the folder that it is given to everybody, so it is not the private one itself
 # Below the folder come names like ray/session_2026-01-31_12-00-00_123456_1234567/sockets/dash_MetricsHead, and the path
@@ -117,7 +117,7 @@ def _kept_folder() -> Iterator[Path]:
     base = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="preceptor-", dir=base if len(base) <= MAX_BASE_LENGTH else "/tmp"))
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", keeper.__file__, str(folder)],
+        [sys.executable, "-I", "-S", reaper.__file__, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -155,7 +155,7 @@ def _variables(folder: Path) -> dict[str, str]:
     variables = {name: value for name, value in wanted.items() if name not in os.environ}
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(name in os.environ for name in TOKEN_VARIABLES):
         variables["RAY_AUTH_TOKEN_PATH"] = str(_write_token(folder))
-    return variables | {keeper.MARK: str(folder), "TMPDIR": str(folder)}
+    return variables | {reaper.MARK: str(folder), "TMPDIR": str(folder)}
 
 
 def _write_token(folder: Path) -> Path:

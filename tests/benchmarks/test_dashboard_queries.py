@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks.dashboard_queries import Found, dashboard_queries, fill_in, is_sane, rows_of
-from cluster.observability.figures import figures
+from cluster.monitoring.metric_table import figures
 
 ACCURACY = 'max by (run) (ray_preceptor_held_out_accuracy{run=~"$run"})'
 KL = 'max by (run) (ray_preceptor_kl{run=~"$run"})'

@@ -3,7 +3,7 @@ import pytest
 from benchmarks.plan import compare, predict, true_rates
 from benchmarks.plan_measuring import Measured, measured_splits
 from benchmarks.workloads import WORKLOADS, Split, Workload
-from cluster.contracts.observation import Span
+from cluster.contracts.batches import Span
 
 
 def measured_as(workload: Workload, factor: float) -> list[Measured]:

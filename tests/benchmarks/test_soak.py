@@ -14,7 +14,7 @@ from benchmarks.soak_actors import Delays
 from benchmarks.soak_learner import LearnedRow, RankReport, WaitingLearner
 from benchmarks.soak_memory import MemorySample
 from cluster.contracts.trajectory import make_generated
-from learner.packing import Grid
+from learner.batching.plan import Grid
 from learner.worker import RankRows
 from tests.builders import make_config, make_trajectory
 

@@ -11,7 +11,7 @@ from benchmarks.pairs import pair_config
 from benchmarks.trl_environment import LOCK, STAMP, environment_key, make_environment
 from benchmarks.trl_steps import StepRecorder, step_prompts
 from cluster.models.model_files import load_tokenizer
-from cluster.pipeline import load_inputs, train_requests
+from cluster.run.inputs import load_inputs, train_requests
 
 
 def test_each_step_asks_the_prompts_that_our_own_loop_asks_in_its_order() -> None:

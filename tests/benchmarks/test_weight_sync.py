@@ -13,11 +13,11 @@ import torch
 from benchmarks.hand_off import SIGNAL_TOP_K, SIGNAL_WIDTH, bytes_per_token
 from benchmarks.mapping_actor import check_buckets
 from benchmarks.weight_sync import SyncEngine, Synthetic, take_step
-from cluster.contracts.config import StudentConfig
-from cluster.contracts.learner import LearnerConfig
-from cluster.models.checksum import checksum
-from learner.model import load_student
-from rollout_workers.mapped_memory import mappable
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import LearnerConfig
+from cluster.weight_sync.manifest import checksum
+from learner.model.student import load_student
+from rollout_workers.weight_sync.shared_memory import mappable
 from tests.tiny_qwen3 import write_tiny_qwen3
 
 

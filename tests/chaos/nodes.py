@@ -13,9 +13,9 @@ from ray.cluster_utils import Cluster
 
 from benchmarks.chaos import DISTURBED, last_record
 from cluster.commands import start_training
+from cluster.config.run_directory import RunDirectory
 from cluster.demo import embedded_config
-from cluster.run_directory import RunDirectory
-from cluster.scaling.resizing import ask, describe
+from cluster.elastic.scale import ask, describe
 
 NUM_NODES = 3  # besides the head, which holds the driver only
 STEPS = 60

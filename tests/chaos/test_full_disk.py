@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.checkpoints import find_resume_point
-from cluster.run_directory import RunDirectory
+from cluster.config.run_directory import RunDirectory
+from cluster.run.checkpoints import find_resume_point
 
 SMALL_DISK = 'mount -t tmpfs -o size=10m tmpfs "$0" || exit 90; "${@:2}"; code=$?; cp -r "$0/." "$1"; exit $code'
 TIMEOUT_SECONDS = 300

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objective.divergences import forward_kl, jsd, reverse_kl
-from tests.learner.objective.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
+from learner.loss.divergences import forward_kl, jsd, reverse_kl
+from tests.learner.loss.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
 
 VOCABULARY = 11
 LOGITS = random_logprobs(1, VOCABULARY, seed=0)

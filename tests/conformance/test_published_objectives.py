@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objective.divergences import BUCKET_DIVERGENCES, forward_kl, jsd, reverse_kl, to_buckets, with_tail
-from learner.objective.tokens import CompletionTokens
-from tests.learner.objective.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
+from learner.loss.divergences import BUCKET_DIVERGENCES, forward_kl, jsd, reverse_kl, to_buckets, with_tail
+from learner.loss.tokens import CompletionTokens
+from tests.learner.loss.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
 
 TRUNCATIONS = ["generalized", "renormalized", "tail"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.learner.objective.builders import evaluate, gradient_of, make_objective, make_tokens
+from tests.learner.loss.builders import evaluate, gradient_of, make_objective, make_tokens
 
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 TOKENS, WIDTH, VOCABULARY = 12, 8, 53

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.nodes.keeper import Census
+from cluster.nodes.reaper import Census
 from tests.leftovers import MARK, Watch, command_line, short_folder, wait_until, without_ray
 
 COMMAND_SECONDS = 500
@@ -120,7 +120,7 @@ class Seen:
 
 def look_on(run: Run) -> Seen:
     """Watch a run until it comes to its end."""
-    seen, versions = Seen(), dict[Path, tuple[int, int]]()
+    seen = Seen()
     census = Census(MARK, str(run.watch.temporary))
     while run.process.poll() is None:
         seen.addresses |= listening([pid for pid, _ in census.count()])
@@ -129,27 +129,20 @@ def look_on(run: Run) -> Seen:
                 with suppress(FileNotFoundError):
                     if folder.stat().st_mode & 0o077:
                         seen.open_folders.add(folder)
-                seen.temporary |= read_all(folder, versions)
+                seen.temporary |= read_all(folder)
         time.sleep(0.5)
     assert run.process.returncode == 0, "".join(run.lines)
     return seen
 
 
-def read_all(folder: Path, versions: dict[Path, tuple[int, int]] | None = None) -> dict[Path, bytes]:
-    """Return the contents of all files below a folder that changes meanwhile.
-
-    With `versions`, which remembers sizes and times, those of the files that changed since the last call with it.
-    """
+def read_all(folder: Path) -> dict[Path, bytes]:
+    """Return the contents of all files below a folder that changes meanwhile."""
     found = {}
-    known = {} if versions is None else versions
     for parent, _, names in os.walk(folder):
         for path in (Path(parent, name) for name in names):
             with suppress(OSError):
-                stat = path.stat()
-                version = stat.st_size, stat.st_mtime_ns
-                if path.is_file() and known.get(path) != version:
+                if path.is_file():
                     found[path] = path.read_bytes()
-                    known[path] = version
     return found
 
 

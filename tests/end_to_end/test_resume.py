@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 
-from cluster.checkpoints import find_resume_point
-from cluster.contracts.config import Config
+from cluster.config.run_config import Config
+from cluster.config.run_directory import RunDirectory
 from cluster.demo import embedded_config
-from cluster.driver import train
-from cluster.history import History
-from cluster.ledger import LedgerRecord, audit, read_ledger
-from cluster.nodes.placement import cluster_nodes, plan_placement
-from cluster.observability.metric_sinks import PlainView
-from cluster.pipeline import Inputs, Pipeline, audited_run, load_inputs, start_pipeline
-from cluster.run_directory import RunDirectory
-from cluster.training_run import TrainingRun
+from cluster.monitoring.sinks import PlainView
+from cluster.placement.placement import cluster_nodes, plan_placement
+from cluster.run.checkpoints import History, find_resume_point
+from cluster.run.driver import train
+from cluster.run.inputs import Inputs, audited_run, load_inputs
+from cluster.run.ledger import LedgerRecord, audit, read_ledger
+from cluster.run.pools import Pipeline, start_pipeline
+from cluster.run.training_run import TrainingRun
 from learner.group import LearnerGroup
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)]

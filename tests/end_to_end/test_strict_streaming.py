@@ -10,19 +10,20 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from cluster.contracts.config import Config
-from cluster.contracts.interfaces import AtHand, BatchHandle, BatchSource
+from cluster.config.run_config import Config
+from cluster.config.run_directory import RunDirectory
+from cluster.contracts.batches import AtHand, BatchHandle, BatchSource
 from cluster.contracts.metrics import Metric
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import embedded_config
-from cluster.driver import train
-from cluster.history import History
-from cluster.nodes.placement import cluster_nodes, plan_placement
-from cluster.observability.metric_sinks import terminal_view
-from cluster.pipeline import Inputs, Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
-from cluster.run_directory import RunDirectory
-from cluster.training_run import TrainingRun
+from cluster.monitoring.sinks import terminal_view
+from cluster.placement.placement import cluster_nodes, plan_placement
+from cluster.run.checkpoints import History
+from cluster.run.driver import train
+from cluster.run.inputs import Inputs, load_inputs, train_requests, train_sampling
+from cluster.run.pools import Pipeline, start_pipeline
+from cluster.run.training_run import TrainingRun
 from learner.group import LearnerGroup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

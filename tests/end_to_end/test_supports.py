@@ -9,20 +9,21 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cluster.contracts.config import Config
-from cluster.contracts.interfaces import AtHand, BatchHandle
+from cluster.config.run_config import Config
+from cluster.contracts.batches import AtHand, BatchHandle
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import EMBEDDED, embedded_config
-from cluster.nodes.placement import cluster_nodes, plan_placement
-from cluster.pipeline import Pipeline, load_inputs, start_pipeline, train_requests, train_sampling
-from learner.micro_batch import build_micro_batch, trajectories
-from learner.model import load_student
-from learner.objective.objective import Objective
-from learner.packing import plan_step
-from learner.reference_engine import ReferenceEngine
-from learner.teacher_heads import load_teacher_heads
+from cluster.placement.placement import cluster_nodes, plan_placement
+from cluster.run.inputs import load_inputs, train_requests, train_sampling
+from cluster.run.pools import Pipeline, start_pipeline
+from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.plan import plan_step
+from learner.engines.torch import ReferenceEngine
+from learner.loss.objective import Objective
+from learner.model.completion_head import load_teacher_heads
+from learner.model.student import load_student
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

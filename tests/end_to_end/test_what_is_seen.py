@@ -15,8 +15,8 @@ from urllib.error import URLError
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.observability.figure_files import DASHBOARD, exported_name
-from cluster.observability.figures import COMPLETION_LENGTHS, EVERY_STEP, figures
+from cluster.monitoring.dashboard import DASHBOARD, exported_name
+from cluster.monitoring.metric_table import COMPLETION_LENGTHS, EVERY_STEP, figures
 from tests.end_to_end.conftest import STEPS, ShortRun
 from tests.end_to_end.runs import ENDED_SECONDS, Run, preceptor, running
 from tests.leftovers import wait_until

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cluster.cli import _parser, _split, train
-from cluster.nodes.placement import NodeResources, plan_placement
+from cluster.placement.placement import NodeResources, plan_placement
 from tests.builders import make_config
 from tests.leftovers import wait_until
 

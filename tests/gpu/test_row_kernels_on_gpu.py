@@ -6,11 +6,11 @@ import msgspec
 import pytest
 import torch
 
-from cluster.contracts.objective import ObjectiveConfig
-from learner.objective.exact import EXACT_DIVERGENCES
-from learner.objective.kernel_choice import choose_kernels
-from learner.objective.objective import Objective
-from tests.learner.objective.builders import make_tokens
+from cluster.config.objective import ObjectiveConfig
+from learner.loss.exact import EXACT_DIVERGENCES
+from learner.loss.kernels.choice import choose_kernels
+from learner.loss.objective import Objective
+from tests.learner.loss.builders import make_tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 

@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cluster.contracts.interfaces import ScoreRequest
-from cluster.contracts.pools import EngineConfig, TeacherConfig
+from cluster.actors.calls import PoolTimeouts
+from cluster.config.stages import EngineConfig, TeacherConfig
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import LmHead
-from cluster.workers.actors import PoolTimeouts
-from learner.completion_head import CompletionHead, Evaluation
-from learner.objective.kernel_choice import choose_kernels
-from learner.objective.objective import Objective
-from learner.projection import LogitScaling
-from learner.teacher_heads import TeacherHeads
+from learner.loss.kernels.choice import choose_kernels
+from learner.loss.objective import Objective
+from learner.model.completion_head import CompletionHead, Evaluation, TeacherHeads
+from learner.model.projection import LogitScaling
 from teacher_workers.pool import TeacherPool
+from tests.learner.model.test_completion_head import batch_of, make_hidden
 from tests.learner.support import OBJECTIVES, ROUTE, VOCABULARY, random_heads
-from tests.learner.test_completion_head import batch_of, make_hidden
 from tests.teacher_workers.test_scores_on_vllm import expected_rows, make_handle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]

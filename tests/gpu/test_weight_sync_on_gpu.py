@@ -8,11 +8,11 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
-from cluster.contracts.pools import Dtype, EngineConfig
-from cluster.workers.actors import get
+from cluster.actors.calls import get
+from cluster.config.stages import Dtype, EngineConfig
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.pool import RolloutPool
-from tests.gpu.cards import CALL_SECONDS, SHARE, rollout_pool, start_learner
+from tests.gpu.models import CALL_SECONDS, SHARE, rollout_pool, start_learner
 from tests.rollout_workers.deployment import NUM_PROMPTS, rows_of
 from tests.tiny_qwen3 import write_tiny_qwen3
 

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from cluster.contracts.config import Config
-from cluster.contracts.run_file import parse_run_config
+from cluster.config.run_config import Config
+from cluster.config.run_file import parse_run_config
 from tests.learner.support import OBJECTIVES, VOCABULARY, make_scored
 
 ConfigMaker = Callable[..., Config]

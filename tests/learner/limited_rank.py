@@ -2,7 +2,7 @@
 
 import resource
 
-from learner.actor import LearnerActor
+from learner.worker import LearnerActor
 
 
 class LimitedRank(LearnerActor):

@@ -2,11 +2,11 @@
 
 import time
 
-from cluster.contracts.config import Config
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.run_config import Config
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import Max, Metric, Sum
-from cluster.contracts.objective import ObjectiveConfig
-from learner.arrivals import Share
+from learner.batching.arrivals import Share
 
 
 class StubRank:

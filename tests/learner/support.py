@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cluster.contracts.interfaces import BatchHandle
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.presets import expand_preset
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Max, Metric
-from cluster.contracts.objective import ObjectiveConfig
-from cluster.contracts.presets import expand_preset
 from cluster.contracts.trajectory import (
     GeneratedTrajectory,
     Scores,
@@ -25,13 +25,13 @@ from cluster.contracts.trajectory import (
     ragged,
 )
 from cluster.contracts.wire import to_wire
-from cluster.models.checksum import checksum
 from cluster.models.lm_head import LmHead
-from learner.engine import TrainEngine
-from learner.micro_batch import MicroBatch
-from learner.objective.objective import Objective
-from learner.task_advantage import group_advantages
-from learner.teacher_heads import TeacherHeads
+from cluster.weight_sync.manifest import checksum
+from learner.batching.arrivals import group_advantages
+from learner.batching.micro_batch import MicroBatch
+from learner.engines.base import TrainEngine
+from learner.loss.objective import Objective
+from learner.model.completion_head import TeacherHeads
 from learner.train_step import StepTask, accumulate
 
 VOCABULARY = 112

@@ -15,19 +15,19 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cluster.contracts.batches import AtHand, BatchHandle
 from cluster.contracts.errors import CheckpointError, ModelError, WeightSyncError
-from cluster.contracts.interfaces import AtHand, BatchHandle
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import ragged
-from cluster.contracts.weights import WeightSyncReport
+from cluster.weight_sync.manifest import WeightSyncReport
+from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.plan import plan_step
+from learner.engines.torch import ReferenceEngine
 from learner.group import LearnerGroup
-from learner.lr_schedule import learning_rate_at
-from learner.micro_batch import build_micro_batch, trajectories
-from learner.model import load_student
-from learner.objective.objective import Objective
-from learner.packing import plan_step
-from learner.reference_engine import ReferenceEngine
-from learner.teacher_heads import load_teacher_heads
+from learner.loss.objective import Objective
+from learner.model.completion_head import load_teacher_heads
+from learner.model.student import load_student
+from learner.train_step import learning_rate_at
 from tests.learner.support import (
     LENGTHS,
     OBJECTIVES,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.contracts.learner import LearnerConfig
-from learner.lr_schedule import learning_rate_at
+from cluster.config.stages import LearnerConfig
+from learner.train_step import learning_rate_at
 
 
 def rates(schedule, num_steps, warmup_steps=0, ratio=0.1):

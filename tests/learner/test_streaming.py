@@ -6,15 +6,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster.contracts.interfaces import BatchHandle
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.trajectory import ragged
-from learner.arrivals import Arrivals
-from learner.micro_batch import build_micro_batch, trajectories
-from learner.model import load_student
-from learner.objective.objective import Objective
-from learner.packing import plan_step
-from learner.reference_engine import ReferenceEngine
-from learner.rounds import RoundPlanner
+from learner.batching.arrivals import Arrivals
+from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.plan import RoundPlanner, plan_step
+from learner.engines.torch import ReferenceEngine
+from learner.loss.objective import Objective
+from learner.model.student import load_student
 from learner.worker import LearnerWorker, RankRows
 from tests.learner.support import (
     OBJECTIVES,

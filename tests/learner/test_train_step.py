@@ -10,11 +10,11 @@ import torch
 
 from cluster.contracts.metrics import merge, report
 from cluster.contracts.trajectory import ragged
-from learner.micro_batch import build_micro_batch, trajectories
-from learner.model import load_student
-from learner.objective.objective import Objective
-from learner.packing import plan_step
-from learner.reference_engine import ReferenceEngine
+from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.plan import plan_step
+from learner.engines.torch import ReferenceEngine
+from learner.loss.objective import Objective
+from learner.model.student import load_student
 from tests.learner.support import (
     LENGTHS,
     OBJECTIVES,

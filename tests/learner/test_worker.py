@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.config.objective import DivergenceTerm
 from cluster.contracts.metrics import report
-from cluster.contracts.objective import DivergenceTerm
 from cluster.contracts.trajectory import generated_schema, ragged
-from learner.model import load_student
-from learner.packing import plan_step
-from learner.reference_engine import ReferenceEngine
+from learner.batching.plan import plan_step
+from learner.engines.torch import ReferenceEngine
+from learner.model.student import load_student
 from learner.worker import LearnerWorker, RankRows
 from tests.learner.support import OBJECTIVES, completion_tokens, score_by
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.cli import main
-from cluster.contracts.config import Config, StudentConfig
+from cluster.config.run_config import Config, StudentConfig
+from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError, ModelError
-from cluster.contracts.learner import LearnerConfig
-from cluster.pipeline import load_inputs
-from learner.model import load_student
+from cluster.run.inputs import load_inputs
+from learner.model.student import load_student
 from tests.builders import make_config
 from tests.malformed.damage import as_pickle
 from tests.malformed.model_cases import MODELS

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config.run_file import dump_run_config
 from cluster.contracts.errors import CheckpointError, ConfigError
-from cluster.contracts.run_file import dump_run_config
-from cluster.planning.command import load_rates
+from cluster.simulation.command import load_rates
 from tests.builders import make_config
 from tests.malformed.rates_cases import GOOD, RATES_FILES
 from tests.malformed.refusal import assert_refused

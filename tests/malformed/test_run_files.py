@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.config.run_directory import RunDirectory
+from cluster.config.run_file import load_run_config
 from cluster.contracts.errors import ConfigError
-from cluster.contracts.run_file import load_run_config
-from cluster.run_directory import RunDirectory
 from tests.malformed.refusal import SECONDS_PER_CASE, assert_refused, assert_sentence
 from tests.malformed.run_file_cases import GOOD, OVERRIDES, RESUMED, RUN_FILES
 

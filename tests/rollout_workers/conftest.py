@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.contracts.config import StudentConfig
-from cluster.contracts.pools import EngineConfig
-from cluster.workers.actors import PoolTimeouts
+from cluster.actors.calls import PoolTimeouts
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from tests.rollout_workers.deployment import RolloutDeployment, make_prompts

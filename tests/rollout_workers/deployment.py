@@ -11,12 +11,12 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
-from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
+from cluster.actors.calls import call_all
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
-from cluster.models.checksum import checksum
-from cluster.workers.actors import call_all
-from learner.model import Student
+from cluster.weight_sync.manifest import checksum
+from learner.model.student import Student
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet
 

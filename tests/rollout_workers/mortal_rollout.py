@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from cluster.actors.object_store import pack
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
-from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import make_generated
-from cluster.workers.batch_store import pack
 from rollout_workers.actor import RolloutActorSettings
 from tests.builders import make_trajectory
 

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
+from cluster.actors.object_store import pack
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import make_generated
-from cluster.workers.batch_store import pack
 from tests.builders import make_trajectory
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.contracts.config import StudentConfig
+from cluster.actors.calls import PoolTimeouts, wait_for_any
+from cluster.actors.liveness import Watch
+from cluster.actors.replicas import RestartLimit, Supervision
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError
-from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from cluster.contracts.pools import EngineConfig
-from cluster.workers.actors import PoolTimeouts, wait_for_any
-from cluster.workers.replicas import Supervision
-from cluster.workers.restarts import RestartLimit
-from cluster.workers.watch import Watch
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts

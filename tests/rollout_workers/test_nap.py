@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from rollout_workers.nap import Nap
+from rollout_workers.vllm_engine import Nap
 
 
 class Sleeper:

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.contracts.config import StudentConfig
-from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from cluster.contracts.pools import EngineConfig
-from cluster.workers.actors import PoolTimeouts, wait_for_any
+from cluster.actors.calls import PoolTimeouts, wait_for_any
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import make_prompts

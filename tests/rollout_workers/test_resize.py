@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cluster.contracts.interfaces import BatchHandle, RolloutRequest, SamplingSettings
-from cluster.workers.actors import wait_for_any
+from cluster.actors.calls import wait_for_any
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import NUM_PROMPTS
 from tests.rollout_workers.mortal_rollout import SECONDS_PER_TOKEN

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.contracts.errors import RolloutError, WeightSyncError
-from cluster.contracts.interfaces import Completion, RolloutRequest, SamplingSettings
+from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import ragged
 from rollout_workers.worker import RolloutWorker
 from tests.rollout_workers.deployment import make_prompts

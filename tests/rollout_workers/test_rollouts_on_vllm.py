@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import WeightSyncError
-from cluster.contracts.interfaces import SamplingSettings
-from cluster.contracts.learner import WeightSyncConfig
-from learner.weight_sender import ObjectStoreSender
+from cluster.contracts.requests import SamplingSettings
+from learner.weight_sync.object_store import ObjectStoreSender
 from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, FrozenEngine, RolloutDeployment, rows_of
 from tests.tiny_qwen3 import HALT, expected_logprobs
 

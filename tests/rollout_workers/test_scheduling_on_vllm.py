@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.contracts.config import StudentConfig
+from cluster.actors.calls import PoolTimeouts, wait_for_any
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import RolloutError
-from cluster.contracts.interfaces import RolloutRequest, SamplingSettings
-from cluster.contracts.pools import EngineConfig
-from cluster.workers.actors import PoolTimeouts, wait_for_any
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import Order, RolloutPool
 from tests.rollout_workers.deployment import make_prompts, rows_of

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cluster.contracts.interfaces import Completion, RolloutRequest
 from cluster.contracts.metrics import report
+from cluster.contracts.requests import Completion, RolloutRequest
 from cluster.contracts.trajectory import make_generated, ragged
 from rollout_workers.trajectory_builder import (
     PolicyVersions,

@@ -7,9 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.actors.object_store import pack
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.wire import from_wire
-from cluster.workers.batch_store import pack
 
 
 class Stage:

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
-from cluster.contracts.pools import TeacherConfig
+from cluster.actors.object_store import pack
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.contracts.wire import from_wire
-from cluster.workers.batch_store import pack
 
 DEATH_SECONDS = 0.2  # how long a replica that is going to die keeps its batches
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import ray
 
+from cluster.actors.calls import PoolTimeouts
+from cluster.actors.object_store import pack
+from cluster.actors.replicas import RestartLimit, Supervision
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
-from cluster.contracts.pools import TeacherConfig
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from cluster.workers.actors import PoolTimeouts
-from cluster.workers.batch_store import pack
-from cluster.workers.replicas import Supervision
-from cluster.workers.restarts import RestartLimit
 from teacher_workers.pool import start_pool
-from teacher_workers.pools import TeacherPools
+from teacher_workers.router import TeacherPools
 from tests.builders import make_trajectory
 from tests.teacher_workers.mortal_teacher import MortalTeacher
 

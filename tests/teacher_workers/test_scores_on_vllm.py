@@ -12,16 +12,17 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster.actors.calls import PoolTimeouts
+from cluster.actors.object_store import pack
+from cluster.config.stages import Dtype, EngineConfig, TeacherConfig
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ScoreError
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
-from cluster.contracts.pools import Dtype, EngineConfig, TeacherConfig
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated, models_of, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import load_lm_head
-from cluster.workers.actors import PoolTimeouts
-from cluster.workers.batch_store import pack
 from teacher_workers.pool import TeacherPool, start_pool
-from teacher_workers.pools import TeacherPools
+from teacher_workers.router import TeacherPools
 from tests.builders import make_trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start

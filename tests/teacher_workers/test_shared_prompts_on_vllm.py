@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.actors.calls import PoolTimeouts
+from cluster.actors.object_store import pack
+from cluster.config.stages import EngineConfig, TeacherConfig
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import report
-from cluster.contracts.pools import EngineConfig, TeacherConfig
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints, make_generated, ragged
 from cluster.contracts.wire import from_wire
-from cluster.workers.actors import PoolTimeouts
-from cluster.workers.batch_store import pack
 from teacher_workers.pool import start_pool
-from teacher_workers.pools import TeacherPools
+from teacher_workers.router import TeacherPools
 from tests.builders import make_trajectory
 from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
 

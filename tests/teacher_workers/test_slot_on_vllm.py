@@ -10,16 +10,16 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
+from cluster.actors.calls import PoolTimeouts
+from cluster.actors.object_store import pack
+from cluster.config.stages import EngineConfig, TeacherConfig
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Metrics, merge, report
-from cluster.contracts.pools import EngineConfig, TeacherConfig
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Floats, make_generated, ragged
 from cluster.contracts.wire import from_wire
-from cluster.workers.actors import PoolTimeouts
-from cluster.workers.batch_store import pack
-from teacher_workers.pool import TeacherPool
-from teacher_workers.pools import Successors, TeacherPools
-from teacher_workers.scorers import Scorers
+from teacher_workers.pool import Scorers, TeacherPool
+from teacher_workers.router import Successors, TeacherPools
 from tests.builders import make_trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start

@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.contracts.interfaces import BatchHandle, ScoreRequest
-from cluster.contracts.pools import TeacherConfig
+from cluster.actors.calls import PoolTimeouts, wait_for_any
+from cluster.actors.object_store import pack
+from cluster.actors.replicas import RestartLimit, Supervision
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated, ragged
 from cluster.contracts.wire import from_wire
-from cluster.workers.actors import PoolTimeouts, wait_for_any
-from cluster.workers.batch_store import pack
-from cluster.workers.replicas import Supervision
-from cluster.workers.restarts import RestartLimit
-from teacher_workers.pool import TeacherPool
-from teacher_workers.pools import Successors, TeacherPools
-from teacher_workers.scorers import Scorers
+from teacher_workers.pool import Scorers, TeacherPool
+from teacher_workers.router import Successors, TeacherPools
 from tests.builders import make_trajectory
 from tests.teacher_workers.numbered_teacher import NumberedTeacher
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from cluster.contracts.errors import ScoreError
-from cluster.contracts.interfaces import HiddenStates, ScoreRequest
 from cluster.contracts.metrics import report
+from cluster.contracts.requests import HiddenStates, ScoreRequest
 from cluster.contracts.trajectory import Bytes, Ints, make_generated, models_of, ragged
 from cluster.models.lm_head import LmHead
-from teacher_workers.scorers import least_loaded
+from teacher_workers.pool import least_loaded
 from teacher_workers.worker import TeacherWorker
 from tests.builders import make_trajectory
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_workers.turns import LONGEST_TURN_SWITCHES, PATIENCE_SWITCHES, Turns
+from teacher_workers.time_sharing import LONGEST_TURN_SWITCHES, PATIENCE_SWITCHES, Turns
 
 TEACHERS = ("math", "code", "prose")
 

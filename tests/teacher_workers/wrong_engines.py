@@ -9,8 +9,8 @@ import math
 import numpy as np
 import torch
 
-from cluster.contracts.interfaces import HiddenStates
-from cluster.contracts.pools import Dtype
+from cluster.config.stages import Dtype
+from cluster.contracts.requests import HiddenStates
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.models.lm_head import LmHead
 from teacher_workers.worker import TeacherWorker

@@ -3,8 +3,15 @@ from pathlib import Path
 import pytest
 
 from cluster.contracts.errors import ConfigError
-from cluster.jobs.job_commands import Submission, make_job, parse_variables
-from cluster.jobs.job_files import MAX_BYTES, check_for_cluster, copy_files, files_to_send
+from cluster.jobs.job_commands import (
+    MAX_BYTES,
+    Submission,
+    check_for_cluster,
+    copy_files,
+    files_to_send,
+    make_job,
+    parse_variables,
+)
 from tests.builders import make_config
 
 HERE = ("prompts.train=data/train.jsonl", "student.model=student", "teachers.main.model=org/teacher")

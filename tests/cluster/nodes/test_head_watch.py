@@ -11,8 +11,8 @@ from queue import Empty, Queue
 
 import pytest
 
-from cluster.nodes.head_watch import Patience, watch_head
-from cluster.observability.status_file import read_status
+from cluster.monitoring.status_file import read_status
+from cluster.nodes.ray_session import Patience, watch_head
 
 PATIENCE = Patience(look_seconds=0.05, silent_seconds=1.0)
 SOON = 10.0
@@ -63,8 +63,8 @@ TRAINING = """
 import sys, time
 from pathlib import Path
 from cluster.demo import embedded_config
-from cluster.nodes.head_watch import end_run
-from cluster.observability.status_file import KeptStatus
+from cluster.nodes.ray_session import end_run
+from cluster.monitoring.status_file import KeptStatus
 config = embedded_config([f"run.directory={sys.argv[1]}", "run.name=run"])
 Path(sys.argv[1], "run").mkdir()
 with KeptStatus(Path(sys.argv[1], "run", "status.json")):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.nodes import keeper
+from cluster.nodes import reaper
 from tests.leftovers import wait_until, without_ray
 
 ENTRY_SECONDS = 120
@@ -142,9 +142,9 @@ def test_the_token_is_in_a_private_file_and_in_no_environment(cluster: dict[str,
     file = Path(cluster["token_file"])
     assert file.stat().st_mode & 0o777 == 0o600
     assert file.parent.stat().st_mode & 0o777 == 0o700
-    members = keeper.Census(keeper.MARK, str(file.parent)).count()
+    members = reaper.Census(reaper.MARK, str(file.parent)).count()
     assert len(members) > 3
-    environments = [keeper._read(pid, "environ") for pid, _ in members]
+    environments = [reaper._read(pid, "environ") for pid, _ in members]
     assert any(str(file).encode() in environment for environment in environments)
     assert not any(read_token(cluster).encode() in environment for environment in environments)
 

@@ -1,0 +1,112 @@
+"""Notices actors that died or fell silent while nobody waits for them.
+
+Ray reports a dead actor to whoever waits for its answer, and a stopped one to nobody. Here a thread asks every actor
+for a sign of life, and ends those that give none: silence becomes a death, and all others deal with deaths only.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+ENGINE_LOOK_SECONDS = 1.0
+
+_log = logging.getLogger("preceptor")
+
+
+async def end_with_engine(is_dead: Callable[[], bool], look_seconds: float = ENGINE_LOOK_SECONDS) -> None:
+    """End this process once the engine is dead; calls that wait for the engine might otherwise wait for ever."""
+    while not is_dead():
+        await asyncio.sleep(look_seconds)
+    _log.error("the process of the engine is gone; its actor ends with it")
+    os._exit(1)
+
+
+LOOK_SECONDS = 1.0  # between two looks at the answers
+
+
+@dataclass
+class _Watched:
+    actor: ActorHandle
+    answer: Any  # reference
+    asked_at: float
+
+
+class Watch:
+    """Asks actors for signs of life, each of which must come within `silence_seconds`."""
+
+    def __init__(self, silence_seconds: float) -> None:
+        """Begin with nobody to look after."""
+        self._silence_seconds = silence_seconds
+        self._watched: dict[str, _Watched] = {}
+        self._lost: set[str] = set()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def add(self, name: str, actor: ActorHandle) -> None:
+        """Look after an actor from now on."""
+        with self._lock:
+            self._watched[name] = _ask(actor)
+
+    def forget(self, name: str) -> None:
+        """Look after it no longer; it may have been lost or unknown."""
+        with self._lock:
+            self._watched.pop(name, None)
+            self._lost.discard(name)
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Return the names of actors that died and were not forgotten since."""
+        with self._lock:
+            return frozenset(self._lost)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(LOOK_SECONDS):
+            with self._lock:
+                watched = dict(self._watched)
+            if watched:
+                self._look(watched)
+
+    def _look(self, watched: dict[str, _Watched]) -> None:
+        answers = [found.answer for found in watched.values()]
+        ready = set(ray.wait(answers, num_returns=len(answers), timeout=0)[0])
+        for name, found in watched.items():
+            if found.answer in ready:
+                self._note(name, found)
+            elif time.monotonic() - found.asked_at > self._silence_seconds:
+                _log.warning("%s: gave no sign of life for %.0f s; its process is ended", name, self._silence_seconds)
+                ray.kill(found.actor)
+
+    def _note(self, name: str, found: _Watched) -> None:
+        try:
+            ray.get(found.answer)
+            renewed = _ask(found.actor)
+        except RayError:
+            renewed = None
+        with self._lock:
+            if self._watched.get(name) is not found:  # forgotten meanwhile
+                return
+            if renewed:
+                self._watched[name] = renewed
+            else:
+                del self._watched[name]
+                self._lost.add(name)
+
+
+def _ask(actor: ActorHandle) -> _Watched:
+    return _Watched(actor, actor.__ray_ready__.remote(), time.monotonic())

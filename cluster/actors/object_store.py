@@ -1,0 +1,48 @@
+"""Trajectory batches in Ray's object store: the worker that makes a batch returns it, the worker that needs it gets it.
+
+A worker returns two values: the batch's wire bytes, which stay in the object store of its node, and what the driver may
+know of the batch. The driver owns both, so a finished batch outlives the worker that made it. (A reference that a
+worker itself made and yielded from a streaming generator does not: Ray loses its count, ray-project/ray#58080.)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.metrics import Metrics
+from cluster.contracts.trajectory import ragged
+from cluster.contracts.wire import to_wire
+
+# Ray sends return values below 100 kB inside its reply to the caller: small batches would pass through the driver.
+INLINED_BYTES = 2048
+STORE_ENVIRONMENT: Mapping[str, str] = {"RAY_max_direct_call_object_size": str(INLINED_BYTES)}
+
+
+def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[pa.Buffer, BatchHandle]:
+    """Return a batch's bytes and its handle, whose reference the driver fills in.
+
+    Args:
+        batch: at least one row, all of one teacher.
+        metrics: what the worker measured while it made the batch.
+    """
+    handle = BatchHandle(
+        reference=None,
+        teacher=batch["teacher"][0].as_py(),
+        trajectory_ids=tuple(batch["trajectory_id"].to_pylist()),
+        num_tokens=tuple(ragged(batch, "token_ids").lengths.tolist()),
+        num_completion_tokens=tuple(ragged(batch, "rollout_logprobs").lengths.tolist()),
+        prompt_ids=tuple(batch["prompt_id"].to_pylist()),
+        rewards=tuple(batch["reward"].to_pylist()),
+        min_policy_versions=tuple(batch["min_policy_version"].to_pylist()),
+        max_policy_versions=tuple(batch["max_policy_version"].to_pylist()),
+        metrics=metrics,
+    )
+    return to_wire(batch), handle
+
+
+def add_environment(option: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:
+    """Return Ray actor options with more environment variables; those that the options set already stay."""
+    runtime_env = dict(option.get("runtime_env", {}))
+    return {**option, "runtime_env": {**runtime_env, "env_vars": {**variables, **runtime_env.get("env_vars", {})}}}

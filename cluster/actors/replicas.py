@@ -1,0 +1,336 @@
+"""The actors of one pool: who serves, who is on the way, and who is started again after a death."""
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from cluster.actors import calls
+from cluster.actors.liveness import Watch
+from cluster.contracts.batches import PoolState
+from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
+
+FIRST_DELAY_SECONDS = 1.0  # before the second restart in a row; the first one needs none
+LONGEST_DELAY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class RestartLimit:
+    """Restarts that each replica has."""
+
+    max_restarts: int  # within the window
+    window_seconds: float
+
+
+class RestartBudget:
+    """Counts the restarts of each replica, and makes who dies again and again wait longer each time."""
+
+    def __init__(self, limit: RestartLimit, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with all restarts left; `clock` tells seconds."""
+        self._limit = limit
+        self._clock = clock
+        self._spent: defaultdict[int, deque[float]] = defaultdict(deque)  # replica -> when it was started again
+
+    def spend(self, replica: int) -> float | None:
+        """Take one restart of a replica and return the seconds to wait before it; None when none is left.
+
+        Example:
+            >>> budget = RestartBudget(RestartLimit(max_restarts=3, window_seconds=600), clock=lambda: 0.0)
+            >>> [budget.spend(0), budget.spend(0), budget.spend(0), budget.spend(0), budget.spend(1)]
+            [0.0, 1.0, 2.0, None, 0.0]
+        """
+        now, spent = self._clock(), self._spent[replica]
+        while spent and spent[0] <= now - self._limit.window_seconds:
+            spent.popleft()
+        if len(spent) >= self._limit.max_restarts:
+            return None
+        delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2.0 ** (len(spent) - 1)) if spent else 0.0
+        spent.append(now)
+        return delay
+
+
+NO_RESTARTS = RestartLimit(max_restarts=0, window_seconds=1.0)
+
+_log = logging.getLogger("preceptor")
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How a pool deals with dead actors."""
+
+    restarts: RestartLimit = NO_RESTARTS
+    watch: Watch | None = None  # None: a death is noticed by who waits for an answer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the actors of a pool are made; each has a method `start`, which is called once."""
+
+    cls: type
+    arguments: Callable[[str], tuple[Any, ...]]  # of the constructor, by the actor's name
+    options: Sequence[Mapping[str, Any]]  # Ray's, one entry per replica that the pool begins with
+    create: Callable[..., list[ActorHandle]] = calls.create_actors
+    spare: Mapping[str, Any] | None = None  # of a pool that begins with none: Ray's options, of those that come later
+
+    def make(self, replica: int, name: str) -> ActorHandle:
+        """Ask Ray for a replica's actor."""
+        planned = replica < len(self.options)
+        option = self.options[replica] if planned else for_later(self.spare or self.options[0])
+        [actor] = self.create(self.cls, [name], [self.arguments(name)], [option])
+        return actor
+
+
+def for_later(option: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a replica that nobody planned a place for: where there is room, and few others.
+
+    Example:
+        >>> for_later({"num_cpus": 1.0, "num_gpus": 0, "scheduling_strategy": "DEFAULT"})
+        {'num_cpus': 0, 'num_gpus': 0, 'scheduling_strategy': 'SPREAD'}
+        >>> for_later({"num_cpus": 0.5, "num_gpus": 0.3, "scheduling_strategy": "where the others are"})
+        {'num_cpus': 0.5, 'num_gpus': 0.3, 'scheduling_strategy': 'where the others are'}
+    """
+    if 0 < option.get("num_gpus", 0) < 1:
+        return dict(option)  # the GPU that the run shares is on the same node
+    # Without GPUs, all share the same cores in turns, and the first replicas have reserved them.
+    free = {} if option.get("num_gpus") else {"num_cpus": 0}
+    return {**option, **free, "scheduling_strategy": "SPREAD"}
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A replica's present actor. It starts, is prepared, and serves; or rests before it starts again."""
+
+    name: str
+    actor: ActorHandle | None  # None: it rests
+    due: float = 0.0  # when it rests no longer, on the clock of `monotonic`
+    waits_for: tuple[Any, ...] = ()  # references to what it does before it serves
+    is_prepared: bool = False  # whether `waits_for` is the last of it
+
+    @property
+    def serves(self) -> bool:
+        return self.actor is not None and not self.waits_for
+
+
+class Replicas:
+    """The replicas of a pool, each with an actor that may die; replica 2 of `rollout` is called rollout-2.
+
+    Nothing here blocks but `wait_until_ready`: a replica that is started later serves once `welcome` has seen the last
+    of its `arriving` references.
+    """
+
+    def __init__(self, label: str, recipe: Recipe, supervision: Supervision) -> None:
+        """Begin to start one actor per entry of the recipe's options."""
+        self._label = label
+        self._recipe = recipe
+        self._supervision = supervision
+        self._budget = RestartBudget(supervision.restarts)
+        self.num_restarts = 0
+        self._prepare: Callable[[ActorHandle], list[Any]] = lambda actor: []
+        names = [self.name(replica) for replica in range(len(recipe.options))]
+        made = recipe.create(recipe.cls, names, [recipe.arguments(name) for name in names], recipe.options)
+        self._members = {
+            replica: _Member(name, actor, waits_for=(actor.start.remote(),))
+            for replica, (name, actor) in enumerate(zip(names, made, strict=True))
+        }
+        self._next_replica = len(names)
+        self._leaving: set[int] = set()  # they take no more work
+        self._absent = set(self._members)  # they rest or start; few, so that a look at them costs little
+
+    def wait_until_ready(self, timeout_seconds: float, waiting_for: str) -> None:
+        """Wait for the first start of every actor.
+
+        Raises:
+            PreceptorError: what an actor raised.
+            ActorError: an actor died or took too long; says which.
+        """
+        started = [reference for member in self._members.values() for reference in member.waits_for]
+        names = [member.name for member in self._members.values()]
+        calls.get_all(started, timeout_seconds, waiting_for, names)
+        for replica in list(self._absent):
+            self._let_serve(replica)
+
+    def prepare_with(self, prepare: Callable[[ActorHandle], list[Any]]) -> None:
+        """Set what an actor that was started again is brought before it serves; it returns references to wait for."""
+        self._prepare = prepare
+
+    @property
+    def serving(self) -> list[int]:
+        """Return the replicas that take work."""
+        return [replica for replica, member in self._members.items() if member.serves and replica not in self._leaving]
+
+    @property
+    def staying(self) -> list[ActorHandle]:
+        """Return the actors that serve and do not leave, those first that stay when the pool shrinks."""
+        return [self.actor(replica) for replica in sorted(self.serving)]
+
+    @property
+    def leaving(self) -> list[int]:
+        """Return the replicas that take no more work; `retire` them when they have done what they were given."""
+        return sorted(self._leaving)
+
+    @property
+    def size(self) -> int:
+        """Return how many replicas take work, or will when they have started."""
+        return len(self._members) - len(self._leaving)
+
+    def state(self, pool: str, num_owed: int) -> PoolState:
+        """Return how the pool stands, which knows what its workers owe."""
+        serving = [self.name(replica) for replica in self.serving]
+        return PoolState(pool, serving, self.size, self.num_restarts, num_owed)
+
+    @property
+    def prepared(self) -> list[ActorHandle]:
+        """Return the actors that serve, or were asked for all that they need before they do."""
+        return [
+            member.actor for member in self._members.values() if member.actor and (member.serves or member.is_prepared)
+        ]
+
+    @property
+    def arriving(self) -> list[Any]:
+        """Return references to wait for; `welcome` takes those that are ready."""
+        return [reference for replica in self._absent for reference in self._members[replica].waits_for]
+
+    def actor(self, replica: int) -> ActorHandle:
+        """Return a serving replica's actor."""
+        actor = self._members[replica].actor
+        assert actor is not None, "a resting replica serves nobody"
+        return actor
+
+    def is_served_by(self, replica: int, actor_name: str) -> bool:
+        """Return whether the replica serves with this actor still."""
+        member = self._members.get(replica)
+        return member is not None and member.serves and member.name == actor_name
+
+    def actor_name(self, replica: int) -> str:
+        """Return what a replica's present actor is called."""
+        return self._members[replica].name
+
+    def name(self, replica: int) -> str:
+        """Return what a replica is called, whichever actor it has."""
+        return f"{self._label}-{replica}"
+
+    def resize(self, size: int) -> None:
+        """Start replicas, or let some leave, until `size` of them take work or are on their way."""
+        staying = [replica for replica in self._members if replica not in self._leaving]
+        for _ in range(size - len(staying)):
+            self._start(self._next_replica, self.name(self._next_replica))
+            self._next_replica += 1
+        # Those that serve and those that came first stay.
+        for replica in sorted(staying, key=lambda replica: (not self._members[replica].serves, replica))[size:]:
+            if self._members[replica].serves:
+                self._leaving.add(replica)
+            else:
+                self.retire(replica)
+
+    def welcome(self, ready: Collection[Any]) -> list[int]:
+        """Move replicas on whose `arriving` references are ready, and return those that serve from now on."""
+        arrived = []
+        for replica in list(self._absent):
+            member = self._members[replica]
+            came = [reference for reference in member.waits_for if reference in ready]
+            if came and self._move_on(replica, member, came):
+                arrived.append(replica)
+        return arrived
+
+    def look(self) -> list[int]:
+        """Start those that have rested, and return the serving replicas that were found dead and are started again."""
+        now = time.monotonic()
+        for replica in list(self._absent):
+            member = self._members[replica]
+            if member.actor is None and member.due <= now:
+                self._start_again(replica)
+        watch = self._supervision.watch
+        lost = watch.lost if watch else ()
+        found = [replica for replica, member in self._members.items() if member.name in lost] if lost else []
+        for replica in found:
+            self.lose(replica, ActorDiedError(f"{self._members[replica].name} died or fell silent"))
+        return found
+
+    def lose(self, replica: int, error: PreceptorError) -> None:
+        """End a replica's actor, which failed, and start another, at once or after a rest.
+
+        Raises:
+            ActorError: it has failed as often as it may.
+        """
+        if replica in self._leaving:
+            self.retire(replica)
+            return
+        delay = self._budget.spend(replica)
+        if delay is None:
+            limit = self._supervision.restarts
+            self.retire(replica)
+            raise ActorError(
+                f"{error}; {self.name(replica)} has no restart left of the {limit.max_restarts} that "
+                f"ray.max_restarts allows within {limit.window_seconds:.0f} s"
+            ) from error
+        _log.warning("%s; it is started again%s", error, f" in {delay:.0f} s" if delay else "")
+        self._end(replica)
+        self._absent.add(replica)
+        self._members[replica] = replace(self._members[replica], actor=None, due=time.monotonic() + delay, waits_for=())
+        if not delay:
+            self._start_again(replica)
+
+    def retire(self, replica: int) -> None:
+        """End a replica's actor and start no other."""
+        self._end(replica)
+        del self._members[replica]
+        self._leaving.discard(replica)
+        self._absent.discard(replica)
+
+    def shutdown(self) -> None:
+        """End engines and actors; no process stays."""
+        for member in self._members.values():
+            self._forget(member)
+        calls.shutdown([member.actor for member in self._members.values() if member.actor])
+
+    def _start_again(self, replica: int) -> None:
+        # Ray may hold a dead actor's name for a while yet, so the next one has a number of its own.
+        self.num_restarts += 1
+        self._start(replica, f"{self.name(replica)}-again-{self.num_restarts}")
+
+    def _start(self, replica: int, name: str) -> None:
+        actor = self._recipe.make(replica, name)
+        self._members[replica] = _Member(name, actor, waits_for=(actor.start.remote(),))
+        self._absent.add(replica)
+
+    def _move_on(self, replica: int, member: _Member, came: Iterable[Any]) -> bool:
+        """Take what a replica was waited for, and return whether it serves now."""
+        assert member.actor is not None
+        left = tuple(reference for reference in member.waits_for if reference not in came)
+        try:
+            for reference in came:
+                calls.get(reference, 0, f"{member.name} to start again")
+            if not left and not member.is_prepared:
+                left = tuple(self._prepare(member.actor))
+                member = replace(member, is_prepared=True)
+        except PreceptorError as error:
+            self.lose(replica, error)
+            return False
+        self._members[replica] = replace(member, waits_for=left)
+        if not left:
+            self._let_serve(replica)
+        return not left
+
+    def _let_serve(self, replica: int) -> None:
+        member = self._members[replica] = replace(self._members[replica], waits_for=())
+        self._absent.discard(replica)
+        if self._supervision.watch and member.actor:
+            self._supervision.watch.add(member.name, member.actor)
+
+    def _end(self, replica: int) -> None:
+        member = self._members[replica]
+        self._forget(member)
+        if member.actor:
+            with suppress(RayError):  # already dead
+                ray.kill(member.actor)
+
+    def _forget(self, member: _Member) -> None:
+        if self._supervision.watch:
+            self._supervision.watch.forget(member.name)

@@ -1,0 +1,62 @@
+"""The rules that say when a training run goes wrong: settings, and those that hold unless a run file changes them."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from cluster.config.fields import Count, Positive, Section
+
+Action = Literal["off", "warn", "shorten", "stop"]
+
+
+class AlarmConfig(Section, frozen=True):
+    """One rule over a figure of metrics.jsonl, and what happens when it has held for some steps in a row.
+
+    `shorten` lowers the longest completion by a quarter; `stop` writes a checkpoint and ends the run.
+    """
+
+    figure: str
+    above: Positive | None = None  # it holds above this limit
+    below: Positive | None = None  # or below this one
+    relative_to: Literal["first", "recent"] | None = None  # limits multiply the figure's own level then
+    steps: Count = 3  # in a row
+    action: Action = "warn"
+
+    def __post_init__(self) -> None:
+        """Check that there is a limit; raises ValueError, which the reader turns into a ConfigError."""
+        if (self.above is None) == (self.below is None):
+            raise ValueError("an alarm has one limit, 'above' or 'below'")
+
+
+DEFAULT_ALARMS: Mapping[str, Mapping[str, Any]] = {
+    # A student that is only rewarded for likely tokens learns to go on; accuracy falls with it.
+    "length_inflation": {"figure": "rollout/completion_length", "above": 3.0, "relative_to": "first"},
+    "truncation": {"figure": "rollout/truncated_ratio", "above": 0.5},
+    "repetition": {"figure": "rollout/repetition_ratio", "above": 0.2},
+    "entropy_collapse": {"figure": "train/entropy", "below": 0.1, "relative_to": "first"},
+    # Sampler and learner disagree, or the rows are too old for their ratio to correct.
+    "importance": {"figure": "train/importance_p99", "above": 10.0},
+    "gradient_spike": {"figure": "train/gradient_norm", "above": 10.0, "relative_to": "recent", "steps": 1},
+    # How much of the student's distribution lies on the candidates, most often the teacher's most likely tokens.
+    "overlap": {"figure": "train/student_candidate_mass", "below": 0.7, "relative_to": "first"},
+}
+
+
+def with_default_alarms(alarms: Any) -> Any:
+    """Complete a run file's `[alarms.NAME]` tables by the fields of the rules of that name.
+
+    Example:
+        >>> with_default_alarms({"truncation": {"action": "stop"}})["truncation"]
+        {'figure': 'rollout/truncated_ratio', 'above': 0.5, 'action': 'stop'}
+    """
+    if not isinstance(alarms, dict):
+        return alarms  # the reader says what is wrong
+    names = [*DEFAULT_ALARMS, *(name for name in alarms if name not in DEFAULT_ALARMS)]
+    return {name: _completed(DEFAULT_ALARMS.get(name, {}), alarms.get(name, {})) for name in names}
+
+
+def _completed(default: Mapping[str, Any], given: Any) -> Any:
+    if not isinstance(given, dict):
+        return given
+    # A limit on the one side takes the place of the default's on the other.
+    replaced = {"above", "below"} if {"above", "below"} & set(given) else set()
+    return {name: value for name, value in default.items() if name not in replaced} | given

@@ -1,0 +1,245 @@
+"""The one run configuration: frozen typed sections in data-flow order, and the rules between them.
+
+`run_file.py` reads it from TOML. Fields are documented where they stand.
+"""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, field
+
+from cluster.config.alarms import AlarmConfig
+from cluster.config.fields import Count, CountOrZero, Items, Positive, Section, Text
+from cluster.config.objective import BASE, INITIAL_STUDENT, TEACHER, ObjectiveConfig
+from cluster.config.stages import (
+    MAX_TEMPERATURE,
+    BalanceConfig,
+    LearnerConfig,
+    RolloutConfig,
+    TeacherConfig,
+    WeightSyncConfig,
+)
+from cluster.contracts.requests import ScoreRequest
+
+MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
+
+
+class RunConfig(Section):
+    """What the run is called, how long it lasts and where it writes."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=128)] = "run"
+    steps: Count = 100  # optimizer steps
+    seed: CountOrZero = 0
+    directory: Text = "runs"  # the run writes into directory/name
+
+
+class StudentConfig(Section):
+    """The model that writes and learns."""
+
+    model: Text  # Hugging Face directory or hub id
+    trust_remote_code: bool = False
+
+
+class PromptsConfig(Section):
+    """What the student is asked."""
+
+    train: Text  # JSONL: {"prompt": ..., "answer"?, "domain"?, "teacher"?}
+    held_out: Text | None = None
+    template: Literal["chat", "raw"] = "chat"
+    system_prompt: str | None = None  # chat template only
+    prompts_per_step: Items = 64
+    shuffle: bool = True  # a new order each epoch, fixed by run.seed
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, sampled and verified before, during and after training."""
+
+    every_steps: CountOrZero = 0  # 0: before and after only
+    num_prompts: CountOrZero = 0  # 0: all held-out prompts
+    samples_per_prompt: Items = 1
+    temperature: Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)] = 1.0  # 0: greedy
+    verifier: Literal["exact", "regex", "math"] = "exact"
+    teacher_too: bool = True  # measure the teachers on the same prompts, once
+
+
+class ScoreAuditConfig(Section):
+    """How often every replica of every teacher shows, on a few rows of the run, that its scores can be trusted."""
+
+    every_steps: CountOrZero = 50  # 0: at the start only; a replica that is started again is audited in any case
+    rows: CountOrZero = 4  # short ones, each asked about twice; 0: no audit
+    # Mean difference per token, in nats, that answers of the same weights may show; None: what the dtype explains.
+    tolerance_nats: Positive | None = None
+
+
+class CheckpointConfig(Section):
+    """When the whole training state is written, and how many copies stay."""
+
+    every_steps: CountOrZero = 0  # 0: only after the last step
+    keep_last: Count = 2
+    export: bool = True  # write a Hugging Face directory when the run ends
+
+
+class LoggingConfig(Section):
+    """Who is shown a run's figures, besides metrics.jsonl, the terminal and Ray's metrics."""
+
+    tensorboard: bool = True  # event files in the run directory
+    wandb_project: Text | None = None  # also to Weights & Biases, whose package is not among the dependencies
+    trace_steps: CountOrZero = 10  # first and last steps of which trace.json shows every call to a worker; 0: none
+
+
+class RayConfig(Section):
+    """Where the actors run."""
+
+    address: Text | None = None  # None: RAY_ADDRESS if set, else a local cluster that the run starts and ends
+    share_gpu: bool = False  # put all pools and the learner on one GPU, each with its part of the memory
+    dashboard: bool = True
+    dashboard_host: str = "127.0.0.1"  # of a local cluster's dashboard; 0.0.0.0: all interfaces, behind the token
+    start_timeout_seconds: Positive = 600.0
+    call_timeout_seconds: Positive = 1800.0
+    max_restarts: CountOrZero = 3  # of each worker, and of the learner, within the window
+    restart_window_seconds: Positive = 600.0
+    silence_seconds: Positive = 30.0  # a rollout or teacher worker that gives no sign of life for so long is ended
+
+
+class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    student: StudentConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    teachers: Annotated[dict[str, TeacherConfig], Meta(min_length=1)]
+    objective: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    balance: BalanceConfig = BalanceConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    score_audit: ScoreAuditConfig = ScoreAuditConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    alarms: dict[str, AlarmConfig] = field(default_factory=dict)  # the reader adds the default ones
+    logging: LoggingConfig = LoggingConfig()
+    ray: RayConfig = RayConfig()
+
+    def __post_init__(self) -> None:
+        """Check the rules that span sections; raises ValueError, which the reader turns into a ConfigError."""
+        _check_targets(self)
+        _check_slots(self)
+        _check_balance(self)
+        _check_student_candidates(self)
+        completions = self.prompts.prompts_per_step * self.rollout.samples_per_prompt
+        if completions > MAX_COMPLETIONS_PER_STEP:
+            raise ValueError(
+                f"prompts.prompts_per_step times rollout.samples_per_prompt is {completions}; "
+                f"a step takes up to {MAX_COMPLETIONS_PER_STEP} completions"
+            )
+        sleepers = [name for name, teacher in self.teachers.items() if teacher.engine.sleep]
+        if sleepers:
+            raise ValueError(f"teachers.{sleepers[0]}.engine.sleep is set, but only rollout engines sleep by it")
+        if self.rollout.engine.quantization is not None:
+            raise ValueError(
+                f"rollout.engine.quantization is '{self.rollout.engine.quantization}', but a student gets new weights "
+                "after every step, in its own dtype; only teachers are quantised"
+            )
+        if self.prompts.system_prompt is not None and self.prompts.template == "raw":
+            raise ValueError("prompts.system_prompt is set, but prompts.template = 'raw' has no place for it")
+
+    @property
+    def routes(self) -> list[str]:
+        """Return the teachers that prompts may name: all but those that only stand beside another in a target."""
+        beside = {teacher.base for teacher in self.teachers.values()} | {*self.objective.models, INITIAL_STUDENT}
+        return [name for name in self.teachers if name not in beside or name == TEACHER] or list(self.teachers)
+
+    @property
+    def scorer_groups(self) -> dict[str, list[str]]:
+        """Return the teachers by the pool of workers that scores for them: their own, or their slot's."""
+        groups: dict[str, list[str]] = {}
+        for name, teacher in self.teachers.items():
+            label = f"teacher-{name}" if teacher.slot is None else f"slot-{teacher.slot}"
+            groups.setdefault(label, []).append(name)
+        return groups
+
+    def scorers(self, route: str) -> list[tuple[str, ScoreRequest]]:
+        """Return who scores a batch of this route, in order, and what is asked of each: [teachers.NAME], request.
+
+        The routed teacher comes first, since the others may have to score tokens that it chose.
+        """
+        objective = self.objective
+        scorers = []
+        for model in objective.models:
+            chooses = model == TEACHER and objective.candidates_from == "teacher"
+            request = ScoreRequest(
+                model=model,
+                top_k=objective.num_candidates if chooses else 0,
+                given_candidates=bool(objective.num_candidates) and not chooses,
+                entropy=model == TEACHER and objective.needs_teacher_entropy,
+                hidden=objective.support == "full",
+            )
+            scorers.append((self.scoring_teacher(model, route), request))
+        return scorers
+
+    def scoring_teacher(self, model: str, route: str) -> str:
+        """Return which [teachers.NAME] a target's model is for rows of this route."""
+        if model == TEACHER:
+            return route
+        return (self.teachers[route].base or route) if model == BASE else model
+
+
+def _check_targets(config: Config) -> None:
+    """Check that every model of every target is a teacher of the run."""
+    if BASE in config.teachers:
+        raise ValueError("teachers.base: the name 'base' means another teacher's base in targets; give it another name")
+    _check_bases(config.teachers)
+    for model in config.objective.models:
+        if model == BASE:
+            without = [route for route in config.routes if config.teachers[route].base is None]
+            if without:
+                raise ValueError(f"teachers.{without[0]}: the objective's target has the model 'base', so set its base")
+        elif model != TEACHER and model not in config.teachers:
+            raise ValueError(
+                f"objective: a target has the model '{model}'; expected teacher, base, initial_student or one of "
+                f"{sorted(config.teachers)}"
+            )
+
+
+def _check_bases(teachers: dict[str, TeacherConfig]) -> None:
+    for name, teacher in teachers.items():
+        if teacher.base == name:
+            raise ValueError(f"teachers.{name}.base names the teacher itself; name the model that it was trained from")
+        if teacher.base is not None and teacher.base not in teachers:
+            raise ValueError(f"teachers.{name}.base is '{teacher.base}'; there are {sorted(teachers)}")
+
+
+def _check_slots(config: Config) -> None:
+    """Check that the teachers of a slot ask for the same workers, which are theirs together."""
+    for first, *others in config.scorer_groups.values():
+        teacher = config.teachers[first]
+        asked = (teacher.num_workers, teacher.engine.tensor_parallel)
+        for other in others:
+            found = (config.teachers[other].num_workers, config.teachers[other].engine.tensor_parallel)
+            if found != asked:
+                raise ValueError(
+                    f"teachers.{other}: num_workers and engine.tensor_parallel are {found[0]} and {found[1]}, but "
+                    f"{asked[0]} and {asked[1]} of teachers.{first}, which has the same slot; they share the workers"
+                )
+
+
+def _check_balance(config: Config) -> None:
+    """Check that the balancer can move the workers of every pool."""
+    if config.balance.mode == "off":
+        return
+    for name, teacher in config.teachers.items():
+        if teacher.slot is not None or not teacher.num_workers:
+            found = "num_workers = 0" if teacher.slot is None else f"slot = '{teacher.slot}'"
+            raise ValueError(
+                f"teachers.{name}: {found} cannot be balanced; give it workers of its own or turn balance off"
+            )
+    if config.ray.share_gpu:
+        raise ValueError("ray.share_gpu leaves nothing to balance; turn balance off")
+
+
+def _check_student_candidates(config: Config) -> None:
+    rollout = config.rollout
+    if config.objective.candidates_from == "student" and (rollout.top_p, rollout.top_k) != (1.0, 0):
+        raise ValueError(
+            f"objective.support = '{config.objective.support}' compares tokens of the student's whole distribution; "
+            f"set rollout.top_p = 1 and rollout.top_k = 0, found {rollout.top_p} and {rollout.top_k}"
+        )

@@ -1,0 +1,151 @@
+"""The sections of a run file that say what the rollout and the teacher pools are."""
+
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
+
+
+class BalanceConfig(Section, frozen=True):
+    """Whether workers move between the rollout pool and the teachers' pools while a run goes on.
+
+    `balance = "auto"` is short for a table with this mode.
+    """
+
+    mode: Literal["off", "auto"] = "off"
+    observe_steps: Items = 4  # steps behind every decision, in which all workers serve
+    cooldown_steps: Items = 4  # least steps from one move to the next; doubled by every move that goes back
+    min_gain: Annotated[float, Meta(gt=0, lt=1)] = 0.05  # share of a step's seconds that a move must promise
+
+
+def check_limits(num_workers: int, min_workers: int, max_workers: int | None) -> None:
+    """Check that a pool begins within its limits; raises ValueError, which the reader turns into a ConfigError."""
+    if num_workers < min_workers:
+        raise ValueError(f"num_workers = {num_workers} is less than min_workers = {min_workers}; raise or lower one")
+    if max_workers is not None and num_workers > max_workers:
+        raise ValueError(f"num_workers = {num_workers} is more than max_workers = {max_workers}; raise or lower one")
+
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+GpuFraction = Annotated[float, Meta(gt=0, le=1)]  # of one GPU's memory
+MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
+MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
+
+
+class EngineConfig(Section):
+    """How one vLLM engine is built; the same for rollout workers and teachers."""
+
+    dtype: Dtype = "bfloat16"
+    tensor_parallel: Count = 1
+    max_concurrent_sequences: Count = 256
+    max_batched_tokens: Count = 8192
+    gpu_memory_fraction: GpuFraction | None = None  # None: 0.9; on a shared GPU an equal part of what is left
+    kv_cache_gib: Positive = 1.0  # on CPU and on a shared GPU; on a GPU of its own the memory fraction decides
+    cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
+    enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
+    quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8_per_tensor"
+    sleep: bool = False  # rollout engines on a GPU: give its memory back whenever nothing is asked of them
+
+
+class RolloutConfig(Section):
+    """The student's generators."""
+
+    num_workers: Items = 1
+    min_workers: Items = 1  # the balancer's limits of num_workers
+    max_workers: Items | None = None  # None: what the other pools can spare
+    samples_per_prompt: Items = 1
+    max_completion_tokens: Count = 512
+    temperature: Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: CountOrZero = 0  # 0: whole vocabulary
+    stop: tuple[Text, ...] = ()
+    stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
+    rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish
+    max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
+    engine: EngineConfig = EngineConfig()
+
+    def __post_init__(self) -> None:
+        """Check the balancer's limits; raises ValueError, which the reader turns into a ConfigError."""
+        check_limits(self.num_workers, self.min_workers, self.max_workers)
+
+
+class TeacherConfig(Section):
+    """One teacher and its pool of scorers."""
+
+    model: Text
+    trust_remote_code: bool = False
+    num_workers: Annotated[int, Meta(ge=0, le=1_000_000)] = 1  # 0: its rows wait until `preceptor scale` adds some
+    # Teachers that name the same slot share its workers, which reserve their GPUs once, and score in turns.
+    slot: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")] | None = None
+    min_workers: Items = 1  # the balancer's limits of num_workers
+    max_workers: Items | None = None  # None: what the other pools can spare
+    base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
+    engine: EngineConfig = EngineConfig()
+
+    def __post_init__(self) -> None:
+        """Check the balancer's limits; raises ValueError, which the reader turns into a ConfigError."""
+        if self.num_workers:
+            check_limits(self.num_workers, self.min_workers, self.max_workers)
+
+
+Attention = Literal["auto", "flash", "varlen", "grouped", "masked"]
+HeadDtype = Literal["float32", "bfloat16"]
+Decay = Annotated[float, Meta(ge=0, lt=1)]  # of a moving average; one of 1 would never move
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed ZeRO group that trains the student."""
+
+    num_workers: Items = 1
+    zero_stage: Literal[0, 1, 2, 3] = 2  # 0: one rank of plain torch, without DeepSpeed
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # sums of a step's gradients leave float16's range
+    micro_batch_tokens: Count = 8192  # prompt and completion tokens per forward and rank
+    gradient_checkpointing: bool = False
+    # How packed trajectories are kept apart: flash-attn's kernel, torch's own, torch's plain attention by groups of
+    # similar length, or a mask; auto: the first that works on CUDA, a mask on CPU.
+    attention: Attention = "auto"
+    head_dtype: HeadDtype | None = None  # of the logits; None: float32 on CUDA, where it costs nothing, else `dtype`
+    learning_rate: Positive = 1e-6
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: CountOrZero = 0
+    min_learning_rate_ratio: Fraction = 0.1  # final rate / peak rate of a decaying schedule
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    max_gradient_norm: Positive = 1.0
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO stage 3
+    gpu_memory_fraction: GpuFraction = 0.4  # kept free for it on a shared GPU
+    cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
+
+    def __post_init__(self) -> None:
+        """Check what cannot go together; raises ValueError, which the reader turns into a ConfigError."""
+        if self.offload_parameters == "cpu" and self.zero_stage != 3:
+            raise ValueError(
+                f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.zero_stage}"
+            )
+        if self.head_dtype == "bfloat16" and self.dtype == "float32":
+            raise ValueError("learner.head_dtype = 'bfloat16' needs learner.dtype = 'bfloat16', found 'float32'")
+        if self.zero_stage == 1 and self.dtype == "bfloat16":
+            # DeepSpeed's optimizer of this combination cannot scale gradients by a step's tokens when all are in.
+            raise ValueError("learner.zero_stage = 1 does not work with learner.dtype = 'bfloat16'; use stage 2 or 3")
+        if self.zero_stage == 0 and (
+            self.num_workers > 1 or "cpu" in (self.offload_optimizer, self.offload_parameters)
+        ):
+            raise ValueError(
+                "learner.zero_stage = 0 is one rank that offloads nothing; set stage 2 or 3 for more than that"
+            )
+
+
+class WeightSyncConfig(Section):
+    """How new student weights reach the rollout workers after each step."""
+
+    backend: Literal["auto", "object_store", "nccl", "ipc"] = "auto"  # auto: nccl on own GPUs, ipc on a shared one
+    mode: Literal["full", "delta"] = "full"  # delta: values that changed; a copy of the weights at both ends
+    bucket_bytes: Count = 1 << 28
+
+    def __post_init__(self) -> None:
+        """Check that the backend can do what is asked; raises ValueError, which the reader turns into a ConfigError."""
+        if self.mode == "delta" and self.backend not in ("auto", "object_store"):
+            raise ValueError(f'mode = "delta" needs backend = "object_store", found "{self.backend}"')

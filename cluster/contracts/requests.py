@@ -1,0 +1,66 @@
+"""Defines what the driver asks of rollout and teacher workers, and what their engines answer."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.contracts.trajectory import FinishReason, Floats, Ints
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How completions are drawn."""
+
+    max_completion_tokens: int
+    temperature: float  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: whole vocabulary
+    stop: tuple[str, ...] = ()
+    num_candidates: int = 0  # tokens besides the written one to return per position
+    candidates: Literal["topk", "draws"] = "topk"  # the most likely ones, or independent draws
+    stop_repetition: int = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One completion to draw; the prompt's tokens stay with the workers, only its id travels."""
+
+    trajectory_id: int
+    prompt_id: int
+    sample_index: int
+    seed: int  # in [0, 2**63)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine wrote for one request."""
+
+    token_ids: Ints  # [completion_tokens], the EOS token included when it was sampled
+    logprobs: Floats  # [completion_tokens] under the sampling distribution
+    finish_reason: FinishReason
+    policy_versions: Ints  # [completion_tokens] that wrote each token; 0: the weights that the engine started with
+    candidate_ids: Ints | None = None  # [completion_tokens, k] as the sampling settings ask
+    candidate_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """What one scoring model adds to a batch: always the log-probabilities of the written tokens, and more if asked.
+
+    Example:
+        >>> ScoreRequest("teacher", top_k=16).given_candidates
+        False
+    """
+
+    model: str  # its role in the objective's target; names the columns
+    top_k: int = 0  # above 0: choose this many candidates, its own most likely tokens, and score them
+    given_candidates: bool = False  # score the candidates that the batch already has
+    entropy: bool = False  # of its distribution at every completion position
+    hidden: bool = False  # its last hidden states
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """What a scoring engine read of one trajectory."""
+
+    values: Any  # torch tensor [completion_tokens, width]: they predict the completion tokens
+    num_cached_tokens: int  # at the trajectory's beginning, that were computed for another one

@@ -1,0 +1,125 @@
+"""The driver's side of `balance = "auto"`: shows the balancer every step, and resizes the pools as it decides."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Protocol
+
+from ray.actor import ActorHandle
+
+from cluster.config.run_config import Config
+from cluster.config.run_directory import RunDirectory
+from cluster.contracts.batches import BatchHandle, PoolState
+from cluster.contracts.files import Record, RecordsFile
+from cluster.elastic.balance_policy import Balance, Horizon, Seen
+from cluster.elastic.scale import TeacherOfNow, placed_pools
+from cluster.elastic.splits import ROLLOUT, PoolRule, Space
+from cluster.elastic.step_cost import WorkMeter
+from cluster.placement.capacity import SplitRoom
+from cluster.run.pools import Pipeline
+
+MOVES = "balance/moves"  # the figure: how often workers moved so far
+
+
+class Movable(Protocol):
+    """A pool whose workers may move."""
+
+    @property
+    def size(self) -> int:
+        """Return how many workers it has or will have."""
+
+    @property
+    def staying(self) -> Sequence[ActorHandle]:
+        """Return the workers that serve, those first that stay when the pool shrinks."""
+
+    def state(self) -> PoolState:
+        """Return how it stands."""
+
+    def resize(self, size: int) -> None:
+        """Begin to change its size; workers that leave finish what they were given."""
+
+
+@dataclass(frozen=True)
+class Announcements:
+    """Where every decision is said: to people, and in the run directory."""
+
+    say: Callable[[str], None]
+    notes: RecordsFile
+
+
+class Balancer:
+    """Moves workers between the pools of a run, after any of its steps."""
+
+    def __init__(
+        self,
+        balance: Balance,
+        meter: WorkMeter,
+        pools: Mapping[str, Movable],
+        room: SplitRoom,
+        announcements: Announcements,
+    ) -> None:
+        """Take the run's pools by the names that `preceptor scale` gives them; what `room` sees, `balance` asks."""
+        self._balance, self._meter, self._pools, self._room = balance, meter, pools, room
+        self._announcements = announcements
+        self._states: list[PoolState] = []  # after the step before
+        self._num_steady = 0  # steps in a row with the same workers
+        self.num_moves = 0
+        self._looked_at = perf_counter()
+
+    def after_step(self, record: Record, batches: Sequence[BatchHandle], steps_left: int) -> None:
+        """Look at a step, and resize pools if the balancer wants it."""
+        states = [pool.state() for pool in self._pools.values()]
+        is_steady = bool(self._states) and all(map(_serves_as_before, self._states, states))
+        self._num_steady = self._num_steady + 1 if is_steady else 0
+        now = perf_counter()
+        seen = Seen(
+            sizes={name: pool.size for name, pool in self._pools.items()},
+            is_settled=self._num_steady > self._meter.steps_ahead,  # earlier ones were begun with other workers
+            seconds=now - self._looked_at,
+            steps_left=steps_left,
+            work=self._meter.measure(record, batches, self._pools[ROLLOUT].size),
+        )
+        self._states, self._looked_at = states, now
+        if seen.is_settled:
+            self._room.look({name: pool.staying for name, pool in self._pools.items()})
+        decision = self._balance.see(seen)
+        if decision is None:
+            return
+        self._announcements.say(f"balance: {decision.sentence}")
+        step, has_moved = int(record["step"]), decision.sizes is not None
+        self._announcements.notes.write({"step": step, "sentence": decision.sentence, "moved": has_moved})
+        for name, size in (decision.sizes or {}).items():
+            self._pools[name].resize(size)
+        self.num_moves += has_moved
+
+
+def _serves_as_before(before: PoolState, after: PoolState) -> bool:
+    """Return whether the same workers served at two moments, and all that are wanted."""
+    same = (before.num_wanted, before.num_restarts, set(before.serving))
+    return same == (after.num_wanted, after.num_restarts, set(after.serving)) and len(after.serving) == after.num_wanted
+
+
+def make_balancer(
+    config: Config, pipeline: Pipeline, directory: RunDirectory, say: Callable[[str], None]
+) -> Balancer | None:
+    """Return what balances a run's pools; None when the run file does not ask for it."""
+    if config.balance.mode == "off":
+        return None
+    pools: dict[str, Movable] = {ROLLOUT: pipeline.rollouts}
+    limits = {ROLLOUT: (config.rollout.min_workers, config.rollout.max_workers)}
+    for name in pipeline.teachers.pools:
+        teacher, key = config.teachers[name], f"teachers.{name}"
+        pools[key] = TeacherOfNow(pipeline.teachers, name)
+        limits[key] = teacher.min_workers, teacher.max_workers
+    room = SplitRoom({name: int(share.gpus_per_worker) for name, share in placed_pools(pipeline).items()})
+    # Without GPUs, any worker can take the place of any other.
+    rules = {name: PoolRule(max(1, room.gpus[name]), *limits[name]) for name in pools}
+    ahead = config.rollout.max_staleness
+    horizon = Horizon(ahead, pipeline.start_seconds, config.ray.start_timeout_seconds)
+    return Balancer(
+        Balance(Space(rules, units=0, fits=room.fits), config.balance, horizon),
+        WorkMeter(config.rollout.engine.max_concurrent_sequences, ahead),
+        pools,
+        room,
+        Announcements(say, RecordsFile(directory.moves)),
+    )

@@ -1,0 +1,242 @@
+"""Replaces a teacher's checkpoint while the run goes on: `preceptor teacher RUN replace math models/math-2`.
+
+A step is scored by one checkpoint of each teacher: those that were asked for before the switch by the old one, later
+ones by the new. The new workers start where there is room beside the old, and take over at the first step that is
+asked for when one of them serves and was audited. Where there is room for none, they take the old ones' places: from
+the next step on scoring waits for them, or for the first of them where the old ones are several and one leaves early.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+from uuid import uuid4
+
+import msgspec
+
+from cluster.actors.replicas import for_later
+from cluster.config.run_config import Config
+from cluster.config.run_directory import RunDirectory, WishFiles
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.errors import ActorError, ConfigError, ModelError, PreceptorError
+from cluster.elastic.control_files import ANSWER_SECONDS, WishReader, ask_driver, read_message
+from cluster.elastic.teacher_log import Reign, TeacherLog, with_models
+from cluster.models.model_checks import check_tokenizers, read_model
+from cluster.models.model_files import load_tokenizer
+from cluster.placement.capacity import missing_for
+from cluster.placement.gpu_sharing import with_gpus
+from cluster.placement.placement import PoolPlacement
+from cluster.run.inputs import Inputs, check_support
+from cluster.run.pools import Pipeline, pool_timeouts
+from teacher_workers.audit.reference import fingerprint
+from teacher_workers.audit.runner import ScoreAudit
+from teacher_workers.pool import Scorers, TeacherPool
+from teacher_workers.router import Successors
+
+
+class ReplaceWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A checkpoint that somebody asked for."""
+
+    wish_id: str
+    teacher: str
+    model: str
+
+
+class ReplaceAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What became of it."""
+
+    wish_id: str
+    sentence: str  # what will happen, or why nothing will
+    is_granted: bool
+
+
+def start_successors(config: Config, inputs: Inputs, pipeline: Pipeline, name: str) -> Successors:
+    """Begin to start, where there is room, as many workers of a teacher as serve it now.
+
+    Args:
+        config: with the teacher's new model.
+        inputs: the run's prompts.
+        pipeline: the pools of now.
+        name: of the teacher; those of its slot move with it.
+    """
+    of_now = pipeline.teachers.pools[name].scorers
+    label = f"{of_now.label.partition('@')[0]}@{uuid4().hex[:6]}"  # Ray may hold a dead actor's name for a while
+    teachers = _sections(config, pipeline, of_now)
+    options = [for_later(pipeline.placement.teachers[name].share)] * max(1, of_now.size)
+    scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=pipeline.supervision)
+    return Successors(
+        {
+            each: TeacherPool(each, scorers, pool_timeouts(config), fingerprint(teacher.model))
+            for each, teacher in teachers.items()
+        }
+    )
+
+
+def _sections(config: Config, pipeline: Pipeline, of_now: Scorers) -> dict[str, TeacherConfig]:
+    """Return what the engines are given: as many as there are now, with the same parts of a GPU that all share."""
+    placed = with_gpus(config, pipeline.placement.on_gpu).teachers
+    return {each: msgspec.structs.replace(placed[each], num_workers=of_now.size) for each in of_now.teachers}
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """What is changed, and what new workers take."""
+
+    config: Config
+    inputs: Inputs
+    pipeline: Pipeline
+    start: Callable[[Config, Inputs, Pipeline, str], Successors] = start_successors
+    missing: Callable[[tuple[PoolPlacement, int]], str | None] = missing_for
+    clock: Callable[[], float] = time.monotonic
+
+
+class TeacherChanges:
+    """The driver's side: starts what was asked for, and lets it take over between two steps."""
+
+    def __init__(self, run: RunParts, directory: RunDirectory, first_step: int, say: Callable[[str], None]) -> None:
+        """Write down who scores from the step after `first_step` on.
+
+        Raises:
+            CheckpointError: the file of the teachers is damaged.
+        """
+        self._run, self._pipeline, self._say = run, run.pipeline, say
+        self._files = directory.replacing
+        answered = read_message(self._files.answer, ReplaceAnswer)
+        self._wishes = WishReader(run.clock, last_wish=answered.wish_id if answered else "")
+        self._log = TeacherLog(directory.teachers, first_step)
+        for name in run.pipeline.teachers.pools:
+            self._note(name, first_step, "configuration")
+
+    @property
+    def config(self) -> Config:
+        """Return the run's configuration with the models that score now."""
+        pools = self._pipeline.teachers.pools
+        return with_models(self._run.config, {name: pool.teacher.model for name, pool in pools.items()})
+
+    def look(self) -> None:
+        """See whether somebody has asked for another checkpoint, and whether one that starts cannot serve."""
+        for successors in list(self._pipeline.teachers.successors):
+            error = successors.error or self._overdue(successors)
+            if error is not None:
+                self._dismiss(successors, error)
+        wish = self._wishes.take(self._files.wish, ReplaceWish)
+        if wish is None:
+            return
+        try:
+            sentence, is_granted = self._begin(wish.teacher, wish.model), True
+        except PreceptorError as error:
+            sentence, is_granted = str(error), False
+        self._wishes.answer(self._files.answer, ReplaceAnswer(wish.wish_id, sentence, is_granted))
+        self._say(sentence)
+
+    def enter(self, step: int, audit: ScoreAudit) -> None:
+        """Let those take over that can, from a step (from 0) that nothing was asked for yet."""
+        for successors in list(self._pipeline.teachers.successors):
+            if successors.error is None and (successors.scorers.serves or successors.takes_places):
+                self._succeed(successors, step, audit)
+
+    def _begin(self, name: str, model: str) -> str:
+        """Check the model, begin to start its workers, and say what will happen.
+
+        Raises:
+            PreceptorError: it cannot be; nothing has changed.
+        """
+        config = self._checked(name, model)
+        teachers = self._pipeline.teachers
+        of_now = teachers.pools[name].scorers
+        lack = self._run.missing((self._pipeline.placement.teachers[name], 1))
+        several = of_now.size > 1
+        successors = self._run.start(config, self._run.inputs, self._pipeline, name)
+        successors.takes_places = not of_now.size or (lack is not None and not several)
+        successors.num_lent = int(lack is not None and several)
+        successors.due = self._run.clock() + config.ray.start_timeout_seconds
+        teachers.prepare(successors)
+        if not of_now.size:
+            return f"teacher {name}: {model} takes its place at the next step, and has no worker yet either"
+        if lack is None:
+            return f"teacher {name}: {model} starts, and scores from the first step that is asked for when it serves"
+        if several:
+            of_now.resize(of_now.size - 1)
+            return f"teacher {name}: {lack}, so one worker leaves for the first of {model}, which then takes over"
+        return f"teacher {name}: {lack}, so {model} takes its place at the next step, whose scores wait for it"
+
+    def _checked(self, name: str, model: str) -> Config:
+        """Return the configuration of now with the model, after all that can be told without starting an engine."""
+        teachers, config = self._pipeline.teachers, self.config
+        if name not in teachers.pools:
+            raise ConfigError(
+                f"there is no teacher {name!r}; this run has {', '.join(teachers.pools)}, and its prompts name no other"
+            )
+        if any(name in successors.pools for successors in teachers.successors):
+            raise ConfigError(f"teacher {name} is being replaced already; wait until the new one has taken over")
+        config = with_models(config, {name: model})
+        facts = read_model(config.teachers[name], is_student=False)
+        if fingerprint(model) == teachers.pools[name].checkpoint:
+            raise ConfigError(f"teacher {name} is {model} already, with these very files")
+        student = load_tokenizer(config.student.model, config.student.trust_remote_code)
+        check_tokenizers(student, {name: facts.tokenizer}, compare_templates=config.prompts.template == "chat")
+        check_support(config, facts.vocabulary)
+        needed = self._run.inputs.max_model_len
+        if facts.context_tokens < needed:
+            raise ModelError(
+                f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"
+            )
+        return config
+
+    def _succeed(self, successors: Successors, step: int, audit: ScoreAudit) -> None:
+        """Audit, and hand over."""
+        teachers = self._pipeline.teachers
+        models = {name: pool.teacher.model for name, pool in successors.pools.items()}
+        config = with_models(self.config, models)
+        try:
+            for name, pool in successors.pools.items():
+                pool.checkpoint = fingerprint(models[name])  # once more, for a hub id's files are there now
+            of_successors = audit.of_successors(config, successors.pools)
+            of_successors.begin(step)
+            for finding in of_successors.finish():
+                self._say(finding.sentence)
+        except PreceptorError as error:
+            self._dismiss(successors, error)
+            return
+        audit.take_over(of_successors)
+        changed = self._changed(successors)
+        teachers.succeed(successors, step)
+        self._pipeline.learner.replace_teachers(config.teachers, first_step=step)
+        for name in changed:
+            self._note(name, step, "replacement")
+        said = ", ".join(f"teacher {name} is {models[name]}" for name in changed)
+        self._say(f"{said} from step {step + 1} on")
+
+    def _overdue(self, successors: Successors) -> PreceptorError | None:
+        """Return why successors are given up that wait too long for their place."""
+        if successors.takes_places or successors.scorers.serves or self._run.clock() <= successors.due:
+            return None
+        limit = self._run.config.ray.start_timeout_seconds
+        return ActorError(f"none of the new workers served within {limit:.0f} s; make room, and ask for it again")
+
+    def _dismiss(self, successors: Successors, error: PreceptorError) -> None:
+        changed = self._changed(successors)
+        self._pipeline.teachers.dismiss(successors)
+        self._say(f"teacher {', '.join(changed)} stays as it is: {error}")
+
+    def _changed(self, successors: Successors) -> list[str]:
+        """Return the teachers with another checkpoint than now; those of its slot only move."""
+        pools = self._pipeline.teachers.pools
+        return [name for name, pool in successors.pools.items() if pool.checkpoint != pools[name].checkpoint]
+
+    def _note(self, name: str, step: int, by: Literal["configuration", "replacement"]) -> None:
+        pool = self._pipeline.teachers.pools[name]
+        self._log.note(Reign(step + 1, name, pool.teacher.model, pool.checkpoint, by))
+
+
+def ask_to_replace(files: WishFiles, teacher: str, model: str, timeout_seconds: float = ANSWER_SECONDS) -> str:
+    """Ask a running driver for another checkpoint of a teacher, and return what it will do.
+
+    Raises:
+        ConfigError: it refused; says why.
+        PreceptorError: nobody answered.
+    """
+    answer = ask_driver(files, ReplaceWish(uuid4().hex, teacher, model), ReplaceAnswer, timeout_seconds)
+    if not answer.is_granted:
+        raise ConfigError(answer.sentence)
+    return answer.sentence

@@ -1,0 +1,276 @@
+"""Changes the sizes of pools while a run goes on: `preceptor scale RUN rollout=6 teachers.math=3`.
+
+The command leaves its wish in the run directory, which the driver looks at every second, and waits for the driver's
+answer beside it. Who may write there may also stop the run; no port is opened for it.
+"""
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import uuid4
+
+import msgspec
+from ray.actor import ActorHandle
+
+from cluster.config.run_config import Config
+from cluster.config.run_directory import RunDirectory, WishFiles
+from cluster.contracts.batches import PoolState
+from cluster.contracts.errors import ConfigError, PlacementError
+from cluster.elastic.control_files import ANSWER_SECONDS, WishReader, ask_driver, read_message
+from cluster.placement.capacity import missing_for
+from cluster.placement.placement import PoolPlacement
+from cluster.run.inputs import Inputs
+from cluster.run.pools import Pipeline
+from teacher_workers.pool import TeacherPool
+from teacher_workers.router import TeacherPools
+
+LARGEST_POOL = 100_000
+
+
+class Scalable(Protocol):
+    """A pool whose size can change."""
+
+    @property
+    def size(self) -> int:
+        """Return how many workers it has or will have."""
+
+    def resize(self, size: int) -> None:
+        """Begin to change that."""
+
+
+class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Sizes that somebody asked for."""
+
+    wish_id: str
+    sizes: dict[str, int]  # by pool: "rollout" or "teachers.NAME"
+
+
+class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What became of a wish."""
+
+    wish_id: str
+    sizes: dict[str, int]  # of all pools, afterwards
+    refusal: str | None  # a sentence; None: it was granted
+
+
+class Scaling:
+    """The driver's side: grants the wishes that the cluster has room for."""
+
+    def __init__(
+        self,
+        files: WishFiles,
+        pools: Mapping[str, Scalable],
+        missing: Callable[[Mapping[str, int]], str | None],
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        needed: Callable[[str], str | None] = lambda name: "it has at least one worker",
+    ) -> None:
+        """Take the run's pools.
+
+        Args:
+            files: in the run directory.
+            pools: by the name that a wish gives them.
+            missing: says what the cluster lacks for so many more or fewer workers of pools; None: nothing.
+            say: tells people.
+            clock: seconds.
+            needed: says why a pool cannot be without workers; None: it can.
+        """
+        self._files, self._pools, self._missing, self._say = files, pools, missing, say
+        self._needed = needed
+        answered = read_message(files.answer, Answer)
+        self._wishes = WishReader(clock, last_wish=answered.wish_id if answered else "")
+
+    def restore(self) -> None:
+        """Give pools that have just started the sizes that they had after the last wish of the run's earlier part."""
+        answered = read_message(self._files.answer, Answer)
+        if answered is None:
+            return
+        sizes = {
+            name: size
+            for name, size in answered.sizes.items()
+            if name in self._pools and size != self._pools[name].size and (size or not self._needed(name))
+        }
+        if sizes:
+            refusal = self._grant(sizes)
+            self._say(f"as asked before the run was resumed: {refusal or describe(sizes)}")
+
+    def look(self) -> None:
+        """See whether somebody has asked for other sizes; most calls return at once."""
+        wish = self._wishes.take(self._files.wish, Wish)
+        if wish is None:
+            return
+        refusal = self._grant(wish.sizes)
+        sizes = {name: pool.size for name, pool in self._pools.items()}
+        self._wishes.answer(self._files.answer, Answer(wish.wish_id, sizes, refusal))
+        self._say(refusal or f"scaled: {describe(sizes)}")
+
+    def _grant(self, sizes: Mapping[str, int]) -> str | None:
+        for name, size in sizes.items():
+            if name not in self._pools:
+                return f"there is no pool {name!r}; this run has {', '.join(self._pools)}"
+            if not 0 <= size <= LARGEST_POOL:
+                return f"{name}={size}: a pool has up to {LARGEST_POOL} workers"
+            need = None if size else self._needed(name)
+            if need is not None:
+                return f"{name}=0: {need}"
+        changes = {name: size - self._pools[name].size for name, size in sizes.items()}
+        growing = {name: sizes[name] for name, change in changes.items() if change > 0}
+        lack = self._missing(changes) if growing else None
+        if lack is not None:
+            return f"{describe(growing)}: {lack}"
+        for name, size in sizes.items():
+            self._pools[name].resize(size)
+        return None
+
+
+def ask(files: WishFiles, sizes: Mapping[str, int], timeout_seconds: float = ANSWER_SECONDS) -> Answer:
+    """Ask a running driver for other sizes and wait for its answer.
+
+    Raises:
+        PlacementError: it refused; says why.
+        PreceptorError: nobody answered.
+    """
+    answer = ask_driver(files, Wish(uuid4().hex, dict(sizes)), Answer, timeout_seconds)
+    if answer.refusal is not None:
+        raise PlacementError(answer.refusal)
+    return answer
+
+
+def parse_sizes(arguments: list[str]) -> dict[str, int]:
+    """Read `rollout=6 teachers.math=3`.
+
+    Raises:
+        ConfigError: an argument is no such assignment.
+
+    Example:
+        >>> parse_sizes(["rollout=6", "teachers.math=3"])
+        {'rollout': 6, 'teachers.math': 3}
+    """
+    sizes = {}
+    for argument in arguments:
+        name, _, number = argument.partition("=")
+        if not (name and number.isascii() and number.isdigit() and len(number) < 7):
+            raise ConfigError(f"'{argument}': expected POOL=WORKERS, such as rollout=6 or teachers.math=3")
+        sizes[name] = int(number)
+    if not sizes:
+        raise ConfigError("nothing to scale; name at least one pool, such as rollout=6 or teachers.math=3")
+    return sizes
+
+
+def describe(sizes: Mapping[str, int]) -> str:
+    """Say sizes as the command takes them."""
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def need_of(teachers: Collection[str], config: Config, inputs: Inputs, next_step: int) -> str | None:
+    """Say what a run that has `next_step` steps behind it needs one of these teachers for; None: nothing.
+
+    Example of what it says: "step 13 asks prompts that teacher math scores".
+    """
+    served = {
+        route: [name for name, _ in config.scorers(route) if name in teachers]
+        for route in config.routes
+        if any(name in teachers for name, _ in config.scorers(route))
+    }
+    per_step = config.prompts.prompts_per_step
+    left = (config.run.steps - next_step) * per_step
+    # Two epochs' worth holds a whole one, and that every prompt.
+    asked = inputs.train.take(next_step * per_step, max(0, min(left, 2 * len(inputs.prompts))))
+    for position, prompt_id in enumerate(asked):
+        names = served.get(inputs.prompts.teacher(prompt_id))
+        if names:
+            step = next_step + position // per_step + 1
+            return f"step {step} asks prompts that teacher {names[0]} scores"
+    for prompt_id in inputs.held_out_ids:
+        names = served.get(inputs.prompts.teacher(prompt_id))
+        if names:
+            return f"held-out prompts are scored by teacher {names[0]}"
+    return None
+
+
+ROLLOUT = "rollout"
+
+
+@dataclass(frozen=True)
+class TeacherOfNow:
+    """The pool of a teacher's name, whichever it is: another takes its place when the teacher is replaced."""
+
+    pools: TeacherPools
+    name: str
+
+    @property
+    def size(self) -> int:
+        """Return how many workers it has or will have."""
+        return self._pool.size
+
+    @property
+    def staying(self) -> Sequence[ActorHandle]:
+        """Return the workers that serve, those first that stay when the pool shrinks."""
+        return self._pool.staying
+
+    def state(self) -> PoolState:
+        """Return how it stands."""
+        return self._pool.state()
+
+    def resize(self, size: int) -> None:
+        """Begin to change its size."""
+        self._pool.resize(size)
+
+    @property
+    def _pool(self) -> TeacherPool:
+        return self.pools.pools[self.name]
+
+
+def placed_pools(pipeline: Pipeline) -> dict[str, PoolPlacement]:
+    """Return what one worker of each pool takes."""
+    teachers = {name: pipeline.placement.teachers[name] for name in pipeline.teachers.pools}
+    return {ROLLOUT: pipeline.placement.rollout} | {f"teachers.{name}": share for name, share in teachers.items()}
+
+
+def make_scaling(
+    config: Config, inputs: Inputs, pipeline: Pipeline, directory: RunDirectory, progress: "Progress"
+) -> Scaling:
+    """Let the sizes of the pools be changed through the run's directory."""
+    pools: dict[str, Scalable] = {ROLLOUT: pipeline.rollouts}
+    pools |= {f"teachers.{name}": TeacherOfNow(pipeline.teachers, name) for name in pipeline.teachers.pools}
+    shares = placed_pools(pipeline)
+
+    def needed(pool: str) -> str | None:
+        if pool == ROLLOUT:
+            return "a run has at least one rollout worker"
+        if config.balance.mode != "off":
+            return "the balancer gives every pool at least one worker"
+        # The workers of a slot are its teachers' together.
+        served = next(names for names in config.scorer_groups.values() if pool.removeprefix("teachers.") in names)
+        return need_of(served, config, inputs, progress.finished_step())
+
+    def missing(changes: Mapping[str, int]) -> str | None:
+        # The teachers of a slot have one share together.
+        by_share = {shares[pool].name: (shares[pool], change) for pool, change in changes.items()}
+        return missing_for(*by_share.values())
+
+    _bring_back(config, pools, needed, progress)
+    return Scaling(directory.scaling, pools, missing, progress.say, needed=needed)
+
+
+def _bring_back(
+    config: Config, pools: Mapping[str, Scalable], needed: Callable[[str], str | None], progress: "Progress"
+) -> None:
+    """Give teachers that were drained their workers again where the run went back to steps that need them."""
+    num_workers = {f"teachers.{name}": teacher.num_workers for name, teacher in config.teachers.items()}
+    for name, pool in pools.items():
+        if pool.size or not num_workers[name]:  # the rollout pool always has some
+            continue
+        need = needed(name)
+        if need is not None:
+            pool.resize(num_workers[name])
+            progress.say(f"{name}={num_workers[name]} again: {need}")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, and where it says something."""
+
+    finished_step: Callable[[], int]
+    say: Callable[[str], None]

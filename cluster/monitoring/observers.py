@@ -1,0 +1,134 @@
+"""Who is told about every step: the figures, the trajectories' lengths, the calls to workers, the pools."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from types import TracebackType
+from typing import Literal, Protocol, Self
+
+from cluster.contracts.batches import PoolState, Span
+from cluster.contracts.errors import RunStopped
+from cluster.contracts.files import Record
+
+
+class PoolFigures:
+    """Turns what happened since the last look into figures of each pool.
+
+    A worker is busy from being asked until it answers. A call counts when it is answered, and no moment of a worker
+    counts twice, however many calls overlap.
+
+    Example:
+        >>> clock = iter((0.0, 10.0))
+        >>> figures = PoolFigures(lambda: next(clock))
+        >>> calls = [Span("rollout", "rollout-0", "generate", 0.0, 4.0, 1, 20), Span("rollout", "rollout-0", "generate",
+        ...          2.0, 5.0, 1, 30)]
+        >>> found = figures.look(calls, [PoolState("rollout", ["rollout-0"], 1, 0)])
+        >>> found["pool/rollout/busy_share"], found["pool/rollout/tokens_per_second"]
+        (0.5, 5.0)
+    """
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        """Begin to look; the clock is the one of the spans."""
+        self._clock = clock
+        self._looked_at = clock()
+        self._counted_until: dict[tuple[str, str], float] = {}  # of each worker in each pool; slots share theirs
+
+    def look(self, spans: Sequence[Span], pools: Iterable[PoolState]) -> dict[str, float]:
+        """Return every pool's figures as pool/NAME/..."""
+        now = self._clock()
+        window, self._looked_at = now - self._looked_at, now
+        figures: dict[str, float] = {}
+        for pool in pools:
+            own = [span for span in spans if span.pool == pool.name]
+            busy_share = min(1.0, self._busy_seconds(own) / window / max(1, pool.num_wanted))
+            found: dict[str, float] = {
+                "busy_share": busy_share,
+                "idle_share": 1 - busy_share,
+                "serving": len(pool.serving),
+                "wanted": pool.num_wanted,
+                "restarts": pool.num_restarts,
+            }
+            if any(span.num_rows for span in own):  # a learner's answers are about no batch of their own
+                found["tokens_per_second"] = sum(span.num_tokens for span in own) / window
+            figures |= {f"pool/{pool.name}/{name}": value for name, value in found.items()}
+        return figures
+
+    def _busy_seconds(self, spans: Iterable[Span]) -> float:
+        total = 0.0
+        for span in sorted(spans, key=lambda span: span.began):
+            until = self._counted_until.get((span.pool, span.worker), 0.0)
+            total += max(0.0, span.ended - max(span.began, until))
+            self._counted_until[span.pool, span.worker] = max(until, span.ended)
+        return total
+
+
+Ending = Literal["ended", "stopped", "failed"]
+
+_log = logging.getLogger("preceptor")
+
+
+@dataclass(frozen=True)
+class SeenStep:
+    """One step as the driver saw it."""
+
+    record: Record
+    completion_lengths: Sequence[int]  # of every trajectory that it learned from
+    spans: Sequence[Span]  # calls that were answered since the step before
+    pools: Sequence[PoolState]
+
+    @property
+    def step(self) -> int:
+        """Return its number, from 1."""
+        return int(self.record["step"])
+
+
+class StepObserver(Protocol):
+    """Is told about steps in their order, and about the end."""
+
+    def see(self, seen: SeenStep) -> None:
+        """Take in one step; waits for nobody."""
+
+    def close(self, ending: Ending) -> None:
+        """Bring everything to where it belongs."""
+
+
+class Observers:
+    """All observers of a run; as a context, it tells them how the run ended."""
+
+    def __init__(self, observers: Sequence[StepObserver]) -> None:
+        self._observers = list(observers)
+
+    def see(self, seen: SeenStep) -> None:
+        """Tell everybody about a step; who cannot write is told no more, since the run itself can go on without."""
+        for observer in list(self._observers):
+            self._tell(observer, partial(observer.see, seen))
+
+    def __enter__(self) -> Self:
+        """Change nothing."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Tell everybody about the end."""
+        for observer in list(self._observers):
+            self._tell(observer, partial(observer.close, ending_of(error)))
+
+    def _tell(self, observer: StepObserver, what: Callable[[], None]) -> None:
+        try:
+            what()
+        except OSError as error:
+            _log.warning("%s: %s; the run goes on without it", type(observer).__name__, error)
+            self._observers.remove(observer)
+
+
+def ending_of(error: BaseException | None) -> Ending:
+    """Return how a run ended that raised this.
+
+    Example:
+        >>> ending_of(None), ending_of(KeyboardInterrupt()), ending_of(ValueError())
+        ('ended', 'stopped', 'failed')
+    """
+    if error is None:
+        return "ended"
+    return "stopped" if isinstance(error, RunStopped | KeyboardInterrupt) else "failed"

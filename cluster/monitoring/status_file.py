@@ -1,0 +1,122 @@
+"""status.json: how a run stands, written by the run itself and fresh while it lives.
+
+The file's content changes with every step; its time of change is the run's sign of life, and moves every few seconds.
+"""
+
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+
+from cluster.contracts.batches import PoolState
+from cluster.contracts.errors import CheckpointError, in_one_line
+from cluster.contracts.files import read_text, write_atomically
+from cluster.monitoring.observers import Ending, SeenStep, ending_of
+
+MAX_STATUS_BYTES = 1 << 24
+SIGN_OF_LIFE_SECONDS = 5.0
+SILENCE_SECONDS = 30.0  # after which a run counts as lost; a file system may show others' changes late
+
+State = Literal["starting", "running", "ended", "stopped", "failed", "lost"]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """What the run says of itself; times are seconds since 1970."""
+
+    state: State
+    pid: int
+    host: str
+    started_at: float
+    changed_at: float
+    step: int = 0  # done
+    pools: tuple[PoolState, ...] = ()
+    error: str = ""  # what ended it
+
+
+class StatusFile:
+    """A StepObserver that keeps the file's content."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Say that the run goes on after `first_step`."""
+        self._path = path
+        self._change(state="running", step=first_step)
+
+    def see(self, seen: SeenStep) -> None:
+        """Write down the step and the pools."""
+        self._change(step=seen.step, pools=tuple(seen.pools))
+
+    def close(self, ending: Ending) -> None:
+        """Do nothing: the command itself knows how it ends."""
+
+    def _change(self, **fields: Any) -> None:
+        change_status(self._path, **fields)
+
+
+class KeptStatus:
+    """Keeps the file of a run while the context lasts, and leaves in it how the run ended."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._give_signs_of_life, name="status", daemon=True)
+
+    def __enter__(self) -> None:
+        """Say that the run starts."""
+        now = time.time()
+        _write(self._path, Status("starting", os.getpid(), socket.gethostname(), now, now))
+        self._thread.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        """Say how it ended."""
+        self._over.set()
+        self._thread.join()
+        with suppress(OSError):  # what ended the run may be a full disk, and is what the user must hear
+            change_status(self._path, state=ending_of(error), error=in_one_line(str(error)) if error else "")
+
+    def _give_signs_of_life(self) -> None:
+        while not self._over.wait(SIGN_OF_LIFE_SECONDS):
+            with suppress(OSError):  # a folder that is gone is the run's affair
+                os.utime(self._path)
+
+
+def change_status(path: Path, **fields: Any) -> None:
+    """Change some fields of the file; a run that keeps none has none."""
+    if path.exists():
+        _write(path, msgspec.structs.replace(_read(path), changed_at=time.time(), **fields))
+
+
+def read_status(path: Path) -> Status | None:
+    """Return how the run stands; None when it never wrote it.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    status = _read(path)
+    is_over = status.state in ("ended", "stopped", "failed")
+    return status if is_over or _lives(status, path) else msgspec.structs.replace(status, state="lost")
+
+
+def _lives(status: Status, path: Path) -> bool:
+    if status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists():
+        return False
+    return time.time() - path.stat().st_mtime < SILENCE_SECONDS
+
+
+def _read(path: Path) -> Status:
+    text = read_text(path, "run's status", CheckpointError, MAX_STATUS_BYTES)
+    try:
+        return msgspec.json.decode(text, type=Status)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a run's status: {error}; remove the file") from error
+
+
+def _write(path: Path, status: Status) -> None:
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(status), indent=2).decode())

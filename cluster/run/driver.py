@@ -1,0 +1,77 @@
+"""The loop, in data-flow order: prompts, rollout, score, learn, weights back.
+
+The driver sees object references, row counts and token counts; trajectories and weights go from worker to worker.
+"""
+
+from dataclasses import dataclass, field
+
+from cluster.run.flow import Flow, StepBatches
+from cluster.run.inputs import train_requests
+from cluster.run.step_metrics import Stopwatch, step_record
+from cluster.run.training_run import TrainingRun
+
+
+@dataclass
+class Permits:
+    """Admits each step's requests once, at most `max_staleness` steps before the step is learned from.
+
+    A step's completions begin under the weights of the step that was being learned from when it was admitted, so they
+    are at most `max_staleness` updates old when their own turn comes. Nothing is dropped and nothing waits for a later
+    step, so no setting can deadlock.
+
+    Example:
+        >>> permits = Permits(first_step=0, num_steps=4, max_staleness=1)
+        >>> [list(permits.admit(step)) for step in range(4)]
+        [[0, 1], [2], [3], []]
+    """
+
+    first_step: int
+    num_steps: int
+    max_staleness: int
+    _next: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin with the first step."""
+        self._next = self.first_step
+
+    def admit(self, step: int) -> range:
+        """Return the steps to ask for now that `step` is about to be learned from."""
+        admitted = range(self._next, min(step + self.max_staleness + 1, self.num_steps))
+        self._next = max(self._next, admitted.stop)
+        return admitted
+
+
+def train(run: TrainingRun) -> None:
+    """Do the remaining steps of the run.
+
+    All stages work at the same time: a batch is scored as soon as its completions are finished, and learned from as
+    soon as it is scored, while others are still being written. The weights change when a step's last batch is in. With
+    `max_staleness = 0` the next step is asked for only then: the weights that wrote a token are those that learn from
+    it.
+    """
+    config, learner = run.config, run.pipeline.learner
+    rollouts, teachers = run.pipeline.rollouts, run.pipeline.teachers
+    flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds, run.look_around)
+    permits = Permits(run.first_step, config.run.steps, config.rollout.max_staleness)
+    verifier = config.evaluation.verifier
+    asked: dict[int, StepBatches] = {}  # of steps that are under way
+    learner.publish_weights(rollouts.actors, policy_version=run.first_step)
+    rollouts.bring_weights_with(learner.bring_weights)  # to workers that are started again
+    run.begin(flow)
+
+    for step in range(run.first_step, config.run.steps):
+        watch = Stopwatch()
+        for admitted in permits.admit(step):
+            run.enter(admitted)
+            requests = train_requests(config, run.inputs, admitted)
+            asked[admitted] = flow.admit(admitted, requests, run.sampling(admitted), verifier, config.scorers)
+            run.ledger.admit(admitted + 1, requests)
+        batches = asked.pop(step)
+        with watch.measure("step"):
+            learned = learner.step(run.ledger.watch(step + 1, batches), step)
+            with watch.measure("sync"):
+                synced = learner.publish_weights(rollouts.actors, policy_version=step + 1)
+        record = step_record(step + 1, batches.progress, learned, synced, watch)
+        run.finish_step(step + 1, record, batches.progress.finished)
+
+    run.end()

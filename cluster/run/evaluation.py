@@ -1,0 +1,122 @@
+"""Held-out prompts through a rollout pool: how often the verifier agrees, how long the completions are."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from cluster.actors.calls import get
+from cluster.config.objective import TEACHER
+from cluster.config.run_config import Config
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.files import RecordsFile
+from cluster.contracts.metrics import merge, report
+from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.trajectory import ragged
+from cluster.contracts.wire import from_wire
+from cluster.run.flow import Flow
+from cluster.run.inputs import Inputs, held_out_requests, held_out_sampling
+from rollout_workers.pool import RolloutPool
+from teacher_workers.router import Chain
+
+SAMPLES_KEPT = 8  # completions per evaluation that are written out for people
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model did on the held-out prompts."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]  # a few prompts with their completions
+
+    @property
+    def accuracy(self) -> float | None:
+        """Return the share of right completions; None when no prompt has an answer."""
+        return self.metrics.get("accuracy")
+
+    @property
+    def kl(self) -> float | None:
+        """Return KL(model || its teachers) per token, estimated from the samples; None when no teacher scored them."""
+        return self.metrics.get("kl")
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Samples every held-out prompt and verifies; who is asked again draws with the same seeds."""
+
+    config: Config
+    inputs: Inputs
+    tokenizer: PreTrainedTokenizerBase
+
+    def evaluate_pool(self, pool: RolloutPool) -> Evaluation:
+        """Measure the model that a pool serves."""
+        requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
+        return self._describe(list(pool.generate(requests, sampling, self.config.evaluation.verifier)))
+
+    def evaluate_run(self, flow: Flow) -> Evaluation:
+        """Measure the student of a run, and how far its samples are from its teachers."""
+        requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
+
+        def scorers(route: str) -> Chain:
+            # At another temperature the samples' log-probabilities are not those of the model itself.
+            return [(route, ScoreRequest(TEACHER))] if sampling.temperature == 1 else []
+
+        return self._describe(flow.run(requests, sampling, self.config.evaluation.verifier, scorers))
+
+    def _describe(self, handles: Sequence[BatchHandle]) -> Evaluation:
+        metrics = report(merge(handle.metrics for handle in handles))
+        return Evaluation(_held_out_names(metrics), self.read_samples(handles))
+
+    def read_samples(self, handles: Iterable[BatchHandle]) -> list[dict[str, Any]]:
+        """Fetch the completions of the first few held-out prompts and decode them for people."""
+        wanted = set(
+            range(min(SAMPLES_KEPT, len(self.inputs.held_out_ids)) * self.config.evaluation.samples_per_prompt)
+        )
+        samples = []
+        for handle in handles:
+            if wanted.isdisjoint(handle.trajectory_ids):
+                continue
+            timeout_seconds = self.config.ray.call_timeout_seconds
+            batch = from_wire(get(handle.reference, timeout_seconds, "held-out completions"))
+            samples += [
+                self._sample(batch, row) for row, chosen in enumerate(handle.trajectory_ids) if chosen in wanted
+            ]
+        return sorted(samples, key=lambda sample: int(sample["trajectory_id"]))
+
+    def _sample(self, batch: pa.RecordBatch, row: int) -> dict[str, Any]:
+        completion = ragged(batch, "token_ids")[row][ragged(batch, "loss_mask")[row] != 0]
+        return {
+            "trajectory_id": batch["trajectory_id"][row].as_py(),
+            "prompt": self.inputs.prompts.text(batch["prompt_id"][row].as_py()),
+            "completion": self.tokenizer.decode(completion.tolist(), skip_special_tokens=True),
+            "reward": batch["reward"][row].as_py(),
+        }
+
+
+def write_samples(path: Path, step: int, model: str, samples: Sequence[dict[str, Any]]) -> None:
+    """Append the samples to samples.jsonl."""
+    with path.open("a", encoding="utf-8") as file:
+        for sample in samples:
+            file.write(json.dumps({"step": step, "model": model, **sample}, ensure_ascii=False) + "\n")
+
+
+def forget_samples(path: Path, last_step: int) -> None:
+    """Drop what a run that goes on after `last_step` samples again; one that has not trained yet begins with step 0."""
+    RecordsFile(path).keep(
+        lambda sample: sample["step"] <= last_step and not (last_step == 0 and sample.get("model") == "student")
+    )
+
+
+def _held_out_names(metrics: dict[str, float]) -> dict[str, float]:
+    """Name the figures after what they mean here: a mean reward over all held-out prompts is an accuracy."""
+    renamed = {"rollout/reward": "accuracy", "teacher/sampled_kl": "kl"}
+    kept = {
+        name: renamed.get(name, name.removeprefix("rollout/"))
+        for name in metrics
+        if name in renamed or "rollout/" in name
+    }
+    return {new: metrics[old] for old, new in kept.items()}

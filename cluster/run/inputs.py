@@ -1,0 +1,126 @@
+"""Reads the prompts of a run, and makes the requests of each step from them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config.run_config import Config
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.models.model_checks import check_tokenizers, read_model
+from cluster.run.ledger import AuditedRun
+from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
+
+_TRAIN, _HELD_OUT = 0, 1  # keep the draws of training and evaluation apart
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The prompts of a run: training prompts first, held-out ones after them, under one numbering."""
+
+    prompts: PromptSet
+    train: PromptOrder
+    held_out_ids: tuple[int, ...]
+    max_model_len: int  # longest prompt + completion + 1: the context that every engine must offer
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Read models' configurations, tokenizers and prompt files, and check that they fit each other.
+
+    Raises:
+        ModelError: a model is missing, or a teacher's tokenizer is not the student's.
+        PromptError: a prompt file is missing, malformed, or has a prompt that does not fit a context.
+    """
+    student = read_model(config.student, is_student=True)
+    teachers = {name: read_model(teacher, is_student=False) for name, teacher in config.teachers.items()}
+    tokenizers = {name: facts.tokenizer for name, facts in teachers.items()}
+    check_tokenizers(student.tokenizer, tokenizers, compare_templates=config.prompts.template == "chat")
+    models = [student, *teachers.values()]
+    check_support(config, min(model.vocabulary for model in models))
+    context = min(model.context_tokens for model in models)
+    train = load_prompts(Path(config.prompts.train), student.tokenizer, config, context)
+    parts = [train]
+    if config.prompts.held_out is not None:
+        parts.append(load_prompts(Path(config.prompts.held_out), student.tokenizer, config, context))
+    prompts = PromptSet.join(parts)
+    return Inputs(
+        prompts=prompts,
+        train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
+        held_out_ids=tuple(range(len(train), len(prompts)))[: config.evaluation.num_prompts or None],
+        max_model_len=prompts.longest_tokens + config.rollout.max_completion_tokens + 1,
+    )
+
+
+def check_support(config: Config, vocabulary: int) -> None:
+    """Check that models with so many tokens have the candidates that the objective compares.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    if config.objective.num_candidates > vocabulary:
+        raise ConfigError(
+            f"objective.support_size = {config.objective.support_size} is more than the {vocabulary} tokens of the "
+            "models' vocabulary; lower it"
+        )
+
+
+def audited_run(config: Config, inputs: Inputs) -> AuditedRun:
+    """Return what the run's ledger is held against."""
+    return AuditedRun(
+        prompts_per_step=config.prompts.prompts_per_step,
+        samples_per_prompt=config.rollout.samples_per_prompt,
+        max_staleness=config.rollout.max_staleness,
+        take_prompts=inputs.train.take,
+        requests=lambda step: train_requests(config, inputs, step),
+    )
+
+
+def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:
+    """Return the completions that one step asks for: the same ones whenever the step is done again."""
+    count, samples = config.prompts.prompts_per_step, config.rollout.samples_per_prompt
+    first = step * count
+    return [
+        RolloutRequest(
+            trajectory_id=(first + position) * samples + sample,
+            prompt_id=prompt_id,
+            sample_index=sample,
+            seed=sampling_seed(config.run.seed, _TRAIN, step, prompt_id, sample),
+        )
+        for position, prompt_id in enumerate(inputs.train.take(first, count))
+        for sample in range(samples)
+    ]
+
+
+def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:
+    """Return the completions of one evaluation; every evaluation of a run asks for the same draws."""
+    samples = config.evaluation.samples_per_prompt
+    return [
+        RolloutRequest(
+            trajectory_id=position * samples + sample,
+            prompt_id=prompt_id,
+            sample_index=sample,
+            seed=sampling_seed(config.run.seed, _HELD_OUT, 0, prompt_id, sample),
+        )
+        for position, prompt_id in enumerate(inputs.held_out_ids)
+        for sample in range(samples)
+    ]
+
+
+def train_sampling(config: Config) -> SamplingSettings:
+    """Return how training completions are drawn."""
+    rollout, objective = config.rollout, config.objective
+    return SamplingSettings(
+        rollout.max_completion_tokens,
+        rollout.temperature,
+        rollout.top_p,
+        rollout.top_k,
+        rollout.stop,
+        stop_repetition=rollout.stop_repetition,
+        num_candidates=objective.num_candidates if objective.candidates_from == "student" else 0,
+        candidates="draws" if objective.support == "samples" else "topk",
+    )
+
+
+def held_out_sampling(config: Config) -> SamplingSettings:
+    """Return how held-out completions are drawn: from the model's own distribution, only the temperature set."""
+    rollout = config.rollout
+    return SamplingSettings(rollout.max_completion_tokens, config.evaluation.temperature, stop=rollout.stop)

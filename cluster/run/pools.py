@@ -1,0 +1,156 @@
+"""Everything a run needs, read and started in the right order: inputs first, so that bad ones cost no start-up."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+from cluster.actors.calls import PoolTimeouts
+from cluster.actors.liveness import Watch
+from cluster.actors.replicas import RestartLimit, Supervision
+from cluster.config.run_config import Config, StudentConfig
+from cluster.placement.gpu_sharing import with_gpus
+from cluster.placement.placement import Placement, PoolPlacement
+from cluster.run.inputs import Inputs
+from learner.group import LearnerGroup
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
+from teacher_workers.audit.reference import fingerprint
+from teacher_workers.pool import Scorers, TeacherPool
+from teacher_workers.router import TeacherPools
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The running pools."""
+
+    rollouts: RolloutPool
+    teachers: TeacherPools
+    learner: LearnerGroup
+    placement: Placement
+    supervision: Supervision  # of the pools' workers
+    start_seconds: float = 0.0  # which the pools took to start
+
+
+@contextmanager
+def start_pipeline(
+    config: Config, inputs: Inputs, placement: Placement, learner_config: Config | None = None
+) -> Iterator[Pipeline]:
+    """Start all pools at once; with the `with` statement, they and every process of theirs end.
+
+    Args:
+        config: the run.
+        inputs: its prompts.
+        placement: where the actors go.
+        learner_config: what the learner is told instead, for checks against other teachers.
+    """
+    began = perf_counter()
+    config = with_gpus(config, placement.on_gpu)
+    with ExitStack() as stack:
+        watch = stack.enter_context(closing(Watch(config.ray.silence_seconds)))
+        supervision = Supervision(restart_limit(config), watch)
+        rollouts = RolloutPool(
+            _rollout_settings(config, inputs),
+            placement.rollout.options(),
+            pool_timeouts(config),
+            supervision=supervision,
+        )
+        stack.callback(rollouts.shutdown)
+        teachers: dict[str, TeacherPool] = {}
+        for label in config.scorer_groups:
+            teachers |= start_scorers(config, inputs, placement, label, supervision)
+        teachers = {name: teachers[name] for name in config.teachers}
+        pools = TeacherPools(teachers, config.ray.call_timeout_seconds)
+        stack.callback(pools.shutdown)
+        # Blocks until the ranks have met; the engines load their models meanwhile.
+        learners = config if learner_config is None else with_gpus(learner_config, placement.on_gpu)
+        learner = LearnerGroup(learners, placement.learner.options())
+        stack.callback(learner.shutdown)
+        rollouts.wait_until_ready()
+        for teacher in teachers.values():
+            teacher.wait_until_ready()
+            # Now, for a hub id's files are there when an engine has read them.
+            teacher.checkpoint = fingerprint(teacher.teacher.model)
+        rollouts.set_prompts(inputs.prompts)
+        yield Pipeline(rollouts, pools, learner, placement, supervision, start_seconds=perf_counter() - began)
+
+
+def start_student_as_teacher(mirrored: Config, inputs: Inputs, placement: PoolPlacement, name: str) -> TeacherPool:
+    """Begin to start scorers of the student that a mirrored run has for a teacher; a dead one ends the run.
+
+    They are called student-as-teacher-0, ...: Ray may hold the names of the real teachers for a while after their end.
+    """
+    teacher = with_gpus(mirrored, placement.gpus_per_worker > 0).teachers[name]
+    scorers = Scorers("student-as-teacher", {name: teacher}, inputs.max_model_len, placement.options())
+    return TeacherPool(name, scorers, pool_timeouts(mirrored))
+
+
+def start_scorers(
+    config: Config,
+    inputs: Inputs,
+    placement: Placement,
+    label: str,
+    supervision: Supervision,
+) -> dict[str, TeacherPool]:
+    """Begin to start the workers of one of `config.scorer_groups`, and return the pools of its teachers."""
+    teachers = {name: config.teachers[name] for name in config.scorer_groups[label]}
+    share = placement.teachers[next(iter(teachers))]
+    options = share.options() or [share.share]
+    scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=supervision)
+    return {name: TeacherPool(name, scorers, pool_timeouts(config)) for name in teachers}
+
+
+@contextmanager
+def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement) -> Iterator[RolloutPool]:
+    """Start generators of the student as its files are, without a learner."""
+    config = with_gpus(config, placement.on_gpu)
+    settings = replace(_rollout_settings(config, inputs), weight_sync_backend=None)
+    with _ready_rollouts(RolloutPool(settings, placement.rollout.options(), pool_timeouts(config)), inputs) as pool:
+        yield pool
+
+
+@contextmanager
+def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement, name: str) -> Iterator[RolloutPool]:
+    """Start generators of one teacher, on the resources of its scorers, to let it answer prompts itself."""
+    teacher = with_gpus(config, placement.on_gpu).teachers[name]
+    settings = RolloutActorSettings(
+        StudentConfig(teacher.model, teacher.trust_remote_code),
+        teacher.engine,
+        inputs.max_model_len,
+        config.rollout.rows_per_batch,
+        weight_sync_backend=None,
+    )
+    pool = RolloutPool(settings, placement.teachers[name].options(), pool_timeouts(config), f"rollout-of-{name}")
+    with _ready_rollouts(pool, inputs):
+        yield pool
+
+
+@contextmanager
+def _ready_rollouts(pool: RolloutPool, inputs: Inputs) -> Iterator[RolloutPool]:
+    try:
+        pool.wait_until_ready()
+        pool.set_prompts(inputs.prompts)
+        yield pool
+    finally:
+        pool.shutdown()
+
+
+def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
+    return RolloutActorSettings(
+        config.student,
+        config.rollout.engine,
+        inputs.max_model_len,
+        config.rollout.rows_per_batch,
+        config.weight_sync.backend,
+        draws=config.objective.support == "samples",
+    )
+
+
+def restart_limit(config: Config) -> RestartLimit:
+    """Return how often each worker, and the learner, may be started again."""
+    return RestartLimit(config.ray.max_restarts, config.ray.restart_window_seconds)
+
+
+def pool_timeouts(config: Config) -> PoolTimeouts:
+    """Return how long the driver waits for the actors of the pools."""
+    return PoolTimeouts(config.ray.start_timeout_seconds, config.ray.call_timeout_seconds)

@@ -1,0 +1,242 @@
+"""A run in simulated time: the real flow, permits, pools and learner group over workers that only take their time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from statistics import mean
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from cluster.actors.calls import PoolTimeouts
+from cluster.config.run_config import Config
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.run.driver import Permits
+from cluster.run.flow import Flow, StepBatches
+from cluster.simulation.clock import SimulatedTime
+from cluster.simulation.rates import Rates, draw
+from cluster.simulation.simulated_workers import (
+    EngineLimits,
+    Handle,
+    LearnerClock,
+    Row,
+    SimulatedRank,
+    SimulatedRolloutWorker,
+    SimulatedTeacherWorker,
+)
+from learner.group import LearnerGroup
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
+from teacher_workers.pool import start_pool
+from teacher_workers.router import TeacherPools
+
+GOLDEN_RATIO = 0.618033988749895  # multiples of it, modulo 1, fill [0, 1) evenly
+STEPS_AT_ONCE = 8  # whose lengths are drawn together: a step has its share of luck, all of them have little
+
+
+class Demand:
+    """Draws the trajectories of some steps when one of them is first asked for, from the run's seed alone."""
+
+    def __init__(self, config: Config, rates: Rates, num_prompts: int | None = None) -> None:
+        """Take the run, its rates, and how many prompts there are; None: none is asked twice."""
+        self._config, self._rates, self._num_prompts = config, rates, num_prompts
+        self._rows_per_step = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
+        self._steps: dict[int, list[Row]] = {}
+        shares = [rates.teachers[name].share for name in config.routes]
+        self._until = [share / sum(shares) for share in accumulate(shares)]
+
+    def requests(self, step: int) -> list[RolloutRequest]:
+        """Return what a step asks for."""
+        samples = self._config.rollout.samples_per_prompt
+        return [
+            RolloutRequest(row.trajectory_id, row.prompt_id, index % samples, seed=0)
+            for index, row in enumerate(self._rows(step))
+        ]
+
+    def row(self, request: RolloutRequest) -> Row:
+        """Return what becomes of a request."""
+        step, index = divmod(request.trajectory_id, self._rows_per_step)
+        return self._rows(step)[index]
+
+    def tokens_per_step(self) -> tuple[float, float]:
+        """Return the mean prompt and completion tokens of a step."""
+        rows = [row for step in range(STEPS_AT_ONCE) for row in self._rows(step)]
+        tokens = sum(row.prompt_tokens for row in rows), sum(row.completion_tokens for row in rows)
+        return tokens[0] / STEPS_AT_ONCE, tokens[1] / STEPS_AT_ONCE
+
+    def _rows(self, step: int) -> list[Row]:
+        if step not in self._steps:
+            self._draw(step // STEPS_AT_ONCE)
+        return self._steps[step]
+
+    def _draw(self, block: int) -> None:
+        random = np.random.default_rng([self._config.run.seed, block])
+        num_prompts, num_rows = self._config.prompts.prompts_per_step, self._rows_per_step
+        prompts = draw(self._rates.rollout.prompt_tokens, STEPS_AT_ONCE * num_prompts, random)
+        completions = draw(self._rates.rollout.completion_tokens, STEPS_AT_ONCE * num_rows, random)
+        for index in range(STEPS_AT_ONCE):
+            step = block * STEPS_AT_ONCE + index
+            of_step = slice(index * num_prompts, (index + 1) * num_prompts)
+            self._steps[step] = self._step(step, prompts[of_step], completions[index * num_rows :][:num_rows])
+
+    def _step(self, step: int, prompts: Sequence[int], completions: Sequence[int]) -> list[Row]:
+        samples, longest = self._config.rollout.samples_per_prompt, self._config.rollout.max_completion_tokens
+        rows = []
+        for index, completion_tokens in enumerate(completions):
+            prompt = step * len(prompts) + index // samples
+            prompt_id = prompt % self._num_prompts if self._num_prompts else prompt
+            trajectory_id = step * self._rows_per_step + index
+            teacher = self._teacher(prompt_id)
+            rows.append(
+                Row(trajectory_id, prompt_id, prompts[index // samples], min(completion_tokens, longest), teacher)
+            )
+        return rows
+
+    def _teacher(self, prompt_id: int) -> str:
+        position = (prompt_id * GOLDEN_RATIO) % 1.0
+        routes = self._config.routes
+        return next((name for name, until in zip(routes, self._until, strict=True) if position < until), routes[-1])
+
+
+NO_LIMIT = PoolTimeouts(start_seconds=1e9, call_seconds=1e9)  # simulated actors answer, sooner or later
+
+
+@dataclass(frozen=True)
+class Split:
+    """How many workers each pool has.
+
+    Example:
+        >>> str(Split(6, {"main": 2}, 1))
+        'rollout=6 teachers.main=2 learner=1'
+    """
+
+    rollout: int
+    teachers: Mapping[str, int]
+    learner: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return the workers of each pool, by its name on the command line."""
+        teachers = {f"teachers.{name}": size for name, size in self.teachers.items()}
+        return {"rollout": self.rollout, **teachers, "learner": self.learner}
+
+    def __str__(self) -> str:
+        """Write the pools as `preceptor scale` does, and the ranks."""
+        return " ".join(f"{name}={size}" for name, size in self.sizes.items())
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a split is going to do."""
+
+    split: Split
+    step_seconds: tuple[float, ...]
+    completion_tokens_per_second: float
+    idle_shares: Mapping[str, float]  # by the pools' names on the command line; mean over their workers
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """Return the seconds of a step."""
+        return mean(self.step_seconds)
+
+
+@dataclass
+class SimulatedRun:
+    """Simulated pools of one split, and the steps that they are asked for."""
+
+    config: Config
+    time: SimulatedTime
+    rollouts: RolloutPool
+    teachers: TeacherPools
+    learner: LearnerGroup
+    busy_seconds: Callable[[], dict[str, float]]  # of each pool's workers together
+
+    def steps(self, demand: Demand, num_steps: int) -> tuple[list[float], dict[str, float]]:
+        """Do steps as the driver does, and return the seconds of each, and how long each pool's workers were busy.
+
+        Those before the first for which generation has run ahead as far as it may are left out of both.
+        """
+        max_staleness = self.config.rollout.max_staleness
+        rollout = self.config.rollout
+        sampling = SamplingSettings(rollout.max_completion_tokens, rollout.temperature)
+        flow = Flow(self.rollouts, self.teachers, NO_LIMIT.call_seconds)
+        first, after = max_staleness + 1, max_staleness + 1 + num_steps
+        permits = Permits(0, after + max_staleness, max_staleness)  # of a run that goes on
+        asked: dict[int, StepBatches] = {}
+        seconds: list[float] = []
+        busy_before: dict[str, float] = {}
+        for step in range(after):
+            if step == first:
+                busy_before = self.busy_seconds()
+            began = self.time.now
+            for admitted in permits.admit(step):
+                requests = demand.requests(admitted)
+                asked[admitted] = flow.admit(admitted, requests, sampling, "exact", self.config.scorers)
+            self.learner.step(asked.pop(step), step)
+            self.learner.publish_weights(self.rollouts.actors, policy_version=step + 1)
+            seconds.append(self.time.now - began)
+        busy = {name: value - busy_before[name] for name, value in self.busy_seconds().items()}
+        return seconds[first:], busy
+
+
+def simulate(config: Config, rates: Rates, split: Split, demand: Demand, num_steps: int) -> Prediction:
+    """Predict what a split does, from some steps of a run that is well under way."""
+    seconds, busy = build(config, rates, split, demand).steps(demand, num_steps)
+    whole = sum(seconds)
+    idle = {name: max(0.0, 1 - busy[name] / size / whole) for name, size in split.sizes.items()}
+    first = config.rollout.max_staleness + 1
+    tokens = sum(
+        demand.row(request).completion_tokens
+        for step in range(first, first + num_steps)
+        for request in demand.requests(step)
+    )
+    return Prediction(split, tuple(seconds), tokens / whole, idle)
+
+
+def build(config: Config, rates: Rates, split: Split, demand: Demand) -> SimulatedRun:
+    """Make the real pools and the real group over simulated workers."""
+    time = SimulatedTime()
+    engine = config.rollout.engine
+    limits = EngineLimits(engine.max_concurrent_sequences, config.rollout.rows_per_batch)
+    writers = [SimulatedRolloutWorker(time, rates.rollout, limits, demand.row) for _ in range(split.rollout)]
+    readers = {
+        name: [
+            SimulatedTeacherWorker(time, rates.teachers[name], config.teachers[name].engine.max_batched_tokens)
+            for _ in range(size)
+        ]
+        for name, size in split.teachers.items()
+    }
+
+    def pause(seconds: float) -> None:
+        for worker in writers:
+            worker.decoding.pause(seconds)
+
+    clock = LearnerClock(time, rates.learner, split.learner, pause, rates.sync_seconds)
+
+    def busy_seconds() -> dict[str, float]:
+        teachers = {f"teachers.{name}": _busy(workers) for name, workers in readers.items()}
+        return {"rollout": _busy(writers), **teachers, "learner": clock.busy_seconds * split.learner}
+
+    def create(workers: Sequence[Any]) -> Callable[..., list[Any]]:
+        return lambda *_: [Handle(time, worker, rates.seconds_per_call) for worker in workers]
+
+    settings = RolloutActorSettings(config.student, engine, 1, config.rollout.rows_per_batch, None)
+    rollouts = RolloutPool(settings, [{}] * split.rollout, NO_LIMIT, create=create(writers))
+    pools = {
+        name: start_pool(name, config.teachers[name], 1, [{}] * len(workers), NO_LIMIT, create=create(workers))
+        for name, workers in readers.items()
+    }
+    ranks = [SimulatedRank(clock) for _ in range(split.learner)]
+    of_ranks = msgspec.structs.replace(
+        config, learner=msgspec.structs.replace(config.learner, num_workers=split.learner)
+    )
+    learner = LearnerGroup(of_ranks, [{}] * split.learner, create=create(ranks))
+    rollouts.wait_until_ready()
+    for pool in pools.values():
+        pool.wait_until_ready()
+    return SimulatedRun(config, time, rollouts, TeacherPools(pools, NO_LIMIT.call_seconds), learner, busy_seconds)
+
+
+def _busy(workers: Sequence[Any]) -> float:
+    return sum(worker.busy_seconds for worker in workers)

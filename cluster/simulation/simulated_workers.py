@@ -1,0 +1,351 @@
+"""Workers that do nothing but take their time, called as Ray actors are.
+
+They have the methods of the real actors that training calls. What lies in the object store is, for each batch, its
+handle: there are no bytes.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import count
+from typing import Any
+
+from cluster.config.objective import ObjectiveConfig
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.metrics import Sum
+from cluster.contracts.requests import RolloutRequest, SamplingSettings, ScoreRequest
+from cluster.simulation.clock import SimulatedPromise, SimulatedTime
+from cluster.simulation.rates import LearnerRates, RolloutRates, TeacherRates, pace
+from cluster.weight_sync.manifest import WeightSyncReport
+from learner.batching.arrivals import Share
+from rollout_workers.batching import Filling
+
+ROUNDING_TOKENS = 1e-6  # by which sums of fractions of tokens may be off
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    num_tokens: int
+    done: Callable[[], None]
+
+
+class Decoding:
+    """Runs what fits, those of the lowest priority first and among them the first to come.
+
+    All running sequences advance together: one that began when the engine's `progress` was p is finished when it has
+    reached p plus its length. So an event is planned for the next one to finish only.
+    """
+
+    def __init__(self, time: SimulatedTime, points: Sequence[tuple[int, float]], most_running: int) -> None:
+        """Take the clock, seconds per token by the number of running sequences, and the most of them."""
+        self._time = time
+        self._points = points
+        self._most_running = most_running
+        self._running: list[tuple[float, int, _Sequence]] = []  # by the progress at which they finish
+        self._waiting: list[tuple[int, int, _Sequence]] = []  # by priority, then arrival
+        self._order = count()
+        self._progress = 0.0  # tokens of a sequence that has run since the beginning
+        self._looked_at = 0.0
+        self._num_plans = 0
+        self._paused_until = 0.0
+        self.busy_seconds = 0.0  # in which something was written
+
+    def write(self, num_tokens: int, priority: int, done: Callable[[], None]) -> None:
+        """Begin a sequence, now or when there is room; `done` is called when it is finished."""
+        self._advance()
+        heapq.heappush(self._waiting, (priority, next(self._order), _Sequence(num_tokens, done)))
+        self._go_on()
+
+    def pause(self, seconds: float) -> None:
+        """Write nothing for a while."""
+        self._advance()
+        self._paused_until = self._looked_at = self._time.now + seconds
+        self._go_on()
+
+    def _advance(self) -> None:
+        """Add what was written since the last look."""
+        seconds = max(0.0, self._time.now - self._looked_at)
+        if self._running:
+            self._progress += seconds / pace(self._points, len(self._running))
+            self.busy_seconds += seconds
+        self._looked_at = max(self._looked_at, self._time.now)
+
+    def _go_on(self) -> None:
+        """Let in what fits, and plan for the next sequence to finish."""
+        while self._waiting and len(self._running) < self._most_running:
+            _, order, sequence = heapq.heappop(self._waiting)
+            heapq.heappush(self._running, (self._progress + sequence.num_tokens, order, sequence))
+        if self._running:
+            self._num_plans += 1
+            seconds = (self._running[0][0] - self._progress) * pace(self._points, len(self._running))
+            at = max(self._time.now, self._paused_until) + max(0.0, seconds)
+            self._time.at(at, partial(self._finish, self._num_plans))
+
+    def _finish(self, plan: int) -> None:
+        if plan != self._num_plans:  # something changed since
+            return
+        self._advance()
+        # After so many seconds that the clock cannot tell this moment from the last, nothing would have been written.
+        self._progress = max(self._progress, self._running[0][0])
+        finished = []
+        while self._running and self._running[0][0] <= self._progress + ROUNDING_TOKENS:
+            finished.append(heapq.heappop(self._running)[2])
+        self._go_on()
+        for sequence in finished:
+            sequence.done()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trajectory that a simulated worker is going to write."""
+
+    trajectory_id: int
+    prompt_id: int
+    prompt_tokens: int
+    completion_tokens: int
+    teacher: str
+
+
+class Handle:
+    """Stands for a worker as an actor handle does; each call takes the driver `seconds_per_call`."""
+
+    def __init__(self, time: SimulatedTime, worker: Any, seconds_per_call: float) -> None:
+        self._time, self._seconds_per_call = time, seconds_per_call
+        self.worker = worker
+
+    def __getattr__(self, method: str) -> "_Method":
+        """Return a method as Ray's actor handles do."""
+        return _Method(partial(self._call, getattr(self.worker, method)))
+
+    def _call(self, method: Callable[..., Any], *args: Any) -> Any:
+        self._time.spend(self._seconds_per_call)
+        return method(*args)
+
+
+class _Method:
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
+
+    def options(self, num_returns: int) -> "_Method":
+        return self
+
+
+class _Worker:
+    """What every worker answers at once."""
+
+    def __init__(self, time: SimulatedTime) -> None:
+        self._time = time
+
+    def start(self, *args: Any) -> SimulatedPromise:
+        """Load nothing."""
+        return self._time.kept()
+
+
+class SimulatedRolloutWorker(_Worker):
+    """Writes completions of known lengths, and sends them on in batches as the real worker does."""
+
+    def __init__(
+        self, time: SimulatedTime, rates: RolloutRates, engine: "EngineLimits", row_of: Callable[[RolloutRequest], Row]
+    ) -> None:
+        """Take the clock, the pace, the engine's limits, and what each request is going to become."""
+        super().__init__(time)
+        self.decoding = Decoding(time, rates.seconds_per_token, engine.most_sequences)
+        self._rows_per_batch = engine.rows_per_batch
+        self._row_of = row_of
+        self._rollouts: dict[int, _Rollout] = {}
+
+    def start_rollout(
+        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int
+    ) -> tuple[SimulatedPromise, SimulatedPromise]:
+        """Begin to write, and promise the first batch."""
+        rollout = self._rollouts[call] = _Rollout(self._time, len(requests), self._rows_per_batch)
+        answer = rollout.next_batch()
+        for request in requests:
+            row = self._row_of(request)
+            self.decoding.write(row.completion_tokens, priority, partial(rollout.take, row))
+        return answer
+
+    def next_batch(self, call: int) -> tuple[SimulatedPromise, SimulatedPromise]:
+        """Promise the next batch."""
+        return self._rollouts[call].next_batch()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Return the seconds in which it wrote."""
+        return self.decoding.busy_seconds
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine does at a time."""
+
+    most_sequences: int
+    rows_per_batch: int
+
+
+class _Rollout:
+    """One call's finished rows on their way into batches; they are only looked at while somebody asks for a batch."""
+
+    def __init__(self, time: SimulatedTime, num_rows: int, rows_per_batch: int) -> None:
+        self._time = time
+        self._filling = Filling[Row](num_rows, rows_per_batch, time.now)
+        self._finished: deque[Row] = deque()
+        self._last: deque[list[Row]] = deque()  # batches of the end
+        self._asked: tuple[SimulatedPromise, SimulatedPromise] | None = None
+
+    def take(self, row: Row) -> None:
+        self._finished.append(row)
+        # Rows that finish at the same moment are all there before the first of them is looked at.
+        self._time.at(self._time.now, self._look)
+
+    def next_batch(self) -> tuple[SimulatedPromise, SimulatedPromise]:
+        self._asked = asked = (self._time.promise(), self._time.promise())
+        self._look()
+        return asked
+
+    def _look(self) -> None:
+        """Answer who asked, if there is a batch."""
+        if self._asked is None:
+            return
+        rows = self._next_rows()
+        if rows is None:
+            return
+        wire, answer = self._asked
+        self._asked = None
+        handle = _handle(rows, is_last=not self._filling.missing and not self._last)
+        wire.keep(handle)
+        answer.keep(handle)
+
+    def _next_rows(self) -> list[Row] | None:
+        while self._finished:
+            row = self._finished.popleft()
+            full = self._filling.add(row.teacher, row, self._time.now)
+            if full is not None:
+                return full
+        if not self._filling.missing:
+            self._last = self._last or deque(self._filling.rest())
+            return self._last.popleft()
+        due_at = self._filling.due_at
+        if due_at is None:
+            return None
+        if due_at <= self._time.now:
+            return self._filling.overdue()
+        self._time.at(due_at, self._look)
+        return None
+
+
+def _handle(rows: Sequence[Row], is_last: bool) -> BatchHandle:
+    return BatchHandle(
+        reference=None,
+        teacher=rows[0].teacher,
+        trajectory_ids=tuple(row.trajectory_id for row in rows),
+        num_tokens=tuple(row.prompt_tokens + row.completion_tokens for row in rows),
+        num_completion_tokens=tuple(row.completion_tokens for row in rows),
+        prompt_ids=tuple(row.prompt_id for row in rows),
+        rewards=(0.0,) * len(rows),
+        is_last=is_last,
+    )
+
+
+class SimulatedTeacherWorker(_Worker):
+    """Reads batches in the order in which they come, as many at a time as its token budget takes."""
+
+    def __init__(self, time: SimulatedTime, rates: TeacherRates, budget_tokens: int) -> None:
+        super().__init__(time)
+        self._rates, self._budget_tokens = rates, budget_tokens
+        self._queue: deque[tuple[BatchHandle, SimulatedPromise, SimulatedPromise]] = deque()
+        self._is_busy = False
+        self.busy_seconds = 0.0
+
+    def score(self, wire: SimulatedPromise, request: ScoreRequest) -> tuple[SimulatedPromise, SimulatedPromise]:
+        """Promise the scored batch."""
+        scored, answer = self._time.promise(), self._time.promise()
+        self._queue.append((wire.value, scored, answer))
+        if not self._is_busy:
+            self._is_busy = True
+            self._time.at(self._time.now, self._begin)
+        return scored, answer
+
+    def _begin(self) -> None:
+        """Read what fits into the budget, at least one batch."""
+        batches = [self._queue.popleft()]
+        tokens = sum(batches[0][0].num_tokens)
+        while self._queue and tokens + sum(self._queue[0][0].num_tokens) <= self._budget_tokens:
+            batches.append(self._queue.popleft())
+            tokens += sum(batches[-1][0].num_tokens)
+        seconds = tokens / self._rates.tokens_per_second + self._rates.seconds_per_pass
+        self.busy_seconds += seconds
+        self._time.at(self._time.now + seconds, partial(self._end, batches))
+
+    def _end(self, batches: Sequence[tuple[BatchHandle, SimulatedPromise, SimulatedPromise]]) -> None:
+        for handle, scored, answer in batches:
+            scored.keep(handle)
+            answer.keep(replace(handle, metrics={}))
+        self._is_busy = bool(self._queue)
+        if self._queue:
+            self._begin()
+
+
+@dataclass
+class LearnerClock:
+    """What the ranks have in common: no rank begins a micro-batch before all have ended the one before.
+
+    ZeRO's collectives make them wait for each other.
+    """
+
+    time: SimulatedTime
+    rates: LearnerRates
+    num_ranks: int
+    pause_rollouts: Callable[[float], None]
+    sync_seconds: float
+    free_at: float = 0.0
+    busy_seconds: float = 0.0  # mean over ranks; waiting for a slower rank is not counted
+    asked: list[tuple[float, SimulatedPromise]] = field(default_factory=list)  # of the call that not all ranks have
+
+    def compute(self, seconds: float) -> SimulatedPromise:
+        """Promise the end of what one rank does for so long, and the others beside it."""
+        promise = self.time.promise()
+        self.asked.append((seconds, promise))
+        if len(self.asked) == self.num_ranks:
+            together, self.asked = self.asked, []
+            slowest = max(seconds for seconds, _ in together)
+            self.free_at = max(self.free_at, self.time.now) + slowest
+            self.busy_seconds += sum(seconds for seconds, _ in together) / self.num_ranks
+            for seconds, promise_of_rank in together:
+                self.time.at(self.free_at, partial(promise_of_rank.keep, {"busy_seconds": Sum(seconds)}))
+        return promise
+
+
+class SimulatedRank(_Worker):
+    """A rank of the learner."""
+
+    def __init__(self, clock: LearnerClock) -> None:
+        super().__init__(clock.time)
+        self._clock = clock
+
+    def address(self) -> SimulatedPromise:
+        """Return where the group would meet."""
+        return self._time.kept("nowhere")
+
+    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> SimulatedPromise:
+        """Take the time of the rank's micro-batches."""
+        lengths = [tokens for wire in share.references for tokens in wire.value.num_tokens]
+        tokens = sum(lengths[index] for grid in share.grids for row in grid for index in row)
+        rates = self._clock.rates
+        seconds = tokens / rates.tokens_per_second + (rates.seconds_per_micro_batch if tokens else 0.0)
+        return self._clock.compute(seconds)
+
+    def take_step(self, num_tokens: int, step: int) -> SimulatedPromise:
+        """Take the time of the optimizer."""
+        return self._clock.compute(self._clock.rates.optimizer_seconds)
+
+    def publish_weights(self, workers: Sequence[Any], policy_version: int) -> SimulatedPromise:
+        """Take the time of a weight sync, in which the rollout workers write nothing."""
+        seconds = self._clock.sync_seconds
+        self._clock.pause_rollouts(seconds)
+        promise = self._time.promise()
+        report = WeightSyncReport(policy_version, "", 0, seconds)
+        self._time.at(self._time.now + seconds, partial(promise.keep, report))
+        return promise

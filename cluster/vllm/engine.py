@@ -1,0 +1,156 @@
+"""Builds a vLLM engine; the one place that knows vLLM's arguments, its environment and how CPU differs from GPU.
+
+vLLM reads its environment when it is first imported, so `prepare_environment` comes before any `import vllm`.
+"""
+
+import multiprocessing
+import os
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cluster.config.stages import EngineConfig
+from cluster.contracts.errors import ModelError
+from cluster.placement.gpu_sharing import OWN_GPU_FRACTION, SHARED_GPU_VARIABLE
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
+BYTES_PER_GIB = 1 << 30
+# Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
+# a second start-up, the memory of a second interpreter, and two process switches per decoding step.
+IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+# Turns a causal LM into an embedder of tokens; "model" keeps its hidden states in its own dtype, where vLLM would cast
+# them to float32.
+POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"head_dtype": "model"}}
+
+
+@dataclass(frozen=True)
+class EngineRole:
+    """What an engine is for."""
+
+    max_model_len: int  # prompt + completion, and 1 more where it generates, in tokens
+    prefix_caching: bool
+    tokenizer: bool  # without one the engine can neither find stop strings nor know the EOS token
+    pooling: bool = False  # return last hidden states instead of generating
+    sleeps: bool = False  # whether it is to give its GPU memory back for a time
+    priorities: bool = False  # when not all requests fit, those of the lowest priority run first
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # processed: after temperature, top-p
+    max_logprobs: int = 1
+    weight_transfer_backend: str | None = None  # None: the weights never change
+    worker_extension: str | None = None  # class whose methods are added to vLLM's workers, as "module.Class"
+    logits_processors: tuple[str, str] | None = None  # for vLLM's model runners V1 and V2, as "module:Class"
+
+
+def prepare_environment(engine: EngineConfig) -> None:
+    """Set what vLLM and OpenMP read from the environment; the engine's subprocesses inherit it.
+
+    Without `cpu_threads` the worker uses OMP_NUM_THREADS, which Ray sets to the actor's CPUs, or else all its cores.
+    """
+    threads = engine.cpu_threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads starve the other workers of a shared node
+    # Bound threads of two engines would share the same cores while others idle: every engine starts at core 0.
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if engine.dtype == "float32":
+        # On a GPU vLLM attends in float32 with Triton alone, which would round what it multiplies to TF32's 10 bits.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+    os.environ[OWNER_VARIABLE] = str(os.getpid())
+
+
+def end_with_owner() -> None:
+    """End this process when the actor that started it is gone; vLLM calls it in each of its processes as a plugin.
+
+    An actor that is killed outright cannot end its engine, which would go on holding memory, or a whole GPU. It may be
+    gone already when this is called: an engine's process imports for seconds before it comes here.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.environ.get(OWNER_VARIABLE) == str(parent.pid):
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)  # the main thread may be deep inside a kernel and would not see a signal
+
+
+def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":
+    """Start an engine and the process that runs its model; call from inside a running event loop.
+
+    Raises:
+        ModelError: vLLM refuses the model, or its process ended while it started.
+    """
+    prepare_environment(engine)
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from cluster.vllm.compat import VLLMError, early_logits_processors, late_logits_processors
+
+    arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
+    if current_platform.is_cpu() and arguments["enforce_eager"]:
+        # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
+    arguments |= early_logits_processors(role.logits_processors)
+    try:
+        args = AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)
+        config = args.create_engine_config()
+        late_logits_processors(config, role.logits_processors)
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
+    except (VLLMError, ValueError, OSError, RuntimeError) as error:
+        raise ModelError(f"vLLM cannot serve {model}: {error}") from error
+
+
+def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
+    from vllm.config import WeightTransferConfig
+
+    backend = role.weight_transfer_backend
+    return {
+        "dtype": engine.dtype,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "max_num_seqs": engine.max_concurrent_sequences,
+        "max_num_batched_tokens": max(engine.max_batched_tokens, role.max_model_len),
+        "max_model_len": role.max_model_len,
+        "quantization": engine.quantization,
+        "disable_log_stats": True,
+        "max_logprobs": role.max_logprobs,
+        "logprobs_mode": role.logprobs_mode,
+        "enable_prefix_caching": role.prefix_caching,
+        "scheduling_policy": "priority" if role.priorities else "fcfs",
+        "skip_tokenizer_init": not role.tokenizer,
+        "weight_transfer_config": WeightTransferConfig(backend=backend) if backend else None,
+        "worker_extension_cls": role.worker_extension or "",
+        **(POOLING_ARGUMENTS if role.pooling else {}),
+    }
+
+
+def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
+    if not is_cpu:
+        return gpu_arguments(engine, is_shared=SHARED_GPU_VARIABLE in os.environ)
+    return {
+        "kv_cache_memory_bytes": int(engine.kv_cache_gib * BYTES_PER_GIB),
+        "enforce_eager": engine.enforce_eager is not False,
+        # A seeded request whose prompt is split ends vLLM 0.32's engine on CPU: it rewinds the generator by an offset
+        # that only CUDA generators have.
+        "enable_chunked_prefill": False,
+        "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else IN_PROCESS_EXECUTOR,
+    }
+
+
+def gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
+    """Return vLLM's arguments that only count on a GPU, of the engine's own or shared with others."""
+    arguments: dict[str, Any] = {
+        "gpu_memory_utilization": engine.gpu_memory_fraction or OWN_GPU_FRACTION,
+        "enforce_eager": bool(engine.enforce_eager),
+        # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
+        "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
+    }
+    if is_shared:
+        # vLLM would measure what is left for the cache, and take what the others allocate meanwhile for its own; it
+        # ends when they free something. With a given size, the fraction is only what must be free when it starts.
+        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * BYTES_PER_GIB)
+    return arguments

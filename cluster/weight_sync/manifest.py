@@ -1,0 +1,86 @@
+"""What both ends of a weight sync agree on: the manifest, the buckets, the policy version."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import xxhash
+
+
+def checksum(buffers: Iterable[Any]) -> str:
+    """Return the XXH3 128-bit digest of the buffers' bytes in order; how they are split does not matter.
+
+    Example:
+        >>> checksum([b"ab", b"c"]) == checksum([b"abc"])
+        True
+    """
+    digest = new_digest()
+    for buffer in buffers:
+        digest.update(buffer)
+    return digest.hexdigest()
+
+
+def new_digest() -> xxhash.xxh3_128:
+    """Return the same digest for bytes that come one after the other: `update(buffer)`, then `hexdigest()`."""
+    return xxhash.xxh3_128()
+
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One parameter under its Hugging Face name."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # a key of DTYPE_BYTES
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of the values."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class WeightManifest:
+    """Every parameter of the student, in the order in which it travels."""
+
+    tensors: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of one whole copy."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class WeightSyncReport:
+    """How one sync went."""
+
+    policy_version: int
+    checksum: str  # of all parameter bytes in manifest order; equal on the sender and on every receiver
+    num_bytes: int  # put where the workers get them; how many get them does not count
+    seconds: float
+    paused_seconds: float | None = None  # from the first worker's pause to the last one's answer; None: not measured
+    changed_fraction: float | None = None  # of the values, since the last sync; None: not compared
+
+
+def total_bytes(bucket: Sequence[TensorSpec]) -> int:
+    """Return the size of a bucket's values."""
+    return sum(tensor.num_bytes for tensor in bucket)
+
+
+def plan_buckets(tensors: Sequence[TensorSpec], bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
+    """Yield consecutive tensors in groups of at most `bucket_bytes`; a larger tensor travels alone."""
+    bucket: list[TensorSpec] = []
+    filled = 0
+    for tensor in tensors:
+        if bucket and filled + tensor.num_bytes > bucket_bytes:
+            yield tuple(bucket)
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += tensor.num_bytes
+    if bucket:
+        yield tuple(bucket)

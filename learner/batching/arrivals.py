@@ -1,0 +1,120 @@
+"""A step's trajectories as the driver sees them while they arrive: which may be learned from, and where they are."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cluster.config.objective import ObjectiveConfig, TaskRewardTerm
+from cluster.contracts.batches import BatchHandle
+from learner.batching.plan import Grid
+
+EPSILON = 1e-4  # added to the deviation, which is 0 where all samples have the same reward
+
+
+def divides_by_deviation(objective: ObjectiveConfig) -> bool | None:
+    """Return how the objective's task rewards are normalised, which is the same for all; None where it has none."""
+    found = {term.divide_by_deviation for term in objective.terms.values() if isinstance(term, TaskRewardTerm)}
+    return found.pop() if found else None
+
+
+def group_advantages(rewards: Sequence[float | None], divide_by_deviation: bool) -> list[float]:
+    """Return each sample's reward minus the mean of its prompt's samples, over their deviation if asked for (GRPO).
+
+    Samples without a reward, and one that is alone with its, have advantage 0.
+
+    Example:
+        >>> group_advantages([1.0, 0.0, None], divide_by_deviation=False)
+        [0.5, -0.5, 0.0]
+    """
+    given = np.array([reward for reward in rewards if reward is not None], np.float64)
+    if len(given) < 2:
+        return [0.0] * len(rewards)
+    deviation = given.std(ddof=1) + EPSILON if divide_by_deviation else 1.0
+    return [0.0 if reward is None else float((reward - given.mean()) / deviation) for reward in rewards]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank does in one round."""
+
+    references: tuple[Any, ...]  # to wire bytes; inside a dataclass, so Ray hands them over unresolved
+    task_advantages: tuple[float, ...]  # of the rows of `references`, in order
+    grids: tuple[Grid, ...]  # indices count the rows of `references` in order
+
+
+@dataclass
+class Arrivals:
+    """Numbers a step's trajectories in the order of arrival and holds back those whose advantage is not known yet.
+
+    Args:
+        objective: says whether a task reward is compared within a prompt's samples.
+        samples_per_prompt: trajectories whose ids, divided by this number, are equal belong together.
+    """
+
+    objective: ObjectiveConfig
+    samples_per_prompt: int
+    num_completion_tokens: int = 0
+    _handles: list[BatchHandle] = field(default_factory=list)
+    _places: list[tuple[int, int]] = field(default_factory=list)  # of each trajectory: batch, row in it
+    _advantages: list[list[float]] = field(default_factory=list)  # of each batch's rows
+    _groups: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, handle: BatchHandle) -> list[int]:
+        """Take in a batch and return the trajectories that may be learned from now, of this batch or earlier ones."""
+        first = len(self._places)
+        self._places += [(len(self._handles), row) for row in range(len(handle.trajectory_ids))]
+        self._handles.append(handle)
+        self._advantages.append([0.0] * len(handle.trajectory_ids))
+        self.num_completion_tokens += sum(handle.num_completion_tokens)
+        divides = divides_by_deviation(self.objective)
+        if divides is None:
+            return list(range(first, len(self._places)))
+        released = []
+        for index, trajectory_id in enumerate(handle.trajectory_ids, start=first):
+            key = trajectory_id // self.samples_per_prompt
+            self._groups[key].append(index)
+            if len(self._groups[key]) == self.samples_per_prompt:
+                released += self._release(key, divides)
+        return released
+
+    def rest(self) -> list[int]:
+        """Return the trajectories still held back once no batch follows: of prompts without all their samples."""
+        divides = divides_by_deviation(self.objective)
+        if divides is None:
+            return []
+        return [index for key in list(self._groups) for index in self._release(key, divides)]
+
+    def num_tokens(self, index: int) -> int:
+        """Return the prompt and completion tokens of a trajectory."""
+        batch, row = self._places[index]
+        return self._handles[batch].num_tokens[row]
+
+    def share(self, grids: tuple[Grid, ...]) -> Share:
+        """Return what a rank needs for its micro-batches: the batches that they touch, their rows counted anew."""
+        used = sorted({self._places[index][0] for grid in grids for grid_row in grid for index in grid_row})
+        first_rows, count = {}, 0
+        for batch in used:
+            first_rows[batch] = count
+            count += len(self._handles[batch].trajectory_ids)
+
+        def local(index: int) -> int:
+            batch, row = self._places[index]
+            return first_rows[batch] + row
+
+        return Share(
+            tuple(self._handles[batch].reference for batch in used),
+            tuple(advantage for batch in used for advantage in self._advantages[batch]),
+            tuple(tuple(tuple(local(index) for index in grid_row) for grid_row in grid) for grid in grids),
+        )
+
+    def _release(self, key: int, divide_by_deviation: bool) -> list[int]:
+        """Compare the samples of one prompt, and return them."""
+        group = self._groups.pop(key)
+        places = [self._places[index] for index in group]
+        rewards = [self._handles[batch].rewards[row] for batch, row in places]
+        for (batch, row), advantage in zip(places, group_advantages(rewards, divide_by_deviation), strict=True):
+            self._advantages[batch][row] = advantage
+        return group

@@ -1,0 +1,241 @@
+"""Lays the trajectories of one micro-batch out in a grid of tokens, with flat completion columns beside it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.contracts.errors import TrajectoryError
+from cluster.contracts.trajectory import Ragged, models_of, num_candidates_of, ragged
+from learner.batching.plan import Grid
+from learner.loss.tokens import CompletionTokens
+
+PAD_TOKEN_ID = 0  # any id of the vocabulary: no completion token attends to it
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Some completion tokens of one teacher, and the hidden states that the models of its target sent for them."""
+
+    route: str  # the NAME of [teachers.NAME]
+    places: Tensor  # [m] int64: which completion tokens of the micro-batch
+    hidden: Mapping[str, Tensor]  # model -> [m, width]; empty where none were asked for
+
+    def split(self, max_tokens: int) -> Iterator["RoutedTokens"]:
+        """Cut into as few parts of at most so many tokens as can be, all of about the same size."""
+        num_parts = -(-len(self.places) // max_tokens)
+        for index in range(num_parts):
+            part = slice(len(self.places) * index // num_parts, len(self.places) * (index + 1) // num_parts)
+            hidden = {model: states[part] for model, states in self.hidden.items()}
+            yield RoutedTokens(self.route, self.places[part], hidden)
+
+    def to(self, device: torch.device) -> "RoutedTokens":
+        """Return the same tokens on a device."""
+        hidden = {model: states.to(device) for model, states in self.hidden.items()}
+        return RoutedTokens(self.route, self.places.to(device), hidden)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward of one rank.
+
+    `position_ids` restart at 0 with every trajectory and are 0 at padding, so every pad is a segment of its own:
+    transformers builds the block-causal mask from the positions when it is given no attention mask. Completion tokens
+    come in grid order.
+    """
+
+    input_ids: Tensor  # [rows, row_length] int64
+    position_ids: Tensor  # [rows, row_length] int64
+    predicting: Tensor  # [completion_tokens] int64: place in the flattened grid whose hidden state predicts the token
+    places: Tensor  # [tokens] int64: places of the flattened grid that are no padding, ascending
+    lengths: tuple[int, ...]  # tokens of each trajectory, in the order of `places`; of an empty grid, its one pad's
+    tokens: CompletionTokens
+    routes: tuple[RoutedTokens, ...]  # every completion token is in one of them
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Return how many tokens the student sampled."""
+        return len(self.tokens)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the same micro-batch on a device."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("routes", "lengths")}
+        return replace(self, **moved, routes=tuple(route.to(device) for route in self.routes))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The columns of one trajectory that the learner needs, as views; models score it under their roles."""
+
+    trajectory_id: int
+    route: str
+    task_advantage: float
+    token_ids: NDArray[Any]  # [tokens]
+    loss_mask: NDArray[Any]  # [tokens]
+    rollout_logprobs: NDArray[Any]  # [completion_tokens]
+    candidate_ids: NDArray[Any]  # [completion_tokens, k]
+    candidate_rollout_logprobs: NDArray[Any]  # [completion_tokens, k], or [completion_tokens, 0]
+    logprobs: Mapping[str, NDArray[Any]]  # model -> [completion_tokens]
+    candidate_logprobs: Mapping[str, NDArray[Any]]  # model -> [completion_tokens, k]
+    teacher_entropy: NDArray[Any]  # [completion_tokens], or [0]
+    hidden: Mapping[str, NDArray[Any]]  # model -> [completion_tokens, width], bfloat16's bits as uint16
+
+
+def trajectories(batches: Sequence[pa.RecordBatch], task_advantages: Sequence[float] | None = None) -> list[Trajectory]:
+    """View all rows of batches, in order.
+
+    Args:
+        batches: generated or scored.
+        task_advantages: of each row of all batches; None: 0.
+
+    Raises:
+        TrajectoryError: the batches differ in their columns, or in how many candidates they have.
+    """
+    kinds = {(num_candidates_of(batch), ", ".join(sorted(batch.schema.names))) for batch in batches}
+    if len(kinds) > 1:
+        described = "; ".join(f"{width} candidates, columns {names}" for width, names in sorted(kinds))
+        raise TrajectoryError(f"learner: the batches of one step differ in what they carry: {described}")
+    num_rows = sum(batch.num_rows for batch in batches)
+    advantages = iter([0.0] * num_rows if task_advantages is None else task_advantages)
+    return [row for batch in batches for row in _rows(batch, advantages)]
+
+
+def build_micro_batch(grid: Grid, rows: Sequence[Trajectory], seed: int) -> MicroBatch:
+    """Lay the grid's trajectories out; an empty grid becomes one pad token and no completion tokens.
+
+    Args:
+        grid: indices of rows.
+        rows: of all batches.
+        seed: the run's; what is random about a token depends on it and on the trajectory's id alone.
+    """
+    row_length = max([1, *(sum(len(rows[index].token_ids) for index in grid_row) for grid_row in grid)])
+    shape = (max(1, len(grid)), row_length)
+    input_ids = np.full(shape, PAD_TOKEN_ID, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    predicting, places = [], []
+    for row, grid_row in enumerate(grid):
+        start = 0
+        for index in grid_row:
+            length = len(rows[index].token_ids)
+            input_ids[row, start : start + length] = rows[index].token_ids
+            position_ids[row, start : start + length] = np.arange(length)
+            # The hidden state one place to the left of a token predicts it.
+            predicting.append(row * row_length + start + np.flatnonzero(rows[index].loss_mask) - 1)
+            places.append(row * row_length + start + np.arange(length))
+            start += length
+    placed = [rows[index] for grid_row in grid for index in grid_row]
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        predicting=_join(predicting, np.int64),
+        places=_join(places or [np.zeros(1, np.int64)], np.int64),
+        lengths=tuple(len(row.token_ids) for row in placed) or (1,),
+        tokens=_completion_tokens(placed, seed),
+        routes=_routes(placed),
+    )
+
+
+def uniform_draws(seed: int, trajectory_id: int, count: int) -> NDArray[np.float32]:
+    """Return numbers in [0, 1) that belong to a trajectory's tokens, whatever micro-batch they are in.
+
+    Philox is a counter-based generator: a key names a stream of its own.
+    """
+    key = np.array([seed, trajectory_id], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key)).random(count, dtype=np.float32)
+
+
+def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTokens:
+    lengths = [len(row.rollout_logprobs) for row in placed]
+    models = {model: None for row in placed for model in row.logprobs}
+    candidate_models = {model: None for row in placed for model in row.candidate_logprobs}
+    num_candidates, num_drawn = (
+        max((getattr(row, name).shape[1] for row in placed), default=0)
+        for name in ("candidate_ids", "candidate_rollout_logprobs")
+    )
+    draws = [uniform_draws(seed, row.trajectory_id, length) for row, length in zip(placed, lengths, strict=True)]
+    return CompletionTokens(
+        target_ids=_join([row.token_ids[row.loss_mask != 0] for row in placed], np.int64),
+        rollout_logprobs=_join([row.rollout_logprobs for row in placed], np.float32),
+        candidate_ids=_join([row.candidate_ids for row in placed], np.int64, num_candidates),
+        candidate_rollout_logprobs=_join([row.candidate_rollout_logprobs for row in placed], np.float32, num_drawn),
+        logprobs={model: _join([row.logprobs[model] for row in placed], np.float32) for model in models},
+        candidate_logprobs={
+            model: _join([row.candidate_logprobs[model] for row in placed], np.float32, num_candidates)
+            for model in candidate_models
+        },
+        teacher_entropy=_join([row.teacher_entropy for row in placed], np.float32),
+        trajectory=_join([np.full(length, index) for index, length in enumerate(lengths)], np.int64),
+        position=_join([np.arange(length) for length in lengths], np.int64),
+        length=_join([np.full(length, length) for length in lengths], np.int64),
+        uniform=_join(draws, np.float32),
+        task_advantage=_join(
+            [np.full(length, row.task_advantage) for row, length in zip(placed, lengths, strict=True)], np.float32
+        ),
+    )
+
+
+def _routes(placed: Sequence[Trajectory]) -> tuple[RoutedTokens, ...]:
+    ends = np.cumsum([len(row.rollout_logprobs) for row in placed])
+    routes = []
+    for name in dict.fromkeys(row.route for row in placed):
+        found = [(row, end) for row, end in zip(placed, ends, strict=True) if row.route == name]
+        places = [np.arange(end - len(row.rollout_logprobs), end) for row, end in found]
+        hidden = {model: _floats([row.hidden[model] for row, _ in found]) for model in found[0][0].hidden}
+        routes.append(RoutedTokens(name, _join(places, np.int64), hidden))
+    return tuple(routes)
+
+
+def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Trajectory]:
+    models, length = models_of(batch), ragged(batch, "rollout_logprobs")
+    nothing = Ragged(np.empty((len(length.values), 0), np.float32), length.offsets)
+    no_entropy = Ragged(np.empty(0, np.float32), np.zeros_like(length.offsets))
+    columns = {
+        name: _column(batch, name, nothing)
+        for name in ("token_ids", "loss_mask", "rollout_logprobs", "candidate_ids", "candidate_rollout_logprobs")
+    }
+    columns["teacher_entropy"] = _column(batch, "teacher_entropy", no_entropy)
+    of_models = {
+        kind: {model: ragged(batch, f"{model}_{kind}") for model in models if f"{model}_{kind}" in batch.schema.names}
+        for kind in ("logprobs", "candidate_logprobs", "hidden")
+    }
+    return [
+        Trajectory(
+            trajectory_id=batch["trajectory_id"][row].as_py(),
+            route=batch["teacher"][row].as_py(),
+            task_advantage=next(task_advantages),
+            token_ids=columns["token_ids"][row],
+            loss_mask=columns["loss_mask"][row],
+            rollout_logprobs=columns["rollout_logprobs"][row],
+            candidate_ids=columns["candidate_ids"][row],
+            candidate_rollout_logprobs=columns["candidate_rollout_logprobs"][row],
+            logprobs=_of_row(of_models["logprobs"], row),
+            candidate_logprobs=_of_row(of_models["candidate_logprobs"], row),
+            teacher_entropy=columns["teacher_entropy"][row],
+            hidden=_of_row(of_models["hidden"], row),
+        )
+        for row in range(batch.num_rows)
+    ]
+
+
+def _of_row(columns: Mapping[str, Ragged], row: int) -> dict[str, NDArray[Any]]:
+    return {model: column[row] for model, column in columns.items()}
+
+
+def _column(batch: pa.RecordBatch, name: str, absent: Ragged) -> Ragged:
+    return ragged(batch, name) if name in batch.schema.names else absent
+
+
+def _join(parts: Sequence[NDArray[Any]], dtype: type, width: int | None = None) -> Tensor:
+    empty: NDArray[Any] = np.empty((0,) if width is None else (0, width), dtype)
+    return torch.from_numpy(np.concatenate([empty, *parts]).astype(dtype, copy=False))
+
+
+def _floats(parts: Sequence[NDArray[Any]]) -> Tensor:
+    """Join hidden states; NumPy has no bfloat16, so its bits come as uint16."""
+    joined = torch.from_numpy(np.concatenate(parts))
+    return joined.view(torch.bfloat16) if joined.dtype == torch.uint16 else joined

@@ -1,0 +1,263 @@
+"""Checkpoints and exports that are complete or absent.
+
+Everything is written into `NAME.partial`, brought to disk, and renamed to `NAME` as the last act; whatever stops the
+writing leaves only a partial folder, which the next attempt replaces. All ranks and the driver must see the same file
+system under these paths.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cluster.contracts.errors import CheckpointError, PreceptorError
+from cluster.weight_sync.manifest import plan_buckets
+from learner.checkpointing import checkpoint
+from learner.checkpointing.manifest import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    FileEntry,
+    Layout,
+    WrittenShard,
+    entry_of,
+    write_manifest,
+)
+from learner.engines.base import TrainEngine
+
+GATHER_BYTES = 1 << 28  # of parameters that an export gathers at once
+PARTIAL, REMOVED, DAMAGED = ".partial", ".removed", ".damaged"
+_STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+_LEFTOVER = re.compile(_STEP_FOLDER.pattern + r"(\.partial|\.removed)")
+
+
+def step_folder(directory: Path, step: int) -> Path:
+    """Return where the checkpoint taken after `step` completed optimizer steps belongs."""
+    return directory / f"step-{step}"
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Return the folders of checkpoints, whole or damaged, from the earliest step to the latest."""
+    if not directory.is_dir():
+        return []
+    return sorted((path for path in directory.iterdir() if _STEP_FOLDER.fullmatch(path.name)), key=step_of)
+
+
+def prune(directory: Path, keep_last: int) -> None:
+    """Remove all but the `keep_last` latest complete checkpoints.
+
+    Raises:
+        CheckpointError: the place cannot be written to.
+    """
+    complete = [folder for folder in checkpoints(directory) if (folder / MANIFEST_FILE).is_file()]
+    for folder in complete[:-keep_last]:
+        _remove(folder)
+
+
+def tidy(directory: Path, last_step: int) -> None:
+    """Make the folder what a run needs that goes on after `last_step`.
+
+    What a killed run left half-written or half-removed goes. Checkpoints of later steps, which were passed over since
+    they are damaged, are set aside as NAME.damaged, so that they neither count nor are taken up again.
+
+    Raises:
+        CheckpointError: the place cannot be written to.
+    """
+    try:
+        for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
+        for folder in checkpoints(directory):
+            if step_of(folder) > last_step:
+                aside = folder.with_name(folder.name + DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be tidied up: {error.strerror}") from error
+
+
+def begin(folder: Path) -> Path:
+    """Return an empty partial folder for `commit`, replacing what an earlier attempt left.
+
+    Raises:
+        CheckpointError: the place cannot be written to.
+    """
+    partial = _partial(folder)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: cannot create {partial.name}: {error.strerror}") from error
+    return partial
+
+
+def commit(folder: Path, state: Mapping[str, Any], layout: Layout, shards: Sequence[FileEntry]) -> None:
+    """Complete a checkpoint whose shards are written: add the driver's state and the manifest, and publish it.
+
+    Raises:
+        CheckpointError: the disk is full or the place cannot be written to.
+    """
+    partial = _partial(folder)
+    try:
+        path = partial / STATE_FILE
+        path.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        write_manifest(partial, layout, [*shards, entry_of(path)])
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: cannot be completed: {error.strerror}") from error
+    publish(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove what `begin` began, as far as that is possible."""
+    shutil.rmtree(_partial(folder), ignore_errors=True)
+
+
+def publish(folder: Path) -> None:
+    """Bring the partial folder to disk and give it its name; a folder of that name is replaced.
+
+    Raises:
+        CheckpointError: the disk is full or the place cannot be written to.
+    """
+    partial = _partial(folder)
+    try:
+        for path in sorted(partial.rglob("*")):
+            _to_disk(path)
+        _to_disk(partial)
+        if folder.exists():
+            _remove(folder)
+        partial.rename(folder)
+        _to_disk(folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: cannot be completed: {error.strerror}") from error
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the driver's part of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or holds no JSON object.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {folder}: no readable {STATE_FILE} in it") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {folder}: {STATE_FILE} holds no JSON object")
+    return state
+
+
+def export(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face directory: model, generation settings and tokenizer; all ranks call this together.
+
+    Rank 0 holds one whole copy of the weights in host memory while it writes.
+    """
+    weights = _whole_state_dict(engine)
+    if engine.rank != 0:
+        return
+    partial = begin(folder)
+    causal_lm = engine.student.causal_lm
+    causal_lm.save_pretrained(partial, state_dict=weights)
+    tokenizer.save_pretrained(partial)
+    publish(folder)
+
+
+def _whole_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
+    dtype = str(engine.student.head.weight.dtype).removeprefix("torch.")
+    weights: dict[str, Tensor] = {}
+    for bucket in plan_buckets(engine.student.manifest(dtype).tensors, GATHER_BYTES):
+        with engine.full_parameters([tensor.name for tensor in bucket]) as parameters:
+            if engine.rank == 0:
+                weights |= {name: value.to("cpu", copy=True) for name, value in parameters.items()}
+    buffers = dict(engine.student.causal_lm.named_buffers())
+    persistent = engine.student.causal_lm.state_dict().keys() & buffers.keys()
+    return weights | {name: buffers[name].to("cpu", copy=True) for name in persistent}
+
+
+def _remove(folder: Path) -> None:
+    # Out of the way first: a removal that is interrupted must not leave a folder that looks complete.
+    doomed = folder.with_name(folder.name + REMOVED)
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: cannot be removed: {error.strerror}") from error
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + PARTIAL)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class CheckpointSeconds:
+    """What a checkpoint cost."""
+
+    held: float  # training waited for the copy to host memory, on the slowest rank
+    writing: float  # of the slowest rank
+
+
+class PendingCheckpoint:
+    """Asks the ranks to write their shards, and completes the folder when all have.
+
+    An error of any rank removes the partial folder; earlier checkpoints are not touched.
+    """
+
+    def __init__(self, folder: Path, state: Mapping[str, Any], layout: Layout, ask: Callable[..., list[Any]]) -> None:
+        """Begin: returns when every rank has copied its state.
+
+        Args:
+            folder: the checkpoint's, on a file system that all ranks and the driver share.
+            state: the driver's own, JSON values; nobody may change it any more.
+            layout: of the ranks.
+            ask: calls a method of every rank, as `LearnerGroup` does.
+        """
+        self.folder = folder
+        self._state, self._layout, self._ask = state, layout, ask
+        partial = checkpoint.begin(folder)
+        self._held_seconds = max(self._ask_or_discard("begin_shard", partial))
+
+    @property
+    def is_written(self) -> bool:
+        """Return whether `complete` would not wait for a rank."""
+        return all(self._ask_or_discard("shard_is_written"))
+
+    def complete(self) -> CheckpointSeconds:
+        """Wait for the ranks and give the folder its name.
+
+        Raises:
+            CheckpointError: the disk is full or the place cannot be written to; nothing of the checkpoint is left.
+            ActorError: a rank died.
+        """
+        shards: list[WrittenShard] = self._ask_or_discard("finish_shard")
+        try:
+            checkpoint.commit(self.folder, self._state, self._layout, [shard.entry for shard in shards])
+        except PreceptorError:
+            checkpoint.discard(self.folder)
+            raise
+        return CheckpointSeconds(self._held_seconds, max(shard.write_seconds for shard in shards))
+
+    def _ask_or_discard(self, method: str, *args: Any) -> list[Any]:
+        try:
+            return self._ask(method, *args, waiting_for=f"the learner to write checkpoint {self.folder}")
+        except PreceptorError:
+            checkpoint.discard(self.folder)
+            raise

@@ -1,0 +1,160 @@
+"""What a checkpoint says of itself: its files with sizes and checksums, and for whom they were cut."""
+
+import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from cluster.config.stages import LearnerConfig
+from cluster.contracts.errors import CheckpointError
+from cluster.weight_sync.manifest import new_digest
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+STATE_FILE = "state.json"
+READ_BYTES = 1 << 22
+READERS = 4  # files whose checksums are computed at once
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    name: str
+    num_bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """One rank's file and what it cost."""
+
+    entry: FileEntry
+    write_seconds: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the training state is cut into shards; another group cannot read them."""
+
+    num_ranks: int
+    zero_stage: int
+
+    @classmethod
+    def of(cls, config: LearnerConfig) -> "Layout":
+        """Return the layout of a learner section."""
+        return cls(config.num_workers, config.zero_stage)
+
+    @property
+    def shard_names(self) -> list[str]:
+        """Return the ranks' files."""
+        return [shard_name(rank) for rank in range(self.num_ranks)]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The contents of manifest.json."""
+
+    format_version: int
+    num_ranks: int
+    zero_stage: int
+    files: list[FileEntry]
+
+
+class _Versioned(msgspec.Struct):
+    format_version: int
+
+
+def shard_name(rank: int) -> str:
+    """Return the name of one rank's file."""
+    return f"rank-{rank}.safetensors"
+
+
+def write_manifest(folder: Path, layout: Layout, files: Iterable[FileEntry]) -> None:
+    """Write manifest.json into a folder that holds all other files already.
+
+    Raises:
+        OSError: the disk is full or the place cannot be written to.
+    """
+    manifest = Manifest(FORMAT_VERSION, layout.num_ranks, layout.zero_stage, list(files))
+    (folder / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Read a file and return what the manifest says of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest, num_bytes = new_digest(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+    return FileEntry(path.name, num_bytes, digest.hexdigest())
+
+
+def verify(folder: Path, layout: Layout) -> None:
+    """Check that a checkpoint is what its manifest says, and that a group of this layout can read it.
+
+    Raises:
+        CheckpointError: it is damaged, incomplete, or of another format or layout; names the file.
+    """
+    manifest = _read(folder)
+    found = Layout(manifest.num_ranks, manifest.zero_stage)
+    if found != layout:
+        raise CheckpointError(
+            f"checkpoint {folder}: {MANIFEST_FILE} is of learner.num_workers = {found.num_ranks} and "
+            f"learner.zero_stage = {found.zero_stage}, but the run has {layout.num_ranks} and {layout.zero_stage}"
+        )
+    _check_names(folder, manifest, layout)
+    with ThreadPoolExecutor(READERS) as readers:
+        for _ in readers.map(lambda entry: _check_file(folder, entry), manifest.files):
+            pass
+
+
+def _read(folder: Path) -> Manifest:
+    try:
+        content = (folder / MANIFEST_FILE).read_bytes()
+        version = msgspec.json.decode(content, type=_Versioned).format_version
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint {folder}: {MANIFEST_FILE} has format version {version}, but this program reads "
+                f"{FORMAT_VERSION}; resume with the release that wrote it"
+            )
+        return msgspec.json.decode(content, type=Manifest)
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: no readable {MANIFEST_FILE} in it: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged: {error}") from error
+
+
+def _check_names(folder: Path, manifest: Manifest, layout: Layout) -> None:
+    expected = sorted([STATE_FILE, *layout.shard_names])
+    if sorted(entry.name for entry in manifest.files) != expected:
+        raise CheckpointError(f"checkpoint {folder}: {MANIFEST_FILE} does not list exactly {', '.join(expected)}")
+    present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
+    for name in expected:
+        if name not in present:
+            raise CheckpointError(f"checkpoint {folder}: {name} is missing")
+    for name in sorted(present.difference(expected)):
+        raise CheckpointError(f"checkpoint {folder}: {name!r} does not belong to it; remove it or the checkpoint")
+
+
+def _check_file(folder: Path, entry: FileEntry) -> None:
+    path = folder / entry.name
+    try:
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"checkpoint {folder}: {entry.name} is not an ordinary file")
+        if status.st_size != entry.num_bytes:
+            raise CheckpointError(
+                f"checkpoint {folder}: {entry.name} has {status.st_size} bytes where {MANIFEST_FILE} says "
+                f"{entry.num_bytes}"
+            )
+        if entry_of(path) != entry:
+            raise CheckpointError(f"checkpoint {folder}: {entry.name} has another checksum than {MANIFEST_FILE} says")
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder}: cannot read {entry.name}: {error.strerror}") from error

@@ -1,0 +1,104 @@
+"""A training engine of plain torch in one process: stage 0, and the oracle that the ZeRO engine is held against."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cluster.config.stages import LearnerConfig
+from learner.batching.micro_batch import MicroBatch
+from learner.checkpointing.shards import flatten, host_copy, unflatten
+from learner.engines.base import PausableAdamW, adamw_settings, paused
+from learner.loss.objective import Objective
+from learner.model.completion_head import Evaluation, TeacherHeads
+from learner.model.student import Student
+
+
+class ReferenceEngine:
+    """TrainEngine over one copy of the student and torch's own AdamW and clipping.
+
+    Weights in bfloat16 have float32 masters, to which gradients are added and which the optimizer updates.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, student: Student, config: LearnerConfig) -> None:
+        self.student = student
+        self._device = student.head.weight.device
+        is_fused = self._device.type == "cuda"
+        self._weights = list(student.parameters())
+        self._masters = [_master_of(weight) for weight in self._weights]
+        self._optimizer = PausableAdamW(self._masters, fused=is_fused, **adamw_settings(config))
+        self._max_gradient_norm = config.max_gradient_norm
+
+    def forward(
+        self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
+    ) -> Evaluation:
+        """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
+        return Evaluation(*self.student(batch.to(self._device), objective, teacher_heads))
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add one micro-batch's part of the step's summed loss."""
+        torch.autograd.backward(loss)
+
+    def step(self, learning_rate: float, num_tokens: int) -> float:
+        """Divide by the tokens, clip, update the weights, clear the gradients; return the norm before clipping."""
+        for master in self._masters:
+            if master.grad is not None:
+                master.grad /= max(1, num_tokens)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        gradient_norm = torch.nn.utils.clip_grad_norm_(self._masters, self._max_gradient_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._update_weights()
+        return float(gradient_norm)
+
+    def discard(self, num_tokens: int) -> float:
+        """Do as `step` does, but leave the weights as they are."""
+        with paused(self._optimizer):
+            return self.step(0.0, num_tokens)
+
+    @contextmanager
+    def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Give parameters by Hugging Face name."""
+        parameters = dict(self.student.causal_lm.named_parameters())
+        yield {name: parameters[name].detach() for name in names}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return a copy of weights and optimizer state."""
+        return host_copy(flatten(self._masters, self._optimizer.state_dict()["state"]))
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot."""
+        weights, optimizer = unflatten(state, self._masters)
+        with torch.no_grad():
+            for master, saved in zip(self._masters, weights, strict=True):
+                master.copy_(saved)
+        self._update_weights()
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": optimizer})
+
+    @torch.no_grad()
+    def _update_weights(self) -> None:
+        """Bring the masters' values to the weights that compute."""
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            if weight is not master:
+                weight.copy_(master)
+
+
+def _master_of(weight: Tensor) -> Tensor:
+    """Return the weight itself if it is float32, else a float32 copy that takes each backward's gradient."""
+    if weight.dtype == torch.float32:
+        return weight
+    master = weight.detach().float()
+
+    def take(computed: Tensor) -> None:
+        assert computed.grad is not None, "called when it has been added"
+        gradient = computed.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        computed.grad = None
+
+    weight.register_post_accumulate_grad_hook(take)
+    return master

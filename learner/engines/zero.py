@@ -1,0 +1,209 @@
+"""The training engine over DeepSpeed ZeRO stages 1, 2 and 3; no other file imports deepspeed."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    FP32_FLAT_GROUPS,
+    OPTIMIZER_STATE_DICT,
+    SINGLE_PARTITION_OF_FP32_GROUPS,
+)
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import Tensor
+
+from cluster.config.stages import LearnerConfig
+from learner.batching.micro_batch import MicroBatch
+from learner.checkpointing.shards import flatten, host_copy, unflatten
+from learner.engines.base import PausableAdamW, adamw_settings, paused
+from learner.loss.objective import Objective
+from learner.model.completion_head import Evaluation, TeacherHeads
+from learner.model.student import Student
+
+
+@dataclass(frozen=True)
+class StateKeys:
+    """Where a ZeRO optimizer's state_dict has the master weights and the state of the optimizer inside."""
+
+    weights: str
+    optimizer: str
+
+
+STATE_KEYS = {
+    1: StateKeys(SINGLE_PARTITION_OF_FP32_GROUPS, BASE_OPTIMIZER_STATE),
+    2: StateKeys(SINGLE_PARTITION_OF_FP32_GROUPS, BASE_OPTIMIZER_STATE),
+    3: StateKeys(FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT),
+}
+
+
+class PausableCPUAdam(DeepSpeedCPUAdam):
+    """DeepSpeed's AdamW for optimizer state in host memory, which can sit out a step."""
+
+    paused = False
+
+    def step(self, closure: Any = None, **kwargs: Any) -> Any:
+        """Update the weights unless paused."""
+        return None if self.paused else super().step(closure, **kwargs)
+
+
+class ZeroEngine:
+    """TrainEngine of one rank of a DeepSpeed ZeRO group.
+
+    Args:
+        student: the same weights on every rank.
+        config: the learner's section.
+        rank: this process's place in the group.
+        world_size: processes of the group.
+        address: `tcp://host:port` of rank 0.
+    """
+
+    def __init__(self, student: Student, config: LearnerConfig, rank: int, world_size: int, address: str) -> None:
+        self.student = student
+        self.rank, self.world_size = rank, world_size
+        self._parameters = dict(student.causal_lm.named_parameters())
+        self._zero_stage, self._keys = config.zero_stage, STATE_KEYS[config.zero_stage]
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings doubt the optimizer subclass
+        _skip_shared_memory_op()
+        deepspeed.init_distributed(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            init_method=address,
+            rank=rank,
+            world_size=world_size,
+        )
+        zero = zero_settings(config, world_size)
+        if config.zero_stage == 3:
+            _shard(student, zero)
+        self._optimizer = make_optimizer(student, config)
+        self._engine, *_ = deepspeed.initialize(
+            model=student, optimizer=self._optimizer, config=zero, dist_init_required=False
+        )
+
+    def forward(
+        self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
+    ) -> Evaluation:
+        """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
+        return Evaluation(*self._engine(batch.to(self._engine.device), objective, teacher_heads))
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add this rank's part of the step's summed loss; gradients of all parts and ranks add up."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+        self._engine.backward(loss * self.world_size)
+
+    def step(self, learning_rate: float, num_tokens: int) -> float:
+        """Divide by the tokens, clip, update the weights, clear the gradients; return the norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        # How many tokens a step has is known only when all have been added up. A loss scale is what DeepSpeed divides
+        # gradients and their norm by; it would also multiply the losses, so it is 1 while they are added up.
+        optimizer = self._engine.optimizer
+        optimizer.override_loss_scale(float(max(1, num_tokens)))
+        self._engine.step()
+        optimizer.override_loss_scale(1.0)
+        return float(self._engine.get_global_grad_norm())
+
+    def discard(self, num_tokens: int) -> float:
+        """Do as `step` does, but leave the weights as they are."""
+        with paused(self._optimizer):
+            return self.step(0.0, num_tokens)
+
+    @contextmanager
+    def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Give whole parameters by Hugging Face name; under ZeRO-3 they are gathered while the context lasts."""
+        chosen = {name: self._parameters[name] for name in names}
+        is_sharded = self._zero_stage == 3
+        with deepspeed.zero.GatheredParameters(list(chosen.values())) if is_sharded else nullcontext():
+            yield {name: parameter.detach() for name, parameter in chosen.items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return a copy, in host memory, of this rank's master weights and their optimizer state."""
+        found = self._engine.optimizer.state_dict()
+        return host_copy(flatten(self._masters(), found[self._keys.optimizer]["state"]))
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a snapshot of a group with the same number of ranks and the same stage.
+
+        What is no tensor in DeepSpeed's own state (loss scaler, slices, settings) stays that of this engine.
+
+        Raises:
+            CheckpointError: it is of another model or optimizer.
+        """
+        weights, values = unflatten(state, self._masters())
+        optimizer = self._engine.optimizer
+        found = optimizer.state_dict()
+        found[self._keys.weights] = weights
+        found[self._keys.optimizer] = {**found[self._keys.optimizer], "state": values}
+        if self._zero_stage == 3:
+            optimizer.checkpoint_event_prologue()
+        optimizer.load_state_dict([found] * self.world_size, load_from_fp32_weights=True)
+        if self._zero_stage == 3:
+            optimizer.checkpoint_event_epilogue()
+        else:
+            optimizer.update_lp_params()  # the weights that compute, from the masters of all ranks
+
+    def _masters(self) -> list[Tensor]:
+        """Return the fp32 weights that this rank's optimizer updates, with the padding of their partition."""
+        optimizer = self._engine.optimizer
+        is_sharded = self._zero_stage == 3
+        masters = optimizer.fp32_partitioned_groups_flat if is_sharded else optimizer.single_partition_of_fp32_groups
+        return list(masters)
+
+
+def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | PausableCPUAdam:
+    """Return the optimizer for where its state is; offloaded parameters alone leave it, and the masters, on the GPU."""
+    settings = adamw_settings(config)
+    if config.offload_optimizer == "cpu":
+        return PausableCPUAdam(student.parameters(), **settings)
+    return PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
+
+
+def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration for the learner's section.
+
+    The micro-batch counts are placeholders: batches come already cut, and the engine is told which one is the last.
+    """
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters == "cpu":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_gradient_norm,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        # Sums over micro-batches and ranks stay in fp32 whatever the parameters are.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # ours is AdamW with a pause
+        "steps_per_print": 1 << 62,
+    }
+
+
+def _shard(student: Student, zero: dict[str, Any]) -> None:
+    """Leave each rank its part of every parameter, one parameter after the other, and bring the buffers to its device.
+
+    DeepSpeed would bring the whole student to every GPU before it shards it.
+    """
+    deepspeed.zero.Init(module=student, config_dict_or_path=zero)
+    device = deepspeed.accelerator.get_accelerator().current_device_name()
+    for buffer in student.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def _skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce on CPU.
+
+    Only its inference engine calls that op; building it takes a C++ compiler, and longer than a demo's training step.
+    On a GPU DeepSpeed has no such op, and looking at the list would make it try compilers for all of its CUDA ops.
+    """
+    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,120 @@
+"""Starts the Triton kernels over rows of logits; only this file and `row_kernels` import triton."""
+
+import subprocess
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import triton
+from torch import Tensor
+from triton.errors import TritonError
+
+from learner.loss.kernels.interface import Comparison, Divergence, Look, Normaliser
+from learner.loss.kernels.triton_kernels import (
+    COMPARISON_FIELDS,
+    LOOK_FIELDS,
+    compare_kernel,
+    gradient_kernel,
+    look_kernel,
+    probabilities_kernel,
+)
+
+# Untuned: compiled for Hopper, they leave the kernel with the most registers three programs per multiprocessor.
+BLOCK = 2048  # logits per tile
+NUM_WARPS = 8
+
+
+@dataclass(frozen=True)
+class TritonKernels:
+    """`fused.RowKernels` for the tensors of one kind of device."""
+
+    # Triton's own, those of its compilers, and, where it finds no C compiler for its launchers, the system's.
+    errors: ClassVar[tuple[type[Exception], ...]] = (
+        TritonError,
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+        OSError,
+        subprocess.SubprocessError,
+    )
+
+    device_type: str = "cuda"
+    block: int = BLOCK
+    num_warps: int = NUM_WARPS
+
+    def takes(self, logits: Tensor) -> bool:
+        """Return whether the kernels can work on these logits."""
+        is_here = logits.device.type == self.device_type and logits.dtype == torch.float32
+        return is_here and len(logits) > 0 and logits.stride(-1) == 1
+
+    def look(self, logits: Tensor) -> Look:
+        """Read each row once."""
+        count, vocabulary = logits.shape
+        table = logits.new_empty(LOOK_FIELDS, count)
+        look_kernel[(count,)](
+            logits, table, logits.stride(0), count, vocabulary, BLOCK=self.block, num_warps=self.num_warps
+        )
+        return Look(Normaliser(table[0], table[1]), table[2])
+
+    def write_probabilities(self, logits: Tensor, whole: Normaliser, factors: Tensor) -> None:
+        """Overwrite the logits by their probabilities times a factor per row, [n]."""
+        count, vocabulary = logits.shape
+        tiles = triton.cdiv(vocabulary, self.block)
+        probabilities_kernel[(count * tiles,)](
+            logits,
+            torch.stack([whole.peak, whole.log_sum, factors]),
+            logits.stride(0),
+            count,
+            vocabulary,
+            tiles,
+            BLOCK=self.block,
+            num_warps=self.num_warps,
+        )
+
+    def compare(self, logits: Tensor, target: Tensor, divergence: Divergence) -> Comparison:
+        """Compare with a target's logits [n, width], float32 or bfloat16, over the student's first tokens."""
+        assert target.stride(-1) == 1, "a head's logits lie row by row"
+        count, vocabulary = logits.shape
+        table = logits.new_empty(COMPARISON_FIELDS, count)
+        compare_kernel[(count,)](
+            logits,
+            target,
+            table,
+            logits.stride(0),
+            target.stride(0),
+            count,
+            vocabulary,
+            target.shape[-1],
+            divergence.parameter,
+            NAME=divergence.name,
+            BLOCK=self.block,
+            num_warps=self.num_warps,
+        )
+        student, shared, goal = (Normaliser(table[row], table[row + 1]) for row in (0, 3, 5))
+        return Comparison(Look(student, table[2]), shared, goal, table[7], table[8])
+
+    def write_gradient(
+        self, logits: Tensor, target: Tensor, divergence: Divergence, comparison: Comparison, weights: Tensor
+    ) -> None:
+        """Overwrite the logits by the weighted divergences' gradient; weights are [n]."""
+        count, vocabulary = logits.shape
+        tiles = triton.cdiv(vocabulary, self.block)
+        shared, goal = comparison.shared, comparison.target
+        table = torch.stack(
+            [shared.peak, shared.log_sum, goal.peak, goal.log_sum, comparison.mean, weights * divergence.factor]
+        )
+        gradient_kernel[(count * tiles,)](
+            logits,
+            target,
+            table,
+            logits.stride(0),
+            target.stride(0),
+            count,
+            vocabulary,
+            target.shape[-1],
+            divergence.parameter,
+            tiles,
+            NAME=divergence.name,
+            BLOCK=self.block,
+            num_warps=self.num_warps,
+        )

@@ -1,0 +1,93 @@
+"""The passes over logits: in blocks of rows, with the same scratch memory for every block.
+
+On a CPU a block stays in the cache, and scratch that is allocated anew for every block costs more in page faults than
+the arithmetic does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.loss.divergences import LOWEST_LOGPROB
+from learner.loss.kernels.interface import FusedSoftmax, RowKernels, fused_softmax
+from learner.loss.tokens import StudentFacts
+
+CPU_BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: some blocks fit the shared cache, and every thread has a row
+GPU_BLOCK_ELEMENTS = 1 << 27  # 512 MiB of float32: bounds the scratch; launches no longer matter
+GROUP = 128  # logits per group in the search for the k-th largest
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The student's probabilities, and what has been read off on the way to them."""
+
+    probabilities: Tensor  # [n, vocabulary], in the memory of the logits
+    logprobs: Tensor  # [n, ids] of the tokens asked for
+    entropy: Tensor  # [n] in nats
+
+    def gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Turn the gradient by log-probabilities of ids [n, m] into that by all logits, in the probabilities' memory.
+
+        A log-probability's derivative by the logits is its one-hot vector minus the probabilities.
+        """
+        return self.probabilities.mul_(-gradient.sum(-1, keepdim=True)).scatter_add_(-1, ids, gradient)
+
+
+def softmax_of(logits: Tensor, ids: Tensor) -> Softmax:
+    """Overwrite the logits by their probabilities, and read off the log-probabilities of ids [n, m] and the entropy."""
+    logprobs, entropy = logits.new_empty(ids.shape), logits.new_empty(len(logits))
+    blocks = row_blocks(logits)
+    scratch = torch.empty_like(logits[blocks[0]])
+    for rows in blocks:
+        block = log_softmax(logits[rows], scratch)
+        torch.gather(block, -1, ids[rows], out=logprobs[rows])
+        torch.exp(block, out=logits[rows])
+        entropy[rows] = -torch.linalg.vecdot(logits[rows], block)
+    return Softmax(logits, logprobs, entropy)
+
+
+def any_softmax(logits: Tensor, ids: Tensor, kernels: RowKernels | None) -> Softmax | FusedSoftmax:
+    """Return `softmax_of`, by kernels if there are some that take the logits."""
+    if kernels is None or not kernels.takes(logits):
+        return softmax_of(logits, ids)
+    return fused_softmax(kernels, logits, ids)
+
+
+def student_facts(logits: Tensor, target_ids: Tensor, kernels: RowKernels | None = None) -> StudentFacts:
+    """Read off what a first pass needs, for written tokens [n]; float32 logits are overwritten."""
+    softmax = any_softmax(at_least_float32(logits), target_ids[:, None], kernels)
+    return StudentFacts(softmax.logprobs[:, 0], softmax.entropy)
+
+
+def kth_largest(logits: Tensor, k: int) -> Tensor:
+    """Return the k-th largest logit of each row, [n]; `topk` over the whole vocabulary is many times slower on a CPU.
+
+    The k largest lie in the k groups with the largest maxima, or are matched there by equal values.
+    """
+    num_rows, vocabulary = logits.shape
+    num_groups = vocabulary // GROUP
+    if num_groups <= k:
+        return logits.topk(min(k, vocabulary), dim=-1).values[:, -1]
+    grouped = logits[:, : num_groups * GROUP].unflatten(-1, (num_groups, GROUP))
+    best = grouped.amax(-1).topk(k, dim=-1, sorted=False).indices
+    members = grouped.gather(1, best[..., None].expand(num_rows, k, GROUP)).flatten(1)
+    return torch.cat([members, logits[:, num_groups * GROUP :]], dim=-1).topk(k, dim=-1).values[:, -1]
+
+
+def log_softmax(logits: Tensor, out: Tensor) -> Tensor:
+    """Write log-probabilities, at least LOWEST_LOGPROB, into the first rows of out and return these."""
+    logprobs = out[: len(logits), : logits.shape[-1]]
+    return torch.log_softmax(logits, -1, out=logprobs).clamp_(min=LOWEST_LOGPROB)
+
+
+def row_blocks(values: Tensor) -> list[slice]:
+    """Cut the rows of [n, vocabulary] into blocks, the first being the largest; at least one, if an empty one."""
+    elements = CPU_BLOCK_ELEMENTS if values.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    size = max(1, elements // values.shape[-1])
+    return [slice(start, min(start + size, len(values))) for start in range(0, max(1, len(values)), size)]
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return the values in float32, or in float64 where they have it."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()

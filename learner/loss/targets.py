@@ -1,0 +1,44 @@
+"""The target of a term: log target = the sum of coefficient times log-probability over its models, then normalised.
+
+One model of coefficient 1 is its own target. Otherwise the normaliser runs over what is compared:
+
+- written tokens have none, for a constant of the position is a baseline in a policy gradient;
+- renormalised candidates are normalised over themselves, which is exact;
+- candidates with a tail, and generalized ones, are normalised over candidates and tail, each model's tail being mixed
+  like a token. That is exact where the coefficients sum to 1 and the models agree on how the tail's tokens compare;
+- the whole vocabulary is normalised exactly.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from learner.loss.divergences import EXCLUDED, LOWEST_LOGPROB, to_buckets, with_tail
+
+
+def log_linear(target: Mapping[str, float], logprobs: Mapping[str, Tensor]) -> Tensor:
+    """Return the sum of coefficient times log-probability, not normalised; -inf scores count as LOWEST_LOGPROB."""
+    terms = [share * logprobs[model].clamp(min=LOWEST_LOGPROB) for model, share in target.items() if share]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+def target_buckets(
+    target: Mapping[str, float], logprobs: Mapping[str, Tensor], inside: Tensor | None, truncation: str
+) -> Tensor:
+    """Return the target's log-probabilities of the buckets that `to_buckets` makes of the student's."""
+    mixed = log_linear(target, logprobs)
+    if truncation == "renormalized" or is_one_model(target):
+        return to_buckets(mixed, inside, truncation)
+    tails = {model: with_tail(_kept(logprobs[model].clamp(min=LOWEST_LOGPROB), inside))[..., -1:] for model in target}
+    buckets = torch.cat([_kept(mixed, inside), log_linear(target, tails)], dim=-1).log_softmax(-1)
+    return buckets if truncation == "tail" else buckets[..., :-1]
+
+
+def is_one_model(target: Mapping[str, float]) -> bool:
+    """Return whether the target is just the distribution of one model."""
+    return [share for share in target.values() if share] == [1.0]
+
+
+def _kept(logprobs: Tensor, inside: Tensor | None) -> Tensor:
+    return logprobs if inside is None else logprobs.masked_fill(~inside, EXCLUDED)

@@ -1,0 +1,253 @@
+"""Attention over trajectories packed one after the other: each token sees its own trajectory and nothing else.
+
+transformers' own way with packed rows (`learner.attention = "masked"`) builds a mask of [rows, length, length], which
+keeps CUDA's flash kernels away. Here the tokens of a micro-batch stand in one row without padding, and a kernel is told
+where the trajectories begin; memory grows with the tokens, not with their square.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from cluster.config.stages import Attention
+from cluster.contracts.errors import ModelError
+
+PACKED = "preceptor_packed"  # how transformers knows `packed_attention`
+HALF_PRECISION = (torch.bfloat16, torch.float16)  # what the flash kernels take
+KERNEL_TOLERANCE = 0.03  # of the norm; bfloat16 makes errors of about 0.005, a wrong mask of more than 0.1
+PROBE_LENGTHS = (5, 3)
+USUAL_WIDTH = 64  # of a head, where a model does not say
+# What some models ask of their attention that the kernels here are not told.
+UNKNOWN_WISHES = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+@dataclass(frozen=True)
+class LengthGroup:
+    """Trajectories of which none is twice as long as another, padded at the end to the longest."""
+
+    tokens: Tensor  # [trajectories, longest] int64: which token stands there; at padding, the trajectory's last
+    real: Tensor  # [tokens of the group] int64: places in the flattened `tokens` that are no padding
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the trajectories of a packed row begin.
+
+    Example:
+        >>> Segments.of([2, 3], torch.device("cpu")).boundaries.tolist()
+        [0, 2, 5]
+    """
+
+    longest: int
+    boundaries: Tensor  # [trajectories + 1] int32
+    groups: tuple[LengthGroup, ...]
+    order: Tensor  # [tokens] int64: where in the groups' tokens, one group after the other, each token is
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
+        """Describe trajectories of these lengths, each at least 1, in their order."""
+        boundaries = np.concatenate([[0], np.cumsum(lengths)])
+        doublings = np.array([(length - 1).bit_length() for length in lengths])
+        members = [np.flatnonzero(doublings == doubling) for doubling in np.unique(doublings)]
+        spans = [_padded(boundaries[found], np.array(lengths)[found]) for found in members]
+        order = np.argsort(np.concatenate([tokens.reshape(-1)[real] for tokens, real in spans]))
+        return cls(
+            longest=max(lengths),
+            boundaries=torch.from_numpy(boundaries.astype(np.int32)).to(device),
+            groups=tuple(LengthGroup(*(torch.from_numpy(part).to(device) for part in span)) for span in spans),
+            order=torch.from_numpy(order).to(device),
+        )
+
+
+# (query [tokens, heads, width], key [tokens, key_value_heads, width], value, whose width may be another, scale) to
+# [tokens, heads, width of the values]
+Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the attention of every layer is told of a micro-batch."""
+
+    segments: Segments
+    kernel: Kernel
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # [1, heads, tokens, width]
+    key: Tensor,  # [1, key_value_heads, tokens, width]
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packing: Packing | None = None,
+    **wishes: Any,
+) -> tuple[Tensor, None]:
+    """Attend within trajectories, as transformers calls it; without a packing, as for one sequence.
+
+    Raises:
+        ModelError: the model asks for something that the kernels do not do.
+    """
+    if packing is None:
+        arguments = (module, query, key, value, attention_mask)
+        return sdpa_attention_forward(*arguments, scaling=scaling, **wishes)
+    asked = [name for name in UNKNOWN_WISHES if wishes.get(name) is not None]
+    if asked:
+        raise ModelError(
+            f"learner: {type(module).__name__} asks its attention for {asked[0]}, which packed attention does not do; "
+            'set learner.attention = "masked"'
+        )
+    rows = tuple(part[0].transpose(0, 1) for part in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # ZeRO stage 3 leaves the model in host memory until it is sharded, and its forward is checked there.
+    kernel = packing.kernel if query.device.type != "cpu" else grouped
+    return kernel(rows[0], rows[1], rows[2], packing.segments, scale).unsqueeze(0), None
+
+
+def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """Return the kernel for packed attention, or None for transformers' own way with a mask.
+
+    "auto" takes, on CUDA in half precision, the first of `flash`, `varlen` that is installed and agrees with `grouped`;
+    on CUDA otherwise `grouped`; and `masked` on CPU and for models with windows or caps.
+
+    Raises:
+        ModelError: a kernel was asked for by name that is not there or does not work here.
+    """
+    if wanted == "masked" or (wanted == "auto" and (device.type == "cpu" or not _is_plain(model_config))):
+        return None
+    widths = head_widths(model_config)
+    if wanted == "auto":
+        tried = ("flash", "varlen") if dtype in HALF_PRECISION else ()
+        flash = [name for name in tried if not fault_of(name, device, dtype, widths)]
+        return KERNELS[flash[0] if flash else "grouped"]()
+    if fault := fault_of(wanted, device, dtype, widths):
+        raise ModelError(f'learner.attention = "{wanted}" does not work here: {fault}; take "auto" or "grouped"')
+    return KERNELS[wanted]()
+
+
+def head_widths(model_config: Any) -> tuple[int, int]:
+    """Return how wide a head's queries and keys are, and its values; latent attention has two numbers."""
+    text = model_config.get_text_config()
+    heads, hidden = (getattr(text, name, None) for name in ("num_attention_heads", "hidden_size"))
+    width = getattr(text, "head_dim", None) or (hidden // heads if hidden and heads else USUAL_WIDTH)
+    return getattr(text, "qk_head_dim", None) or width, getattr(text, "v_head_dim", None) or width
+
+
+def fault_of(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> str | None:
+    """Say why a kernel cannot be used, after a forward and backward of two short sequences; None if it can.
+
+    Flash kernels take a multiple of 8 as a head's width, and the same for its values.
+    """
+    try:
+        found = _probe(KERNELS[name](), device, dtype, widths)
+    except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
+        # Of torch's page about backends, the first sentence.
+        return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+    expected = _probe(grouped, device, dtype, widths)
+    # Not Python's `max`, which may pass over what is not a number.
+    off = torch.stack([(one - other).norm() / other.norm() for one, other in zip(found, expected, strict=True)]).max()
+    return None if off <= KERNEL_TOLERANCE else f"it differs from plain attention by {off:.1%}"
+
+
+def register_packed_attention() -> str:
+    """Let transformers find `packed_attention`; return the name to load a model with."""
+    AttentionInterface.register(PACKED, packed_attention)
+    return PACKED
+
+
+def grouped(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Attend by torch's attention, once per group of trajectories of similar length.
+
+    Padding stands at the end, where causal attention never looks from a real token, so no mask is needed.
+    """
+    share = query.shape[1] // key.shape[1]
+    # The kernel for float32 wants as many heads of each; the other one, without a mask, does not.
+    repeated = [part if share == 1 else part.repeat_interleave(share, 1) for part in (key, value)]
+    results = []
+    for group in segments.groups:
+        q, k, v = (part[group.tokens].transpose(1, 2) for part in (query, *repeated))
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        results.append(found.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
+    return torch.cat(results).index_select(0, segments.order)
+
+
+def _flash() -> Kernel:
+    """Return FlashAttention's own kernel.
+
+    Raises:
+        ImportError: flash-attn is not installed, or was built for another torch.
+    """
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+        bounds, longest = segments.boundaries, segments.longest
+        found: Tensor = flash_attn_varlen_func(
+            query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
+        )
+        return found
+
+    return attend
+
+
+def _varlen() -> Kernel:
+    """Return the kernel that comes with torch.
+
+    Raises:
+        ImportError: this torch has none that takes a scale.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        raise ImportError("torch.nn.attention.varlen takes a scale from torch 2.11 on")
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+        share = query.shape[1] // key.shape[1]
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
+        if share > 1 and "enable_gqa" in known:
+            options["enable_gqa"] = True
+        elif share > 1:
+            key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
+        bounds, longest = segments.boundaries, segments.longest
+        found = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+        assert isinstance(found, Tensor), "no auxiliary results are asked for"
+        return found
+
+    return attend
+
+
+KERNELS: dict[str, Callable[[], Kernel]] = {"flash": _flash, "varlen": _varlen, "grouped": lambda: grouped}
+
+
+def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, widths: tuple[int, int]) -> list[Tensor]:
+    """Return the outputs of two sequences, and the gradients by query, key and value; four heads share two keys."""
+    random = torch.Generator().manual_seed(0)
+    segments = Segments.of(PROBE_LENGTHS, device)
+    shapes = [(sum(PROBE_LENGTHS), heads, width) for heads, width in ((4, widths[0]), (2, widths[0]), (2, widths[1]))]
+    rows = [torch.randn(shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes]
+    with torch.enable_grad():
+        found = kernel(rows[0], rows[1], rows[2], segments, widths[0] ** -0.5)
+        gradients = torch.autograd.grad(found.square().sum() / 2, rows)
+    return [part.detach().float() for part in (found, *gradients)]
+
+
+def _is_plain(model_config: Any) -> bool:
+    """Return whether every layer attends to all earlier tokens, without caps."""
+    kinds = getattr(model_config, "layer_types", None) or ()
+    window = getattr(model_config, "sliding_window", None) if not kinds else None
+    caps = getattr(model_config, "attn_logit_softcapping", None)
+    return all(kind == "full_attention" for kind in kinds) and window is None and caps is None
+
+
+def _padded(starts: Any, lengths: Any) -> tuple[Any, Any]:
+    """Return a group's `tokens` and `real`."""
+    steps = np.arange(lengths.max())
+    tokens = starts[:, None] + np.minimum(steps, lengths[:, None] - 1)
+    return tokens, np.flatnonzero(steps < lengths[:, None])

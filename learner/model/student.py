@@ -1,0 +1,166 @@
+"""The student as the learner runs it: packed grids in, what an objective makes of their completion tokens out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import HeadDtype, LearnerConfig
+from cluster.contracts.errors import ModelError
+from cluster.models.lm_head import read_logit_scaling
+from cluster.models.model_files import load_model_config, looks_local
+from cluster.weight_sync.manifest import TensorSpec, WeightManifest
+from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch
+from learner.loss.objective import Objective
+from learner.model.attention import Kernel, Packing, Segments, choose_kernel, register_packed_attention
+from learner.model.completion_head import CompletionHead, Evaluation, TeacherHeads
+from learner.model.projection import LogitScaling
+
+HOST = torch.device("cpu")
+PROBE_LENGTHS = (5, 3)  # tokens of the two sequences that check the forward when a model is loaded
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probability
+
+
+def load_student(student: StudentConfig, config: LearnerConfig, device: torch.device = HOST) -> "Student":
+    """Read the model that learns.
+
+    Args:
+        student: the model.
+        config: how it learns.
+        device: where it will compute. Under ZeRO stage 3 it stays in host memory, until it is sharded.
+
+    Raises:
+        ModelError: it is missing or unreadable, or its forward is not one that the learner computes faithfully.
+    """
+    model_config = load_model_config(student.model, student.trust_remote_code)
+    _disable_dropout(model_config)
+    kernel = choose_kernel(config.attention, model_config, device, getattr(torch, config.dtype))
+    try:
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+            student.model,
+            config=model_config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="sdpa" if kernel is None else register_packed_attention(),
+            use_safetensors=True,  # anything else is a pickle, which can run code
+            output_loading_info=True,
+            trust_remote_code=student.trust_remote_code,
+            local_files_only=looks_local(student.model) and Path(student.model).is_dir(),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise ModelError(f"student '{student.model}': cannot load its weights: {reason}") from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"student '{student.model}': its safetensors lack {len(missing)} of its parameters, first '{missing[0]}'; "
+            "random ones would take their place, so save the whole model again"
+        )
+    model = Student(causal_lm, kernel, config.head_dtype).to("cpu" if config.zero_stage == 3 else device)
+    check_forward(model, student.model)
+    if config.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model
+
+
+class Student(nn.Module):
+    """Wraps a causal LM; parameters keep their Hugging Face names under `causal_lm`.
+
+    Args:
+        causal_lm: loaded with `packed_attention` if there is a kernel.
+        kernel: attends within trajectories; None: transformers masks what lies between them.
+        head_dtype: of the logits; None: float32 where it costs nothing.
+    """
+
+    def __init__(
+        self, causal_lm: PreTrainedModel, kernel: Kernel | None = None, head_dtype: HeadDtype | None = None
+    ) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.kernel = kernel
+        scaling = LogitScaling(*read_logit_scaling(causal_lm.config))
+        self.head = CompletionHead(causal_lm.get_output_embeddings(), scaling, head_dtype)
+        # ZeRO-3 leaves empty tensors in place of the parameters, so their shapes are noted before.
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in causal_lm.named_parameters()}
+
+    def manifest(self, dtype: str) -> WeightManifest:
+        """Describe every parameter as it travels in the given dtype; tied parameters appear once."""
+        return WeightManifest(tuple(TensorSpec(name, shape, dtype) for name, shape in self._shapes.items()))
+
+    def forward(
+        self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return Evaluation's fields as a plain tuple; without an objective, the losses are 0."""
+        hidden = self._masked(batch) if self.kernel is None else self._packed(batch, self.kernel)
+        results: tuple[Tensor, ...] = self.head(hidden, batch, objective, teacher_heads or {})
+        return results
+
+    def _masked(self, batch: MicroBatch) -> Tensor:
+        """Return the hidden states that predict completion tokens, from the whole grid."""
+        decoded = self.causal_lm.get_decoder()(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        )
+        return decoded.last_hidden_state.flatten(0, 1).index_select(0, batch.predicting)
+
+    def _packed(self, batch: MicroBatch, kernel: Kernel) -> Tensor:
+        """Return the same from one row of all tokens, without the grid's padding."""
+        ids, positions = (part.flatten()[batch.places][None] for part in (batch.input_ids, batch.position_ids))
+        packing = Packing(Segments.of(batch.lengths, ids.device), kernel)
+        decoded = self.causal_lm.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, packing=packing)
+        predicting = torch.searchsorted(batch.places, batch.predicting)
+        return decoded.last_hidden_state[0].index_select(0, predicting)
+
+
+def check_forward(student: Student, name: str) -> None:
+    """Compare log-probabilities of two packed sequences with those of the model's own forward on each alone.
+
+    Raises:
+        ModelError: they differ: packed sequences see each other, or the model treats its logits in an unknown way.
+    """
+    rows = [_probe_row(length, len(student.head.weight)) for length in PROBE_LENGTHS]
+    device = student.head.weight.device
+    with torch.no_grad(), _in_eval_mode(student):
+        packed = Evaluation(*student(build_micro_batch(((0, 1),), rows, seed=0).to(device))).logprobs
+        sequences = [torch.from_numpy(row.token_ids).to(device) for row in rows]
+        alone = torch.cat([_logprobs_alone(student.causal_lm, token_ids) for token_ids in sequences])
+    difference = (packed - alone).abs().max().item()
+    if not difference <= PROBE_TOLERANCE[student.head.weight.dtype]:
+        raise ModelError(
+            f"student '{name}': log-probabilities of two packed sequences differ by {difference:.2g} from those of its "
+            "own forward on each alone; the learner supports decoder-only attention models whose logits are scaled by "
+            "logit_scale, logits_scaling or final_logit_softcapping"
+        )
+
+
+def _logprobs_alone(causal_lm: PreTrainedModel, token_ids: Tensor) -> Tensor:
+    logits = causal_lm(input_ids=token_ids.unsqueeze(0), use_cache=False).logits[0].float()
+    return logits[:-1].log_softmax(-1).gather(-1, token_ids[1:].unsqueeze(-1)).squeeze(-1)
+
+
+def _probe_row(length: int, vocabulary: int) -> Trajectory:
+    token_ids = ((1 + torch.arange(length) * 7) % vocabulary).numpy()
+    loss_mask = (torch.arange(length) > 0).numpy()
+    nothing = torch.zeros(length - 1).numpy()
+    no_candidates = nothing[:, None][:, :0]
+    return Trajectory(0, "", 0.0, token_ids, loss_mask, nothing, no_candidates, no_candidates, {}, {}, nothing[:0], {})
+
+
+@contextmanager
+def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+    was_training = module.training
+    module.eval()
+    yield
+    module.train(was_training)
+
+
+def _disable_dropout(model_config: Any) -> None:
+    """Set every dropout rate to 0: the student must give its samples the probability that the rollout worker gave."""
+    for key, value in vars(model_config).items():
+        if isinstance(value, float) and ("dropout" in key or key.endswith("_pdrop")):
+            setattr(model_config, key, 0.0)

@@ -1,0 +1,231 @@
+"""The sending end of a weight sync from card to card, over vLLM's `nccl` and `ipc` engines.
+
+The weights are gathered, cast and sent bucket by bucket through one buffer, which is all the memory that it takes.
+vLLM's engines compare no checksum, so the report's is empty. It has not run on a GPU yet (docs/gpu.md).
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from cluster.config.stages import WeightSyncConfig
+from cluster.contracts.errors import ActorDiedError, WeightSyncError
+from cluster.weight_sync.manifest import WeightSyncReport, plan_buckets, total_bytes
+from learner.engines.base import TrainEngine
+from learner.rendezvous import free_port
+from learner.weight_sync.gpu_links import IpcLink, Link, NcclLink, gather_from_ranks
+from learner.weight_sync.object_store import Bucket, fill
+from learner.weight_sync.recipients import Audience
+
+LOOK_SECONDS = 1.0  # how long NCCL may wait for the workers before they are looked at
+
+_log = logging.getLogger("preceptor")
+
+
+class VllmSender:
+    """Sends all weights through one buffer on the card; the connection opens with the first publication.
+
+    Args:
+        engine: holds the weights.
+        config: how large the buffer is; a tensor that is larger makes it larger.
+        dtype: what travels; the rollout engines' own.
+        timeout_seconds: for each answer of the workers.
+        make_link: makes this rank's link from the buffer; all ranks call it together.
+        listen: makes an update's audience.
+        end_process: ends this rank for good.
+    """
+
+    def __init__(
+        self,
+        engine: TrainEngine,
+        config: WeightSyncConfig,
+        dtype: str,
+        timeout_seconds: float,
+        make_link: Callable[[Tensor], Link],
+        listen: Callable[[Sequence[ActorHandle], float], Audience] = Audience,
+        end_process: Callable[[int], Any] = os._exit,
+    ) -> None:
+        self._engine, self._listen, self._end_process = engine, listen, end_process
+        self._timeout_seconds = timeout_seconds
+        self._make_link = make_link
+        self._buckets = list(plan_buckets(engine.student.manifest(dtype).tensors, config.bucket_bytes))
+        self._link: Link | None = None
+        self._buffer: Tensor
+        self._connected: list[ActorHandle] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="card-link")  # of what may wait for ever
+
+    def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
+        """Send everything and return when every worker runs on it; all ranks call this together.
+
+        Raises:
+            WeightSyncError: the connection cannot be made.
+        """
+        started = time.perf_counter()
+        if self._link is None:
+            # Here and not before: the card has the least room while the engines start.
+            self._buffer = torch.empty(max(map(total_bytes, self._buckets)), dtype=torch.uint8, device=_device())
+            self._link = self._make_link(self._buffer)
+        if self._link.is_read_in_place and torch.cuda.is_available():
+            # What training left in torch's cache: engines that slept meanwhile take their memory again.
+            torch.cuda.empty_cache()
+        update = self._begin(self._link, workers) if self._engine.rank == 0 else None
+        for bucket in self._buckets:
+            self._fill(self._link, bucket)
+            self._link.settle()
+            if update is not None:
+                update.send(bucket, self._buffer[: total_bytes(bucket)])
+            if self._link.is_read_in_place:
+                self._link.settle()
+        paused_seconds = update.finish(policy_version) if update is not None else None
+        num_bytes = sum(map(total_bytes, self._buckets))
+        return WeightSyncReport(policy_version, "", num_bytes, time.perf_counter() - started, paused_seconds)
+
+    def _fill(self, link: Link, bucket: Bucket) -> None:
+        """Gather one bucket, with the other ranks, and leave it in the buffer if this rank's is read."""
+        # One bucket at a time: gathering the whole model under ZeRO-3 needs a second full copy on every rank.
+        with self._engine.full_parameters([tensor.name for tensor in bucket]) as parameters:
+            if link.fills_buffer:
+                fill(bucket, parameters, self._buffer)
+
+    def _begin(self, link: Link, workers: Sequence[ActorHandle]) -> "CardUpdate":
+        """Pause the workers, find out who lives, and connect with them."""
+        audience = self._listen(workers, self._timeout_seconds)
+        update = CardUpdate(link, audience, self._thread, self._end_process)
+        living = update.start()
+        if living and living != self._connected:
+            # A group spans a fixed set of workers; another set needs another.
+            self._connected = []
+            update.connect()
+            self._connected = living
+        return update
+
+
+class CardUpdate:
+    """One update, as rank 0 conducts it: every bucket is announced to the workers, then carried.
+
+    Args:
+        link: connected to the workers that `start` returns.
+        audience: the workers.
+        thread: where the link waits for them, while this one hears what goes wrong at their end.
+        end_process: ends this rank for good.
+    """
+
+    def __init__(
+        self, link: Link, audience: Audience, thread: ThreadPoolExecutor, end_process: Callable[[int], Any]
+    ) -> None:
+        self._link, self._audience, self._thread, self._end_process = link, audience, thread, end_process
+        self._receiving: dict[int, Any] = {}  # worker -> reference
+        self._paused = time.perf_counter()
+        self._num_workers = 0
+
+    def start(self) -> list[ActorHandle]:
+        """Pause the workers and return those that live."""
+        self._ask("start_weight_update", ())
+        self._num_workers = len(self._audience.workers)
+        return list(self._audience.workers.values())
+
+    def connect(self) -> None:
+        """Open both ends at once: each waits for the others."""
+        invitations = self._link.invite(self._num_workers)
+        self._receiving = self._audience.call(
+            "init_weight_transfer", dict(zip(self._audience.workers, invitations, strict=True))
+        )
+        self._beside(self._link.open)
+        self._await("open the weight transfer")
+
+    def send(self, bucket: Bucket, payload: Tensor) -> None:
+        """Let the workers receive what lies in the buffer; with NCCL they read it while the next bucket is made."""
+        self._await("receive a bucket of weights")
+        if not self._audience.workers:
+            return
+        message = self._link.update_message(bucket)
+        self._receiving = self._audience.call("update_weights", dict.fromkeys(self._audience.workers, message))
+        self._beside(lambda: self._link.carry(payload))
+        if self._link.is_read_in_place:
+            self._await("receive a bucket of weights")
+
+    def finish(self, policy_version: int) -> float:
+        """Wait until every worker runs on the new weights; return for how many seconds generation stood still."""
+        self._await("receive the last bucket of weights")
+        self._ask("finish_weight_update", policy_version)
+        return time.perf_counter() - self._paused
+
+    def _ask(self, verb: str, argument: Any) -> None:
+        answers = self._audience.call(verb, dict.fromkeys(self._audience.workers, argument))
+        self._audience.answers(answers, f"answer {verb}")
+
+    def _await(self, what_for: str) -> None:
+        self._audience.answers(self._receiving, what_for)
+        self._receiving = {}
+        if len(self._audience.workers) < self._num_workers and not self._link.is_read_in_place:
+            self._end()
+
+    def _beside(self, act: Callable[[], None]) -> None:
+        """Do what may wait for the workers for ever, as NCCL does, and look at them meanwhile.
+
+        Raises:
+            PreceptorError: what went wrong, at either end.
+        """
+        acting = self._thread.submit(_on_this_stream(act))
+        while not wait([acting], LOOK_SECONDS).done:
+            try:
+                self._audience.look(self._receiving)
+            except ActorDiedError:
+                self._end()
+                return
+        acting.result()
+
+    def _end(self) -> None:
+        # NCCL waits on this card, and on those of the living workers, for a rank that is gone. Only the end of the
+        # processes ends that; the driver then goes back to the last checkpoint with new ones.
+        _log.error("a rollout worker died while weights were sent to it; this rank of the learner ends")
+        self._end_process(1)
+
+
+def nccl_link(engine: TrainEngine, tensor_parallel: int, bucket_bytes: int) -> Callable[[Tensor], Link]:
+    """Return what makes an NcclLink."""
+
+    def choose_address() -> tuple[str, int]:
+        return ray.util.get_node_ip_address(), free_port()
+
+    def make(buffer: Tensor) -> Link:
+        return NcclLink(engine.rank == 0, choose_address, tensor_parallel, max(bucket_bytes, buffer.numel()))
+
+    return make
+
+
+def ipc_link(buffer: Tensor) -> Link:
+    """Make an IpcLink.
+
+    Raises:
+        WeightSyncError: the buffer is not on a card.
+    """
+    if not buffer.is_cuda:
+        raise WeightSyncError('weight_sync.backend = "ipc" shares memory of a GPU, and the learner has none')
+    return IpcLink(buffer, str(torch.cuda.get_device_properties(buffer.device).uuid), gather_from_ranks)
+
+
+def _on_this_stream(act: Callable[[], None]) -> Callable[[], None]:
+    """Return what another thread can do in this one's place: each thread has a current stream of its own."""
+    if not torch.cuda.is_available():
+        return act
+    stream = torch.cuda.current_stream()
+
+    def act_there() -> None:
+        with torch.cuda.stream(stream):
+            act()
+
+    return act_there
+
+
+def _device() -> torch.device:
+    is_on_card = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if is_on_card else torch.device("cpu")

@@ -1,0 +1,56 @@
+"""The rollout workers that one weight update is told to."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.actors.calls import get
+from cluster.contracts.errors import ActorDiedError
+
+
+class Audience:
+    """Rollout workers by position. Those that die are passed over.
+
+    Whoever runs the pool learns of a death by itself and brings the weights to the next actor.
+
+    Args:
+        workers: the rollout actors.
+        timeout_seconds: for each answer.
+    """
+
+    def __init__(self, workers: Sequence[ActorHandle], timeout_seconds: float) -> None:
+        self.workers = dict(enumerate(workers))  # those that live
+        self._timeout_seconds = timeout_seconds
+
+    def call(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
+        """Call every worker that lives with its own argument; return the references."""
+        return {
+            position: getattr(worker, method).remote(arguments[position]) for position, worker in self.workers.items()
+        }
+
+    def look(self, references: Mapping[int, Any]) -> None:
+        """Return at once; of the answers that are there, raise what went wrong.
+
+        Raises:
+            ActorDiedError: a worker is gone.
+            PreceptorError: what a worker raised.
+        """
+        if references:
+            ready, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=0)
+            get(ready, self._timeout_seconds, "rollout workers")
+
+    def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
+        """Return the answers of the workers that live; from now on the others are passed over."""
+        try:
+            answers = get(list(references.values()), self._timeout_seconds, f"rollout workers to {what_for}")
+            return dict(zip(references, answers, strict=True))
+        except ActorDiedError:
+            found = {}
+            for position, reference in references.items():
+                with suppress(ActorDiedError):
+                    found[position] = get(reference, self._timeout_seconds, f"rollout worker {position} to {what_for}")
+            self.workers = {position: self.workers[position] for position in found}
+            return found

@@ -1,0 +1,95 @@
+"""Says whether a completion answers its prompt; pure functions from text to a reward of 0 or 1."""
+
+import asyncio
+import re
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from cluster.contracts.errors import ConfigError
+
+Verifier = Callable[[str, str], bool]
+MATH_SECONDS = 5
+
+
+def verify(kind: str, completion: str, answer: str, finish_reason: str) -> float:
+    """Return 1 if the completion is right, else 0; a completion that was cut off at its length limit is wrong.
+
+    Args:
+        kind: a key of VERIFIERS.
+        completion: the decoded completion without special tokens.
+        answer: what the prompt file gives: a text, a regular expression, or a mathematical expression.
+        finish_reason: why the completion ended; only "stop" can be right.
+    """
+    if finish_reason != "stop":
+        return 0.0
+    return float(VERIFIERS[kind](completion.strip(), answer))
+
+
+def check_answer(kind: str, answer: str) -> None:
+    """Refuse an answer that its verifier could never use.
+
+    Raises:
+        ConfigError: the answer is not a valid regular expression, or holds no mathematical expression.
+    """
+    if kind == "regex":
+        try:
+            re.compile(answer)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"answer {answer!r} is not a regular expression: {error}") from error
+    elif kind == "math" and not _parse(answer):
+        raise ConfigError(f"answer {answer!r} holds no mathematical expression")
+
+
+def is_exact(completion: str, answer: str) -> bool:
+    """Compare the whole texts, ignoring white space at the ends."""
+    return completion == answer.strip()
+
+
+def is_regex_match(completion: str, answer: str) -> bool:
+    """Match the whole completion against the answer as a regular expression; `.` also matches a line break."""
+    return re.fullmatch(answer, completion, re.DOTALL) is not None
+
+
+def is_math_equal(completion: str, answer: str) -> bool:
+    """Compare the completion's last mathematical expression with the answer's, by value (math-verify).
+
+    What takes longer than MATH_SECONDS to read or to compare counts as wrong. Call it from a main thread.
+    """
+    from math_verify import verify as math_equal  # takes a second to import, which other verifiers need not wait for
+
+    expected, found = _parse(answer), _parse(completion)
+    return bool(math_equal(expected, found, timeout_seconds=MATH_SECONDS))
+
+
+def _parse(text: str) -> list[object]:
+    from math_verify import parse
+
+    return list(parse(text, parsing_timeout=MATH_SECONDS))
+
+
+VERIFIERS: dict[str, Verifier] = {"exact": is_exact, "regex": is_regex_match, "math": is_math_equal}
+
+
+SLOW_VERIFIERS = frozenset({"math"})
+
+
+class Judge:
+    """Gives rewards; owns at most one process, which starts with the first completion that needs it."""
+
+    def __init__(self) -> None:
+        self._process: ProcessPoolExecutor | None = None
+
+    async def reward(self, verifier: str, completion: str, answer: str, finish_reason: str) -> float:
+        """Return `verify`'s reward without holding up the event loop."""
+        if verifier not in SLOW_VERIFIERS:
+            return verify(verifier, completion, answer, finish_reason)
+        if self._process is None:
+            self._process = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._process, verify, verifier, completion, answer, finish_reason)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.shutdown(wait=False, cancel_futures=True)

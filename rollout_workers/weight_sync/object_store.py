@@ -1,0 +1,228 @@
+"""The receiving end of a weight sync: a weight-transfer engine that vLLM runs beside the model.
+
+vLLM's worker is no Ray process and cannot fetch an object, so the rollout actor passes where each bucket can be mapped;
+the receiver maps it, checks it, and loads its parameters into the model. Of changes it first makes whole parameters,
+from a copy that it keeps: vLLM repacks weights for its kernels, so nothing can be changed in place there.
+
+A fault is recorded instead of raised: an exception here would reach the actor as text without a class, and would leave
+vLLM's update half open. `WeightReport.finish_and_report` hands the outcome to the actor.
+"""
+
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from cluster.weight_sync.delta import Bytes, WeightCopy, parts
+from cluster.weight_sync.manifest import checksum, new_digest
+
+BACKEND = "object_store"
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ReceivedWeights:
+    """What one worker received in one update."""
+
+    checksum: str  # of all bytes of all parameters, in order
+    fault: str | None  # a sentence, or None when every parameter arrived intact
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing needs to be opened."""
+
+
+@dataclass
+class Bucket(WeightTransferUpdateInfo):
+    """Consecutive parameters, whole, or as what changed since `base_version` (see `cluster.weight_sync.delta`)."""
+
+    names: list[str]  # as in the Hugging Face checkpoint
+    dtypes: list[str]  # keys of TORCH_DTYPES
+    shapes: list[list[int]]
+    checksum: str  # of all the update's bytes to the end of this bucket; of changes: of this bucket's bytes
+    path: str  # names the memory while the actor holds it
+    num_bytes: int
+    offset: int = 0  # of the bytes in the file
+    encodings: list[str] = field(default_factory=list)  # per parameter; empty: all whole, without gaps
+    num_values: list[int] = field(default_factory=list)  # per parameter, that come
+    base_version: int | None = None  # policy version to which the changes apply; None: all whole
+    kept_as: int | None = None  # policy version as which the parameters are kept for the next changes; None: not kept
+
+
+class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
+    """Loads buckets of checkpoint-format parameters from shared memory."""
+
+    init_info_cls = InitInfo
+    update_info_cls = Bucket
+
+    def __init__(self, *arguments: Any) -> None:  # what vLLM's releases pass differs; all end with the model
+        super().__init__(*arguments)
+        # Read before the first update: while one runs, vLLM gives tied layers parameters of their own.
+        self._model_names = {name for name, _ in self.model.named_parameters()}
+        self._tied_layers = tied_layers(self.model)
+        self._copy = WeightCopy()
+        self.begin()
+
+    @property
+    def received(self) -> ReceivedWeights:
+        """Return the outcome of the last update."""
+        return ReceivedWeights(self._digest.hexdigest(), self._faults[0] if self._faults else None)
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Do nothing: every bucket says where it is."""
+
+    def begin(self) -> None:
+        """Forget the update before."""
+        self._digest = new_digest()
+        self._faults: list[str] = []
+        self._received_names: set[str] = set()  # Hugging Face names
+        self._loaded_names: set[str] = set()  # vLLM names
+        self._arriving_version: int | None = None
+
+    def start_weight_update(self) -> None:
+        """Make the model's layers take checkpoint-format parameters again, as when it was first loaded."""
+        initialize_layerwise_reload(self.model)  # vLLM 0.24 does this itself, and finishes itself
+
+    def receive_weights(self, update_info: Bucket, load_weights: Callable[..., Any] | None = None) -> None:
+        """Check one bucket and load it; after a fault the rest of the update is left alone.
+
+        Args:
+            update_info: the bucket.
+            load_weights: the model's own; only vLLM 0.24 passes it.
+        """
+        memory = map_memory(update_info)
+        fault = self._fault_of(update_info, memory)
+        if fault is not None:
+            self._faults.append(fault)
+        if self._faults:
+            return
+        self._arriving_version = update_info.kept_as
+        self._received_names.update(update_info.names)
+        try:
+            self._loaded_names.update(self.model.load_weights(self._parameters(update_info, memory)) or ())
+        except (KeyError, ValueError, RuntimeError, AssertionError) as error:  # unknown name, or wrong shape
+            self._faults.append(f"the model does not take one of {update_info.names}: {error}")
+
+    def finish_weight_update(self) -> None:
+        """Repack the layers for the kernels."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def end(self) -> None:
+        """Look for parameters that never came, and repack what the layerwise reload leaves out."""
+        if not self._faults:
+            missing = missing_parameters(
+                self._model_names,
+                self._loaded_names,
+                self._received_names,
+                getattr(self.model, "packed_modules_mapping", {}),
+            )
+            if missing:
+                self._faults.append(f"the update lacks {', '.join(missing)}")
+        if self._faults or self._arriving_version is None:
+            self._copy.forget()
+        else:
+            self._copy.version = self._arriving_version
+        for layer in self._tied_layers:
+            # On CPU a tied lm_head multiplies with a packed copy of the embedding. No weights arrive under its own
+            # name, so vLLM 0.32 leaves the copy as it was, and the model goes on answering with the old lm_head.
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, UnquantizedEmbeddingMethod):
+                method.process_weights_after_loading(layer)
+
+    def shutdown(self) -> None:
+        """Do nothing: nothing stays open."""
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Refuse: vLLM 0.24 wants the sending end here, and ours is the learner's."""
+        raise NotImplementedError
+
+    def _fault_of(self, bucket: Bucket, memory: Bytes) -> str | None:
+        if self._checksum(bucket, memory) != bucket.checksum:
+            return f"the bucket that starts with {bucket.names[0]} was damaged on its way"
+        if bucket.base_version is not None and bucket.base_version != self._copy.version:
+            held = "none" if self._copy.version is None else f"version {self._copy.version}"
+            return f"changes since policy version {bucket.base_version} arrived where {held} is kept"
+        return None
+
+    def _checksum(self, bucket: Bucket, memory: Bytes) -> str:
+        if bucket.encodings:
+            return checksum([memory])
+        self._digest.update(memory.data)  # of whole parameters one digest says both: no byte is read twice
+        return self._digest.hexdigest()
+
+    def _parameters(self, bucket: Bucket, memory: Bytes) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the bucket's parameters whole, kept ones out of the copy."""
+        for part, shape in zip(parts(bucket), bucket.shapes, strict=True):
+            whole = memory[part.place] if bucket.kept_as is None else self._copy.take(part, memory)
+            if bucket.encodings:
+                self._digest.update(whole.data)
+            yield part.name, torch.from_numpy(whole).view(TORCH_DTYPES[part.dtype]).view(shape)
+
+
+def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers that use a parameter of an earlier layer."""
+    owners: dict[int, torch.nn.Module] = {}
+    return [
+        layer
+        for layer in model.modules()
+        for parameter in layer.parameters(recurse=False)
+        if owners.setdefault(id(parameter), layer) is not layer
+    ]
+
+
+def missing_parameters(
+    model_names: set[str], loaded_names: set[str], received_names: set[str], packed: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return the parameters that an update lacks, sorted.
+
+    vLLM packs some parameters into one (`qkv_proj` from `q_proj`, `k_proj`, `v_proj`) and reports the packed one as
+    loaded when any part came; the parts are therefore looked for one by one.
+
+    Args:
+        model_names: vLLM's names of all parameters.
+        loaded_names: vLLM's names of those that `load_weights` touched.
+        received_names: Hugging Face names of what came.
+        packed: from the last name of a packed module to its parts.
+    """
+    missing = sorted(model_names - loaded_names)
+    for name in sorted(loaded_names):
+        parts = _parts(name, packed)
+        arrived = [part for part in parts if part in received_names]
+        if arrived:
+            missing.extend(part for part in parts if part not in received_names)
+    return missing
+
+
+def _parts(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
+    pieces = name.split(".")
+    for position, piece in enumerate(pieces):
+        if piece in packed:
+            return [".".join([*pieces[:position], part, *pieces[position + 1 :]]) for part in packed[piece]]
+    return []
+
+
+def map_memory(bucket: Bucket) -> Bytes:
+    """Return the bucket's bytes, mapped for as long as a view of them lives.
+
+    vLLM keeps the views of a packed layer until its last part arrives, which may be in a later bucket.
+    """
+    skipped = bucket.offset % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
+    with Path(bucket.path).open("rb") as shared:
+        # A private mapping is writable for torch's sake; nothing writes, so no page is ever copied.
+        memory = mmap.mmap(
+            shared.fileno(), skipped + bucket.num_bytes, access=mmap.ACCESS_COPY, offset=bucket.offset - skipped
+        )
+    return np.frombuffer(memory, np.uint8)[skipped:]

@@ -1,0 +1,345 @@
+"""Asks every replica of every teacher about a few rows of the run, beside its work, and fences those that answer wrong.
+
+At the start, every N steps, and when a replica was started again. `checks.py` is the judge; this file
+sends the probes, collects the answers as they come and keeps each teacher's first ones. Nothing here waits but
+`finish`: whoever waits for the pools waits for `outstanding` too and calls `look` with what is ready.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+
+from cluster.actors.calls import get
+from cluster.actors.object_store import pack
+from cluster.config.objective import TEACHER
+from cluster.config.run_config import Config
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.errors import ActorError, ScoreError
+from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.trajectory import Ints
+from cluster.contracts.wire import from_wire
+from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Finding, Tolerance, judge
+from teacher_workers.audit.probes import MIN_SCORED_TOKENS, Probes, choose_rows, make_probes
+from teacher_workers.audit.reference import Origin, Reference, fingerprint, load_reference, save_reference
+
+HIDDEN_PER_NAT = 2.0  # a hidden state's tolerance: in bfloat16, two tenths of its length
+MAX_HIDDEN = 0.3  # unrelated states after the same norm are at least as far apart
+
+_log = logging.getLogger("preceptor")
+
+
+class AuditedPool(Protocol):
+    """What an audit needs of one teacher's pool."""
+
+    def serving(self) -> Mapping[int, str]:
+        """Return the replicas that serve now, and their names; one that was started again has another name."""
+
+    def ask(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Any]:
+        """Let one replica score a batch, and return references to the scored bytes and to their handle.
+
+        The handle's `reference` is the batch's wire bytes themselves: a few kilobytes that Ray sends with the call.
+        """
+
+    def fence(self, replica: int, reason: str) -> None:
+        """Give this replica no more batches, and send those that it has elsewhere."""
+
+
+@dataclass
+class AuditedTeacher:
+    """One teacher, and what is known of it."""
+
+    name: str
+    pool: AuditedPool
+    request: ScoreRequest
+    tolerance: Tolerance
+    origin: Origin
+    path: Path
+    rows: list[Ints] = field(default_factory=list)
+    reference: Reference | None = None
+    audited: set[str] = field(default_factory=set)  # replicas that have been asked at least once
+
+
+def audited_teacher(config: Config, name: str, pool: AuditedPool, folder: Path) -> AuditedTeacher:
+    """Describe a teacher of the run, with what earlier parts of the run kept of it.
+
+    Raises:
+        CheckpointError: its reference cannot be read.
+        ModelError: its files cannot be found.
+    """
+    teacher, request = config.teachers[name], audit_request(config, name)
+    engine = teacher.engine
+    # Quantised layers round what they multiply, so they are no more exact than the coarsest dtype.
+    nats = config.score_audit.tolerance_nats or AGREEMENT_NATS["bfloat16" if engine.quantization else engine.dtype]
+    tolerance = Tolerance(nats, min(MAX_HIDDEN, HIDDEN_PER_NAT * nats))
+    origin = Origin(teacher.model, engine.dtype, engine.quantization, fingerprint(teacher.model), request)
+    subject = AuditedTeacher(name, pool, request, tolerance, origin, folder / f"{name}.arrow")
+    kept = load_reference(subject.path)
+    if kept is not None:
+        subject.rows = kept.rows
+        if kept.origin.is_same_teacher(origin):
+            subject.reference = kept
+        else:
+            was = f"{kept.origin.model} in {kept.origin.dtype}"
+            _log.warning("teacher %s was %s; its scores are held against new ones from now on", name, was)
+    return subject
+
+
+def audit_request(config: Config, name: str) -> ScoreRequest:
+    """Return what an audit asks of a teacher: all that the run asks of it in any role, and always the entropy."""
+    asked = [request for route in config.routes for teacher, request in config.scorers(route) if teacher == name]
+    top_k = max((request.top_k for request in asked), default=0)
+    return ScoreRequest(
+        TEACHER,
+        top_k=top_k,
+        given_candidates=not top_k and any(request.given_candidates for request in asked),
+        entropy=True,
+        hidden=any(request.hidden for request in asked),
+    )
+
+
+FETCH_SECONDS = 60.0  # for an answer that is there and is small
+
+
+@dataclass
+class _Audit:
+    """One teacher's audit that is under way."""
+
+    subject: AuditedTeacher
+    probes: Probes
+    deadline: float
+    waiting: dict[Any, "_Part"] = field(default_factory=dict)  # by the reference to its handle
+    batches: dict[str, dict[str, pa.RecordBatch]] = field(default_factory=dict)  # of each replica: "rows", "twins"
+    errors: dict[str, ScoreError] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> dict[str, Answer | ScoreError]:
+        """Return what every replica answered that answered in full, or raised."""
+        full = {replica: Answer(**found) for replica, found in self.batches.items() if len(found) == 2}
+        return {**full, **self.errors}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Half of what one replica was asked."""
+
+    replica: str
+    half: str
+    wire: Any  # reference to the scored bytes
+
+
+class ScoreAudit:
+    """The audits of one run."""
+
+    def __init__(
+        self,
+        config: Config,
+        pools: Mapping[str, AuditedPool],
+        folder: Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Read what earlier parts of the run kept.
+
+        Args:
+            config: the run.
+            pools: of every teacher, by name.
+            folder: of the references, in the run directory.
+            clock: seconds, for the timeout.
+
+        Raises:
+            CheckpointError: a kept reference cannot be read.
+            ModelError: a teacher's files cannot be found.
+        """
+        self._settings = config.score_audit
+        self._timeout_seconds = config.ray.call_timeout_seconds
+        self._clock = clock
+        self._folder = folder
+        audited = pools if config.score_audit.rows else {}
+        self._subjects = [audited_teacher(config, name, pool, folder) for name, pool in audited.items()]
+        self._under_way: list[_Audit] = []
+        self._begun_at: int | None = None  # when everybody was asked last; None: not yet
+
+    def of_successors(self, config: Config, pools: Mapping[str, AuditedPool]) -> "ScoreAudit":
+        """Return audits of pools that are to follow others, by the same rows; a new checkpoint has no reference yet.
+
+        Args:
+            config: with the models that the pools serve.
+            pools: by teacher name.
+        """
+        audit = ScoreAudit(config, pools, self._folder, self._clock)
+        former = {subject.name: subject for subject in self._subjects}
+        for subject in audit._subjects:
+            subject.rows = former[subject.name].rows
+            if subject.origin != former[subject.name].origin:
+                subject.reference = None
+        return audit
+
+    def take_over(self, of_successors: "ScoreAudit") -> None:
+        """Let the audits of pools that have followed others stand for the others'."""
+        new = {subject.name: subject for subject in of_successors._subjects}
+        self._under_way = [audit for audit in self._under_way if audit.subject.name not in new]
+        self._subjects = [new.get(subject.name, subject) for subject in self._subjects]
+        for subject in new.values():
+            if subject.reference is None:  # nobody serves yet, and what was kept is of another checkpoint
+                subject.path.unlink(missing_ok=True)
+
+    @property
+    def needs_rows(self) -> bool:
+        """Return whether a teacher has no rows yet to be asked about; a resumed run has kept them."""
+        return any(not subject.rows for subject in self._subjects)
+
+    def take_rows(self, handles: Sequence[BatchHandle]) -> None:
+        """Choose the rows of the run's audits among generated or scored batches, which it fetches.
+
+        Raises:
+            ActorError: a batch cannot be fetched.
+        """
+        shortest = sorted(handles, key=_shortest_row)[: self._settings.rows]
+        wires = [get(handle.reference, self._timeout_seconds, "rows for the audit of scores") for handle in shortest]
+        rows = choose_rows([from_wire(wire) for wire in wires], self._settings.rows)
+        if not rows:
+            _log.warning("score_audit: no row is long enough to audit teachers with; their scores are not audited")
+        for subject in self._subjects:
+            subject.rows = subject.rows or rows
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether, after this many steps, there is somebody to ask; never while an audit is under way."""
+        return not self._under_way and any(self._whom_to_ask(subject, step) for subject in self._subjects)
+
+    def begin(self, step: int) -> None:
+        """Ask whoever is due after this many steps; returns at once."""
+        for subject in self._subjects:
+            replicas = self._whom_to_ask(subject, step)
+            if replicas:
+                self._under_way.append(_ask(subject, replicas, self._clock() + self._timeout_seconds))
+                subject.audited.update(replicas.values())
+        if self._is_everybodys_turn(step) and self._under_way:
+            self._begun_at = step
+
+    @property
+    def outstanding(self) -> list[Any]:
+        """Return references that are ready when a replica has answered."""
+        return [reference for audit in self._under_way for reference in audit.waiting]
+
+    def look(self, ready: Iterable[Any]) -> list[Finding]:
+        """Take the answers that are there; when a teacher's are complete or late, judge them and fence who is wrong.
+
+        Args:
+            ready: references that are ready; those that are not `outstanding` here are passed over.
+
+        Returns:
+            What was found; each replica is fenced already.
+
+        Raises:
+            ScoreError: no replica of a teacher is left that could be trusted.
+        """
+        there, findings = set(ready), []
+        for audit in list(self._under_way):
+            for reference in there.intersection(audit.waiting):
+                _collect(audit, reference)
+            if not audit.waiting or self._clock() > audit.deadline:
+                self._under_way.remove(audit)
+                findings += _conclude(audit)
+        return findings
+
+    def finish(self) -> list[Finding]:
+        """Wait for all answers, as at the start, before anything is learned from scores; returns what was found.
+
+        Raises:
+            ScoreError: no replica of a teacher is left that could be trusted.
+        """
+        findings = []
+        while self._under_way:
+            waiting = self.outstanding
+            patience = max(0.0, max(audit.deadline for audit in self._under_way) - self._clock())
+            found = ray.wait(waiting, num_returns=len(waiting), timeout=patience)[0] if waiting else []
+            findings += self.look(found)
+        return findings
+
+    def _whom_to_ask(self, subject: AuditedTeacher, step: int) -> dict[int, str]:
+        if not subject.rows:
+            return {}
+        everybody = self._is_everybodys_turn(step)
+        serving = subject.pool.serving()
+        return {replica: name for replica, name in serving.items() if everybody or name not in subject.audited}
+
+    def _is_everybodys_turn(self, step: int) -> bool:
+        """Tell whether a multiple of `every_steps` was passed since everybody was asked."""
+        every_steps, begun_at = self._settings.every_steps, self._begun_at
+        return begun_at is None or (every_steps > 0 and step // every_steps > begun_at // every_steps)
+
+
+def _shortest_row(handle: BatchHandle) -> float:
+    """Return the tokens of the batch's shortest row that says enough."""
+    return min((tokens for tokens in handle.num_tokens if tokens > MIN_SCORED_TOKENS), default=math.inf)
+
+
+def _ask(subject: AuditedTeacher, replicas: Mapping[int, str], deadline: float) -> _Audit:
+    audit = _Audit(subject, make_probes(subject.rows, subject.request), deadline)
+    for half, batch in (("rows", audit.probes.rows), ("twins", audit.probes.twins)):
+        wire, handle = pack(batch, {})
+        handle = replace(handle, reference=wire)
+        for replica, name in replicas.items():
+            scored, answer = subject.pool.ask(replica, handle, subject.request)
+            audit.waiting[answer] = _Part(name, half, scored)
+    return audit
+
+
+def _collect(audit: _Audit, reference: Any) -> None:
+    """Take one half of a replica's answer."""
+    part = audit.waiting.pop(reference, None)
+    if part is None:  # its replica died
+        return
+    waiting_for = f"audited scores from {part.replica}"
+    try:
+        get(reference, FETCH_SECONDS, waiting_for)
+        batch = from_wire(get(part.wire, FETCH_SECONDS, waiting_for), "scored")
+        audit.batches.setdefault(part.replica, {})[part.half] = batch
+    except ScoreError as error:
+        audit.errors[part.replica] = error
+    except ActorError as error:  # the pool finds that out by itself, and what it starts instead is audited
+        _log.warning("score_audit: %s", error)
+        audit.waiting = {key: other for key, other in audit.waiting.items() if other.replica != part.replica}
+
+
+def _conclude(audit: _Audit) -> list[Finding]:
+    """Judge the answers, keep the first ones that can be trusted, and fence who is wrong."""
+    subject = audit.subject
+    if audit.waiting:
+        late = ", ".join(sorted({part.replica for part in audit.waiting.values()}))
+        _log.warning("score_audit: no answer from %s in time; they are not judged", late)
+    kept = subject.reference
+    reference = None if kept is None else kept.for_request(subject.request)
+    verdict = judge(subject.name, audit.probes, audit.answers, reference, subject.tolerance, subject.request)
+    if kept is None and verdict.trusted is not None:
+        subject.reference = Reference(subject.origin, verdict.trusted)
+        save_reference(subject.path, subject.reference)
+    findings = [_with_advice(subject, finding) for finding in verdict.findings]
+    _fence(subject, findings)
+    return findings
+
+
+def _with_advice(subject: AuditedTeacher, finding: Finding) -> Finding:
+    if finding.kind != "replaced" or subject.reference is None:
+        return finding
+    model = subject.origin.model
+    changed = fingerprint(model) != subject.reference.origin.fingerprint
+    files = f"the files of {model} {'are others' if changed else 'are the same'} now"
+    advice = f"{files}; bring the old teacher back, or delete {subject.path} to go on with this one"
+    return replace(finding, sentence=f"{finding.sentence}; {advice}")
+
+
+def _fence(subject: AuditedTeacher, findings: Sequence[Finding]) -> None:
+    serving = subject.pool.serving()
+    wrong = {finding.replica: finding.sentence for finding in findings}
+    if wrong and set(wrong) >= set(serving.values()):
+        raise ScoreError(f"{findings[0].sentence}; no other replica of teacher {subject.name} can be trusted")
+    for replica, name in serving.items():
+        if name in wrong:
+            subject.pool.fence(replica, wrong[name])

@@ -1,0 +1,138 @@
+import msgspec
+import pytest
+
+from cluster.config.objective import (
+    DivergenceTerm,
+    ImportanceConfig,
+    ObjectiveConfig,
+    PolicyGradientTerm,
+    TaskRewardTerm,
+    TokenWeightsConfig,
+)
+from cluster.config.presets import PRESETS
+from cluster.config.run_file import config_from_json, dump_run_config, parse_run_config
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.requests import ScoreRequest
+from tests.builders import MINIMAL_RUN, make_config
+
+BASE = "\n[teachers.before]\nmodel = 'before'"
+
+
+@pytest.mark.parametrize(
+    ("section", "fields"),
+    [
+        (ObjectiveConfig, "preset support support_size terms token_weights"),
+        (TokenWeightsConfig, "first_tokens first_fraction position_importance entropy"),
+        (ImportanceConfig, "kind low high dual_clip"),
+        (DivergenceTerm, "weight when threshold target divergence truncation beta skew"),
+        (TaskRewardTerm, "weight when threshold divide_by_deviation importance"),
+        (
+            PolicyGradientTerm,
+            "weight when threshold target over log_ratio_map bound scale alpha student baseline discount importance",
+        ),
+    ],
+)
+def test_the_knobs_of_the_objective_are_these_and_no_others(section: type, fields: str) -> None:
+    assert " ".join(section.__struct_fields__) == fields
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_valid_run_and_survives_the_run_directory(name: str) -> None:
+    config = parse_run_config(MINIMAL_RUN + BASE, [f"objective={name}", "teachers.main.base=before"])
+    assert config.objective.preset == name
+    assert config_from_json(dump_run_config(config)) == config
+
+
+def test_what_is_written_beside_a_preset_wins_and_the_rest_stays() -> None:
+    config = make_config("objective.preset=eopd", "objective.terms.unsure_teacher.threshold=1.5")
+    assert config.objective.terms["unsure_teacher"] == DivergenceTerm(
+        when="teacher_entropy_above", threshold=1.5, divergence="forward_kl", truncation="generalized"
+    )
+    assert isinstance(config.objective.terms["main"], PolicyGradientTerm)
+
+
+def test_a_target_replaces_the_preset_s_whole() -> None:
+    config = make_config("objective.preset=exopd", "objective.terms.main.target={teacher = 1.0}")
+    assert config.objective.models == ["teacher"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "sentence"),
+    [
+        ("preset = 'gdk'", "no preset is called 'gdk'; there are thinking-machines"),
+        ("support = 'sampled'", "terms.main: a divergence needs .* 'sampled' has draws"),
+        ("terms.main = {loss = 'divergence', truncation = 'raw'}", "truncation: Invalid enum value 'raw'"),
+        ("terms.main = {loss = 'divergence', trunkation = 'tail'}", "unknown field `trunkation`"),
+        ("terms.main = {loss = 'k1'}", "Invalid value 'k1'"),
+        ("terms.main = {loss = 'policy_gradient', over = 'support'}", "found objective.support = 'topk'"),
+        ("preset = 'thinking-machines'\nterms.main.baseline = 'kl'", "baseline = 'kl' needs support"),
+        ("preset = 'async-opd'\nsupport_size = 1", "needs support_size = 2 or more"),
+        ("terms.main = {loss = 'divergence', target = {teacher = 0.0}}", "no model with a coefficient other than 0"),
+        ("terms.main = {loss = 'divergence', target = {maths = 1.0}}", r"the model 'maths'; expected .* \['main'\]"),
+        (
+            "preset = 'opd-grpo'\nterms.other = {loss = 'task_reward', divide_by_deviation = false}",
+            "all task_reward terms must have the same divide_by_deviation",
+        ),
+        ("preset = 'delta-opd'", "teachers.main: .* has the model 'base', so set its base"),
+    ],
+)
+def test_an_objective_that_means_nothing_is_one_sentence(objective: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        parse_run_config(f"{MINIMAL_RUN}[objective]\n{objective}")
+    assert "\n" not in str(caught.value)
+
+
+def test_candidates_of_the_student_need_its_whole_distribution() -> None:
+    with pytest.raises(ConfigError, match=r"set rollout.top_p = 1 and rollout.top_k = 0, found 0.9 and 0"):
+        make_config("objective=async-opd", "rollout.top_p=0.9")
+
+
+def test_the_teacher_chooses_candidates_and_the_models_after_it_score_them() -> None:
+    config = make_config("objective.terms.main={loss = 'divergence', target = {teacher = 2.0, initial_student = -1.0}}")
+    assert config.scorers("main") == [
+        ("main", ScoreRequest("teacher", top_k=16)),
+        ("initial_student", ScoreRequest("initial_student", given_candidates=True)),
+    ]
+
+
+def test_candidates_of_the_student_are_given_to_every_scorer() -> None:
+    config = make_config("objective=async-opd")
+    assert config.scorers("main") == [("main", ScoreRequest("teacher", given_candidates=True))]
+    assert config.objective.num_candidates == 15  # the written token is the sixteenth draw
+
+
+def test_exact_objectives_ask_for_hidden_states_and_routing_by_entropy_for_the_entropy() -> None:
+    assert make_config("objective=gkd").scorers("main") == [("main", ScoreRequest("teacher", hidden=True))]
+    assert make_config("objective=eopd").scorers("main") == [("main", ScoreRequest("teacher", top_k=16, entropy=True))]
+
+
+def test_the_initial_student_is_served_like_the_rollout_workers_unless_described() -> None:
+    config = make_config("objective=exopd", "rollout.engine.dtype=float32")
+    implied = config.teachers["initial_student"]
+    assert (implied.model, implied.engine.dtype) == ("student", "float32")
+    described = make_config("objective=exopd", "teachers.initial_student.model=older")
+    assert described.teachers["initial_student"].model == "older"
+
+
+def test_prompts_are_routed_to_teachers_not_to_models_that_stand_beside_them() -> None:
+    toml = MINIMAL_RUN + BASE
+    config = parse_run_config(toml, ["objective=delta-opd", "teachers.main.base=before"])
+    assert config.routes == ["main"]
+    assert config.scorers("main")[1] == ("before", ScoreRequest("base"))
+    assert parse_run_config(toml).routes == ["main", "before"]
+
+
+def test_a_base_that_is_no_teacher_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"teachers.main.base is 'gone'; there are \['main'\]"):
+        make_config("teachers.main.base=gone")
+
+
+def test_no_teacher_is_called_base() -> None:
+    with pytest.raises(ConfigError, match=r"teachers.base: the name 'base' means another teacher's base"):
+        make_config("teachers.base.model=b")
+
+
+def test_presets_are_not_changed_by_what_is_laid_over_them() -> None:
+    before = msgspec.json.encode(PRESETS)
+    make_config("objective.preset=gkd", "objective.terms.main.beta=0.1")
+    assert msgspec.json.encode(PRESETS) == before

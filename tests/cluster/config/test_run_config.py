@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cluster.config.run_config import Config
+from cluster.config.run_file import config_from_json, dump_run_config, load_run_config, parse_run_config
+from cluster.config.stages import BalanceConfig
+from cluster.contracts.errors import ConfigError
+from tests.builders import MINIMAL_RUN, make_config
+
+FIELDS = {
+    "run": "name steps seed directory",
+    "student": "model trust_remote_code",
+    "prompts": "train held_out template system_prompt prompts_per_step shuffle",
+    "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
+    "stop stop_repetition rows_per_batch max_staleness engine",
+    "teachers": "model trust_remote_code num_workers slot min_workers max_workers base engine",
+    "objective": "preset support support_size terms token_weights",
+    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
+    "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
+    "offload_optimizer offload_parameters gpu_memory_fraction cpu_threads",
+    "balance": "mode observe_steps cooldown_steps min_gain",
+    "weight_sync": "backend mode bucket_bytes",
+    "score_audit": "every_steps rows tolerance_nats",
+    "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
+    "checkpoint": "every_steps keep_last export",
+    "alarms": "figure above below relative_to steps action",
+    "logging": "tensorboard wandb_project trace_steps",
+    "ray": "address share_gpu dashboard dashboard_host start_timeout_seconds call_timeout_seconds max_restarts "
+    "restart_window_seconds silence_seconds",
+}
+
+
+def test_the_knobs_are_these_and_no_others() -> None:
+    found = {}
+    for field in msgspec.structs.fields(Config):
+        section = field.type
+        if field.name == "teachers":
+            section = section.__args__[0].__args__[1]
+        elif field.name == "alarms":
+            section = section.__args__[1]
+        found[field.name] = " ".join(section.__struct_fields__)
+    assert found == FIELDS
+
+
+def test_the_resolved_copy_reads_back_as_the_same_run() -> None:
+    config = make_config("learner.learning_rate=3e-4", "rollout.stop=['###']")
+    assert config_from_json(dump_run_config(config)) == config
+
+
+def test_an_override_wins_over_the_file_and_bare_words_are_texts() -> None:
+    config = parse_run_config(MINIMAL_RUN + "[run]\nsteps = 5", ["run.steps=7", "run.name=trial"])
+    assert (config.run.steps, config.run.name) == (7, "trial")
+
+
+def test_an_override_reaches_a_named_teacher() -> None:
+    assert make_config("teachers.main.num_workers=3").teachers["main"].num_workers == 3
+
+
+def test_a_word_turns_the_balancer_on() -> None:
+    assert make_config().balance.mode == "off"
+    assert make_config("balance=auto").balance == BalanceConfig(mode="auto")
+    from_file = parse_run_config('balance = "auto"\n' + MINIMAL_RUN, ["balance.observe_steps=2"])
+    assert from_file.balance == BalanceConfig(mode="auto", observe_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("learner.zero_stag=2", "learner: .*unknown field `zero_stag`"),
+        ("learner.dtype=float16", "learner.dtype: Invalid enum value 'float16'"),
+        ("learner.zero_stage=4", "learner.zero_stage: Invalid enum value 4"),
+        ("run.steps=0", "run.steps: Expected `int` >= 1"),
+        ("learner={zero_stage=0,num_workers=2}", "learner.zero_stage = 0 is one rank"),
+        ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
+        ("learner={dtype='float32',head_dtype='bfloat16'}", "needs learner.dtype = 'bfloat16', found 'float32'"),
+        ("weight_sync={backend='nccl',mode='delta'}", 'weight_sync: .*needs backend = "object_store", found "nccl"'),
+        ("teachers.main.engine.sleep=true", r"teachers.main.engine.sleep is set, but only rollout engines"),
+        ("rollout.engine.quantization=fp8", "is 'fp8', but a student gets new weights"),
+        ("rollout.engine.gpu_memory_fraction=1.5", "gpu_memory_fraction: Expected `float` <= 1.0"),
+        ("rollout.temperature=2.5", "rollout.temperature: Expected `float` <= 2.0"),
+        ("rollout.temperature=0", "rollout.temperature: Expected `float` >= 0.01"),
+        ("evaluation.temperature=2.5", "evaluation.temperature: Expected `float` <= 2.0"),
+        ("teachers.main.slot=a/b", "teachers.main.slot: Expected `str` matching regex"),
+        (
+            "teachers={main={model='a',slot='s'},code={model='b',slot='s',num_workers=2}}",
+            "teachers.code: num_workers and engine.tensor_parallel are 2 and 1, but 1 and 1 of teachers.main",
+        ),
+        ("run.name=a/b", "run.name: Expected `str` matching regex"),
+        ("rollout.max_workers=0", "rollout.max_workers: Expected `int` >= 1"),
+        ("rollout.min_workers=2", "rollout: num_workers = 1 is less than min_workers = 2; raise or lower one"),
+        ("teachers.main={model='m',num_workers=3,max_workers=2}", "teachers.main: num_workers = 3 is more than max_"),
+        ("balance=on", "balance.mode: Invalid enum value 'on'"),
+        ("balance.min_gain=1", "balance.min_gain: Expected `float` < 1.0"),
+        ("steps", "expected section.field=value"),
+        ("run.name.x=1", "Expected `str`, got `object`"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_with_its_path(override: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        make_config(override)
+    assert "\n" not in str(caught.value)
+
+
+def test_teachers_of_a_slot_are_scored_by_the_same_workers() -> None:
+    config = make_config("teachers.main.slot=s", "teachers.code={model='b'}", "teachers.prose={model='c',slot='s'}")
+    assert config.scorer_groups == {"slot-s": ["main", "prose"], "teacher-code": ["code"]}
+
+
+def test_a_missing_run_file_and_broken_toml_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml: cannot read the run file: No such file"):
+        load_run_config(tmp_path / "absent.toml")
+    (tmp_path / "broken.toml").write_text("[run\n")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not valid TOML"):
+        load_run_config(tmp_path / "broken.toml")
+
+
+def test_a_run_without_teachers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="teachers"):
+        parse_run_config('[student]\nmodel = "a"\n[prompts]\ntrain = "p"\n[teachers]\n')

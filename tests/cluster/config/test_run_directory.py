@@ -1,0 +1,58 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.config.run_directory import RunDirectory
+from cluster.contracts.errors import CheckpointError, ConfigError
+from tests.builders import make_config
+
+
+def test_a_run_writes_its_resolved_configuration(tmp_path: Path) -> None:
+    config = make_config(f"run.directory='{tmp_path}'", "run.steps=7")
+    directory = RunDirectory.create(config)
+    assert RunDirectory.open(directory.path).read_config() == config
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Every mask of modes that a shell may have set."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_only_the_owner_may_read_a_run_whatever_the_umask(umask: int, tmp_path: Path) -> None:
+    directory = RunDirectory.create(make_config(f"run.directory='{tmp_path}/made/by the run'"))
+    made = [tmp_path / "made", tmp_path / "made/by the run", directory.path]
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o700] * 3
+    assert directory.config.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_was_there_before_stays_as_open_as_it_was(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    RunDirectory.create(make_config(f"run.directory='{tmp_path}'"))
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_empty_folder_of_the_runs_name_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o755)
+    assert RunDirectory.create(make_config(f"run.directory='{tmp_path}'")).path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_second_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    config = make_config(f"run.directory='{tmp_path}'")
+    RunDirectory.create(config)
+    with pytest.raises(ConfigError, match="holds a run already; continue it with --resume"):
+        RunDirectory.create(config)
+
+
+def test_a_folder_that_holds_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no run"):
+        RunDirectory.open(tmp_path)
+
+
+def test_a_folder_that_cannot_be_looked_into_is_one_sentence() -> None:
+    with pytest.raises(CheckpointError, match="x: cannot look for a run there: File name too long"):
+        RunDirectory.open(Path("x" * 5000))

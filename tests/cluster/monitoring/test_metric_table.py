@@ -1,0 +1,76 @@
+"""The table of figures, and what is made from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.monitoring.dashboard import DASHBOARD, dashboard, dashboard_text, exported_name, markdown_table, queries
+from cluster.monitoring.metric_table import PANELS, figures
+
+DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
+PLACES = [panel["gridPos"] for panel in dashboard()["panels"]]
+
+
+def test_the_dashboards_file_is_made_from_the_table() -> None:
+    assert DASHBOARD.read_text() == dashboard_text(), "run python -m cluster.monitoring.dashboard"
+
+
+def test_the_documented_table_is_the_one_in_the_code() -> None:
+    assert markdown_table() in DOCS.read_text()
+
+
+def test_every_metric_has_one_name_and_every_line_of_a_panel_its_own_legend() -> None:
+    names = [figure.metric for figure in figures()]
+    assert len(set(names)) == len(names)
+    for panel in PANELS:
+        legends = [legend for figure in panel.figures for legend in queries(figure)]
+        assert len(set(legends)) == len(legends)
+
+
+def test_every_figure_has_a_panel_that_asks_for_it_and_for_the_selected_runs_only() -> None:
+    asked = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
+    for figure in figures():
+        suffix = "_bucket" if figure.kind == "histogram" else ""
+        own = [query for query in asked if f"({exported_name(figure)}{suffix}{{" in query]
+        assert len(own) == (3 if figure.kind == "histogram" else 1)
+        assert all('{run=~"$run"}' in query for query in own)
+
+
+@pytest.mark.parametrize(
+    ("metric", "query"),
+    [
+        ("preceptor_kl", 'max by (run) (ray_preceptor_kl{run=~"$run"})'),
+        ("preceptor_pool_serving", 'max by (run, pool) (ray_preceptor_pool_serving{run=~"$run"})'),
+        ("preceptor_steps", 'sum by (run) (rate(ray_preceptor_steps_total{run=~"$run"}[$__rate_interval]))'),
+    ],
+)
+def test_a_query_follows_from_the_figures_kind(metric: str, query: str) -> None:
+    [figure] = [figure for figure in figures() if figure.metric == metric]
+    assert list(queries(figure).values()) == [query]
+
+
+def test_datasource_and_runs_are_chosen_in_grafana() -> None:
+    variables = {variable["name"]: variable for variable in dashboard()["templating"]["list"]}
+    assert variables["datasource"]["type"] == "datasource"
+    assert variables["run"]["query"]["query"] == "label_values(ray_preceptor_step, run)"
+    panels = [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {"${datasource}"}
+
+
+def test_no_panel_covers_another() -> None:
+    cells = [cell for place in PLACES for cell in covered(place)]
+    assert len(set(cells)) == len(cells)
+    ids = [panel["id"] for panel in dashboard()["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
+def covered(place: dict[str, Any]) -> list[tuple[int, int]]:
+    return [
+        (x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])
+    ]
+
+
+def test_the_file_is_json_that_names_its_own_dashboard() -> None:
+    assert json.loads(DASHBOARD.read_text())["uid"] == "preceptorDashboard"

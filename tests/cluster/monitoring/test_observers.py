@@ -1,0 +1,45 @@
+import pytest
+
+from cluster.contracts.errors import RunStopped, ScoreError
+from cluster.monitoring.observers import Ending, Observers, SeenStep
+
+
+class Noting:
+    """Notes what it is told; fails at the given step."""
+
+    def __init__(self, fails_at: int = 0) -> None:
+        self.steps: list[int] = []
+        self.endings: list[Ending] = []
+        self._fails_at = fails_at
+
+    def see(self, seen: SeenStep) -> None:
+        if seen.step == self._fails_at:
+            raise OSError(28, "No space left on device")
+        self.steps.append(seen.step)
+
+    def close(self, ending: Ending) -> None:
+        self.endings.append(ending)
+
+
+def step(number: int) -> SeenStep:
+    return SeenStep({"step": number}, [], [], [])
+
+
+def test_who_cannot_write_is_told_no_more_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    full, other = Noting(fails_at=2), Noting()
+    with Observers([full, other]) as observers:
+        for number in range(1, 4):
+            observers.see(step(number))
+    assert (full.steps, other.steps) == ([1], [1, 2, 3])
+    assert (full.endings, other.endings) == ([], ["ended"])
+    assert "Noting: [Errno 28] No space left on device; the run goes on without it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"), [(RunStopped("asked"), "stopped"), (KeyboardInterrupt(), "stopped"), (ScoreError(), "failed")]
+)
+def test_observers_hear_how_the_run_ended_and_the_error_goes_on(error: BaseException, ending: Ending) -> None:
+    noting = Noting()
+    with pytest.raises(type(error)), Observers([noting]):
+        raise error
+    assert noting.endings == [ending]

@@ -1,0 +1,66 @@
+import json
+import math
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.live import Live
+
+from cluster.contracts.errors import CheckpointError
+from cluster.contracts.files import RecordsFile
+from cluster.monitoring.sinks import LiveView, PlainView
+
+
+def test_each_step_is_one_json_object_and_nan_is_null(tmp_path: Path) -> None:
+    RecordsFile(tmp_path / "m.jsonl").write({"step": 3, "train/kl": math.nan})
+    assert json.loads((tmp_path / "m.jsonl").read_text()) == {"step": 3, "train/kl": None}
+
+
+def test_a_resumed_run_forgets_the_steps_that_it_does_again(tmp_path: Path) -> None:
+    file = RecordsFile(tmp_path / "m.jsonl")
+    for step in range(5):
+        file.write({"step": step})
+    file.drop_from(3)
+    file.write({"step": 3})
+    assert [json.loads(line)["step"] for line in (tmp_path / "m.jsonl").read_text().splitlines()] == [0, 1, 2, 3]
+
+
+def test_a_pipe_gets_one_plain_line_per_step(capsys: pytest.CaptureFixture[str]) -> None:
+    PlainView().show({"step": 4, "train/kl": 0.25, "unknown": 1.0, "held_out/accuracy": math.nan})
+    assert capsys.readouterr().out == "step 4  KL/token 0.2500\n"
+
+
+def test_a_terminal_gets_a_table_of_the_latest_steps() -> None:
+    console = Console(file=StringIO(), force_terminal=True, width=120)
+    with Live(console=console, auto_refresh=False) as live:
+        view = LiveView(console, live, total_steps=20)
+        view.say("Ray dashboard: http://127.0.0.1:8265")
+        for step in range(1, 15):
+            view.show({"step": step, "train/kl": step / 100})
+        view.finish()
+        view.say("held-out accuracy: student 0.49 -> 0.90")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Ray dashboard: http://127.0.0.1:8265" in shown
+    assert "step 14 of 20" in shown
+    assert "0.1400" in shown.rsplit("step 14 of 20", 1)[1]
+    assert shown.rstrip().endswith("held-out accuracy: student 0.49 -> 0.90")  # below the table
+    assert "0.0200" not in shown.rsplit("step 14 of 20", 1)[1]  # twelve rows at a time
+
+
+def test_a_last_line_that_a_crash_cut_short_does_not_count_and_goes(tmp_path: Path) -> None:
+    file = RecordsFile(tmp_path / "m.jsonl")
+    file.write({"step": 1})
+    with file.path.open("a") as torn:
+        torn.write('{"step": 2, "tra')
+    assert [record["step"] for record in file.read()] == [1]
+    file.drop_from(3)
+    file.write({"step": 2})
+    assert [record["step"] for record in file.read()] == [1, 2]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": "1"}', '{"other": 1}'])
+def test_a_damaged_line_among_others_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "m.jsonl").write_text(f'{line}\n{{"step": 2}}\n')
+    with pytest.raises(CheckpointError, match=r"m.jsonl:1: not a record of a step"):
+        RecordsFile(tmp_path / "m.jsonl").read()

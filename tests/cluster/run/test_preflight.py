@@ -1,0 +1,53 @@
+import ray
+
+from cluster.placement.placement import cluster_nodes, plan_placement
+from cluster.run.inputs import Inputs
+from cluster.run.pools import start_student_as_teacher
+from cluster.run.preflight import mirror, terms_with_optimum_at_the_student
+from rollout_workers.prompts import PromptOrder, PromptSet
+from tests.builders import make_config
+
+BASE = ("teachers.before.model=before", "teachers.main.base=before")
+
+
+def test_a_mirrored_run_has_the_student_for_every_teacher_under_the_old_names() -> None:
+    mirrored = mirror(make_config(*BASE, "rollout.engine.dtype=float32", "teachers.main.engine.dtype=bfloat16"))
+    assert {name: teacher.model for name, teacher in mirrored.teachers.items()} == {
+        "main": "student",
+        "before": "student",
+    }
+    assert {teacher.engine.dtype for teacher in mirrored.teachers.values()} == {"float32"}
+    assert mirrored.teachers["main"].base == "before"
+
+
+def test_the_mirrored_scorer_takes_the_teachers_part_of_a_shared_gpu() -> None:
+    shares = ("rollout.engine.gpu_memory_fraction=0.45", "teachers.main.engine.gpu_memory_fraction=0.1")
+    engine = mirror(make_config(*shares, "rollout.engine.sleep=true")).teachers["main"].engine
+    assert (engine.gpu_memory_fraction, engine.sleep) == (0.1, False)
+
+
+def test_only_terms_that_vanish_at_the_student_are_checked_there() -> None:
+    extrapolated = make_config("objective=exopd").objective  # 1.25 - 0.25 = 1 share of the student itself
+    assert list(terms_with_optimum_at_the_student(extrapolated)) == ["main"]
+    delta = make_config("objective=delta-opd", *BASE).objective  # teacher - base = 0, and no student to compare with
+    assert list(terms_with_optimum_at_the_student(delta)) == ["main"]
+    tempered = make_config("objective.preset=exopd", "objective.terms.main.target={teacher = 0.5}").objective
+    assert terms_with_optimum_at_the_student(tempered) == {}
+    rewarded = make_config("objective=opd-grpo").objective
+    assert list(terms_with_optimum_at_the_student(rewarded)) == ["main"]
+
+
+def test_the_student_takes_a_teachers_place_while_ray_still_holds_that_teachers_name(ray_cluster: None) -> None:
+    class Held:
+        def is_there(self) -> bool:
+            return True
+
+    config = mirror(make_config())
+    share = plan_placement(config, cluster_nodes()).teachers["main"]
+    teacher = ray.remote(Held).options(name=f"{share.name}-0", num_cpus=0).remote()
+    assert ray.get(teacher.is_there.remote())
+    prompts = PromptSet.of_token_ids([[1]], "main")
+    inputs = Inputs(prompts, PromptOrder(1, seed=0, shuffle=False), (), max_model_len=8)
+    start_student_as_teacher(config, inputs, share, "main")
+    ray.kill(ray.get_actor("student-as-teacher-0"))
+    ray.kill(teacher)

@@ -1,0 +1,74 @@
+"""The adapter between vLLM's releases, as far as it can be asked without an engine."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+from vllm.outputs import CompletionOutput
+
+from cluster.vllm.compat import (
+    HAS_LOGITS_PROCESSORS_V2,
+    LABELS_TOKENS,
+    TokenVersions,
+    early_logits_processors,
+    late_logits_processors,
+    taken_by,
+)
+
+CLASSES = ("module:V1", "module:V2")
+
+
+def output_of(num_tokens: int, labels: list[tuple[str, int, int]]) -> CompletionOutput:
+    output = CompletionOutput(0, "", list(range(num_tokens)), None, None)
+    if LABELS_TOKENS:
+        output.weight_versions = [SimpleNamespace(version=name, start=start, end=end) for name, start, end in labels]
+    return output
+
+
+def test_every_token_has_the_version_of_the_weights_that_wrote_it() -> None:
+    versions = TokenVersions()
+    versions.see(output_of(2, []), 0)
+    versions.see(output_of(3, []), 7)
+    last = output_of(5, [("default", 0, 2), ("7", 2, 5)])
+    versions.see(last, 7)
+    assert versions.of(last).tolist() == [0, 0, 7, 7, 7]
+
+
+def test_a_completion_under_one_version_has_it_everywhere() -> None:
+    versions = TokenVersions()
+    last = output_of(3, [("4", 0, 3)])
+    versions.see(last, 4)
+    assert versions.of(last).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("uses_v2", [False, True])
+def test_the_logits_processor_is_that_of_the_model_runner(uses_v2: bool) -> None:
+    config = SimpleNamespace(use_v2_model_runner=uses_v2, model_config=SimpleNamespace(logits_processors=None))
+    early = early_logits_processors(CLASSES)
+    late_logits_processors(config, CLASSES)
+    if HAS_LOGITS_PROCESSORS_V2:
+        assert (early, config.model_config.logits_processors) == ({}, [CLASSES[uses_v2]])
+    else:
+        assert (early, config.model_config.logits_processors) == ({"logits_processors": [CLASSES[0]]}, None)
+
+
+def test_without_draws_no_logits_processor_is_named() -> None:
+    config = SimpleNamespace(use_v2_model_runner=True, model_config=SimpleNamespace(logits_processors=None))
+    late_logits_processors(config, None)
+    assert (early_logits_processors(None), config.model_config.logits_processors) == ({}, None)
+
+
+def test_how_weights_are_packed_is_said_exactly_once() -> None:
+    packing = {"packed": True, "packed_buffer_size_bytes": 8, "packed_num_buffers": 1}
+    opening = taken_by(NCCLWeightTransferInitInfo, packing)
+    updating = taken_by(NCCLWeightTransferUpdateInfo, packing)
+    assert sorted([opening, updating], key=len) == [{}, packing]
+
+
+def test_a_message_takes_its_own_fields_only() -> None:
+    @dataclass
+    class Message:
+        names: list[str] = field(default_factory=list)
+
+    assert taken_by(Message, {"names": ["a"], "packed": True}) == {"names": ["a"]}

@@ -1,0 +1,111 @@
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cluster.config.stages import Dtype, EngineConfig
+from cluster.contracts.errors import ModelError
+from cluster.vllm.engine import OWNER_VARIABLE, EngineRole, build_engine, gpu_arguments, prepare_environment
+
+# Starts a process as vLLM starts an engine's, which comes to its plugins when it may.
+OWNER = f"""
+import multiprocessing, os, pathlib, sys, time
+
+def engine(may_go_on, is_watching):
+    from cluster.vllm.engine import end_with_owner
+    while not may_go_on.exists():
+        time.sleep(0.05)
+    end_with_owner()
+    is_watching.touch()
+    time.sleep(300)
+
+if __name__ == "__main__":
+    os.environ["{OWNER_VARIABLE}"] = str(os.getpid())
+    files = [pathlib.Path(name) for name in sys.argv[1:]]
+    child = multiprocessing.get_context("spawn").Process(target=engine, args=files)
+    child.start()
+    print(child.pid, flush=True)
+    time.sleep(300)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123, a process file
+        return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["while it runs", "before it looks"])
+def test_an_engine_process_ends_when_its_actor_was_killed(tmp_path: Path, is_late: bool) -> None:
+    script, may_go_on, is_watching = tmp_path / "owner.py", tmp_path / "may-go-on", tmp_path / "is-watching"
+    script.write_text(OWNER)
+    owner = subprocess.Popen([sys.executable, script, may_go_on, is_watching], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    engine = int(owner.stdout.readline())
+    if not is_late:
+        may_go_on.touch()
+        assert wait_until(is_watching.exists)
+    assert is_running(engine)
+    owner.kill()
+    owner.wait()
+    may_go_on.touch()
+    assert wait_until(lambda: not is_running(engine))
+
+
+def test_an_engine_takes_nine_tenths_of_a_gpu_of_its_own_and_sizes_its_cache_itself() -> None:
+    arguments = gpu_arguments(EngineConfig(tensor_parallel=2), is_shared=False)
+    assert arguments["gpu_memory_utilization"] == 0.9
+    assert "kv_cache_memory_bytes" not in arguments
+    assert arguments["distributed_executor_backend"] == "mp"
+
+
+def test_on_a_shared_gpu_the_cache_has_a_set_size() -> None:
+    arguments = gpu_arguments(EngineConfig(gpu_memory_fraction=0.3, kv_cache_gib=2.5), is_shared=True)
+    assert arguments["gpu_memory_utilization"] == 0.3
+    assert arguments["kv_cache_memory_bytes"] == 2_684_354_560
+    assert arguments["distributed_executor_backend"] is None
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("bfloat16", None)])
+def test_float32_is_not_rounded_to_tf32_by_triton(
+    monkeypatch: pytest.MonkeyPatch, dtype: Dtype, precision: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    prepare_environment(EngineConfig(dtype=dtype))
+    assert os.environ.get("TRITON_F32_DEFAULT") == precision
+
+
+@pytest.mark.parametrize(("enforce_eager", "setting"), [(True, "1"), (None, "1"), (False, None)])
+def test_on_a_cpu_nothing_is_compiled_for_an_eager_engine(
+    monkeypatch: pytest.MonkeyPatch, enforce_eager: bool | None, setting: str | None
+) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    seen: list[str | None] = []
+
+    def stop(_arguments: AsyncEngineArgs) -> None:
+        seen.append(os.environ.get("TORCH_COMPILE_DISABLE"))
+        raise ValueError("this is as far as the test goes")
+
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", stop)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: True)
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    role = EngineRole(64, prefix_caching=False, tokenizer=True)
+    with pytest.raises(ModelError, match="as far as the test goes"):
+        build_engine("nowhere", False, EngineConfig(dtype="float32", enforce_eager=enforce_eager), role)
+    assert seen == [setting]

@@ -1,0 +1,112 @@
+"""When a group sends what has arrived to its ranks; the ranks are stubs that only wait."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.actors.calls import create_actors
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.batches import AtHand, BatchHandle
+from cluster.contracts.errors import ScoreError
+from cluster.contracts.metrics import report
+from learner.group import LearnerGroup
+from tests.learner.stub_rank import StubRank
+
+SLOW_TOKENS = 300  # the stub rank computes one token per millisecond
+
+
+class Scripted:
+    """Gives out batches at given moments after the first `take`, and notes when it was woken without one."""
+
+    def __init__(self, arrivals: Sequence[tuple[float, BatchHandle]]) -> None:
+        self._arrivals = list(arrivals)
+        self._started: float | None = None
+        self.num_woken = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        return not self._arrivals
+
+    def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
+        self._started = self._started or time.perf_counter()
+        seconds, handle = self._arrivals[0]
+        left = max(0.0, self._started + seconds - time.perf_counter())
+        if wake_on and ray.wait(list(wake_on), num_returns=1, timeout=left)[0]:
+            self.num_woken += 1
+            return []
+        time.sleep(max(0.0, self._started + seconds - time.perf_counter()))
+        del self._arrivals[0]
+        return [handle]
+
+
+def handle_of(num_tokens: int) -> BatchHandle:
+    return BatchHandle(num_tokens, "only", (0,), (num_tokens,), (num_tokens,))
+
+
+@pytest.fixture
+def start(make_config, ray_cluster) -> Iterator[Callable[..., LearnerGroup]]:
+    """Start a group of one rank, with overrides."""
+    started = []
+
+    def begin(*overrides: str) -> LearnerGroup:
+        group = LearnerGroup(
+            make_config("learner.num_workers=1", "learner.micro_batch_tokens=1000", *overrides),
+            [{"num_cpus": 0}],
+            create=lambda _cls, names, _arguments, options: create_actors(StubRank, names, [()], options),
+        )
+        started.append(group)
+        return group
+
+    yield begin
+    for group in started:
+        group.shutdown()
+
+
+@pytest.fixture
+def group(start) -> LearnerGroup:
+    return start()
+
+
+def test_batches_that_came_while_the_rank_was_busy_are_sent_when_it_is_idle_though_nothing_else_comes(group) -> None:
+    source = Scripted([(0.0, handle_of(SLOW_TOKENS)), (0.1, handle_of(20)), (3.0, handle_of(10))])
+    figures = report(group.step(source, 0))
+    assert source.num_woken >= 1
+    # The second batch was computed long before the last one came.
+    assert figures["largest_round_tokens"] == SLOW_TOKENS
+    assert figures["rounds"] == 3
+
+
+def test_what_arrives_while_the_rank_is_busy_is_computed_together(group) -> None:
+    handles = [handle_of(SLOW_TOKENS), handle_of(20), handle_of(30), handle_of(40)]
+    source = Scripted([(0.02 * index, handle) for index, handle in enumerate(handles)])
+    assert report(group.step(source, 0))["rounds"] == 2
+
+
+def test_only_the_last_round_completes_the_step(group) -> None:
+    source = Scripted([(0.0, handle_of(20)), (0.5, handle_of(10))])
+    figures = report(group.step(source, 0))
+    assert (figures["rounds"], figures["completing_rounds"], figures["tokens"]) == (2, 1, 30)
+
+
+def test_a_rank_that_fails_is_noticed_before_the_last_batch_comes(group) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ScoreError, match="stub"):
+        group.step(Scripted([(0.0, handle_of(0)), (60.0, handle_of(10))]), 0)
+    assert time.perf_counter() - started < 30
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("exact-reverse-kl", [0, 0, 2, 3]), ("tail-topk", [0, 0, 0, 0])])
+def test_the_head_of_a_replaced_teacher_is_read_before_its_first_step_where_the_objective_needs_it(
+    start, preset: str, expected: list[int]
+) -> None:
+    group = start(f"objective={preset}")
+    heads = []
+    for step in range(4):
+        if step == 1:  # both are asked for while step 1 is still to be learned from
+            group.replace_teachers({"only": TeacherConfig("2")}, first_step=2)
+            group.replace_teachers({"only": TeacherConfig("3")}, first_step=3)
+        heads.append(report(group.step(AtHand([handle_of(5)]), step))["teacher_head"])
+    assert heads == expected

@@ -1,0 +1,121 @@
+"""The student's packed forward against the plain forward of transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CohereForCausalLM,
+    Gemma2ForCausalLM,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import LearnerConfig
+from cluster.contracts.errors import ModelError
+from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.plan import plan_step
+from learner.model.completion_head import Evaluation
+from learner.model.projection import LogitScaling
+from learner.model.student import check_forward, load_student
+from tests.learner.support import SMALL, VOCABULARY
+
+FP32 = LearnerConfig(dtype="float32")
+
+
+def logprobs_alone(causal_lm, row):
+    """Return log-probabilities [completion_tokens, vocabulary] of one trajectory in a forward of its own."""
+    ids = torch.from_numpy(row.token_ids.copy()).long()
+    logits = causal_lm(input_ids=ids[None]).logits[0].float().log_softmax(-1)
+    return logits[:-1][torch.from_numpy(row.loss_mask[1:] != 0)]
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_no_trajectory_sees_another_of_its_grid(student_folder, scored, is_training, gradient_checkpointing):
+    config = LearnerConfig(dtype="float32", gradient_checkpointing=gradient_checkpointing)
+    student = load_student(StudentConfig(model=str(student_folder)), config)
+    student.train(is_training)
+    reference = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
+    rows = trajectories([scored])
+    (grids,) = plan_step([len(row.token_ids) for row in rows], 1, micro_batch_tokens=96).ranks
+    assert max(len(row) for grid in grids for row in grid) > 1, "the plan must pack several trajectories into a row"
+    for grid in grids:
+        batch = build_micro_batch(grid, rows, seed=0)
+        found = Evaluation(*student(batch))
+        expected = torch.cat([logprobs_alone(reference, rows[index]) for row in grid for index in row])
+        of_written = expected.gather(-1, batch.tokens.target_ids[:, None])[:, 0]
+        torch.testing.assert_close(found.logprobs, of_written, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.entropy, -(expected.exp() * expected).sum(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (LlamaForCausalLM, {"tie_word_embeddings": False}),
+        (Gemma2ForCausalLM, {"final_logit_softcapping": 2.0}),
+        (CohereForCausalLM, {"logit_scale": 0.3}),
+        (GraniteForCausalLM, {"logits_scaling": 3.0}),
+    ],
+)
+def test_models_that_treat_their_logits_specially_pass_the_forward_check(model, settings, tmp_path):
+    model(model.config_class(**SMALL, **settings)).save_pretrained(tmp_path)
+    load_student(StudentConfig(model=str(tmp_path)), FP32)
+
+
+def test_a_forward_that_scales_its_logits_in_an_unknown_way_is_refused_in_one_sentence(student_folder):
+    student = load_student(StudentConfig(model=str(student_folder)), FP32)
+    student.head.scaling = LogitScaling(factor=2.0)
+    with pytest.raises(ModelError, match="two packed sequences differ by") as error:
+        check_forward(student, "tiny")
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_attention_is_refused_in_one_sentence(tmp_path):
+    config = MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot load its weights") as error:
+        load_student(StudentConfig(model=str(tmp_path)), FP32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_directory_is_one_sentence(tmp_path):
+    with pytest.raises(ModelError, match="no such directory") as error:
+        load_student(StudentConfig(model=str(tmp_path / "absent")), FP32)
+    assert "\n" not in str(error.value)
+
+
+def test_a_directory_without_weights_is_one_sentence(student_folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((student_folder / "config.json").read_bytes())
+    with pytest.raises(ModelError, match="cannot load its weights") as error:
+        load_student(StudentConfig(model=str(tmp_path)), FP32)
+    assert "\n" not in str(error.value)
+
+
+def test_truncated_weights_are_one_sentence(student_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((student_folder / name).read_bytes()[:20_000])
+    with pytest.raises(ModelError, match="cannot load its weights") as error:
+        load_student(StudentConfig(model=str(tmp_path)), FP32)
+    assert "\n" not in str(error.value)
+
+
+def test_dropout_of_the_configuration_is_off(tmp_path):
+    Qwen3ForCausalLM(Qwen3Config(**SMALL, attention_dropout=0.5)).save_pretrained(tmp_path)
+    student = load_student(StudentConfig(model=str(tmp_path)), FP32)
+    assert student.training
+    assert student.causal_lm.model.layers[0].self_attn.attention_dropout == 0
+
+
+def test_the_manifest_names_tied_parameters_once(student_folder: Path):
+    manifest = load_student(StudentConfig(model=str(student_folder)), FP32).manifest("bfloat16")
+    names = [tensor.name for tensor in manifest.tensors]
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    assert len(names) == len(set(names))

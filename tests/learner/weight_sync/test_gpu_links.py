@@ -1,0 +1,279 @@
+"""How weights go from card to card: the ranks, the messages, the bytes, and the order of things; no card is needed.
+
+The receiving ends are vLLM's, which run on CUDA only. Their rules are taken from vLLM itself where it can be called
+here: its dataclasses check the messages, `pack_tensors` cuts what is sent as its consumer does, and `unpack_tensor`
+reads what arrives.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
+
+from cluster.contracts.errors import WeightSyncError
+from cluster.weight_sync.manifest import plan_buckets, total_bytes
+from learner.model.student import Student
+from learner.weight_sync.gpu_links import IpcLink, NcclLink, first_rank
+from learner.weight_sync.gpu_sender import ipc_link
+from tests.learner.weight_sync.fake_cards import (
+    BUCKET_BYTES,
+    PARAMETERS,
+    FakeAudience,
+    FakeGroup,
+    FakeStudent,
+    Publication,
+    assert_all_arrived,
+    in_place,
+    nccl,
+    received,
+)
+
+TINY = {
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
+def test_an_engines_ranks_follow_those_of_the_engine_before() -> None:
+    link = nccl([], tensor_parallel=4)(torch.empty(0))
+    invitations = link.invite(3)
+    assert [message["rank_offset"] for message in invitations] == [1, 5, 9]
+    assert {message["world_size"] for message in invitations} == {13}  # the learner's rank 0 and 3 x 4
+    assert first_rank(0, 8) == 1  # an engine of any size begins behind the learner
+    for message in invitations:
+        assert NCCLWeightTransferInitInfo(**message).world_size == 13  # vLLM takes the message as it is
+
+
+def test_every_worker_gets_every_parameter_from_one_broadcast_per_bucket() -> None:
+    groups: list[FakeGroup] = []
+    publication = Publication(nccl(groups))
+    report = publication.publish("a", "b", "c")
+    [group], [audience] = groups, publication.audiences
+    updates = audience.messages("update_weights")
+    assert [len(update) for update in updates] == [3, 3, 3]
+    assert [update[0]["names"] for update in updates] == [["embed.weight"], ["norm.weight", "proj.weight"], ["scale"]]
+    assert [payload.numel() for payload in group.broadcasts] == [48, 22, 2]
+    assert_all_arrived(received([update[2] for update in updates], group.broadcasts))
+    assert report.num_bytes == 72
+    assert [verb for verb, _ in audience.told] == [
+        "start_weight_update",
+        "init_weight_transfer",
+        "update_weights",
+        "update_weights",
+        "update_weights",
+        "finish_weight_update",
+    ]
+
+
+def test_one_bucket_at_a_time_is_gathered() -> None:
+    publication = Publication(nccl([]))
+    publication.publish("a")
+    assert publication.engine.gathered == [["embed.weight"], ["norm.weight", "proj.weight"], ["scale"]]
+
+
+def test_a_rank_that_does_not_send_gathers_and_tells_nobody() -> None:
+    publication = Publication(nccl([], is_sender=False))
+    publication.engine.rank = 1
+    publication.publish("a")
+    assert len(publication.engine.gathered) == 3
+    assert publication.audiences == []
+
+
+def test_a_bucket_is_one_message_by_the_rule_of_vllms_receiver() -> None:
+    specs = FakeStudent().manifest("bfloat16").tensors
+    most = 48  # what the link names as the size: the largest tensor's, which is above the bucket
+    for bucket in plan_buckets(specs, BUCKET_BYTES):
+        pairs = iter([(spec.name, PARAMETERS[spec.name].to(torch.bfloat16)) for spec in bucket])
+        chunk = pack_tensors(pairs, lambda pair: pair[1], most)
+        assert chunk is not None
+        assert chunk.names == [spec.name for spec in bucket]
+        assert chunk.packed_tensor.numel() == total_bytes(bucket)
+        assert pack_tensors(pairs, lambda pair: pair[1], most) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_parameter_begins_at_a_multiple_of_its_values_width(dtype: str) -> None:
+    width = 4 if dtype == "float32" else 2
+    for bucket in plan_buckets(FakeStudent().manifest(dtype).tensors, BUCKET_BYTES):
+        starts = [total_bytes(bucket[:position]) for position in range(len(bucket))]
+        assert all(start % width == 0 for start in starts)
+
+
+def test_vllm_takes_the_messages_of_both_links() -> None:
+    bucket = FakeStudent().manifest("bfloat16").tensors[1:3]
+    broadcast = NCCLWeightTransferUpdateInfo(**nccl([])(torch.empty(0)).update_message(bucket))
+    assert (broadcast.names, broadcast.dtype_names) == (["norm.weight", "proj.weight"], ["bfloat16", "bfloat16"])
+    assert broadcast.shapes == [[3], [2, 4]]
+    message = in_place({"GPU-0": 1}).update_message(bucket)
+    shared = IPCWeightTransferUpdateInfo(**message)
+    assert shared.tensor_sizes == [6, 16]
+    assert shared.ipc_handles == {"GPU-0": 1}
+
+
+def test_the_same_workers_keep_their_group_and_others_get_another_at_another_port() -> None:
+    groups: list[FakeGroup] = []
+    publication = Publication(nccl(groups))
+    publication.publish("a", "b")
+    publication.publish("a", "b", version=2)
+    assert len(groups) == 1
+    publication.publish("a", "d", version=3)
+    assert [group.is_destroyed for group in groups] == [True, False]
+    ports = [audience.messages("init_weight_transfer") for audience in publication.audiences]
+    assert [[invitation[0]["master_port"] for invitation in found] for found in ports] == [[5000], [], [5001]]
+
+
+def test_a_worker_that_dies_before_the_broadcast_is_left_out_of_the_group() -> None:
+    publication = Publication(nccl([]), mortal={"b": ("start_weight_update", 1)})
+    publication.publish("a", "b", "c")
+    [invitation] = publication.audiences[0].messages("init_weight_transfer")
+    assert {position: message["rank_offset"] for position, message in invitation.items()} == {0: 1, 2: 2}
+    assert {message["world_size"] for message in invitation.values()} == {3}
+    assert publication.ends == []
+
+
+def test_a_death_in_a_broadcast_ends_the_learners_rank() -> None:
+    publication = Publication(nccl([]), mortal={"b": ("update_weights", 2)})
+    publication.publish("a", "b")
+    assert publication.ends[0] == 1
+
+
+class StuckGroup(FakeGroup):
+    """Waits in its first broadcast for ranks that never come, as NCCL does, until the test is over."""
+
+    def __init__(self, is_over: Event) -> None:
+        super().__init__()
+        self._is_over = is_over
+
+    def broadcast(self, tensor: Tensor, src: int, stream: Any) -> None:
+        self._is_over.wait()
+
+
+@pytest.fixture
+def is_over() -> Iterator[Event]:
+    """Let threads that wait for ever go when a test ends."""
+    event = Event()
+    yield event
+    event.set()
+
+
+def stuck_link(is_over: Event, in_opening: bool) -> Callable[[Tensor], NcclLink]:
+    def join(**meeting: Any) -> FakeGroup:
+        if in_opening:
+            is_over.wait()
+        return StuckGroup(is_over)
+
+    return lambda buffer: NcclLink(True, lambda: ("10.0.0.1", 5000), 1, buffer.numel(), join)
+
+
+@pytest.mark.parametrize(
+    ("verb", "in_opening"), [("init_weight_transfer", True), ("update_weights", False)], ids=["opening", "broadcast"]
+)
+def test_a_worker_that_fails_while_nccl_waits_for_it_is_heard(is_over: Event, verb: str, in_opening: bool) -> None:
+    class Failing(FakeAudience):
+        def look(self, references: Mapping[int, Any]) -> None:
+            if self.told[-1][0] == verb:
+                raise WeightSyncError("no memory is left on the card")
+
+    publication = Publication(stuck_link(is_over, in_opening), audience=Failing)
+    with pytest.raises(WeightSyncError, match="no memory is left"):
+        publication.publish("a", "b")
+
+
+def test_a_death_while_nccl_waits_ends_the_learners_rank(is_over: Event) -> None:
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    mortal = {"b": ("init_weight_transfer", 1)}
+    publication = Publication(stuck_link(is_over, in_opening=True), mortal=mortal, end=end)
+    with pytest.raises(SystemExit):
+        publication.publish("a", "b")
+
+
+def test_a_death_beside_a_shared_buffer_ends_nothing() -> None:
+    publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), mortal={"b": ("update_weights", 2)})
+    publication.publish("a", "b")
+    assert publication.ends == []
+    finished = publication.audiences[0].messages("finish_weight_update")
+    assert finished == [{0: 1}]
+
+
+def test_without_workers_nothing_is_connected_or_sent() -> None:
+    groups: list[FakeGroup] = []
+    publication = Publication(nccl(groups))
+    publication.publish()
+    assert groups == []
+
+
+def test_a_group_that_does_not_form_is_one_sentence() -> None:
+    def refuse(**meeting: Any) -> None:
+        raise RuntimeError("timed out")
+
+    link = NcclLink(True, lambda: ("10.0.0.1", 5000), 2, BUCKET_BYTES, refuse)
+    link.invite(2)
+    with pytest.raises(WeightSyncError, match="the NCCL group of 5 ranks did not form: timed out"):
+        link.open()
+
+
+def test_a_communicator_without_nccl_is_refused() -> None:
+    class Disabled(FakeGroup):
+        disabled = True
+
+    link = NcclLink(True, lambda: ("10.0.0.1", 5000), 1, BUCKET_BYTES, lambda **meeting: Disabled())
+    link.invite(1)
+    with pytest.raises(WeightSyncError, match="no NCCL library"):
+        link.open()
+
+
+def test_a_shared_buffer_is_read_before_the_next_bucket_overwrites_it() -> None:
+    read: list[tuple[dict[str, Any], Tensor]] = []
+
+    class Reader(FakeAudience):
+        """Reads the buffer when its answer is awaited, as late as can be."""
+
+        def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
+            if references and what_for.startswith("receive"):
+                message = self.messages("update_weights")[-1][0]
+                [buffer] = message["ipc_handles"].values()
+                read.append((message, buffer[: sum(message["tensor_sizes"])].clone()))
+            return super().answers(references, what_for)
+
+    publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), audience=Reader)
+    publication.publish("a")
+    assert_all_arrived(received([message for message, _ in read], [payload for _, payload in read]))
+
+
+def test_every_engine_finds_the_buffer_of_its_own_card() -> None:
+    gathered = [{"GPU-0": "first"}, {"GPU-1": "second"}]
+    link = IpcLink(torch.empty(0), "GPU-1", lambda value: gathered, lambda: None, lambda buffer: "second")
+    assert link.update_message(())["ipc_handles"] == {"GPU-0": "first", "GPU-1": "second"}
+
+
+def test_a_buffer_outside_a_card_is_not_shared() -> None:
+    with pytest.raises(WeightSyncError, match="the learner has none"):
+        ipc_link(torch.empty(1, dtype=torch.uint8))
+
+
+def test_a_message_has_only_fields_that_this_vllm_knows() -> None:
+    known = {field.name for field in fields(NCCLWeightTransferUpdateInfo)}
+    assert set(nccl([])(torch.empty(0)).update_message(())) <= known
+
+
+def test_a_tied_head_travels_once() -> None:
+    tied = Qwen3ForCausalLM(Qwen3Config(**TINY, tie_word_embeddings=True))
+    untied = Qwen3ForCausalLM(Qwen3Config(**TINY, tie_word_embeddings=False))
+    names, more = ([spec.name for spec in Student(model).manifest("bfloat16").tensors] for model in (tied, untied))
+    assert "lm_head.weight" not in names
+    assert more == [*names, "lm_head.weight"]

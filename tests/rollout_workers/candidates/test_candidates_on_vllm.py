@@ -1,0 +1,119 @@
+"""The candidates that real vLLM rollout actors choose, against transformers at the same prefixes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.contracts.errors import RolloutError
+from cluster.contracts.requests import SamplingSettings
+from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, rows_of
+from tests.tiny_qwen3 import NUM_WORDS, expected_logprobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
+
+
+def draws(count: int, max_completion_tokens: int = 32, temperature: float = 1.0) -> SamplingSettings:
+    return SamplingSettings(max_completion_tokens, temperature, num_candidates=count, candidates="draws")
+
+
+def expected(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> torch.Tensor:
+    """Return [completion_tokens, vocabulary] by transformers."""
+    sampled = np.flatnonzero(row["loss_mask"])
+    return expected_logprobs(rollouts.student, row["token_ids"].tolist(), temperature)[sampled - 1]
+
+
+def gaps(row: dict[str, Any], expected: torch.Tensor) -> torch.Tensor:
+    """Return [completion_tokens]: how far the candidates' log-probabilities are off at worst."""
+    at_candidates = expected.gather(-1, torch.tensor(row["candidate_ids"]).long())
+    return (at_candidates - torch.tensor(row["candidate_rollout_logprobs"])).abs().amax(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_most_likely_tokens_are_those_of_transformers_best_first(
+    rollouts: RolloutDeployment, temperature: float
+) -> None:
+    sampling = SamplingSettings(32, temperature, num_candidates=24)
+    for row in rollouts.generate(rollouts.requests([0, 1, 2]), sampling):
+        best = expected(rollouts, row, temperature).topk(24)
+        assert torch.tensor(row["candidate_rollout_logprobs"]).allclose(best.values, rtol=0, atol=1e-4)
+        assert gaps(row, expected(rollouts, row, temperature)).max() < 1e-4  # the ids belong to these values
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_draws_carry_their_log_probability_under_the_sampling_distribution(
+    rollouts: RolloutDeployment, temperature: float
+) -> None:
+    rows = rollouts.generate(rollouts.requests([0, 1, 2, 3]), draws(7, temperature=temperature))
+    for row in rows:
+        assert row["candidate_ids"].shape == (len(row["rollout_logprobs"]), 7)
+        assert gaps(row, expected(rollouts, row, temperature)).max() < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_draws_follow_the_sampling_distribution(rollouts: RolloutDeployment, temperature: float) -> None:
+    rows = rollouts.generate(rollouts.requests([3] * 64), draws(100, 1, temperature))
+    ids = np.concatenate([row["candidate_ids"][0] for row in rows])
+    counts = torch.from_numpy(ids).bincount(minlength=NUM_WORDS).double()
+    wanted = 6400 * expected(rollouts, rows[0], temperature)[0].double().exp()
+    rare = wanted < 5  # too few for the approximation; they count as one token
+    wanted = torch.cat([wanted[~rare], wanted[rare].sum(0, keepdim=True)])
+    counts = torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)])
+    freedom = len(wanted) - 1
+    assert freedom > 20
+    assert ((counts - wanted) ** 2 / wanted).sum() < freedom + 5 * (2 * freedom) ** 0.5  # mean and five deviations
+
+
+def test_draws_are_independent_of_the_written_token_and_of_each_other(rollouts: RolloutDeployment) -> None:
+    rows = rollouts.generate(rollouts.requests([index % NUM_PROMPTS for index in range(32)]), draws(8, 48))
+    surplus, variance = np.zeros(2), np.zeros(2)
+    for row in rows:
+        probabilities = expected(rollouts, row).double().exp().numpy()
+        ids, at = row["candidate_ids"], np.arange(len(row["candidate_ids"]))[:, None]
+        written = row["token_ids"][-len(ids) :, None]
+        # An independent draw repeats a given token as often as that token is probable.
+        for pair, (repeats, given) in enumerate([(ids == written, written), (ids[:, 1:] == ids[:, :1], ids[:, :1])]):
+            chance = probabilities[at, given] * repeats.shape[1]
+            surplus[pair] += repeats.sum() - chance.sum()
+            variance[pair] += (chance * (1 - probabilities[at, given])).sum()
+    assert (np.abs(surplus) < 5 * np.sqrt(variance)).all()
+    assert (variance > 100).all()  # enough to see an excess of 50 in some thousand draws
+
+
+def test_the_same_seed_draws_the_same_beside_other_requests(rollouts: RolloutDeployment) -> None:
+    [alone] = rollouts.generate(rollouts.requests([5], seed=7), draws(4))
+    among = rollouts.generate(rollouts.requests([5, 6, 1, 2, 5], seed=7), draws(4))
+    assert alone["candidate_ids"].tolist() == among[0]["candidate_ids"].tolist()
+    assert alone["candidate_ids"][0].tolist() != among[4]["candidate_ids"][0].tolist()  # the same prompt, another seed
+
+
+def test_new_weights_leave_no_gap_and_no_repetition_in_running_requests(rollouts: RolloutDeployment) -> None:
+    requests = rollouts.requests([index % NUM_PROMPTS for index in range(48)])
+    stream = rollouts.pool.generate(requests, draws(3, 400), "exact")
+    next(stream)  # the rest is under way
+    old = {name: value.clone() for name, value in rollouts.student.state_dict().items()}
+    rollouts.change_weights()
+    rollouts.publish(rollouts.policy_version + 1)
+    new = {name: value.clone() for name, value in rollouts.student.state_dict().items()}
+    rows = [row for handle in stream for row in rows_of(handle.reference)]
+    by_version = []
+    for weights in (old, new):
+        rollouts.student.load_state_dict(weights)
+        by_version.append([gaps(row, expected(rollouts, row)) < 1e-4 for row in rows])
+    changes = [row_old.int().sum() for row_old in by_version[0]]
+    for num_old, row_old, row_new in zip(changes, *by_version, strict=True):
+        assert row_old[:num_old].all()
+        assert row_new[num_old:].all()
+    assert any(0 < num_old < len(row) for num_old, row in zip(changes, by_version[0], strict=True))
+
+
+def test_draws_beside_a_truncated_distribution_are_refused(rollouts: RolloutDeployment) -> None:
+    sampling = SamplingSettings(4, 1.0, top_p=0.5, num_candidates=2, candidates="draws")
+    with pytest.raises(RolloutError, match="draws come from the whole distribution"):
+        rollouts.generate(rollouts.requests([0]), sampling)
+
+
+def test_without_candidates_there_are_no_columns_for_them(rollouts: RolloutDeployment) -> None:
+    [row] = rollouts.generate(rollouts.requests([0]), SamplingSettings(4, 1.0))
+    assert not [name for name in row if "candidate" in name]

@@ -1,0 +1,74 @@
+"""Many requests that finish, and few calls to the worker."""
+
+import asyncio
+from collections.abc import Mapping
+
+import pytest
+
+from rollout_workers.candidates.vllm_processor import DrawFetcher, Encoded
+
+
+class SlowWorker:
+    """Answers after a while with each key's own name, and remembers what it was asked; knows no key "lost"."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[str], list[str]]] = []
+
+    async def take(self, wanted: Mapping[str, int], given_up: list[str]) -> dict[str, Encoded]:
+        self.calls.append((sorted(wanted), given_up))
+        await asyncio.sleep(0.01)
+        return {key: (key.encode(), bytes(num_tokens)) for key, num_tokens in wanted.items() if key != "lost"}
+
+
+def test_requests_that_finish_during_a_call_share_the_next() -> None:
+    async def scenario() -> list[tuple[list[str], list[str]]]:
+        worker = SlowWorker()
+        fetcher = DrawFetcher(worker.take)
+        first = asyncio.create_task(fetcher.fetch("a", 1))
+        await asyncio.sleep(0.005)
+        rest = await asyncio.gather(fetcher.fetch("b", 2), fetcher.fetch("c", 3))
+        assert [await first, *rest] == [(b"a", bytes(1)), (b"b", bytes(2)), (b"c", bytes(3))]
+        return worker.calls
+
+    assert asyncio.run(scenario()) == [(["a"], []), (["b", "c"], [])]
+
+
+def test_a_cancelled_caller_takes_nothing_from_the_others() -> None:
+    async def scenario() -> Encoded:
+        fetcher = DrawFetcher(SlowWorker().take)
+        cancelled, kept = (asyncio.create_task(fetcher.fetch(key, 1)) for key in ("a", "b"))
+        await asyncio.sleep(0.005)
+        cancelled.cancel()
+        return await kept
+
+    assert asyncio.run(scenario()) == (b"b", bytes(1))
+
+
+def test_a_request_that_was_given_up_is_named_once_with_the_next_call() -> None:
+    async def scenario() -> list[list[str]]:
+        worker = SlowWorker()
+        fetcher = DrawFetcher(worker.take)
+        fetcher.give_up("x")
+        await fetcher.fetch("a", 1)
+        await fetcher.fetch("b", 1)
+        return [given_up for _, given_up in worker.calls]
+
+    assert asyncio.run(scenario()) == [["x"], []]
+
+
+def test_a_request_that_the_worker_does_not_know_has_no_draws() -> None:
+    assert asyncio.run(DrawFetcher(SlowWorker().take).fetch("lost", 1)) == (b"", b"")
+
+
+def test_a_failed_call_fails_all_that_waited_for_it() -> None:
+    async def fail(wanted: Mapping[str, int], given_up: list[str]) -> dict[str, Encoded]:
+        raise ConnectionError("the engine is gone")
+
+    async def scenario() -> list[Encoded | BaseException]:
+        fetcher = DrawFetcher(fail)
+        return await asyncio.gather(fetcher.fetch("a", 1), fetcher.fetch("b", 1), return_exceptions=True)
+
+    results = asyncio.run(scenario())
+    with pytest.raises(ConnectionError):
+        raise results[0]  # type: ignore[misc]
+    assert [type(result) for result in results] == [ConnectionError, ConnectionError]

@@ -1,0 +1,129 @@
+"""Draws from given logits and given random numbers, and what the log keeps of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from rollout_workers.candidates.draws import (
+    GOLDEN_GAMMA,
+    MAX_LOGITS_AT_ONCE,
+    MAX_STEPS_ON_DEVICE,
+    DrawLog,
+    DrawOrder,
+    LogitsRow,
+    draw,
+    scramble,
+    uniforms,
+)
+
+
+def certain(*tokens: int, vocabulary: int = 10) -> torch.Tensor:
+    """Return logits whose rows leave no other token than the given one."""
+    logits = torch.full((len(tokens), vocabulary), -torch.inf)
+    logits[range(len(tokens)), list(tokens)] = 0.0
+    return logits
+
+
+def ids_of(log: DrawLog, key: str, num_tokens: int) -> list[list[int]]:
+    taken = log.take(key, num_tokens)
+    assert taken is not None
+    assert taken[0].shape == taken[1].shape
+    return [[int(token) for token in ids] for ids in taken[0]]
+
+
+def test_the_random_numbers_are_those_of_the_published_splitmix64() -> None:
+    # Rosetta Code, "Pseudo-random numbers/Splitmix64": the first three outputs for seed 1234567.
+    states = np.uint64(1234567) + np.arange(1, 4, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
+    assert scramble(states).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+def test_a_uniform_number_depends_on_its_seed_position_and_place_alone() -> None:
+    seeds, positions = np.array([5, 5, 6], np.uint64), np.array([0, 1, 0], np.uint64)
+    together = uniforms(seeds, positions, 8)
+    assert len(np.unique(together)) == 24
+    for row in range(3):
+        alone = uniforms(seeds[row : row + 1], positions[row : row + 1], 3)
+        assert alone[0].tolist() == together[row, :3].tolist()
+
+
+def test_draws_invert_the_cumulative_distribution() -> None:
+    logits = torch.tensor([[0.5, 0.25, 0.25]]).log() + 7.0  # a constant changes no probability
+    ids, logprobs = draw(logits, torch.tensor([[0.0, 0.49, 0.51, 0.74, 0.76, 0.99]], dtype=torch.float64))
+    assert ids.tolist() == [[0, 0, 1, 1, 2, 2]]
+    assert logprobs[0].exp().tolist() == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
+
+
+def test_a_token_of_probability_zero_is_never_drawn() -> None:
+    ids, logprobs = draw(certain(4), torch.tensor([[0.0, 0.5, 1 - 2.0**-52]], dtype=torch.float64))
+    assert ids.tolist() == [[4, 4, 4]]
+    assert logprobs.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_many_draws_follow_the_distribution() -> None:
+    probabilities = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.06, 0.05, 0.03, 0.01])
+    num_draws = 100_000
+    uniform = uniforms(np.arange(1000, dtype=np.uint64), np.full(1000, 17, np.uint64), 100)
+    ids, _ = draw(probabilities.log().expand(1000, -1), torch.from_numpy(uniform))
+    expected = num_draws * probabilities.double()
+    chi_square = ((ids.flatten().bincount(minlength=8) - expected) ** 2 / expected).sum()
+    assert chi_square < 7 + 5 * 14**0.5  # 8 - 1 degrees of freedom: mean 7, variance 14; five deviations
+
+
+def test_a_position_that_is_computed_again_has_its_last_draws() -> None:
+    log = DrawLog()
+    draws = log.open(DrawOrder("a", 2, seed=1))
+    log.record([LogitsRow(draws, 0, 0, 1.0)], certain(3))
+    log.record([LogitsRow(draws, 0, 1, 1.0)], certain(4))
+    again = log.open(DrawOrder("a", 2, seed=1))
+    log.record([LogitsRow(again, 0, 1, 1.0)], certain(5))
+    assert ids_of(log, "a", 2) == [[3, 3], [5, 5]]
+
+
+def test_draws_after_the_last_kept_token_are_cut_off() -> None:
+    log = DrawLog()
+    draws = log.open(DrawOrder("a", 1, seed=1))
+    for position, token in enumerate([3, 4, 5]):
+        log.record([LogitsRow(draws, 0, position, 1.0)], certain(token))
+    assert ids_of(log, "a", 2) == [[3], [4]]
+
+
+def test_draws_end_before_a_position_that_was_never_drawn() -> None:
+    log = DrawLog()
+    draws = log.open(DrawOrder("a", 1, seed=1))
+    for position in (0, 2):
+        log.record([LogitsRow(draws, 0, position, 1.0)], certain(3))
+    assert ids_of(log, "a", 3) == [[3]]
+
+
+def test_draws_that_already_left_the_device_are_found_with_the_rest() -> None:
+    log = DrawLog()
+    draws = log.open(DrawOrder("a", 1, seed=1))
+    for position in range(MAX_STEPS_ON_DEVICE + 3):
+        log.record([LogitsRow(draws, 0, position, 1.0)], certain(position % 10))
+    assert ids_of(log, "a", 67) == [[position % 10] for position in range(67)]
+
+
+def test_requests_that_want_different_numbers_of_draws_share_a_step() -> None:
+    log = DrawLog()
+    few, many = log.open(DrawOrder("few", 1, seed=1)), log.open(DrawOrder("many", 3, seed=2))
+    log.record([LogitsRow(few, 1, 0, 1.0), LogitsRow(many, 0, 0, 1.0)], certain(8, 9))
+    assert ids_of(log, "few", 1) == [[9]]
+    assert ids_of(log, "many", 1) == [[8, 8, 8]]
+
+
+def test_what_was_taken_or_given_up_is_forgotten() -> None:
+    log = DrawLog()
+    for key in ("taken", "given up", "running"):
+        log.open(DrawOrder(key, 1, seed=1))
+    log.take("taken", 0)
+    log.drop(["given up", "never seen"])
+    assert len(log) == 1
+    assert log.take("taken", 0) is None
+
+
+def test_logits_that_exceed_the_copy_are_drawn_from_in_parts() -> None:
+    log = DrawLog()
+    vocabulary = MAX_LOGITS_AT_ONCE // 2
+    rows = [LogitsRow(log.open(DrawOrder(str(row), 1, seed=row)), row, 0, 1.0) for row in range(3)]
+    log.record(rows, certain(11, vocabulary - 1, 0, vocabulary=vocabulary))
+    assert [ids_of(log, str(row), 1) for row in range(3)] == [[[11]], [[vocabulary - 1]], [[0]]]

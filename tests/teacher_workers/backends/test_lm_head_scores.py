@@ -1,0 +1,147 @@
+"""Scores from hidden states against a log-softmax over the whole vocabulary in fp64."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.contracts.errors import ScoreError
+from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.trajectory import Scores
+from cluster.models.lm_head import LmHead
+from teacher_workers.backends.lm_head_scores import FLOOR, MIN_CHUNK_TOKENS, predicting_rows, score_tokens
+
+VOCABULARY, WIDTH = 70_000, 8  # so large that the smallest chunk applies
+NUM_TOKENS = 2 * MIN_CHUNK_TOKENS + 5  # three chunks
+NUM_CANDIDATES = 6
+
+
+@pytest.fixture(scope="module")
+def head() -> LmHead:
+    return LmHead(torch.randn(VOCABULARY, WIDTH, generator=torch.manual_seed(0)))
+
+
+@pytest.fixture(scope="module")
+def hidden() -> torch.Tensor:
+    return 0.3 * torch.randn(NUM_TOKENS, WIDTH, generator=torch.manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def expected(head: LmHead, hidden: torch.Tensor) -> torch.Tensor:
+    return (hidden.double() @ head.weight.double().T).log_softmax(-1)  # [tokens, vocabulary]
+
+
+def score(head: LmHead, states: torch.Tensor, **asked: Any) -> tuple[Scores, np.ndarray, np.ndarray]:
+    """Score random tokens and candidates; returns them too."""
+    draw = np.random.default_rng(2)
+    written = draw.integers(0, head.vocabulary_size, len(states), dtype=np.int32)
+    candidates = draw.integers(0, head.vocabulary_size, (len(states), NUM_CANDIDATES), dtype=np.int32)
+    request = ScoreRequest("teacher", **asked)
+    given = candidates if request.given_candidates else None
+    return score_tokens(head, states, written, request, given), written, candidates
+
+
+def gather(expected: torch.Tensor, ids: np.ndarray) -> np.ndarray:
+    return expected.gather(1, torch.from_numpy(ids.astype(np.int64))).numpy()
+
+
+def test_written_tokens_get_their_log_softmax(head: LmHead, hidden: torch.Tensor, expected: torch.Tensor) -> None:
+    scores, written, _ = score(head, hidden)
+    assert scores.logprobs.dtype == np.float32
+    # float32 numbers near -12 are 1e-6 apart.
+    np.testing.assert_allclose(scores.logprobs, gather(expected, written[:, None])[:, 0], rtol=2e-7, atol=1e-6)
+    assert scores.chosen_ids is scores.candidate_logprobs is scores.entropy is scores.hidden is None
+
+
+def test_given_candidates_get_their_log_softmax(head: LmHead, hidden: torch.Tensor, expected: torch.Tensor) -> None:
+    scores, _, candidates = score(head, hidden, given_candidates=True)
+    assert scores.chosen_ids is None
+    np.testing.assert_allclose(scores.candidate_logprobs, gather(expected, candidates), rtol=2e-7, atol=1e-6)
+
+
+def test_chosen_candidates_are_the_most_likely_first(
+    head: LmHead, hidden: torch.Tensor, expected: torch.Tensor
+) -> None:
+    scores, _, _ = score(head, hidden, top_k=NUM_CANDIDATES)
+    best, best_ids = expected.topk(NUM_CANDIDATES)
+    assert scores.chosen_ids is not None
+    assert scores.chosen_ids.dtype == np.int32
+    assert (scores.chosen_ids == best_ids.numpy()).all()
+    np.testing.assert_allclose(scores.candidate_logprobs, best.numpy(), rtol=2e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_entropy_is_that_of_the_whole_distribution(
+    top_k: int, head: LmHead, hidden: torch.Tensor, expected: torch.Tensor
+) -> None:
+    scores, written, _ = score(head, hidden, entropy=True, top_k=top_k)
+    entropy = -(expected.exp() * expected).sum(-1)
+    np.testing.assert_allclose(scores.entropy, entropy.numpy(), rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(scores.logprobs, gather(expected, written[:, None])[:, 0], rtol=2e-7, atol=1e-6)
+
+
+def test_the_entropy_of_equal_logits_is_the_log_of_the_vocabulary() -> None:
+    scores, _, _ = score(LmHead(torch.ones(10, WIDTH)), torch.ones(2, WIDTH), entropy=True)
+    assert scores.entropy == pytest.approx(np.log([10, 10]), abs=1e-6)
+
+
+def test_logits_far_from_0_stay_finite() -> None:
+    head = LmHead(torch.tensor([[1.0], [0.0], [-1.0]]))
+    scores = score_tokens(head, torch.tensor([[3000.0]]), np.array([1], np.int32), ScoreRequest("t", 2, entropy=True))
+    assert scores.logprobs.tolist() == [-3000.0]
+    assert scores.entropy is not None
+    assert scores.entropy.tolist() == [0.0]
+    assert scores.candidate_logprobs is not None
+    assert scores.candidate_logprobs.tolist() == [[0.0, -3000.0]]
+
+
+def test_ids_that_the_teacher_does_not_have_get_the_floor() -> None:
+    head = LmHead(torch.zeros(4, 2))
+    candidates = np.array([[3, 4], [9, 0]], np.int32)
+    request = ScoreRequest("teacher", given_candidates=True)
+    scores = score_tokens(head, torch.zeros(2, 2), np.array([4, 3], np.int32), request, candidates)
+    even = pytest.approx(-np.log(4))
+    assert scores.logprobs.tolist() == [FLOOR, even]
+    assert scores.candidate_logprobs is not None
+    assert scores.candidate_logprobs.tolist() == [[even, FLOOR], [FLOOR, even]]
+
+
+def test_no_completion_token_gives_columns_of_no_rows() -> None:
+    scores, _, _ = score(LmHead(torch.ones(10, WIDTH)), torch.ones(0, WIDTH), top_k=3, entropy=True, hidden=True)
+    assert scores.logprobs.shape == (0,)
+    assert scores.chosen_ids is not None
+    assert scores.chosen_ids.shape == (0, 3)
+    assert scores.entropy is not None
+    assert scores.entropy.shape == (0,)
+    assert scores.hidden is not None
+    assert scores.hidden.shape == (0, WIDTH)
+
+
+def test_hidden_states_travel_in_the_teachers_own_dtype() -> None:
+    values = torch.tensor([[1.0, -2.5]])
+    head = LmHead(torch.ones(10, 2, dtype=torch.bfloat16))
+    scores, _, _ = score(head, values.bfloat16(), hidden=True)
+    assert scores.hidden is not None
+    assert scores.hidden.dtype == np.uint16
+    # bfloat16 is the upper half of float32: 1.0 is 0x3F800000, -2.5 is 0xC0200000.
+    assert scores.hidden.tolist() == [[0x3F80, 0xC020]]
+    scores, _, _ = score(LmHead(torch.ones(10, 2)), values, hidden=True)
+    assert scores.hidden is not None
+    assert scores.hidden.dtype == np.float32
+    assert scores.hidden.tolist() == [[1.0, -2.5]]
+
+
+def test_a_token_is_predicted_by_the_position_before_it() -> None:
+    hidden = torch.arange(6.0).unsqueeze(-1)
+    assert predicting_rows(hidden, np.array([0, 0, 1, 0, 1, 1], np.uint8)).flatten().tolist() == [1, 3, 4]
+    assert predicting_rows(hidden, np.zeros(6, np.uint8)).shape == (0, 1)
+    assert predicting_rows(hidden[2:], np.array([0, 0, 0, 1, 0, 1], np.uint8), num_cached=2).flatten().tolist() == [
+        2,
+        4,
+    ]
+
+
+def test_another_number_of_hidden_states_than_tokens_is_refused() -> None:
+    with pytest.raises(ScoreError, match="5 hidden states for 6 tokens"):
+        predicting_rows(torch.zeros(5, 1), np.array([0, 0, 1, 1, 1, 1], np.uint8))
