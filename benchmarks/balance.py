@@ -28,7 +28,7 @@ from cluster.elastic.balancer import Announcements, Balancer, Movable
 from cluster.elastic.splits import ROLLOUT, PoolRule, Sizes, Space
 from cluster.elastic.step_cost import WorkMeter
 from cluster.nodes.local_cluster import local_cluster
-from cluster.placement.capacity import SplitRoom
+from cluster.placement.capacity import SplitCapacity
 from cluster.run.driver import Permits
 from cluster.run.flow import Flow, StepBatches
 from cluster.run.step_metrics import Stopwatch, step_record
@@ -100,7 +100,7 @@ class Steps:
     def _balancer(self, balance: Balance, announcements: Announcements) -> Balancer:
         places = self._workload.config.rollout.engine.max_concurrent_sequences
         meter = WorkMeter(places, self._workload.max_staleness)
-        return Balancer(balance, meter, self.pools, SplitRoom(dict.fromkeys(self.pools, 0)), announcements)
+        return Balancer(balance, meter, self.pools, SplitCapacity(dict.fromkeys(self.pools, 0)), announcements)
 
     def _forever(self) -> Iterator[tuple[Record, list[BatchHandle]]]:
         """Do steps as the driver does, weight sync aside, and yield each one's record and batches."""

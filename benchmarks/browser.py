@@ -15,7 +15,7 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 ANSWER_SECONDS = 60.0
-LOOK_SECONDS = 0.5
+CHECK_SECONDS = 0.5
 # Chromium reads commands from descriptor 3 and answers on 4, each message ended by a zero byte.
 LAUNCH = 'exec "$@" 3<&{commands} 4>&{answers}'
 
@@ -61,7 +61,7 @@ class Page:
         """Wait until something is true of the page's text, and return the last text, whether it became so or not."""
         deadline = time.monotonic() + seconds
         while not is_true(text := self.text()) and time.monotonic() < deadline:
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
         return text
 
     def picture(self, path: Path) -> None:

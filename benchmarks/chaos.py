@@ -31,7 +31,7 @@ from cluster.run.inputs import audited_run, load_inputs
 from cluster.run.ledger import audit, read_ledger
 
 PAUSE_SECONDS = 2.0  # longest wait between a step and the kill that follows it
-LOOK_SECONDS = 0.2
+CHECK_SECONDS = 0.2
 STALL_SECONDS = 300.0  # without a step: the run hangs
 STANDARD_DEVIATIONS = 3.0
 # Two workers in each pool, so that one can do the work of the other.
@@ -80,7 +80,7 @@ class ChaosRun:
                 return False
             if time.monotonic() > deadline:
                 raise SystemExit(f"chaos: no step for {STALL_SECONDS:.0f} s after step {before}")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
         return True
 
     def disturb(self, kind: str, chance: random.Random) -> None:

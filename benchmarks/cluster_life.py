@@ -29,7 +29,7 @@ NODES = ("node-1", "node-2", "node-3")
 STALL_SECONDS = 400.0  # a node's death is noticed after about 20 s, and engines start within a minute
 GROWN = {"rollout": 3, "teachers.countdown": 2}
 SHRUNK = {"rollout": 2, "teachers.countdown": 1}
-POOLS = {"rollout": "rollout", "teachers.countdown": "teacher-countdown"}  # a wish's name, and that in the figures
+POOLS = {"rollout": "rollout", "teachers.countdown": "teacher-countdown"}  # a request's name, and that in the figures
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cluster.demo import EMBEDDED
 HEAD, CPUS_PER_NODE = "head", 4
 STORE_BYTES = 200 << 20
 START_SECONDS = 120.0
-LOOK_SECONDS = 0.5
+CHECK_SECONDS = 0.5
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
 
 
@@ -114,7 +114,7 @@ def wait_until(is_true: Callable[[], bool], seconds: float, what: str) -> None:
     while not is_true():
         if time.monotonic() > deadline:
             raise SystemExit(f"waited {seconds:.0f} s until {what}")
-        time.sleep(LOOK_SECONDS)
+        time.sleep(CHECK_SECONDS)
 
 
 def _write_token(path: Path) -> None:

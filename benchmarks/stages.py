@@ -27,7 +27,7 @@ from benchmarks.pairs import PAIRS, missing_models, pair_config
 from benchmarks.process_trees import cpu_seconds, descendants, spent
 from benchmarks.report import RESULTS, Row, at_least, print_rows, row, write_rows
 from cluster.config.run_config import Config
-from cluster.contracts.batches import AtHand, BatchHandle
+from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.files import Record
 from cluster.contracts.requests import RolloutRequest
 from cluster.nodes.ray_session import ray_session
@@ -133,7 +133,7 @@ class Bench:
         spent["score"] = self._meter.measure(
             lambda: scored.extend(self._teachers.score(generated, self._config.scorers))
         )
-        spent["learn"] = self._meter.measure(lambda: self._learner.step(AtHand(scored), step))
+        spent["learn"] = self._meter.measure(lambda: self._learner.step(ReadyBatches(scored), step))
         spent["sync"] = self._meter.measure(self._publish)
         return Alone(_completion_tokens(scored), spent, _wire_bytes(generated), _wire_bytes(scored))
 

@@ -27,7 +27,7 @@ from cluster.actors.calls import PoolTimeouts, create_actors
 from cluster.config.run_config import Config, StudentConfig
 from cluster.config.run_file import parse_run_config
 from cluster.config.stages import EngineConfig, TeacherConfig
-from cluster.contracts.batches import AtHand
+from cluster.contracts.batches import ReadyBatches
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.nodes.local_cluster import local_cluster
 from cluster.run.driver import Permits
@@ -72,7 +72,7 @@ class StubRun:
             started = time.perf_counter()
             generated = list(self.rollouts.generate(self.requests(step), SAMPLING, "exact"))
             scored = list(self.teachers.score(generated, self.config.scorers))
-            self.learner.step(AtHand(scored), step)
+            self.learner.step(ReadyBatches(scored), step)
             seconds.append(time.perf_counter() - started)
         return seconds
 

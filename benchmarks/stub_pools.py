@@ -25,7 +25,7 @@ from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings, ScoreRequest
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.contracts.wire import from_wire
-from learner.batching.arrivals import Share
+from learner.batching.arrivals import RankShare
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker
 
@@ -190,7 +190,9 @@ class StubLearnerActor:
     def start(self, address: str) -> None:
         """Load nothing."""
 
-    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
+    def accumulate(
+        self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None
+    ) -> dict[str, Metric]:
         """Wait for one round."""
         started = time.perf_counter()
         batches = [from_wire(wire, "scored") for wire in ray.get(list(share.references))]

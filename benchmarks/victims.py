@@ -11,7 +11,7 @@ from benchmarks.process_trees import descendants
 
 DRIVER = "driver"
 APPEAR_SECONDS = 180.0  # in which a process that is being started again must be there
-LOOK_SECONDS = 0.2
+CHECK_SECONDS = 0.2
 
 
 def _is_actor(name: str) -> Callable[[Process], bool]:
@@ -68,5 +68,5 @@ def kill(kind: str, driver: int, chance: random.Random) -> int:
             except psutil.NoSuchProcess:
                 continue
             return 1
-        time.sleep(LOOK_SECONDS)
+        time.sleep(CHECK_SECONDS)
     return 0

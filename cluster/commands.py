@@ -11,7 +11,7 @@ from cluster.monitoring.wandb import check_wandb
 from cluster.nodes.interruption import stop_on_signals
 from cluster.nodes.ray_session import RaySession, ray_session
 from cluster.placement.placement import Placement, await_placement, describe
-from cluster.run.checkpoints import History, find_resume_point
+from cluster.run.checkpoints import RunSummary, find_resume_point
 from cluster.run.evaluation import Evaluation, Evaluator, write_samples
 from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
@@ -20,7 +20,7 @@ from cluster.run.supervisor import Beginning, Supervisor
 from cluster.run.training_run import describe_evaluation
 
 
-def start_training(config: Config) -> History:
+def start_training(config: Config) -> RunSummary:
     """Train from the beginning.
 
     Raises:
@@ -33,11 +33,11 @@ def start_training(config: Config) -> History:
         directory = RunDirectory.create(config)
         _announce(view, session, placement, directory)
         with KeptStatus(directory.status):
-            history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
+            history = RunSummary(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
             return _train(config, inputs, placement, view, Beginning(directory, history))
 
 
-def resume_training(directory: RunDirectory, config: Config) -> History:
+def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
     """Continue a run from its last intact checkpoint; from its beginning when none was written.
 
     Raises:
@@ -64,7 +64,7 @@ def resume_training(directory: RunDirectory, config: Config) -> History:
                 return _train(config, inputs, placement, view, Beginning(directory, point.state.history, point))
             view.say("resuming from the beginning: the run wrote no checkpoint")
             directory.samples.unlink(missing_ok=True)
-            history = History(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
+            history = RunSummary(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
             return _train(config, inputs, placement, view, Beginning(directory, history))
 
 
@@ -101,7 +101,9 @@ def check_run(config: Config) -> bool:
         return all(result.passed for result in results)
 
 
-def _train(config: Config, inputs: Inputs, placement: Placement, view: TerminalView, beginning: Beginning) -> History:
+def _train(
+    config: Config, inputs: Inputs, placement: Placement, view: TerminalView, beginning: Beginning
+) -> RunSummary:
     with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
         return Supervisor(config, inputs, pipeline, view, stop).train(beginning)
 

@@ -9,7 +9,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_file import load_run_config
 
 if TYPE_CHECKING:
-    from cluster.run.checkpoints import History
+    from cluster.run.checkpoints import RunSummary
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -25,7 +25,7 @@ def embedded_config(overrides: Sequence[str] = ()) -> Config:
     return load_run_config(EMBEDDED / "demo.toml", [*paths, *overrides])
 
 
-def run_demo(overrides: Sequence[str] = ()) -> "History":
+def run_demo(overrides: Sequence[str] = ()) -> "RunSummary":
     """Train the embedded student in a run directory of its own."""
     # Here, because who asks for the configuration alone may have neither Ray nor vLLM installed.
     from cluster.commands import start_training

@@ -24,7 +24,7 @@ from cluster.contracts.errors import ActorDiedError, LearnerDiedError
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.trajectory import Floats
 from cluster.weight_sync.manifest import WeightSyncReport
-from learner.batching.arrivals import Arrivals
+from learner.batching.arrivals import BatchBuffer
 from learner.batching.plan import Round, RoundPlanner
 from learner.checkpointing import checkpoint
 from learner.checkpointing.checkpoint import PendingCheckpoint
@@ -140,7 +140,7 @@ class LearnerGroup:
         while self._heads_due and self._heads_due[0][0] <= step:
             _, config = self._heads_due.pop(0)
             self._ask("read_teacher_heads", config, waiting_for="the learner to read the teachers' LM heads")
-        with self._deaths_told():
+        with self._deaths_reported():
             num_tokens, parts = self._accumulate(batches, None, waiting_for=f"the learner to compute step {step}")
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}", stage="learn")
         figures = merge([*parts, *taken])
@@ -158,7 +158,7 @@ class LearnerGroup:
 
         The objective's support must be the run's own: it decides what the batches carry.
         """
-        with self._deaths_told():
+        with self._deaths_reported():
             num_tokens, parts = self._accumulate(batches, objective, waiting_for="the learner's gradient")
         return merge([*parts, *self._ask("discard_step", num_tokens, waiting_for="the learner's gradient")])
 
@@ -240,7 +240,7 @@ class LearnerGroup:
     ) -> tuple[int, list[dict[str, Metric]]]:
         """Add up the gradients of batches as they come; return their completion tokens and the ranks' figures."""
         config = self._config
-        arrivals = Arrivals(objective or config.objective, config.rollout.samples_per_prompt)
+        arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt)
         planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
         calls = Calls(self._names, config.ray.call_timeout_seconds, waiting_for)
 
@@ -277,7 +277,7 @@ class LearnerGroup:
         stage: Stage | None = None,  # None: not worth a span
     ) -> list[Any]:
         began = perf_counter()
-        with self._deaths_told():
+        with self._deaths_reported():
             answers = call_all(
                 self._actors,
                 method,
@@ -292,7 +292,7 @@ class LearnerGroup:
         return answers
 
     @contextmanager
-    def _deaths_told(self) -> Iterator[None]:
+    def _deaths_reported(self) -> Iterator[None]:
         """Tell a rank's death from what else may go wrong; the others fail too then, each in its own words.
 
         Raises:

@@ -21,7 +21,7 @@ from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.model_files import load_tokenizer
 from cluster.weight_sync.manifest import WeightSyncReport
-from learner.batching.arrivals import Share
+from learner.batching.arrivals import RankShare
 from learner.batching.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.batching.plan import Grid, plan_step
 from learner.checkpointing import checkpoint
@@ -197,8 +197,8 @@ def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:
         return ObjectStoreSender(engine, config.weight_sync, dtype, timeout_seconds)
     from learner.weight_sync.gpu_sender import VllmSender, ipc_link, nccl_link  # vllm, which the other does not need
 
-    to_own_cards = nccl_link(engine, config.rollout.engine.tensor_parallel, config.weight_sync.bucket_bytes)
-    make_link = to_own_cards if backend == "nccl" else ipc_link
+    to_own_gpus = nccl_link(engine, config.rollout.engine.tensor_parallel, config.weight_sync.bucket_bytes)
+    make_link = to_own_gpus if backend == "nccl" else ipc_link
     return VllmSender(engine, config.weight_sync, dtype, timeout_seconds, make_link)
 
 
@@ -222,7 +222,9 @@ class LearnerActor:
         """Read the LM heads of a configuration's teachers in place of those before."""
         self._worker.read_teacher_heads(config)
 
-    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
+    def accumulate(
+        self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None
+    ) -> dict[str, Metric]:
         """Add the gradients of this rank's share of a round."""
         wires = ray.get(list(share.references), timeout=self._config.ray.call_timeout_seconds)
         batches = [from_wire(wire, stage="scored") for wire in wires]

@@ -169,13 +169,13 @@ class RolloutPool:
         """
         taken = (self._take(reference) for reference in ready if reference in self._awaited)
         handles = [handle for handle in taken if handle is not None]
-        if self._replicas.welcome(ready):
+        if self._replicas.admit_started(ready):
             orders, self._unassigned = self._unassigned, []
             for order in orders:
                 self.submit(order)
         return handles
 
-    def look_after(self) -> list[Any]:
+    def maintain(self) -> list[Any]:
         """Replace workers that died unnoticed, start those whose rest is over, and return references to wait for.
 
         They are of batches that are owed, and of what starting workers do; `collect` takes those that are ready.
@@ -183,7 +183,7 @@ class RolloutPool:
         Raises:
             ActorError: workers died more often than they may.
         """
-        for worker in self._replicas.look():
+        for worker in self._replicas.maintain():
             self._hand_on(worker)
         for worker in self._replicas.leaving:
             if all(awaited.worker != worker for awaited in self._awaited.values()):
@@ -228,7 +228,7 @@ class RolloutPool:
         """
         self.submit(Order(next(self._rollout_ids), tuple(requests), sampling, verifier))
         while self._awaited or self._unassigned:
-            ready = calls.wait_for_any(self.look_after, self._timeouts.call_seconds, self._waited_for)
+            ready = calls.wait_for_any(self.maintain, self._timeouts.call_seconds, self._waited_for)
             yield from self.collect(ready)
 
     def shutdown(self) -> None:

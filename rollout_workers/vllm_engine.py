@@ -17,12 +17,12 @@ from cluster.contracts.errors import ActorDiedError, RolloutError, WeightSyncErr
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.vllm.compat import TokenVersions, VLLMClientError, label_weights
 from cluster.vllm.engine import EngineRole, build_engine
-from rollout_workers.candidates.vllm_processor import DrawFetcher, Encoded, draws_from_bytes
+from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded, candidates_from_bytes
 from rollout_workers.vllm_requests import read_completion, sampling_params
 from rollout_workers.weight_sync.shared_memory import mappable
 
 
-class Nap:
+class SleepWhenIdle:
     """Counts who needs an engine; it is awake while anybody does, and falls asleep when the last one is done.
 
     Args:
@@ -93,7 +93,7 @@ class VllmRolloutEngine:
         self._backend = backend
         self._policy_version = 0  # of the weights that write; 0: those that vLLM loaded
         self._buffers: list[pa.Buffer] = []  # of the update under way
-        self._draws = DrawFetcher(self._take_draws) if draws else None  # None: nothing draws
+        self._draws = CandidateFetcher(self._take_draws) if draws else None  # None: nothing draws
         self._engine = build_engine(
             student.model,
             student.trust_remote_code,
@@ -108,11 +108,11 @@ class VllmRolloutEngine:
                 sleeps=engine.sleep,
                 weight_transfer_backend=VLLM_BACKENDS.get(backend or "", backend),
                 worker_extension=WORKER_EXTENSION,
-                logits_processors=(f"{DRAWS}:DrawProcessor", f"{DRAWS}:DrawProcessorV2") if draws else None,
+                logits_processors=(f"{DRAWS}:CandidateProcessor", f"{DRAWS}:CandidateProcessorV2") if draws else None,
             ),
         )
         sleeps = engine.sleep and current_platform.is_sleep_mode_available()
-        self._nap = Nap(self._sleep, self._wake) if sleeps else None  # None: always awake
+        self._sleep_when_idle = SleepWhenIdle(self._sleep, self._wake) if sleeps else None  # None: always awake
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
@@ -134,10 +134,10 @@ class VllmRolloutEngine:
         is_finished = False
         try:
             params = sampling_params(request_id, sampling, seed)
-            with _told_as_death():
+            with _raised_as_death():
                 async for request in self._engine.generate(prompt, params, request_id, priority=priority):
                     [output] = request.outputs
-                    versions.see(output, self._policy_version)
+                    versions.add(output, self._policy_version)
             is_finished = True
         except (EngineGenerateError, VLLMClientError, ValueError) as error:
             raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
@@ -162,9 +162,9 @@ class VllmRolloutEngine:
         # former back in its queue. A reset after the update would fail as long as a request holds a block.
         # vLLM's `pause_generation` does the same and then sleeps for 20 ms, so that outputs on their way reach their
         # callers before it returns. Nothing here waits for that: each output carries the label of its weights.
-        if self._nap is not None:
-            await self._nap.begin()
-        with _told_as_death():
+        if self._sleep_when_idle is not None:
+            await self._sleep_when_idle.begin()
+        with _raised_as_death():
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
             if self._backend == OBJECT_STORE:
                 await self._engine.collective_rpc("begin_update")
@@ -189,12 +189,12 @@ class VllmRolloutEngine:
         Raises:
             WeightSyncError: a parameter is missing, unknown or damaged, or the engine's workers disagree.
         """
-        with _told_as_death():
+        with _raised_as_death():
             checksum = await self._install(policy_version)
             self._policy_version = policy_version
             await self._engine.resume_generation()
-        if self._nap is not None:
-            await self._nap.end()
+        if self._sleep_when_idle is not None:
+            await self._sleep_when_idle.end()
         return checksum
 
     async def shutdown(self) -> None:
@@ -202,18 +202,18 @@ class VllmRolloutEngine:
         self._engine.shutdown()
 
     def _awake(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext() if self._nap is None else self._nap.awake()
+        return nullcontext() if self._sleep_when_idle is None else self._sleep_when_idle.awake()
 
     async def _sleep(self) -> None:
-        with _told_as_death():
+        with _raised_as_death():
             await self._engine.sleep(level=1)  # weights go to host memory, the cache is dropped
 
     async def _wake(self) -> None:
-        with _told_as_death():
+        with _raised_as_death():
             await self._engine.wake_up()
 
     async def _update_weights(self, update_info: dict[str, Any]) -> None:
-        with _told_as_death():
+        with _raised_as_death():
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def _install(self, policy_version: int) -> str:
@@ -228,7 +228,7 @@ class VllmRolloutEngine:
         self._buffers.clear()
         return common_checksum(reports, policy_version)
 
-    def _draws_for(self, request_id: str, sampling: SamplingSettings) -> DrawFetcher | None:
+    def _draws_for(self, request_id: str, sampling: SamplingSettings) -> CandidateFetcher | None:
         """Return whom to ask for a request's draws; None if it wants none."""
         if sampling.candidates != "draws" or not sampling.num_candidates:
             return None
@@ -238,12 +238,12 @@ class VllmRolloutEngine:
 
     async def _take_draws(self, wanted: Mapping[str, int], given_up: list[str]) -> dict[str, Encoded]:
         # Every rank of the engine draws the same, for each samples on its own; all of them forget.
-        [taken, *_] = await self._engine.collective_rpc("take_draws", args=(wanted, given_up))
+        [taken, *_] = await self._engine.collective_rpc("take_candidates", args=(wanted, given_up))
         return {key: (ids, logprobs) for key, (ids, logprobs) in taken.items()}
 
 
 @contextmanager
-def _told_as_death() -> Iterator[None]:
+def _raised_as_death() -> Iterator[None]:
     """Tell of a dead engine as of a dead actor, whose calls all end in the same error.
 
     Raises:
@@ -255,9 +255,9 @@ def _told_as_death() -> Iterator[None]:
         raise ActorDiedError("the process of a rollout engine is gone") from error
 
 
-async def _with_draws(draws: DrawFetcher, request_id: str, completion: Completion, count: int) -> Completion:
+async def _with_draws(draws: CandidateFetcher, request_id: str, completion: Completion, count: int) -> Completion:
     num_tokens = len(completion.token_ids)
-    ids, logprobs = draws_from_bytes(*await draws.fetch(request_id, num_tokens), count)
+    ids, logprobs = candidates_from_bytes(*await draws.fetch(request_id, num_tokens), count)
     if len(ids) != num_tokens:
         raise RolloutError(f"request {request_id}: vLLM drew at {len(ids)} of its {num_tokens} tokens")
     return replace(completion, candidate_ids=ids, candidate_logprobs=logprobs)

@@ -10,8 +10,8 @@ from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, Ints
 from cluster.vllm.compat import OUTPUT_KIND
-from rollout_workers.candidates.draws import DrawOrder
-from rollout_workers.candidates.vllm_processor import ask_for_draws
+from rollout_workers.candidates.draws import CandidateRequest
+from rollout_workers.candidates.vllm_processor import request_candidates
 
 FINISH_REASONS: dict[str, FinishReason] = {
     "stop": "stop",
@@ -37,7 +37,7 @@ def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> S
         flat_logprobs=True,
         detokenize=bool(sampling.stop),
         output_kind=OUTPUT_KIND,
-        extra_args=ask_for_draws(DrawOrder(request_id, count, seed)) if draws and count else None,
+        extra_args=request_candidates(CandidateRequest(request_id, count, seed)) if draws and count else None,
     )
 
 

@@ -14,7 +14,7 @@ from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
 from rollout_workers.batching import in_batches
-from rollout_workers.environments.verifiers import Judge
+from rollout_workers.environments.verifiers import VerifierProcess
 from rollout_workers.prompts import PromptSet
 from rollout_workers.trajectory_builder import PromptFacts, before_stop, build_trajectory, rollout_metrics
 
@@ -37,7 +37,7 @@ class RolloutWorker:
         self._engine = engine
         self._decode = decode
         self._rows_per_batch = rows_per_batch
-        self._judge = Judge()
+        self._judge = VerifierProcess()
         self._prompts: PromptSet | None = None
         self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
         self._num_requests = 0

@@ -147,31 +147,31 @@ class Scorers:
         if self._replicas.is_served_by(replica, actor_name):
             self._replicas.lose(replica, error)
 
-    def fence(self, replica: int, reason: str) -> None:
+    def quarantine(self, replica: int, reason: str) -> None:
         """End a replica whose scores are wrong, for good."""
         _log.warning("%s; %s is ended", reason, self._replicas.name(replica))
         self.num_gone += 1
         self._replicas.retire(replica)
 
-    def look_after(self) -> list[Any]:
+    def maintain(self) -> list[Any]:
         """Replace replicas that died unnoticed, start those whose rest is over, and return what starting ones do.
 
         Raises:
             ActorError: a replica died more often than it may.
         """
-        self.num_gone += len(self._replicas.look())
+        self.num_gone += len(self._replicas.maintain())
         for replica in self._replicas.leaving:
             if not self._loads[replica]:
                 self._replicas.retire(replica)
         return self._replicas.arriving
 
-    def welcome(self, ready: Collection[Any]) -> None:
+    def admit_started(self, ready: Collection[Any]) -> None:
         """Let replicas serve whose last step of starting is among references that are ready.
 
         Raises:
             ActorError: a replica died more often than it may.
         """
-        self._replicas.welcome(ready)
+        self._replicas.admit_started(ready)
 
     def forget_loads(self) -> None:
         """Count as if nothing were to be scored."""
@@ -297,10 +297,10 @@ class TeacherPool:
         """Let one replica score a batch beside its work; return references to the scored bytes and to their handle."""
         return self._score(replica, handle, request)
 
-    def fence(self, replica: int, reason: str) -> None:
+    def quarantine(self, replica: int, reason: str) -> None:
         """End a replica whose scores are wrong, for good; its batches are lost, and to be submitted once more."""
-        self.scorers.fence(replica, reason)
-        self.look_after()
+        self.scorers.quarantine(replica, reason)
+        self.maintain()
 
     def submit(self, handle: BatchHandle, request: ScoreRequest) -> Ticket:
         """Send a batch to the least loaded replica that serves, of at least one; returns at once."""
@@ -324,7 +324,7 @@ class TeacherPool:
             scored: BatchHandle = calls.get(ticket, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
             self.scorers.lose(assignment.replica, assignment.actor_name, error)
-            self.look_after()
+            self.maintain()
             return None
         except LostBytesError:
             self._forget(ticket)
@@ -340,7 +340,7 @@ class TeacherPool:
             scored_by={**sent.scored_by, **({self.name: self.checkpoint} if self.checkpoint else {})},
         )
 
-    def look_after(self) -> None:
+    def maintain(self) -> None:
         """Make lost what replicas owe that are gone."""
         if self._gone_seen == self.scorers.num_gone:
             return

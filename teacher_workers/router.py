@@ -55,7 +55,7 @@ class TeacherPools:
     """Sends batches along their chains.
 
     `score` is the whole of it for who has nothing else to wait for. A driver that waits for new batches at the same
-    time uses the parts: `submit`, then a wait for what `look_after` returns and whatever else, then `collect`.
+    time uses the parts: `submit`, then a wait for what `maintain` returns and whatever else, then `collect`.
     """
 
     def __init__(self, pools: Mapping[str, TeacherPool], call_seconds: float) -> None:
@@ -119,7 +119,7 @@ class TeacherPools:
         for handle in handles:
             self.submit(handle, plan(handle.teacher))
         while self._legs or self._waiting:
-            yield from self.collect(wait_for_any(self.look_after, self._call_seconds, self._waited_for))
+            yield from self.collect(wait_for_any(self.maintain, self._call_seconds, self._waited_for))
             if self._lost:
                 raise LostBytesError(f"trajectories {self._lost[0].trajectory_ids} are gone with their node")
 
@@ -135,17 +135,17 @@ class TeacherPools:
         (name, request), *rest = chain
         self._send(_Leg(self._pool(name, handle.rollout), handle, request, rest))
 
-    def look_after(self) -> list[Any]:
+    def maintain(self) -> list[Any]:
         """Deal with replicas that died unnoticed, and return references to wait for; `collect` takes those ready.
 
         Raises:
             ActorError: replicas died more often than they may.
         """
-        arriving = [reference for scorers in self._scorers() for reference in scorers.look_after()]
+        arriving = [reference for scorers in self._scorers() for reference in scorers.maintain()]
         for successors in self._successors:
-            arriving += _look_after(successors)
+            arriving += _maintain(successors)
         for pool in self._everyone():
-            pool.look_after()
+            pool.maintain()
         self._former = [former for former in self._former if not former.scorers.is_gone]
         self._send_again()
         return [*self._legs, *arriving]
@@ -167,9 +167,9 @@ class TeacherPools:
             if leg is not None and handle is not None:
                 finished += self._move_on(leg, handle)
         for scorers in self._scorers():
-            scorers.welcome(ready)
+            scorers.admit_started(ready)
         for successors in self._successors:
-            _welcome(successors, ready)
+            _admit_started(successors, ready)
         self._send_again()
         return finished
 
@@ -252,17 +252,17 @@ class TeacherPools:
             self._send(leg)
 
 
-def _look_after(successors: Successors) -> list[Any]:
+def _maintain(successors: Successors) -> list[Any]:
     try:
-        return [] if successors.error else successors.scorers.look_after()
+        return [] if successors.error else successors.scorers.maintain()
     except PreceptorError as error:
         successors.error = error
         return []
 
 
-def _welcome(successors: Successors, ready: Collection[Any]) -> None:
+def _admit_started(successors: Successors, ready: Collection[Any]) -> None:
     try:
         if not successors.error:
-            successors.scorers.welcome(ready)
+            successors.scorers.admit_started(ready)
     except PreceptorError as error:
         successors.error = error

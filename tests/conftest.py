@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs more GPUs than there are."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        needed = max((mark.kwargs.get("cards", 1) for mark in item.iter_markers("gpu")), default=0)
+        needed = max((mark.kwargs.get("gpus", 1) for mark in item.iter_markers("gpu")), default=0)
         if needed > found:
             reason = "needs an NVIDIA GPU" if needed == 1 else f"needs {needed} NVIDIA GPUs on this machine"
             item.add_marker(pytest.mark.skip(reason=reason))

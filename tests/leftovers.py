@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from cluster.nodes.reaper import Census
+from cluster.nodes.reaper import ProcessTree
 
 MARK = "PRECEPTOR_TESTS"
 POLL_SECONDS = 0.2
@@ -29,7 +29,7 @@ class Watch:
         self.temporary = temporary
         self.environment = {"TMPDIR": str(temporary), MARK: str(temporary)}
         self._before = dict[str, str | None]()
-        self._census = Census(MARK, str(temporary))
+        self._census = ProcessTree(MARK, str(temporary))
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._thread.start()

@@ -38,7 +38,7 @@ SOURCES = [
 ]
 
 
-def findings(source: str) -> Iterator[str]:
+def faults(source: str) -> Iterator[str]:
     """Yield the names of modules imported and functions called that could run what they read."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -69,7 +69,7 @@ def _is(node: ast.expr, value: bool) -> bool:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_runs_what_it_reads(path: Path) -> None:
     name = str(path.relative_to(ROOT))
-    found = list(findings(path.read_text()))
+    found = list(faults(path.read_text()))
     assert not found, f"{name} uses {found}, which can run what a file says; use safetensors, Arrow or JSON"
 
 
@@ -90,4 +90,4 @@ def test_no_module_runs_what_it_reads(path: Path) -> None:
     ],
 )
 def test_the_scan_finds_what_it_should(source: str, found: list[str]) -> None:
-    assert list(findings(source)) == found
+    assert list(faults(source)) == found

@@ -44,7 +44,7 @@ def answers_of(references: Any) -> Answers:
 
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
-LOOK_SECONDS = 1.0  # how long a wait lasts before it looks again at what it waits for
+CHECK_SECONDS = 1.0  # how long a wait lasts before it looks again at what it waits for
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ def get(reference: Any, timeout_seconds: float, waiting_for: str) -> Any:
 
 
 def wait_for_any(
-    look: Callable[[], Sequence[Any]], timeout_seconds: float, waiting_for: Callable[[], str]
+    pending: Callable[[], Sequence[Any]], timeout_seconds: float, waiting_for: Callable[[], str]
 ) -> list[Any]:
     """Return the references that are ready, at least one.
 
     Args:
-        look: returns what to wait for; asked anew every second, since what it looks at may change meanwhile.
+        pending: returns what to wait for; asked anew every second, since what it looks at may change meanwhile.
         timeout_seconds: how long nothing may be ready.
         waiting_for: says what is late.
 
@@ -145,7 +145,7 @@ def wait_for_any(
     deadline = time.monotonic() + timeout_seconds
     patience = 0.0  # first what is there: under load there always is something, and no second look is needed
     while True:
-        references = list(look())
+        references = list(pending())
         if references:
             num_returns = 1 if patience else len(references)
             ready = answers_of(references).wait(references, num_returns=num_returns, timeout=patience)[0]
@@ -156,7 +156,7 @@ def wait_for_any(
         left = deadline - time.monotonic()
         if left <= 0:
             raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for()}")
-        patience = min(LOOK_SECONDS, left)
+        patience = min(CHECK_SECONDS, left)
 
 
 def is_dead(sign_of_life: Any) -> bool:

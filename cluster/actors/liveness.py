@@ -17,20 +17,20 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-ENGINE_LOOK_SECONDS = 1.0
+ENGINE_CHECK_SECONDS = 1.0
 
 _log = logging.getLogger("preceptor")
 
 
-async def end_with_engine(is_dead: Callable[[], bool], look_seconds: float = ENGINE_LOOK_SECONDS) -> None:
+async def end_with_engine(is_dead: Callable[[], bool], check_seconds: float = ENGINE_CHECK_SECONDS) -> None:
     """End this process once the engine is dead; calls that wait for the engine might otherwise wait for ever."""
     while not is_dead():
-        await asyncio.sleep(look_seconds)
+        await asyncio.sleep(check_seconds)
     _log.error("the process of the engine is gone; its actor ends with it")
     os._exit(1)
 
 
-LOOK_SECONDS = 1.0  # between two looks at the answers
+CHECK_SECONDS = 1.0  # between two looks at the answers
 
 
 @dataclass
@@ -76,13 +76,13 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closing.wait(LOOK_SECONDS):
+        while not self._closing.wait(CHECK_SECONDS):
             with self._lock:
                 watched = dict(self._watched)
             if watched:
-                self._look(watched)
+                self._check(watched)
 
-    def _look(self, watched: dict[str, _Watched]) -> None:
+    def _check(self, watched: dict[str, _Watched]) -> None:
         answers = [found.answer for found in watched.values()]
         ready = set(ray.wait(answers, num_returns=len(answers), timeout=0)[0])
         for name, found in watched.items():

@@ -82,18 +82,18 @@ class Recipe:
     def make(self, replica: int, name: str) -> ActorHandle:
         """Ask Ray for a replica's actor."""
         planned = replica < len(self.options)
-        option = self.options[replica] if planned else for_later(self.spare or self.options[0])
+        option = self.options[replica] if planned else unplanned_options(self.spare or self.options[0])
         [actor] = self.create(self.cls, [name], [self.arguments(name)], [option])
         return actor
 
 
-def for_later(option: Mapping[str, Any]) -> dict[str, Any]:
+def unplanned_options(option: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a replica that nobody planned a place for: where there is room, and few others.
 
     Example:
-        >>> for_later({"num_cpus": 1.0, "num_gpus": 0, "scheduling_strategy": "DEFAULT"})
+        >>> unplanned_options({"num_cpus": 1.0, "num_gpus": 0, "scheduling_strategy": "DEFAULT"})
         {'num_cpus': 0, 'num_gpus': 0, 'scheduling_strategy': 'SPREAD'}
-        >>> for_later({"num_cpus": 0.5, "num_gpus": 0.3, "scheduling_strategy": "where the others are"})
+        >>> unplanned_options({"num_cpus": 0.5, "num_gpus": 0.3, "scheduling_strategy": "where the others are"})
         {'num_cpus': 0.5, 'num_gpus': 0.3, 'scheduling_strategy': 'where the others are'}
     """
     if 0 < option.get("num_gpus", 0) < 1:
@@ -121,8 +121,8 @@ class _Member:
 class Replicas:
     """The replicas of a pool, each with an actor that may die; replica 2 of `rollout` is called rollout-2.
 
-    Nothing here blocks but `wait_until_ready`: a replica that is started later serves once `welcome` has seen the last
-    of its `arriving` references.
+    Nothing here blocks but `wait_until_ready`: a replica that is started later serves once `admit_started` has seen the
+    last of its `arriving` references.
     """
 
     def __init__(self, label: str, recipe: Recipe, supervision: Supervision) -> None:
@@ -194,7 +194,7 @@ class Replicas:
 
     @property
     def arriving(self) -> list[Any]:
-        """Return references to wait for; `welcome` takes those that are ready."""
+        """Return references to wait for; `admit_started` takes those that are ready."""
         return [reference for replica in self._absent for reference in self._members[replica].waits_for]
 
     def actor(self, replica: int) -> ActorHandle:
@@ -229,7 +229,7 @@ class Replicas:
             else:
                 self.retire(replica)
 
-    def welcome(self, ready: Collection[Any]) -> list[int]:
+    def admit_started(self, ready: Collection[Any]) -> list[int]:
         """Move replicas on whose `arriving` references are ready, and return those that serve from now on."""
         arrived = []
         for replica in list(self._absent):
@@ -239,7 +239,7 @@ class Replicas:
                 arrived.append(replica)
         return arrived
 
-    def look(self) -> list[int]:
+    def maintain(self) -> list[int]:
         """Start those that have rested, and return the serving replicas that were found dead and are started again."""
         now = time.monotonic()
         for replica in list(self._absent):

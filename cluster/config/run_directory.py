@@ -11,10 +11,10 @@ from cluster.contracts.files import read_text
 
 
 @dataclass(frozen=True)
-class WishFiles:
-    """Where wishes and answers lie."""
+class ControlFiles:
+    """The files of one kind of control request and its answer."""
 
-    wish: Path
+    request: Path
     answer: Path
 
 
@@ -94,14 +94,14 @@ class RunDirectory:
         return self.path / "score_audit"
 
     @property
-    def scaling(self) -> WishFiles:
+    def scaling(self) -> ControlFiles:
         """Sizes of pools that were asked for, and what became of that."""
-        return WishFiles(self.path / "scale-wish.json", self.path / "scale-answer.json")
+        return ControlFiles(self.path / "scale-request.json", self.path / "scale-answer.json")
 
     @property
-    def replacing(self) -> WishFiles:
+    def replacing(self) -> ControlFiles:
         """A teacher's checkpoint that was asked for, and what became of that."""
-        return WishFiles(self.path / "teacher-wish.json", self.path / "teacher-answer.json")
+        return ControlFiles(self.path / "teacher-request.json", self.path / "teacher-answer.json")
 
     @property
     def teachers(self) -> Path:

@@ -78,7 +78,7 @@ class BatchSource(Protocol):
         """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready."""
 
 
-class AtHand:
+class ReadyBatches:
     """A BatchSource of batches that are all there."""
 
     def __init__(self, handles: Iterable[BatchHandle]) -> None:

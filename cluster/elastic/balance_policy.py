@@ -44,7 +44,7 @@ class Horizon:
 
 
 @dataclass(frozen=True)
-class Seen:
+class BalanceSample:
     """One step as the balancer sees it."""
 
     sizes: Sizes  # as wanted
@@ -120,7 +120,7 @@ class Balance:
         """Return whether a move is not judged yet."""
         return self._trial is not None
 
-    def see(self, seen: Seen) -> Decision | None:
+    def decide(self, seen: BalanceSample) -> Decision | None:
         """Take in one step, and return what is to change or to be said after it."""
         if dict(seen.sizes) != dict(self._sizes):
             return self._begin_anew(seen.sizes)
@@ -128,7 +128,7 @@ class Balance:
             return self._wait(seen)
         self._works.append(seen.work)
         self._steps_here += 1
-        return self._judge(self._trial) if self._trial else self._consider(seen)
+        return self._rate_trial(self._trial) if self._trial else self._consider(seen)
 
     def _begin_anew(self, sizes: Sizes) -> Decision | None:
         """Observe from the beginning: somebody else set the sizes, and what was learned of others may not hold."""
@@ -139,7 +139,7 @@ class Balance:
         self._arrive(sizes)
         return None if is_first else Decision(f"observing anew, with {describe_sizes(sizes)}")
 
-    def _wait(self, seen: Seen) -> Decision | None:
+    def _wait(self, seen: BalanceSample) -> Decision | None:
         """Pass over a step in which workers start, leave or are started again."""
         trial = self._trial
         if trial is None or self._steps_here:
@@ -149,7 +149,7 @@ class Balance:
             return None
         return self._take_back(trial, f"its workers did not start within {self.horizon.patience_seconds:.0f} s")
 
-    def _judge(self, trial: _Trial) -> Decision | None:
+    def _rate_trial(self, trial: _Trial) -> Decision | None:
         """Compare the steps since a move with those before it, as soon as that says something."""
         if self._steps_here == 1 and trial.waited_seconds:
             self._start_seconds = trial.waited_seconds
@@ -175,7 +175,7 @@ class Balance:
         self._arrive(trial.before)
         return Decision(sentence, trial.before)
 
-    def _consider(self, seen: Seen) -> Decision | None:
+    def _consider(self, seen: BalanceSample) -> Decision | None:
         """Move if another split promises enough."""
         cooldown = self.config.cooldown_steps * 2**self._num_returns
         if len(self._works) < self.config.observe_steps or self._steps_here < cooldown:

@@ -11,11 +11,11 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle, PoolState
 from cluster.contracts.files import Record, RecordsFile
-from cluster.elastic.balance_policy import Balance, Horizon, Seen
+from cluster.elastic.balance_policy import Balance, BalanceSample, Horizon
 from cluster.elastic.scale import TeacherOfNow, placed_pools
 from cluster.elastic.splits import ROLLOUT, PoolRule, Space
 from cluster.elastic.step_cost import WorkMeter
-from cluster.placement.capacity import SplitRoom
+from cluster.placement.capacity import SplitCapacity
 from cluster.run.pools import Pipeline
 
 MOVES = "balance/moves"  # the figure: how often workers moved so far
@@ -55,7 +55,7 @@ class Balancer:
         balance: Balance,
         meter: WorkMeter,
         pools: Mapping[str, Movable],
-        room: SplitRoom,
+        room: SplitCapacity,
         announcements: Announcements,
     ) -> None:
         """Take the run's pools by the names that `preceptor scale` gives them; what `room` sees, `balance` asks."""
@@ -64,7 +64,7 @@ class Balancer:
         self._states: list[PoolState] = []  # after the step before
         self._num_steady = 0  # steps in a row with the same workers
         self.num_moves = 0
-        self._looked_at = perf_counter()
+        self._observed_at = perf_counter()
 
     def after_step(self, record: Record, batches: Sequence[BatchHandle], steps_left: int) -> None:
         """Look at a step, and resize pools if the balancer wants it."""
@@ -72,17 +72,17 @@ class Balancer:
         is_steady = bool(self._states) and all(map(_serves_as_before, self._states, states))
         self._num_steady = self._num_steady + 1 if is_steady else 0
         now = perf_counter()
-        seen = Seen(
+        seen = BalanceSample(
             sizes={name: pool.size for name, pool in self._pools.items()},
             is_settled=self._num_steady > self._meter.steps_ahead,  # earlier ones were begun with other workers
-            seconds=now - self._looked_at,
+            seconds=now - self._observed_at,
             steps_left=steps_left,
             work=self._meter.measure(record, batches, self._pools[ROLLOUT].size),
         )
-        self._states, self._looked_at = states, now
+        self._states, self._observed_at = states, now
         if seen.is_settled:
-            self._room.look({name: pool.staying for name, pool in self._pools.items()})
-        decision = self._balance.see(seen)
+            self._room.read({name: pool.staying for name, pool in self._pools.items()})
+        decision = self._balance.decide(seen)
         if decision is None:
             return
         self._announcements.say(f"balance: {decision.sentence}")
@@ -111,7 +111,7 @@ def make_balancer(
         teacher, key = config.teachers[name], f"teachers.{name}"
         pools[key] = TeacherOfNow(pipeline.teachers, name)
         limits[key] = teacher.min_workers, teacher.max_workers
-    room = SplitRoom({name: int(share.gpus_per_worker) for name, share in placed_pools(pipeline).items()})
+    room = SplitCapacity({name: int(share.gpus_per_worker) for name, share in placed_pools(pipeline).items()})
     # Without GPUs, any worker can take the place of any other.
     rules = {name: PoolRule(max(1, room.gpus[name]), *limits[name]) for name in pools}
     ahead = config.rollout.max_staleness

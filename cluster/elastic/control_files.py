@@ -1,6 +1,6 @@
-"""What a command wishes of a running driver, and what the driver answers: two files in the run directory.
+"""Passes control requests to a running driver and its answers back: two files in the run directory.
 
-Commands that come together are answered one after the other: each leaves its wish when the one that lies there is
+Commands that come together are answered one after the other: each leaves its request when the one that lies there is
 answered, and again when another's took its place. Who may write there may also stop the run; no port is opened for it.
 """
 
@@ -12,17 +12,17 @@ from uuid import uuid4
 
 import msgspec
 
-from cluster.config.run_directory import WishFiles
+from cluster.config.run_directory import ControlFiles
 from cluster.contracts.errors import PreceptorError
 
-LOOK_SECONDS = 1.0  # between two looks of the driver
+CHECK_SECONDS = 1.0  # between two looks of the driver
 ANSWER_SECONDS = 60.0  # the driver answers between two events of the run, of which a slow step has few
 POLL_SECONDS = 0.2
 
 
 class _Message(Protocol):
     @property
-    def wish_id(self) -> str: ...
+    def request_id(self) -> str: ...
 
 
 Wish = TypeVar("Wish", bound=_Message)
@@ -33,38 +33,40 @@ Struct = TypeVar("Struct")
 class _Named(msgspec.Struct, frozen=True):
     """What every message begins with."""
 
-    wish_id: str
+    request_id: str
 
 
-class WishReader:
-    """The driver's side: finds wishes that are new, and answers them."""
+class ControlRequests:
+    """The driver's side: finds requests that are new, and answers them."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, last_wish: str = "") -> None:
-        """Begin to look; the wish whose id is `last_wish` counts as old."""
+    def __init__(self, clock: Callable[[], float] = time.monotonic, last_request: str = "") -> None:
+        """Begin to look; the request whose id is `last_request` counts as old."""
         self._clock = clock
-        self._last_wish = last_wish
-        self._next_look = 0.0
+        self._last_request = last_request
+        self._next_poll = 0.0
 
     def take(self, path: Path, kind: type[Wish]) -> Wish | None:
-        """Return a wish that is new; most calls return at once."""
+        """Return a request that is new; most calls return at once."""
         now = self._clock()
-        if now < self._next_look:
+        if now < self._next_poll:
             return None
-        self._next_look = now + LOOK_SECONDS
-        wish = read_message(path, kind)
-        if wish is None or wish.wish_id == self._last_wish:
+        self._next_poll = now + CHECK_SECONDS
+        request = read_message(path, kind)
+        if request is None or request.request_id == self._last_request:
             return None
-        self._last_wish = wish.wish_id
-        return wish
+        self._last_request = request.request_id
+        return request
 
     def answer(self, path: Path, answer: _Message) -> None:
-        """Answer a wish; the next one is not looked at before whoever waits for this answer has seen it."""
+        """Answer a request; the next one is not looked at before whoever waits for this answer has seen it."""
         write_message(path, answer)
-        self._next_look = self._clock() + LOOK_SECONDS
+        self._next_poll = self._clock() + CHECK_SECONDS
 
 
-def ask_driver(files: WishFiles, wish: _Message, kind: type[Answer], timeout_seconds: float = ANSWER_SECONDS) -> Answer:
-    """Leave a wish when no other waits for its answer, and wait for the driver's answer to it.
+def ask_driver(
+    files: ControlFiles, request: _Message, kind: type[Answer], timeout_seconds: float = ANSWER_SECONDS
+) -> Answer:
+    """Leave a request when no other waits for its answer, and wait for the driver's answer to it.
 
     Raises:
         PreceptorError: nobody answered.
@@ -72,17 +74,17 @@ def ask_driver(files: WishFiles, wish: _Message, kind: type[Answer], timeout_sec
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         answer = read_message(files.answer, kind)
-        if answer is not None and answer.wish_id == wish.wish_id:
+        if answer is not None and answer.request_id == request.request_id:
             return answer
-        waiting = read_message(files.wish, _Named)
-        if waiting is None or (answer is not None and waiting.wish_id == answer.wish_id):
-            write_message(files.wish, wish)
+        waiting = read_message(files.request, _Named)
+        if waiting is None or (answer is not None and waiting.request_id == answer.request_id):
+            write_message(files.request, request)
         time.sleep(POLL_SECONDS)
-    waiting = read_message(files.wish, _Named)
-    if waiting is not None and waiting.wish_id == wish.wish_id:
-        files.wish.unlink(missing_ok=True)
+    waiting = read_message(files.request, _Named)
+    if waiting is not None and waiting.request_id == request.request_id:
+        files.request.unlink(missing_ok=True)
     raise PreceptorError(
-        f"{files.wish.parent}: no driver answered within {timeout_seconds:.0f} s; is the run still going on?"
+        f"{files.request.parent}: no driver answered within {timeout_seconds:.0f} s; is the run still going on?"
     )
 
 

@@ -14,12 +14,12 @@ from uuid import uuid4
 
 import msgspec
 
-from cluster.actors.replicas import for_later
+from cluster.actors.replicas import unplanned_options
 from cluster.config.run_config import Config
-from cluster.config.run_directory import RunDirectory, WishFiles
+from cluster.config.run_directory import ControlFiles, RunDirectory
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorError, ConfigError, ModelError, PreceptorError
-from cluster.elastic.control_files import ANSWER_SECONDS, WishReader, ask_driver, read_message
+from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, ask_driver, read_message
 from cluster.elastic.teacher_log import Reign, TeacherLog, with_models
 from cluster.models.model_checks import check_tokenizers, read_model
 from cluster.models.model_files import load_tokenizer
@@ -34,18 +34,18 @@ from teacher_workers.pool import Scorers, TeacherPool
 from teacher_workers.router import Successors
 
 
-class ReplaceWish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ReplaceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A checkpoint that somebody asked for."""
 
-    wish_id: str
+    request_id: str
     teacher: str
     model: str
 
 
-class ReplaceAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ReplaceResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What became of it."""
 
-    wish_id: str
+    request_id: str
     sentence: str  # what will happen, or why nothing will
     is_granted: bool
 
@@ -62,7 +62,7 @@ def start_successors(config: Config, inputs: Inputs, pipeline: Pipeline, name: s
     of_now = pipeline.teachers.pools[name].scorers
     label = f"{of_now.label.partition('@')[0]}@{uuid4().hex[:6]}"  # Ray may hold a dead actor's name for a while
     teachers = _sections(config, pipeline, of_now)
-    options = [for_later(pipeline.placement.teachers[name].share)] * max(1, of_now.size)
+    options = [unplanned_options(pipeline.placement.teachers[name].share)] * max(1, of_now.size)
     scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=pipeline.supervision)
     return Successors(
         {
@@ -101,8 +101,8 @@ class TeacherChanges:
         """
         self._run, self._pipeline, self._say = run, run.pipeline, say
         self._files = directory.replacing
-        answered = read_message(self._files.answer, ReplaceAnswer)
-        self._wishes = WishReader(run.clock, last_wish=answered.wish_id if answered else "")
+        answered = read_message(self._files.answer, ReplaceResponse)
+        self._requests = ControlRequests(run.clock, last_request=answered.request_id if answered else "")
         self._log = TeacherLog(directory.teachers, first_step)
         for name in run.pipeline.teachers.pools:
             self._note(name, first_step, "configuration")
@@ -113,20 +113,20 @@ class TeacherChanges:
         pools = self._pipeline.teachers.pools
         return with_models(self._run.config, {name: pool.teacher.model for name, pool in pools.items()})
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """See whether somebody has asked for another checkpoint, and whether one that starts cannot serve."""
         for successors in list(self._pipeline.teachers.successors):
             error = successors.error or self._overdue(successors)
             if error is not None:
                 self._dismiss(successors, error)
-        wish = self._wishes.take(self._files.wish, ReplaceWish)
-        if wish is None:
+        request = self._requests.take(self._files.request, ReplaceRequest)
+        if request is None:
             return
         try:
-            sentence, is_granted = self._begin(wish.teacher, wish.model), True
+            sentence, is_granted = self._begin(request.teacher, request.model), True
         except PreceptorError as error:
             sentence, is_granted = str(error), False
-        self._wishes.answer(self._files.answer, ReplaceAnswer(wish.wish_id, sentence, is_granted))
+        self._requests.answer(self._files.answer, ReplaceResponse(request.request_id, sentence, is_granted))
         self._say(sentence)
 
     def enter(self, step: int, audit: ScoreAudit) -> None:
@@ -193,8 +193,8 @@ class TeacherChanges:
                 pool.checkpoint = fingerprint(models[name])  # once more, for a hub id's files are there now
             of_successors = audit.of_successors(config, successors.pools)
             of_successors.begin(step)
-            for finding in of_successors.finish():
-                self._say(finding.sentence)
+            for fault in of_successors.finish():
+                self._say(fault.sentence)
         except PreceptorError as error:
             self._dismiss(successors, error)
             return
@@ -229,14 +229,14 @@ class TeacherChanges:
         self._log.note(Reign(step + 1, name, pool.teacher.model, pool.checkpoint, by))
 
 
-def ask_to_replace(files: WishFiles, teacher: str, model: str, timeout_seconds: float = ANSWER_SECONDS) -> str:
+def ask_to_replace(files: ControlFiles, teacher: str, model: str, timeout_seconds: float = ANSWER_SECONDS) -> str:
     """Ask a running driver for another checkpoint of a teacher, and return what it will do.
 
     Raises:
         ConfigError: it refused; says why.
         PreceptorError: nobody answered.
     """
-    answer = ask_driver(files, ReplaceWish(uuid4().hex, teacher, model), ReplaceAnswer, timeout_seconds)
+    answer = ask_driver(files, ReplaceRequest(uuid4().hex, teacher, model), ReplaceResponse, timeout_seconds)
     if not answer.is_granted:
         raise ConfigError(answer.sentence)
     return answer.sentence

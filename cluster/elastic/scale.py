@@ -1,6 +1,6 @@
 """Changes the sizes of pools while a run goes on: `preceptor scale RUN rollout=6 teachers.math=3`.
 
-The command leaves its wish in the run directory, which the driver looks at every second, and waits for the driver's
+The command leaves its request in the run directory, which the driver looks at every second, and waits for the driver's
 answer beside it. Who may write there may also stop the run; no port is opened for it.
 """
 
@@ -14,10 +14,10 @@ import msgspec
 from ray.actor import ActorHandle
 
 from cluster.config.run_config import Config
-from cluster.config.run_directory import RunDirectory, WishFiles
+from cluster.config.run_directory import ControlFiles, RunDirectory
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ConfigError, PlacementError
-from cluster.elastic.control_files import ANSWER_SECONDS, WishReader, ask_driver, read_message
+from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, ask_driver, read_message
 from cluster.placement.capacity import missing_for
 from cluster.placement.placement import PoolPlacement
 from cluster.run.inputs import Inputs
@@ -42,24 +42,24 @@ class Scalable(Protocol):
 class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Sizes that somebody asked for."""
 
-    wish_id: str
+    request_id: str
     sizes: dict[str, int]  # by pool: "rollout" or "teachers.NAME"
 
 
 class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What became of a wish."""
+    """What became of a request."""
 
-    wish_id: str
+    request_id: str
     sizes: dict[str, int]  # of all pools, afterwards
     refusal: str | None  # a sentence; None: it was granted
 
 
 class Scaling:
-    """The driver's side: grants the wishes that the cluster has room for."""
+    """The driver's side: grants the requests that the cluster has room for."""
 
     def __init__(
         self,
-        files: WishFiles,
+        files: ControlFiles,
         pools: Mapping[str, Scalable],
         missing: Callable[[Mapping[str, int]], str | None],
         say: Callable[[str], None],
@@ -70,7 +70,7 @@ class Scaling:
 
         Args:
             files: in the run directory.
-            pools: by the name that a wish gives them.
+            pools: by the name that a request gives them.
             missing: says what the cluster lacks for so many more or fewer workers of pools; None: nothing.
             say: tells people.
             clock: seconds.
@@ -79,10 +79,10 @@ class Scaling:
         self._files, self._pools, self._missing, self._say = files, pools, missing, say
         self._needed = needed
         answered = read_message(files.answer, Answer)
-        self._wishes = WishReader(clock, last_wish=answered.wish_id if answered else "")
+        self._requests = ControlRequests(clock, last_request=answered.request_id if answered else "")
 
     def restore(self) -> None:
-        """Give pools that have just started the sizes that they had after the last wish of the run's earlier part."""
+        """Give pools that have just started the sizes that the last request before the resume set."""
         answered = read_message(self._files.answer, Answer)
         if answered is None:
             return
@@ -95,14 +95,14 @@ class Scaling:
             refusal = self._grant(sizes)
             self._say(f"as asked before the run was resumed: {refusal or describe(sizes)}")
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """See whether somebody has asked for other sizes; most calls return at once."""
-        wish = self._wishes.take(self._files.wish, Wish)
-        if wish is None:
+        request = self._requests.take(self._files.request, Wish)
+        if request is None:
             return
-        refusal = self._grant(wish.sizes)
+        refusal = self._grant(request.sizes)
         sizes = {name: pool.size for name, pool in self._pools.items()}
-        self._wishes.answer(self._files.answer, Answer(wish.wish_id, sizes, refusal))
+        self._requests.answer(self._files.answer, Answer(request.request_id, sizes, refusal))
         self._say(refusal or f"scaled: {describe(sizes)}")
 
     def _grant(self, sizes: Mapping[str, int]) -> str | None:
@@ -124,7 +124,7 @@ class Scaling:
         return None
 
 
-def ask(files: WishFiles, sizes: Mapping[str, int], timeout_seconds: float = ANSWER_SECONDS) -> Answer:
+def ask(files: ControlFiles, sizes: Mapping[str, int], timeout_seconds: float = ANSWER_SECONDS) -> Answer:
     """Ask a running driver for other sizes and wait for its answer.
 
     Raises:

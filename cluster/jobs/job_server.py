@@ -22,7 +22,7 @@ from cluster.nodes.ray_session import TOKEN_ADVICE
 OLDEST_RAY = "2.60"  # as pyproject.toml asks for it
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
-LOOK_SECONDS = 1.0  # between two questions how a job is doing
+CHECK_SECONDS = 1.0  # between two questions how a job is doing
 LOST_SECONDS = 30.0  # without any answer: the head is gone
 FLUSH_SECONDS = 5.0  # for a job's last lines to arrive when it has ended
 STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"  # between Ray's SIGTERM and its SIGKILL; 3 if not set
@@ -100,7 +100,7 @@ class JobServer:
         Raises:
             JobError: the job does not run.
         """
-        details = self._look(job_id)
+        details = self._details(job_id)
         with self._in_our_words():
             if details.status.is_terminal() or not self._client.stop_job(job_id):
                 raise JobError(f"{job_id} does not run: {details.status}")
@@ -114,24 +114,24 @@ class JobServer:
             JobError: it has not, in so many seconds.
         """
         deadline = time.monotonic() + seconds
-        while not (details := self._look(job_id)).status.is_terminal():
+        while not (details := self._details(job_id)).status.is_terminal():
             if time.monotonic() > deadline:
                 raise JobError(f"waited {seconds:.0f} s for {job_id} to end; it is {details.status}")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
         output = _Output(lambda text: None)
         with self._in_our_words():
             output.take(self._client.get_job_logs(job_id), 0)
         return _ending(details, output.last_line)
 
     async def _follow(self, job_id: str, output: "_Output") -> JobDetails:
-        details = await asyncio.to_thread(self._look, job_id)
+        details = await asyncio.to_thread(self._details, job_id)
         tail = asyncio.create_task(self._tail(job_id, output))
         while not details.status.is_terminal():
-            await asyncio.wait({tail}, timeout=LOOK_SECONDS)
+            await asyncio.wait({tail}, timeout=CHECK_SECONDS)
             # A connection without traffic looks the same whether the head lives or not, so it is asked.
-            details = await asyncio.to_thread(self._look, job_id)
+            details = await asyncio.to_thread(self._details, job_id)
             if tail.done() and not details.status.is_terminal():
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(CHECK_SECONDS)
                 tail = asyncio.create_task(self._tail(job_id, output))
         if tail.done() and not tail.result():
             tail = asyncio.create_task(self._tail(job_id, output))
@@ -149,7 +149,7 @@ class JobServer:
             return True
         return False  # the connection broke
 
-    def _look(self, job_id: str) -> JobDetails:
+    def _details(self, job_id: str) -> JobDetails:
         """Ask how a job is doing, for as long as a head may be silent."""
         deadline = time.monotonic() + LOST_SECONDS
         while True:
@@ -163,7 +163,7 @@ class JobServer:
                         f"{self.address} has not answered for {LOST_SECONDS:.0f} s; if the cluster's head is lost, "
                         f"{job_id} is lost with it, and preceptor submit --resume goes on from its last checkpoint"
                     ) from error
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
 
     @contextmanager
     def _in_our_words(self) -> Iterator[None]:

@@ -54,7 +54,7 @@ class Alarms:
 
     Example:
         >>> alarms = Alarms({"long": AlarmConfig("length", above=8.0, steps=2)})
-        >>> [len(alarms.look({"step": step, "length": 9.0})) for step in (1, 2, 3)]
+        >>> [len(alarms.check({"step": step, "length": 9.0})) for step in (1, 2, 3)]
         [0, 1, 0]
     """
 
@@ -65,7 +65,7 @@ class Alarms:
         """Begin without a past."""
         self._watches = {name: _Watch(config) for name, config in self.configs.items() if config.action != "off"}
 
-    def look(self, record: Record) -> list[Raised]:
+    def check(self, record: Record) -> list[Raised]:
         """Take in one step's figures and return the alarms that go off; one goes off again once it was silent."""
         raised = []
         for name, watch in self._watches.items():

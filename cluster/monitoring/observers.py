@@ -13,7 +13,7 @@ from cluster.contracts.errors import RunStopped
 from cluster.contracts.files import Record
 
 
-class PoolFigures:
+class PoolMetrics:
     """Turns what happened since the last look into figures of each pool.
 
     A worker is busy from being asked until it answers. A call counts when it is answered, and no moment of a worker
@@ -21,10 +21,10 @@ class PoolFigures:
 
     Example:
         >>> clock = iter((0.0, 10.0))
-        >>> figures = PoolFigures(lambda: next(clock))
+        >>> figures = PoolMetrics(lambda: next(clock))
         >>> calls = [Span("rollout", "rollout-0", "generate", 0.0, 4.0, 1, 20), Span("rollout", "rollout-0", "generate",
         ...          2.0, 5.0, 1, 30)]
-        >>> found = figures.look(calls, [PoolState("rollout", ["rollout-0"], 1, 0)])
+        >>> found = figures.measure(calls, [PoolState("rollout", ["rollout-0"], 1, 0)])
         >>> found["pool/rollout/busy_share"], found["pool/rollout/tokens_per_second"]
         (0.5, 5.0)
     """
@@ -32,13 +32,13 @@ class PoolFigures:
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
         """Begin to look; the clock is the one of the spans."""
         self._clock = clock
-        self._looked_at = clock()
+        self._observed_at = clock()
         self._counted_until: dict[tuple[str, str], float] = {}  # of each worker in each pool; slots share theirs
 
-    def look(self, spans: Sequence[Span], pools: Iterable[PoolState]) -> dict[str, float]:
+    def measure(self, spans: Sequence[Span], pools: Iterable[PoolState]) -> dict[str, float]:
         """Return every pool's figures as pool/NAME/..."""
         now = self._clock()
-        window, self._looked_at = now - self._looked_at, now
+        window, self._observed_at = now - self._observed_at, now
         figures: dict[str, float] = {}
         for pool in pools:
             own = [span for span in spans if span.pool == pool.name]
@@ -70,7 +70,7 @@ _log = logging.getLogger("preceptor")
 
 
 @dataclass(frozen=True)
-class SeenStep:
+class StepSample:
     """One step as the driver saw it."""
 
     record: Record
@@ -87,7 +87,7 @@ class SeenStep:
 class StepObserver(Protocol):
     """Is told about steps in their order, and about the end."""
 
-    def see(self, seen: SeenStep) -> None:
+    def on_step(self, seen: StepSample) -> None:
         """Take in one step; waits for nobody."""
 
     def close(self, ending: Ending) -> None:
@@ -100,10 +100,10 @@ class Observers:
     def __init__(self, observers: Sequence[StepObserver]) -> None:
         self._observers = list(observers)
 
-    def see(self, seen: SeenStep) -> None:
+    def on_step(self, seen: StepSample) -> None:
         """Tell everybody about a step; who cannot write is told no more, since the run itself can go on without."""
         for observer in list(self._observers):
-            self._tell(observer, partial(observer.see, seen))
+            self._notify(observer, partial(observer.on_step, seen))
 
     def __enter__(self) -> Self:
         """Change nothing."""
@@ -112,9 +112,9 @@ class Observers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Tell everybody about the end."""
         for observer in list(self._observers):
-            self._tell(observer, partial(observer.close, ending_of(error)))
+            self._notify(observer, partial(observer.close, ending_of(error)))
 
-    def _tell(self, observer: StepObserver, what: Callable[[], None]) -> None:
+    def _notify(self, observer: StepObserver, what: Callable[[], None]) -> None:
         try:
             what()
         except OSError as error:

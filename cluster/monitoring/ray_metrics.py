@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from cluster.monitoring.metric_table import EVERY_STEP, POOL, Figure, figures
-from cluster.monitoring.observers import Ending, SeenStep
+from cluster.monitoring.observers import Ending, StepSample
 
 # A completion's end lies anywhere between a word and a long chain of thought, so the buckets double.
 LENGTH_BOUNDARIES = [float(1 << power) for power in range(2, 18)]  # tokens
@@ -19,7 +19,7 @@ class RayMetrics:
         self._run = run
         self._metrics = {figure.metric: _make(figure) for figure in figures()}
 
-    def see(self, seen: SeenStep) -> None:
+    def on_step(self, seen: StepSample) -> None:
         """Set what the step has; a figure that it lacks keeps its last value."""
         for figure in figures():
             metric = self._metrics[figure.metric]
@@ -36,7 +36,7 @@ class RayMetrics:
     def close(self, ending: Ending) -> None:
         """Do nothing: Ray drops the metrics of a driver that has gone."""
 
-    def _values(self, figure: Figure, seen: SeenStep) -> list[tuple[dict[str, str], float]]:
+    def _values(self, figure: Figure, seen: StepSample) -> list[tuple[dict[str, str], float]]:
         found: Mapping[str, float] = {EVERY_STEP: 1.0, **seen.record}
         if not figure.is_of_pools:
             named = [({"run": self._run}, figure.source)]

@@ -17,7 +17,7 @@ import msgspec
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import CheckpointError, in_one_line
 from cluster.contracts.files import read_text, write_atomically
-from cluster.monitoring.observers import Ending, SeenStep, ending_of
+from cluster.monitoring.observers import Ending, StepSample, ending_of
 
 MAX_STATUS_BYTES = 1 << 24
 SIGN_OF_LIFE_SECONDS = 5.0
@@ -47,7 +47,7 @@ class StatusFile:
         self._path = path
         self._change(state="running", step=first_step)
 
-    def see(self, seen: SeenStep) -> None:
+    def on_step(self, seen: StepSample) -> None:
         """Write down the step and the pools."""
         self._change(step=seen.step, pools=tuple(seen.pools))
 

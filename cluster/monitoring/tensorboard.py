@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from cluster.monitoring.observers import Ending, SeenStep
+from cluster.monitoring.observers import Ending, StepSample
 
 _CASTAGNOLI = 0x82F63B78  # reversed polynomial
 _MASK_DELTA = 0xA282EAD8
@@ -35,7 +35,7 @@ class EventFile:
         self._write(_field(3, b"brain.Event:2"), step=0)
         self._write(_field(7, _varint_field(1, _SESSION_START)), step=first_step + 1)
 
-    def see(self, seen: SeenStep) -> None:
+    def on_step(self, seen: StepSample) -> None:
         """Write one event with all figures and the lengths of the completions."""
         values = b"".join(_field(1, scalar(tag, value)) for tag, value in _finite(seen.record).items())
         if seen.completion_lengths:

@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.contracts.batches import Span
 from cluster.contracts.files import write_atomically
-from cluster.monitoring.observers import Ending, SeenStep
+from cluster.monitoring.observers import Ending, StepSample
 
 MOST_SPANS_PER_STEP = 20_000  # the rest of a step is left out; such a file has about 4 MB per step
 
@@ -28,7 +28,7 @@ class Trace:
         self._first: list[list[Span]] = []
         self._last: deque[list[Span]] = deque(maxlen=num_steps)
 
-    def see(self, seen: SeenStep) -> None:
+    def on_step(self, seen: StepSample) -> None:
         """Keep a step's calls."""
         spans = list(seen.spans[:MOST_SPANS_PER_STEP])
         spans += [span for pool in seen.pools if pool.name == "rollout" for span in _syncs(spans, pool.serving)]

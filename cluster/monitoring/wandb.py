@@ -11,7 +11,7 @@ import msgspec
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import ConfigError
-from cluster.monitoring.observers import Ending, SeenStep
+from cluster.monitoring.observers import Ending, StepSample
 
 
 class WandbObserver:
@@ -30,7 +30,7 @@ class WandbObserver:
             config=msgspec.to_builtins(config),
         )
 
-    def see(self, seen: SeenStep) -> None:
+    def on_step(self, seen: StepSample) -> None:
         """Log the step's figures."""
         self._run.log({name: value for name, value in seen.record.items() if math.isfinite(value)}, step=seen.step)
 

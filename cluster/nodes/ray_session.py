@@ -34,7 +34,7 @@ FAILED = 1  # exit code
 class Patience:
     """How often a head is asked, and how long it may be silent."""
 
-    look_seconds: float = 5.0  # between two looks, and for one
+    check_seconds: float = 5.0  # between two looks, and for one
     silent_seconds: float = field(default_factory=lambda: SOONER * float(os.environ.get(RAY_PATIENCE) or RAY_SECONDS))
 
 
@@ -77,8 +77,8 @@ def end_run(config: Config, address: str, silent_seconds: float) -> None:
 
 def _watch(address: str, give_up: Callable[[float], None], patience: Patience, over: threading.Event) -> None:
     heard = time.monotonic()
-    while not over.wait(patience.look_seconds):
-        if _answers(address, patience.look_seconds):
+    while not over.wait(patience.check_seconds):
+        if _answers(address, patience.check_seconds):
             heard = time.monotonic()
         elif (silent := time.monotonic() - heard) >= patience.silent_seconds and not over.is_set():
             give_up(silent)

@@ -25,7 +25,7 @@ CLOSING_POLL_SECONDS = 0.05
 ProcessKey = tuple[int, int]  # process id and start time in clock ticks: an id alone may be given out again
 
 
-class Census:
+class ProcessTree:
     """The processes that were started with a variable set to a value, and what they hold in shared memory.
 
     Ray writes process titles over the environment of some, so descendants count too.
@@ -67,24 +67,24 @@ def main(folder: Path) -> None:
     """Wait for the owner's end, then clear away."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    census = Census(MARK, str(folder))
+    process_tree = ProcessTree(MARK, str(folder))
     next_count = 0.0
     while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
-        census.note_shared_memory()
+        process_tree.note_shared_memory()
         if time.monotonic() >= next_count:
-            census.count()
+            process_tree.count()
             next_count = time.monotonic() + CENSUS_SECONDS
-    census.note_shared_memory()
-    _end_members(census)
-    for path in census.shared_memory():
+    process_tree.note_shared_memory()
+    _end_members(process_tree)
+    for path in process_tree.shared_memory():
         path.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end_members(census: Census) -> None:
+def _end_members(process_tree: ProcessTree) -> None:
     """Wait until no member runs; kill those that still do after GRACE_SECONDS."""
     began = time.monotonic()
-    while (members := census.count()) and (waited := time.monotonic() - began) < 2 * GRACE_SECONDS:
+    while (members := process_tree.count()) and (waited := time.monotonic() - began) < 2 * GRACE_SECONDS:
         if waited > GRACE_SECONDS:
             for pid, _ in members:
                 with suppress(ProcessLookupError):

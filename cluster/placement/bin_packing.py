@@ -10,11 +10,11 @@ CPU_UNITS = 10_000  # Ray counts resources in ten-thousandths; whole numbers of 
 
 
 @dataclass(frozen=True)
-class Room:
+class NodeCapacity:
     """What a node offers, or what a worker reserves.
 
     Example:
-        >>> Room(cpu_units=20_000, gpus=4).times_that_fit(Room(cpu_units=10_000, gpus=1))
+        >>> NodeCapacity(cpu_units=20_000, gpus=4).times_that_fit(NodeCapacity(cpu_units=10_000, gpus=1))
         2
     """
 
@@ -22,15 +22,15 @@ class Room:
     gpus: int
 
     @classmethod
-    def of(cls, cpus: float, gpus: int) -> "Room":
+    def of(cls, cpus: float, gpus: int) -> "NodeCapacity":
         """Return the room of so many CPUs, which may be a fraction, and GPUs."""
         return cls(int(cpus * CPU_UNITS + 0.5), gpus)
 
-    def less(self, other: "Room", times: int = 1) -> "Room":
+    def less(self, other: "NodeCapacity", times: int = 1) -> "NodeCapacity":
         """Return what is left when `other` is taken so many times."""
-        return Room(self.cpu_units - times * other.cpu_units, self.gpus - times * other.gpus)
+        return NodeCapacity(self.cpu_units - times * other.cpu_units, self.gpus - times * other.gpus)
 
-    def times_that_fit(self, other: "Room") -> int:
+    def times_that_fit(self, other: "NodeCapacity") -> int:
         """Return how often `other`, which has at least one CPU unit, fits in here."""
         by_cpu = self.cpu_units // other.cpu_units
         return min(by_cpu, self.gpus // other.gpus) if other.gpus else by_cpu
@@ -42,15 +42,15 @@ class Demand:
 
     pool: str
     num_workers: int
-    share: Room  # of one worker
+    share: NodeCapacity  # of one worker
     together: bool = False  # whether the workers talk to each other at every step
 
 
-def largest_equal_share(rooms: Sequence[Room], workers: int) -> int:
+def largest_equal_share(rooms: Sequence[NodeCapacity], workers: int) -> int:
     """Return the most CPU units, up to one CPU, that each of `workers` can have without being split over nodes.
 
     Example:
-        >>> largest_equal_share([Room.of(2, 0), Room.of(2, 0)], workers=5)
+        >>> largest_equal_share([NodeCapacity.of(2, 0), NodeCapacity.of(2, 0)], workers=5)
         6666
     """
     shares = {min(CPU_UNITS, room.cpu_units // count) for room in rooms for count in range(1, workers + 1)}
@@ -58,7 +58,7 @@ def largest_equal_share(rooms: Sequence[Room], workers: int) -> int:
     return max(fitting, default=0)
 
 
-def pack(demands: Sequence[Demand], rooms: Sequence[Room], where: str) -> dict[str, tuple[int, ...]]:
+def pack(demands: Sequence[Demand], rooms: Sequence[NodeCapacity], where: str) -> dict[str, tuple[int, ...]]:
     """Return the node, as a position in `rooms`, of every worker of every pool.
 
     First the groups are put on as few nodes as can be and the pools spread over what is left. Where that leaves no room
@@ -83,14 +83,14 @@ def pack(demands: Sequence[Demand], rooms: Sequence[Room], where: str) -> dict[s
 class _Nodes:
     """What is left on every node while workers take their shares."""
 
-    def __init__(self, rooms: Iterable[Room], where: str) -> None:
+    def __init__(self, rooms: Iterable[NodeCapacity], where: str) -> None:
         self.left = list(rooms)
         self._where = where
 
-    def fitting(self, share: Room) -> list[int]:
+    def fitting(self, share: NodeCapacity) -> list[int]:
         return [node for node, room in enumerate(self.left) if room.times_that_fit(share)]
 
-    def take(self, node: int, share: Room, times: int = 1) -> None:
+    def take(self, node: int, share: NodeCapacity, times: int = 1) -> None:
         self.left[node] = self.left[node].less(share, times)
 
     def refuse(self, demand: Demand, worker: int) -> PlacementError:

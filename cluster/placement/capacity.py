@@ -39,15 +39,15 @@ def _free_gpus(changes: Sequence[tuple[PoolPlacement, int]]) -> tuple[float, str
 
 
 @dataclass
-class SplitRoom:
+class SplitCapacity:
     """The GPUs of every node, and on which of them each pool's workers are.
 
     Args:
         gpus: of a worker, by pool.
 
     Example:
-        >>> room = SplitRoom({"rollout": 1, "teachers.main": 2})
-        >>> room.see({"a": 0, "b": 0}, {"rollout": ["a", "b", "b"], "teachers.main": ["a"]})
+        >>> room = SplitCapacity({"rollout": 1, "teachers.main": 2})
+        >>> room.update({"a": 0, "b": 0}, {"rollout": ["a", "b", "b"], "teachers.main": ["a"]})
         >>> room.fits({"rollout": 1, "teachers.main": 2}), room.fits({"rollout": 2, "teachers.main": 2})
         (True, False)
     """
@@ -56,15 +56,15 @@ class SplitRoom:
     _free: Mapping[str, int] = field(default_factory=dict)  # by node
     _homes: Mapping[str, Sequence[str]] = field(default_factory=dict)  # nodes of a pool's workers, the last leave first
 
-    def look(self, workers: Mapping[str, Sequence[ActorHandle]]) -> None:
+    def read(self, workers: Mapping[str, Sequence[ActorHandle]]) -> None:
         """Ask the connected cluster what is free, and where these workers are, by pool."""
         if not any(self.gpus.values()):
             return
         free = {node: int(left.get("GPU", 0)) for node, left in available_resources_per_node().items()}
         node_of = {actor: found["Address"]["NodeID"] for actor, found in actors().items()}
-        self.see(free, {name: [node_of[worker._actor_id.hex()] for worker in own] for name, own in workers.items()})
+        self.update(free, {name: [node_of[worker._actor_id.hex()] for worker in own] for name, own in workers.items()})
 
-    def see(self, free: Mapping[str, int], homes: Mapping[str, Sequence[str]]) -> None:
+    def update(self, free: Mapping[str, int], homes: Mapping[str, Sequence[str]]) -> None:
         """Take in free GPUs by node, and the node of each pool's workers, those first that stay."""
         self._free, self._homes = free, homes
 

@@ -15,11 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.config.run_config import Config
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import PlacementError
-from cluster.placement.bin_packing import CPU_UNITS, Demand, Room, largest_equal_share, pack
+from cluster.placement.bin_packing import CPU_UNITS, Demand, NodeCapacity, largest_equal_share, pack
 from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE, share_gpu
 from cluster.weight_sync.transports import weight_backend
 
-LOOK_SECONDS = 1.0  # between two looks at what is free
+CHECK_SECONDS = 1.0  # between two looks at what is free
 PATIENCE_SECONDS = 3.0  # what Ray says of a node that has just started, or of actors that have just ended, is late
 LEARNER = "learner"
 
@@ -33,9 +33,9 @@ class NodeResources:
     node_id: str = ""  # Ray's; "": workers are not told to go there
 
     @property
-    def room(self) -> Room:
+    def room(self) -> NodeCapacity:
         """Return it in whole units."""
-        return Room.of(self.cpus, self.gpus)
+        return NodeCapacity.of(self.cpus, self.gpus)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def await_placement(config: Config, say: Callable[[str], None]) -> Placement:
             if waited >= PATIENCE_SECONDS and not has_said:
                 say(f"waiting up to {limit:.0f} s for what others use: {error}")
                 has_said = True
-        time.sleep(min(LOOK_SECONDS, limit))
+        time.sleep(min(CHECK_SECONDS, limit))
 
 
 def plan_placement(
@@ -214,8 +214,10 @@ def _demands(config: Config, nodes: Sequence[NodeResources]) -> list[Demand]:
     on_gpu = any(node.gpus for node in nodes)
     # Fractions without GPUs: Ray schedules by reservation, and the stages share the cores in turns.
     cpu_units = CPU_UNITS if on_gpu else max(1, largest_equal_share([node.room for node in nodes], workers))
-    demands = [Demand(pool, count, Room(cpu_units, gpus if on_gpu else 0)) for pool, (count, gpus) in engines.items()]
-    learner = Demand(LEARNER, config.learner.num_workers, Room(cpu_units, int(on_gpu)), together=True)
+    demands = [
+        Demand(pool, count, NodeCapacity(cpu_units, gpus if on_gpu else 0)) for pool, (count, gpus) in engines.items()
+    ]
+    learner = Demand(LEARNER, config.learner.num_workers, NodeCapacity(cpu_units, int(on_gpu)), together=True)
     return [*demands, learner]
 
 

@@ -18,7 +18,7 @@ from learner.group import LearnerGroup
 
 
 @dataclass
-class History:
+class RunSummary:
     """What a run has found so far; part of every checkpoint."""
 
     teacher_accuracy: dict[str, float | None] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The driver's part of a checkpoint."""
 
     step: int  # completed
-    history: History
+    history: RunSummary
     ledger: LedgerState
 
 

@@ -51,7 +51,7 @@ def train(run: TrainingRun) -> None:
     """
     config, learner = run.config, run.pipeline.learner
     rollouts, teachers = run.pipeline.rollouts, run.pipeline.teachers
-    flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds, run.look_around)
+    flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds, run.poll)
     permits = Permits(run.first_step, config.run.steps, config.rollout.max_staleness)
     verifier = config.evaluation.verifier
     asked: dict[int, StepBatches] = {}  # of steps that are under way

@@ -46,7 +46,7 @@ class Flow:
         rollouts: RolloutPool,
         teachers: TeacherPools,
         timeout_seconds: float,
-        look_around: Callable[[], None] = lambda: None,
+        poll: Callable[[], None] = lambda: None,
     ) -> None:
         """Take the pools.
 
@@ -54,9 +54,9 @@ class Flow:
             rollouts: write.
             teachers: score.
             timeout_seconds: how long to wait for anything to finish.
-            look_around: called before each wait, and at least every second of it.
+            poll: called before each wait, and at least every second of it.
         """
-        self._look_around = look_around
+        self._poll = poll
         self._rollouts = rollouts
         self._teachers = teachers
         self._timeout_seconds = timeout_seconds
@@ -98,11 +98,11 @@ class Flow:
     def _advance(self, wake_on: Sequence[Any]) -> bool:
         """Wait until something finishes, pass on everything that has, and say whether a reference of `wake_on` has."""
 
-        def look() -> list[Any]:
-            self._look_around()
-            return [*self._rollouts.look_after(), *self._teachers.look_after(), *wake_on]
+        def pending() -> list[Any]:
+            self._poll()
+            return [*self._rollouts.maintain(), *self._teachers.maintain(), *wake_on]
 
-        ready = wait_for_any(look, self._timeout_seconds, self._waited_for)
+        ready = wait_for_any(pending, self._timeout_seconds, self._waited_for)
         for handle in self._rollouts.collect(ready):
             self._send_on(handle)
         self._finish(self._teachers.collect(ready))

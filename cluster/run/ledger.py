@@ -73,15 +73,15 @@ class Ledger:
         self._digest = new_digest()
         for line in self._file.lines():
             self._digest.update(line.encode() + b"\n")
-        self._under_way: dict[int, Consumption] = {}
+        self._under_way: dict[int, StepLedger] = {}
 
     def admit(self, step: int, requests: Sequence[RolloutRequest]) -> None:
         """Note what a step, from 1, asks for."""
-        self._under_way[step] = Consumption(step, requests)
+        self._under_way[step] = StepLedger(step, requests)
 
     def watch(self, step: int, batches: BatchSource) -> BatchSource:
         """Return the batches of a step such that they give out exactly what was asked for, or fail."""
-        return WatchedBatches(batches, self._under_way[step])
+        return CheckedBatches(batches, self._under_way[step])
 
     def close(self, step: int) -> None:
         """Write down a step that was learned from.
@@ -111,7 +111,7 @@ class Ledger:
             )
 
 
-class Consumption:
+class StepLedger:
     """Counts the trajectories of one step."""
 
     def __init__(self, step: int, requests: Sequence[RolloutRequest]) -> None:
@@ -177,11 +177,11 @@ class Consumption:
 
 
 @dataclass(frozen=True)
-class WatchedBatches:
+class CheckedBatches:
     """A BatchSource: one step's batches, each counted before anybody learns from it."""
 
     batches: BatchSource
-    consumption: Consumption
+    consumption: StepLedger
 
     @property
     def is_exhausted(self) -> bool:

@@ -19,7 +19,7 @@ from cluster.config.objective import (
 )
 from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.batches import AtHand, BatchHandle
+from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.wire import from_wire
@@ -112,7 +112,7 @@ def _against_itself(
         results = [check_self_kl(_read(mirrored, scored), mirrored.rollout.engine.dtype)]
         for term_name, term in terms_with_optimum_at_the_student(mirrored.objective).items():
             objective = msgspec.structs.replace(mirrored.objective, terms={term_name: term})
-            found = report(pipeline.learner.measure_gradient(AtHand(scored), objective))
+            found = report(pipeline.learner.measure_gradient(ReadyBatches(scored), objective))
             results.append(check_gradient_at_optimum(term_name, found["gradient_norm"], mirrored.learner.dtype))
         return results
     finally:

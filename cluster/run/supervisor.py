@@ -17,7 +17,7 @@ from cluster.contracts.errors import (
 )
 from cluster.monitoring.sinks import TerminalView
 from cluster.nodes.interruption import StopRequest
-from cluster.run.checkpoints import History, ResumePoint, find_resume_point
+from cluster.run.checkpoints import ResumePoint, RunSummary, find_resume_point
 from cluster.run.driver import train
 from cluster.run.inputs import Inputs
 from cluster.run.pools import Pipeline, restart_limit
@@ -29,7 +29,7 @@ class Beginning:
     """Where a training run begins."""
 
     directory: RunDirectory
-    history: History
+    history: RunSummary
     point: ResumePoint | None = None  # None: at the first step
 
 
@@ -51,7 +51,7 @@ class Supervisor:
         self._budget = RestartBudget(restart_limit(config))
         self._has_begun = False
 
-    def train(self, beginning: Beginning) -> History:
+    def train(self, beginning: Beginning) -> RunSummary:
         """Do the run's steps, and return what it achieved.
 
         Raises:
@@ -65,7 +65,7 @@ class Supervisor:
             except (LearnerDiedError, LostBytesError) as error:
                 start = self._rewind(beginning, error)
 
-    def _attempt(self, start: Beginning) -> History:
+    def _attempt(self, start: Beginning) -> RunSummary:
         run = self._restore(start)
         try:
             with run.observers:

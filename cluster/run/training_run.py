@@ -21,15 +21,15 @@ from cluster.models.model_files import load_tokenizer
 from cluster.monitoring.alarms import Alarms, LengthCap, Raised
 from cluster.monitoring.sinks import TerminalView
 from cluster.nodes.interruption import StopRequest
-from cluster.run.checkpoints import Checkpoints, History, RunState
+from cluster.run.checkpoints import Checkpoints, RunState, RunSummary
 from cluster.run.evaluation import Evaluation, Evaluator, forget_samples, write_samples
 from cluster.run.flow import Flow
 from cluster.run.inputs import Inputs, train_requests, train_sampling
 from cluster.run.ledger import Ledger
-from cluster.run.observation import Lookout, open_observers
+from cluster.run.observation import StepObservation, open_observers
 from cluster.run.pools import Pipeline
 from learner.checkpointing.checkpoint import tidy
-from teacher_workers.audit.checks import Finding
+from teacher_workers.audit.checks import Fault
 from teacher_workers.audit.runner import ScoreAudit
 
 AUDIT_REQUESTS = 16  # completions of which the rows for the audits of scores are chosen
@@ -47,7 +47,7 @@ class TrainingRun:
     directory: RunDirectory
     view: TerminalView
     first_step: int
-    history: History
+    history: RunSummary
     stop: StopRequest = field(default_factory=StopRequest)
     started: float = field(default_factory=time.perf_counter)
 
@@ -73,11 +73,11 @@ class TrainingRun:
         self._balancer = make_balancer(self.config, self.pipeline, self.directory, self.view.say)
         self._alarms = Alarms(self.config.alarms)
         self.observers = open_observers(self.config, self.directory, self.first_step)
-        self._lookout = Lookout(self.pipeline, self.observers)
+        self._observation = StepObservation(self.pipeline, self.observers)
         rollout = self.config.rollout
         self._cap = LengthCap(rollout.max_completion_tokens, rollout.max_staleness)
         for record in self._metrics.read():  # of a resumed run
-            self._shorten(self._alarms.look(record))
+            self._shorten(self._alarms.check(record))
 
     def restore_pools(self) -> None:
         """Give the pools, which have just started, the sizes that were last asked for in a run that is resumed."""
@@ -90,13 +90,13 @@ class TrainingRun:
             found = self._evaluate(step=0)
             self.view.say(f"held-out before training: {describe_evaluation(found)}")
         self._audit_first(flow)
-        self._lookout.begin(flow)
+        self._observation.begin(flow)
         self.started = time.perf_counter()
 
-    def look_around(self) -> None:
+    def poll(self) -> None:
         """See whether somebody asks for other sizes of pools or another teacher; most calls return at once."""
-        self._scaling.look()
-        self._changes.look()
+        self._scaling.poll()
+        self._changes.poll()
 
     def enter(self, step: int) -> None:
         """Settle who scores a step, from 0, that is about to be asked for."""
@@ -119,7 +119,7 @@ class TrainingRun:
         self.ledger.close(step)
         self.pipeline.teachers.close(next_step=step)
         self._finished_step = step
-        record = {**record, **self._lookout.look(), **self._checkpoints.complete_if_written()}
+        record = {**record, **self._observation.observe(), **self._checkpoints.complete_if_written()}
         is_last = step == self.config.run.steps
         if self._balancer is not None and not is_last:
             self._balancer.after_step(record, list(batches), self.config.run.steps - step)
@@ -130,9 +130,9 @@ class TrainingRun:
             record |= {f"held_out/{name}": value for name, value in self._evaluate(step).metrics.items()}
         self._metrics.write(record)
         self.view.show(record)
-        self._lookout.tell(record, batches)
+        self._observation.report(record, batches)
         self._go_on_auditing(step)
-        raised = self._alarms.look(record)
+        raised = self._alarms.check(record)
         stopping = [alarm for alarm in raised if alarm.config.action == "stop"]
         asked = self.stop.is_asked and not is_last
         if is_last or stopping or asked or _is_due(step, self.config.checkpoint.every_steps):
@@ -174,19 +174,19 @@ class TrainingRun:
             short = replace(sampling, max_completion_tokens=min(AUDIT_TOKENS, sampling.max_completion_tokens))
             self._audit.take_rows(flow.run(requests, short, verifier, scorers=lambda route: []))
         self._audit.begin(self.first_step)
-        self._tell(self._audit.finish())
+        self._report_faults(self._audit.finish())
 
     def _go_on_auditing(self, step: int) -> None:
         """Take the answers that are there, and ask again when it is time; waits for nothing."""
         asked = self._audit.outstanding
         if asked:
-            self._tell(self._audit.look(ray.wait(asked, num_returns=len(asked), timeout=0)[0]))
+            self._report_faults(self._audit.collect(ray.wait(asked, num_returns=len(asked), timeout=0)[0]))
         if self._audit.is_due(step):
             self._audit.begin(step)
 
-    def _tell(self, findings: Sequence[Finding]) -> None:
-        for finding in findings:
-            self.view.say(finding.sentence)
+    def _report_faults(self, faults: Sequence[Fault]) -> None:
+        for fault in faults:
+            self.view.say(fault.sentence)
 
     def _begin_checkpoint(self, step: int) -> None:
         self._saved_step = step
@@ -229,7 +229,7 @@ def describe_evaluation(found: Evaluation) -> str:
     return ", ".join(parts)
 
 
-def summary(config: Config, history: History, seconds: float, steps: int) -> list[str]:
+def summary(config: Config, history: RunSummary, seconds: float, steps: int) -> list[str]:
     """Return the last lines of a run."""
     lines = []
     if history.first_sample and history.last_sample:

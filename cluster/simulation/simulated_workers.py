@@ -19,7 +19,7 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings, ScoreRe
 from cluster.simulation.clock import SimulatedPromise, SimulatedTime
 from cluster.simulation.rates import LearnerRates, RolloutRates, TeacherRates, pace
 from cluster.weight_sync.manifest import WeightSyncReport
-from learner.batching.arrivals import Share
+from learner.batching.arrivals import RankShare
 from rollout_workers.batching import Filling
 
 ROUNDING_TOKENS = 1e-6  # by which sums of fractions of tokens may be off
@@ -47,7 +47,7 @@ class Decoding:
         self._waiting: list[tuple[int, int, _Sequence]] = []  # by priority, then arrival
         self._order = count()
         self._progress = 0.0  # tokens of a sequence that has run since the beginning
-        self._looked_at = 0.0
+        self._observed_at = 0.0
         self._num_plans = 0
         self._paused_until = 0.0
         self.busy_seconds = 0.0  # in which something was written
@@ -61,16 +61,16 @@ class Decoding:
     def pause(self, seconds: float) -> None:
         """Write nothing for a while."""
         self._advance()
-        self._paused_until = self._looked_at = self._time.now + seconds
+        self._paused_until = self._observed_at = self._time.now + seconds
         self._go_on()
 
     def _advance(self) -> None:
         """Add what was written since the last look."""
-        seconds = max(0.0, self._time.now - self._looked_at)
+        seconds = max(0.0, self._time.now - self._observed_at)
         if self._running:
             self._progress += seconds / pace(self._points, len(self._running))
             self.busy_seconds += seconds
-        self._looked_at = max(self._looked_at, self._time.now)
+        self._observed_at = max(self._observed_at, self._time.now)
 
     def _go_on(self) -> None:
         """Let in what fits, and plan for the next sequence to finish."""
@@ -329,7 +329,7 @@ class SimulatedRank(_Worker):
         """Return where the group would meet."""
         return self._time.kept("nowhere")
 
-    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> SimulatedPromise:
+    def accumulate(self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None) -> SimulatedPromise:
         """Take the time of the rank's micro-batches."""
         lengths = [tokens for wire in share.references for tokens in wire.value.num_tokens]
         tokens = sum(lengths[index] for grid in share.grids for row in grid for index in row)

@@ -37,7 +37,7 @@ def group_advantages(rewards: Sequence[float | None], divide_by_deviation: bool)
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShare:
     """What one rank does in one round."""
 
     references: tuple[Any, ...]  # to wire bytes; inside a dataclass, so Ray hands them over unresolved
@@ -46,7 +46,7 @@ class Share:
 
 
 @dataclass
-class Arrivals:
+class BatchBuffer:
     """Numbers a step's trajectories in the order of arrival and holds back those whose advantage is not known yet.
 
     Args:
@@ -92,7 +92,7 @@ class Arrivals:
         batch, row = self._places[index]
         return self._handles[batch].num_tokens[row]
 
-    def share(self, grids: tuple[Grid, ...]) -> Share:
+    def share(self, grids: tuple[Grid, ...]) -> RankShare:
         """Return what a rank needs for its micro-batches: the batches that they touch, their rows counted anew."""
         used = sorted({self._places[index][0] for grid in grids for grid_row in grid for index in grid_row})
         first_rows, count = {}, 0
@@ -104,7 +104,7 @@ class Arrivals:
             batch, row = self._places[index]
             return first_rows[batch] + row
 
-        return Share(
+        return RankShare(
             tuple(self._handles[batch].reference for batch in used),
             tuple(advantage for batch in used for advantage in self._advantages[batch]),
             tuple(tuple(tuple(local(index) for index in grid_row) for grid_row in grid) for grid in grids),

@@ -160,13 +160,13 @@ def _needs_first_pass(config: ObjectiveConfig) -> bool:
     weights = config.token_weights
     if weights.position_importance or weights.entropy in ("student", "both"):
         return True
-    return any(_masks_sequences(term) or _looks_ahead(term) for term in config.terms.values())
+    return any(_masks_sequences(term) or _discounts_later_advantages(term) for term in config.terms.values())
 
 
 def _masks_sequences(term: AnyTerm) -> bool:
     return not isinstance(term, DivergenceTerm) and term.importance.kind == "sequence_mask"
 
 
-def _looks_ahead(term: AnyTerm) -> bool:
+def _discounts_later_advantages(term: AnyTerm) -> bool:
     """Return whether the term adds up later advantages that depend on the current student."""
     return isinstance(term, PolicyGradientTerm) and term.discount > 0 and term.student == "current"

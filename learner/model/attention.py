@@ -88,7 +88,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     packing: Packing | None = None,
-    **wishes: Any,
+    **requests: Any,
 ) -> tuple[Tensor, None]:
     """Attend within trajectories, as transformers calls it; without a packing, as for one sequence.
 
@@ -97,8 +97,8 @@ def packed_attention(
     """
     if packing is None:
         arguments = (module, query, key, value, attention_mask)
-        return sdpa_attention_forward(*arguments, scaling=scaling, **wishes)
-    asked = [name for name in UNKNOWN_WISHES if wishes.get(name) is not None]
+        return sdpa_attention_forward(*arguments, scaling=scaling, **requests)
+    asked = [name for name in UNKNOWN_WISHES if requests.get(name) is not None]
     if asked:
         raise ModelError(
             f"learner: {type(module).__name__} asks its attention for {asked[0]}, which packed attention does not do; "

@@ -101,15 +101,15 @@ class CompletionHead(nn.Module):
 
         def walk(projection: Projection) -> TokenResults:
             if objective is None or not len(batch.tokens):
-                return _without_losses(look(projection, batch, chunk_tokens))
-            return judge(projection, batch, objective, teacher_heads, chunk_tokens)
+                return _without_losses(run_first_pass(projection, batch, chunk_tokens))
+            return evaluate_objective(projection, batch, objective, teacher_heads, chunk_tokens)
 
-        apply: Callable[..., tuple[Tensor, ...]] = _Judged.apply
+        apply: Callable[..., tuple[Tensor, ...]] = ObjectiveFunction.apply
         rounds = hidden.device.type == "cpu" if self.rounds_logits is None else self.rounds_logits
         return apply(hidden, self.weight, self.bias, Treatment(self.scaling, rounds), with_gradient, walk)
 
 
-class _Judged(torch.autograd.Function):
+class ObjectiveFunction(torch.autograd.Function):
     """Hands autograd the gradients that the walk has accumulated."""
 
     @staticmethod
@@ -138,12 +138,14 @@ class _Judged(torch.autograd.Function):
         return *gradients.times(loss_gradient, ctx.dtype), None, None, None
 
 
-def judge(
+def evaluate_objective(
     projection: Projection, batch: MicroBatch, objective: Objective, teacher_heads: TeacherHeads, chunk_tokens: int
 ) -> TokenResults:
     """Return what the objective makes of the batch's tokens; the gradients go into the projection."""
     tokens = batch.tokens
-    first_pass = look(projection, batch, chunk_tokens, objective.kernels) if objective.needs_first_pass else None
+    first_pass = (
+        run_first_pass(projection, batch, chunk_tokens, objective.kernels) if objective.needs_first_pass else None
+    )
     plan = objective.plan(tokens, first_pass)
     losses, mass, logprobs, entropy = (torch.zeros_like(tokens.rollout_logprobs) for _ in range(4))
     for chunk in _chunks(batch, chunk_tokens):
@@ -162,7 +164,7 @@ def judge(
     return TokenResults(losses, StudentFacts(logprobs, entropy), mass, None)
 
 
-def look(
+def run_first_pass(
     projection: Projection, batch: MicroBatch, chunk_tokens: int, kernels: RowKernels | None = None
 ) -> StudentFacts:
     """Return what the student says of the batch's tokens."""

@@ -143,7 +143,7 @@ class IpcLink:
     def __init__(
         self,
         buffer: Tensor,
-        card: str,
+        gpu: str,
         all_gather: Callable[[Any], list[Any]],
         synchronize: Callable[[], None] = lambda: torch.cuda.current_stream().synchronize(),
         export: Callable[[Tensor], dict[str, Any]] | None = None,
@@ -151,7 +151,7 @@ class IpcLink:
         self._all_gather, self._synchronize = all_gather, synchronize
         handle = (export or plain_handle)(buffer)
         self._handles: dict[str, Any] = {}
-        for found in all_gather({card: handle}):
+        for found in all_gather({gpu: handle}):
             self._handles |= found
 
     def invite(self, num_workers: int) -> list[dict[str, Any]]:

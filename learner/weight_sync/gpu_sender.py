@@ -23,9 +23,9 @@ from learner.engines.base import TrainEngine
 from learner.rendezvous import free_port
 from learner.weight_sync.gpu_links import IpcLink, Link, NcclLink, gather_from_ranks
 from learner.weight_sync.object_store import Bucket, fill
-from learner.weight_sync.recipients import Audience
+from learner.weight_sync.recipients import Recipients
 
-LOOK_SECONDS = 1.0  # how long NCCL may wait for the workers before they are looked at
+CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before they are looked at
 
 _log = logging.getLogger("preceptor")
 
@@ -50,7 +50,7 @@ class VllmSender:
         dtype: str,
         timeout_seconds: float,
         make_link: Callable[[Tensor], Link],
-        listen: Callable[[Sequence[ActorHandle], float], Audience] = Audience,
+        listen: Callable[[Sequence[ActorHandle], float], Recipients] = Recipients,
         end_process: Callable[[int], Any] = os._exit,
     ) -> None:
         self._engine, self._listen, self._end_process = engine, listen, end_process
@@ -95,10 +95,10 @@ class VllmSender:
             if link.fills_buffer:
                 fill(bucket, parameters, self._buffer)
 
-    def _begin(self, link: Link, workers: Sequence[ActorHandle]) -> "CardUpdate":
+    def _begin(self, link: Link, workers: Sequence[ActorHandle]) -> "GpuUpdate":
         """Pause the workers, find out who lives, and connect with them."""
-        audience = self._listen(workers, self._timeout_seconds)
-        update = CardUpdate(link, audience, self._thread, self._end_process)
+        recipients = self._listen(workers, self._timeout_seconds)
+        update = GpuUpdate(link, recipients, self._thread, self._end_process)
         living = update.start()
         if living and living != self._connected:
             # A group spans a fixed set of workers; another set needs another.
@@ -108,7 +108,7 @@ class VllmSender:
         return update
 
 
-class CardUpdate:
+class GpuUpdate:
     """One update, as rank 0 conducts it: every bucket is announced to the workers, then carried.
 
     Args:
@@ -119,9 +119,9 @@ class CardUpdate:
     """
 
     def __init__(
-        self, link: Link, audience: Audience, thread: ThreadPoolExecutor, end_process: Callable[[int], Any]
+        self, link: Link, recipients: Recipients, thread: ThreadPoolExecutor, end_process: Callable[[int], Any]
     ) -> None:
-        self._link, self._audience, self._thread, self._end_process = link, audience, thread, end_process
+        self._link, self._recipients, self._thread, self._end_process = link, recipients, thread, end_process
         self._receiving: dict[int, Any] = {}  # worker -> reference
         self._paused = time.perf_counter()
         self._num_workers = 0
@@ -129,14 +129,14 @@ class CardUpdate:
     def start(self) -> list[ActorHandle]:
         """Pause the workers and return those that live."""
         self._ask("start_weight_update", ())
-        self._num_workers = len(self._audience.workers)
-        return list(self._audience.workers.values())
+        self._num_workers = len(self._recipients.workers)
+        return list(self._recipients.workers.values())
 
     def connect(self) -> None:
         """Open both ends at once: each waits for the others."""
         invitations = self._link.invite(self._num_workers)
-        self._receiving = self._audience.call(
-            "init_weight_transfer", dict(zip(self._audience.workers, invitations, strict=True))
+        self._receiving = self._recipients.call(
+            "init_weight_transfer", dict(zip(self._recipients.workers, invitations, strict=True))
         )
         self._beside(self._link.open)
         self._await("open the weight transfer")
@@ -144,10 +144,10 @@ class CardUpdate:
     def send(self, bucket: Bucket, payload: Tensor) -> None:
         """Let the workers receive what lies in the buffer; with NCCL they read it while the next bucket is made."""
         self._await("receive a bucket of weights")
-        if not self._audience.workers:
+        if not self._recipients.workers:
             return
         message = self._link.update_message(bucket)
-        self._receiving = self._audience.call("update_weights", dict.fromkeys(self._audience.workers, message))
+        self._receiving = self._recipients.call("update_weights", dict.fromkeys(self._recipients.workers, message))
         self._beside(lambda: self._link.carry(payload))
         if self._link.is_read_in_place:
             self._await("receive a bucket of weights")
@@ -159,13 +159,13 @@ class CardUpdate:
         return time.perf_counter() - self._paused
 
     def _ask(self, verb: str, argument: Any) -> None:
-        answers = self._audience.call(verb, dict.fromkeys(self._audience.workers, argument))
-        self._audience.answers(answers, f"answer {verb}")
+        answers = self._recipients.call(verb, dict.fromkeys(self._recipients.workers, argument))
+        self._recipients.answers(answers, f"answer {verb}")
 
     def _await(self, what_for: str) -> None:
-        self._audience.answers(self._receiving, what_for)
+        self._recipients.answers(self._receiving, what_for)
         self._receiving = {}
-        if len(self._audience.workers) < self._num_workers and not self._link.is_read_in_place:
+        if len(self._recipients.workers) < self._num_workers and not self._link.is_read_in_place:
             self._end()
 
     def _beside(self, act: Callable[[], None]) -> None:
@@ -175,9 +175,9 @@ class CardUpdate:
             PreceptorError: what went wrong, at either end.
         """
         acting = self._thread.submit(_on_this_stream(act))
-        while not wait([acting], LOOK_SECONDS).done:
+        while not wait([acting], CHECK_SECONDS).done:
             try:
-                self._audience.look(self._receiving)
+                self._recipients.poll(self._receiving)
             except ActorDiedError:
                 self._end()
                 return
@@ -227,5 +227,5 @@ def _on_this_stream(act: Callable[[], None]) -> Callable[[], None]:
 
 
 def _device() -> torch.device:
-    is_on_card = torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if is_on_card else torch.device("cpu")
+    is_on_gpu = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if is_on_gpu else torch.device("cpu")

@@ -29,7 +29,7 @@ from cluster.weight_sync.manifest import (
     total_bytes,
 )
 from learner.engines.base import TrainEngine
-from learner.weight_sync.recipients import Audience
+from learner.weight_sync.recipients import Recipients
 
 Bucket = Sequence[TensorSpec]
 Bytes = NDArray[np.uint8]
@@ -67,7 +67,7 @@ class WeightUpdate:
         self._started = time.perf_counter()
         self._paused: float | None = None
         self._policy_version = policy_version
-        self._audience = Audience(workers, timeout_seconds)
+        self._recipients = Recipients(workers, timeout_seconds)
         self._sent = sent
         self._base_version = sent.version if sent else None
         if sent:
@@ -83,8 +83,8 @@ class WeightUpdate:
         messages = self._put(bucket, payload)
         if self._paused is None:
             self._start(messages)
-        self._audience.answers(self._receiving, "receive a bucket of weights")
-        self._receiving = self._audience.call("update_weights", messages)
+        self._recipients.answers(self._receiving, "receive a bucket of weights")
+        self._receiving = self._recipients.call("update_weights", messages)
 
     def finish(self) -> WeightSyncReport:
         """Wait until every worker runs on the new weights.
@@ -92,10 +92,10 @@ class WeightUpdate:
         Raises:
             WeightSyncError: a worker received other bytes than were sent.
         """
-        self._audience.answers(self._receiving, "receive the last bucket of weights")
-        versions = dict.fromkeys(self._audience.workers, self._policy_version)
-        received = self._audience.answers(
-            self._audience.call("finish_weight_update", versions), "answer finish_weight_update"
+        self._recipients.answers(self._receiving, "receive the last bucket of weights")
+        versions = dict.fromkeys(self._recipients.workers, self._policy_version)
+        received = self._recipients.answers(
+            self._recipients.call("finish_weight_update", versions), "answer finish_weight_update"
         )
         check_received(received, self._digest.hexdigest(), self._policy_version)
         if self._sent:
@@ -113,20 +113,20 @@ class WeightUpdate:
     def _compare_versions(self) -> dict[int, bool]:
         """Return which workers hold what the changes apply to."""
         if self._base_version is None:
-            return dict.fromkeys(self._audience.workers, False)
-        asked = {position: worker.held_version.remote() for position, worker in self._audience.workers.items()}
-        held = self._audience.answers(asked, "say which weights they hold")
+            return dict.fromkeys(self._recipients.workers, False)
+        asked = {position: worker.held_version.remote() for position, worker in self._recipients.workers.items()}
+        held = self._recipients.answers(asked, "say which weights they hold")
         return {position: version == self._base_version for position, version in held.items()}
 
     def _start(self, messages: Mapping[int, dict[str, Any]]) -> None:
         self._paused = time.perf_counter()
         first = {position: message["reference"] for position, message in messages.items()}
-        self._audience.answers(self._audience.call("start_weight_update", first), "answer start_weight_update")
+        self._recipients.answers(self._recipients.call("start_weight_update", first), "answer start_weight_update")
 
     def _put(self, bucket: Bucket, payload: Bytes) -> dict[int, dict[str, Any]]:
         """Put what is needed of a bucket, changes or all of it or both, and return each worker's message."""
         delta = self._compare(bucket, payload)
-        takes_changes = {position: self._takes_changes[position] for position in self._audience.workers}
+        takes_changes = {position: self._takes_changes[position] for position in self._recipients.workers}
         whole: dict[str, Any] = {}
         changes: dict[str, Any] = {}
         if not all(takes_changes.values()):

@@ -11,7 +11,7 @@ from cluster.actors.calls import get
 from cluster.contracts.errors import ActorDiedError
 
 
-class Audience:
+class Recipients:
     """Rollout workers by position. Those that die are passed over.
 
     Whoever runs the pool learns of a death by itself and brings the weights to the next actor.
@@ -31,7 +31,7 @@ class Audience:
             position: getattr(worker, method).remote(arguments[position]) for position, worker in self.workers.items()
         }
 
-    def look(self, references: Mapping[int, Any]) -> None:
+    def poll(self, references: Mapping[int, Any]) -> None:
         """Return at once; of the answers that are there, raise what went wrong.
 
         Raises:

@@ -26,7 +26,7 @@ MAX_STEPS_ON_DEVICE = 64  # a GPU is waited for no more often than this, except 
 
 
 @dataclass(frozen=True)
-class DrawOrder:
+class CandidateRequest:
     """How many draws per position a request wants, and from which random numbers."""
 
     key: str  # its name when the draws are fetched
@@ -48,10 +48,10 @@ class Step:
 
 
 @dataclass
-class RequestDraws:
+class SampledCandidates:
     """Where the draws of one request are, by position; a step lives as long as a request that it drew for."""
 
-    order: DrawOrder
+    order: CandidateRequest
     places: dict[int, tuple[Step, int]] = field(default_factory=dict)
 
     def gather(self, num_tokens: int) -> tuple[Ints, Floats]:
@@ -67,26 +67,26 @@ class RequestDraws:
 class LogitsRow(NamedTuple):
     """Where in a step's logits a request's next token is decided."""
 
-    draws: RequestDraws
+    draws: SampledCandidates
     row: int  # of the logits
     position: int  # number of tokens that the request has written
     temperature: float  # by which the logits are yet to be divided
 
 
-class DrawLog:
+class CandidateLog:
     """Draws at each step of the model, and knows every request's draws."""
 
     def __init__(self) -> None:
-        self._requests: dict[str, RequestDraws] = {}
+        self._requests: dict[str, SampledCandidates] = {}
         self._on_device: list[Step] = []
 
     def __len__(self) -> int:
         """Return how many requests' draws are kept."""
         return len(self._requests)
 
-    def open(self, order: DrawOrder) -> RequestDraws:
+    def open(self, order: CandidateRequest) -> SampledCandidates:
         """Return where a request's draws go; a request that was interrupted finds those it has."""
-        return self._requests.setdefault(order.key, RequestDraws(order))
+        return self._requests.setdefault(order.key, SampledCandidates(order))
 
     def record(self, rows: Sequence[LogitsRow], logits: Tensor) -> None:
         """Draw for some rows of the logits [any, vocabulary]; does not wait for a GPU."""

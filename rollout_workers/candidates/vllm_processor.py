@@ -1,6 +1,6 @@
-"""Candidate draws inside vLLM: logits processors that watch every decoding step, and a call that fetches what they saw.
+"""Samples further candidates inside vLLM, by logits processors that see every decoding step, and fetches them.
 
-A request asks by an entry of `SamplingParams.extra_args` that `ask_for_draws` makes. The processors change no logit.
+A request turns this on by an entry of `SamplingParams.extra_args` that `request_candidates` makes. No logit changes.
 vLLM has two model runners, each with an interface of its own for logits processors: V1 serves on CPU, V2 on GPU.
 """
 
@@ -15,18 +15,18 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, proces
 
 from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.compat import LogitsContext, LogitsProcessorV2, LogitsProcRequestState
-from rollout_workers.candidates.draws import DrawLog, DrawOrder, LogitsRow, RequestDraws
+from rollout_workers.candidates.draws import CandidateLog, CandidateRequest, LogitsRow, SampledCandidates
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-Encoded = tuple[bytes, bytes]  # as WorkerExtension.take_draws returns them
+Encoded = tuple[bytes, bytes]  # as WorkerExtension.take_candidates returns them
 NOTHING: Encoded = (b"", b"")  # of a request that the worker does not know
 Call = Callable[[Mapping[str, int], list[str]], Awaitable[Mapping[str, Encoded]]]
 
 
-class DrawFetcher:
+class CandidateFetcher:
     """Collects what is wanted while a call is under way, and asks for all of it with the next one."""
 
     def __init__(self, call: Call) -> None:
@@ -58,20 +58,20 @@ class DrawFetcher:
 ENTRY = "preceptor_draws"
 
 
-def ask_for_draws(order: DrawOrder) -> dict[str, Any]:
+def request_candidates(order: CandidateRequest) -> dict[str, Any]:
     """Return the `extra_args` of a request that wants draws."""
     return {ENTRY: [order.key, order.count, order.seed]}
 
 
-class DrawProcessor(LogitsProcessor):
+class CandidateProcessor(LogitsProcessor):
     """Draws under vLLM's model runner V1."""
 
     validate_params = classmethod(lambda cls, params: check_params(params))
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
-        self.log = DrawLog()
+        self.log = CandidateLog()
         # From place in the batch to the request's draws and its written tokens, a list that vLLM keeps up to date.
-        self._requests: dict[int, tuple[RequestDraws, list[int]]] = {}
+        self._requests: dict[int, tuple[SampledCandidates, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
         """Say so, that vLLM shows logits after penalties and temperature, from which it draws the written token."""
@@ -93,20 +93,20 @@ class DrawProcessor(LogitsProcessor):
 
     def _new_request(
         self, params: SamplingParams, prompt_ids: list[int] | None, written: list[int]
-    ) -> tuple[RequestDraws, list[int]] | None:
+    ) -> tuple[SampledCandidates, list[int]] | None:
         order = order_of(params)
         return None if order is None else (self.log.open(order), written)
 
 
-class DrawProcessorV2(LogitsProcessorV2):
+class CandidateProcessorV2(LogitsProcessorV2):
     """Draws under vLLM's model runner V2."""
 
     validate_params = classmethod(lambda cls, params: check_params(params))
 
     def __init__(self, vllm_config: "VllmConfig", req_states: LogitsProcRequestState) -> None:
-        self.log = DrawLog()
+        self.log = CandidateLog()
         self._states = req_states
-        self._requests: dict[int, tuple[RequestDraws, float]] = {}  # from slot to draws and temperature
+        self._requests: dict[int, tuple[SampledCandidates, float]] = {}  # from slot to draws and temperature
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """Take over a slot; return whether the request's logits are to be shown."""
@@ -129,15 +129,15 @@ class DrawProcessorV2(LogitsProcessorV2):
         return logits
 
 
-def draws_from_bytes(ids: bytes, logprobs: bytes, count: int) -> tuple[Ints, Floats]:
+def candidates_from_bytes(ids: bytes, logprobs: bytes, count: int) -> tuple[Ints, Floats]:
     """Return [tokens, count] each."""
     return np.frombuffer(ids, np.int32).reshape(-1, count), np.frombuffer(logprobs, np.float32).reshape(-1, count)
 
 
-def order_of(params: SamplingParams) -> DrawOrder | None:
+def order_of(params: SamplingParams) -> CandidateRequest | None:
     """Return what a request asked for."""
     asked = (params.extra_args or {}).get(ENTRY)
-    return None if asked is None else DrawOrder(*asked)
+    return None if asked is None else CandidateRequest(*asked)
 
 
 def check_params(params: SamplingParams) -> None:

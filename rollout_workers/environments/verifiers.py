@@ -74,7 +74,7 @@ VERIFIERS: dict[str, Verifier] = {"exact": is_exact, "regex": is_regex_match, "m
 SLOW_VERIFIERS = frozenset({"math"})
 
 
-class Judge:
+class VerifierProcess:
     """Gives rewards; owns at most one process, which starts with the first completion that needs it."""
 
     def __init__(self) -> None:

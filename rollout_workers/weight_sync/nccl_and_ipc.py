@@ -18,7 +18,7 @@ class IpcReceiver(IPCWeightTransferEngine):
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
         """Put the classes back in."""
-        handles = {card: rebuild_arguments(plain) for card, plain in update_dict["ipc_handles"].items()}
+        handles = {gpu: rebuild_arguments(plain) for gpu, plain in update_dict["ipc_handles"].items()}
         return super().parse_update_info(update_dict | {"ipc_handles": handles})
 
 

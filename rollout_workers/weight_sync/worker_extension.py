@@ -9,8 +9,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from rollout_workers.candidates.draws import DrawLog
-from rollout_workers.candidates.vllm_processor import DrawProcessor, DrawProcessorV2
+from rollout_workers.candidates.draws import CandidateLog
+from rollout_workers.candidates.vllm_processor import CandidateProcessor, CandidateProcessorV2
 from rollout_workers.weight_sync.object_store import BACKEND, ObjectStoreReceiver
 
 
@@ -47,13 +47,13 @@ class WeightReport:
 
 
 class WorkerExtension(WeightReport):
-    """Adds `take_draws` and WeightReport's calls to vLLM's worker class, for `collective_rpc` to make by name."""
+    """Adds `take_candidates` and WeightReport's calls to vLLM's worker class, for `collective_rpc` to make by name."""
 
     model_runner: Any
     use_v2_model_runner: bool
 
-    def take_draws(self, wanted: Mapping[str, int], given_up: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
-        """Return finished requests' ids and log-probabilities, as `draws_from_bytes` reads them, and forget them.
+    def take_candidates(self, wanted: Mapping[str, int], given_up: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
+        """Return finished requests' ids and log-probabilities, as `candidates_from_bytes` reads them, and forget them.
 
         Bytes, because vLLM passes no arrays between processes unless it is told to unpickle what comes.
 
@@ -66,10 +66,10 @@ class WorkerExtension(WeightReport):
         taken = {key: log.take(key, num_tokens) for key, num_tokens in wanted.items()}
         return {key: (draws[0].tobytes(), draws[1].tobytes()) for key, draws in taken.items() if draws}
 
-    def _draw_log(self) -> DrawLog:
+    def _draw_log(self) -> CandidateLog:
         runner = self.model_runner
         processors = (
             runner.sampler.logits_processors if self.use_v2_model_runner else runner.input_batch.logitsprocs.all
         )
-        [log] = [found.log for found in processors if isinstance(found, DrawProcessor | DrawProcessorV2)]
+        [log] = [found.log for found in processors if isinstance(found, CandidateProcessor | CandidateProcessorV2)]
         return log

@@ -51,7 +51,7 @@ class Answer:
     """What one replica said of the probes: both batches, scored."""
 
     rows: pa.RecordBatch
-    twins: pa.RecordBatch
+    perturbed: pa.RecordBatch
 
 
 def columns_of(request: ScoreRequest) -> list[str]:
@@ -88,7 +88,7 @@ def differences(first: pa.RecordBatch, second: pa.RecordBatch, tolerance: Tolera
 
 def gap(first: Answer, second: Answer, tolerance: Tolerance) -> float:
     """Return the mean difference between two answers to the same probes in tolerances: above 1, they disagree."""
-    pairs = [differences(first.rows, second.rows, tolerance), differences(first.twins, second.twins, tolerance)]
+    pairs = [differences(first.rows, second.rows, tolerance), differences(first.perturbed, second.perturbed, tolerance)]
     return max(float(np.concatenate(column).mean()) for column in zip(*pairs, strict=True))
 
 
@@ -127,7 +127,7 @@ ERROR_KINDS: Mapping[type[ScoreError], Kind] = {
     NotFiniteError: "not_finite",
     UniformError: "uniform",
 }
-Fault = tuple[Kind, str]  # and the sentence's end, which follows the replica's name
+Deviation = tuple[Kind, str]  # and the sentence's end, which follows the replica's name
 
 UNIFORM_NATS = 1e-3  # spread below which scores say nothing about their tokens
 SHIFTED = "they belong to other positions than they stand at"
@@ -138,7 +138,7 @@ NOISE = 4.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fault:
     """One replica whose scores cannot be training data."""
 
     teacher: str
@@ -148,21 +148,21 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class AuditResult:
     """What an audit of one teacher found."""
 
-    findings: tuple[Finding, ...]
+    faults: tuple[Fault, ...]
     trusted: Answer | None  # of a replica without finding
 
 
-def judge(
+def audit_answers(
     teacher: str,
     probes: Probes,
     answers: Mapping[str, Answer | ScoreError],
     reference: Answer | None,
     tolerance: Tolerance,
     request: ScoreRequest,
-) -> Verdict:
+) -> AuditResult:
     """Judge what the replicas of one teacher, by name, answered to the probes.
 
     Args:
@@ -173,7 +173,7 @@ def judge(
         tolerance: how far apart answers may be.
         request: what they were asked for.
     """
-    faults: dict[str, Fault] = {}
+    faults: dict[str, Deviation] = {}
     sound: dict[str, Answer] = {}
     for replica, answer in answers.items():
         fault = find_fault(probes, answer, tolerance, request)
@@ -183,9 +183,9 @@ def judge(
         elif isinstance(answer, Answer):
             sound[replica] = answer
     faults |= _among_replicas(sound, tolerance) if reference is None else _against(reference, sound, tolerance)
-    return Verdict(
+    return AuditResult(
         tuple(
-            Finding(teacher, replica, kind, f"teacher {teacher}, replica {replica}: {rest}")
+            Fault(teacher, replica, kind, f"teacher {teacher}, replica {replica}: {rest}")
             for replica, (kind, rest) in faults.items()
         ),
         next((answer for replica, answer in sound.items() if replica not in faults), None),
@@ -194,13 +194,13 @@ def judge(
 
 def find_fault(
     probes: Probes, answer: Answer | ScoreError, tolerance: Tolerance, request: ScoreRequest
-) -> Fault | None:
+) -> Deviation | None:
     """Return what is wrong with one answer by itself, if anything is."""
     if isinstance(answer, ScoreError):
         return ERROR_KINDS.get(type(answer), "refused"), str(answer)
     return (
         _wrong_length(probes.rows, answer.rows, request)
-        or _wrong_length(probes.twins, answer.twins, request)
+        or _wrong_length(probes.perturbed, answer.perturbed, request)
         or _not_finite(answer, request)
         or _uniform(answer)
         or _misaligned(probes, answer, tolerance)
@@ -208,7 +208,7 @@ def find_fault(
     )
 
 
-def _wrong_length(asked: pa.RecordBatch, answer: pa.RecordBatch, request: ScoreRequest) -> Fault | None:
+def _wrong_length(asked: pa.RecordBatch, answer: pa.RecordBatch, request: ScoreRequest) -> Deviation | None:
     if answer.num_rows != asked.num_rows or not np.array_equal(
         ragged(answer, "token_ids").values, ragged(asked, "token_ids").values
     ):
@@ -224,8 +224,8 @@ def _wrong_length(asked: pa.RecordBatch, answer: pa.RecordBatch, request: ScoreR
     return None
 
 
-def _not_finite(answer: Answer, request: ScoreRequest) -> Fault | None:
-    for batch in (answer.rows, answer.twins):
+def _not_finite(answer: Answer, request: ScoreRequest) -> Deviation | None:
+    for batch in (answer.rows, answer.perturbed):
         for name in columns_of(request):
             finite = is_finite(ragged(batch, name).values)
             if not finite.all():
@@ -233,16 +233,16 @@ def _not_finite(answer: Answer, request: ScoreRequest) -> Fault | None:
     return None
 
 
-def _uniform(answer: Answer) -> Fault | None:
-    scores = np.concatenate([column(answer.rows, "logprobs"), column(answer.twins, "logprobs")])
+def _uniform(answer: Answer) -> Deviation | None:
+    scores = np.concatenate([column(answer.rows, "logprobs"), column(answer.perturbed, "logprobs")])
     if scores.std() > UNIFORM_NATS:
         return None
     return "uniform", f"all {len(scores)} tokens were scored {scores.mean():.4f}, so the scores say nothing about them"
 
 
-def _misaligned(probes: Probes, answer: Answer, tolerance: Tolerance) -> Fault | None:
+def _misaligned(probes: Probes, answer: Answer, tolerance: Tolerance) -> Deviation | None:
     """Look for the first position that a replaced token changes; `probes.py` says where it must be."""
-    written, position = differences(answer.rows, answer.twins, tolerance)
+    written, position = differences(answer.rows, answer.perturbed, tolerance)
     offsets = ragged(probes.rows, "rollout_logprobs").offsets
     replaced = offsets[:-1] + np.array(probes.replaced)
     # A token's own score depends on it; what is known of a position without its token does so from the next one on.
@@ -256,7 +256,7 @@ def _misaligned(probes: Probes, answer: Answer, tolerance: Tolerance) -> Fault |
     return None
 
 
-def _contradictory(batch: pa.RecordBatch, tolerance: Tolerance, request: ScoreRequest) -> Fault | None:
+def _contradictory(batch: pa.RecordBatch, tolerance: Tolerance, request: ScoreRequest) -> Deviation | None:
     """Look for columns that no one distribution per position can have."""
     known = written = column(batch, "logprobs")[:, None]  # [tokens, n] scores of different tokens
     again = written
@@ -287,7 +287,7 @@ def _among_most_likely(batch: pa.RecordBatch, written: NDArray[Any], known: NDAr
     return np.where(is_written.any(axis=1, keepdims=True), found, np.minimum(written, known[:, -1:]))
 
 
-def _against(reference: Answer, sound: Mapping[str, Answer], tolerance: Tolerance) -> dict[str, Fault]:
+def _against(reference: Answer, sound: Mapping[str, Answer], tolerance: Tolerance) -> dict[str, Deviation]:
     gaps = {replica: gap(reference, answer, tolerance) for replica, answer in sound.items()}
     others = [replica for replica, found in gaps.items() if found <= 1]
     kind: Kind = "disagreeing" if others else "replaced"
@@ -305,7 +305,7 @@ def _against(reference: Answer, sound: Mapping[str, Answer], tolerance: Toleranc
     }
 
 
-def _among_replicas(sound: Mapping[str, Answer], tolerance: Tolerance) -> dict[str, Fault]:
+def _among_replicas(sound: Mapping[str, Answer], tolerance: Tolerance) -> dict[str, Deviation]:
     """Name the replicas that the majority does not agree with, or all when there is none."""
     peers = {
         replica: [other for other in sound if gap(answer, sound[other], tolerance) <= 1]

@@ -36,7 +36,7 @@ class Probes:
     """Two generated batches of the same shape, row by row."""
 
     rows: pa.RecordBatch
-    twins: pa.RecordBatch
+    perturbed: pa.RecordBatch
     replaced: tuple[int, ...]  # per row: the completion token, from 0, that the twin has another one for
 
 
@@ -63,14 +63,14 @@ def make_probes(rows: Sequence[Ints], request: ScoreRequest) -> Probes:
         request: what the teacher is asked.
     """
     replaced = tuple(_position(_num_scored(tokens), row) for row, tokens in enumerate(rows))
-    twins = []
+    perturbed = []
     for row, tokens in enumerate(rows):
         twin = tokens.copy()
         position = len(tokens) - _num_scored(tokens) + replaced[row]
         twin[position] = _other_token(rows, row, int(tokens[position]))
-        twins.append(twin)
+        perturbed.append(twin)
     given = [_candidates(tokens) if request.given_candidates else None for tokens in rows]
-    return Probes(_batch(rows, given), _batch(twins, given), replaced)
+    return Probes(_batch(rows, given), _batch(perturbed, given), replaced)
 
 
 def _window(token_ids: Ints, loss_mask: np.ndarray) -> Ints:

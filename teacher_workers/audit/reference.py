@@ -54,19 +54,19 @@ class Reference:
             return self.answer
         shared = [f"{TEACHER}_logprobs", f"{TEACHER}_entropy"]
         text = ["token_ids", "loss_mask", "rollout_logprobs"]
-        return Answer(self.answer.rows.select(text + shared), self.answer.twins.select(text + shared))
+        return Answer(self.answer.rows.select(text + shared), self.answer.perturbed.select(text + shared))
 
 
 def save_reference(path: Path, reference: Reference) -> None:
     """Write a reference; the file is complete or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows, twins = reference.answer.rows, reference.answer.twins
+    rows, perturbed = reference.answer.rows, reference.answer.perturbed
     metadata = {**rows.schema.metadata, ORIGIN_KEY: msgspec.json.encode(reference.origin)}
     schema = rows.schema.with_metadata(metadata)
     unfinished = path.with_suffix(".unfinished")
     with unfinished.open("wb") as file:
         with pa.ipc.new_file(file, schema) as writer:
-            for batch in (rows, twins):
+            for batch in (rows, perturbed):
                 writer.write_batch(batch.replace_schema_metadata(metadata))
         file.flush()
         os.fsync(file.fileno())

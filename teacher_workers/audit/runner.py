@@ -25,7 +25,7 @@ from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints
 from cluster.contracts.wire import from_wire
-from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Finding, Tolerance, judge
+from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Fault, Tolerance, audit_answers
 from teacher_workers.audit.probes import MIN_SCORED_TOKENS, Probes, choose_rows, make_probes
 from teacher_workers.audit.reference import Origin, Reference, fingerprint, load_reference, save_reference
 
@@ -47,7 +47,7 @@ class AuditedPool(Protocol):
         The handle's `reference` is the batch's wire bytes themselves: a few kilobytes that Ray sends with the call.
         """
 
-    def fence(self, replica: int, reason: str) -> None:
+    def quarantine(self, replica: int, reason: str) -> None:
         """Give this replica no more batches, and send those that it has elsewhere."""
 
 
@@ -115,7 +115,7 @@ class _Audit:
     probes: Probes
     deadline: float
     waiting: dict[Any, "_Part"] = field(default_factory=dict)  # by the reference to its handle
-    batches: dict[str, dict[str, pa.RecordBatch]] = field(default_factory=dict)  # of each replica: "rows", "twins"
+    batches: dict[str, dict[str, pa.RecordBatch]] = field(default_factory=dict)  # of each replica: "rows", "perturbed"
     errors: dict[str, ScoreError] = field(default_factory=dict)
 
     @property
@@ -227,7 +227,7 @@ class ScoreAudit:
         """Return references that are ready when a replica has answered."""
         return [reference for audit in self._under_way for reference in audit.waiting]
 
-    def look(self, ready: Iterable[Any]) -> list[Finding]:
+    def collect(self, ready: Iterable[Any]) -> list[Fault]:
         """Take the answers that are there; when a teacher's are complete or late, judge them and fence who is wrong.
 
         Args:
@@ -239,28 +239,28 @@ class ScoreAudit:
         Raises:
             ScoreError: no replica of a teacher is left that could be trusted.
         """
-        there, findings = set(ready), []
+        there, faults = set(ready), []
         for audit in list(self._under_way):
             for reference in there.intersection(audit.waiting):
                 _collect(audit, reference)
             if not audit.waiting or self._clock() > audit.deadline:
                 self._under_way.remove(audit)
-                findings += _conclude(audit)
-        return findings
+                faults += _conclude(audit)
+        return faults
 
-    def finish(self) -> list[Finding]:
+    def finish(self) -> list[Fault]:
         """Wait for all answers, as at the start, before anything is learned from scores; returns what was found.
 
         Raises:
             ScoreError: no replica of a teacher is left that could be trusted.
         """
-        findings = []
+        faults = []
         while self._under_way:
             waiting = self.outstanding
             patience = max(0.0, max(audit.deadline for audit in self._under_way) - self._clock())
             found = ray.wait(waiting, num_returns=len(waiting), timeout=patience)[0] if waiting else []
-            findings += self.look(found)
-        return findings
+            faults += self.collect(found)
+        return faults
 
     def _whom_to_ask(self, subject: AuditedTeacher, step: int) -> dict[int, str]:
         if not subject.rows:
@@ -282,7 +282,7 @@ def _shortest_row(handle: BatchHandle) -> float:
 
 def _ask(subject: AuditedTeacher, replicas: Mapping[int, str], deadline: float) -> _Audit:
     audit = _Audit(subject, make_probes(subject.rows, subject.request), deadline)
-    for half, batch in (("rows", audit.probes.rows), ("twins", audit.probes.twins)):
+    for half, batch in (("rows", audit.probes.rows), ("perturbed", audit.probes.perturbed)):
         wire, handle = pack(batch, {})
         handle = replace(handle, reference=wire)
         for replica, name in replicas.items():
@@ -308,7 +308,7 @@ def _collect(audit: _Audit, reference: Any) -> None:
         audit.waiting = {key: other for key, other in audit.waiting.items() if other.replica != part.replica}
 
 
-def _conclude(audit: _Audit) -> list[Finding]:
+def _conclude(audit: _Audit) -> list[Fault]:
     """Judge the answers, keep the first ones that can be trusted, and fence who is wrong."""
     subject = audit.subject
     if audit.waiting:
@@ -316,30 +316,30 @@ def _conclude(audit: _Audit) -> list[Finding]:
         _log.warning("score_audit: no answer from %s in time; they are not judged", late)
     kept = subject.reference
     reference = None if kept is None else kept.for_request(subject.request)
-    verdict = judge(subject.name, audit.probes, audit.answers, reference, subject.tolerance, subject.request)
+    verdict = audit_answers(subject.name, audit.probes, audit.answers, reference, subject.tolerance, subject.request)
     if kept is None and verdict.trusted is not None:
         subject.reference = Reference(subject.origin, verdict.trusted)
         save_reference(subject.path, subject.reference)
-    findings = [_with_advice(subject, finding) for finding in verdict.findings]
-    _fence(subject, findings)
-    return findings
+    faults = [_with_advice(subject, fault) for fault in verdict.faults]
+    _quarantine(subject, faults)
+    return faults
 
 
-def _with_advice(subject: AuditedTeacher, finding: Finding) -> Finding:
-    if finding.kind != "replaced" or subject.reference is None:
-        return finding
+def _with_advice(subject: AuditedTeacher, fault: Fault) -> Fault:
+    if fault.kind != "replaced" or subject.reference is None:
+        return fault
     model = subject.origin.model
     changed = fingerprint(model) != subject.reference.origin.fingerprint
     files = f"the files of {model} {'are others' if changed else 'are the same'} now"
     advice = f"{files}; bring the old teacher back, or delete {subject.path} to go on with this one"
-    return replace(finding, sentence=f"{finding.sentence}; {advice}")
+    return replace(fault, sentence=f"{fault.sentence}; {advice}")
 
 
-def _fence(subject: AuditedTeacher, findings: Sequence[Finding]) -> None:
+def _quarantine(subject: AuditedTeacher, faults: Sequence[Fault]) -> None:
     serving = subject.pool.serving()
-    wrong = {finding.replica: finding.sentence for finding in findings}
+    wrong = {fault.replica: fault.sentence for fault in faults}
     if wrong and set(wrong) >= set(serving.values()):
-        raise ScoreError(f"{findings[0].sentence}; no other replica of teacher {subject.name} can be trusted")
+        raise ScoreError(f"{faults[0].sentence}; no other replica of teacher {subject.name} can be trusted")
     for replica, name in serving.items():
         if name in wrong:
-            subject.pool.fence(replica, wrong[name])
+            subject.pool.quarantine(replica, wrong[name])

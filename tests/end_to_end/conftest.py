@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.runs import SMALL, Seen, look_on, running
+from tests.end_to_end.runs import SMALL, BalanceSample, look_on, running
 
 STEPS = 6
 SHORT = (
@@ -33,7 +33,7 @@ class ShortRun:
 
     path: Path
     output: str
-    seen: Seen
+    seen: BalanceSample
     left: list[str]  # processes, shared memory and files, once things had time to settle
 
     def records(self) -> list[dict[str, Any]]:

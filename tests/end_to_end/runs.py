@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.nodes.reaper import Census
+from cluster.nodes.reaper import ProcessTree
 from tests.leftovers import MARK, Watch, command_line, short_folder, wait_until, without_ray
 
 COMMAND_SECONDS = 500
@@ -110,7 +110,7 @@ def running(directory: Path, *overrides: str, **variables: str) -> Iterator[Run]
 
 
 @dataclass
-class Seen:
+class BalanceSample:
     """What was seen of a run while it lasted."""
 
     addresses: set[tuple[str, str]] = field(default_factory=set)  # address, command line of who listens on it
@@ -118,12 +118,12 @@ class Seen:
     open_folders: set[Path] = field(default_factory=set)  # temporary ones, that others than the owner could enter
 
 
-def look_on(run: Run) -> Seen:
+def look_on(run: Run) -> BalanceSample:
     """Watch a run until it comes to its end."""
-    seen = Seen()
-    census = Census(MARK, str(run.watch.temporary))
+    seen = BalanceSample()
+    process_tree = ProcessTree(MARK, str(run.watch.temporary))
     while run.process.poll() is None:
-        seen.addresses |= listening([pid for pid, _ in census.count()])
+        seen.addresses |= listening([pid for pid, _ in process_tree.count()])
         for folder in run.watch.temporary.iterdir():
             if folder.name.startswith("preceptor-"):
                 with suppress(FileNotFoundError):

@@ -13,7 +13,7 @@ from cluster.config.run_directory import RunDirectory
 from cluster.demo import embedded_config
 from cluster.monitoring.sinks import PlainView
 from cluster.placement.placement import cluster_nodes, plan_placement
-from cluster.run.checkpoints import History, find_resume_point
+from cluster.run.checkpoints import RunSummary, find_resume_point
 from cluster.run.driver import train
 from cluster.run.inputs import Inputs, audited_run, load_inputs
 from cluster.run.ledger import LedgerRecord, audit, read_ledger
@@ -90,7 +90,7 @@ def runs(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     with start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as started:
         learner: Any = LaterVersions(started.learner)
         pipeline = replace(started, learner=learner)
-        train(TrainingRun(config, inputs, pipeline, directories[0], PlainView(), 0, History()))
+        train(TrainingRun(config, inputs, pipeline, directories[0], PlainView(), 0, RunSummary()))
         for step in RESUMED_FROM:
             directories[step] = copy_until(directories[0], step, folder / f"from-{step}")
             resume(config, inputs, pipeline, directories[step])

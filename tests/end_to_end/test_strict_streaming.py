@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
-from cluster.contracts.batches import AtHand, BatchHandle, BatchSource
+from cluster.contracts.batches import BatchHandle, BatchSource, ReadyBatches
 from cluster.contracts.metrics import Metric
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import embedded_config
 from cluster.monitoring.sinks import terminal_view
 from cluster.placement.placement import cluster_nodes, plan_placement
-from cluster.run.checkpoints import History
+from cluster.run.checkpoints import RunSummary
 from cluster.run.driver import train
 from cluster.run.inputs import Inputs, load_inputs, train_requests, train_sampling
 from cluster.run.pools import Pipeline, start_pipeline
@@ -91,7 +91,7 @@ def one_stage_after_the_other(config: Config, inputs: Inputs, pipeline: Pipeline
     for step in range(STEPS):
         requests = train_requests(config, inputs, step)
         written = list(pipeline.rollouts.generate(requests, train_sampling(config), config.evaluation.verifier))
-        learner.step(AtHand(pipeline.teachers.score(written, config.scorers)), step)
+        learner.step(ReadyBatches(pipeline.teachers.score(written, config.scorers)), step)
         learner.publish_weights(pipeline.rollouts.actors, policy_version=step + 1)
 
 
@@ -113,7 +113,7 @@ def two_ways(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dic
         recorder = Recorder(LaterVersions(pipeline.learner))
         with terminal_view(STEPS) as view:
             streamed = replace(pipeline, learner=recorder)
-            train(TrainingRun(config, inputs, streamed, RunDirectory.create(config), view, 0, History()))
+            train(TrainingRun(config, inputs, streamed, RunDirectory.create(config), view, 0, RunSummary()))
         found["streamed"] = recorder, weights(pipeline.learner, folder / "streamed")
     return found
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.config.run_config import Config
-from cluster.contracts.batches import AtHand, BatchHandle
+from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
@@ -110,7 +110,7 @@ def test_the_exact_divergence_through_hidden_states_is_that_of_full_logits(
     expected = {name: parameter.grad for name, parameter in student.named_parameters()}
     norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in expected.values()])).item()
 
-    found = report(pipeline.learner.measure_gradient(AtHand(handles), config.objective))
+    found = report(pipeline.learner.measure_gradient(ReadyBatches(handles), config.objective))
     assert found["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert found["gradient_norm"] == pytest.approx(norm, rel=1e-5)
     for name, gradient in gradients_of_learner(config, batches, num_tokens).items():

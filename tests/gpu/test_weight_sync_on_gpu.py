@@ -69,7 +69,7 @@ def test_an_engine_on_the_learners_card_reads_its_weights_there(
     ray.kill(learner)
 
 
-@pytest.mark.gpu(cards=3)
+@pytest.mark.gpu(gpus=3)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", SAME_IN_FLOAT32), ("bfloat16", NATS_IN_BFLOAT16)])
 def test_one_broadcast_serves_all_engines(ray_cluster: None, folder: Path, dtype: Dtype, tolerance: float) -> None:
     learner = start_learner(1, folder, "nccl", dtype)
@@ -78,7 +78,7 @@ def test_one_broadcast_serves_all_engines(ray_cluster: None, folder: Path, dtype
     ray.kill(learner)
 
 
-@pytest.mark.gpu(cards=3)
+@pytest.mark.gpu(gpus=3)
 def test_a_broadcast_reaches_every_rank_of_an_engine_on_two_cards(ray_cluster: None, folder: Path) -> None:
     backend: Literal["nccl"] = "nccl"
     learner = start_learner(1, folder, backend, "float32", tensor_parallel=2)
@@ -88,7 +88,7 @@ def test_a_broadcast_reaches_every_rank_of_an_engine_on_two_cards(ray_cluster: N
     ray.kill(learner)
 
 
-@pytest.mark.gpu(cards=2)
+@pytest.mark.gpu(gpus=2)
 def test_a_broadcast_reaches_one_engine(ray_cluster: None, folder: Path) -> None:
     learner = start_learner(1, folder, "nccl", "float32")
     with rollout_pool(folder, "nccl", EngineConfig(dtype="float32"), num_workers=1) as pool:

@@ -6,7 +6,7 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import Max, Metric, Sum
-from learner.batching.arrivals import Share
+from learner.batching.arrivals import RankShare
 
 
 class StubRank:
@@ -25,7 +25,9 @@ class StubRank:
     def start(self, address: str) -> None:
         """Load nothing."""
 
-    def accumulate(self, share: Share, completes_step: bool, objective: ObjectiveConfig | None) -> dict[str, Metric]:
+    def accumulate(
+        self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None
+    ) -> dict[str, Metric]:
         # The tests give each batch one row, and its length for a reference.
         tokens = sum(share.references[index] for grid in share.grids for row in grid for index in row)
         if not tokens:

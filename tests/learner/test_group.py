@@ -15,7 +15,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster.contracts.batches import AtHand, BatchHandle
+from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.errors import CheckpointError, ModelError, WeightSyncError
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import ragged
@@ -118,7 +118,7 @@ def own(make_config, scored):
     return {name: score_by(causal_lm, OBJECTIVES[name], scored) for name in OWN_OPTIMUM}
 
 
-class OneByOne(AtHand):
+class OneByOne(ReadyBatches):
     """Gives out one batch at a time, the last one first."""
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
@@ -133,13 +133,13 @@ def story(config, batches, own, ray_cluster, tmp_path_factory):
     try:
         handles = {name: [put_batch(batch) for batch in found] for name, found in batches.items()}
         for name in MEASURED:
-            told.measured[name] = report(group.measure_gradient(AtHand(handles[name]), OBJECTIVES[name]))
+            told.measured[name] = report(group.measure_gradient(ReadyBatches(handles[name]), OBJECTIVES[name]))
         for name in STREAMED:
             rows = [batch.slice(row, 1) for batch in batches[name] for row in range(batch.num_rows)]
             one_by_one = OneByOne([put_batch(row) for row in rows])
             told.measured_row_by_row[name] = report(group.measure_gradient(one_by_one, OBJECTIVES[name]))
         for name, batch in own.items():
-            itself = AtHand([put_batch(batch)])
+            itself = ReadyBatches([put_batch(batch)])
             told.measured_on_itself[name] = report(group.measure_gradient(itself, OBJECTIVES[name]))
         tell(group, told, handles["full"])
     finally:
@@ -148,7 +148,7 @@ def story(config, batches, own, ray_cluster, tmp_path_factory):
 
 
 def tell(group, told, handles):
-    told.steps = [report(group.step(AtHand(handles), step)) for step in range(STEPS)]
+    told.steps = [report(group.step(ReadyBatches(handles), step)) for step in range(STEPS)]
     told.logprobs = group.student_logprobs(handles[1])
     group.export(told.exported)
     receiver, deaf = ray.remote(Receiver).remote(), ray.remote(Receiver).remote(is_deaf=True)
@@ -158,9 +158,9 @@ def tell(group, told, handles):
         group.publish_weights([receiver, deaf], policy_version=4)
     told.deaf_worker_error = refused.value
     group.save_checkpoint(told.checkpoint, {"step": 3})
-    told.next_step = report(group.step(AtHand(handles), STEPS - 1))
+    told.next_step = report(group.step(ReadyBatches(handles), STEPS - 1))
     told.restored_state = group.load_checkpoint(told.checkpoint)
-    told.next_step_after_load = report(group.step(AtHand(handles), STEPS - 1))
+    told.next_step_after_load = report(group.step(ReadyBatches(handles), STEPS - 1))
     with pytest.raises(CheckpointError) as refused:
         group.load_checkpoint(told.checkpoint.with_name("step-99"))
     told.load_error = refused.value

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.trajectory import ragged
-from learner.batching.arrivals import Arrivals
+from learner.batching.arrivals import BatchBuffer
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import RoundPlanner, plan_step
 from learner.engines.torch import ReferenceEngine
@@ -79,7 +79,7 @@ def step(request, make_config):
 def test_every_order_of_arrival_gives_the_gradient_of_the_batch_at_once(step, data, num_ranks) -> None:
     workers, engines, objective, scored, at_once = step
     order = data.draw(st.permutations(range(scored.num_rows)))
-    arrivals = Arrivals(objective, SAMPLES_PER_PROMPT)
+    arrivals = BatchBuffer(objective, SAMPLES_PER_PROMPT)
     planner = RoundPlanner(num_ranks, MICRO_BATCH_TOKENS)
     rounds = []
     for row in order:

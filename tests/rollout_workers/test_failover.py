@@ -79,7 +79,7 @@ def wait_until(pool: RolloutPool, num_workers: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while len(pool.actors) != num_workers:
         assert time.monotonic() < deadline
-        references = pool.look_after()
+        references = pool.maintain()
         pool.collect(ray.wait(references, timeout=0.1)[0] if references else [])
         time.sleep(0.05)
 
@@ -103,7 +103,7 @@ def test_several_rollouts_of_a_dead_worker_go_on_under_their_own_names(pool: Rol
         pool.submit(Order(step, requests(), SAMPLING, "exact"))
     found: Counter[tuple[int, int]] = Counter()
     while found.total() < 2 * NUM_ROWS:
-        for handle in pool.collect(wait_for_any(pool.look_after, 60, pool.late)):
+        for handle in pool.collect(wait_for_any(pool.maintain, 60, pool.late)):
             found.update((handle.rollout, key) for key in handle.trajectory_ids)
     assert found == Counter((step, key) for step in (3, 4) for key in range(NUM_ROWS))
 
@@ -123,7 +123,7 @@ def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(pool: Rollout
     deadline = time.monotonic() + 10
     while len(pool.actors) == 2:  # until it is noticed
         assert time.monotonic() < deadline
-        pool.look_after()
+        pool.maintain()
         time.sleep(0.1)
     wait_until(pool, num_workers=2, seconds=30)
     assert before[0] not in pids(pool)
@@ -157,7 +157,7 @@ def test_a_worker_that_never_comes_back_uses_its_restarts_up(tmp_path: Path, ray
 def test_nothing_is_owed_after_abandoning_and_the_same_ids_can_be_asked_anew(pool: RolloutPool) -> None:
     pool.submit(Order(0, requests(), SAMPLING, "exact"))
     pool.abandon()
-    assert pool.look_after() == []
+    assert pool.maintain() == []
     assert ids(generate(pool)) == list(range(NUM_ROWS))
 
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from rollout_workers.vllm_engine import Nap
+from rollout_workers.vllm_engine import SleepWhenIdle
 
 
 class Sleeper:
@@ -24,7 +24,7 @@ class Sleeper:
         self.is_asleep = False
         self.events.append("wakes")
 
-    async def use(self, nap: Nap, name: str, turns: int = 1) -> None:
+    async def use(self, nap: SleepWhenIdle, name: str, turns: int = 1) -> None:
         async with nap.awake():
             for _ in range(turns):
                 assert not self.is_asleep
@@ -32,21 +32,21 @@ class Sleeper:
             self.events.append(name)
 
 
-def run(scene: Callable[[Sleeper, Nap], Coroutine[Any, Any, None]]) -> list[str]:
+def run(scene: Callable[[Sleeper, SleepWhenIdle], Coroutine[Any, Any, None]]) -> list[str]:
     sleeper = Sleeper()
-    asyncio.run(scene(sleeper, Nap(sleeper.sleep, sleeper.wake)))
+    asyncio.run(scene(sleeper, SleepWhenIdle(sleeper.sleep, sleeper.wake)))
     return sleeper.events
 
 
 def test_an_engine_falls_asleep_when_the_last_one_is_done() -> None:
-    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+    async def scene(sleeper: Sleeper, nap: SleepWhenIdle) -> None:
         await asyncio.gather(sleeper.use(nap, "long", turns=9), sleeper.use(nap, "short"))
 
     assert run(scene) == ["short", "long", "falls asleep"]
 
 
 def test_it_is_awake_again_before_the_next_one_uses_it() -> None:
-    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+    async def scene(sleeper: Sleeper, nap: SleepWhenIdle) -> None:
         await sleeper.use(nap, "first")
         await asyncio.gather(*(sleeper.use(nap, "next") for _ in range(2)))
 
@@ -54,7 +54,7 @@ def test_it_is_awake_again_before_the_next_one_uses_it() -> None:
 
 
 def test_who_comes_while_it_falls_asleep_wakes_it() -> None:
-    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+    async def scene(sleeper: Sleeper, nap: SleepWhenIdle) -> None:
         first = asyncio.create_task(sleeper.use(nap, "first"))
         while "falls asleep" not in sleeper.events:
             await asyncio.sleep(0)
@@ -65,7 +65,7 @@ def test_who_comes_while_it_falls_asleep_wakes_it() -> None:
 
 
 def test_an_update_of_the_weights_keeps_it_awake_between_its_calls() -> None:
-    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+    async def scene(sleeper: Sleeper, nap: SleepWhenIdle) -> None:
         await nap.begin()
         await sleeper.use(nap, "request")
         assert not sleeper.is_asleep
@@ -75,7 +75,7 @@ def test_an_update_of_the_weights_keeps_it_awake_between_its_calls() -> None:
 
 
 def test_a_request_that_fails_lets_it_sleep_too() -> None:
-    async def scene(sleeper: Sleeper, nap: Nap) -> None:
+    async def scene(sleeper: Sleeper, nap: SleepWhenIdle) -> None:
         async def fail() -> None:
             async with nap.awake():
                 raise ValueError

@@ -68,5 +68,5 @@ def test_the_pool_knows_who_serves_and_what_is_owed(pool: RolloutPool) -> None:
     assert (owing.name, owing.serving, owing.num_wanted, owing.num_restarts) == ("stub", ["stub-0"], 1, 0)
     assert owing.num_owed == 3
     while pool.late():
-        pool.collect(wait_for_any(pool.look_after, 60, pool.late))
+        pool.collect(wait_for_any(pool.maintain, 60, pool.late))
     assert pool.state().num_owed == 0

@@ -39,7 +39,7 @@ def collect(pool: RolloutPool, count: int) -> tuple[list[BatchHandle], NDArray[A
     handles: list[BatchHandle] = []
     times = []
     while len(handles) < count:
-        for handle in pool.collect(wait_for_any(pool.look_after, 120, pool.late)):
+        for handle in pool.collect(wait_for_any(pool.maintain, 120, pool.late)):
             handles.append(handle)
             times.append(time.monotonic())
     return handles, np.array(times)
@@ -48,7 +48,7 @@ def collect(pool: RolloutPool, count: int) -> tuple[list[BatchHandle], NDArray[A
 def wait_for_workers(pool: RolloutPool, count: int) -> None:
     """Wait until so many workers of an idle pool have started."""
     while len(pool.state().serving) < count:
-        assert pool.collect(wait_for_any(pool.look_after, 120, pool.late)) == []
+        assert pool.collect(wait_for_any(pool.maintain, 120, pool.late)) == []
 
 
 def test_twice_as_many_workers_write_almost_twice_as_fast(pool: RolloutPool) -> None:
@@ -70,7 +70,7 @@ def test_workers_that_leave_write_what_they_were_given(pool: RolloutPool) -> Non
     assert pool.size == 1
     handles, _ = collect(pool, 24)
     assert sorted(key for handle in handles for key in handle.trajectory_ids) == list(range(24))
-    pool.look_after()
+    pool.maintain()
     assert len(pool.actors) == 1
 
 

@@ -51,7 +51,7 @@ class StagedPool:
         asked = self._stage.score.options(num_returns=2).remote(name, self.engines[name], handle.reference, request)
         return asked[0], asked[1]
 
-    def fence(self, replica: int, reason: str) -> None:
+    def quarantine(self, replica: int, reason: str) -> None:
         self.fenced[self.serving()[replica]] = reason
 
 
@@ -69,5 +69,5 @@ class ActorsPool:
         wire, answer = actor.score.options(num_returns=2).remote(handle.reference, request)
         return wire, answer
 
-    def fence(self, replica: int, reason: str) -> None:
+    def quarantine(self, replica: int, reason: str) -> None:
         raise AssertionError(reason)

@@ -118,7 +118,7 @@ def test_a_batch_goes_through_its_chain_and_each_model_adds_its_columns(
     teachers = TeacherPools(pools, call_seconds=60)
     handles = list(teachers.score((make_handle(10 * i) for i in range(3)), lambda route: chain))
     assert sorted(handle.trajectory_ids for handle in handles) == [(0, 1), (10, 11), (20, 21)]
-    assert teachers.look_after() == []
+    assert teachers.maintain() == []
     num_unlikely = 0
     for handle, batch in zip(handles, map(read, handles), strict=True):
         assert models_of(batch) == ["base", "teacher"]

@@ -58,7 +58,7 @@ def go_on(pools: TeacherPools, until: Callable[[], bool]) -> list[BatchHandle]:
     deadline = time.monotonic() + 60
     while not until():
         assert time.monotonic() < deadline, "it took too long"
-        references = pools.look_after()
+        references = pools.maintain()
         ready = ray.wait(references, timeout=0.05)[0] if references else []
         scored += pools.collect(ready)
     return scored
@@ -70,7 +70,7 @@ def scores(pools: TeacherPools, handles: Sequence[BatchHandle]) -> list[float]:
         pools.submit(handle, [(handle.teacher, ScoreRequest("teacher"))])
     found: dict[int, float] = {}
     while len(found) < len(handles):
-        ready = wait_for_any(pools.look_after, 60, lambda: "scores")
+        ready = wait_for_any(pools.maintain, 60, lambda: "scores")
         for handle in pools.collect(ready):
             values = ragged(from_wire(ray.get(handle.reference), "scored"), "teacher_logprobs").values
             assert handle.trajectory_ids[0] not in found
@@ -186,7 +186,7 @@ def test_rows_of_a_teacher_without_workers_wait_until_some_are_added(start: Star
     pools = TeacherPools(start("teacher-main", num_workers=0, main="-1"), call_seconds=60)
     pools.pools["main"].wait_until_ready()
     pools.submit(batch(0), [("main", ScoreRequest("teacher"))])
-    assert pools.collect(pools.look_after()) == []
+    assert pools.collect(pools.maintain()) == []
     pools.pools["main"].resize(1)
     assert [handle.trajectory_ids for handle in go_on(pools, until=lambda: not pools._waiting and not pools._legs)] == [
         (0,)

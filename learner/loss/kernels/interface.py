@@ -59,7 +59,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Look:
+class RowStatistics:
     """What is read off rows of logits."""
 
     whole: Normaliser
@@ -70,7 +70,7 @@ class Look:
 class Comparison:
     """What is read off rows of the student's and the target's logits."""
 
-    look: Look  # at the student's whole vocabulary
+    statistics: RowStatistics  # at the student's whole vocabulary
     shared: Normaliser  # of the student over the tokens that the target has too
     target: Normaliser
     losses: Tensor  # [n]
@@ -85,7 +85,7 @@ class RowKernels(Protocol):
     def takes(self, logits: Tensor) -> bool:
         """Return whether the kernels can work on these logits."""
 
-    def look(self, logits: Tensor) -> Look:
+    def statistics(self, logits: Tensor) -> RowStatistics:
         """Read each row once."""
 
     def write_probabilities(self, logits: Tensor, whole: Normaliser, factors: Tensor) -> None:
@@ -106,24 +106,24 @@ class FusedSoftmax:
 
     kernels: RowKernels
     logits: Tensor  # [n, vocabulary]
-    look: Look
+    statistics: RowStatistics
     logprobs: Tensor  # [n, ids] of the tokens asked for
 
     @property
     def entropy(self) -> Tensor:
         """Return the entropy of each row, [n], in nats."""
-        return self.look.entropy
+        return self.statistics.entropy
 
     def gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
         """Turn the gradient by log-probabilities of ids [n, m] into that by all logits, in their memory."""
-        self.kernels.write_probabilities(self.logits, self.look.whole, -gradient.sum(-1))
+        self.kernels.write_probabilities(self.logits, self.statistics.whole, -gradient.sum(-1))
         return self.logits.scatter_add_(-1, ids, gradient)
 
 
 def fused_softmax(kernels: RowKernels, logits: Tensor, ids: Tensor) -> FusedSoftmax:
     """Read off the log-probabilities of ids [n, m] and the entropy; the logits are left as they are."""
-    look = kernels.look(logits)
-    return FusedSoftmax(kernels, logits, look, look.whole.logprobs(logits.gather(-1, ids)))
+    statistics = kernels.statistics(logits)
+    return FusedSoftmax(kernels, logits, statistics, statistics.whole.logprobs(logits.gather(-1, ids)))
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,13 @@ class FusedDivergence:
         target = mixed_logits(self.term.target, {model: values[:, :width] for model, values in model_logits.items()})
         divergence = Divergence.of(self.term.divergence, parameter_of(self.term))
         found = self.kernels.compare(logits, target, divergence)
-        written = found.look.whole.logprobs(logits.gather(-1, tokens.target_ids[:, None]))[:, 0]
+        written = found.statistics.whole.logprobs(logits.gather(-1, tokens.target_ids[:, None]))[:, 0]
         weights = token_weights(self.term, tokens, plan, written).to(logits.dtype)
         if with_gradient:
             self.kernels.write_gradient(logits, target, divergence, found, weights)
         return TokenResults(
             found.losses * weights,
-            StudentFacts(written, found.look.entropy),
+            StudentFacts(written, found.statistics.entropy),
             torch.zeros_like(weights),
             logits if with_gradient else None,
         )

@@ -12,16 +12,16 @@ from learner.loss.divergences import LOWEST_LOGPROB
 
 FAR = tl.constexpr(-1e38)  # in place of -inf: differences of two stay finite, and their exponential is 0
 LOWEST = tl.constexpr(LOWEST_LOGPROB)
-# Fields of the tables that `look_kernel` and `compare_kernel` fill; a peak's logarithm of the sum, and a loss's mean,
-# follow it.
+# Fields of the tables that `statistics_kernel` and `compare_kernel` fill; a peak's logarithm of the sum, and a
+# loss's mean, follow it.
 PEAK, ENTROPY, SHARED_PEAK = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
 TARGET_PEAK, LOSS = tl.constexpr(5), tl.constexpr(7)
-LOOK_FIELDS, COMPARISON_FIELDS = 3, 9
+STATISTICS_FIELDS, COMPARISON_FIELDS = 3, 9
 COUNTS = ["count", "tiles"]  # change from one micro-batch to the next, which should not have Triton compile anew
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def look_kernel(
+def statistics_kernel(
     logits: tl.tensor, table: tl.tensor, stride: tl.tensor, count: tl.tensor, vocabulary: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
     """Find each row's normaliser and entropy; one program per row."""

@@ -9,14 +9,14 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from learner.loss.kernels.interface import Comparison, Divergence, Look, Normaliser
+from learner.loss.kernels.interface import Comparison, Divergence, Normaliser, RowStatistics
 from learner.loss.kernels.triton_kernels import (
     COMPARISON_FIELDS,
-    LOOK_FIELDS,
+    STATISTICS_FIELDS,
     compare_kernel,
     gradient_kernel,
-    look_kernel,
     probabilities_kernel,
+    statistics_kernel,
 )
 
 # Untuned: compiled for Hopper, they leave the kernel with the most registers three programs per multiprocessor.
@@ -47,14 +47,14 @@ class TritonKernels:
         is_here = logits.device.type == self.device_type and logits.dtype == torch.float32
         return is_here and len(logits) > 0 and logits.stride(-1) == 1
 
-    def look(self, logits: Tensor) -> Look:
+    def statistics(self, logits: Tensor) -> RowStatistics:
         """Read each row once."""
         count, vocabulary = logits.shape
-        table = logits.new_empty(LOOK_FIELDS, count)
-        look_kernel[(count,)](
+        table = logits.new_empty(STATISTICS_FIELDS, count)
+        statistics_kernel[(count,)](
             logits, table, logits.stride(0), count, vocabulary, BLOCK=self.block, num_warps=self.num_warps
         )
-        return Look(Normaliser(table[0], table[1]), table[2])
+        return RowStatistics(Normaliser(table[0], table[1]), table[2])
 
     def write_probabilities(self, logits: Tensor, whole: Normaliser, factors: Tensor) -> None:
         """Overwrite the logits by their probabilities times a factor per row, [n]."""
@@ -91,7 +91,7 @@ class TritonKernels:
             num_warps=self.num_warps,
         )
         student, shared, goal = (Normaliser(table[row], table[row + 1]) for row in (0, 3, 5))
-        return Comparison(Look(student, table[2]), shared, goal, table[7], table[8])
+        return Comparison(RowStatistics(student, table[2]), shared, goal, table[7], table[8])
 
     def write_gradient(
         self, logits: Tensor, target: Tensor, divergence: Divergence, comparison: Comparison, weights: Tensor

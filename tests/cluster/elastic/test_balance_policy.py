@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config.stages import BalanceConfig
-from cluster.elastic.balance_policy import Balance, Decision, Horizon, Seen, describe_move
+from cluster.elastic.balance_policy import Balance, BalanceSample, Decision, Horizon, describe_move
 from cluster.elastic.splits import PoolRule, Space, step_seconds
 from cluster.elastic.step_cost import Generation, StepWork, TeacherWork, WorkMeter
 from tests.cluster.run.simulated_run import Load, Simulation, best_split, seconds_at
@@ -42,7 +42,7 @@ class Driver:
 
     def see(self, work: StepWork | None, steps_left: int = 1000) -> Decision | None:
         seconds = work.seconds if work else 1.0
-        decision = self.balance.see(Seen(self.sizes, not self._unsettled, seconds, steps_left, work))
+        decision = self.balance.decide(BalanceSample(self.sizes, not self._unsettled, seconds, steps_left, work))
         self._unsettled = max(0, self._unsettled - 1)
         if decision is not None:
             self.sentences.append(decision.sentence)

@@ -17,8 +17,8 @@ from cluster.config.run_directory import RunDirectory
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.demo import EMBEDDED, embedded_config
-from cluster.elastic.control_files import LOOK_SECONDS, read_message
-from cluster.elastic.replace_teacher import ReplaceAnswer, RunParts, TeacherChanges, _sections
+from cluster.elastic.control_files import CHECK_SECONDS, read_message
+from cluster.elastic.replace_teacher import ReplaceResponse, RunParts, TeacherChanges, _sections
 from cluster.run.inputs import Inputs, load_inputs
 from teacher_workers.audit.reference import fingerprint
 from teacher_workers.pool import TeacherPool
@@ -99,7 +99,7 @@ class Run:
 
     def tick(self) -> float:
         """Let a look be due each time that the clock is read."""
-        self.moment += LOOK_SECONDS
+        self.moment += CHECK_SECONDS
         return self.moment
 
     def pool(self, config: Config, workers: Any) -> TeacherPool:
@@ -113,14 +113,14 @@ class Run:
     def workers(self) -> Any:
         return self.teachers.pools[NAME].scorers
 
-    def ask(self, model: str, name: str = NAME) -> ReplaceAnswer:
+    def ask(self, model: str, name: str = NAME) -> ReplaceResponse:
         """Wish for a model, look, and return the answer."""
-        wish = {"wish_id": str(len(self.said)), "teacher": name, "model": model}
-        self.directory.replacing.wish.write_text(json.dumps(wish))
-        self.changes.look()
-        answer = read_message(self.directory.replacing.answer, ReplaceAnswer)
+        request = {"request_id": str(len(self.said)), "teacher": name, "model": model}
+        self.directory.replacing.request.write_text(json.dumps(request))
+        self.changes.poll()
+        answer = read_message(self.directory.replacing.answer, ReplaceResponse)
         assert answer is not None
-        assert answer.wish_id == wish["wish_id"]
+        assert answer.request_id == request["request_id"]
         return answer
 
     def enter(self, step: int) -> str:
@@ -187,7 +187,7 @@ def test_one_that_cannot_start_changes_nothing_and_is_told(tmp_path: Path, input
     run.ask(STUDENT)
     run.teachers.successors[0].error = ActorError("vLLM cannot serve it")
     assert run.enter(3) == TEACHER
-    run.changes.look()
+    run.changes.poll()
     assert run.said[-1] == f"teacher {NAME} stays as it is: vLLM cannot serve it"
     assert (run.started[0].has_ended, run.workers.size) == (True, 2)
     assert run.ask(STUDENT).is_granted  # it may be tried again
@@ -198,10 +198,10 @@ def test_one_that_finds_no_place_in_time_is_given_up_and_may_be_tried_again(tmp_
     run.lack = "no room"
     run.ask(STUDENT)
     run.moment += run.config.ray.start_timeout_seconds - 10
-    run.changes.look()
+    run.changes.poll()
     assert run.workers.size == 1
     run.moment += 10
-    run.changes.look()
+    run.changes.poll()
     assert run.said[-1].startswith(f"teacher {NAME} stays as it is: none of the new workers served within 600 s; ")
     assert (run.started[0].has_ended, run.workers.size) == (True, 2)
     assert run.ask(STUDENT).is_granted
@@ -271,10 +271,10 @@ def test_a_second_replacement_waits_for_the_first(run: Run) -> None:
     assert answer.sentence == f"teacher {NAME} is being replaced already; wait until the new one has taken over"
 
 
-def test_a_resumed_run_does_not_grant_an_old_wish_again(run: Run) -> None:
+def test_a_resumed_run_does_not_grant_an_old_request_again(run: Run) -> None:
     run.ask(STUDENT)
     run.open(first_step=0)
-    run.changes.look()
+    run.changes.poll()
     assert len(run.started) == 1
 
 
@@ -284,7 +284,7 @@ def test_the_command_says_what_the_driver_answers(run: Run, capsys: Any) -> None
 
     def drive() -> None:
         while not over.wait(0.01):
-            run.changes.look()
+            run.changes.poll()
 
     driver = threading.Thread(target=drive)
     driver.start()

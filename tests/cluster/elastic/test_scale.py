@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.run_directory import WishFiles
+from cluster.config.run_directory import ControlFiles
 from cluster.contracts.errors import ConfigError, PlacementError, PreceptorError
-from cluster.elastic.control_files import POLL_SECONDS, WishReader, write_message
+from cluster.elastic.control_files import POLL_SECONDS, ControlRequests, write_message
 from cluster.elastic.scale import Answer, Scaling, Wish, ask, parse_sizes
 
 
@@ -22,10 +22,10 @@ class Pool:
 
 
 class Driver:
-    """Looks at the wishes every few milliseconds, as a running driver does every second."""
+    """Looks at the requests every few milliseconds, as a running driver does every second."""
 
     def __init__(self, folder: Path, room: int = 100) -> None:
-        self.files = WishFiles(folder / "wish.json", folder / "answer.json")
+        self.files = ControlFiles(folder / "request.json", folder / "answer.json")
         self.pools = {"rollout": Pool(1), "teachers.math": Pool(1)}
         self.said: list[str] = []
         self.moment = 0.0
@@ -53,17 +53,17 @@ class Driver:
     def _run(self) -> None:
         while not self._over.wait(0.005):
             self.moment += 1
-            self.scaling.look()
+            self.scaling.poll()
 
 
-def test_a_wish_is_granted_and_answered_with_the_sizes_of_all_pools(tmp_path: Path) -> None:
+def test_a_request_is_granted_and_answered_with_the_sizes_of_all_pools(tmp_path: Path) -> None:
     with Driver(tmp_path) as driver:
         answer = ask(driver.files, {"rollout": 6})
     assert answer.sizes == driver.sizes() == {"rollout": 6, "teachers.math": 1}
     assert driver.said == ["scaled: rollout=6 teachers.math=1"]
 
 
-def test_one_pool_without_room_refuses_the_whole_wish(tmp_path: Path) -> None:
+def test_one_pool_without_room_refuses_the_whole_request(tmp_path: Path) -> None:
     with Driver(tmp_path, room=3) as driver, pytest.raises(PlacementError, match="rollout=9: no room"):
         ask(driver.files, {"teachers.math": 2, "rollout": 9})
     assert driver.sizes() == {"rollout": 1, "teachers.math": 1}
@@ -100,8 +100,8 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path, sizes: dict[str, int], s
         ask(driver.files, sizes)
 
 
-def test_a_run_that_does_not_go_on_is_one_sentence_and_its_wish_is_taken_back(tmp_path: Path) -> None:
-    files = WishFiles(tmp_path / "wish.json", tmp_path / "answer.json")
+def test_a_run_that_does_not_go_on_is_one_sentence_and_its_request_is_taken_back(tmp_path: Path) -> None:
+    files = ControlFiles(tmp_path / "request.json", tmp_path / "answer.json")
     with pytest.raises(PreceptorError, match="no driver answered"):
         ask(files, {"rollout": 2}, timeout_seconds=0.1)
     assert list(tmp_path.iterdir()) == []
@@ -109,37 +109,37 @@ def test_a_run_that_does_not_go_on_is_one_sentence_and_its_wish_is_taken_back(tm
 
 def test_commands_that_come_together_are_all_granted(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
-    wishes = [{"rollout": 6}, {"teachers.math": 3}]
+    requests = [{"rollout": 6}, {"teachers.math": 3}]
     with ThreadPoolExecutor() as commands:
-        answers = [commands.submit(ask, driver.files, wish, 10.0) for wish in wishes]
-        time.sleep(2 * POLL_SECONDS)  # both have left their wishes before the driver looks
+        answers = [commands.submit(ask, driver.files, request, 10.0) for request in requests]
+        time.sleep(2 * POLL_SECONDS)  # both have left their requests before the driver looks
         with driver:
             found = [answer.result().refusal for answer in answers]
     assert found == [None, None]
     assert driver.sizes() == {"rollout": 6, "teachers.math": 3}
 
 
-def test_who_gives_up_takes_nobody_elses_wish_back(tmp_path: Path) -> None:
-    files = WishFiles(tmp_path / "wish.json", tmp_path / "answer.json")
-    write_message(files.wish, Wish("another's", {"rollout": 3}))
+def test_who_gives_up_takes_nobody_elses_request_back(tmp_path: Path) -> None:
+    files = ControlFiles(tmp_path / "request.json", tmp_path / "answer.json")
+    write_message(files.request, Wish("another's", {"rollout": 3}))
     with pytest.raises(PreceptorError, match="no driver answered"):
         ask(files, {"rollout": 2}, timeout_seconds=0.1)
-    assert "another's" in files.wish.read_text()
+    assert "another's" in files.request.read_text()
 
 
 def test_an_answer_stays_for_a_second_however_long_the_driver_took_to_give_it(tmp_path: Path) -> None:
-    files = WishFiles(tmp_path / "wish.json", tmp_path / "answer.json")
+    files = ControlFiles(tmp_path / "request.json", tmp_path / "answer.json")
     moment = 0.0
-    reader = WishReader(clock=lambda: moment)
-    write_message(files.wish, Wish("first", {}))
-    assert reader.take(files.wish, Wish) == Wish("first", {})
+    reader = ControlRequests(clock=lambda: moment)
+    write_message(files.request, Wish("first", {}))
+    assert reader.take(files.request, Wish) == Wish("first", {})
     moment = 5.0
     reader.answer(files.answer, Answer("first", {}, None))
-    write_message(files.wish, Wish("second", {}))
+    write_message(files.request, Wish("second", {}))
     moment = 5.9
-    assert reader.take(files.wish, Wish) is None
+    assert reader.take(files.request, Wish) is None
     moment = 6.0
-    assert reader.take(files.wish, Wish) == Wish("second", {})
+    assert reader.take(files.request, Wish) == Wish("second", {})
 
 
 def scaled(folder: Path) -> None:
@@ -173,29 +173,29 @@ def test_a_resumed_run_brings_back_a_drained_pool_that_it_needs(tmp_path: Path) 
     assert resumed.sizes() == {"rollout": 2, "teachers.math": 1}
 
 
-def test_after_a_rewind_a_wish_that_was_granted_is_not_granted_again(tmp_path: Path) -> None:
+def test_after_a_rewind_a_request_that_was_granted_is_not_granted_again(tmp_path: Path) -> None:
     scaled(tmp_path)
     rewound = Driver(tmp_path)
-    rewound.scaling.look()
+    rewound.scaling.poll()
     assert rewound.sizes() == {"rollout": 1, "teachers.math": 1}
 
 
 def test_nothing_is_read_twice_within_a_second(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
-    driver.scaling.look()
-    driver.files.wish.write_text('{"wish_id": "a", "sizes": {"rollout": 2}}')
+    driver.scaling.poll()
+    driver.files.request.write_text('{"request_id": "a", "sizes": {"rollout": 2}}')
     driver.moment = 0.9
-    driver.scaling.look()
+    driver.scaling.poll()
     assert driver.sizes()["rollout"] == 1
     driver.moment = 1.0
-    driver.scaling.look()
+    driver.scaling.poll()
     assert driver.sizes()["rollout"] == 2
 
 
-def test_nonsense_in_the_place_of_a_wish_changes_nothing(tmp_path: Path) -> None:
+def test_nonsense_in_the_place_of_a_request_changes_nothing(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
-    driver.files.wish.write_text('{"wish_id": 5')
-    driver.scaling.look()
+    driver.files.request.write_text('{"request_id": 5')
+    driver.scaling.poll()
     assert driver.sizes() == {"rollout": 1, "teachers.math": 1}
 
 

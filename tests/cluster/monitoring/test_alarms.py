@@ -12,7 +12,7 @@ def raised_at(config: AlarmConfig, values: list[float | None]) -> list[int]:
     """Return the steps, from 1, at which the alarm goes off."""
     alarms = Alarms({"only": config})
     records = [{"step": step} | ({} if value is None else {"x": value}) for step, value in enumerate(values, start=1)]
-    return [raised.step for record in records for raised in alarms.look(record)]
+    return [raised.step for record in records for raised in alarms.check(record)]
 
 
 def test_an_alarm_goes_off_once_when_its_rule_has_held_long_enough() -> None:
@@ -54,10 +54,10 @@ def test_the_recorded_steps_shown_again_lead_to_the_same_alarms() -> None:
     rule = AlarmConfig("x", above=3.0, relative_to="first")
     through, resumed = Alarms({"only": rule}), Alarms({"only": rule})
     records = [{"step": float(step), "x": value} for step, value in enumerate(values)]
-    found = [through.look(record) for record in records]
+    found = [through.check(record) for record in records]
     for record in records[:14]:
-        resumed.look(record)
-    assert [resumed.look(record) for record in records[14:]] == found[14:]
+        resumed.check(record)
+    assert [resumed.check(record) for record in records[14:]] == found[14:]
     assert [len(raised) for raised in found[14:]] == [1, 0]
 
 

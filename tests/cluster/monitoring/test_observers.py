@@ -1,7 +1,7 @@
 import pytest
 
 from cluster.contracts.errors import RunStopped, ScoreError
-from cluster.monitoring.observers import Ending, Observers, SeenStep
+from cluster.monitoring.observers import Ending, Observers, StepSample
 
 
 class Noting:
@@ -12,7 +12,7 @@ class Noting:
         self.endings: list[Ending] = []
         self._fails_at = fails_at
 
-    def see(self, seen: SeenStep) -> None:
+    def on_step(self, seen: StepSample) -> None:
         if seen.step == self._fails_at:
             raise OSError(28, "No space left on device")
         self.steps.append(seen.step)
@@ -21,15 +21,15 @@ class Noting:
         self.endings.append(ending)
 
 
-def step(number: int) -> SeenStep:
-    return SeenStep({"step": number}, [], [], [])
+def step(number: int) -> StepSample:
+    return StepSample({"step": number}, [], [], [])
 
 
 def test_who_cannot_write_is_told_no_more_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     full, other = Noting(fails_at=2), Noting()
     with Observers([full, other]) as observers:
         for number in range(1, 4):
-            observers.see(step(number))
+            observers.on_step(step(number))
     assert (full.steps, other.steps) == ([1], [1, 2, 3])
     assert (full.endings, other.endings) == ([], ["ended"])
     assert "Noting: [Errno 28] No space left on device; the run goes on without it" in caplog.text

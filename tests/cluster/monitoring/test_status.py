@@ -13,7 +13,7 @@ from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ActorDiedError, RunStopped
 from cluster.contracts.files import RecordsFile
-from cluster.monitoring.observers import SeenStep
+from cluster.monitoring.observers import StepSample
 from cluster.monitoring.status import print_status, read_report
 from cluster.monitoring.status_file import SILENCE_SECONDS, KeptStatus, StatusFile, change_status
 from tests.builders import make_config
@@ -39,7 +39,7 @@ def directory(tmp_path: Path) -> RunDirectory:
 def see(directory: RunDirectory, **figures: float) -> None:
     record = {"step": 4, **ROLLOUT_FIGURES, **figures}
     RecordsFile(directory.metrics).write(record)
-    StatusFile(directory.status, first_step=0).see(SeenStep(record, [], [], POOLS))
+    StatusFile(directory.status, first_step=0).on_step(StepSample(record, [], [], POOLS))
 
 
 def test_a_run_that_lives_shows_its_step_its_pools_and_their_figures(directory: RunDirectory) -> None:

@@ -5,7 +5,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluster.monitoring.observers import SeenStep
+from cluster.monitoring.observers import StepSample
 from cluster.monitoring.tensorboard import EventFile, crc32c, histogram, scalar
 
 WALL_TIME_BYTES = 9  # key and double, first in every event
@@ -40,7 +40,7 @@ def test_a_number_is_a_tag_and_a_float() -> None:
 
 def test_a_step_is_one_event_with_its_finite_figures(tmp_path: Path) -> None:
     file = EventFile(tmp_path / "tensorboard", first_step=0)
-    file.see(SeenStep({"step": 300, "kl": 1.0, "bad": math.nan}, [], [], []))
+    file.on_step(StepSample({"step": 300, "kl": 1.0, "bad": math.nan}, [], [], []))
     file.close("ended")
     version, start, step = events(tmp_path / "tensorboard")
     assert version == b"\x10\x00" + b"\x1a\x0dbrain.Event:2"

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import ConfigError
-from cluster.monitoring.observers import SeenStep
+from cluster.monitoring.observers import StepSample
 from cluster.monitoring.wandb import WandbObserver, check_wandb
 from tests.builders import make_config
 
@@ -52,7 +52,7 @@ def test_figures_go_to_the_project_under_the_runs_name(wandb_calls: list[tuple[o
     config = make_config("logging.wandb_project=distil", "run.name=second")
     check_wandb(config)
     observer = WandbObserver(config, RunDirectory(tmp_path))
-    observer.see(SeenStep({"step": 3, "train/kl": 0.5, "train/loss": math.nan}, [], [], []))
+    observer.on_step(StepSample({"step": 3, "train/kl": 0.5, "train/loss": math.nan}, [], [], []))
     observer.close("failed")
     (_, arguments), logged, finished = wandb_calls
     assert (arguments["project"], arguments["name"], arguments["resume"]) == ("distil", "second", "allow")

@@ -14,7 +14,7 @@ import pytest
 from cluster.monitoring.status_file import read_status
 from cluster.nodes.ray_session import Patience, watch_head
 
-PATIENCE = Patience(look_seconds=0.05, silent_seconds=1.0)
+PATIENCE = Patience(check_seconds=0.05, silent_seconds=1.0)
 SOON = 10.0
 
 

@@ -142,7 +142,7 @@ def test_the_token_is_in_a_private_file_and_in_no_environment(cluster: dict[str,
     file = Path(cluster["token_file"])
     assert file.stat().st_mode & 0o777 == 0o600
     assert file.parent.stat().st_mode & 0o777 == 0o700
-    members = reaper.Census(reaper.MARK, str(file.parent)).count()
+    members = reaper.ProcessTree(reaper.MARK, str(file.parent)).count()
     assert len(members) > 3
     environments = [reaper._read(pid, "environ") for pid, _ in members]
     assert any(str(file).encode() in environment for environment in environments)

@@ -1,21 +1,21 @@
 import pytest
 
 from cluster.contracts.errors import PlacementError
-from cluster.placement.bin_packing import Demand, Room, largest_equal_share, pack
+from cluster.placement.bin_packing import Demand, NodeCapacity, largest_equal_share, pack
 
 WHERE = "the end"
 
 
-def gpus(*counts: int) -> list[Room]:
-    return [Room.of(cpus=64, gpus=count) for count in counts]
+def gpus(*counts: int) -> list[NodeCapacity]:
+    return [NodeCapacity.of(cpus=64, gpus=count) for count in counts]
 
 
 def engines(pool: str, num_workers: int, width: int = 1) -> Demand:
-    return Demand(pool, num_workers, Room.of(cpus=1, gpus=width))
+    return Demand(pool, num_workers, NodeCapacity.of(cpus=1, gpus=width))
 
 
 def learner(num_workers: int) -> Demand:
-    return Demand("learner", num_workers, Room.of(cpus=1, gpus=1), together=True)
+    return Demand("learner", num_workers, NodeCapacity.of(cpus=1, gpus=1), together=True)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def learner(num_workers: int) -> Demand:
     ],
 )
 def test_the_share_is_the_largest_that_fits_whole_into_the_nodes(cpus: list[float], workers: int, share: int) -> None:
-    assert largest_equal_share([Room.of(count, 0) for count in cpus], workers) == share
+    assert largest_equal_share([NodeCapacity.of(count, 0) for count in cpus], workers) == share
 
 
 def test_ranks_go_to_the_smallest_node_that_holds_them_all() -> None:
@@ -65,4 +65,4 @@ def test_a_worker_without_room_is_named_with_what_it_needs() -> None:
 
 def test_cpus_beside_gpus_count_too() -> None:
     with pytest.raises(PlacementError, match=r"^rollout worker 2 needs 1 CPUs beside 1 GPUs on one node, and no node"):
-        pack([engines("rollout", 3)], [Room.of(cpus=2, gpus=8)], WHERE)
+        pack([engines("rollout", 3)], [NodeCapacity.of(cpus=2, gpus=8)], WHERE)

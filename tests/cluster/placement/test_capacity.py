@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.placement.capacity import SplitRoom, missing_for
+from cluster.placement.capacity import SplitCapacity, missing_for
 from cluster.placement.placement import NodeResources, PoolPlacement
 from tests.moody_actor import Moody
 
@@ -11,9 +11,9 @@ GPUS = {"rollout": 1, "teachers.main": 2}
 HOMES = {"rollout": ["a", "a", "b", "b"], "teachers.main": ["a"]}
 
 
-def make_room(free: dict[str, int]) -> SplitRoom:
-    room = SplitRoom(GPUS)
-    room.see(free, HOMES)
+def make_room(free: dict[str, int]) -> SplitCapacity:
+    room = SplitCapacity(GPUS)
+    room.update(free, HOMES)
     return room
 
 
@@ -38,7 +38,7 @@ def test_halves_of_an_engine_on_two_nodes_are_none() -> None:
 
 
 def test_without_gpus_there_is_always_room() -> None:
-    assert SplitRoom({"rollout": 0, "teachers.main": 0}).fits({"rollout": 100, "teachers.main": 100})
+    assert SplitCapacity({"rollout": 0, "teachers.main": 0}).fits({"rollout": 100, "teachers.main": 100})
 
 
 def test_another_part_of_a_shared_gpu_needs_room_on_that_very_gpu(ray_cluster: None) -> None:
@@ -52,10 +52,10 @@ def test_where_workers_are_is_asked_of_the_cluster(ray_cluster: None) -> None:
     worker: Any = ray.remote(num_cpus=0)(Moody).remote(0)
     ray.get(worker.answer.remote())  # one that still starts is on no node
     node = ray.get_runtime_context().get_node_id()
-    room = SplitRoom({"rollout": 1})
-    room.look({"rollout": [worker]})
+    room = SplitCapacity({"rollout": 1})
+    room.read({"rollout": [worker]})
     # Whoever leaves that node makes room there for one, and for no more: the cluster has no GPU.
-    room.see({node: 0}, room._homes)
+    room.update({node: 0}, room._homes)
     assert room.fits({"rollout": 1})
     assert not room.fits({"rollout": 2})
     assert room._homes == {"rollout": [node]}

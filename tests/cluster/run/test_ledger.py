@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.contracts.batches import AtHand, BatchHandle
+from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.requests import RolloutRequest
 from cluster.run.ledger import AuditedRun, Ledger, LedgerRecord, audit, read_ledger
@@ -47,7 +47,7 @@ def batch_of(requests: list[RolloutRequest], oldest: int = 0, newest: int = 0) -
 def consume(ledger: Ledger, step: int, handles: list[BatchHandle] | None = None) -> None:
     """Do as the driver and the learner do; `step` from 1."""
     ledger.admit(step, requests_of(step - 1))
-    batches = ledger.watch(step, AtHand([batch_of(requests_of(step - 1))] if handles is None else handles))
+    batches = ledger.watch(step, ReadyBatches([batch_of(requests_of(step - 1))] if handles is None else handles))
     while not batches.is_exhausted:
         batches.take()
     ledger.close(step)

@@ -10,7 +10,7 @@ from cluster.contracts.errors import LearnerDiedError
 from cluster.monitoring.sinks import PlainView
 from cluster.nodes.interruption import StopRequest
 from cluster.run import supervisor
-from cluster.run.checkpoints import History
+from cluster.run.checkpoints import RunSummary
 from cluster.run.supervisor import Beginning, Supervisor
 from tests.builders import make_config
 
@@ -22,7 +22,7 @@ class ScriptedRun:
 
     def __init__(self, begun: list[list[str]]) -> None:
         self.observers = nullcontext()
-        self.history = History()
+        self.history = RunSummary()
         self.asked: list[str] = []
         begun.append(self.asked)
 
@@ -47,5 +47,5 @@ def test_pools_get_the_sizes_of_an_earlier_driver_once_and_keep_their_own_over_r
     config = make_config(f"ray.max_restarts={DEATHS}")
     inputs: Any = None
     said = PlainView()
-    Supervisor(config, inputs, pipeline, said, StopRequest()).train(Beginning(RunDirectory(tmp_path), History()))
+    Supervisor(config, inputs, pipeline, said, StopRequest()).train(Beginning(RunDirectory(tmp_path), RunSummary()))
     assert begun == [["restore_pools", "train"], ["train"], ["train"]]

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
-from cluster.contracts.batches import AtHand, BatchHandle, PoolState, Span
+from cluster.contracts.batches import BatchHandle, PoolState, ReadyBatches, Span
 from cluster.contracts.errors import ActorDiedError, CheckpointError, RunStopped, TrainingError
 from cluster.contracts.files import RecordsFile
 from cluster.contracts.requests import RolloutRequest
@@ -16,7 +16,7 @@ from cluster.demo import embedded_config
 from cluster.monitoring.sinks import PlainView
 from cluster.monitoring.status import read_report
 from cluster.monitoring.status_file import KeptStatus
-from cluster.run.checkpoints import History
+from cluster.run.checkpoints import RunSummary
 from cluster.run.evaluation import Evaluation, write_samples
 from cluster.run.inputs import load_inputs
 from cluster.run.training_run import TrainingRun, summary
@@ -27,7 +27,7 @@ from tests.builders import make_config
 
 
 def test_the_last_line_compares_student_and_teacher() -> None:
-    history = History({"main": 1.0}, first_accuracy=0.4901, last_accuracy=0.899, first_kl=0.5, last_kl=0.1)
+    history = RunSummary({"main": 1.0}, first_accuracy=0.4901, last_accuracy=0.899, first_kl=0.5, last_kl=0.1)
     assert summary(make_config(), history, seconds=75.2, steps=60) == [
         "60 steps in 75 s",
         "KL to the teacher per token: 0.5000 -> 0.1000",
@@ -37,7 +37,7 @@ def test_the_last_line_compares_student_and_teacher() -> None:
 
 def test_several_teachers_are_named() -> None:
     config = make_config("teachers.code.model=c")
-    history = History({"main": 1.0, "code": 0.5}, first_accuracy=0.1, last_accuracy=0.2)
+    history = RunSummary({"main": 1.0, "code": 0.5}, first_accuracy=0.1, last_accuracy=0.2)
     assert summary(config, history, 1.0, 1)[-1].endswith("teacher main 1.00, teacher code 0.50")
 
 
@@ -46,7 +46,7 @@ def make_evaluation(kl: float, completion: str) -> Evaluation:
 
 
 def test_without_answers_a_sample_and_the_kl_before_and_after_are_shown() -> None:
-    history = History()
+    history = RunSummary()
     for kl, completion in ((2.0, "a\nb"), (1.5, "between"), (1.0, "c" * 300)):
         history.note_evaluation(make_evaluation(kl, completion))
     lines = summary(make_config(), history, 1.0, 1)
@@ -106,7 +106,7 @@ def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tu
         start_seconds=1.0,
     )
     inputs = replace(load_inputs(config), held_out_ids=())
-    return TrainingRun(config, inputs, pipeline, directory, PlainView(), first_step, History()), learner
+    return TrainingRun(config, inputs, pipeline, directory, PlainView(), first_step, RunSummary()), learner
 
 
 def config_in(folder: Path, *overrides: str) -> Config:
@@ -118,7 +118,7 @@ def consume(run: TrainingRun, step: int) -> None:
     requests = [RolloutRequest(trajectory_id=step, prompt_id=0, sample_index=0, seed=1)]
     run.ledger.admit(step, requests)
     handle = BatchHandle(None, "main", (step,), (2,), (1,), (0,), min_policy_versions=(0,), max_policy_versions=(0,))
-    run.ledger.watch(step, AtHand([handle])).take()
+    run.ledger.watch(step, ReadyBatches([handle])).take()
 
 
 def finish(run: TrainingRun, steps: range, truncated_ratio: float) -> None:

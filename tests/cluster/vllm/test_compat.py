@@ -28,17 +28,17 @@ def output_of(num_tokens: int, labels: list[tuple[str, int, int]]) -> Completion
 
 def test_every_token_has_the_version_of_the_weights_that_wrote_it() -> None:
     versions = TokenVersions()
-    versions.see(output_of(2, []), 0)
-    versions.see(output_of(3, []), 7)
+    versions.add(output_of(2, []), 0)
+    versions.add(output_of(3, []), 7)
     last = output_of(5, [("default", 0, 2), ("7", 2, 5)])
-    versions.see(last, 7)
+    versions.add(last, 7)
     assert versions.of(last).tolist() == [0, 0, 7, 7, 7]
 
 
 def test_a_completion_under_one_version_has_it_everywhere() -> None:
     versions = TokenVersions()
     last = output_of(3, [("4", 0, 3)])
-    versions.see(last, 4)
+    versions.add(last, 4)
     assert versions.of(last).tolist() == [4, 4, 4]
 
 

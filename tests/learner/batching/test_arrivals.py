@@ -2,7 +2,7 @@
 
 from cluster.config.objective import ObjectiveConfig, TaskRewardTerm
 from cluster.contracts.batches import BatchHandle
-from learner.batching.arrivals import Arrivals
+from learner.batching.arrivals import BatchBuffer
 
 REWARDED = ObjectiveConfig(support="sampled", terms={"reward": TaskRewardTerm(divide_by_deviation=False)})
 
@@ -14,7 +14,7 @@ def handle(name, trajectory_ids, rewards=None):
 
 
 def test_without_a_task_reward_every_trajectory_is_released_as_it_comes():
-    arrivals = Arrivals(ObjectiveConfig(), samples_per_prompt=2)
+    arrivals = BatchBuffer(ObjectiveConfig(), samples_per_prompt=2)
     assert arrivals.add(handle("a", [4, 1])) == [0, 1]
     assert arrivals.add(handle("b", [9])) == [2]
     assert [arrivals.num_tokens(index) for index in range(3)] == [14, 11, 19]
@@ -22,7 +22,7 @@ def test_without_a_task_reward_every_trajectory_is_released_as_it_comes():
 
 
 def test_a_task_reward_holds_trajectories_back_until_all_samples_of_their_prompt_are_there():
-    arrivals = Arrivals(REWARDED, samples_per_prompt=2)
+    arrivals = BatchBuffer(REWARDED, samples_per_prompt=2)
     assert arrivals.add(handle("a", [0, 2], [1.0, 5.0])) == []  # samples 0 of the first two prompts
     assert arrivals.add(handle("b", [3], [7.0])) == [1, 2]
     assert arrivals.add(handle("c", [1], [0.0])) == [0, 3]
@@ -32,7 +32,7 @@ def test_a_task_reward_holds_trajectories_back_until_all_samples_of_their_prompt
 
 
 def test_a_rank_is_told_of_the_batches_that_its_micro_batches_touch_and_of_no_others():
-    arrivals = Arrivals(ObjectiveConfig(), samples_per_prompt=1)
+    arrivals = BatchBuffer(ObjectiveConfig(), samples_per_prompt=1)
     for name, ids in (("a", [0, 1]), ("b", [2]), ("c", [3, 4])):
         arrivals.add(handle(name, ids))
     share = arrivals.share((((4, 0),), ((1,),)))
@@ -41,7 +41,7 @@ def test_a_rank_is_told_of_the_batches_that_its_micro_batches_touch_and_of_no_ot
 
 
 def test_a_prompt_without_all_its_samples_is_released_at_the_end():
-    arrivals = Arrivals(REWARDED, samples_per_prompt=3)
+    arrivals = BatchBuffer(REWARDED, samples_per_prompt=3)
     assert arrivals.add(handle("a", [0, 1], [1.0, 0.0])) == []
     assert arrivals.rest() == [0, 1]
     assert arrivals.share((((0, 1),),)).task_advantages == (0.5, -0.5)

@@ -9,7 +9,7 @@ import ray
 
 from cluster.actors.calls import create_actors
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.batches import AtHand, BatchHandle
+from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import report
 from learner.group import LearnerGroup
@@ -108,5 +108,5 @@ def test_the_head_of_a_replaced_teacher_is_read_before_its_first_step_where_the_
         if step == 1:  # both are asked for while step 1 is still to be learned from
             group.replace_teachers({"only": TeacherConfig("2")}, first_step=2)
             group.replace_teachers({"only": TeacherConfig("3")}, first_step=3)
-        heads.append(report(group.step(AtHand([handle_of(5)]), step))["teacher_head"])
+        heads.append(report(group.step(ReadyBatches([handle_of(5)]), step))["teacher_head"])
     assert heads == expected

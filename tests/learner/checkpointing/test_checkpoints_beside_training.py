@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.actors.calls import create_actors
-from cluster.contracts.batches import AtHand
+from cluster.contracts.batches import ReadyBatches
 from cluster.contracts.errors import CheckpointError
 from cluster.contracts.metrics import report
 from learner.checkpointing.manifest import Layout, verify
@@ -41,14 +41,14 @@ def story(make_config: Any, ray_cluster: None, tmp_path_factory: pytest.TempPath
     try:
         told.logprobs_at_begin = group.student_logprobs(batch)
         pending = group.begin_checkpoint(folder / "step-0", {"step": 0})
-        group.step(AtHand([batch]), 0)
+        group.step(ReadyBatches([batch]), 0)
         told.logprobs_after_step = group.student_logprobs(batch)
         told.seconds = pending.complete()
         told.shard_bytes = (folder / "step-0" / "rank-1.safetensors").stat().st_size
 
         ray.get(ranks[1].limit_file_bytes.remote(LIMIT_BYTES))
         pending = group.begin_checkpoint(folder / "step-1", {"step": 1})
-        told.figures_on_full_disk = report(group.step(AtHand([batch]), 1))
+        told.figures_on_full_disk = report(group.step(ReadyBatches([batch]), 1))
         with pytest.raises(CheckpointError) as refused:
             pending.complete()
         told.error = str(refused.value)

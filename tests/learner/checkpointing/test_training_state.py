@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cluster.contracts.batches import AtHand
+from cluster.contracts.batches import ReadyBatches
 from cluster.contracts.errors import CheckpointError
 from cluster.contracts.metrics import report
 from learner.checkpointing.manifest import shard_name
@@ -91,15 +91,15 @@ def case(request: pytest.FixtureRequest, make_config: Any, ray_cluster: None, tm
     first = LearnerGroup(config, [{"num_cpus": 0.5}] * ranks)
     try:
         for step in range(TRAINED_STEPS):
-            first.step(AtHand([batch]), step)
+            first.step(ReadyBatches([batch]), step)
         told.saved = snapshots(first, folder / "step-2", ranks)
         told.logprobs["saved"] = first.student_logprobs(batch)
-        told.next_loss["saved"] = report(first.step(AtHand([batch]), TRAINED_STEPS))["loss"]
+        told.next_loss["saved"] = report(first.step(ReadyBatches([batch]), TRAINED_STEPS))["loss"]
         told.went_on = snapshots(first, folder / "step-3", ranks)
         first.load_checkpoint(folder / "step-2")
         told.logprobs["restored"] = first.student_logprobs(batch)
         told.restored = snapshots(first, folder / "step-4", ranks)
-        told.next_loss["restored"] = report(first.step(AtHand([batch]), TRAINED_STEPS))["loss"]
+        told.next_loss["restored"] = report(first.step(ReadyBatches([batch]), TRAINED_STEPS))["loss"]
     finally:
         first.shutdown()
     if request.param not in IN_ANOTHER_GROUP:
@@ -109,7 +109,7 @@ def case(request: pytest.FixtureRequest, make_config: Any, ray_cluster: None, tm
         second.load_checkpoint(folder / "step-2")
         told.logprobs["elsewhere"] = second.student_logprobs(batch)
         told.restored_elsewhere = snapshots(second, folder / "step-5", ranks)
-        told.next_loss["elsewhere"] = report(second.step(AtHand([batch]), TRAINED_STEPS))["loss"]
+        told.next_loss["elsewhere"] = report(second.step(ReadyBatches([batch]), TRAINED_STEPS))["loss"]
     finally:
         second.shutdown()
     return told

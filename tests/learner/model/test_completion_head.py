@@ -183,7 +183,7 @@ def test_bfloat16_gradients_are_those_of_float32_to_its_precision(name):
         assert (rough - exact).norm() < 0.02 * exact.norm()
 
 
-def test_without_a_wish_for_gradients_the_figures_are_the_same_and_nothing_is_kept():
+def test_without_a_request_for_gradients_the_figures_are_the_same_and_nothing_is_kept():
     batch = batch_of(OBJECTIVES["topk"])
     head, hidden = make_head(), make_hidden(len(batch.tokens))
     with_gradient = evaluate(head, hidden, batch, OBJECTIVES["topk"])

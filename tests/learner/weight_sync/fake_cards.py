@@ -60,7 +60,7 @@ class FakeGroup:
         self.is_destroyed = True
 
 
-class FakeAudience:
+class FakeRecipients:
     """Stands for rollout actors: notes what each is told; those in `mortal` are gone when a verb comes the nth time."""
 
     def __init__(self, workers: Sequence[str], mortal: Mapping[str, tuple[str, int]]) -> None:
@@ -77,7 +77,7 @@ class FakeAudience:
         self.workers = {p: w for p, w in self.workers.items() if not references.get(p, False)}
         return dict.fromkeys(self.workers)
 
-    def look(self, references: Mapping[int, Any]) -> None:
+    def poll(self, references: Mapping[int, Any]) -> None:
         if any(references.values()):
             raise ActorDiedError("a rollout worker died")
 
@@ -92,15 +92,15 @@ class Publication:
         self,
         make_link: Callable[[Tensor], Any],
         mortal: Mapping[str, tuple[str, int]] | None = None,
-        audience: type[FakeAudience] = FakeAudience,
+        recipients: type[FakeRecipients] = FakeRecipients,
         end: Callable[[int], Any] | None = None,
     ) -> None:
         self.engine = FakeEngine()
-        self.audiences: list[FakeAudience] = []
+        self.audiences: list[FakeRecipients] = []
         self.ends: list[int] = []
 
         def listen(workers: Sequence[Any], timeout_seconds: float) -> Any:
-            self.audiences.append(audience(workers, mortal or {}))
+            self.audiences.append(recipients(workers, mortal or {}))
             return self.audiences[-1]
 
         config = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)
@@ -144,5 +144,5 @@ def assert_all_arrived(found: Mapping[str, Tensor]) -> None:
 
 
 def in_place(handles: Mapping[str, Any]) -> IpcLink:
-    [(card, handle)] = handles.items()
-    return IpcLink(torch.empty(0), card, lambda value: [value], lambda: None, lambda buffer: handle)
+    [(gpu, handle)] = handles.items()
+    return IpcLink(torch.empty(0), gpu, lambda value: [value], lambda: None, lambda buffer: handle)

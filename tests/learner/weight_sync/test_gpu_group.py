@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.distributed.utils import StatelessProcessGroup
 
 from learner.weight_sync.gpu_links import NcclLink
-from tests.learner.weight_sync.fake_cards import BUCKET_BYTES, FakeAudience, Publication, assert_all_arrived, received
+from tests.learner.weight_sync.fake_cards import BUCKET_BYTES, FakeRecipients, Publication, assert_all_arrived, received
 
 TENSOR_PARALLEL = 2
 HOST = "127.0.0.1"
@@ -75,7 +75,7 @@ class EngineRank:
         self._thread.shutdown()
 
 
-class Ranks(FakeAudience):
+class Ranks(FakeRecipients):
     """Engines of two ranks each; both answer what the engine is asked."""
 
     def call(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
@@ -84,7 +84,7 @@ class Ranks(FakeAudience):
             for position, engine in self.workers.items()
         }
 
-    def look(self, references: Mapping[int, Any]) -> None:
+    def poll(self, references: Mapping[int, Any]) -> None:
         for one in (one for of_ranks in references.values() for one in of_ranks if one.done()):
             one.result()
 
@@ -113,7 +113,7 @@ def test_all_ranks_of_all_engines_meet_and_receive_the_same(engines: list[list[E
         most = max(BUCKET_BYTES, buffer.numel())
         return NcclLink(True, lambda: (HOST, free_port()), TENSOR_PARALLEL, most, StoreGroup)
 
-    publication = Publication(make_link, audience=Ranks)
+    publication = Publication(make_link, recipients=Ranks)
     first, second, third = engines
     sender: Any = publication.sender
     sender.publish([first, second], 1)

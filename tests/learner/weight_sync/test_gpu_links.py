@@ -26,7 +26,7 @@ from learner.weight_sync.gpu_sender import ipc_link
 from tests.learner.weight_sync.fake_cards import (
     BUCKET_BYTES,
     PARAMETERS,
-    FakeAudience,
+    FakeRecipients,
     FakeGroup,
     FakeStudent,
     Publication,
@@ -61,14 +61,14 @@ def test_every_worker_gets_every_parameter_from_one_broadcast_per_bucket() -> No
     groups: list[FakeGroup] = []
     publication = Publication(nccl(groups))
     report = publication.publish("a", "b", "c")
-    [group], [audience] = groups, publication.audiences
-    updates = audience.messages("update_weights")
+    [group], [recipients] = groups, publication.audiences
+    updates = recipients.messages("update_weights")
     assert [len(update) for update in updates] == [3, 3, 3]
     assert [update[0]["names"] for update in updates] == [["embed.weight"], ["norm.weight", "proj.weight"], ["scale"]]
     assert [payload.numel() for payload in group.broadcasts] == [48, 22, 2]
     assert_all_arrived(received([update[2] for update in updates], group.broadcasts))
     assert report.num_bytes == 72
-    assert [verb for verb, _ in audience.told] == [
+    assert [verb for verb, _ in recipients.told] == [
         "start_weight_update",
         "init_weight_transfer",
         "update_weights",
@@ -131,7 +131,7 @@ def test_the_same_workers_keep_their_group_and_others_get_another_at_another_por
     assert len(groups) == 1
     publication.publish("a", "d", version=3)
     assert [group.is_destroyed for group in groups] == [True, False]
-    ports = [audience.messages("init_weight_transfer") for audience in publication.audiences]
+    ports = [recipients.messages("init_weight_transfer") for recipients in publication.audiences]
     assert [[invitation[0]["master_port"] for invitation in found] for found in ports] == [[5000], [], [5001]]
 
 
@@ -182,12 +182,12 @@ def stuck_link(is_over: Event, in_opening: bool) -> Callable[[Tensor], NcclLink]
     ("verb", "in_opening"), [("init_weight_transfer", True), ("update_weights", False)], ids=["opening", "broadcast"]
 )
 def test_a_worker_that_fails_while_nccl_waits_for_it_is_heard(is_over: Event, verb: str, in_opening: bool) -> None:
-    class Failing(FakeAudience):
-        def look(self, references: Mapping[int, Any]) -> None:
+    class Failing(FakeRecipients):
+        def poll(self, references: Mapping[int, Any]) -> None:
             if self.told[-1][0] == verb:
                 raise WeightSyncError("no memory is left on the card")
 
-    publication = Publication(stuck_link(is_over, in_opening), audience=Failing)
+    publication = Publication(stuck_link(is_over, in_opening), recipients=Failing)
     with pytest.raises(WeightSyncError, match="no memory is left"):
         publication.publish("a", "b")
 
@@ -240,7 +240,7 @@ def test_a_communicator_without_nccl_is_refused() -> None:
 def test_a_shared_buffer_is_read_before_the_next_bucket_overwrites_it() -> None:
     read: list[tuple[dict[str, Any], Tensor]] = []
 
-    class Reader(FakeAudience):
+    class Reader(FakeRecipients):
         """Reads the buffer when its answer is awaited, as late as can be."""
 
         def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
@@ -250,7 +250,7 @@ def test_a_shared_buffer_is_read_before_the_next_bucket_overwrites_it() -> None:
                 read.append((message, buffer[: sum(message["tensor_sizes"])].clone()))
             return super().answers(references, what_for)
 
-    publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), audience=Reader)
+    publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), recipients=Reader)
     publication.publish("a")
     assert_all_arrived(received([message for message, _ in read], [payload for _, payload in read]))
 

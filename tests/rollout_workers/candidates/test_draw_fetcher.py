@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from rollout_workers.candidates.vllm_processor import DrawFetcher, Encoded
+from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded
 
 
 class SlowWorker:
@@ -23,7 +23,7 @@ class SlowWorker:
 def test_requests_that_finish_during_a_call_share_the_next() -> None:
     async def scenario() -> list[tuple[list[str], list[str]]]:
         worker = SlowWorker()
-        fetcher = DrawFetcher(worker.take)
+        fetcher = CandidateFetcher(worker.take)
         first = asyncio.create_task(fetcher.fetch("a", 1))
         await asyncio.sleep(0.005)
         rest = await asyncio.gather(fetcher.fetch("b", 2), fetcher.fetch("c", 3))
@@ -35,7 +35,7 @@ def test_requests_that_finish_during_a_call_share_the_next() -> None:
 
 def test_a_cancelled_caller_takes_nothing_from_the_others() -> None:
     async def scenario() -> Encoded:
-        fetcher = DrawFetcher(SlowWorker().take)
+        fetcher = CandidateFetcher(SlowWorker().take)
         cancelled, kept = (asyncio.create_task(fetcher.fetch(key, 1)) for key in ("a", "b"))
         await asyncio.sleep(0.005)
         cancelled.cancel()
@@ -47,7 +47,7 @@ def test_a_cancelled_caller_takes_nothing_from_the_others() -> None:
 def test_a_request_that_was_given_up_is_named_once_with_the_next_call() -> None:
     async def scenario() -> list[list[str]]:
         worker = SlowWorker()
-        fetcher = DrawFetcher(worker.take)
+        fetcher = CandidateFetcher(worker.take)
         fetcher.give_up("x")
         await fetcher.fetch("a", 1)
         await fetcher.fetch("b", 1)
@@ -57,7 +57,7 @@ def test_a_request_that_was_given_up_is_named_once_with_the_next_call() -> None:
 
 
 def test_a_request_that_the_worker_does_not_know_has_no_draws() -> None:
-    assert asyncio.run(DrawFetcher(SlowWorker().take).fetch("lost", 1)) == (b"", b"")
+    assert asyncio.run(CandidateFetcher(SlowWorker().take).fetch("lost", 1)) == (b"", b"")
 
 
 def test_a_failed_call_fails_all_that_waited_for_it() -> None:
@@ -65,7 +65,7 @@ def test_a_failed_call_fails_all_that_waited_for_it() -> None:
         raise ConnectionError("the engine is gone")
 
     async def scenario() -> list[Encoded | BaseException]:
-        fetcher = DrawFetcher(fail)
+        fetcher = CandidateFetcher(fail)
         return await asyncio.gather(fetcher.fetch("a", 1), fetcher.fetch("b", 1), return_exceptions=True)
 
     results = asyncio.run(scenario())

@@ -8,8 +8,8 @@ from rollout_workers.candidates.draws import (
     GOLDEN_GAMMA,
     MAX_LOGITS_AT_ONCE,
     MAX_STEPS_ON_DEVICE,
-    DrawLog,
-    DrawOrder,
+    CandidateLog,
+    CandidateRequest,
     LogitsRow,
     draw,
     scramble,
@@ -24,7 +24,7 @@ def certain(*tokens: int, vocabulary: int = 10) -> torch.Tensor:
     return logits
 
 
-def ids_of(log: DrawLog, key: str, num_tokens: int) -> list[list[int]]:
+def ids_of(log: CandidateLog, key: str, num_tokens: int) -> list[list[int]]:
     taken = log.take(key, num_tokens)
     assert taken is not None
     assert taken[0].shape == taken[1].shape
@@ -70,51 +70,51 @@ def test_many_draws_follow_the_distribution() -> None:
 
 
 def test_a_position_that_is_computed_again_has_its_last_draws() -> None:
-    log = DrawLog()
-    draws = log.open(DrawOrder("a", 2, seed=1))
+    log = CandidateLog()
+    draws = log.open(CandidateRequest("a", 2, seed=1))
     log.record([LogitsRow(draws, 0, 0, 1.0)], certain(3))
     log.record([LogitsRow(draws, 0, 1, 1.0)], certain(4))
-    again = log.open(DrawOrder("a", 2, seed=1))
+    again = log.open(CandidateRequest("a", 2, seed=1))
     log.record([LogitsRow(again, 0, 1, 1.0)], certain(5))
     assert ids_of(log, "a", 2) == [[3, 3], [5, 5]]
 
 
 def test_draws_after_the_last_kept_token_are_cut_off() -> None:
-    log = DrawLog()
-    draws = log.open(DrawOrder("a", 1, seed=1))
+    log = CandidateLog()
+    draws = log.open(CandidateRequest("a", 1, seed=1))
     for position, token in enumerate([3, 4, 5]):
         log.record([LogitsRow(draws, 0, position, 1.0)], certain(token))
     assert ids_of(log, "a", 2) == [[3], [4]]
 
 
 def test_draws_end_before_a_position_that_was_never_drawn() -> None:
-    log = DrawLog()
-    draws = log.open(DrawOrder("a", 1, seed=1))
+    log = CandidateLog()
+    draws = log.open(CandidateRequest("a", 1, seed=1))
     for position in (0, 2):
         log.record([LogitsRow(draws, 0, position, 1.0)], certain(3))
     assert ids_of(log, "a", 3) == [[3]]
 
 
 def test_draws_that_already_left_the_device_are_found_with_the_rest() -> None:
-    log = DrawLog()
-    draws = log.open(DrawOrder("a", 1, seed=1))
+    log = CandidateLog()
+    draws = log.open(CandidateRequest("a", 1, seed=1))
     for position in range(MAX_STEPS_ON_DEVICE + 3):
         log.record([LogitsRow(draws, 0, position, 1.0)], certain(position % 10))
     assert ids_of(log, "a", 67) == [[position % 10] for position in range(67)]
 
 
 def test_requests_that_want_different_numbers_of_draws_share_a_step() -> None:
-    log = DrawLog()
-    few, many = log.open(DrawOrder("few", 1, seed=1)), log.open(DrawOrder("many", 3, seed=2))
+    log = CandidateLog()
+    few, many = log.open(CandidateRequest("few", 1, seed=1)), log.open(CandidateRequest("many", 3, seed=2))
     log.record([LogitsRow(few, 1, 0, 1.0), LogitsRow(many, 0, 0, 1.0)], certain(8, 9))
     assert ids_of(log, "few", 1) == [[9]]
     assert ids_of(log, "many", 1) == [[8, 8, 8]]
 
 
 def test_what_was_taken_or_given_up_is_forgotten() -> None:
-    log = DrawLog()
+    log = CandidateLog()
     for key in ("taken", "given up", "running"):
-        log.open(DrawOrder(key, 1, seed=1))
+        log.open(CandidateRequest(key, 1, seed=1))
     log.take("taken", 0)
     log.drop(["given up", "never seen"])
     assert len(log) == 1
@@ -122,8 +122,8 @@ def test_what_was_taken_or_given_up_is_forgotten() -> None:
 
 
 def test_logits_that_exceed_the_copy_are_drawn_from_in_parts() -> None:
-    log = DrawLog()
+    log = CandidateLog()
     vocabulary = MAX_LOGITS_AT_ONCE // 2
-    rows = [LogitsRow(log.open(DrawOrder(str(row), 1, seed=row)), row, 0, 1.0) for row in range(3)]
+    rows = [LogitsRow(log.open(CandidateRequest(str(row), 1, seed=row)), row, 0, 1.0) for row in range(3)]
     log.record(rows, certain(11, vocabulary - 1, 0, vocabulary=vocabulary))
     assert [ids_of(log, str(row), 1) for row in range(3)] == [[[11]], [[vocabulary - 1]], [[0]]]

@@ -10,18 +10,18 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 
-from rollout_workers.candidates.draws import DrawLog, DrawOrder
-from rollout_workers.candidates.vllm_processor import DrawProcessor, DrawProcessorV2, ask_for_draws
+from rollout_workers.candidates.draws import CandidateLog, CandidateRequest
+from rollout_workers.candidates.vllm_processor import CandidateProcessor, CandidateProcessorV2, request_candidates
 from tests.rollout_workers.candidates.test_draws import certain, ids_of
 
 SILENT = SamplingParams()  # asks for nothing
 
 
 def asking(key: str, **settings: Any) -> SamplingParams:
-    return SamplingParams(extra_args=ask_for_draws(DrawOrder(key, count=1, seed=3)), **settings)
+    return SamplingParams(extra_args=request_candidates(CandidateRequest(key, count=1, seed=3)), **settings)
 
 
-def drawn(log: DrawLog, key: str, num_tokens: int) -> list[int]:
+def drawn(log: CandidateLog, key: str, num_tokens: int) -> list[int]:
     return [ids[0] for ids in ids_of(log, key, num_tokens)]
 
 
@@ -29,8 +29,8 @@ def update(**changes: Any) -> BatchUpdate:
     return BatchUpdate(**{"batch_size": 3, "removed": [], "added": [], "moved": [], **changes})
 
 
-def make_v1() -> DrawProcessor:
-    return DrawProcessor(SimpleNamespace(), torch.device("cpu"), False)
+def make_v1() -> CandidateProcessor:
+    return CandidateProcessor(SimpleNamespace(), torch.device("cpu"), False)
 
 
 def test_draws_follow_their_request_through_the_batch() -> None:
@@ -72,9 +72,9 @@ def test_a_batch_that_asked_for_nothing_keeps_nothing() -> None:
     assert len(processor.log) == 0
 
 
-def make_v2(prompt_tokens: list[int], prefill_tokens: list[int]) -> DrawProcessorV2:
+def make_v2(prompt_tokens: list[int], prefill_tokens: list[int]) -> CandidateProcessorV2:
     states = {"prompt_len": SimpleNamespace(np=prompt_tokens), "prefill_len": SimpleNamespace(np=prefill_tokens)}
-    return DrawProcessorV2(SimpleNamespace(), SimpleNamespace(**states))  # type: ignore[arg-type]
+    return CandidateProcessorV2(SimpleNamespace(), SimpleNamespace(**states))  # type: ignore[arg-type]
 
 
 def context(slots: list[int], seen_tokens: list[int]) -> LogitsContext:
@@ -96,7 +96,7 @@ def test_the_second_runners_rows_belong_to_slots() -> None:
 
 def test_the_second_runner_draws_only_once_all_known_tokens_are_read() -> None:
     processor = make_v2(prompt_tokens=[4], prefill_tokens=[6])  # interrupted after two tokens
-    draws = processor.log.open(DrawOrder("a", count=1, seed=3))
+    draws = processor.log.open(CandidateRequest("a", count=1, seed=3))
     processor.add_request(0, asking("a"))
     processor.apply(certain(1), context([0], [5]))  # a part of what is read again
     processor.apply(certain(7), context([0], [6]))
@@ -122,7 +122,7 @@ def test_a_slots_next_request_does_not_draw_for_the_one_before() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
-@pytest.mark.parametrize("processor", [DrawProcessor, DrawProcessorV2])
+@pytest.mark.parametrize("processor", [CandidateProcessor, CandidateProcessorV2])
 def test_draws_from_a_truncated_distribution_are_refused(processor: Any, settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="whole distribution"):
         processor.validate_params(asking("a", **settings))

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from rollout_workers.environments.verifiers import MATH_SECONDS, Judge
+from rollout_workers.environments.verifiers import MATH_SECONDS, VerifierProcess
 
 
 def judge_in_a_thread(*cases: tuple[str, str, str]) -> list[float]:
@@ -11,7 +11,7 @@ def judge_in_a_thread(*cases: tuple[str, str, str]) -> list[float]:
     rewards: list[float] = []
 
     async def judge_all() -> None:
-        judge = Judge()
+        judge = VerifierProcess()
         rewards.extend(await asyncio.gather(*(judge.reward(*case, finish_reason="stop") for case in cases)))
         judge.close()
 

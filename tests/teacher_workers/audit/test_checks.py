@@ -11,7 +11,7 @@ from cluster.config.stages import Dtype
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Scores, add_scores, make_generated, ragged
-from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Tolerance, Verdict, judge
+from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, AuditResult, Tolerance, audit_answers
 from teacher_workers.audit.probes import Probes, choose_rows, make_probes
 from tests.builders import make_trajectory
 from tests.teacher_workers import wrong_engines
@@ -41,7 +41,7 @@ def make_rows(lengths: tuple[int, ...] = (20, 24, 24, 30), seed: int = 0) -> lis
 def ask(name: str, engine: RightEngine, probes: Probes, request: ScoreRequest = SCORES) -> Answer | ScoreError:
     async def both() -> Answer:
         worker = make_worker(name, engine)
-        return Answer(*[(await worker.score(batch, request))[0] for batch in (probes.rows, probes.twins)])
+        return Answer(*[(await worker.score(batch, request))[0] for batch in (probes.rows, probes.perturbed)])
 
     try:
         return asyncio.run(both())
@@ -54,17 +54,17 @@ def audit(
     reference: RightEngine | None = None,
     request: ScoreRequest = SCORES,
     dtype: Dtype = "float32",
-) -> Verdict:
+) -> AuditResult:
     """Judge replicas math-0, math-1, ... that run these engines."""
     probes = make_probes(make_rows(), request)
     answers = {f"math-{index}": ask(f"math-{index}", engine, probes, request) for index, engine in enumerate(engines)}
     known = None if reference is None else ask("then", reference, probes, request)
     assert not isinstance(known, ScoreError)
-    return judge("math", probes, answers, known, tolerance(dtype), request)
+    return audit_answers("math", probes, answers, known, tolerance(dtype), request)
 
 
-def found(verdict: Verdict) -> list[tuple[str, str]]:
-    return [(finding.replica, finding.kind) for finding in verdict.findings]
+def found(verdict: AuditResult) -> list[tuple[str, str]]:
+    return [(fault.replica, fault.kind) for fault in verdict.faults]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=IDS)
@@ -72,14 +72,14 @@ def found(verdict: Verdict) -> list[tuple[str, str]]:
 def test_right_replicas_pass_in_every_dtype(dtype: Dtype, request_: ScoreRequest) -> None:
     engines = [RightEngine(dtype), wrong_engines.Noisy(dtype), wrong_engines.Noisy(dtype, noise=-2e-5)]
     verdict = audit(*engines, reference=RightEngine(dtype), request=request_, dtype=dtype)
-    assert verdict.findings == ()
+    assert verdict.faults == ()
     assert verdict.trusted is not None
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_right_models_of_other_weights_pass_without_a_reference(seed: int) -> None:
     for dtype in DTYPES:
-        assert audit(RightEngine(dtype, seed), dtype=dtype).findings == ()
+        assert audit(RightEngine(dtype, seed), dtype=dtype).faults == ()
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=IDS)
@@ -104,8 +104,8 @@ def test_an_answer_that_is_wrong_by_itself_is_found_without_any_other(
 ) -> None:
     verdict = audit(wrong(dtype), request=request_, dtype=dtype)
     assert found(verdict) == [("math-0", kind)]
-    assert verdict.findings[0].sentence.startswith("teacher math, replica math-0: ")
-    assert verdict.findings[0].sentence.count("math-0") == 1
+    assert verdict.faults[0].sentence.startswith("teacher math, replica math-0: ")
+    assert verdict.faults[0].sentence.count("math-0") == 1
     assert verdict.trusted is None
 
 
@@ -123,13 +123,13 @@ def test_another_model_is_named_by_reference_or_by_majority(
 def test_of_two_replicas_that_disagree_both_are_named_and_neither_is_trusted() -> None:
     verdict = audit(RightEngine(), RightEngine(seed=7))
     assert found(verdict) == [("math-0", "disagreeing"), ("math-1", "disagreeing")]
-    assert "cannot be told" in verdict.findings[0].sentence
+    assert "cannot be told" in verdict.faults[0].sentence
     assert verdict.trusted is None
 
 
 def test_a_tie_of_two_and_two_names_all_four() -> None:
     verdict = audit(RightEngine(), RightEngine(), RightEngine(seed=7), RightEngine(seed=7))
-    assert len(verdict.findings) == 4
+    assert len(verdict.faults) == 4
 
 
 def test_a_replica_that_is_wrong_by_itself_has_no_vote() -> None:
@@ -141,7 +141,7 @@ def test_a_replica_that_is_wrong_by_itself_has_no_vote() -> None:
 def test_an_engine_that_answers_otherwise_each_time_is_found() -> None:
     verdict = audit(wrong_engines.Noisy(noise=0.3))
     assert found(verdict) == [("math-0", "misaligned")]
-    assert "change before the token that was replaced" in verdict.findings[0].sentence
+    assert "change before the token that was replaced" in verdict.faults[0].sentence
 
 
 def change(answer: Answer, **columns: Any) -> Answer:
@@ -158,7 +158,7 @@ def change(answer: Answer, **columns: Any) -> Answer:
             batch = batch.set_column(place, batch.schema.field(place), column)
         return batch
 
-    return Answer(rebuild(answer.rows), rebuild(answer.twins))
+    return Answer(rebuild(answer.rows), rebuild(answer.perturbed))
 
 
 def judge_changed(request: ScoreRequest, dtype: Dtype = "float32", **columns: Any) -> list[tuple[str, str]]:
@@ -167,7 +167,7 @@ def judge_changed(request: ScoreRequest, dtype: Dtype = "float32", **columns: An
     answer = ask("math-0", RightEngine(dtype), probes, request)
     assert isinstance(answer, Answer)
     changed = change(answer, **columns)
-    return found(judge("math", probes, {"math-0": changed}, answer, tolerance(dtype), request))
+    return found(audit_answers("math", probes, {"math-0": changed}, answer, tolerance(dtype), request))
 
 
 def spoil(values: np.ndarray) -> np.ndarray:
@@ -233,22 +233,22 @@ def test_a_missing_column_is_a_wrong_length() -> None:
     probes = make_probes(make_rows(), SCORES)
     answer = ask("math-0", RightEngine(), probes)
     assert isinstance(answer, Answer)
-    verdict = judge("math", probes, {"math-0": answer}, None, tolerance(), REQUESTS[1])
+    verdict = audit_answers("math", probes, {"math-0": answer}, None, tolerance(), REQUESTS[1])
     assert found(verdict) == [("math-0", "wrong_length")]
-    assert "lacks the column candidate_ids" in verdict.findings[0].sentence
+    assert "lacks the column candidate_ids" in verdict.faults[0].sentence
 
 
 def test_an_answer_about_other_rows_is_found() -> None:
     answer = ask("math-0", RightEngine(), make_probes(make_rows(seed=1), SCORES))
-    verdict = judge("math", make_probes(make_rows(), SCORES), {"math-0": answer}, None, tolerance(), SCORES)
-    assert "other rows" in verdict.findings[0].sentence
+    verdict = audit_answers("math", make_probes(make_rows(), SCORES), {"math-0": answer}, None, tolerance(), SCORES)
+    assert "other rows" in verdict.faults[0].sentence
 
 
 def test_an_error_of_another_kind_keeps_its_sentence() -> None:
     error = ScoreError("math-0: vLLM could not score 9 tokens: out of blocks")
-    verdict = judge("math", make_probes(make_rows(), SCORES), {"math-0": error}, None, tolerance(), SCORES)
+    verdict = audit_answers("math", make_probes(make_rows(), SCORES), {"math-0": error}, None, tolerance(), SCORES)
     assert found(verdict) == [("math-0", "refused")]
-    assert verdict.findings[0].sentence == "teacher math, replica math-0: vLLM could not score 9 tokens: out of blocks"
+    assert verdict.faults[0].sentence == "teacher math, replica math-0: vLLM could not score 9 tokens: out of blocks"
 
 
 def test_the_worker_refuses_states_of_another_width_than_its_heads() -> None:

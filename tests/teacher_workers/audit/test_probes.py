@@ -12,7 +12,7 @@ from tests.teacher_workers.audit.test_checks import SCORES, make_rows
 def test_a_twin_differs_in_one_token_and_each_row_in_another_place() -> None:
     rows = make_rows()
     probes = make_probes(rows, SCORES)
-    ours, theirs = ragged(probes.rows, "token_ids"), ragged(probes.twins, "token_ids")
+    ours, theirs = ragged(probes.rows, "token_ids"), ragged(probes.perturbed, "token_ids")
     for row, tokens in enumerate(rows):
         assert ours[row].tolist() == tokens.tolist()
         # Every token but the first is scored; row i's replaced token has 1 + i behind it.
@@ -42,5 +42,5 @@ def test_the_shortest_rows_that_say_enough_are_chosen_and_long_ones_are_cut() ->
 def test_rows_of_one_token_each_still_have_twins() -> None:
     same = np.full(6, 7, np.int32)
     probes = make_probes([same], ScoreRequest("teacher", given_candidates=True))
-    assert ragged(probes.twins, "token_ids")[0].tolist() == [7, 7, 7, 7, 0, 7]
-    assert ragged(probes.twins, "candidate_ids")[0].tolist() == [[7, 7]] * 5
+    assert ragged(probes.perturbed, "token_ids")[0].tolist() == [7, 7, 7, 7, 0, 7]
+    assert ragged(probes.perturbed, "candidate_ids")[0].tolist() == [[7, 7]] * 5

@@ -74,9 +74,9 @@ def test_the_one_wrong_replica_of_three_is_named_and_fenced(
     engine: str, stage: Any, config: Config, tmp_path: Path
 ) -> None:
     pool = StagedPool(stage, {ZERO: "RightEngine", ONE: engine, TWO: "RightEngine"})
-    findings = start(config, pool, tmp_path).finish()
-    assert [(finding.teacher, finding.replica) for finding in findings] == [("main", ONE)]
-    assert pool.fenced == {ONE: findings[0].sentence}
+    faults = start(config, pool, tmp_path).finish()
+    assert [(fault.teacher, fault.replica) for fault in faults] == [("main", ONE)]
+    assert pool.fenced == {ONE: faults[0].sentence}
     assert pool.serving() == {0: ZERO, 2: TWO}
 
 
@@ -86,9 +86,9 @@ def test_a_replica_that_goes_wrong_later_is_found_by_the_next_audit(stage: Any, 
     assert audit.finish() == []
     pool.engines[ZERO] = "Hot"
     audit.begin(50)
-    [finding] = audit.finish()
+    [fault] = audit.finish()
     # Of two that differ, the reference tells which is right.
-    assert (finding.replica, finding.kind) == (ZERO, "disagreeing")
+    assert (fault.replica, fault.kind) == (ZERO, "disagreeing")
     assert list(pool.fenced) == [ZERO]
 
 
@@ -111,8 +111,8 @@ def test_a_replica_that_was_started_again_is_asked_at_once(stage: Any, config: C
     assert audit.is_due(3)
     audit.begin(3)
     assert len(audit.outstanding) == 2  # the other one is not asked
-    [finding] = audit.finish()
-    assert finding.replica == "teacher-main-1-again-1"
+    [fault] = audit.finish()
+    assert fault.replica == "teacher-main-1-again-1"
     assert pool.serving() == {0: ZERO}
 
 
@@ -120,10 +120,10 @@ def test_half_an_answer_is_not_judged(stage: Any, config: Config, tmp_path: Path
     audit = start(config, right(stage, ZERO), tmp_path)
     first, second = audit.outstanding
     ray.wait([first, second], num_returns=2, timeout=60)
-    assert audit.look([first]) == []
+    assert audit.collect([first]) == []
     assert audit.outstanding == [second]
     assert not (tmp_path / "main.arrow").exists()
-    assert audit.look([second]) == []
+    assert audit.collect([second]) == []
     assert audit.outstanding == []
     assert (tmp_path / "main.arrow").exists()
 
@@ -135,9 +135,9 @@ def test_a_late_replica_is_said_and_does_not_keep_the_others_from_being_judged(
     pool = StagedPool(stage, {ZERO: "silent", ONE: "TooLate", TWO: "RightEngine"})
     audit = start(config, pool, tmp_path, clock=lambda: now[0])
     ready, _ = ray.wait(audit.outstanding, num_returns=4, timeout=60)
-    assert audit.look(ready) == []
+    assert audit.collect(ready) == []
     now[0] = config.ray.call_timeout_seconds + 1
-    assert [finding.replica for finding in audit.look([])] == [ONE]
+    assert [fault.replica for fault in audit.collect([])] == [ONE]
     assert list(pool.fenced) == [ONE]
     assert caplog.messages[0] == "score_audit: no answer from teacher-main-0 in time; they are not judged"
     assert audit.outstanding == []

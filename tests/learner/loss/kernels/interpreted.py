@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.config.objective import ObjectiveConfig, Support
 from learner.loss.kernels.choice import fault_of
-from learner.loss.kernels.interface import Comparison, Divergence, Look, Normaliser
+from learner.loss.kernels.interface import Comparison, Divergence, Normaliser, RowStatistics
 from learner.loss.kernels.triton_launch import TritonKernels
 from learner.loss.objective import Objective
 from learner.loss.softmax import student_facts
@@ -101,9 +101,9 @@ class Flawed(OnCpu):
         if self.flaw == "softmax is off":
             logits.mul_(1.01)
 
-    def look(self, logits: Tensor) -> Look:
+    def statistics(self, logits: Tensor) -> RowStatistics:
         """Look, and find nothing finite if that is the flaw."""
-        found = super().look(logits)
+        found = super().statistics(logits)
         if self.flaw == "softmax is not finite":
             found.entropy.fill_(torch.nan)
         return found

@@ -20,7 +20,7 @@ THREADS_PER_WARP = 32
 REGISTERS = 65_536  # of a multiprocessor
 SPILLED_BYTES = 32  # of a thread; Triton 3.7 spills 16 of one kernel, 3.6 and 3.9 none
 PROGRAMS = 2  # on one multiprocessor: while one waits at a barrier, another reads
-COMPILED = [(triton_kernels.look_kernel, None), (triton_kernels.probabilities_kernel, None)]
+COMPILED = [(triton_kernels.statistics_kernel, None), (triton_kernels.probabilities_kernel, None)]
 COMPILED += [
     (kernel, name)
     for kernel in (triton_kernels.compare_kernel, triton_kernels.gradient_kernel)
