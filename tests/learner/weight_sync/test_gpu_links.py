@@ -26,8 +26,8 @@ from learner.weight_sync.gpu_sender import ipc_link
 from tests.learner.weight_sync.fake_cards import (
     BUCKET_BYTES,
     PARAMETERS,
-    FakeRecipients,
     FakeGroup,
+    FakeRecipients,
     FakeStudent,
     Publication,
     assert_all_arrived,
