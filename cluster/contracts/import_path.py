@@ -29,6 +29,6 @@ def load_object(path: str, kind: str) -> Any:
     module, _, name = path.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except Exception as error:  # noqa: BLE001 - the user's module may raise anything while it is imported
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(f"'{path}' as {kind} cannot be imported: {reason}; give it as package.module:Name") from error
