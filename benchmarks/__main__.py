@@ -1,8 +1,8 @@
 """`make bench`: everything that is measured on one machine, as one table and one JSON file.
 
-Each part is a program of its own (`python -m benchmarks.PART`); they run one after the other, since they share the
-cores. `--parts` runs some of them: the rows of the others stay as `benchmarks/results/latest.json` has them, if that
-was measured on a machine like this one.
+Each part is a program of its own (`python -m benchmarks.cases.PART`). They run one after the other, since they share
+the cores. `--parts` runs some of them: the rows of the others stay as `benchmarks/results/latest.json` has them, if
+that was measured on a machine like this one.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from benchmarks.pairs import ROOT, missing_models
-from benchmarks.parts import PARTS, Part, labelled, merge_rows, same_machine
-from benchmarks.report import RESULTS, Row, describe_machine, print_rows
+from benchmarks.harness.model_pairs import ROOT, missing_models
+from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows
+from benchmarks.harness.suite import PARTS, Part, labelled, merge_rows, same_machine
 
 COMMAND = "python -m benchmarks"
 
@@ -58,7 +58,7 @@ def run_part(name: str, part: Part) -> list[Row] | None:
 
 def command_of(part: Part) -> list[str]:
     """Return the program that measures a part."""
-    return [sys.executable, "-m", f"benchmarks.{part.module}", *part.arguments]
+    return [sys.executable, "-m", f"benchmarks.cases.{part.module}", *part.arguments]
 
 
 def write_table(results: Path, measured: dict[str, list[Row]]) -> None:

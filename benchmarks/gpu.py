@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from benchmarks.pairs import ROOT
-from benchmarks.report import RESULTS, Row, describe_machine, print_rows, version_of
+from benchmarks.harness.model_pairs import ROOT
+from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows, version_of
 
 COMMAND = "python -m benchmarks.gpu"
 ALL_SECONDS = 480.0  # of all parts together, whichever are chosen

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cluster.nodes.local_cluster import local_cluster
-from tests.leftovers import Watch
-from tests.spreading import ByFile
+from tests.leak_check import Watch
+from tests.xdist_scheduler import ByFile
 
 WATCH = pytest.StashKey[Watch]()
 LEFT = pytest.StashKey[list[str]]()

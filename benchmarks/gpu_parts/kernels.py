@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cases.objective import CASES, Sizes, interleaved, memory_rows, time_rows
 from benchmarks.gpu_parts.shapes import Scale
-from benchmarks.objective import CASES, Sizes, interleaved, memory_rows, time_rows
-from benchmarks.report import Row, row
+from benchmarks.harness.report import Row, row
 
 COPY_BYTES = {"cuda": 1 << 32, "cpu": 1 << 24}
 MATMUL_WIDTH = {"cuda": 8192, "cpu": 256}

@@ -10,11 +10,11 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.cases.objective import interleaved, peak_bytes
+from benchmarks.cases.teacher_scoring import Setting, make_batches
 from benchmarks.gpu_parts.shapes import Scale, model_folder
-from benchmarks.objective import interleaved, peak_bytes
-from benchmarks.pairs import ROOT
-from benchmarks.report import Row, at_most, row
-from benchmarks.teacher_scoring import Setting, make_batches
+from benchmarks.harness.model_pairs import ROOT
+from benchmarks.harness.report import Row, at_most, row
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from cluster.config.run_config import StudentConfig

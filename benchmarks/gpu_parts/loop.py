@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.cases.stages import STAGES, Alone, Bench, Together
 from benchmarks.gpu_parts.shapes import Scale, model_folder, write_prompts
-from benchmarks.report import Row, at_least, at_most, row
-from benchmarks.stages import STAGES, Alone, Bench, Together
+from benchmarks.harness.report import Row, at_least, at_most, row
 from cluster.config.run_config import Config
 from cluster.config.run_file import parse_run_config
 from cluster.nodes.ray_session import ray_session

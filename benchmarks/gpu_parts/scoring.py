@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.cases.teacher_scoring import Plan, Setting, measure
 from benchmarks.gpu_parts.shapes import Scale, model_folder
-from benchmarks.report import Row
-from benchmarks.teacher_scoring import Plan, Setting, measure
+from benchmarks.harness.report import Row
 from cluster.config.stages import EngineConfig
 
 TOP_KS = {"cuda": (1, 16, 64), "cpu": (1, 64)}

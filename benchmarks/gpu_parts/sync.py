@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.cases.weight_sync import Publisher, SyncEngine, median_pause, rollout_pool, sync_cluster
 from benchmarks.gpu_parts.loop import MAX_SYNC_SECONDS
 from benchmarks.gpu_parts.shapes import Scale, model_folder
-from benchmarks.report import Row, at_most, row
-from benchmarks.weight_sync import Publisher, SyncEngine, median_pause, rollout_pool, sync_cluster
+from benchmarks.harness.report import Row, at_most, row
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig, LearnerConfig
 from learner.model.student import load_student

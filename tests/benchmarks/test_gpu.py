@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.cases.stages import DRIVER_AND_RAY, Alone, Spent, Together
 from benchmarks.gpu import ALL_SECONDS, SHARES, measure_part, share_of_time
 from benchmarks.gpu_parts.learning import long_tailed_batch
 from benchmarks.gpu_parts.loop import sampler_rows, stage_rows, streaming_rows
@@ -24,8 +25,7 @@ from benchmarks.gpu_parts.shapes import (
     end_by_chance,
     qwen3_config,
 )
-from benchmarks.pairs import ROOT
-from benchmarks.stages import DRIVER_AND_RAY, Alone, Spent, Together
+from benchmarks.harness.model_pairs import ROOT
 
 STAGE_SECONDS = {"generate": 2.0, "score": 1.0, "learn": 1.5, "sync": 0.5}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ray.cluster_utils import Cluster
 
-from benchmarks.chaos import DISTURBED, last_record
+from benchmarks.cases.chaos import DISTURBED, last_record
 from cluster.commands import start_training
 from cluster.config.run_directory import RunDirectory
 from cluster.demo import embedded_config

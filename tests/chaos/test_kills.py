@@ -1,12 +1,12 @@
-"""One run, from which one process of every kind is killed; `python -m benchmarks.chaos` kills fifty."""
+"""One run, from which one process of every kind is killed; `python -m benchmarks.cases.chaos` kills fifty."""
 
 import random
 import sys
 
 import pytest
 
-from benchmarks.chaos import DISTURBED, chaos_run, outcome
-from benchmarks.victims import DRIVER, KINDS, shares
+from benchmarks.cases.chaos import DISTURBED, chaos_run, outcome
+from benchmarks.harness.kill_targets import DRIVER, KINDS, shares
 
 STEPS = 14
 OVERRIDES = (

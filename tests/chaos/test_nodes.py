@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import audited_prompts
+from benchmarks.cases.chaos import audited_prompts
 from tests.chaos.nodes import STEPS, overrides
 
 TIMEOUT_SECONDS = 600

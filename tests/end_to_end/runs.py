@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.nodes.reaper import ProcessTree
-from tests.leftovers import MARK, Watch, command_line, short_folder, wait_until, without_ray
+from tests.leak_check import MARK, Watch, command_line, short_folder, wait_until, without_ray
 
 COMMAND_SECONDS = 500
 STARTED_SECONDS = 500

@@ -19,7 +19,7 @@ from cluster.monitoring.dashboard import DASHBOARD, exported_name
 from cluster.monitoring.metric_table import COMPLETION_LENGTHS, EVERY_STEP, figures
 from tests.end_to_end.conftest import STEPS, ShortRun
 from tests.end_to_end.runs import ENDED_SECONDS, Run, preceptor, running
-from tests.leftovers import wait_until
+from tests.leak_check import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

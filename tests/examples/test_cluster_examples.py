@@ -14,7 +14,7 @@ import yaml
 from cluster.cli import _parser, _split, train
 from cluster.placement.placement import NodeResources, plan_placement
 from tests.builders import make_config
-from tests.leftovers import wait_until
+from tests.leak_check import wait_until
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples/cluster"
 SLURM = EXAMPLES / "slurm.sh"

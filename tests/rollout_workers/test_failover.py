@@ -22,8 +22,8 @@ from cluster.contracts.errors import ActorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import Order, RolloutPool
+from tests.rollout_workers.crashing_rollout import CrashingRollout
 from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts
-from tests.rollout_workers.mortal_rollout import MortalRollout
 
 NUM_ROWS = 24
 SAMPLING = SamplingSettings(64, 1.0)
@@ -40,7 +40,7 @@ def start(folder: Path, num_workers: int, max_restarts: int = 3) -> Iterator[Rol
             [{"num_cpus": 0}] * num_workers,
             PoolTimeouts(300, 120),
             name="writer",
-            actor=MortalRollout,
+            actor=CrashingRollout,
             supervision=Supervision(RestartLimit(max_restarts, window_seconds=600), watch),
         )
         try:

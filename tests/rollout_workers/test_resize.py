@@ -14,8 +14,8 @@ from cluster.actors.calls import wait_for_any
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.pool import Order, RolloutPool
+from tests.rollout_workers.crashing_rollout import SECONDS_PER_TOKEN
 from tests.rollout_workers.deployment import NUM_PROMPTS
-from tests.rollout_workers.mortal_rollout import SECONDS_PER_TOKEN
 from tests.rollout_workers.test_failover import start
 
 SAMPLING = SamplingSettings(64, 1.0)

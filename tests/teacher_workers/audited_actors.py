@@ -20,8 +20,8 @@ class Stage:
         self._workers: dict[str, Any] = {}
 
     async def score(self, name: str, engine: str, wire: Any, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
-        """Score as replica `name`, whose engine is a class of `wrong_engines`, `silent` or `dying`."""
-        from tests.teacher_workers import wrong_engines
+        """Score as replica `name`, whose engine is a class of `faulty_engines`, `silent` or `dying`."""
+        from tests.teacher_workers import faulty_engines
 
         if engine == "dying":
             os._exit(1)
@@ -29,8 +29,8 @@ class Stage:
             await asyncio.sleep(1000)
         if (name, engine) not in self._workers:
             kind, _, seed = engine.partition(":")
-            self._workers[name, engine] = wrong_engines.make_worker(
-                name, getattr(wrong_engines, kind)("float32", int(seed or 0))
+            self._workers[name, engine] = faulty_engines.make_worker(
+                name, getattr(faulty_engines, kind)("float32", int(seed or 0))
             )
         return pack(*await self._workers[name, engine].score(from_wire(wire), request))
 

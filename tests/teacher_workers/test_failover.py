@@ -19,7 +19,7 @@ from cluster.contracts.trajectory import make_generated
 from teacher_workers.pool import start_pool
 from teacher_workers.router import TeacherPools
 from tests.builders import make_trajectory
-from tests.teacher_workers.mortal_teacher import MortalTeacher
+from tests.teacher_workers.crashing_teacher import CrashingTeacher
 
 NUM_BATCHES = 12
 TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
@@ -34,7 +34,7 @@ def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[Teache
         512,
         [{"num_cpus": 0}] * num_replicas,
         TIMEOUTS,
-        actor=MortalTeacher,
+        actor=CrashingTeacher,
         supervision=Supervision(RestartLimit(max_restarts, window_seconds=600)),
     )
     try:

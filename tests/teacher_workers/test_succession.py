@@ -19,7 +19,7 @@ from cluster.contracts.wire import from_wire
 from teacher_workers.pool import Scorers, TeacherPool
 from teacher_workers.router import Successors, TeacherPools
 from tests.builders import make_trajectory
-from tests.teacher_workers.numbered_teacher import NumberedTeacher
+from tests.teacher_workers.constant_teacher import ConstantTeacher
 
 TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
 LIMIT = RestartLimit(max_restarts=2, window_seconds=600)
@@ -38,7 +38,7 @@ def start(tmp_path: Path, ray_cluster: None) -> Iterator[Start]:
         }
         limit = replace(LIMIT, max_restarts=max_restarts)
         options = [{"num_cpus": 0}] * max(1, num_workers)
-        scorers = Scorers(label, teachers, 512, options, NumberedTeacher, supervision=Supervision(limit))
+        scorers = Scorers(label, teachers, 512, options, ConstantTeacher, supervision=Supervision(limit))
         started.append(scorers)
         return {name: TeacherPool(name, scorers, TIMEOUTS, checkpoint=models[name]) for name in models}
 

@@ -7,14 +7,14 @@ import ray
 
 from cluster.actors.calls import call_all, create_actors, get, shutdown
 from cluster.contracts.errors import ActorError, ScoreError
-from tests.moody_actor import Moody
+from tests.failing_actor import FailingActor
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def pair(ray_cluster: None) -> Iterator[list[ray.actor.ActorHandle]]:
-    actors = create_actors(Moody, ["moody-0", "moody-1"], [(0,), (1,)], [{"num_cpus": 0}] * 2)
+    actors = create_actors(FailingActor, ["failing-0", "failing-1"], [(0,), (1,)], [{"num_cpus": 0}] * 2)
     yield actors
     shutdown(actors, timeout_seconds=1)
 
@@ -30,8 +30,8 @@ def test_an_error_of_ours_arrives_as_itself_with_its_sentence_alone(pair: list[r
 
 def test_a_timeout_says_who_is_late(pair: list[ray.actor.ActorHandle]) -> None:
     call_all(pair, "answer", timeout_seconds=60, waiting_for="both to run")
-    with pytest.raises(ActorError, match=r"^waited 1 s for a nap; no answer from moody-1$"):
-        call_all(pair, "sleep_if_last", timeout_seconds=1, waiting_for="a nap", names=["moody-0", "moody-1"])
+    with pytest.raises(ActorError, match=r"^waited 1 s for a nap; no answer from failing-1$"):
+        call_all(pair, "sleep_if_last", timeout_seconds=1, waiting_for="a nap", names=["failing-0", "failing-1"])
 
 
 def test_a_dead_actor_is_an_error_that_says_what_was_awaited(pair: list[ray.actor.ActorHandle]) -> None:

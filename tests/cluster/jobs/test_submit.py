@@ -22,7 +22,7 @@ from cluster.contracts.errors import JobError
 from cluster.demo import EMBEDDED
 from cluster.jobs.job_server import LOST_SECONDS, JobServer
 from tests.cluster.nodes.test_ray_session import WRONG_TOKEN
-from tests.leftovers import short_folder, wait_until, without_ray
+from tests.leak_check import short_folder, wait_until, without_ray
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 COMMAND_SECONDS = 500

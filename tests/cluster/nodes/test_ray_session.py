@@ -16,7 +16,7 @@ import pytest
 import ray
 
 from cluster.nodes import reaper
-from tests.leftovers import wait_until, without_ray
+from tests.leak_check import wait_until, without_ray
 
 ENTRY_SECONDS = 120
 WRONG_TOKEN = "0" * 64

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.nodes import reaper
-from tests.leftovers import command_line, wait_until
+from tests.leak_check import command_line, wait_until
 
 HOLDS_A_SEMAPHORE = """
 import multiprocessing, time

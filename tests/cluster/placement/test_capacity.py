@@ -5,7 +5,7 @@ import ray
 
 from cluster.placement.capacity import SplitCapacity, missing_for
 from cluster.placement.placement import NodeResources, PoolPlacement
-from tests.moody_actor import Moody
+from tests.failing_actor import FailingActor
 
 GPUS = {"rollout": 1, "teachers.main": 2}
 HOMES = {"rollout": ["a", "a", "b", "b"], "teachers.main": ["a"]}
@@ -49,7 +49,7 @@ def test_another_part_of_a_shared_gpu_needs_room_on_that_very_gpu(ray_cluster: N
 
 
 def test_where_workers_are_is_asked_of_the_cluster(ray_cluster: None) -> None:
-    worker: Any = ray.remote(num_cpus=0)(Moody).remote(0)
+    worker: Any = ray.remote(num_cpus=0)(FailingActor).remote(0)
     ray.get(worker.answer.remote())  # one that still starts is on no node
     node = ray.get_runtime_context().get_node_id()
     room = SplitCapacity({"rollout": 1})

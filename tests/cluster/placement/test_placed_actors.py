@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.leftovers import without_ray
+from tests.leak_check import without_ray
 
 pytestmark = pytest.mark.slow
 

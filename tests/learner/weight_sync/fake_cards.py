@@ -61,12 +61,12 @@ class FakeGroup:
 
 
 class FakeRecipients:
-    """Stands for rollout actors: notes what each is told; those in `mortal` are gone when a verb comes the nth time."""
+    """Stands for rollout actors: notes what each receives; those in `crashing` are gone at the nth call of a verb."""
 
-    def __init__(self, workers: Sequence[str], mortal: Mapping[str, tuple[str, int]]) -> None:
+    def __init__(self, workers: Sequence[str], crashing: Mapping[str, tuple[str, int]]) -> None:
         self.workers = dict(enumerate(workers))
         self.told: list[tuple[str, dict[int, Any]]] = []
-        self._mortal = mortal
+        self._mortal = crashing
 
     def call(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
         self.told.append((method, {position: arguments[position] for position in self.workers}))
@@ -91,7 +91,7 @@ class Publication:
     def __init__(
         self,
         make_link: Callable[[Tensor], Any],
-        mortal: Mapping[str, tuple[str, int]] | None = None,
+        crashing: Mapping[str, tuple[str, int]] | None = None,
         recipients: type[FakeRecipients] = FakeRecipients,
         end: Callable[[int], Any] | None = None,
     ) -> None:
@@ -100,7 +100,7 @@ class Publication:
         self.ends: list[int] = []
 
         def listen(workers: Sequence[Any], timeout_seconds: float) -> Any:
-            self.audiences.append(recipients(workers, mortal or {}))
+            self.audiences.append(recipients(workers, crashing or {}))
             return self.audiences[-1]
 
         config = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)

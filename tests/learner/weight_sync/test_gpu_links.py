@@ -136,7 +136,7 @@ def test_the_same_workers_keep_their_group_and_others_get_another_at_another_por
 
 
 def test_a_worker_that_dies_before_the_broadcast_is_left_out_of_the_group() -> None:
-    publication = Publication(nccl([]), mortal={"b": ("start_weight_update", 1)})
+    publication = Publication(nccl([]), crashing={"b": ("start_weight_update", 1)})
     publication.publish("a", "b", "c")
     [invitation] = publication.audiences[0].messages("init_weight_transfer")
     assert {position: message["rank_offset"] for position, message in invitation.items()} == {0: 1, 2: 2}
@@ -145,7 +145,7 @@ def test_a_worker_that_dies_before_the_broadcast_is_left_out_of_the_group() -> N
 
 
 def test_a_death_in_a_broadcast_ends_the_learners_rank() -> None:
-    publication = Publication(nccl([]), mortal={"b": ("update_weights", 2)})
+    publication = Publication(nccl([]), crashing={"b": ("update_weights", 2)})
     publication.publish("a", "b")
     assert publication.ends[0] == 1
 
@@ -196,14 +196,14 @@ def test_a_death_while_nccl_waits_ends_the_learners_rank(is_over: Event) -> None
     def end(code: int) -> None:
         raise SystemExit(code)
 
-    mortal = {"b": ("init_weight_transfer", 1)}
-    publication = Publication(stuck_link(is_over, in_opening=True), mortal=mortal, end=end)
+    crashing = {"b": ("init_weight_transfer", 1)}
+    publication = Publication(stuck_link(is_over, in_opening=True), crashing=crashing, end=end)
     with pytest.raises(SystemExit):
         publication.publish("a", "b")
 
 
 def test_a_death_beside_a_shared_buffer_ends_nothing() -> None:
-    publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), mortal={"b": ("update_weights", 2)})
+    publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), crashing={"b": ("update_weights", 2)})
     publication.publish("a", "b")
     assert publication.ends == []
     finished = publication.audiences[0].messages("finish_weight_update")

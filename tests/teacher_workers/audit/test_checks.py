@@ -14,8 +14,8 @@ from cluster.contracts.trajectory import Scores, add_scores, make_generated, rag
 from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, AuditResult, Tolerance, audit_answers
 from teacher_workers.audit.probes import Probes, choose_rows, make_probes
 from tests.builders import make_trajectory
-from tests.teacher_workers import wrong_engines
-from tests.teacher_workers.wrong_engines import RightEngine, make_worker
+from tests.teacher_workers import faulty_engines
+from tests.teacher_workers.faulty_engines import RightEngine, make_worker
 
 SCORES = ScoreRequest("teacher", entropy=True)
 REQUESTS = [
@@ -70,7 +70,7 @@ def found(verdict: AuditResult) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("request_", REQUESTS, ids=IDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_replicas_pass_in_every_dtype(dtype: Dtype, request_: ScoreRequest) -> None:
-    engines = [RightEngine(dtype), wrong_engines.Noisy(dtype), wrong_engines.Noisy(dtype, noise=-2e-5)]
+    engines = [RightEngine(dtype), faulty_engines.Noisy(dtype), faulty_engines.Noisy(dtype, noise=-2e-5)]
     verdict = audit(*engines, reference=RightEngine(dtype), request=request_, dtype=dtype)
     assert verdict.faults == ()
     assert verdict.trusted is not None
@@ -87,16 +87,16 @@ def test_right_models_of_other_weights_pass_without_a_reference(seed: int) -> No
 @pytest.mark.parametrize(
     ("wrong", "kind"),
     [
-        (wrong_engines.Nan, "not_finite"),
-        (wrong_engines.PlusInfinity, "not_finite"),
-        (wrong_engines.MinusInfinity, "not_finite"),
-        (wrong_engines.Constant, "uniform"),
-        (wrong_engines.TooLate, "misaligned"),
-        (wrong_engines.TooEarly, "misaligned"),
-        (wrong_engines.TooShort, "wrong_length"),
-        (wrong_engines.TooLong, "wrong_length"),
-        (wrong_engines.OneMoreOneLess, "wrong_length"),
-        (wrong_engines.Swapped, "misaligned"),
+        (faulty_engines.Nan, "not_finite"),
+        (faulty_engines.PlusInfinity, "not_finite"),
+        (faulty_engines.MinusInfinity, "not_finite"),
+        (faulty_engines.Constant, "uniform"),
+        (faulty_engines.TooLate, "misaligned"),
+        (faulty_engines.TooEarly, "misaligned"),
+        (faulty_engines.TooShort, "wrong_length"),
+        (faulty_engines.TooLong, "wrong_length"),
+        (faulty_engines.OneMoreOneLess, "wrong_length"),
+        (faulty_engines.Swapped, "misaligned"),
     ],
 )
 def test_an_answer_that_is_wrong_by_itself_is_found_without_any_other(
@@ -110,7 +110,7 @@ def test_an_answer_that_is_wrong_by_itself_is_found_without_any_other(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("wrong_class", "seed"), [(wrong_engines.Hot, 0), (RightEngine, 7)], ids=["hot", "other"])
+@pytest.mark.parametrize(("wrong_class", "seed"), [(faulty_engines.Hot, 0), (RightEngine, 7)], ids=["hot", "other"])
 def test_another_model_is_named_by_reference_or_by_majority(
     wrong_class: type[RightEngine], seed: int, dtype: Dtype
 ) -> None:
@@ -133,13 +133,13 @@ def test_a_tie_of_two_and_two_names_all_four() -> None:
 
 
 def test_a_replica_that_is_wrong_by_itself_has_no_vote() -> None:
-    verdict = audit(wrong_engines.TooLate(), wrong_engines.TooLate(), RightEngine())
+    verdict = audit(faulty_engines.TooLate(), faulty_engines.TooLate(), RightEngine())
     assert found(verdict) == [("math-0", "misaligned"), ("math-1", "misaligned")]
     assert verdict.trusted is not None
 
 
 def test_an_engine_that_answers_otherwise_each_time_is_found() -> None:
-    verdict = audit(wrong_engines.Noisy(noise=0.3))
+    verdict = audit(faulty_engines.Noisy(noise=0.3))
     assert found(verdict) == [("math-0", "misaligned")]
     assert "change before the token that was replaced" in verdict.faults[0].sentence
 

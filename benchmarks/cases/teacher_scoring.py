@@ -1,0 +1,235 @@
+"""`python -m benchmarks.cases.teacher_scoring`: how fast a teacher scores, next to what its engine cannot do without.
+
+All cases read the same random trajectories, in turns, and each figure is a median over the turns. Raw prefill is the
+teacher's own engine asked for one vector per trajectory, the least that it can return; `prompt_logprobs` is how vLLM
+scores by itself, as flat lists and as dicts of objects. Ours is the whole way from an Arrow batch to the batch with new
+columns.
+"""
+
+import argparse
+import asyncio
+import json
+import math
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.nn import functional
+
+from benchmarks.harness.report import RESULTS, Row, at_least, describe_machine, print_rows, row
+from cluster.config.stages import Dtype, EngineConfig, TeacherConfig
+from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
+from cluster.models.lm_head import LmHead, load_lm_head
+from cluster.vllm.engine import prepare_environment
+from teacher_workers.backends.lm_head_scores import chunk_size
+from teacher_workers.worker import TeacherWorker
+
+ROOT = Path(__file__).parents[2]
+TOP_K = 16
+ROWS_PER_BATCH = 8
+LEAST_OF_UNAVOIDABLE = 0.9
+LEAST_OF_DICTS = {16: 2.5, 64: 3.0}  # by k
+Cases = dict[str, Callable[[], Awaitable[Any]]]
+Times = np.ndarray[Any, np.dtype[np.float64]]  # [repeats]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One model, and the trajectories that it reads."""
+
+    name: str
+    model: str
+    dtype: Dtype
+    num_rows: int
+    prompt_tokens: int
+    longest_tokens: int  # trajectories are half as long to as long
+
+
+ENGINE = EngineConfig(kv_cache_gib=0.25)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of a model, and how often."""
+
+    top_ks: tuple[int, ...] = (TOP_K,)
+    repeats: int = 7
+    threads: int | None = None
+    engine: EngineConfig = ENGINE  # dtype and threads come from elsewhere
+    seconds: float = math.inf  # no turn begins later than this; two always do
+
+
+SETTINGS = {
+    "embedded": Setting("embedded teacher", str(ROOT / "cluster/embedded/teacher"), "float32", 256, 16, 126),
+    "smollm2": Setting("SmolLM2-135M", str(ROOT / "models/smollm2-135m-instruct"), "bfloat16", 32, 32, 160),
+}
+
+
+def main() -> int:
+    """Measure and write the rows; exit code 1 when a bar is missed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cases.teacher_scoring", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, help="of each engine and of the LM head; default: all cores")
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-teacher-scoring.json")
+    options = parser.parse_args()
+    rows = []
+    for name in options.models:
+        rows += asyncio.run(measure(SETTINGS[name], Plan(repeats=options.repeats, threads=options.threads)))
+    print_rows(rows)
+    described = {
+        "command": " ".join(["python -m benchmarks.cases.teacher_scoring", *sys.argv[1:]]),
+        **describe_machine(),
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
+    return 0 if all(found.get("met", True) for found in rows) else 1
+
+
+async def measure(setting: Setting, plan: Plan) -> list[Row]:
+    """Start the engines of one model, time all cases in turns, and end the engines."""
+    engine = msgspec.structs.replace(plan.engine, dtype=setting.dtype, cpu_threads=plan.threads)
+    prepare_environment(engine)
+    torch.set_num_threads(plan.threads or torch.get_num_threads())
+    from benchmarks.harness.scoring_engines import MeasuredEngine, build_generating_engine
+
+    context = setting.longest_tokens + 1  # vLLM's own scoring must generate a token
+    teacher = TeacherConfig(model=setting.model, engine=engine)
+    ours, generating = MeasuredEngine(teacher, context), build_generating_engine(teacher, context, max(plan.top_ks))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    head = load_lm_head(teacher.model, teacher.trust_remote_code, engine.dtype).to(device)
+    worker = TeacherWorker("teacher", ours, head)
+    batches = make_batches(setting, head.vocabulary_size)
+    try:
+        seconds = await _interleaved(_cases(Parts(ours, generating, worker, head), batches, plan.top_ks), plan)
+    finally:
+        await worker.shutdown()
+        generating.shutdown()
+    num_tokens = sum(int(ragged(batch, "token_ids").offsets[-1]) for batch in batches)
+    return _rows_of(seconds, f"{setting.name}, {setting.num_rows} rows, {num_tokens} tokens", num_tokens, plan.top_ks)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is measured; the engines are those of `scoring_engines`."""
+
+    ours: Any
+    generating: Any
+    worker: TeacherWorker
+    head: LmHead
+
+
+def _cases(parts: Parts, batches: Sequence[pa.RecordBatch], top_ks: Sequence[int]) -> Cases:
+    """Return what is timed."""
+    from benchmarks.harness.scoring_engines import read_prompt_logprobs
+
+    ours, worker = parts.ours, parts.worker
+    sequences = [ids for batch in batches for ids in _rows(batch)]
+    num_completion = sum(len(ragged(batch, "rollout_logprobs").values) for batch in batches)
+
+    async def score(**asked: Any) -> None:
+        await ours.forget()
+        await asyncio.gather(*(worker.score(batch, ScoreRequest("teacher", **asked)) for batch in batches))
+
+    def vllm_scores(top_k: int | None, is_flat: bool) -> Awaitable[None]:
+        return read_prompt_logprobs(parts.generating, sequences, top_k, is_flat)
+
+    cases: Cases = {
+        "raw prefill": lambda: ours.prefill(sequences),
+        "LM head alone": lambda: asyncio.to_thread(_multiply, parts.head, num_completion),
+        "hidden states": lambda: ours.read_hidden(sequences),
+        "sampled": score,
+        f"topk {top_ks[0]}, entropy, hidden": lambda: score(top_k=top_ks[0], entropy=True, hidden=True),
+        "generating engine, raw prefill": lambda: vllm_scores(None, is_flat=True),
+        "prompt_logprobs 0, flat": lambda: vllm_scores(0, is_flat=True),
+    }
+    for top_k in top_ks:
+        cases[f"topk {top_k}"] = partial(score, top_k=top_k)
+        cases[f"prompt_logprobs {top_k}, flat"] = partial(vllm_scores, top_k, is_flat=True)
+        cases[f"prompt_logprobs {top_k}, dicts"] = partial(vllm_scores, top_k, is_flat=False)
+    return cases
+
+
+def make_batches(setting: Setting, vocabulary_size: int, shortest: int | None = None) -> list[pa.RecordBatch]:
+    """Draw trajectories of random tokens; without a shortest length, it is half the longest."""
+    draw = np.random.default_rng(0)
+    trajectories = []
+    for index, length in enumerate(
+        draw.integers(shortest or setting.longest_tokens // 2, setting.longest_tokens, setting.num_rows)
+    ):
+        ids = draw.integers(3, vocabulary_size, length, dtype=np.int32)
+        mask = (np.arange(length) >= setting.prompt_tokens).astype(np.uint8)
+        logprobs = -draw.random(length - setting.prompt_tokens, dtype=np.float32)
+        trajectories.append(GeneratedTrajectory(index, index, 0, "main", "", 0, 0, ids, mask, logprobs, "stop", None))
+    firsts = range(0, len(trajectories), ROWS_PER_BATCH)
+    return [make_generated(trajectories[first : first + ROWS_PER_BATCH]) for first in firsts]
+
+
+async def _interleaved(cases: Cases, plan: Plan) -> dict[str, Times]:
+    """Return the seconds of each case in each turn; the first turn warms up and is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    began = time.perf_counter()
+    for turn in range(plan.repeats + 1):
+        if turn > 1 and time.perf_counter() - began > plan.seconds:
+            break
+        for name, case in cases.items():
+            started = time.perf_counter()
+            await case()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: np.array(values[1:]) for name, values in seconds.items()}
+
+
+def _rows_of(seconds: dict[str, Times], size: str, num_tokens: int, top_ks: Sequence[int]) -> list[Row]:
+    """Ratios are taken within a turn, where noise meets both sides alike."""
+    raw, head, sampled = (seconds[name] for name in ("raw prefill", "LM head alone", "sampled"))
+
+    def ratio(name: str, values: Times) -> Row:
+        return row(f"score: {name}", size, float(np.median(values)), "ratio")
+
+    rows = [
+        *(
+            row(f"score: {name}", size, float(num_tokens / np.median(each)), "tokens/s")
+            for name, each in seconds.items()
+        ),
+        ratio("LM head's time / raw prefill's", head / raw),
+        ratio("sampled / raw prefill", raw / sampled),
+        at_least(ratio("sampled / (prefill + head)", (raw + head) / sampled), LEAST_OF_UNAVOIDABLE),
+    ]
+    for top_k in top_ks:
+        topk, dicts = seconds[f"topk {top_k}"], seconds[f"prompt_logprobs {top_k}, dicts"]
+        of_dicts = ratio(f"topk {top_k} / dicts", dicts / topk)
+        rows += [
+            ratio(f"topk {top_k} / raw prefill", raw / topk),
+            at_least(ratio(f"topk {top_k} / (prefill + head)", (raw + head) / topk), LEAST_OF_UNAVOIDABLE),
+            at_least(of_dicts, LEAST_OF_DICTS[top_k]) if top_k in LEAST_OF_DICTS else of_dicts,
+        ]
+    return rows
+
+
+def _rows(batch: pa.RecordBatch) -> Sequence[Ints]:
+    token_ids = ragged(batch, "token_ids")
+    return [token_ids[index] for index in range(len(token_ids))]
+
+
+def _multiply(head: LmHead, num_tokens: int) -> None:
+    """Do the head's matrix product for all completion tokens and nothing else."""
+    device = head.weight.device
+    hidden = torch.ones(num_tokens, head.weight.shape[1], dtype=head.weight.dtype, device=device)
+    for chunk in hidden.split(chunk_size(head)):
+        functional.linear(chunk, head.weight, head.bias)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
