@@ -1,37 +1,40 @@
-"""What runs in each Ray actor of the rollout pool: one RolloutWorker behind calls that pass bytes and handles.
+"""Runs one RolloutWorker in each Ray actor of the rollout pool, behind calls that pass bytes and handles.
 
 Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM's environment first.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
-from cluster.config.run_config import StudentConfig
+from cluster.config.run_config import EnvironmentConfig, StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.vllm.engine import prepare_environment
+from rollout_workers.environments.base import Services, environment_named
+from rollout_workers.environments.verifiers import VerifierProcess
 from rollout_workers.prompts import PromptSet
-from rollout_workers.worker import RolloutWorker, WrittenBatch
+from rollout_workers.worker import RolloutBatch, RolloutWorker
 
 
 @dataclass(frozen=True)
 class RolloutActorSettings:
-    """What one actor needs to start; equal for all actors of a pool."""
+    """Says how an actor starts; equal for all actors of a pool."""
 
     student: StudentConfig
     engine: EngineConfig
-    max_model_len: int  # tokens of the longest prompt and completion, plus 1
+    max_model_len: int  # tokens of the longest trajectory, plus 1
     rows_per_batch: int
     weight_sync_backend: str | None  # None: the weights never change
-    draws: bool = False  # whether sampling settings may ask for candidate draws
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    draws: bool = False  # whether sampling settings may ask for sampled candidates
 
 
 class RolloutActor:
@@ -39,8 +42,8 @@ class RolloutActor:
 
     def __init__(self, settings: RolloutActorSettings) -> None:
         self._settings = settings
-        self._rollouts: dict[int, AsyncGenerator[WrittenBatch]] = {}
-        self._running: dict[int, asyncio.Task[WrittenBatch]] = {}  # what is asked of a rollout
+        self._rollouts: dict[int, AsyncGenerator[RolloutBatch]] = {}
+        self._running: dict[int, asyncio.Task[RolloutBatch]] = {}  # waits for the next batch of a call
         self._watching: asyncio.Task[None] | None = None  # None: there is no engine yet
         self._is_updating = False
         self._held_version: int | None = None
@@ -61,7 +64,15 @@ class RolloutActor:
             settings.student, settings.engine, settings.max_model_len, settings.weight_sync_backend, settings.draws
         )
         self._worker = RolloutWorker(
-            engine, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), settings.rows_per_batch
+            engine,
+            Services(
+                lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+                VerifierProcess(settings.environment.verifier),
+            ),
+            settings.rows_per_batch,
+            environment_named(settings.environment.kind),
+            settings.environment.max_observation_tokens,
         )
         self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
 
@@ -70,37 +81,36 @@ class RolloutActor:
         self._worker.set_prompts(PromptSet.from_wire(wire))
 
     async def start_rollout(
-        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int
+        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
     ) -> tuple[pa.Buffer, BatchHandle]:
         """Hand all requests, at least one, to the engine and return the first batch, as `next_batch` does.
 
         Args:
-            call: what to ask for the next batches by; no two are equal.
-            requests: the completions to draw.
-            sampling: how to draw.
-            verifier: which verifier gives the rewards.
+            call: names the rollout in `next_batch`; no two are equal.
+            requests: the trajectories to sample.
+            sampling: how to sample.
             priority: requests of a call with a lower one run first.
         """
-        self._rollouts[call] = self._worker.generate(requests, sampling, verifier, priority)
+        self._rollouts[call] = self._worker.generate(requests, sampling, priority)
         return await self.next_batch(call)
 
     async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
-        """Return the call's next batch, waiting for it; none may be asked for after the last.
+        """Return the call's next batch, waiting for it; after the last one there is none.
 
         Raises:
             RolloutError: the engine gave up a request, or all rollouts were abandoned.
         """
         self._running[call] = asyncio.create_task(anext(self._rollouts[call]))
         try:
-            written = await self._running[call]
+            rows, metrics, is_last = await self._running[call]
         except asyncio.CancelledError as error:
             raise RolloutError(f"rollout call {call} was abandoned") from error
         finally:
             del self._running[call]
-        if written.is_last:
+        if is_last:
             del self._rollouts[call]
-        wire, handle = pack(written.rows, written.metrics)
-        return wire, replace(handle, is_last=written.is_last)
+        wire, handle = pack(rows, metrics)
+        return wire, replace(handle, is_last=is_last)
 
     async def abandon(self) -> None:
         """Give up all rollouts, and be ready for weights of any policy version.

@@ -1,8 +1,8 @@
-"""The rollout pool: who is asked for which completions, and what happens when one of them dies."""
+"""Spreads requests over rollout actors, and gives what a dead one owes to the others."""
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from time import perf_counter
 from typing import Any
@@ -25,40 +25,23 @@ _log = logging.getLogger("preceptor")
 
 
 @dataclass(frozen=True)
-class Order:
-    """Completions to draw, whoever does it."""
+class _Assignment:
+    """Holds what one call to a worker owes."""
 
-    rollout: int  # in training the step; a worker that cannot run all at once runs those of the lowest number first
-    requests: tuple[RolloutRequest, ...]
-    sampling: SamplingSettings
-    verifier: str  # gives the rewards
-
-    def only(self, trajectory_ids: Iterable[int]) -> "Order":
-        """Return the part that asks for these."""
-        wanted = set(trajectory_ids)
-        return replace(self, requests=tuple(request for request in self.requests if request.trajectory_id in wanted))
-
-    def without(self, trajectory_ids: Iterable[int]) -> "Order":
-        """Return what is left when these have been written."""
-        written = set(trajectory_ids)
-        left = tuple(request for request in self.requests if request.trajectory_id not in written)
-        return replace(self, requests=left)
-
-
-@dataclass(frozen=True)
-class _Awaited:
     worker: int
-    call: int  # what the worker knows the order by
-    order: Order  # without what has been written
-    wire: Any  # reference to the next batch's bytes
-    asked_at: float = field(default_factory=perf_counter)
+    call: int  # names the rollout to the worker
+    rollout: int  # in training the step; a worker that cannot run all at once runs those of the lowest number first
+    requests: Sequence[RolloutRequest]  # without those whose trajectories came back
+    sampling: SamplingSettings
+    wire: Any = None  # reference to the next batch's bytes
+    sent_at: float = 0.0  # on the clock of `perf_counter`
 
 
 class RolloutPool:
     """Spreads requests over rollout actors and hands back batches as they finish anywhere.
 
-    What a dead worker had not written yet is asked of the others, at once; the worker is started again, is given the
-    prompts and the current weights, and takes part from then on.
+    The others take over at once what a dead worker owes; the worker is started again, gets the prompts and the current
+    weights, and takes part from then on.
     """
 
     def __init__(
@@ -93,8 +76,8 @@ class RolloutPool:
         self._bring_weights: Callable[[ActorHandle], Any] | None = None
         self._rollout_ids = count(-1, -1)  # below every step, so that who waits for `generate` waits for it alone
         self._calls = count()
-        self._awaited: dict[Any, _Awaited] = {}  # reference to a handle -> who owes it
-        self._unassigned: list[Order] = []  # nobody serves who could do them
+        self._awaited: dict[Any, _Assignment] = {}  # by the reference to the next batch's handle
+        self._unassigned: list[tuple[int, Sequence[RolloutRequest], SamplingSettings]] = []  # while no worker serves
 
     @property
     def actors(self) -> list[ActorHandle]:
@@ -144,19 +127,22 @@ class RolloutPool:
         """Set how a worker that was started again gets the current weights; returns a reference that is ready then."""
         self._bring_weights = bring
 
-    def submit(self, order: Order) -> None:
-        """Hand requests to the workers that serve, those expected to be long first, and return at once."""
+    def submit(self, rollout: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> None:
+        """Hand requests to the workers that serve, those expected to be long first, and return at once.
+
+        Args:
+            rollout: in training the step; a worker that cannot run all at once runs those of the lowest number first.
+            requests: the trajectories to sample.
+            sampling: how to sample.
+        """
         serving = self._replicas.serving
         if not serving:
-            self._unassigned.append(order)
+            self._unassigned.append((rollout, requests, sampling))
             return
-        for worker, share in zip(serving, spread(order.requests, len(serving), self._lengths.expect), strict=True):
+        for worker, share in zip(serving, spread(requests, len(serving), self._lengths.expect), strict=True):
             if share:
-                call = next(self._calls)
-                given = replace(order, requests=tuple(share))
-                self._ask(
-                    worker, call, given, "start_rollout", call, share, order.sampling, order.verifier, order.rollout
-                )
+                assignment = _Assignment(worker, next(self._calls), rollout, share, sampling)
+                self._send("start_rollout", assignment, share, sampling, rollout)
 
     def collect(self, ready: Collection[Any]) -> list[BatchHandle]:
         """Return the batches among references that are ready, and ask their workers for the next ones, if any.
@@ -170,9 +156,9 @@ class RolloutPool:
         taken = (self._take(reference) for reference in ready if reference in self._awaited)
         handles = [handle for handle in taken if handle is not None]
         if self._replicas.admit_started(ready):
-            orders, self._unassigned = self._unassigned, []
-            for order in orders:
-                self.submit(order)
+            unassigned, self._unassigned = self._unassigned, []
+            for rollout, requests, sampling in unassigned:
+                self.submit(rollout, requests, sampling)
         return handles
 
     def maintain(self) -> list[Any]:
@@ -184,7 +170,7 @@ class RolloutPool:
             ActorError: workers died more often than they may.
         """
         for worker in self._replicas.maintain():
-            self._hand_on(worker)
+            self._reassign(worker)
         for worker in self._replicas.leaving:
             if all(awaited.worker != worker for awaited in self._awaited.values()):
                 self._replicas.retire(worker)
@@ -207,9 +193,10 @@ class RolloutPool:
                 self._replicas.lose(worker, error)
 
     def state(self) -> PoolState:
-        """Return who serves, and how many completions are owed."""
-        orders = [*(awaited.order for awaited in self._awaited.values()), *self._unassigned]
-        return self._replicas.state(self._name, sum(len(order.requests) for order in orders))
+        """Return which workers serve, and how many trajectories are owed."""
+        owed = [assignment.requests for assignment in self._awaited.values()]
+        owed += [requests for _, requests, _ in self._unassigned]
+        return self._replicas.state(self._name, sum(map(len, owed)))
 
     def late(self) -> str:
         """Name the workers that owe a batch, or are on their way."""
@@ -217,16 +204,14 @@ class RolloutPool:
         names = [self._replicas.name(worker) for worker in owing]
         return ", ".join(names or [f"{self._name}, of which nobody serves"] * bool(self._unassigned))
 
-    def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str
-    ) -> Iterator[BatchHandle]:
+    def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> Iterator[BatchHandle]:
         """Yield every requested trajectory once, in batches, in the order in which they finish; nothing else may run.
 
         Raises:
             RolloutError: an engine gave up a request.
             ActorError: an actor died, or none finished a batch in time; says which are late.
         """
-        self.submit(Order(next(self._rollout_ids), tuple(requests), sampling, verifier))
+        self.submit(next(self._rollout_ids), requests, sampling)
         while self._awaited or self._unassigned:
             ready = calls.wait_for_any(self.maintain, self._timeouts.call_seconds, self._waited_for)
             yield from self.collect(ready)
@@ -247,42 +232,41 @@ class RolloutPool:
         except ActorDiedError as error:
             self._awaited[reference] = awaited
             self._replicas.lose(awaited.worker, error)
-            self._hand_on(awaited.worker)
+            self._reassign(awaited.worker)
             return None
-        span = self._span(awaited, handle)
-        self._lengths.observe(handle)
-        if not handle.is_last:
-            left = awaited.order.without(handle.trajectory_ids)
-            self._ask(awaited.worker, awaited.call, left, "next_batch", awaited.call)
-        return replace(handle, reference=awaited.wire, rollout=awaited.order.rollout, spans=(span,))
-
-    def _span(self, awaited: _Awaited, handle: BatchHandle) -> Span:
-        return Span(
+        span = Span(
             self._name,
             self._replicas.name(awaited.worker),
             "generate",
-            awaited.asked_at,
+            awaited.sent_at,
             perf_counter(),
             len(handle.trajectory_ids),
             sum(handle.num_completion_tokens),
-            awaited.order.rollout,
+            awaited.rollout,
             handle.num_completion_tokens,
         )
+        self._lengths.observe(handle)
+        if not handle.is_last:
+            came = set(handle.trajectory_ids)
+            left = [request for request in awaited.requests if request.trajectory_id not in came]
+            self._send("next_batch", replace(awaited, requests=left))
+        return replace(handle, reference=awaited.wire, rollout=awaited.rollout, spans=(span,))
 
-    def _hand_on(self, worker: int) -> None:
-        """Ask others for what a lost worker owes."""
+    def _reassign(self, worker: int) -> None:
+        """Submit again what a lost worker owes."""
         owed = {reference: awaited for reference, awaited in self._awaited.items() if awaited.worker == worker}
         for reference in owed:
             del self._awaited[reference]
         name = self._replicas.name(worker)
         for awaited in owed.values():
-            _log.warning("%d completions of %s are asked for again", len(awaited.order.requests), name)
-            self.submit(awaited.order)
+            _log.warning("%d completions of %s are asked for again", len(awaited.requests), name)
+            self.submit(awaited.rollout, awaited.requests, awaited.sampling)
 
-    def _ask(self, worker: int, call: int, order: Order, method: str, *args: Any) -> None:
-        """Ask a worker for a batch; the key is the reference to its handle."""
-        wire, handle = getattr(self._replicas.actor(worker), method).options(num_returns=2).remote(*args)
-        self._awaited[handle] = _Awaited(worker, call, order, wire)
+    def _send(self, method: str, assignment: _Assignment, *args: Any) -> None:
+        """Call a worker for the next batch of an assignment; the key is the reference to its handle."""
+        call = getattr(self._replicas.actor(assignment.worker), method).options(num_returns=2)
+        wire, handle = call.remote(assignment.call, *args)
+        self._awaited[handle] = replace(assignment, wire=wire, sent_at=perf_counter())
 
     def _prepare(self, actor: ActorHandle) -> list[Any]:
         prompts = [] if self._prompts is None else [actor.set_prompts.remote(self._prompts)]

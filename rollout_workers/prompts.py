@@ -1,4 +1,4 @@
-"""Prompt files to token ids, and the order in which a run asks them.
+"""Reads prompt files, tokenises them, and fixes the order in which a run uses them.
 
 A prompt file is JSONL, one object per line: `prompt` (a text, or a list of chat messages), and optionally `answer`,
 `domain` and `teacher` (the NAME of a [teachers.NAME] section; needed when there are several).
@@ -21,6 +21,7 @@ from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, PromptError
 from cluster.contracts.files import read_file
 from cluster.contracts.trajectory import Ints, ragged
+from rollout_workers.environments.base import Prompt
 from rollout_workers.environments.verifiers import check_answer
 
 MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
@@ -91,6 +92,16 @@ class PromptSet:
         """Return the name of the teacher that scores this prompt's completions."""
         return str(self._table["teacher"][prompt_id].as_py())
 
+    def prompt(self, prompt_id: int) -> Prompt:
+        """Return one prompt as environments read it."""
+        return Prompt(
+            self.token_ids(prompt_id),
+            self.text(prompt_id),
+            self.teacher(prompt_id),
+            self.domain(prompt_id),
+            self.answer(prompt_id),
+        )
+
     def to_wire(self) -> pa.Buffer:
         """Encode as Arrow IPC."""
         sink = pa.BufferOutputStream()
@@ -150,6 +161,11 @@ def sampling_seed(*key: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # vLLM takes signed 64-bit seeds
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """Return the seed of one completion of a trajectory, from the trajectory's own, which the first completion has."""
+    return sampling_seed(seed, turn) if turn else seed
+
+
 def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config, context_tokens: int) -> PromptSet:
     """Read and tokenise a prompt file.
 
@@ -162,14 +178,14 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config,
     Raises:
         PromptError: the file is missing or empty, or a line is malformed or does not fit; names file and line.
     """
-    lines = [(where, _parse(where, line, config.evaluation.verifier)) for where, line in _lines(path)]
+    lines = [(where, _parse(where, line, config.environment.verifier)) for where, line in _lines(path)]
     if not lines:
         raise PromptError(f"{path}: the file holds no prompt")
     # One call for all of them: called once per prompt, a tokenizer spends its time in Python.
     texts = [_render(where, line, tokenizer, config) for where, line in lines]
     token_ids = tokenizer(texts, add_special_tokens=config.prompts.template == "raw")["input_ids"]
     for (where, _), ids in zip(lines, token_ids, strict=True):
-        _check_length(where, len(ids), config.rollout.max_completion_tokens, context_tokens)
+        _check_length(where, len(ids), config, context_tokens)
     columns = {
         "token_ids": token_ids,
         "text": [_last_message(line) for _, line in lines],
@@ -222,14 +238,19 @@ def _check_messages(where: str, messages: list[dict[str, Any]]) -> None:
             raise PromptError(f"{where}: message {number} has content {content!r}; expected a text that is not empty")
 
 
-def _check_length(where: str, tokens: int, completion_tokens: int, context_tokens: int) -> None:
+def _check_length(where: str, tokens: int, config: Config, context_tokens: int) -> None:
     if not tokens:
         raise PromptError(f"{where}: the prompt has no tokens; the student needs one to go on from")
-    room = context_tokens - completion_tokens - 1  # a scoring engine generates one token
+    limits = {
+        "rollout.max_completion_tokens": config.rollout.max_completion_tokens,
+        "environment.max_observation_tokens": config.environment.max_observation_tokens,
+    }
+    room = context_tokens - sum(limits.values()) - 1  # a scoring engine generates one token
     if tokens > room:
+        named = ", ".join(f"{name} = {value}" for name, value in limits.items() if value)
         raise PromptError(
-            f"{where}: the prompt has {tokens} tokens, but a context of {context_tokens} less "
-            f"rollout.max_completion_tokens = {completion_tokens} and 1 leaves room for {room}"
+            f"{where}: the prompt has {tokens} tokens, but a context of {context_tokens} less {named} and 1 leaves "
+            f"room for {room}"
         )
 
 

@@ -1,79 +1,83 @@
-"""From what an engine wrote to the rows that travel; pure."""
+"""Builds the rows that travel from the turns of finished trajectories; pure."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.contracts.metrics import Max, Mean, Metric, Sum
 from cluster.contracts.requests import Completion, RolloutRequest
 from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints
-
-
-@dataclass(frozen=True)
-class PromptFacts:
-    """What a worker knows of one prompt."""
-
-    token_ids: Ints  # [prompt_tokens]
-    teacher: str
-    domain: str
-    answer: str | None  # None: nothing to verify against
-
-
-@dataclass(frozen=True)
-class PolicyVersions:
-    """The student's versions that wrote one completion."""
-
-    oldest: int
-    newest: int
-    changes: Ints  # [newest - oldest] tokens written before each version after the oldest
-
-    @classmethod
-    def of(cls, by_token: Ints) -> "PolicyVersions":
-        """Read them off the version that wrote each token; of no tokens they are none but 0.
-
-        Example:
-            >>> PolicyVersions.of(np.array([4, 4, 4, 5, 7])).changes.tolist()
-            [3, 4, 4]
-        """
-        oldest, newest = (int(by_token[0]), int(by_token[-1])) if len(by_token) else (0, 0)
-        later = np.arange(oldest + 1, newest + 1)
-        return cls(oldest, newest, np.searchsorted(by_token, later).astype(np.int32))
+from rollout_workers.environments.base import Prompt
 
 
 def build_trajectory(
-    request: RolloutRequest, prompt: PromptFacts, completion: Completion, reward: float | None
+    request: RolloutRequest,
+    prompt: Prompt,
+    segments: Sequence[Ints | Completion],
+    finish_reason: FinishReason,
+    reward: float | None,
 ) -> GeneratedTrajectory:
-    """Join prompt and completion into one row; `loss_mask` is 1 on what the student sampled, its EOS included."""
-    versions = PolicyVersions.of(completion.policy_versions)
+    """Join the segments of a trajectory into one row.
+
+    Args:
+        request: what the row answers.
+        prompt: names teacher and domain.
+        segments: in order, token ids that the student read and completions that it sampled, at least one of these.
+            `loss_mask` is 1 on completions, their EOS included; the columns per completion token hold their values
+            one completion after the other.
+        finish_reason: why the trajectory ended.
+        reward: of the whole trajectory.
+    """
+    completions = [segment for segment in segments if isinstance(segment, Completion)]
+    oldest, newest, changes = policy_versions(np.concatenate([part.policy_versions for part in completions]))
     return GeneratedTrajectory(
         trajectory_id=request.trajectory_id,
         prompt_id=request.prompt_id,
         sample_index=request.sample_index,
         teacher=prompt.teacher,
         domain=prompt.domain,
-        min_policy_version=versions.oldest,
-        max_policy_version=versions.newest,
-        version_changes=versions.changes,
-        token_ids=np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int32),
-        loss_mask=np.repeat(np.array([0, 1], np.uint8), [len(prompt.token_ids), len(completion.token_ids)]),
-        rollout_logprobs=completion.logprobs,
-        finish_reason=completion.finish_reason,
+        min_policy_version=oldest,
+        max_policy_version=newest,
+        version_changes=changes,
+        token_ids=np.concatenate([token_ids_of(segment) for segment in segments]),
+        loss_mask=np.repeat(
+            np.array([isinstance(segment, Completion) for segment in segments], np.uint8),
+            [len(token_ids_of(segment)) for segment in segments],
+        ),
+        rollout_logprobs=np.concatenate([part.logprobs for part in completions]),
+        finish_reason=finish_reason,
         reward=reward,
-        candidate_ids=completion.candidate_ids,
-        candidate_rollout_logprobs=completion.candidate_logprobs,
+        candidate_ids=_joined([part.candidate_ids for part in completions]),
+        candidate_rollout_logprobs=_joined([part.candidate_logprobs for part in completions]),
     )
 
 
-def before_stop(text: str, stop: Sequence[str]) -> str:
-    """Return what precedes the first stop string, without white space at the ends; the stop string is no answer.
+def token_ids_of(segment: Ints | Completion) -> Ints:
+    """Return the token ids of a segment."""
+    return segment.token_ids if isinstance(segment, Completion) else segment
+
+
+def policy_versions(by_token: Ints) -> tuple[int, int, Ints]:
+    """Return the oldest and the newest version, and the tokens sampled before each version after the oldest.
+
+    Args:
+        by_token: [completion_tokens] the version that sampled each token; of no tokens, both versions are 0.
 
     Example:
-        >>> before_stop(" 42 END", ["END"])
-        '42'
+        >>> policy_versions(np.array([4, 4, 4, 5, 7]))[2].tolist()
+        [3, 4, 4]
     """
-    ends = [text.find(string) for string in stop if string in text]
-    return text[: min(ends, default=len(text))].strip()
+    oldest, newest = (int(by_token[0]), int(by_token[-1])) if len(by_token) else (0, 0)
+    later = np.arange(oldest + 1, newest + 1)
+    return oldest, newest, np.searchsorted(by_token, later).astype(np.int32)
+
+
+def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    """Join the candidates of all completions; the sampling settings give them to all of them or to none."""
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present else None
 
 
 def rollout_metrics(
@@ -84,7 +88,7 @@ def rollout_metrics(
     Args:
         rows: at least one.
         seconds: the worker's time since its previous batch, so that a worker's sum is its time.
-        stops_repetition: whether repetition was looked for; where it was not, nobody knows how much there is.
+        stops_repetition: whether the engine looked for repetition; otherwise its share is unknown.
     """
     lengths = [len(row.rollout_logprobs) for row in rows]
     rewards = [row.reward for row in rows if row.reward is not None]

@@ -1,43 +1,54 @@
-"""One rollout worker: requests in, Arrow batches of trajectories out, as they finish."""
+"""Turns requests into Arrow batches of trajectories, as they finish."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from cluster.contracts.errors import RolloutError, WeightSyncError
+from cluster.contracts.errors import PreceptorError, RolloutError, WeightSyncError
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.protocols import RolloutEngine
-from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
+from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
+from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints, make_generated
 from rollout_workers.batching import in_batches
-from rollout_workers.environments.verifiers import VerifierProcess
-from rollout_workers.prompts import PromptSet
-from rollout_workers.trajectory_builder import PromptFacts, before_stop, build_trajectory, rollout_metrics
+from rollout_workers.environments.base import NewEnvironment, Outcome, Prompt, Services, SingleTurn, TokenIds
+from rollout_workers.prompts import PromptSet, turn_seed
+from rollout_workers.trajectory_builder import build_trajectory, rollout_metrics, token_ids_of
 
-Decode = Callable[[Ints], str]  # completion tokens to text, without special tokens
-
-
-@dataclass(frozen=True)
-class WrittenBatch:
-    """Some finished trajectories of a rollout."""
-
-    rows: pa.RecordBatch
-    metrics: Metrics
-    is_last: bool  # whether none follow
+RolloutBatch = tuple[pa.RecordBatch, Metrics, bool]  # finished trajectories, and whether none follow
 
 
 class RolloutWorker:
-    """Draws completions from an engine and makes rows of them, rewards included."""
+    """Samples completions from an engine, lets environments answer them, and makes rows of finished trajectories."""
 
-    def __init__(self, engine: RolloutEngine, decode: Decode, rows_per_batch: int) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        services: Services,
+        rows_per_batch: int,
+        environment: NewEnvironment = SingleTurn,
+        max_observation_tokens: int = 0,
+    ) -> None:
+        """Take the engine.
+
+        Args:
+            engine: samples completions.
+            services: what environments may use.
+            rows_per_batch: the most trajectories of a batch.
+            environment: makes the environment of each trajectory.
+            max_observation_tokens: how many tokens an environment may add to one prompt; the context is that long.
+        """
         self._engine = engine
-        self._decode = decode
+        self._services = services
         self._rows_per_batch = rows_per_batch
-        self._judge = VerifierProcess()
+        self._environment = environment
+        self._max_observation_tokens = max_observation_tokens
         self._prompts: PromptSet | None = None
         self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
         self._num_requests = 0
@@ -47,26 +58,25 @@ class RolloutWorker:
         self._prompts = prompts
 
     async def generate(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int = 0
-    ) -> AsyncGenerator[WrittenBatch]:
+        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int = 0
+    ) -> AsyncGenerator[RolloutBatch]:
         """Yield trajectories as they are done, up to `rows_per_batch` for the same teacher at a time.
 
         Args:
             requests: all are handed to the engine at once, in this order; it decides how many run together.
-            sampling: how to draw.
-            verifier: which verifier gives the reward of a completion whose prompt has an answer.
+            sampling: how to sample; its `max_completion_tokens` bounds the sampled tokens of a whole trajectory.
             priority: requests of a call with a lower one run first.
 
         Raises:
-            RolloutError: the prompts were never set, or the engine gave up a request.
+            RolloutError: the prompts were never set, the engine gave up a request, or an environment failed.
         """
         last = perf_counter()
-        tasks = [asyncio.create_task(self._rollout(request, sampling, verifier, priority)) for request in requests]
+        tasks = [asyncio.create_task(self._rollout(request, sampling, priority)) for request in requests]
         try:
             async for rows, is_last in in_batches(tasks, self._rows_per_batch):
                 now = perf_counter()
                 metrics = rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
-                yield WrittenBatch(make_generated(rows), metrics, is_last)
+                yield make_generated(rows), metrics, is_last
                 last = now
         finally:
             for unfinished in tasks:
@@ -103,33 +113,88 @@ class RolloutWorker:
         self._policy_version = None
 
     async def shutdown(self) -> None:
-        """End the engine and the judge."""
-        self._judge.close()
+        """End the engine and the verifier."""
+        self._services.verifier.close()
         await self._engine.shutdown()
 
-    async def _rollout(
-        self, request: RolloutRequest, sampling: SamplingSettings, verifier: str, priority: int
-    ) -> GeneratedTrajectory:
-        prompt = self._prompt(request.prompt_id)
-        self._num_requests += 1
-        # A request id must not be in use twice at once; a trajectory may be asked for again after a failure.
-        request_id = f"{request.trajectory_id}-{self._num_requests}"
-        completion = await self._engine.generate(
-            request_id, prompt.token_ids.tolist(), sampling, request.seed, priority
-        )
-        reward: float | None = None
-        if prompt.answer is not None:
-            text = before_stop(self._decode(completion.token_ids), sampling.stop)
-            reward = await self._judge.reward(verifier, text, prompt.answer, completion.finish_reason)
-        return build_trajectory(request, prompt, completion, reward)
+    async def _rollout(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> GeneratedTrajectory:
+        """Sample and step until the environment has an outcome, or a limit ends the trajectory.
 
-    def _prompt(self, prompt_id: int) -> PromptFacts:
-        prompts = self._prompts
-        if prompts is None:
+        The finish reason is the last completion's. At a limit it is "length": all tokens that the trajectory may sample
+        are sampled, or an observation does not fit; a request that vLLM aborted ends it, too.
+        """
+        prompt = self._prompt(request.prompt_id)
+        with _failures_of_environment(request):
+            environment = self._environment(replace(self._services, stop=sampling.stop))
+            opening = _as_ids(await environment.start(prompt, request.seed))
+        room = len(prompt.token_ids) + self._max_observation_tokens - len(opening)
+        if room < 0:
+            raise self._no_room(request, len(opening) - len(prompt.token_ids))
+        segments: list[Ints | Completion] = [opening]
+        tokens_left = sampling.max_completion_tokens
+        for turn in count():
+            completion = await self._sample(
+                request, segments, replace(sampling, max_completion_tokens=tokens_left), turn, priority
+            )
+            segments.append(completion)
+            tokens_left -= len(completion.token_ids)
+            with _failures_of_environment(request):
+                answer = await environment.step(completion)
+                if isinstance(answer, Outcome):
+                    return build_trajectory(request, prompt, segments, completion.finish_reason, answer.reward)
+                observed = _as_ids(answer.token_ids)
+            room -= len(observed)
+            if room < 0 and not self._max_observation_tokens:
+                raise self._no_room(request, len(observed))
+            if completion.finish_reason == "abort" or tokens_left <= 0 or room < 0:
+                reason: FinishReason = "abort" if completion.finish_reason == "abort" else "length"
+                return build_trajectory(request, prompt, segments, reason, answer.reward)
+            segments.append(observed)
+        raise AssertionError("a trajectory has no last turn")
+
+    async def _sample(
+        self,
+        request: RolloutRequest,
+        segments: Sequence[Ints | Completion],
+        sampling: SamplingSettings,
+        turn: int,
+        priority: int,
+    ) -> Completion:
+        """Sample the completion that follows the segments."""
+        self._num_requests += 1
+        # A request id must not be in use twice at once, and a trajectory is requested again after a failure.
+        request_id = f"{request.trajectory_id}-{self._num_requests}"
+        token_ids = np.concatenate([token_ids_of(segment) for segment in segments]).tolist()
+        return await self._engine.generate(request_id, token_ids, sampling, turn_seed(request.seed, turn), priority)
+
+    def _prompt(self, prompt_id: int) -> Prompt:
+        if self._prompts is None:
             raise RolloutError("a rollout was asked for before the prompts were set")
-        return PromptFacts(
-            token_ids=prompts.token_ids(prompt_id),
-            teacher=prompts.teacher(prompt_id),
-            domain=prompts.domain(prompt_id),
-            answer=prompts.answer(prompt_id),
+        return self._prompts.prompt(prompt_id)
+
+    def _no_room(self, request: RolloutRequest, num_tokens: int) -> RolloutError:
+        return RolloutError(
+            f"trajectory {request.trajectory_id}: the environment adds {num_tokens} tokens to the prompt, but "
+            f"environment.max_observation_tokens = {self._max_observation_tokens}; raise it"
         )
+
+
+def _as_ids(token_ids: TokenIds) -> Ints:
+    return np.asarray(token_ids, np.int32).reshape(-1)
+
+
+@contextmanager
+def _failures_of_environment(request: RolloutRequest) -> Iterator[None]:
+    """Name the trajectory in which the user's code failed.
+
+    Raises:
+        RolloutError: the code raised anything that is not ours.
+    """
+    try:
+        yield
+    except PreceptorError:
+        raise
+    except Exception as error:
+        raise RolloutError(
+            f"trajectory {request.trajectory_id}: the environment failed: {type(error).__name__}: {error}"
+        ) from error

@@ -111,7 +111,7 @@ class Steps:
             watch = Stopwatch()
             for admitted in permits.admit(step):
                 requests = run.requests(admitted % DIFFERENT_STEPS)
-                asked[admitted] = flow.admit(admitted, requests, SAMPLING, "exact", run.config.scorers)
+                asked[admitted] = flow.admit(admitted, requests, SAMPLING, run.config.scorers)
             batches = asked.pop(step)
             with watch.measure("step"):
                 learned = run.learner.step(batches, step)

@@ -116,7 +116,7 @@ class Bench:
     def __init__(self, config: Config, inputs: Inputs, pipeline: Pipeline) -> None:
         self._config, self._inputs = config, inputs
         self._rollouts, self._teachers, self._learner = pipeline.rollouts, pipeline.teachers, pipeline.learner
-        self._sampling, self._verifier = train_sampling(config), config.evaluation.verifier
+        self._sampling = train_sampling(config)
         self._flow = Flow(self._rollouts, self._teachers, config.ray.call_timeout_seconds)
         self._policy_version = -1
         self._meter = Meter()
@@ -128,7 +128,7 @@ class Bench:
         generated: list[BatchHandle] = []
         scored: list[BatchHandle] = []
         spent["generate"] = self._meter.measure(
-            lambda: generated.extend(self._rollouts.generate(requests, self._sampling, self._verifier))
+            lambda: generated.extend(self._rollouts.generate(requests, self._sampling))
         )
         spent["score"] = self._meter.measure(
             lambda: scored.extend(self._teachers.score(generated, self._config.scorers))
@@ -165,7 +165,7 @@ class Bench:
         return found
 
     def _admit(self, step: int) -> StepBatches:
-        return self._flow.admit(step, self._requests(step), self._sampling, self._verifier, self._config.scorers)
+        return self._flow.admit(step, self._requests(step), self._sampling, self._config.scorers)
 
     def _learn(self, step: int, batches: StepBatches) -> Record:
         watch = Stopwatch()

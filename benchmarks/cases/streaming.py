@@ -70,7 +70,7 @@ class StubRun:
         seconds = []
         for step in steps:
             started = time.perf_counter()
-            generated = list(self.rollouts.generate(self.requests(step), SAMPLING, "exact"))
+            generated = list(self.rollouts.generate(self.requests(step), SAMPLING))
             scored = list(self.teachers.score(generated, self.config.scorers))
             self.learner.step(ReadyBatches(scored), step)
             seconds.append(time.perf_counter() - started)
@@ -85,7 +85,7 @@ class StubRun:
         for step in steps:
             started = time.perf_counter()
             for admitted in permits.admit(step):
-                asked[admitted] = flow.admit(admitted, self.requests(admitted), SAMPLING, "exact", self.config.scorers)
+                asked[admitted] = flow.admit(admitted, self.requests(admitted), SAMPLING, self.config.scorers)
             self.learner.step(asked.pop(step), step)
             seconds.append(time.perf_counter() - started)
         return seconds

@@ -106,7 +106,7 @@ def do_steps(run: StubRun, steps: range, measured: Measured) -> None:
     for step in steps:
         started = time.perf_counter()
         for admitted in permits.admit(step):
-            asked[admitted] = flow.admit(admitted, run.requests(admitted), SAMPLING, "exact", run.config.scorers)
+            asked[admitted] = flow.admit(admitted, run.requests(admitted), SAMPLING, run.config.scorers)
         batches = asked.pop(step)
         learned = run.learner.step(batches, step)
         seconds = time.perf_counter() - started

@@ -26,6 +26,7 @@ from cluster.contracts.requests import Completion, RolloutRequest, SamplingSetti
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.contracts.wire import from_wire
 from learner.batching.arrivals import RankShare
+from rollout_workers.environments.base import Services
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker
 
@@ -123,7 +124,7 @@ class StubRolloutProcess:
     async def start(self, worker: int) -> None:
         """Build a worker."""
         engine = cast(RolloutEngine, StubRolloutEngine(self._rates))  # but for the weights, which never change
-        self._workers[worker] = RolloutWorker(engine, lambda ids: "", self._rows_per_batch)
+        self._workers[worker] = RolloutWorker(engine, Services(lambda text: [], lambda ids: ""), self._rows_per_batch)
 
     async def set_prompts(self, worker: int, wire: pa.Buffer) -> None:
         """Replace the prompts."""
@@ -135,18 +136,17 @@ class StubRolloutProcess:
         call: int,
         requests: Sequence[RolloutRequest],
         sampling: SamplingSettings,
-        verifier: str,
         priority: int,
     ) -> tuple[pa.Buffer, BatchHandle]:
         """Begin a rollout and return its first batch."""
-        self._rollouts[worker, call] = self._workers[worker].generate(requests, sampling, verifier, priority)
+        self._rollouts[worker, call] = self._workers[worker].generate(requests, sampling, priority)
         return await self.next_batch(worker, call)
 
     async def next_batch(self, worker: int, call: int) -> tuple[pa.Buffer, BatchHandle]:
         """Return the rollout's next batch."""
-        written = await anext(self._rollouts[worker, call])
-        wire, handle = pack(written.rows, written.metrics)
-        return wire, replace(handle, is_last=written.is_last)
+        rows, metrics, is_last = await anext(self._rollouts[worker, call])
+        wire, handle = pack(rows, metrics)
+        return wire, replace(handle, is_last=is_last)
 
     async def shutdown(self, worker: int) -> None:
         """End a worker's verifier."""

@@ -38,10 +38,10 @@ class StubRolloutActor:
         await self._process.set_prompts(0, wire)
 
     async def start_rollout(
-        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int
+        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
     ) -> tuple[pa.Buffer, BatchHandle]:
         """Begin a rollout and return its first batch."""
-        return await self._process.start_rollout(0, call, requests, sampling, verifier, priority)
+        return await self._process.start_rollout(0, call, requests, sampling, priority)
 
     async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
         """Return the rollout's next batch."""

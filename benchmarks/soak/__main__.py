@@ -110,7 +110,7 @@ class Loop:
             for admitted in permits.admit(step) if goes_on else ():
                 requests = train_requests(config, pools.inputs, admitted)
                 ids = [request.trajectory_id for request in requests]
-                under_way[admitted] = ids, flow.admit(admitted, requests, sampling, "exact", config.scorers)
+                under_way[admitted] = ids, flow.admit(admitted, requests, sampling, config.scorers)
             time.sleep(self.delays.seconds("driver", step))
             asked, batches = under_way.pop(step)
             pools.learner.step(batches, step)

@@ -19,6 +19,7 @@ from cluster.contracts.requests import Completion, SamplingSettings, ScoreReques
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.weight_sync.manifest import new_digest
 from rollout_workers.actor import RolloutActor, RolloutActorSettings
+from rollout_workers.environments.base import Services
 from rollout_workers.worker import RolloutWorker
 from teacher_workers.actor import TeacherActor
 
@@ -103,7 +104,7 @@ class WaitingRolloutActor(RolloutActor):
     async def start(self) -> None:
         """Build the worker."""
         engine = WaitingRolloutEngine(self._delays, self._index)
-        self._worker = RolloutWorker(engine, lambda ids: "", self._settings.rows_per_batch)
+        self._worker = RolloutWorker(engine, Services(lambda text: [], lambda ids: ""), self._settings.rows_per_batch)
 
     async def next_batch(self, call: int) -> Any:
         """Return what the real actor would, later."""

@@ -50,14 +50,21 @@ class PromptsConfig(Section):
     shuffle: bool = True  # a new order each epoch, fixed by run.seed
 
 
+class EnvironmentConfig(Section):
+    """Says what answers and rewards the student's completions, in training and on held-out prompts."""
+
+    kind: Text = "single_turn"  # or package.module:Class, an Environment of yours
+    verifier: Literal["exact", "regex", "math"] = "exact"  # compares a completion with its prompt's answer
+    max_observation_tokens: CountOrZero = 0  # that the environment may add to one prompt; the context is so much longer
+
+
 class EvaluationConfig(Section):
-    """Held-out prompts, sampled and verified before, during and after training."""
+    """Held-out prompts, sampled and rewarded before, during and after training."""
 
     every_steps: CountOrZero = 0  # 0: before and after only
     num_prompts: CountOrZero = 0  # 0: all held-out prompts
     samples_per_prompt: Items = 1
     temperature: Annotated[float, Meta(ge=0, le=MAX_TEMPERATURE)] = 1.0  # 0: greedy
-    verifier: Literal["exact", "regex", "math"] = "exact"
     teacher_too: bool = True  # measure the teachers on the same prompts, once
 
 
@@ -106,6 +113,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     run: RunConfig = RunConfig()
     student: StudentConfig
     prompts: PromptsConfig
+    environment: EnvironmentConfig = EnvironmentConfig()
     rollout: RolloutConfig = RolloutConfig()
     teachers: Annotated[dict[str, TeacherConfig], Meta(min_length=1)]
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -6,6 +6,7 @@ Example:
     'topk'
 """
 
+import logging
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.files import read_text
+
+_log = logging.getLogger("preceptor")
 
 MAX_RUN_FILE_BYTES = 1 << 20
 MAX_DOTS = 4096  # tomllib takes the square of a dotted key's length
@@ -76,6 +79,7 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
     for override in overrides:
         _apply_override(tree, override)
         _spell_out_balance(tree)
+    _rename_verifier(tree, source)
     _check_texts(tree, source)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
@@ -91,6 +95,14 @@ def _spell_out_balance(tree: dict[str, Any]) -> None:
     """Make a table of `balance = "auto"`, so that overrides can name its fields."""
     if isinstance(tree.get("balance"), str):
         tree["balance"] = {"mode": tree["balance"]}
+
+
+def _rename_verifier(tree: dict[str, Any], source: str) -> None:
+    """Accept `evaluation.verifier`, the former name of `environment.verifier`, for one release."""
+    evaluation, environment = tree.get("evaluation"), tree.get("environment", {})
+    if isinstance(evaluation, dict) and "verifier" in evaluation and isinstance(environment, dict):
+        tree["environment"] = {"verifier": evaluation.pop("verifier"), **environment}
+        _log.warning("%s: evaluation.verifier is now environment.verifier; rename it", source)
 
 
 def _with_initial_student(tree: dict[str, Any]) -> dict[str, Any]:

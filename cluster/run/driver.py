@@ -53,7 +53,6 @@ def train(run: TrainingRun) -> None:
     rollouts, teachers = run.pipeline.rollouts, run.pipeline.teachers
     flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds, run.poll)
     permits = Permits(run.first_step, config.run.steps, config.rollout.max_staleness)
-    verifier = config.evaluation.verifier
     asked: dict[int, StepBatches] = {}  # of steps that are under way
     learner.publish_weights(rollouts.actors, policy_version=run.first_step)
     rollouts.bring_weights_with(learner.bring_weights)  # to workers that are started again
@@ -64,7 +63,7 @@ def train(run: TrainingRun) -> None:
         for admitted in permits.admit(step):
             run.enter(admitted)
             requests = train_requests(config, run.inputs, admitted)
-            asked[admitted] = flow.admit(admitted, requests, run.sampling(admitted), verifier, config.scorers)
+            asked[admitted] = flow.admit(admitted, requests, run.sampling(admitted), config.scorers)
             run.ledger.admit(admitted + 1, requests)
         batches = asked.pop(step)
         with watch.measure("step"):

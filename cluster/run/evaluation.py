@@ -1,4 +1,4 @@
-"""Held-out prompts through a rollout pool: how often the verifier agrees, how long the completions are."""
+"""Samples held-out prompts in the run's environment, and measures rewards and lengths."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -28,7 +28,7 @@ SAMPLES_KEPT = 8  # completions per evaluation that are written out for people
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one model did on the held-out prompts."""
+    """Holds what one model did on the held-out prompts."""
 
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # a few prompts with their completions
@@ -46,7 +46,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples every held-out prompt and verifies; who is asked again draws with the same seeds."""
+    """Samples every held-out prompt in the run's environment; every evaluation uses the same seeds."""
 
     config: Config
     inputs: Inputs
@@ -55,7 +55,7 @@ class Evaluator:
     def evaluate_pool(self, pool: RolloutPool) -> Evaluation:
         """Measure the model that a pool serves."""
         requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
-        return self._describe(list(pool.generate(requests, sampling, self.config.evaluation.verifier)))
+        return self._describe(list(pool.generate(requests, sampling)))
 
     def evaluate_run(self, flow: Flow) -> Evaluation:
         """Measure the student of a run, and how far its samples are from its teachers."""
@@ -65,7 +65,7 @@ class Evaluator:
             # At another temperature the samples' log-probabilities are not those of the model itself.
             return [(route, ScoreRequest(TEACHER))] if sampling.temperature == 1 else []
 
-        return self._describe(flow.run(requests, sampling, self.config.evaluation.verifier, scorers))
+        return self._describe(flow.run(requests, sampling, scorers))
 
     def _describe(self, handles: Sequence[BatchHandle]) -> Evaluation:
         metrics = report(merge(handle.metrics for handle in handles))
@@ -112,7 +112,7 @@ def forget_samples(path: Path, last_step: int) -> None:
 
 
 def _held_out_names(metrics: dict[str, float]) -> dict[str, float]:
-    """Name the figures after what they mean here: a mean reward over all held-out prompts is an accuracy."""
+    """Name the metrics after what they mean here: a mean reward over all held-out prompts is an accuracy."""
     renamed = {"rollout/reward": "accuracy", "teacher/sampled_kl": "kl"}
     kept = {
         name: renamed.get(name, name.removeprefix("rollout/"))

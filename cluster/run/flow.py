@@ -15,7 +15,7 @@ from typing import Any
 from cluster.actors.calls import wait_for_any
 from cluster.contracts.batches import BatchHandle, Span
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.pool import Order, RolloutPool
+from rollout_workers.pool import RolloutPool
 from teacher_workers.router import Chain, TeacherPools
 
 MOST_SPANS = 100_000  # calls that are remembered for who takes their spans; nobody may
@@ -29,7 +29,8 @@ Scorers = Callable[[str], Chain]  # route -> who scores its batches; nobody: the
 class Progress:
     """One rollout, from its admission to its last scored batch; times are on the clock of `perf_counter`."""
 
-    order: Order
+    requests: Sequence[RolloutRequest]
+    sampling: SamplingSettings
     scorers: Scorers
     missing: int  # trajectories that are still written or scored
     admitted_at: float
@@ -70,21 +71,19 @@ class Flow:
         step: int,
         requests: Sequence[RolloutRequest],
         sampling: SamplingSettings,
-        verifier: str,
         scorers: Scorers,
     ) -> "StepBatches":
         """Hand a step's requests to the rollout workers, and return at once what gives its batches out."""
         now = perf_counter()
-        order = Order(step, tuple(requests), sampling, verifier)
-        progress = self._under_way[step] = Progress(order, scorers, len(requests), now, now, now)
-        self._rollouts.submit(order)
+        progress = self._under_way[step] = Progress(requests, sampling, scorers, len(requests), now, now, now)
+        self._rollouts.submit(step, requests, sampling)
         return StepBatches(progress, self._advance)
 
     def run(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, scorers: Scorers
+        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, scorers: Scorers
     ) -> list[BatchHandle]:
         """Return the batches of requests that belong to no step, ahead of those that do."""
-        batches, handles = self.admit(next(self._extra_ids), requests, sampling, verifier, scorers), []
+        batches, handles = self.admit(next(self._extra_ids), requests, sampling, scorers), []
         while not batches.is_exhausted:
             handles += batches.take()
         return handles
@@ -127,7 +126,8 @@ class Flow:
         """Ask once more for completions whose bytes are gone with the node that held them."""
         progress = self._under_way[handle.rollout]
         _log.warning("%d completions are gone with their node and are asked for again", len(handle.trajectory_ids))
-        self._rollouts.submit(progress.order.only(handle.trajectory_ids))
+        lost = [request for request in progress.requests if request.trajectory_id in handle.trajectory_ids]
+        self._rollouts.submit(handle.rollout, lost, progress.sampling)
 
     def _finish(self, handles: Iterable[BatchHandle]) -> None:
         for handle in handles:

@@ -8,6 +8,7 @@ from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.model_checks import check_tokenizers, read_model
 from cluster.run.ledger import AuditedRun
+from rollout_workers.environments.base import environment_named
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
 
 _TRAIN, _HELD_OUT = 0, 1  # keep the draws of training and evaluation apart
@@ -20,13 +21,14 @@ class Inputs:
     prompts: PromptSet
     train: PromptOrder
     held_out_ids: tuple[int, ...]
-    max_model_len: int  # longest prompt + completion + 1: the context that every engine must offer
+    max_model_len: int  # longest prompt + observations + completion + 1: the context that every engine must offer
 
 
 def load_inputs(config: Config) -> Inputs:
     """Read models' configurations, tokenizers and prompt files, and check that they fit each other.
 
     Raises:
+        ConfigError: the environment cannot be imported.
         ModelError: a model is missing, or a teacher's tokenizer is not the student's.
         PromptError: a prompt file is missing, malformed, or has a prompt that does not fit a context.
     """
@@ -36,6 +38,7 @@ def load_inputs(config: Config) -> Inputs:
     check_tokenizers(student.tokenizer, tokenizers, compare_templates=config.prompts.template == "chat")
     models = [student, *teachers.values()]
     check_support(config, min(model.vocabulary for model in models))
+    environment_named(config.environment.kind)  # refuses a wrong name before anything starts
     context = min(model.context_tokens for model in models)
     train = load_prompts(Path(config.prompts.train), student.tokenizer, config, context)
     parts = [train]
@@ -46,7 +49,10 @@ def load_inputs(config: Config) -> Inputs:
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
         held_out_ids=tuple(range(len(train), len(prompts)))[: config.evaluation.num_prompts or None],
-        max_model_len=prompts.longest_tokens + config.rollout.max_completion_tokens + 1,
+        max_model_len=prompts.longest_tokens
+        + config.environment.max_observation_tokens
+        + config.rollout.max_completion_tokens
+        + 1,
     )
 
 

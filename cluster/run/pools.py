@@ -119,6 +119,7 @@ def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement,
         inputs.max_model_len,
         config.rollout.rows_per_batch,
         weight_sync_backend=None,
+        environment=config.environment,
     )
     pool = RolloutPool(settings, placement.teachers[name].options(), pool_timeouts(config), f"rollout-of-{name}")
     with _ready_rollouts(pool, inputs):
@@ -142,6 +143,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         inputs.max_model_len,
         config.rollout.rows_per_batch,
         config.weight_sync.backend,
+        environment=config.environment,
         draws=config.objective.support == "samples",
     )
 

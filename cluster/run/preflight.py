@@ -47,7 +47,7 @@ def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> lis
     with start_pipeline(config, inputs, placement, learner_config=mirrored) as pipeline:
         pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=0)
         requests = train_requests(config, inputs, step=0)[:NUM_PROMPTS]
-        handles = list(pipeline.rollouts.generate(requests, train_sampling(config), config.evaluation.verifier))
+        handles = list(pipeline.rollouts.generate(requests, train_sampling(config)))
         results = [_sampler_gap(config, pipeline, handles)]
         for name, pool in pipeline.teachers.pools.items():
             replicas = [_read(config, scored) for scored in pool.score_everywhere(handles, ScoreRequest(TEACHER))]

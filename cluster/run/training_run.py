@@ -170,9 +170,9 @@ class TrainingRun:
         """Audit all teachers before anything is learned from them."""
         if self._audit.needs_rows:
             requests = train_requests(self.config, self.inputs, self.first_step)[:AUDIT_REQUESTS]
-            sampling, verifier = self.sampling(self.first_step), self.config.evaluation.verifier
+            sampling = self.sampling(self.first_step)
             short = replace(sampling, max_completion_tokens=min(AUDIT_TOKENS, sampling.max_completion_tokens))
-            self._audit.take_rows(flow.run(requests, short, verifier, scorers=lambda route: []))
+            self._audit.take_rows(flow.run(requests, short, scorers=lambda route: []))
         self._audit.begin(self.first_step)
         self._report_faults(self._audit.finish())
 

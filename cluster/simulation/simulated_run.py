@@ -172,7 +172,7 @@ class SimulatedRun:
             began = self.time.now
             for admitted in permits.admit(step):
                 requests = demand.requests(admitted)
-                asked[admitted] = flow.admit(admitted, requests, sampling, "exact", self.config.scorers)
+                asked[admitted] = flow.admit(admitted, requests, sampling, self.config.scorers)
             self.learner.step(asked.pop(step), step)
             self.learner.publish_weights(self.rollouts.actors, policy_version=step + 1)
             seconds.append(self.time.now - began)

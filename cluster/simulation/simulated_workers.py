@@ -157,7 +157,7 @@ class SimulatedRolloutWorker(_Worker):
         self._rollouts: dict[int, _Rollout] = {}
 
     def start_rollout(
-        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int
+        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
     ) -> tuple[SimulatedPromise, SimulatedPromise]:
         """Begin to write, and promise the first batch."""
         rollout = self._rollouts[call] = _Rollout(self._time, len(requests), self._rows_per_batch)

@@ -58,8 +58,7 @@ def is_math_equal(completion: str, answer: str) -> bool:
     """
     from math_verify import verify as math_equal  # takes a second to import, which other verifiers need not wait for
 
-    expected, found = _parse(answer), _parse(completion)
-    return bool(math_equal(expected, found, timeout_seconds=MATH_SECONDS))
+    return bool(math_equal(_parse(answer), _parse(completion), timeout_seconds=MATH_SECONDS))
 
 
 def _parse(text: str) -> list[object]:
@@ -69,25 +68,25 @@ def _parse(text: str) -> list[object]:
 
 
 VERIFIERS: dict[str, Verifier] = {"exact": is_exact, "regex": is_regex_match, "math": is_math_equal}
-
-
 SLOW_VERIFIERS = frozenset({"math"})
 
 
 class VerifierProcess:
-    """Gives rewards; owns at most one process, which starts with the first completion that needs it."""
+    """Verifies completions off the event loop; owns at most one process, which starts with the first slow check."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "exact") -> None:
+        """Take a key of VERIFIERS."""
+        self._kind = kind
         self._process: ProcessPoolExecutor | None = None
 
-    async def reward(self, verifier: str, completion: str, answer: str, finish_reason: str) -> float:
+    async def reward(self, completion: str, answer: str, finish_reason: str) -> float:
         """Return `verify`'s reward without holding up the event loop."""
-        if verifier not in SLOW_VERIFIERS:
-            return verify(verifier, completion, answer, finish_reason)
+        if self._kind not in SLOW_VERIFIERS:
+            return verify(self._kind, completion, answer, finish_reason)
         if self._process is None:
             self._process = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._process, verify, verifier, completion, answer, finish_reason)
+        return await loop.run_in_executor(self._process, verify, self._kind, completion, answer, finish_reason)
 
     def close(self) -> None:
         """End the process."""

@@ -90,7 +90,7 @@ def rows_of(wire: Any) -> Rows:
 def one_stage_after_the_other(config: Config, inputs: Inputs, pipeline: Pipeline, learner: Recorder) -> None:
     for step in range(STEPS):
         requests = train_requests(config, inputs, step)
-        written = list(pipeline.rollouts.generate(requests, train_sampling(config), config.evaluation.verifier))
+        written = list(pipeline.rollouts.generate(requests, train_sampling(config)))
         learner.step(ReadyBatches(pipeline.teachers.score(written, config.scorers)), step)
         learner.publish_weights(pipeline.rollouts.actors, policy_version=step + 1)
 

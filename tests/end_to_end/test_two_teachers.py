@@ -33,7 +33,7 @@ preset = "thinking-machines"
 zero_stage = 3
 dtype = "float32"
 learning_rate = 1e-3
-[evaluation]
+[environment]
 verifier = "regex"
 """
 

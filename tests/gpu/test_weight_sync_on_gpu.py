@@ -32,7 +32,7 @@ def gaps(pool: RolloutPool, learner: ActorHandle, dtype: Dtype, first_id: int) -
     """Return, by policy version, how far each written token's log-probability is from the learner's."""
     requests = [RolloutRequest(first_id + index, index % NUM_PROMPTS, index, first_id + index) for index in range(32)]
     found: dict[int, list[np.ndarray]] = {}
-    for handle in pool.generate(requests, SamplingSettings(48, 1.0), "exact"):
+    for handle in pool.generate(requests, SamplingSettings(48, 1.0)):
         for row in rows_of(handle.reference):
             token_ids, written = row["token_ids"].tolist(), np.flatnonzero(row["loss_mask"])
             said = get(learner.logprobs.remote(token_ids, dtype), CALL_SECONDS, "the learner's log-probabilities")

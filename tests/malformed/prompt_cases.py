@@ -89,17 +89,17 @@ PROMPTS: dict[str, PromptCase] = {
         '{"prompt": [{"role": "user", "content": "w4"}]}', "`prompt` is a conversation"
     ),
     "regular expression open": _raw(
-        '{"prompt": "w4", "answer": "("}', "answer '(' is not", "evaluation.verifier=regex"
+        '{"prompt": "w4", "answer": "("}', "answer '(' is not", "environment.verifier=regex"
     ),
     "regular expression of a great count": _raw(
-        '{"prompt": "w4", "answer": "a{99999999999}"}', "answer 'a{99999999999}' is not", "evaluation.verifier=regex"
+        '{"prompt": "w4", "answer": "a{99999999999}"}', "answer 'a{99999999999}' is not", "environment.verifier=regex"
     ),
     "regular expression nested": _raw(
-        '{"prompt": "w4", "answer": "' + "(" * 5_000 + ")" * 5_000 + '"}', "answer '((((", "evaluation.verifier=regex"
+        '{"prompt": "w4", "answer": "' + "(" * 5_000 + ")" * 5_000 + '"}', "answer '((((", "environment.verifier=regex"
     ),
-    "no mathematics": _raw('{"prompt": "w4", "answer": "hello"}', "answer 'hello' holds", "evaluation.verifier=math"),
+    "no mathematics": _raw('{"prompt": "w4", "answer": "hello"}', "answer 'hello' holds", "environment.verifier=math"),
     "no mathematics, two lines": _raw(
-        '{"prompt": "w4", "answer": "a\\nb"}', "answer 'a\\nb' holds", "evaluation.verifier=math"
+        '{"prompt": "w4", "answer": "a\\nb"}', "answer 'a\\nb' holds", "environment.verifier=math"
     ),
     "no chat template": _chat(ONE, "the student's tokenizer has no chat template", None),
     "no messages": _chat('{"prompt": []}', "`prompt` is empty"),

@@ -156,7 +156,7 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "memory infinite": ("rollout.engine.kv_cache_gib=inf", "rollout.engine.kv_cache_gib: Expected `float` <="),
     "timeout infinite": ("ray.call_timeout_seconds=inf", "ray.call_timeout_seconds: Expected `float` <="),
     "dashboard perhaps": ("ray.dashboard=perhaps", "ray.dashboard: Expected `bool`, got `str`"),
-    "verifier unknown": ("evaluation.verifier=llm", "evaluation.verifier: Invalid enum value 'llm'"),
+    "verifier unknown": ("environment.verifier=llm", "environment.verifier: Invalid enum value 'llm'"),
     "keep none": ("checkpoint.keep_last=0", "checkpoint.keep_last: Expected `int` >= 1"),
     "offload without stage 3": ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3"),
     "delta over nccl": ('weight_sync={backend="nccl",mode="delta"}', 'mode = "delta" needs backend'),

@@ -56,7 +56,7 @@ class CrashingRollout:
         self._version = version
 
     async def start_rollout(
-        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int
+        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
     ) -> tuple[pa.Buffer, BatchHandle]:
         """Take the requests and answer the first."""
         if not self._has_prompts:

@@ -45,7 +45,7 @@ class RolloutDeployment:
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> list[dict[str, Any]]:
         """Return the rows, in the order of the requests."""
-        handles = self.pool.generate(requests, sampling, "exact")
+        handles = self.pool.generate(requests, sampling)
         rows = [row for handle in handles for row in rows_of(handle.reference)]
         return sorted(rows, key=lambda row: row["trajectory_id"])
 

@@ -27,7 +27,7 @@ class StubRolloutActor:
         """Need none."""
 
     async def start_rollout(
-        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, verifier: str, priority: int
+        self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
     ) -> tuple[pa.Buffer, BatchHandle]:
         """Take the requests and answer the first."""
         self._left[call] = list(requests)

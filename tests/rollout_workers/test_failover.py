@@ -21,7 +21,7 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import Order, RolloutPool
+from rollout_workers.pool import RolloutPool
 from tests.rollout_workers.crashing_rollout import CrashingRollout
 from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts
 
@@ -62,7 +62,7 @@ def requests(count: int = NUM_ROWS) -> tuple[RolloutRequest, ...]:
 
 
 def generate(pool: RolloutPool, count: int = NUM_ROWS) -> list[BatchHandle]:
-    return list(pool.generate(requests(count), SAMPLING, "exact"))
+    return list(pool.generate(requests(count), SAMPLING))
 
 
 def ids(handles: list[BatchHandle]) -> list[int]:
@@ -100,7 +100,7 @@ def test_every_completion_is_written_once_though_all_workers_die(pool: RolloutPo
 def test_several_rollouts_of_a_dead_worker_go_on_under_their_own_names(pool: RolloutPool, tmp_path: Path) -> None:
     (tmp_path / "writer-1").touch()
     for step in (3, 4):
-        pool.submit(Order(step, requests(), SAMPLING, "exact"))
+        pool.submit(step, requests(), SAMPLING)
     found: Counter[tuple[int, int]] = Counter()
     while found.total() < 2 * NUM_ROWS:
         for handle in pool.collect(wait_for_any(pool.maintain, 60, pool.late)):
@@ -155,7 +155,7 @@ def test_a_worker_that_never_comes_back_uses_its_restarts_up(tmp_path: Path, ray
 
 
 def test_nothing_is_owed_after_abandoning_and_the_same_ids_can_be_asked_anew(pool: RolloutPool) -> None:
-    pool.submit(Order(0, requests(), SAMPLING, "exact"))
+    pool.submit(0, requests(), SAMPLING)
     pool.abandon()
     assert pool.maintain() == []
     assert ids(generate(pool)) == list(range(NUM_ROWS))
@@ -164,7 +164,7 @@ def test_nothing_is_owed_after_abandoning_and_the_same_ids_can_be_asked_anew(poo
 def test_the_others_write_as_fast_while_one_of_eight_is_away(tmp_path: Path, ray_cluster: None) -> None:
     with start(tmp_path, num_workers=8) as pool:
         finished: list[tuple[float, str]] = []
-        for handle in pool.generate(requests(400), SAMPLING, "exact"):
+        for handle in pool.generate(requests(400), SAMPLING):
             finished.append((time.monotonic(), str(handle.teacher)))
             if len(finished) == 180:
                 (tmp_path / "writer-3").touch()

@@ -10,7 +10,7 @@ from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import Order, RolloutPool
+from rollout_workers.pool import RolloutPool
 from tests.rollout_workers.deployment import make_prompts
 from tests.rollout_workers.stub_actor import StubRolloutActor
 
@@ -29,7 +29,7 @@ def pool(ray_cluster: None) -> Iterator[RolloutPool]:
 def ask(pool: RolloutPool, lengths: dict[int, int]) -> list[BatchHandle]:
     """Ask for one completion of each prompt, of so many tokens."""
     requests = [RolloutRequest(prompt_id, prompt_id, 0, seed=tokens) for prompt_id, tokens in lengths.items()]
-    return list(pool.generate(requests, SAMPLING, "exact"))
+    return list(pool.generate(requests, SAMPLING))
 
 
 def prompts_of(handles: list[BatchHandle]) -> list[int]:
@@ -63,7 +63,7 @@ def test_a_batch_says_who_wrote_it_and_how_much(pool: RolloutPool) -> None:
 
 def test_the_pool_knows_who_serves_and_what_is_owed(pool: RolloutPool) -> None:
     requests = tuple(RolloutRequest(prompt_id, prompt_id, 0, seed=5) for prompt_id in range(3))
-    pool.submit(Order(0, requests, SAMPLING, "exact"))
+    pool.submit(0, requests, SAMPLING)
     owing = pool.state()
     assert (owing.name, owing.serving, owing.num_wanted, owing.num_restarts) == ("stub", ["stub-0"], 1, 0)
     assert owing.num_owed == 3

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cluster.actors.calls import wait_for_any
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.pool import Order, RolloutPool
+from rollout_workers.pool import RolloutPool
 from tests.rollout_workers.crashing_rollout import SECONDS_PER_TOKEN
 from tests.rollout_workers.deployment import NUM_PROMPTS
 from tests.rollout_workers.test_failover import start
@@ -31,7 +31,7 @@ def pool(tmp_path: Path, ray_cluster: None) -> Iterator[RolloutPool]:
 
 def submit(pool: RolloutPool, step: int, count: int, tokens: int = 5) -> None:
     requests = tuple(RolloutRequest(number, number % NUM_PROMPTS, 0, seed=tokens) for number in range(count))
-    pool.submit(Order(step, requests, SAMPLING, "exact"))
+    pool.submit(step, requests, SAMPLING)
 
 
 def collect(pool: RolloutPool, count: int) -> tuple[list[BatchHandle], NDArray[Any]]:

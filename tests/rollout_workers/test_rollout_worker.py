@@ -1,4 +1,4 @@
-"""The rollout worker on an engine that writes what it is told."""
+"""The rollout worker on a scripted engine."""
 
 import asyncio
 from collections.abc import Sequence
@@ -10,18 +10,48 @@ import pytest
 
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import ragged
+from cluster.contracts.trajectory import Ints, ragged
+from rollout_workers.environments.base import NewEnvironment, Observation, Outcome, Prompt, Services
+from rollout_workers.prompts import turn_seed
 from rollout_workers.worker import RolloutWorker
 from tests.rollout_workers.deployment import make_prompts
 
 SAMPLING = SamplingSettings(max_completion_tokens=8, temperature=1.0)
+SERVICES = Services(lambda text: [], lambda ids: " ".join(f"w{token}" for token in ids))
+
+
+class Asking:
+    """Answers the first `num_turns` completions with the observation 7, 8, and rewards the next with 0.5."""
+
+    num_turns = 1
+
+    def __init__(self, services: Services) -> None:
+        self._num_seen = 0
+
+    async def start(self, prompt: Prompt, seed: int) -> Ints:
+        return prompt.token_ids
+
+    async def step(self, completion: Completion) -> Observation | Outcome:
+        self._num_seen += 1
+        return Observation([7, 8], reward=0.25) if self._num_seen <= self.num_turns else Outcome(0.5)
+
+
+class Endless(Asking):
+    num_turns = 1_000
+
+
+class Failing(Asking):
+    async def step(self, completion: Completion) -> Observation | Outcome:
+        raise KeyError("no tool")
 
 
 class ScriptedEngine:
-    """Writes `seed` tokens of value 50, after as many turns of the event loop; fails for seed 0."""
+    """Samples `seed` tokens of value 50, at most `longest`, after as many turns of the event loop; fails for seed 0."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int = 1_000) -> None:
+        self.longest = longest
         self.request_ids: list[str] = []
+        self.asked: list[tuple[list[int], int, int]] = []  # token ids, most tokens to sample, seed
         self.priorities: list[int] = []
         self.events: list[str] = []
 
@@ -30,6 +60,8 @@ class ScriptedEngine:
     ) -> Completion:
         self.request_ids.append(request_id)
         self.priorities.append(priority)
+        self.asked.append((list(prompt_ids), sampling.max_completion_tokens, seed))
+        seed = min(seed, self.longest)
         if seed == 0:
             raise RolloutError("request given up")
         for _ in range(seed):
@@ -53,15 +85,58 @@ class ScriptedEngine:
         self.events.append("shutdown")
 
 
+def rollout(environment: NewEnvironment, max_observation_tokens: int, longest: int) -> tuple[Any, ScriptedEngine]:
+    """Return a row of prompt 0, whose tokens are 10 to 19, each completion having `longest` tokens."""
+    engine = ScriptedEngine(longest)
+    worker = RolloutWorker(engine, SERVICES, 2, environment, max_observation_tokens)
+    worker.set_prompts(make_prompts())
+    [batch] = asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=9)]))
+    return batch, engine
+
+
+def test_an_observation_follows_the_completion_that_it_answers_and_is_not_trained_on() -> None:
+    batch, engine = rollout(Asking, max_observation_tokens=2, longest=2)
+    prompt = list(range(10, 20))
+    assert ragged(batch, "token_ids")[0].tolist() == [*prompt, 50, 50, 7, 8, 50, 50]
+    assert ragged(batch, "loss_mask")[0].tolist() == [0] * 10 + [1, 1, 0, 0, 1, 1]
+    assert ragged(batch, "rollout_logprobs")[0].tolist() == [-1] * 4
+    assert (batch["reward"][0].as_py(), batch["finish_reason"][0].as_py()) == (0.5, "stop")
+    # The engine reads everything so far, may sample what is left of 8 tokens, and has a seed of its own each turn.
+    assert engine.asked == [(prompt, 8, 9), ([*prompt, 50, 50, 7, 8], 6, turn_seed(9, 1))]
+    assert len(set(engine.request_ids)) == 2
+
+
+def test_the_tokens_that_may_be_sampled_are_those_of_all_turns_together() -> None:
+    batch, _ = rollout(Endless, max_observation_tokens=100, longest=4)
+    assert ragged(batch, "loss_mask")[0].tolist() == [0] * 10 + [1] * 4 + [0] * 2 + [1] * 4
+    assert (batch["reward"][0].as_py(), batch["finish_reason"][0].as_py()) == (0.25, "length")
+
+
+def test_an_observation_that_does_not_fit_ends_the_trajectory_before_it() -> None:
+    batch, _ = rollout(Endless, max_observation_tokens=3, longest=1)
+    assert ragged(batch, "loss_mask")[0].tolist() == [0] * 10 + [1, 0, 0, 1]
+    assert (batch["reward"][0].as_py(), batch["finish_reason"][0].as_py()) == (0.25, "length")
+
+
+def test_an_observation_needs_room_in_the_run_file() -> None:
+    with pytest.raises(RolloutError, match=r"adds 2 tokens .*max_observation_tokens = 0; raise it"):
+        rollout(Asking, max_observation_tokens=0, longest=1)
+
+
+def test_an_environment_that_fails_names_the_trajectory_and_the_error() -> None:
+    with pytest.raises(RolloutError, match=r"trajectory 0: the environment failed: KeyError: 'no tool'"):
+        rollout(Failing, max_observation_tokens=2, longest=1)
+
+
 def make_worker(rows_per_batch: int = 2) -> tuple[RolloutWorker, ScriptedEngine]:
     engine = ScriptedEngine()
-    worker = RolloutWorker(engine, lambda ids: " ".join(f"w{token}" for token in ids), rows_per_batch)
+    worker = RolloutWorker(engine, SERVICES, rows_per_batch)
     worker.set_prompts(make_prompts())
     return worker, engine
 
 
 async def collect(worker: RolloutWorker, requests: Sequence[RolloutRequest]) -> list[pa.RecordBatch]:
-    return [written.rows async for written in worker.generate(requests, SAMPLING, "exact")]
+    return [batch async for batch, _metrics, _is_last in worker.generate(requests, SAMPLING)]
 
 
 def test_batches_are_filled_in_the_order_of_completion_and_never_mix_teachers() -> None:
@@ -112,7 +187,7 @@ def test_the_engine_is_told_the_priority_of_every_request() -> None:
 
     async def scenario() -> None:
         requests = [RolloutRequest(0, 0, 0, seed=1), RolloutRequest(1, 0, 1, seed=1)]
-        [_ async for _ in worker.generate(requests, SAMPLING, "exact", priority=7)]
+        [_ async for _ in worker.generate(requests, SAMPLING, priority=7)]
 
     asyncio.run(scenario())
     assert engine.priorities == [7, 7]
@@ -127,6 +202,6 @@ def test_the_first_update_may_set_any_version_and_later_ones_only_go_forward() -
 
 
 def test_prompts_must_be_set_first() -> None:
-    worker = RolloutWorker(ScriptedEngine(), str, 1)
+    worker = RolloutWorker(ScriptedEngine(), SERVICES, 1)
     with pytest.raises(RolloutError, match="before the prompts were set"):
         asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=1)]))

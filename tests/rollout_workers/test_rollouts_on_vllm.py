@@ -42,7 +42,7 @@ def test_every_requested_trajectory_comes_exactly_once_and_batches_have_one_teac
     rollouts: RolloutDeployment,
 ) -> None:
     requests = rollouts.requests([index % NUM_PROMPTS for index in range(30)])
-    handles = list(rollouts.pool.generate(requests, SamplingSettings(16, 1.0), "exact"))
+    handles = list(rollouts.pool.generate(requests, SamplingSettings(16, 1.0)))
     seen = Counter(trajectory_id for handle in handles for trajectory_id in handle.trajectory_ids)
     assert seen == Counter(request.trajectory_id for request in requests)
     prompt_of = {request.trajectory_id: request.prompt_id for request in requests}
@@ -96,7 +96,7 @@ def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: 
     rollouts.generate(rollouts.requests([LONG_PROMPT]), SamplingSettings(1, 1.0))  # now its blocks are cached
     before = rollouts.policy_version
     stream = rollouts.pool.generate(
-        rollouts.requests([index % NUM_PROMPTS for index in range(64)]), SamplingSettings(400, 1.0), "exact"
+        rollouts.requests([index % NUM_PROMPTS for index in range(64)]), SamplingSettings(400, 1.0)
     )
     versions = [version for _ in range(2) for version in versions_of(next(stream))]  # on their way
     rollouts.change_weights()
@@ -114,7 +114,7 @@ def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: 
 def test_a_row_says_which_of_its_tokens_each_version_wrote(rollouts: RolloutDeployment) -> None:
     first = rollouts.policy_version
     stream = rollouts.pool.generate(
-        rollouts.requests([index % NUM_PROMPTS for index in range(48)]), SamplingSettings(400, 1.0), "exact"
+        rollouts.requests([index % NUM_PROMPTS for index in range(48)]), SamplingSettings(400, 1.0)
     )
     handles = [next(stream)]  # the rest is under way
     weights = {first: copy_weights(rollouts)}

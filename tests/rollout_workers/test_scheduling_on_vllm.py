@@ -13,7 +13,7 @@ from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import Order, RolloutPool
+from rollout_workers.pool import RolloutPool
 from tests.rollout_workers.deployment import make_prompts, rows_of
 from tests.tiny_qwen3 import CONTEXT_TOKENS
 
@@ -39,7 +39,7 @@ def requests(count: int) -> list[RolloutRequest]:
 
 def completions(pool: RolloutPool, sampling: SamplingSettings) -> list[tuple[list[int], str]]:
     """Ask every short prompt once; return tokens and finish reason by prompt."""
-    handles = pool.generate(requests(8), sampling, "exact")
+    handles = pool.generate(requests(8), sampling)
     rows: list[dict[str, Any]] = [row for handle in handles for row in rows_of(handle.reference)]
     rows.sort(key=lambda row: row["prompt_id"])
     return [(row["token_ids"][row["loss_mask"] == 1].tolist(), row["finish_reason"]) for row in rows]
@@ -56,7 +56,7 @@ def loops(tokens: list[int]) -> bool:
 def test_requests_of_an_earlier_step_overtake_those_of_a_later_one_that_wait(pool: RolloutPool) -> None:
     sampling = SamplingSettings(64, 1.0)
     for step, count in ((8, 12), (7, 6)):
-        pool.submit(Order(step, tuple(requests(count)), sampling, "exact"))
+        pool.submit(step, tuple(requests(count)), sampling)
     finished: list[int] = []
     while len(finished) < 18:
         ready = wait_for_any(pool.maintain, 120, pool.late)
@@ -80,9 +80,9 @@ def test_a_completion_ends_where_it_has_looped_and_nowhere_else(pool: RolloutPoo
 
 def test_an_engine_without_draws_refuses_them(pool: RolloutPool) -> None:
     with pytest.raises(RolloutError, match="asks for draws, but its engine was started without them"):
-        list(pool.generate(requests(1), SamplingSettings(4, 1.0, num_candidates=2, candidates="draws"), "exact"))
+        list(pool.generate(requests(1), SamplingSettings(4, 1.0, num_candidates=2, candidates="draws")))
 
 
 def test_what_vllm_refuses_to_sample_is_a_rollout_error(pool: RolloutPool) -> None:
     with pytest.raises(RolloutError, match=r"temperature must be in \[0, 2\]"):
-        list(pool.generate(requests(1), SamplingSettings(4, temperature=2.5), "exact"))
+        list(pool.generate(requests(1), SamplingSettings(4, temperature=2.5)))

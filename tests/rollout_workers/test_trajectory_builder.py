@@ -8,11 +8,10 @@ import pytest
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import Completion, RolloutRequest
 from cluster.contracts.trajectory import make_generated, ragged
+from rollout_workers.environments.base import Prompt
 from rollout_workers.trajectory_builder import (
-    PolicyVersions,
-    PromptFacts,
-    before_stop,
     build_trajectory,
+    policy_versions,
     rollout_metrics,
 )
 from tests.builders import make_trajectory
@@ -25,9 +24,9 @@ def written_by(*versions: int) -> Completion:
 
 
 def test_the_loss_mask_marks_exactly_the_completion_and_versions_are_kept_in_order() -> None:
-    prompt = PromptFacts(np.array([7, 8, 9], np.int32), "math", "algebra", None)
+    prompt = Prompt(np.array([7, 8, 9], np.int32), "", "math", "algebra", None)
     completion = written_by(3, 4)
-    row = build_trajectory(RolloutRequest(11, 5, 2, seed=0), prompt, completion, None)
+    row = build_trajectory(RolloutRequest(11, 5, 2, seed=0), prompt, [prompt.token_ids, completion], "stop", None)
     assert row.token_ids.tolist() == [7, 8, 9, 50, 51]
     assert row.loss_mask.tolist() == [0, 0, 0, 1, 1]
     assert (row.min_policy_version, row.max_policy_version, row.version_changes.tolist()) == (3, 4, [1])
@@ -36,10 +35,10 @@ def test_the_loss_mask_marks_exactly_the_completion_and_versions_are_kept_in_ord
 
 
 def test_candidates_travel_from_the_completion_to_the_row() -> None:
-    prompt = PromptFacts(np.array([7], np.int32), "math", "algebra", None)
+    prompt = Prompt(np.array([7], np.int32), "", "math", "algebra", None)
     ids, logprobs = np.array([[5, 4], [1, 2]], np.int32), np.full((2, 2), -0.5, np.float32)
     completion = replace(written_by(0, 0), candidate_ids=ids, candidate_logprobs=logprobs)
-    row = build_trajectory(RolloutRequest(0, 0, 0, seed=0), prompt, completion, None)
+    row = build_trajectory(RolloutRequest(0, 0, 0, seed=0), prompt, [prompt.token_ids, completion], "stop", None)
     batch = make_generated([row])
     assert ragged(batch, "candidate_ids")[0].tolist() == [[5, 4], [1, 2]]
     assert ragged(batch, "candidate_rollout_logprobs")[0].tolist() == [[-0.5, -0.5], [-0.5, -0.5]]
@@ -57,13 +56,8 @@ def test_candidates_travel_from_the_completion_to_the_row() -> None:
 def test_versions_change_where_the_first_token_of_the_next_was_written(
     by_token: list[int], oldest: int, newest: int, changes: list[int]
 ) -> None:
-    versions = PolicyVersions.of(np.array(by_token, np.int32))
-    assert (versions.oldest, versions.newest, versions.changes.tolist()) == (oldest, newest, changes)
-
-
-def test_text_ends_before_the_earliest_stop_string() -> None:
-    assert before_stop(" 4 END 5 STOP", ["STOP", "END"]) == "4"
-    assert before_stop(" 4 ", []) == "4"
+    found_oldest, found_newest, found_changes = policy_versions(np.array(by_token, np.int32))
+    assert (found_oldest, found_newest, found_changes.tolist()) == (oldest, newest, changes)
 
 
 def test_metrics_count_completions_and_average_only_verified_rewards() -> None:

@@ -23,7 +23,8 @@ FIELDS = {
     "balance": "mode observe_steps cooldown_steps min_gain",
     "weight_sync": "backend mode bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
-    "evaluation": "every_steps num_prompts samples_per_prompt temperature verifier teacher_too",
+    "environment": "kind verifier max_observation_tokens",
+    "evaluation": "every_steps num_prompts samples_per_prompt temperature teacher_too",
     "checkpoint": "every_steps keep_last export",
     "alarms": "figure above below relative_to steps action",
     "logging": "tensorboard wandb_project trace_steps",
@@ -119,3 +120,12 @@ def test_a_missing_run_file_and_broken_toml_name_the_file(tmp_path: Path) -> Non
 def test_a_run_without_teachers_is_refused() -> None:
     with pytest.raises(ConfigError, match="teachers"):
         parse_run_config('[student]\nmodel = "a"\n[prompts]\ntrain = "p"\n[teachers]\n')
+
+
+def test_the_verifier_is_still_read_from_where_it_stood_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    config = parse_run_config(MINIMAL_RUN + '[evaluation]\nverifier = "math"')
+    assert config.environment.verifier == "math"
+    assert [record.getMessage() for record in caplog.records] == [
+        "run file: evaluation.verifier is now environment.verifier; rename it"
+    ]
+    assert make_config("evaluation.verifier=math", "environment.verifier=regex").environment.verifier == "regex"

@@ -8,7 +8,6 @@ from cluster.contracts.requests import SamplingSettings
 from cluster.run.flow import Progress
 from cluster.run.step_metrics import Stopwatch, step_record
 from cluster.weight_sync.manifest import WeightSyncReport
-from rollout_workers.pool import Order
 
 
 def make_watch(**spans: tuple[float, float]) -> Stopwatch:
@@ -28,7 +27,8 @@ def make_handle(num_tokens: tuple[int, ...], reward: Mean, teacher: str = "main"
 def make_progress(handles: list[BatchHandle]) -> Progress:
     """Make a step that was admitted at 0 s, written at 4 s and scored at 5 s."""
     return Progress(
-        Order(0, (), SamplingSettings(1, 1.0), "exact"),
+        (),
+        SamplingSettings(1, 1.0),
         lambda route: [],
         0,
         admitted_at=0.0,

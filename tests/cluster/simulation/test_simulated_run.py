@@ -88,10 +88,7 @@ def test_every_row_is_learned_from_exactly_once() -> None:
     demand = Demand(config, rates)
     run = build(config, rates, Split(3, {"main": 2}, 1), demand)
     flow = Flow(run.rollouts, run.teachers, 1e9)
-    steps = [
-        flow.admit(step, demand.requests(step), SamplingSettings(400, 1.0), "exact", config.scorers)
-        for step in range(3)
-    ]
+    steps = [flow.admit(step, demand.requests(step), SamplingSettings(400, 1.0), config.scorers) for step in range(3)]
     for step, batches in enumerate(steps):
         run.learner.step(batches, step)
     learned = Counter(
@@ -132,7 +129,7 @@ def test_calls_to_rollout_workers_say_how_long_each_completion_was() -> None:
     demand = Demand(config, rates)
     run = build(config, rates, ONE_EACH, demand)
     sampling = SamplingSettings(400, 1.0)
-    handles = list(run.rollouts.generate(demand.requests(0), sampling, "exact"))
+    handles = list(run.rollouts.generate(demand.requests(0), sampling))
     said = {
         row: length
         for found in handles

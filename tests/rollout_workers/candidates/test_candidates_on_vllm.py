@@ -90,7 +90,7 @@ def test_the_same_seed_draws_the_same_beside_other_requests(rollouts: RolloutDep
 
 def test_new_weights_leave_no_gap_and_no_repetition_in_running_requests(rollouts: RolloutDeployment) -> None:
     requests = rollouts.requests([index % NUM_PROMPTS for index in range(48)])
-    stream = rollouts.pool.generate(requests, draws(3, 400), "exact")
+    stream = rollouts.pool.generate(requests, draws(3, 400))
     next(stream)  # the rest is under way
     old = {name: value.clone() for name, value in rollouts.student.state_dict().items()}
     rollouts.change_weights()
