@@ -6,6 +6,7 @@ Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM'
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +23,8 @@ from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifiers import VerifierProcess
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
+
+REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class RolloutActor:
         self._worker = RolloutWorker(
             engine,
             Services(
-                lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+                lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))),
                 lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
                 VerifierProcess(settings.environment.verifier),
             ),

@@ -58,7 +58,7 @@ class Environment(Protocol):
 class Services:
     """Gives the environments of one worker the student's tokenizer and the verifier that the run file names."""
 
-    encode: Callable[[str], list[int]]  # text to token ids, none added
+    encode: Callable[[str], Sequence[int]]  # text to token ids, none added
     decode: Callable[[Ints], str]  # token ids to text, without special tokens
     verifier: VerifierProcess = field(default_factory=VerifierProcess)
     stop: Sequence[str] = ()  # strings that end a completion

@@ -55,7 +55,7 @@ def teacher() -> PreTrainedModel:
 
 def scored_by(pipeline: Pipeline, config: Config) -> list[BatchHandle]:
     requests = train_requests(config, load_inputs(config), step=0)
-    written = pipeline.rollouts.generate(requests, train_sampling(config), "regex")
+    written = pipeline.rollouts.generate(requests, train_sampling(config))
     return list(pipeline.teachers.score(written, config.scorers))
 
 

@@ -1,0 +1,149 @@
+"""The environment of two turns: on a real rollout actor against transformers, and in a run of the embedded models."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.actors.calls import PoolTimeouts
+from cluster.config.run_config import EnvironmentConfig, StudentConfig
+from cluster.config.run_directory import RunDirectory
+from cluster.config.run_file import config_from_json
+from cluster.config.stages import EngineConfig
+from cluster.contracts.requests import SamplingSettings
+from cluster.run.inputs import audited_run, load_inputs
+from cluster.run.ledger import audit, read_ledger
+from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutPool
+from tests.end_to_end.conftest import records_of
+from tests.end_to_end.runs import SMALL, preceptor
+from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, make_prompts, rows_of
+from tests.tiny_qwen3 import CONTEXT_TOKENS, EOS, HALT, expected_logprobs, load, write_tiny_qwen3
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+KIND = "examples.extend.environment:SecondTry"
+HINT_IDS = [2, 2]  # the tiny model knows neither of its two words
+MAX_TOKENS = 300
+WITH_ANSWER = [index for index in range(NUM_PROMPTS) if index % 2 == 0]
+
+
+@pytest.fixture(scope="module")
+def rollouts(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutDeployment]:
+    folder = write_tiny_qwen3(tmp_path_factory.mktemp("student"))
+    settings = RolloutActorSettings(
+        student=StudentConfig(str(folder)),
+        engine=EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1),
+        max_model_len=CONTEXT_TOKENS,
+        rows_per_batch=4,
+        weight_sync_backend="object_store",
+        environment=EnvironmentConfig(KIND, "exact", max_observation_tokens=2),
+        draws=True,
+    )
+    pool = RolloutPool(settings, [{"num_cpus": 1}], PoolTimeouts(start_seconds=500, call_seconds=120))
+    pool.wait_until_ready()
+    prompts = make_prompts()
+    pool.set_prompts(prompts)
+    yield RolloutDeployment(pool, prompts, load(folder))
+    pool.shutdown()
+
+
+def sampled_spans(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """Return where each sampled span begins and ends."""
+    edges = np.flatnonzero(np.diff(row["loss_mask"], prepend=0, append=0))
+    return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
+
+
+def two_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [row for row in rows if len(sampled_spans(row)) == 2]
+    assert len(found) >= 5
+    return found
+
+
+def reference(rollouts: RolloutDeployment, row: dict[str, Any]) -> torch.Tensor:
+    """Return [completion_tokens, vocabulary] of one forward pass over the whole row."""
+    return expected_logprobs(rollouts.student, row["token_ids"].tolist())[np.flatnonzero(row["loss_mask"]) - 1]
+
+
+def gaps(rollouts: RolloutDeployment, row: dict[str, Any]) -> np.ndarray:
+    sampled = torch.from_numpy(row["token_ids"][row["loss_mask"] != 0]).long()
+    expected = reference(rollouts, row).gather(1, sampled[:, None])[:, 0]
+    return np.asarray(np.abs(expected.numpy() - row["rollout_logprobs"]))
+
+
+def test_the_hint_follows_a_wrong_answer_and_both_answers_are_the_models_own(rollouts: RolloutDeployment) -> None:
+    requests = rollouts.requests(WITH_ANSWER * 8)
+    rows = rollouts.generate(requests, SamplingSettings(MAX_TOKENS, 1.0, stop=("halt",)))
+    for row in two_turns(rows):
+        prompt = rollouts.prompts.token_ids(row["prompt_id"]).tolist()
+        (begin, hint), (second, end) = sampled_spans(row)
+        assert (begin, end) == (len(prompt), len(row["token_ids"]))
+        assert row["token_ids"][:begin].tolist() == prompt
+        assert row["token_ids"][hint - 1] in (EOS, HALT)  # the student ended its first answer
+        assert row["token_ids"][hint:second].tolist() == HINT_IDS
+        assert gaps(rollouts, row).max() < 1e-4
+        assert row["reward"] == 0.0
+    for row in rows:
+        assert len(row["rollout_logprobs"]) <= MAX_TOKENS
+        assert row["finish_reason"] == ("stop" if row["token_ids"][-1] in (EOS, HALT) else "length")
+    # A trajectory repeats with its seed, the second answer too; the second answer is no repetition of the first.
+    again = rollouts.generate(requests, SamplingSettings(MAX_TOKENS, 1.0, stop=("halt",)))
+    assert [row["token_ids"].tolist() for row in rows] == [row["token_ids"].tolist() for row in again]
+
+
+@pytest.mark.parametrize("candidates", ["topk", "draws"])
+def test_candidates_stand_beside_the_tokens_of_both_answers(rollouts: RolloutDeployment, candidates: Any) -> None:
+    sampling = SamplingSettings(MAX_TOKENS, 1.0, stop=("halt",), num_candidates=3, candidates=candidates)
+    for row in two_turns(rollouts.generate(rollouts.requests(WITH_ANSWER * 4), sampling)):
+        ids = torch.from_numpy(row["candidate_ids"]).long()
+        expected = reference(rollouts, row)
+        given = torch.from_numpy(row["candidate_rollout_logprobs"].copy())
+        assert torch.allclose(expected.gather(1, ids), given, rtol=0, atol=1e-4)
+        if candidates == "topk":
+            assert torch.allclose(expected.topk(3).values, given, rtol=0, atol=1e-4)
+
+
+def test_each_token_names_the_version_that_sampled_it_across_the_hint(rollouts: RolloutDeployment) -> None:
+    stream = rollouts.pool.generate(
+        rollouts.requests(WITH_ANSWER * 16), SamplingSettings(MAX_TOKENS, 1.0, stop=("halt",))
+    )
+    handles = [next(stream)]  # the rest is under way
+    weights = [{name: value.clone() for name, value in rollouts.student.state_dict().items()}]
+    rollouts.change_weights()
+    rollouts.publish(rollouts.policy_version + 1)
+    weights.append({name: value.clone() for name, value in rollouts.student.state_dict().items()})
+    rows = two_turns([row for handle in [*handles, *stream] for row in rows_of(handle.reference)])
+    first = rollouts.policy_version - 1
+    versions = []
+    for row in rows:
+        positions = np.arange(len(row["rollout_logprobs"]))
+        later = np.searchsorted(row["version_changes"], positions, side="right")
+        versions.append(row["min_policy_version"] + later - first)
+    assert any(set(by_token) == {0, 1} for by_token in versions)
+    for version, kept in enumerate(weights):
+        rollouts.student.load_state_dict(kept)
+        for row, by_token in zip(rows, versions, strict=True):
+            assert (gaps(rollouts, row)[by_token == version] < 1e-4).all()
+
+
+def test_a_run_learns_from_both_answers_and_its_ledger_is_right(tmp_path: Path) -> None:
+    settings = (f"environment.kind={KIND}", "environment.max_observation_tokens=2", "evaluation.num_prompts=16")
+    found = preceptor(
+        "demo", f"run.directory={tmp_path}", "run.name=two", *SMALL, *settings, "run.steps=2", "ray.dashboard=false"
+    )
+    assert found.code == 0, found.error
+    directory = RunDirectory(tmp_path / "two")
+    config = config_from_json(directory.config.read_text())
+    assert audit(read_ledger(directory.ledger), audited_run(config, load_inputs(config))) == 64
+    for record in records_of(directory.path):
+        # Teachers and learner take the sampled tokens of both answers, and the learner computes what the engine did.
+        assert record["teacher/scored_tokens"] == record["rollout/tokens"] == record["completion_tokens"]
+        assert record["train/sampler_learner_gap_max"] < 1e-4
+    samples = [json.loads(line) for line in directory.samples.read_text().splitlines()]
+    # The hint stands between the two answers, and is no part of the completion.
+    assert any(re.search(r"= \d+ \d+ \+", sample["completion"]) for sample in samples)
