@@ -7,7 +7,7 @@ from cluster.elastic.teacher_log import in_force
 from cluster.models.model_files import load_tokenizer
 from cluster.monitoring.sinks import TerminalView, terminal_view
 from cluster.monitoring.status_file import KeptStatus
-from cluster.monitoring.wandb import check_wandb
+from cluster.monitoring.trackers import check_trackers
 from cluster.nodes.interruption import stop_on_signals
 from cluster.nodes.ray_session import RaySession, ray_session
 from cluster.placement.placement import Placement, await_placement, describe
@@ -26,7 +26,7 @@ def start_training(config: Config) -> RunSummary:
     Raises:
         PreceptorError: an input is wrong, the cluster is too small, or a stage failed.
     """
-    check_wandb(config)
+    check_trackers(config)
     inputs = load_inputs(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
@@ -43,7 +43,7 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
     Raises:
         CheckpointError: all checkpoints are damaged, or nothing is left to do.
     """
-    check_wandb(config)
+    check_trackers(config)
     config = in_force(directory.teachers, directory.read_config(), config)
     warnings: list[str] = []
     point = find_resume_point(directory, config, warnings.append)

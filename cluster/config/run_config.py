@@ -88,7 +88,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """Who is shown a run's figures, besides metrics.jsonl, the terminal and Ray's metrics."""
 
-    tensorboard: bool = True  # event files in the run directory
+    tensorboard: bool | None = None  # event files in the run directory; None: where the package is installed
     wandb_project: Text | None = None  # also to Weights & Biases, whose package is not among the dependencies
     trace_steps: CountOrZero = 10  # first and last steps of which trace.json shows every call to a worker; 0: none
 

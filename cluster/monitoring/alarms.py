@@ -1,7 +1,7 @@
-"""Watches the figures of a run for signs that training goes wrong; pure, from one step's record to the next.
+"""Raises alarms when the metrics of a run say that training goes wrong.
 
-What an alarm knows follows from the records alone, so a resumed run shows it the recorded steps again and goes on as
-if it had never stopped.
+An alarm's state follows from the records alone. A resumed run passes it the recorded steps again and goes on as if it
+had never stopped.
 """
 
 import statistics
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from cluster.config.alarms import AlarmConfig
 
-FIRST_STEPS = 10  # whose mean is a figure's first level
+FIRST_STEPS = 10  # whose mean is a metric's first level
 RECENT_STEPS = 20  # whose median is its recent level
 MIN_RECENT_STEPS = 5
 SHORTER = 0.75
@@ -22,7 +22,7 @@ Record = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Raised:
-    """An alarm that goes off."""
+    """Describes an alarm that goes off."""
 
     name: str
     step: int
@@ -43,14 +43,14 @@ class Raised:
         level = f" ({config.above or config.below:g} x its {config.relative_to} level)" if config.relative_to else ""
         lasting = f", for {config.steps} steps in a row" if config.steps > 1 else ""
         return (
-            f"alarm {self.name} at step {self.step}: {config.figure} is {self.value:.4g}, {side} "
+            f"alarm {self.name} at step {self.step}: {config.metric} is {self.value:.4g}, {side} "
             f"{self.limit:.4g}{level}{lasting}"
         )
 
 
 @dataclass
 class Alarms:
-    """All alarms of a run.
+    """Checks all alarms of a run.
 
     Example:
         >>> alarms = Alarms({"long": AlarmConfig("length", above=8.0, steps=2)})
@@ -66,10 +66,10 @@ class Alarms:
         self._watches = {name: _Watch(config) for name, config in self.configs.items() if config.action != "off"}
 
     def check(self, record: Record) -> list[Raised]:
-        """Take in one step's figures and return the alarms that go off; one goes off again once it was silent."""
+        """Take in one step's metrics and return the alarms that go off; one goes off again once it was silent."""
         raised = []
         for name, watch in self._watches.items():
-            value = record.get(watch.config.figure)
+            value = record.get(watch.config.metric)
             limit = None if value is None else watch.take(value)
             if value is not None and limit is not None:
                 raised.append(Raised(name, int(record["step"]), value, limit, watch.config))
@@ -110,7 +110,7 @@ class _Watch:
 
 @dataclass
 class LengthCap:
-    """The longest completion that each step may ask for, lowered by alarms.
+    """Lowers the longest completion that a step may ask for, at the alarms' request.
 
     A step's requests may go out while `max_staleness` earlier steps are still learned from. A lower cap therefore takes
     effect that much later, in a run that was interrupted as in one that was not.

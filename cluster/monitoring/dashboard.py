@@ -1,6 +1,6 @@
-"""What is made from the table of figures: the Grafana dashboard, and the table in docs/metrics.md.
+"""Makes the Grafana dashboard and the table in docs/metrics.md from the table of metrics.
 
-`python -m cluster.monitoring.dashboard` writes the dashboard's file anew and prints the table.
+`python -m cluster.monitoring.dashboard` writes the dashboard's file and prints the table.
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.monitoring.metric_table import PANELS, Figure, Panel
+from cluster.monitoring.metric_table import Metric, Panel, panels
 
 DASHBOARD = Path(__file__).parent / "dashboards" / "preceptor.json"
 UID = "preceptorDashboard"  # as Ray's own dashboards: rayDefaultDashboard, rayDataDashboard, ...
@@ -34,43 +34,43 @@ def dashboard() -> dict[str, Any]:
     }
 
 
-def exported_name(figure: Figure) -> str:
-    """Return what Prometheus calls a figure.
+def exported_name(metric: Metric) -> str:
+    """Return a metric's name in Prometheus.
 
     Example:
-        >>> exported_name(Figure("preceptor_steps", "every step", "steps", "counter"))
+        >>> exported_name(Metric("preceptor_steps", "every step", "steps", "counter"))
         'ray_preceptor_steps_total'
     """
-    return f"ray_{figure.metric}" + ("_total" if figure.kind == "counter" else "")
+    return f"ray_{metric.name}" + ("_total" if metric.kind == "counter" else "")
 
 
-def queries(figure: Figure) -> dict[str, str]:
-    """Return the legend of each of a figure's lines, and its query."""
-    name = exported_name(figure)
-    if figure.kind == "counter":
+def queries(metric: Metric) -> dict[str, str]:
+    """Return the legend of each of a metric's lines, and its query."""
+    name = exported_name(metric)
+    if metric.kind == "counter":
         return {"{{run}}": f"sum by (run) (rate({name}{{{_SELECTED}}}[$__rate_interval]))"}
-    if figure.kind == "histogram":
+    if metric.kind == "histogram":
         rates = f"sum by (run, le) (rate({name}_bucket{{{_SELECTED}}}[$__rate_interval]))"
         return {
             f"p{quantile * 100:.0f} {{{{run}}}}": f"histogram_quantile({quantile}, {rates})" for quantile in QUANTILES
         }
-    by, legend = ("run, pool", "{{pool}} ") if figure.is_of_pools else ("run", "")
-    # One driver sets a figure, but on another node, after a restart, it is another series until the old one goes stale.
-    return {f"{_short(figure)} {legend}{{{{run}}}}": f"max by ({by}) ({name}{{{_SELECTED}}})"}
+    by, legend = ("run, pool", "{{pool}} ") if metric.is_per_pool else ("run", "")
+    # One driver sets a metric, but on another node, after a restart, it is another series until the old one goes stale.
+    return {f"{_short(metric)} {legend}{{{{run}}}}": f"max by ({by}) ({name}{{{_SELECTED}}})"}
 
 
 def markdown_table() -> str:
-    """Return the table of all figures for people."""
-    lines = ["| metric | kind | figure of metrics.jsonl | what it says |", "|---|---|---|---|"]
-    for panel in PANELS:
-        for figure in panel.figures:
-            source = figure.source if " " in figure.source else f"`{figure.source}`"
-            lines.append(f"| `{exported_name(figure)}` | {figure.kind} | {source} | {figure.says} |")
+    """Return the table of all metrics for docs/metrics.md."""
+    lines = ["| metric | kind | name in metrics.jsonl | meaning |", "|---|---|---|---|"]
+    for panel in panels():
+        for metric in panel.metrics:
+            source = metric.source if " " in metric.source else f"`{metric.source}`"
+            lines.append(f"| `{exported_name(metric)}` | {metric.kind} | {source} | {metric.description} |")
     return "\n".join(lines) + "\n"
 
 
-def _short(figure: Figure) -> str:
-    return figure.metric.removeprefix("preceptor_").removeprefix("pool_").replace("_", " ")
+def _short(metric: Metric) -> str:
+    return metric.name.removeprefix("preceptor_").removeprefix("pool_").replace("_", " ")
 
 
 def _variables() -> list[dict[str, Any]]:
@@ -97,10 +97,10 @@ def _variables() -> list[dict[str, Any]]:
 def _rows() -> list[dict[str, Any]]:
     shown: list[dict[str, Any]] = []
     top = 0
-    for row in dict.fromkeys(panel.row for panel in PANELS):
+    for row in dict.fromkeys(panel.row for panel in panels()):
         place = {"x": 0, "y": top, "w": GRID_WIDTH, "h": 1}
         shown.append({"id": len(shown) + 1, "type": "row", "title": row, "gridPos": place, "collapsed": False})
-        own = [panel for panel in PANELS if panel.row == row]
+        own = [panel for panel in panels() if panel.row == row]
         shown += [_panel(panel, len(shown) + 1 + index, index, top + 1) for index, panel in enumerate(own)]
         top += 1 + PANEL_HEIGHT * -(-len(own) // PANELS_PER_ROW)
     return shown
@@ -108,12 +108,12 @@ def _rows() -> list[dict[str, Any]]:
 
 def _panel(panel: Panel, number: int, index: int, top: int) -> dict[str, Any]:
     width = GRID_WIDTH // PANELS_PER_ROW
-    asked = [line for figure in panel.figures for line in queries(figure).items()]
+    lines = [line for metric in panel.metrics for line in queries(metric).items()]
     return {
         "id": number,
         "type": "timeseries",
         "title": panel.title,
-        "description": "\n".join(f"{_short(figure)}: {figure.says}" for figure in panel.figures),
+        "description": "\n".join(f"{_short(metric)}: {metric.description}" for metric in panel.metrics),
         "datasource": _DATASOURCE,
         "gridPos": {
             "x": width * (index % PANELS_PER_ROW),
@@ -125,13 +125,13 @@ def _panel(panel: Panel, number: int, index: int, top: int) -> dict[str, Any]:
         "options": {"legend": {"displayMode": "table", "calcs": ["lastNotNull", "mean"]}, "tooltip": {"mode": "multi"}},
         "targets": [
             {"refId": chr(ord("A") + place), "datasource": _DATASOURCE, "expr": query, "legendFormat": legend}
-            for place, (legend, query) in enumerate(asked)
+            for place, (legend, query) in enumerate(lines)
         ],
     }
 
 
 def dashboard_text() -> str:
-    """Return what the dashboard's file holds."""
+    """Return the dashboard as the text of its file."""
     return json.dumps(dashboard(), indent=2) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Who is told about every step: the figures, the trajectories' lengths, the calls to workers, the pools."""
+"""Notifies observers of every step: metrics, lengths of trajectories, calls to workers, pools."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -12,58 +12,6 @@ from cluster.contracts.batches import PoolState, Span
 from cluster.contracts.errors import RunStopped
 from cluster.contracts.files import Record
 
-
-class PoolMetrics:
-    """Turns what happened since the last look into figures of each pool.
-
-    A worker is busy from being asked until it answers. A call counts when it is answered, and no moment of a worker
-    counts twice, however many calls overlap.
-
-    Example:
-        >>> clock = iter((0.0, 10.0))
-        >>> figures = PoolMetrics(lambda: next(clock))
-        >>> calls = [Span("rollout", "rollout-0", "generate", 0.0, 4.0, 1, 20), Span("rollout", "rollout-0", "generate",
-        ...          2.0, 5.0, 1, 30)]
-        >>> found = figures.measure(calls, [PoolState("rollout", ["rollout-0"], 1, 0)])
-        >>> found["pool/rollout/busy_share"], found["pool/rollout/tokens_per_second"]
-        (0.5, 5.0)
-    """
-
-    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
-        """Begin to look; the clock is the one of the spans."""
-        self._clock = clock
-        self._observed_at = clock()
-        self._counted_until: dict[tuple[str, str], float] = {}  # of each worker in each pool; slots share theirs
-
-    def measure(self, spans: Sequence[Span], pools: Iterable[PoolState]) -> dict[str, float]:
-        """Return every pool's figures as pool/NAME/..."""
-        now = self._clock()
-        window, self._observed_at = now - self._observed_at, now
-        figures: dict[str, float] = {}
-        for pool in pools:
-            own = [span for span in spans if span.pool == pool.name]
-            busy_share = min(1.0, self._busy_seconds(own) / window / max(1, pool.num_wanted))
-            found: dict[str, float] = {
-                "busy_share": busy_share,
-                "idle_share": 1 - busy_share,
-                "serving": len(pool.serving),
-                "wanted": pool.num_wanted,
-                "restarts": pool.num_restarts,
-            }
-            if any(span.num_rows for span in own):  # a learner's answers are about no batch of their own
-                found["tokens_per_second"] = sum(span.num_tokens for span in own) / window
-            figures |= {f"pool/{pool.name}/{name}": value for name, value in found.items()}
-        return figures
-
-    def _busy_seconds(self, spans: Iterable[Span]) -> float:
-        total = 0.0
-        for span in sorted(spans, key=lambda span: span.began):
-            until = self._counted_until.get((span.pool, span.worker), 0.0)
-            total += max(0.0, span.ended - max(span.began, until))
-            self._counted_until[span.pool, span.worker] = max(until, span.ended)
-        return total
-
-
 Ending = Literal["ended", "stopped", "failed"]
 
 _log = logging.getLogger("preceptor")
@@ -71,7 +19,7 @@ _log = logging.getLogger("preceptor")
 
 @dataclass(frozen=True)
 class StepSample:
-    """One step as the driver saw it."""
+    """Holds one step as the driver saw it."""
 
     record: Record
     completion_lengths: Sequence[int]  # of every trajectory that it learned from
@@ -85,38 +33,38 @@ class StepSample:
 
 
 class StepObserver(Protocol):
-    """Is told about steps in their order, and about the end."""
+    """Receives every step in order, and the end."""
 
-    def on_step(self, seen: StepSample) -> None:
-        """Take in one step; waits for nobody."""
+    def on_step(self, sample: StepSample) -> None:
+        """Take in one step, without waiting."""
 
     def close(self, ending: Ending) -> None:
         """Bring everything to where it belongs."""
 
 
 class Observers:
-    """All observers of a run; as a context, it tells them how the run ended."""
+    """Holds all observers of a run; as a context, it passes on how the run ended."""
 
     def __init__(self, observers: Sequence[StepObserver]) -> None:
         self._observers = list(observers)
 
-    def on_step(self, seen: StepSample) -> None:
-        """Tell everybody about a step; who cannot write is told no more, since the run itself can go on without."""
+    def on_step(self, sample: StepSample) -> None:
+        """Pass a step to every observer; one that cannot write is dropped, since the run can go on without it."""
         for observer in list(self._observers):
-            self._notify(observer, partial(observer.on_step, seen))
+            self._notify(observer, partial(observer.on_step, sample))
 
     def __enter__(self) -> Self:
         """Change nothing."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Tell everybody about the end."""
+        """Close every observer."""
         for observer in list(self._observers):
             self._notify(observer, partial(observer.close, ending_of(error)))
 
-    def _notify(self, observer: StepObserver, what: Callable[[], None]) -> None:
+    def _notify(self, observer: StepObserver, call: Callable[[], None]) -> None:
         try:
-            what()
+            call()
         except OSError as error:
             _log.warning("%s: %s; the run goes on without it", type(observer).__name__, error)
             self._observers.remove(observer)
@@ -132,3 +80,54 @@ def ending_of(error: BaseException | None) -> Ending:
     if error is None:
         return "ended"
     return "stopped" if isinstance(error, RunStopped | KeyboardInterrupt) else "failed"
+
+
+class PoolMetrics:
+    """Turns the calls since the last step into metrics of each pool.
+
+    A worker is busy from being called until it answers. A call counts when it is answered, and no moment of a worker
+    counts twice, however many calls overlap.
+
+    Example:
+        >>> clock = iter((0.0, 10.0))
+        >>> pool_metrics = PoolMetrics(lambda: next(clock))
+        >>> calls = [Span("rollout", "rollout-0", "generate", 0.0, 4.0, 1, 20), Span("rollout", "rollout-0", "generate",
+        ...          2.0, 5.0, 1, 30)]
+        >>> metrics = pool_metrics.measure(calls, [PoolState("rollout", ["rollout-0"], 1, 0)])
+        >>> metrics["pool/rollout/busy_share"], metrics["pool/rollout/tokens_per_second"]
+        (0.5, 5.0)
+    """
+
+    def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
+        """Begin to measure; the clock is the one of the spans."""
+        self._clock = clock
+        self._measured_at = clock()
+        self._counted_until: dict[tuple[str, str], float] = {}  # of each worker in each pool; slots share theirs
+
+    def measure(self, spans: Sequence[Span], pools: Iterable[PoolState]) -> dict[str, float]:
+        """Return every pool's metrics as pool/NAME/..."""
+        now = self._clock()
+        window, self._measured_at = now - self._measured_at, now
+        metrics: dict[str, float] = {}
+        for pool in pools:
+            own = [span for span in spans if span.pool == pool.name]
+            busy_share = min(1.0, self._busy_seconds(own) / window / max(1, pool.num_wanted))
+            values: dict[str, float] = {
+                "busy_share": busy_share,
+                "idle_share": 1 - busy_share,
+                "serving": len(pool.serving),
+                "wanted": pool.num_wanted,
+                "restarts": pool.num_restarts,
+            }
+            if any(span.num_rows for span in own):  # a learner's answers are about no batch of their own
+                values["tokens_per_second"] = sum(span.num_tokens for span in own) / window
+            metrics |= {f"pool/{pool.name}/{name}": value for name, value in values.items()}
+        return metrics
+
+    def _busy_seconds(self, spans: Iterable[Span]) -> float:
+        total = 0.0
+        for span in sorted(spans, key=lambda span: span.began):
+            until = self._counted_until.get((span.pool, span.worker), 0.0)
+            total += max(0.0, span.ended - max(span.began, until))
+            self._counted_until[span.pool, span.worker] = max(until, span.ended)
+        return total

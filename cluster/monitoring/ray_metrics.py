@@ -1,11 +1,11 @@
-"""A run's figures as Ray's metrics, which Prometheus reads from every node and Grafana shows."""
+"""Sets a run's metrics in Ray, from which Prometheus reads them on every node."""
 
 import math
 from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from cluster.monitoring.metric_table import EVERY_STEP, POOL, Figure, figures
+from cluster.monitoring.metric_table import EVERY_STEP, POOL, Metric, all_metrics
 from cluster.monitoring.observers import Ending, StepSample
 
 # A completion's end lies anywhere between a word and a long chain of thought, so the buckets double.
@@ -13,42 +13,39 @@ LENGTH_BOUNDARIES = [float(1 << power) for power in range(2, 18)]  # tokens
 
 
 class RayMetrics:
-    """Sets every figure of the table once per step, under the tag `run`."""
+    """Sets every metric of the table once per step, under the tag `run`."""
 
     def __init__(self, run: str) -> None:
         self._run = run
-        self._metrics = {figure.metric: _make(figure) for figure in figures()}
+        self._metrics = [(metric, _make(metric)) for metric in all_metrics()]
 
-    def on_step(self, seen: StepSample) -> None:
-        """Set what the step has; a figure that it lacks keeps its last value."""
-        for figure in figures():
-            metric = self._metrics[figure.metric]
-            if isinstance(metric, Histogram):
-                for length in seen.completion_lengths:
-                    metric.observe(length, {"run": self._run})
+    def on_step(self, sample: StepSample) -> None:
+        """Set the step's values; a metric that the step lacks keeps its last value."""
+        for metric, ray_metric in self._metrics:
+            if isinstance(ray_metric, Histogram):
+                for length in sample.completion_lengths:
+                    ray_metric.observe(length, {"run": self._run})
                 continue
-            for tags, value in self._values(figure, seen):
-                if isinstance(metric, Gauge):
-                    metric.set(value, tags)
+            for tags, value in self._values(metric, sample):
+                if isinstance(ray_metric, Gauge):
+                    ray_metric.set(value, tags)
                 elif value > 0:  # a counter takes nothing else
-                    metric.inc(value, tags)
+                    ray_metric.inc(value, tags)
 
     def close(self, ending: Ending) -> None:
         """Do nothing: Ray drops the metrics of a driver that has gone."""
 
-    def _values(self, figure: Figure, seen: StepSample) -> list[tuple[dict[str, str], float]]:
-        found: Mapping[str, float] = {EVERY_STEP: 1.0, **seen.record}
-        if not figure.is_of_pools:
-            named = [({"run": self._run}, figure.source)]
-        else:
-            named = [
-                ({"run": self._run, "pool": pool.name}, figure.source.replace(POOL, pool.name)) for pool in seen.pools
-            ]
-        return [(tags, found[source]) for tags, source in named if math.isfinite(found.get(source, math.nan))]
+    def _values(self, metric: Metric, sample: StepSample) -> list[tuple[dict[str, str], float]]:
+        values: Mapping[str, float] = {EVERY_STEP: 1.0, **sample.record}
+        tagged = [({"run": self._run}, metric.source)]
+        if metric.is_per_pool:
+            pools = [pool.name for pool in sample.pools]
+            tagged = [({"run": self._run, "pool": pool}, metric.source.replace(POOL, pool)) for pool in pools]
+        return [(tags, values[source]) for tags, source in tagged if math.isfinite(values.get(source, math.nan))]
 
 
-def _make(figure: Figure) -> Counter | Gauge | Histogram:
-    tags = ("run", "pool") if figure.is_of_pools else ("run",)
-    if figure.kind == "histogram":
-        return Histogram(figure.metric, figure.says, boundaries=LENGTH_BOUNDARIES, tag_keys=tags)
-    return (Counter if figure.kind == "counter" else Gauge)(figure.metric, figure.says, tag_keys=tags)
+def _make(metric: Metric) -> Counter | Gauge | Histogram:
+    tags = ("run", "pool") if metric.is_per_pool else ("run",)
+    if metric.kind == "histogram":
+        return Histogram(metric.name, metric.description, boundaries=LENGTH_BOUNDARIES, tag_keys=tags)
+    return (Counter if metric.kind == "counter" else Gauge)(metric.name, metric.description, tag_keys=tags)

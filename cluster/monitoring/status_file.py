@@ -47,9 +47,9 @@ class StatusFile:
         self._path = path
         self._change(state="running", step=first_step)
 
-    def on_step(self, seen: StepSample) -> None:
+    def on_step(self, sample: StepSample) -> None:
         """Write down the step and the pools."""
-        self._change(step=seen.step, pools=tuple(seen.pools))
+        self._change(step=sample.step, pools=tuple(sample.pools))
 
     def close(self, ending: Ending) -> None:
         """Do nothing: the command itself knows how it ends."""

@@ -28,10 +28,10 @@ class Trace:
         self._first: list[list[Span]] = []
         self._last: deque[list[Span]] = deque(maxlen=num_steps)
 
-    def on_step(self, seen: StepSample) -> None:
+    def on_step(self, sample: StepSample) -> None:
         """Keep a step's calls."""
-        spans = list(seen.spans[:MOST_SPANS_PER_STEP])
-        spans += [span for pool in seen.pools if pool.name == "rollout" for span in _syncs(spans, pool.serving)]
+        spans = list(sample.spans[:MOST_SPANS_PER_STEP])
+        spans += [span for pool in sample.pools if pool.name == "rollout" for span in _syncs(spans, pool.serving)]
         if len(self._first) == self._num_steps:
             self._last.append(spans)
             return

@@ -9,9 +9,8 @@ from cluster.contracts.files import Record
 from cluster.monitoring.observers import Observers, PoolMetrics, StepObserver, StepSample
 from cluster.monitoring.ray_metrics import RayMetrics
 from cluster.monitoring.status_file import StatusFile
-from cluster.monitoring.tensorboard import EventFile
 from cluster.monitoring.trace import Trace
-from cluster.monitoring.wandb import WandbObserver
+from cluster.monitoring.trackers import open_trackers
 from cluster.run.flow import Flow
 from cluster.run.pools import Pipeline
 
@@ -20,10 +19,7 @@ def open_observers(config: Config, directory: RunDirectory, first_step: int) -> 
     """Return whom the run file wants to be told about every step after `first_step`."""
     logging = config.logging
     observers: list[StepObserver] = [StatusFile(directory.status, first_step), RayMetrics(config.run.name)]
-    if logging.tensorboard:
-        observers.append(EventFile(directory.tensorboard, first_step))
-    if logging.wandb_project is not None:
-        observers.append(WandbObserver(config, directory))
+    observers += open_trackers(config, directory, first_step)
     if logging.trace_steps:
         observers.append(Trace(directory.trace, logging.trace_steps))
     return Observers(observers)

@@ -200,7 +200,7 @@ class TrainingRun:
                 {
                     "step": alarm.step,
                     "alarm": alarm.name,
-                    "figure": alarm.config.figure,
+                    "figure": alarm.config.metric,
                     "value": alarm.value,
                     "limit": alarm.limit,
                     "action": alarm.config.action,

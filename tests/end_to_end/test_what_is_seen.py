@@ -1,5 +1,6 @@
 """What a person is shown of a real run: Ray's metrics and `status` while it lives, its files after."""
 
+import importlib.util
 import json
 import math
 import re
@@ -16,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cluster.monitoring.dashboard import DASHBOARD, exported_name
-from cluster.monitoring.metric_table import COMPLETION_LENGTHS, EVERY_STEP, figures
+from cluster.monitoring.metric_table import COMPLETION_LENGTHS, EVERY_STEP, all_metrics
 from tests.end_to_end.conftest import STEPS, ShortRun
 from tests.end_to_end.runs import ENDED_SECONDS, Run, preceptor, running
 from tests.leak_check import wait_until
@@ -79,19 +80,19 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
 
 
 def test_every_query_of_the_dashboard_finds_finite_values_of_the_run(shown: Shown) -> None:
-    assert len(asked_for()) == len(figures())
+    assert len(asked_for()) == len(all_metrics())
     for name in asked_for():
         samples = shown.series.get(name, [])
         assert samples, f"{name} is not on Ray's metrics endpoint"
         assert all(labels["run"] == "run" and math.isfinite(value) for labels, value in samples), name
 
 
-def test_figures_of_pools_are_there_for_every_pool(shown: Shown) -> None:
-    for figure in figures():
-        if figure.is_of_pools:
-            pools = {labels["pool"] for labels, _ in shown.series[exported_name(figure)]}
-            expected = POOLS - {"learner"} if figure.metric == "preceptor_pool_tokens_per_second" else POOLS
-            assert pools == expected, figure.metric
+def test_metrics_of_pools_are_there_for_every_pool(shown: Shown) -> None:
+    for metric in all_metrics():
+        if metric.is_per_pool:
+            pools = {labels["pool"] for labels, _ in shown.series[exported_name(metric)]}
+            expected = POOLS - {"learner"} if metric.name == "preceptor_pool_tokens_per_second" else POOLS
+            assert pools == expected, metric.name
 
 
 def test_a_living_run_shows_its_pools_by_its_directory_alone(shown: Shown) -> None:
@@ -114,9 +115,9 @@ def test_nothing_stays_of_a_run_that_was_interrupted_once(shown: Shown) -> None:
     assert shown.left == []
 
 
-def test_every_figure_of_the_table_is_one_of_the_run(short_run: ShortRun) -> None:
+def test_every_metric_of_the_table_is_one_of_the_run(short_run: ShortRun) -> None:
     found = {name for record in short_run.records() for name in record}
-    sources = {figure.source.replace("{pool}", "rollout") for figure in figures()}
+    sources = {metric.source.replace("{pool}", "rollout") for metric in all_metrics()}
     # This run ends no completion for repetition; the one above does.
     assert sources - found == {EVERY_STEP, COMPLETION_LENGTHS, "rollout/repetition_ratio"}
 
@@ -140,6 +141,7 @@ def test_the_timeline_shows_every_stage_on_every_worker(short_run: ShortRun) -> 
     assert sum(written) == learned + held_out - last
 
 
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_has_one_event_per_step(short_run: ShortRun) -> None:
     [path] = (short_run.path / "tensorboard").iterdir()
     assert path.read_bytes().count(b"train/kl") == STEPS

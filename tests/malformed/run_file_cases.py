@@ -87,7 +87,7 @@ RUN_FILES: dict[str, tuple[bytes, str]] = {
         ),
         "low = 5.0 is not below high = 2.0",
     ),
-    "alarm without limit": (_with('[alarms.mine]\nfigure = "train/kl"\n'), "alarms.mine: an alarm has one limit"),
+    "alarm without limit": (_with('[alarms.mine]\nmetric = "train/kl"\n'), "alarms.mine: an alarm has one limit"),
     "alarms is a number": (b"alarms = 3\n" + GOOD, "alarms: Expected `object`, got `int`"),
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 import pytest
 
 from benchmarks.cases.dashboard_queries import Found, dashboard_queries, fill_in, is_sane, rows_of
-from cluster.monitoring.metric_table import figures
+from cluster.monitoring.metric_table import all_metrics
 
 ACCURACY = 'max by (run) (ray_preceptor_held_out_accuracy{run=~"$run"})'
 KL = 'max by (run) (ray_preceptor_kl{run=~"$run"})'
@@ -28,7 +28,7 @@ def test_a_figure_has_its_own_range(query: str, value: float, sane: bool) -> Non
 
 
 def test_no_variable_of_grafana_is_left_in_a_query() -> None:
-    assert len(dashboard_queries()) == len(figures()) + 2  # the histogram has three lines
+    assert len(dashboard_queries()) == len(all_metrics()) + 2  # the histogram has three lines
     assert not any("$" in fill_in(query) for query in dashboard_queries())
 
 

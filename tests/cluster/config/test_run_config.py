@@ -26,7 +26,7 @@ FIELDS = {
     "environment": "kind verifier max_observation_tokens",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature teacher_too",
     "checkpoint": "every_steps keep_last export",
-    "alarms": "figure above below relative_to steps action",
+    "alarms": "metric above below relative_to steps action",
     "logging": "tensorboard wandb_project trace_steps",
     "ray": "address share_gpu dashboard dashboard_host start_timeout_seconds call_timeout_seconds max_restarts "
     "restart_window_seconds silence_seconds",

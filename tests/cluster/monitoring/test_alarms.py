@@ -73,7 +73,7 @@ def replace_figure(alarm: AlarmConfig) -> AlarmConfig:
 
 
 def test_a_run_file_changes_single_fields_of_a_default_and_adds_its_own() -> None:
-    alarms = make_config("alarms.truncation.action=stop", "alarms.mine.figure=train/kl", "alarms.mine.above=9").alarms
+    alarms = make_config("alarms.truncation.action=stop", "alarms.mine.metric=train/kl", "alarms.mine.above=9").alarms
     assert (alarms["truncation"].above, alarms["truncation"].action) == (0.5, "stop")
     assert alarms["mine"] == AlarmConfig("train/kl", above=9.0)
     assert set(alarms) == {*DEFAULT_ALARMS, "mine"}
@@ -87,7 +87,7 @@ def test_a_limit_on_the_other_side_takes_the_defaults_place() -> None:
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["alarms.mine.figure=train/kl"], "one limit"),
+        (["alarms.mine.metric=train/kl"], "one limit"),
         (["alarms.truncation.above=0.1", "alarms.truncation.below=0.1"], "one limit"),
         (["alarms.truncation.action=panic"], "alarms"),
         (["alarms=3"], "alarms"),
@@ -113,3 +113,10 @@ def test_steps_that_may_be_under_way_keep_their_cap() -> None:
     cap = LengthCap(max_completion_tokens=100, max_staleness=2)
     cap.lower(after_step=5)
     assert [cap.at(step) for step in (5, 6, 7)] == [100, 100, 75]
+
+
+def test_an_older_run_file_may_call_the_metric_a_figure_and_is_warned_once(caplog: pytest.LogCaptureFixture) -> None:
+    overrides = ("alarms.mine.figure=train/kl", "alarms.mine.above=9", "alarms.overlap.figure=train/loss")
+    alarms = make_config(*overrides).alarms
+    assert (alarms["mine"].metric, alarms["overlap"].metric) == ("train/kl", "train/loss")
+    assert len(caplog.records) == 1

@@ -1,4 +1,4 @@
-"""The table of figures, and what is made from it."""
+"""The table of metrics, and what is made from it."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.monitoring.dashboard import DASHBOARD, dashboard, dashboard_text, exported_name, markdown_table, queries
-from cluster.monitoring.metric_table import PANELS, figures
+from cluster.monitoring.metric_table import all_metrics, panels
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 PLACES = [panel["gridPos"] for panel in dashboard()["panels"]]
@@ -22,33 +22,33 @@ def test_the_documented_table_is_the_one_in_the_code() -> None:
 
 
 def test_every_metric_has_one_name_and_every_line_of_a_panel_its_own_legend() -> None:
-    names = [figure.metric for figure in figures()]
+    names = [metric.name for metric in all_metrics()]
     assert len(set(names)) == len(names)
-    for panel in PANELS:
-        legends = [legend for figure in panel.figures for legend in queries(figure)]
+    for panel in panels():
+        legends = [legend for metric in panel.metrics for legend in queries(metric)]
         assert len(set(legends)) == len(legends)
 
 
-def test_every_figure_has_a_panel_that_asks_for_it_and_for_the_selected_runs_only() -> None:
+def test_every_metric_has_a_panel_that_asks_for_it_and_for_the_selected_runs_only() -> None:
     asked = [target["expr"] for panel in dashboard()["panels"] for target in panel.get("targets", [])]
-    for figure in figures():
-        suffix = "_bucket" if figure.kind == "histogram" else ""
-        own = [query for query in asked if f"({exported_name(figure)}{suffix}{{" in query]
-        assert len(own) == (3 if figure.kind == "histogram" else 1)
+    for metric in all_metrics():
+        suffix = "_bucket" if metric.kind == "histogram" else ""
+        own = [query for query in asked if f"({exported_name(metric)}{suffix}{{" in query]
+        assert len(own) == (3 if metric.kind == "histogram" else 1)
         assert all('{run=~"$run"}' in query for query in own)
 
 
 @pytest.mark.parametrize(
-    ("metric", "query"),
+    ("name", "query"),
     [
         ("preceptor_kl", 'max by (run) (ray_preceptor_kl{run=~"$run"})'),
         ("preceptor_pool_serving", 'max by (run, pool) (ray_preceptor_pool_serving{run=~"$run"})'),
         ("preceptor_steps", 'sum by (run) (rate(ray_preceptor_steps_total{run=~"$run"}[$__rate_interval]))'),
     ],
 )
-def test_a_query_follows_from_the_figures_kind(metric: str, query: str) -> None:
-    [figure] = [figure for figure in figures() if figure.metric == metric]
-    assert list(queries(figure).values()) == [query]
+def test_a_query_follows_from_the_metrics_kind(name: str, query: str) -> None:
+    [metric] = [metric for metric in all_metrics() if metric.name == name]
+    assert list(queries(metric).values()) == [query]
 
 
 def test_datasource_and_runs_are_chosen_in_grafana() -> None:

@@ -1,0 +1,107 @@
+"""Sends a run's metrics to TensorBoard and to Weights & Biases, whose packages are optional."""
+
+import hashlib
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from cluster.config.run_config import Config
+from cluster.config.run_directory import RunDirectory
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.files import Record
+from cluster.monitoring.observers import Ending, StepObserver, StepSample
+
+
+def check_trackers(config: Config) -> None:
+    """Check, before anything starts, that the packages of the trackers in the run file are installed.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    logging = config.logging
+    wanted = {
+        "tensorboard": ("logging.tensorboard is true", logging.tensorboard),
+        "wandb": (f"logging.wandb_project is {logging.wandb_project!r}", logging.wandb_project is not None),
+    }
+    for package, (setting, is_wanted) in wanted.items():
+        if is_wanted and not _is_installed(package):
+            raise ConfigError(
+                f"{setting}, but the package {package} is not installed; "
+                f"install it with `pip install {package}`, or remove the field"
+            )
+
+
+def open_trackers(config: Config, directory: RunDirectory, first_step: int) -> list[StepObserver]:
+    """Return the trackers of the run file; TensorBoard also without being named, where its package is installed."""
+    trackers: list[StepObserver] = []
+    wants_tensorboard = config.logging.tensorboard
+    if _is_installed("tensorboard") if wants_tensorboard is None else wants_tensorboard:
+        trackers.append(TensorBoardObserver(directory.tensorboard, first_step))
+    if config.logging.wandb_project is not None:
+        trackers.append(WandbObserver(config, directory))
+    return trackers
+
+
+class TensorBoardObserver:
+    """Writes event files; each start of the run adds one to the folder."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """Begin a file; TensorBoard then hides what earlier files say of steps after `first_step`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def on_step(self, sample: StepSample) -> None:
+        """Write the step's metrics and the distribution of the completions' lengths."""
+        for name, value in _finite(sample.record).items():
+            self._writer.add_scalar(name, value, sample.step)
+        if sample.completion_lengths:
+            self._writer.add_histogram("rollout/completion_lengths", np.array(sample.completion_lengths), sample.step)
+        self._writer.flush()
+
+    def close(self, ending: Ending) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+class WandbObserver:
+    """Logs to one W&B run, which a resumed run continues."""
+
+    def __init__(self, config: Config, directory: RunDirectory) -> None:
+        """Open the W&B run; the key is the user's, where wandb keeps it."""
+        import wandb  # type: ignore[import-not-found]  # not among the dependencies
+
+        self._run: Any = wandb.init(
+            project=config.logging.wandb_project,
+            name=config.run.name,
+            id=_run_id(config.run.name, directory.path),
+            resume="allow",
+            dir=directory.path,
+            config=msgspec.to_builtins(config),
+        )
+
+    def on_step(self, sample: StepSample) -> None:
+        """Log the step's metrics."""
+        self._run.log(_finite(sample.record), step=sample.step)
+
+    def close(self, ending: Ending) -> None:
+        """End the W&B run."""
+        self._run.finish(exit_code=1 if ending == "failed" else 0)
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _finite(record: Record) -> dict[str, float]:
+    return {name: value for name, value in record.items() if math.isfinite(value)}
+
+
+def _run_id(name: str, folder: Path) -> str:
+    """Return an id that a resumed run has again, and another run of the same name elsewhere has not."""
+    return f"{name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
