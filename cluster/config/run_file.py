@@ -6,6 +6,7 @@ Example:
     'topk'
 """
 
+import logging
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,10 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.files import read_text
 
+_log = logging.getLogger("preceptor")
 MAX_RUN_FILE_BYTES = 1 << 20
+# Names that fields had in the last release, which still work in this one.
+_FORMER_NAMES = {"weight_sync": {"mode": "payload", "backend": "transport"}}
 MAX_DOTS = 4096  # tomllib takes the square of a dotted key's length
 # Tables whose keys are the user's own names. They become names of actors, columns, figures and overrides.
 _NAMED_TABLES: Mapping[str, Any] = {"teachers": TeacherConfig, "alarms": AlarmConfig, "objective.terms": AnyTerm}
@@ -73,9 +77,11 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
     if isinstance(tree.get("objective"), str):
         tree["objective"] = {"preset": tree["objective"]}
     _spell_out_balance(tree)
+    _rename_fields(tree, source)
     for override in overrides:
         _apply_override(tree, override)
         _spell_out_balance(tree)
+        _rename_fields(tree, f"override '{override}'")
     _check_texts(tree, source)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
@@ -91,6 +97,15 @@ def _spell_out_balance(tree: dict[str, Any]) -> None:
     """Make a table of `balance = "auto"`, so that overrides can name its fields."""
     if isinstance(tree.get("balance"), str):
         tree["balance"] = {"mode": tree["balance"]}
+
+
+def _rename_fields(tree: dict[str, Any], source: str) -> None:
+    """Give fields under a former name their present one, with a warning."""
+    for section, names in _FORMER_NAMES.items():
+        fields = _entries(tree, section)
+        for former in names.keys() & fields.keys():
+            _log.warning("%s: %s.%s is now %s.%s", source, section, former, section, names[former])
+            fields[names[former]] = fields.pop(former)
 
 
 def _with_initial_student(tree: dict[str, Any]) -> dict[str, Any]:
