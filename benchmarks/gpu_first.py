@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from multiprocessing.queues import Queue
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import msgspec
@@ -84,7 +85,7 @@ def findings_of(part: str, device: torch.device) -> Iterator[Finding]:
     """Yield a part's findings; an error is one more, so that the parts after it run."""
     try:
         yield from PARTS[part](device)
-    except Exception as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError, Empty, subprocess.TimeoutExpired) as error:
         yield Finding(f"{type(error).__name__}: {error}", is_right=False)
 
 
@@ -142,19 +143,18 @@ def head_findings(device: torch.device) -> Iterator[Finding]:
         scores = score_tokens(head, hidden, ids, ScoreRequest("teacher"))
         off = float(np.abs(scores.logprobs[:64] - exact.numpy()[np.arange(64), ids[:64]]).max())
         yield Finding(f"{size}: log-probabilities off by {off:.1e} nats", off < MAX_OFF_NATS[dtype])
-        yield Finding(f"{size}: product alone {milliseconds(lambda: _product(head, hidden), device):.2f} ms")
+        yield Finding(f"{size}: product alone {milliseconds(device, _product, head, hidden):.2f} ms")
         for top_k, entropy in HEAD_SETTINGS:
             request = ScoreRequest("teacher", top_k=top_k, entropy=entropy)
-            scored = milliseconds(lambda: score_tokens(head, hidden, ids, request), device)
+            scored = milliseconds(device, score_tokens, head, hidden, ids, request)
             yield Finding(f"{size}: scored, k = {top_k}{', entropy' * entropy}: {scored:.2f} ms")
         kernels = choose_kernels(device, "sampled")
         if kernels is not None:
-            fused = milliseconds(lambda: _fused(head, hidden, kernels), device)
+            fused = milliseconds(device, _fused, head, hidden, kernels)
             yield Finding(f"{size}: the learner's kernel and a top-64: {fused:.2f} ms")
         if on_gpu:
-            pinned = hidden.pin_memory()
-            plain_copy = milliseconds(lambda: hidden.to(device), device)
-            pinned_copy = milliseconds(lambda: pinned.to(device, non_blocking=True), device)
+            plain_copy = milliseconds(device, hidden.to, device)
+            pinned_copy = milliseconds(device, hidden.pin_memory().to, device, None, True)
             yield Finding(f"{size}: hidden states to the GPU: {plain_copy:.2f} ms, pinned {pinned_copy:.2f} ms")
 
 
@@ -192,7 +192,7 @@ def gradient_findings(device: torch.device) -> Iterator[Finding]:
             yield Finding(f"{name}: not here: {str(error).partition('. ')[0]}")
             continue
         off = float((total[:256].double() - exact).norm() / exact.norm())
-        yield Finding(f"{name}: {milliseconds(add, device):.2f} ms, off by {off:.1e}", off < MAX_OFF_GRADIENT)
+        yield Finding(f"{name}: {milliseconds(device, add):.2f} ms, off by {off:.1e}", off < MAX_OFF_GRADIENT)
 
 
 def zero_findings(device: torch.device) -> Iterator[Finding]:
@@ -272,13 +272,13 @@ def train(stage: int, folder: Path, device: torch.device) -> list[float]:
     return [evaluation.loss.item(), *norms, squares**0.5]
 
 
-def milliseconds(act: Callable[[], Any], device: torch.device) -> float:
+def milliseconds(device: torch.device, act: Callable[..., Any], *arguments: Any) -> float:
     """Return the mean time of an act after a first one."""
-    act()
+    act(*arguments)
     _wait(device)
     began = time.perf_counter()
     for _ in range(REPEATS):
-        act()
+        act(*arguments)
     _wait(device)
     return (time.perf_counter() - began) / REPEATS * 1e3
 
