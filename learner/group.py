@@ -29,7 +29,7 @@ from learner.batching.plan import Round, RoundPlanner
 from learner.checkpointing import checkpoint
 from learner.checkpointing.checkpoint import PendingCheckpoint
 from learner.checkpointing.manifest import Layout, verify
-from learner.worker import LearnerWorker
+from learner.worker import LearnerActor
 
 
 class Calls:
@@ -225,7 +225,7 @@ class LearnerGroup:
     def _begin(self, names: Sequence[str]) -> None:
         world_size = len(names)
         arguments = [(self._config, rank, world_size) for rank in range(world_size)]
-        self._actors = self._create(LearnerWorker, names, arguments, self._options)
+        self._actors = self._create(LearnerActor, names, arguments, self._options)
         with ExitStack() as undo:
             undo.callback(self.shutdown)
             self._start(self._config.ray.start_timeout_seconds)

@@ -38,8 +38,10 @@ from learner.train_step import StepTask, accumulate, learning_rate_at
 from learner.weight_sync.object_store import WeightSender
 
 
-class LearnerWorker:
-    """Trains the student as one rank of its group; every method is collective unless it says otherwise.
+class LearnerActor:
+    """Trains the student as one rank of its group; an ordinary object, which a LearnerGroup runs as a Ray actor.
+
+    Every method is collective unless it says otherwise.
 
     Args:
         config: the whole run.

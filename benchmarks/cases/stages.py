@@ -43,7 +43,7 @@ BAR = 0.85
 STEPS = {"embedded": 20, "smollm2": 2}
 WARM_UP_STEPS = {"embedded": 3, "smollm2": 1}
 STAGES = ("generate", "score", "learn", "sync")
-ACTORS = {"generate": "ray::RolloutActor", "score": "ray::TeacherActor", "learn": "ray::LearnerWorker"}
+ACTORS = {"generate": "ray::RolloutActor", "score": "ray::TeacherActor", "learn": "ray::LearnerActor"}
 DRIVER_AND_RAY = "driver and Ray"
 
 

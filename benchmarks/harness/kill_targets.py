@@ -28,7 +28,7 @@ KINDS: Mapping[str, Callable[[Process], bool]] = {
     "rollout engine": _is_engine_of("ray::RolloutActor"),
     "teacher actor": _is_actor("ray::TeacherActor"),
     "teacher engine": _is_engine_of("ray::TeacherActor"),
-    "learner rank": _is_actor("ray::LearnerWorker"),
+    "learner rank": _is_actor("ray::LearnerActor"),
 }
 
 

@@ -21,7 +21,7 @@ from cluster.contracts.wire import from_wire
 from cluster.weight_sync.manifest import TensorSpec, WeightManifest
 from learner.batching.arrivals import RankShare
 from learner.weight_sync.object_store import ObjectStoreSender
-from learner.worker import LearnerWorker
+from learner.worker import LearnerActor
 
 NUM_PARAMETERS, PARAMETER_VALUES = 4, 1 << 14  # of 64 KiB each in float32
 
@@ -60,7 +60,7 @@ class StubParameters:
         return WeightManifest(tuple(TensorSpec(name, (PARAMETER_VALUES,), dtype) for name in names))
 
 
-class WaitingLearner(LearnerWorker):
+class WaitingLearner(LearnerActor):
     """Waits instead of computing; sends weights as the real learner does."""
 
     def __init__(

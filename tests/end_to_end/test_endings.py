@@ -60,7 +60,7 @@ def test_nothing_stays_of_a_run_that_comes_to_its_end(short_run: ShortRun) -> No
 
 def test_every_socket_listens_on_loopback(short_run: ShortRun) -> None:
     listeners = {command for _, command in short_run.seen.addresses}
-    for name in ("gcs_server", "raylet", "dashboard", "ray::RolloutActor", "ray::LearnerWorker", "VLLM::EngineCore"):
+    for name in ("gcs_server", "raylet", "dashboard", "ray::RolloutActor", "ray::LearnerActor", "VLLM::EngineCore"):
         assert any(name in command for command in listeners), f"{name} was not seen"
     elsewhere = {pair for pair in short_run.seen.addresses if pair[0] not in ("127.0.0.1", "::ffff:127.0.0.1", "::1")}
     assert elsewhere == set()

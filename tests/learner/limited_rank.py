@@ -2,11 +2,11 @@
 
 import resource
 
-from learner.worker import LearnerWorker
+from learner.worker import LearnerActor
 
 
-class LimitedRank(LearnerWorker):
-    """A LearnerWorker whose files the kernel keeps below a size, so that its own writes fail as on a full disk."""
+class LimitedRank(LearnerActor):
+    """A LearnerActor whose files the kernel keeps below a size, so that its own writes fail as on a full disk."""
 
     def limit_file_bytes(self, num_bytes: int | None) -> None:
         limit = resource.RLIM_INFINITY if num_bytes is None else num_bytes

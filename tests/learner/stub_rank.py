@@ -10,7 +10,7 @@ from learner.batching.arrivals import RankShare
 
 
 class StubRank:
-    """Answers as LearnerWorker does; computes one token per millisecond, and fails on an empty trajectory."""
+    """Answers as LearnerActor does; computes one token per millisecond, and fails on an empty trajectory."""
 
     def __init__(self) -> None:
         self._head = 0.0

@@ -15,7 +15,7 @@ from learner.batching.plan import RoundPlanner, plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.loss.objective import Objective
 from learner.model.student import load_student
-from learner.worker import LearnerWorker
+from learner.worker import LearnerActor
 from tests.learner.support import (
     OBJECTIVES,
     WholeStep,
@@ -72,7 +72,7 @@ def step(request, make_config):
     whole = WholeStep(Objective(objective), completion_tokens(scored))
     accumulate_all(engines[0], [build_micro_batch(grid, rows, config.run.seed)], whole)
     at_once = gradients_of(engines[:1], completion_tokens(scored))
-    workers = [LearnerWorker(config, fetch=lambda batches: list(map(to_wire, batches))) for _ in engines]
+    workers = [LearnerActor(config, fetch=lambda batches: list(map(to_wire, batches))) for _ in engines]
     for worker, engine in zip(workers, engines, strict=True):
         worker.use(engine, {})
     return workers, engines, objective, scored, at_once

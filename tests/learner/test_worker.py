@@ -13,7 +13,7 @@ from learner.batching.arrivals import RankShare
 from learner.batching.plan import plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.model.student import load_student
-from learner.worker import LearnerWorker
+from learner.worker import LearnerActor
 from tests.learner.support import OBJECTIVES, completion_tokens, score_by
 
 
@@ -21,7 +21,7 @@ from tests.learner.support import OBJECTIVES, completion_tokens, score_by
 def make_worker():
     def make(config):
         engine = ReferenceEngine(load_student(config.student, config.learner), config.learner)
-        worker = LearnerWorker(config, fetch=lambda batches: list(map(to_wire, batches)))
+        worker = LearnerActor(config, fetch=lambda batches: list(map(to_wire, batches)))
         worker.use(engine, {})
         return worker
 

@@ -14,7 +14,7 @@ class KnownDoor(Door):
         nodes = [{"node_id": "a", "node_ip": "10.0.0.1"}, {"node_id": "b", "node_ip": "10.0.0.2"}]
         actors = [
             {"name": "rollout-0", "class_name": "RolloutActor", "node_id": "a"},
-            {"name": "learner-0", "class_name": "LearnerWorker", "node_id": "b"},
+            {"name": "learner-0", "class_name": "LearnerActor", "node_id": "b"},
             {"name": "_ray_internal_job_actor_x", "class_name": "JobSupervisor", "node_id": "a"},
         ]
         return {"data": {"result": {"result": nodes if "/nodes" in path else actors}}}
