@@ -1,4 +1,4 @@
-"""Where the processes of a group find each other."""
+"""Chooses where the processes of a group meet."""
 
 import socket
 import tempfile
@@ -11,7 +11,7 @@ import ray
 def free_address() -> str:
     """Return where a group can meet: `tcp://host:port` of this node, or a file where this node is the only one.
 
-    Torch's TCP store listens on all interfaces and asks nobody who they are; a file has an owner and a mode.
+    Torch's TCP store listens on all interfaces and takes every connection; a file has an owner and a mode.
     """
     host = ray.util.get_node_ip_address()
     if ip_address(host).is_loopback:

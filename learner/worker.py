@@ -1,14 +1,12 @@
-"""One rank of the learner: scored trajectories in, new weights out. It knows nothing of how it is deployed."""
+"""Runs one rank of the learner: scored trajectories in, new weights out."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 import torch
 import transformers
@@ -16,14 +14,16 @@ from ray.actor import ActorHandle
 
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
+from cluster.contracts.import_path import load_object
 from cluster.contracts.metrics import Max, Metric, Sum
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.model_files import load_tokenizer
 from cluster.weight_sync.manifest import WeightSyncReport
+from cluster.weight_sync.transports import TRANSPORTS, choose
 from learner.batching.arrivals import RankShare
-from learner.batching.micro_batch import MicroBatch, build_micro_batch, trajectories
-from learner.batching.plan import Grid, plan_step
+from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.plan import plan_step
 from learner.checkpointing import checkpoint
 from learner.checkpointing.manifest import WrittenShard, shard_name
 from learner.checkpointing.shards import ShardWriter, random_state, read_shard, set_random_state, split_random_state
@@ -35,35 +35,63 @@ from learner.model.completion_head import TeacherHeads, load_teacher_heads
 from learner.model.student import load_student
 from learner.rendezvous import free_address
 from learner.train_step import StepTask, accumulate, learning_rate_at
-from learner.weight_sync.object_store import ObjectStoreSender, WeightSender
+from learner.weight_sync.object_store import WeightSender
 
 
-@dataclass(frozen=True)
-class RankRows:
-    """Trajectories that one rank computes, and in which micro-batches."""
+class LearnerActor:
+    """Trains the student as one rank of its group; an ordinary object, which a LearnerGroup runs as a Ray actor.
 
-    batches: Sequence[pa.RecordBatch]  # scored
-    task_advantages: Sequence[float]  # of the batches' rows, in order
-    grids: Sequence[Grid]  # indices count the batches' rows
-
-
-class LearnerWorker:
-    """Trains the student as one rank of its group; every method is collective unless it says otherwise.
+    Every method is collective unless it says otherwise.
 
     Args:
         config: the whole run.
-        engine: holds the weights of this rank.
-        teacher_heads: for objectives over the whole vocabulary.
+        rank: of this worker.
+        world_size: ranks of the group.
+        fetch: returns what references point to; None: from Ray's object store.
     """
 
-    def __init__(self, config: Config, engine: TrainEngine, teacher_heads: TeacherHeads) -> None:
-        self._config = config
-        self._engine = engine
-        self._teacher_heads = teacher_heads
-        self._kernels = choose_kernels(_device(), config.objective.support)
-        self._objective = Objective(config.objective, self._kernels)
-        self._sender = _make_sender(config, engine)
+    def __init__(
+        self,
+        config: Config,
+        rank: int = 0,
+        world_size: int = 1,
+        fetch: Callable[[Sequence[Any]], list[Any]] | None = None,
+    ) -> None:
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._fetch = fetch or self._fetch_from_ray
         self._writer = ShardWriter()
+
+    def address(self) -> str:
+        """Return where the group can meet: rank 0's answer counts; not collective."""
+        return free_address()
+
+    def start(self, address: str) -> None:
+        """Load the student, and join the group at `tcp://host:port` unless it is of stage 0.
+
+        Raises:
+            ModelError: the student is missing or cannot be trained, or a teacher's LM head cannot be read.
+        """
+        config, device = self._config, _device()
+        transformers.utils.logging.disable_progress_bar()
+        if device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
+        student = load_student(config.student, config.learner, device)
+        teacher_heads = load_teacher_heads(config, device)
+        if config.learner.zero_stage == 0:
+            self.use(ReferenceEngine(student, config.learner), teacher_heads)
+            return
+        from learner.engines.zero import ZeroEngine  # picks its accelerator as it is imported
+
+        self.use(ZeroEngine(student, config.learner, self._rank, self._world_size, address), teacher_heads)
+
+    def use(self, engine: TrainEngine, teacher_heads: TeacherHeads) -> None:
+        """Train the engine's weights; the heads are for objectives over the whole vocabulary."""
+        self._engine, self._teacher_heads = engine, teacher_heads
+        self._kernels = choose_kernels(_device(), self._config.objective.support)
+        self._objective = Objective(self._config.objective, self._kernels)
+        _, transport = choose(self._config, torch.cuda.is_available())
+        make_sender = load_object(TRANSPORTS[transport].sender, "weight_sync.transport")
+        self._sender: WeightSender = make_sender(engine, self._config)
 
     def read_teacher_heads(self, config: Config) -> None:
         """Read the LM heads of a configuration's teachers in place of those before; not collective.
@@ -75,19 +103,23 @@ class LearnerWorker:
         self._teacher_heads = load_teacher_heads(config, _device())
 
     def accumulate(
-        self, rows: RankRows, completes_step: bool, objective: ObjectiveConfig | None = None
+        self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None = None
     ) -> dict[str, Metric]:
         """Add the gradients of this rank's share of a round.
 
         Args:
-            rows: the trajectories and their micro-batches.
+            share: the trajectories and their micro-batches.
             completes_step: whether no round of the step follows.
             objective: another one than the run's, of the same support.
         """
+        batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
+        rows = trajectories(batches, share.task_advantages)
+        # One micro-batch at a time: hidden states are large.
+        micro_batches = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
         task = StepTask(
             self._objective if objective is None else Objective(objective, self._kernels), self._teacher_heads
         )
-        return accumulate(self._engine, self._build(rows), task, completes_step)
+        return accumulate(self._engine, micro_batches, task, completes_step)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""
@@ -104,15 +136,17 @@ class LearnerWorker:
         """Measure the gradients and clear them."""
         return {"gradient_norm": Max(self._engine.discard(num_tokens))}
 
-    def student_logprobs(self, batch: pa.RecordBatch) -> Floats:
-        """Return the current student's log-probability of every completion token, in the batch's row order.
+    def student_logprobs(self, references: Sequence[Any]) -> Floats | None:
+        """Return the current student's log-probability of every completion token of one batch, its rows in order.
 
-        Every rank computes all of it: under ZeRO-3 a forward needs them all.
+        Rank 0 alone returns them. Every rank computes all of them: under ZeRO-3 a forward needs them all.
         """
+        (wire,) = self._fetch(references)
+        batch = from_wire(wire)
         lengths = ragged(batch, "token_ids").lengths.tolist()
         plan = plan_step(lengths, num_ranks=1, micro_batch_tokens=self._config.learner.micro_batch_tokens)
         completion_lengths = ragged(batch, "rollout_logprobs").lengths
-        found: dict[int, Floats] = {}
+        of_rows: dict[int, Floats] = {}
         rows = trajectories([batch])
         for grid in plan.ranks[0]:
             with torch.no_grad():
@@ -120,8 +154,10 @@ class LearnerWorker:
                 logprobs = self._engine.forward(micro_batch).logprobs.cpu().numpy()
             order = [index for grid_row in grid for index in grid_row]
             ends = np.cumsum([completion_lengths[index] for index in order])
-            found |= dict(zip(order, np.split(logprobs, ends[:-1]), strict=False))
-        return np.concatenate([np.empty(0, np.float32), *(found[index] for index in range(len(lengths)))])
+            of_rows |= dict(zip(order, np.split(logprobs, ends[:-1]), strict=False))
+        if self._rank != 0:
+            return None
+        return np.concatenate([np.empty(0, np.float32), *(of_rows[index] for index in range(len(lengths)))])
 
     def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
         """Bring the current weights to the rollout workers; rank 0's report is the group's."""
@@ -161,112 +197,13 @@ class LearnerWorker:
         student = self._config.student
         checkpoint.export(self._engine, load_tokenizer(student.model, student.trust_remote_code), folder)
 
-    def _build(self, rows: RankRows) -> Iterator[MicroBatch]:
-        """Lay out one micro-batch after the other, when it is wanted: hidden states are large."""
-        found = trajectories(rows.batches, rows.task_advantages)
-        return (build_micro_batch(grid, found, self._config.run.seed) for grid in rows.grids)
+    def shutdown(self) -> None:
+        """End nothing: a rank starts no process of its own."""
 
-
-def start_worker(config: Config, rank: int, world_size: int, address: str) -> LearnerWorker:
-    """Load the student, join the group at `tcp://host:port` unless it is of stage 0, and return this rank's worker.
-
-    Raises:
-        ModelError: the student is missing or cannot be trained, or a teacher's LM head cannot be read.
-    """
-    transformers.utils.logging.disable_progress_bar()
-    device = _device()
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
-    student = load_student(config.student, config.learner, device)
-    teacher_heads = load_teacher_heads(config, device)
-    if config.learner.zero_stage == 0:
-        return LearnerWorker(config, ReferenceEngine(student, config.learner), teacher_heads)
-    from learner.engines.zero import ZeroEngine  # picks its accelerator as it is imported
-
-    return LearnerWorker(config, ZeroEngine(student, config.learner, rank, world_size, address), teacher_heads)
+    def _fetch_from_ray(self, references: Sequence[Any]) -> list[Any]:
+        fetched: list[Any] = ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
+        return fetched
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _make_sender(config: Config, engine: TrainEngine) -> WeightSender:
-    dtype, timeout_seconds = config.rollout.engine.dtype, config.ray.call_timeout_seconds
-    backend = config.weight_sync.backend
-    if backend in ("object_store", "auto"):  # auto: nobody has looked at the GPUs; this way is always open
-        return ObjectStoreSender(engine, config.weight_sync, dtype, timeout_seconds)
-    from learner.weight_sync.gpu_sender import VllmSender, ipc_link, nccl_link  # vllm, which the other does not need
-
-    to_own_gpus = nccl_link(engine, config.rollout.engine.tensor_parallel, config.weight_sync.bucket_bytes)
-    make_link = to_own_gpus if backend == "nccl" else ipc_link
-    return VllmSender(engine, config.weight_sync, dtype, timeout_seconds, make_link)
-
-
-class LearnerActor:
-    """A LearnerWorker behind Ray: fetches what references point to, and passes everything else on."""
-
-    def __init__(self, config: Config, rank: int, world_size: int) -> None:
-        self._config = config
-        self._rank, self._world_size = rank, world_size
-        self._worker: LearnerWorker
-
-    def address(self) -> str:
-        """Return where the group meets; asked of rank 0."""
-        return free_address()
-
-    def start(self, address: str) -> None:
-        """Load the student and join the group."""
-        self._worker = start_worker(self._config, self._rank, self._world_size, address)
-
-    def read_teacher_heads(self, config: Config) -> None:
-        """Read the LM heads of a configuration's teachers in place of those before."""
-        self._worker.read_teacher_heads(config)
-
-    def accumulate(
-        self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None
-    ) -> dict[str, Metric]:
-        """Add the gradients of this rank's share of a round."""
-        wires = ray.get(list(share.references), timeout=self._config.ray.call_timeout_seconds)
-        batches = [from_wire(wire, stage="scored") for wire in wires]
-        return self._worker.accumulate(RankRows(batches, share.task_advantages, share.grids), completes_step, objective)
-
-    def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
-        """Update the weights with the gradients added up."""
-        return self._worker.take_step(num_tokens, step)
-
-    def discard_step(self, num_tokens: int) -> dict[str, Metric]:
-        """Measure the gradients added up and clear them."""
-        return self._worker.discard_step(num_tokens)
-
-    def student_logprobs(self, references: Sequence[Any]) -> Floats | None:
-        """Return the log-probabilities of one batch on rank 0, and nothing on the others."""
-        (wire,) = ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
-        logprobs = self._worker.student_logprobs(from_wire(wire))
-        return logprobs if self._rank == 0 else None
-
-    def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
-        """Bring the weights to the rollout workers."""
-        return self._worker.publish_weights(rollout_workers, policy_version)
-
-    def begin_shard(self, partial: Path) -> float:
-        """Begin to write this rank's part of a checkpoint."""
-        return self._worker.begin_shard(partial)
-
-    def shard_is_written(self) -> bool:
-        """Return whether it is written."""
-        return self._worker.shard_is_written()
-
-    def finish_shard(self) -> WrittenShard:
-        """Wait until it is written."""
-        return self._worker.finish_shard()
-
-    def load_shard(self, folder: Path) -> None:
-        """Restore this rank's part of a checkpoint."""
-        self._worker.load_shard(folder)
-
-    def export(self, folder: Path) -> None:
-        """Write the student as a Hugging Face directory."""
-        self._worker.export(folder)
-
-    def shutdown(self) -> None:
-        """End nothing: a rank starts no process of its own."""

@@ -35,7 +35,7 @@ class RolloutActorSettings:
     engine: EngineConfig
     max_model_len: int  # tokens of the longest trajectory, plus 1
     rows_per_batch: int
-    weight_sync_backend: str | None  # None: the weights never change
+    weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     draws: bool = False  # whether sampling settings may ask for sampled candidates
 
@@ -64,7 +64,7 @@ class RolloutActor:
             settings.student.model, trust_remote_code=settings.student.trust_remote_code
         )
         engine = VllmRolloutEngine(
-            settings.student, settings.engine, settings.max_model_len, settings.weight_sync_backend, settings.draws
+            settings.student, settings.engine, settings.max_model_len, settings.weight_transport, settings.draws
         )
         self._worker = RolloutWorker(
             engine,
@@ -148,13 +148,13 @@ class RolloutActor:
         self._is_updating = True
         await self._worker.start_weight_update()
 
-    async def update_weights(self, update_info: Any) -> None:
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one bucket; a `reference` (in a list, so that Ray leaves it alone) is fetched to become `buffer`."""
-        if self._settings.weight_sync_backend == "object_store":
+        self._arriving_version = update_info.get("kept_as")
+        if "reference" in update_info:
+            others = {name: value for name, value in update_info.items() if name != "reference"}
             [reference] = update_info["reference"]
-            kept = {name: value for name, value in update_info.items() if name != "reference"}
-            update_info = kept | {"buffer": await reference}
-            self._arriving_version = update_info.get("kept_as")
+            update_info = others | {"buffer": await reference}
         await self._worker.update_weights(update_info)
 
     async def finish_weight_update(self, policy_version: int) -> str:

@@ -17,6 +17,7 @@ from cluster.contracts.errors import ActorDiedError, RolloutError, WeightSyncErr
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.vllm.compat import TokenVersions, VLLMClientError, label_weights
 from cluster.vllm.engine import EngineRole, build_engine
+from cluster.weight_sync.transports import vllm_backend
 from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded, candidates_from_bytes
 from rollout_workers.vllm_requests import read_completion, sampling_params
 from rollout_workers.weight_sync.shared_memory import mappable
@@ -62,12 +63,9 @@ class SleepWhenIdle:
             await self.end()
 
 
-OBJECT_STORE = "object_store"
-VLLM_BACKENDS = {"ipc": "plain_ipc", "nccl": "renewed_nccl"}  # where the receiving end is ours under another name
 DRAWS = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
 WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
-UNVERIFIED = "unverified"  # vLLM's own backends report nothing of what they received
 
 
 class VllmRolloutEngine:
@@ -78,7 +76,7 @@ class VllmRolloutEngine:
         student: StudentConfig,
         engine: EngineConfig,
         max_model_len: int,
-        backend: str | None,
+        transport: str | None,
         draws: bool = False,
     ) -> None:
         """Start the engine.
@@ -87,10 +85,9 @@ class VllmRolloutEngine:
             student: the model.
             engine: how it is served.
             max_model_len: tokens of the longest prompt and completion, plus 1.
-            backend: how new weights arrive: "object_store", or vLLM's "nccl" or "ipc"; None: never.
+            transport: how new weights arrive, a key of TRANSPORTS; None: never.
             draws: whether requests may ask for candidate draws, which every decoding step then looks out for.
         """
-        self._backend = backend
         self._policy_version = 0  # of the weights that write; 0: those that vLLM loaded
         self._buffers: list[pa.Buffer] = []  # of the update under way
         self._draws = CandidateFetcher(self._take_draws) if draws else None  # None: nothing draws
@@ -106,7 +103,7 @@ class VllmRolloutEngine:
                 tokenizer=True,
                 priorities=True,
                 sleeps=engine.sleep,
-                weight_transfer_backend=VLLM_BACKENDS.get(backend or "", backend),
+                weight_transfer_backend=vllm_backend(transport) if transport else None,
                 worker_extension=WORKER_EXTENSION,
                 logits_processors=(f"{DRAWS}:CandidateProcessor", f"{DRAWS}:CandidateProcessorV2") if draws else None,
             ),
@@ -153,7 +150,7 @@ class VllmRolloutEngine:
         return bool(self._engine.errored)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        """Open the receiving end of the configured backend."""
+        """Open the receiving end of the transport."""
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
@@ -166,14 +163,11 @@ class VllmRolloutEngine:
             await self._sleep_when_idle.begin()
         with _raised_as_death():
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-            if self._backend == OBJECT_STORE:
-                await self._engine.collective_rpc("begin_update")
-            else:
-                await self._engine.start_weight_update()
+            await self._engine.collective_rpc("begin_update")
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive one bucket; for the object store, `update_info["buffer"]` holds its bytes."""
-        if self._backend != OBJECT_STORE:
+        """Receive one bucket; where `update_info["buffer"]` holds its bytes, vLLM's processes map them."""
+        if "buffer" not in update_info:
             await self._update_weights(update_info)
             return
         buffer = update_info["buffer"]
@@ -217,10 +211,6 @@ class VllmRolloutEngine:
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def _install(self, policy_version: int) -> str:
-        if self._backend != OBJECT_STORE:
-            await self._engine.finish_weight_update()
-            await label_weights(self._engine, policy_version)
-            return UNVERIFIED
         # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
         reports, _ = await asyncio.gather(
             self._engine.collective_rpc("finish_and_report"), label_weights(self._engine, policy_version)

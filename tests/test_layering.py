@@ -20,7 +20,6 @@ DOORS = {
         "rollout_workers.vllm_engine",
         "rollout_workers.vllm_requests",
         "teacher_workers.backends.vllm",
-        "learner.weight_sync.gpu_links",
     },
     "deepspeed": {"learner.engines.zero"},
     "triton": {"learner.loss.kernels.triton_kernels", "learner.loss.kernels.triton_launch"},
@@ -73,6 +72,7 @@ def test_the_contracts_load_no_heavy_library() -> None:
         "contracts.errors",
         "contracts.trajectory",
         "weight_sync.manifest",
+        "weight_sync.transports",
     )
     loaded = loaded_by("; ".join(f"import cluster.{name}" for name in names))
     assert not loaded & set(HEAVY)

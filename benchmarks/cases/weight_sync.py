@@ -190,7 +190,7 @@ class Publisher:
     version = 0
 
     def __init__(self, engine: Any, mode: Any, actors: Sequence[ActorHandle]) -> None:
-        self._sender = ObjectStoreSender(engine, WeightSyncConfig(mode=mode), DTYPE, TIMEOUT_SECONDS)
+        self._sender = ObjectStoreSender(engine, WeightSyncConfig(payload=mode), DTYPE, TIMEOUT_SECONDS)
         self._actors = actors
 
     def __call__(self, copy: "Copy | None") -> WeightSyncReport:

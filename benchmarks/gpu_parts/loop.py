@@ -139,7 +139,7 @@ def loop_config(scale: Scale, folder: Path) -> Config:
             "micro_batch_tokens": scale.micro_batch_tokens,
             **({"gpu_memory_fraction": LEARNER_FRACTION} if on_card else {}),
         },
-        "weight_sync": {"backend": "ipc" if on_card else "object_store"},
+        "weight_sync": {"transport": "ipc" if on_card else "object_store"},
         "ray": {"dashboard": False, **({"share_gpu": True} if on_card else {})},
     }
     return parse_run_config("\n".join(_section(name, fields) for name, fields in sections.items()), [])

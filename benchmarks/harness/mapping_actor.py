@@ -43,14 +43,14 @@ class MappingActor:
 
 def check_buckets(pipe: Connection) -> None:
     """Answer each bucket with the checksum to its end; after None begin anew. Ends when the other end is gone."""
-    from rollout_workers.weight_sync.object_store import Bucket, map_memory
+    from rollout_workers.weight_sync.object_store import BucketMessage, map_memory
 
     digest = new_digest()
     with suppress(EOFError):
         while True:
             region = pipe.recv()
             if region is not None:
-                digest.update(map_memory(Bucket([], [], [], "", **region)).data)
+                digest.update(map_memory(BucketMessage([], [], [], "", **region)).data)
             pipe.send(digest.hexdigest())
             if region is None:
                 digest = new_digest()

@@ -4,23 +4,24 @@ Apart from the other actors of the soak, because the real rank behind it imports
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from ray.actor import ActorHandle
 from torch import Tensor
 
 from benchmarks.soak.actors import Delays
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.metrics import Metric, Sum
-from cluster.weight_sync.manifest import TensorSpec, WeightManifest, WeightSyncReport
+from cluster.contracts.wire import from_wire
+from cluster.weight_sync.manifest import TensorSpec, WeightManifest
+from learner.batching.arrivals import RankShare
 from learner.weight_sync.object_store import ObjectStoreSender
-from learner.worker import LearnerActor, RankRows
+from learner.worker import LearnerActor
 
 NUM_PARAMETERS, PARAMETER_VALUES = 4, 1 << 14  # of 64 KiB each in float32
 
@@ -59,11 +60,19 @@ class StubParameters:
         return WeightManifest(tuple(TensorSpec(name, (PARAMETER_VALUES,), dtype) for name in names))
 
 
-class WaitingLearner:
-    """A LearnerWorker without a model; it sends weights as the real one does."""
+class WaitingLearner(LearnerActor):
+    """Waits instead of computing; sends weights as the real learner does."""
 
-    def __init__(self, config: Config, rank: int, delays: Delays) -> None:
-        self._rank, self._delays = rank, delays
+    def __init__(
+        self,
+        config: Config,
+        rank: int,
+        world_size: int,
+        delays: Delays,
+        fetch: Callable[[Sequence[Any]], list[Any]] | None = None,
+    ) -> None:
+        super().__init__(config, rank, world_size, fetch)
+        self._delays = delays
         self._parameters = StubParameters(rank)
         engine: Any = self._parameters
         self._sender = ObjectStoreSender(engine, config.weight_sync, "float32", config.ray.call_timeout_seconds)
@@ -71,13 +80,17 @@ class WaitingLearner:
         self._rows: list[LearnedRow] = []
         self._steps: list[int] = []
 
+    def start(self, address: str) -> None:
+        """Load nothing; the ranks need not meet."""
+
     def accumulate(
-        self, rows: RankRows, completes_step: bool, objective: ObjectiveConfig | None = None
+        self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None = None
     ) -> dict[str, Metric]:
         """Note the rows of the micro-batches, and wait."""
-        versions = [int(version.as_py()) for batch in rows.batches for version in batch["min_policy_version"]]
-        ids = [int(found.as_py()) for batch in rows.batches for found in batch["trajectory_id"]]
-        named = [index for grid in rows.grids for grid_row in grid for index in grid_row]
+        batches = [from_wire(wire) for wire in self._fetch(share.references)]
+        versions = [int(version.as_py()) for batch in batches for version in batch["min_policy_version"]]
+        ids = [int(id_.as_py()) for batch in batches for id_ in batch["trajectory_id"]]
+        named = [index for grid in share.grids for grid_row in grid for index in grid_row]
         self._rows += [LearnedRow(ids[index], self._parameters.num_updates - versions[index]) for index in named]
         self._num_rounds += 1
         return self._wait("round", self._num_rounds)
@@ -87,10 +100,6 @@ class WaitingLearner:
         self._steps.append(step)
         self._parameters.num_updates += 1
         return self._wait("step", step)
-
-    def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
-        """Bring the parameters to the rollout workers."""
-        return self._sender.publish(rollout_workers, policy_version)
 
     def report(self) -> RankReport:
         """Return what was noted, and forget it."""
@@ -102,20 +111,3 @@ class WaitingLearner:
         seconds = self._delays.seconds(stage, self._rank, number)
         time.sleep(seconds)
         return {"busy_seconds": Sum(seconds)}
-
-
-class WaitingLearnerActor(LearnerActor):
-    """A LearnerActor with a waiting learner."""
-
-    def __init__(self, config: Config, rank: int, world_size: int, delays: Delays) -> None:
-        super().__init__(config, rank, world_size)
-        self._delays = delays
-
-    def start(self, address: str) -> None:
-        """Build the worker; the ranks need not meet."""
-        self._worker = WaitingLearner(self._config, self._rank, self._delays)  # type: ignore[assignment]
-
-    def report(self) -> RankReport:
-        """Return what this rank did since it was last asked."""
-        report: RankReport = self._worker.report()  # type: ignore[attr-defined]
-        return report

@@ -9,7 +9,7 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from benchmarks.soak.actors import Delays, WaitingRolloutActor, WaitingTeacherActor
-from benchmarks.soak.learner import WaitingLearnerActor
+from benchmarks.soak.learner import WaitingLearner
 from cluster.actors.calls import PoolTimeouts, create_actors
 from cluster.config.run_config import Config, StudentConfig
 from cluster.config.run_file import parse_run_config
@@ -31,7 +31,7 @@ teachers.right.model = "stub"
 prompts = {{ train = "stub", prompts_per_step = 16 }}
 rollout = {{ samples_per_prompt = 2, rows_per_batch = 4, max_staleness = 2, max_completion_tokens = 400 }}
 learner = {{ num_workers = 2, micro_batch_tokens = 2048 }}
-weight_sync = {{ backend = "object_store", bucket_bytes = {1 << 17} }}  # two per update
+weight_sync = {{ transport = "object_store", bucket_bytes = {1 << 17} }}  # two per update
 ray = {{ start_timeout_seconds = 120.0, call_timeout_seconds = {WAIT_SECONDS} }}
 """
 NUM_ROLLOUT_WORKERS, NUM_TEACHER_WORKERS = 3, 2  # the latter for each of the two teachers
@@ -61,12 +61,12 @@ def soak_pools(delays: Delays) -> Iterator[SoakPools]:
 
     def create_ranks(_: type, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Any]) -> Any:
         with_delays = [(*argument, delays) for argument in arguments]
-        ranks.extend(create_actors(WaitingLearnerActor, names, with_delays, options))
+        ranks.extend(create_actors(WaitingLearner, names, with_delays, options))
         return ranks
 
     with ExitStack() as stack:
         settings = RolloutActorSettings(
-            StudentConfig("stub"), EngineConfig(), 1, config.rollout.rows_per_batch, config.weight_sync.backend
+            StudentConfig("stub"), EngineConfig(), 1, config.rollout.rows_per_batch, config.weight_sync.transport
         )
         of_rollouts, of_teachers = [NO_CPU] * NUM_ROLLOUT_WORKERS, [NO_CPU] * NUM_TEACHER_WORKERS
         rollouts = RolloutPool(settings, of_rollouts, timeouts, actor=WaitingRolloutActor, create=create)

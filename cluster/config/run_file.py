@@ -27,6 +27,12 @@ from cluster.contracts.files import read_text
 _log = logging.getLogger("preceptor")
 
 MAX_RUN_FILE_BYTES = 1 << 20
+# Names that fields had in the last release, which still work in this one: their present names.
+_RENAMED_FIELDS = {
+    "weight_sync.mode": "weight_sync.payload",
+    "weight_sync.backend": "weight_sync.transport",
+    "evaluation.verifier": "environment.verifier",
+}
 MAX_DOTS = 4096  # tomllib takes the square of a dotted key's length
 # Tables whose keys are the user's own names. They become names of actors, columns, figures and overrides.
 _NAMED_TABLES: Mapping[str, Any] = {"teachers": TeacherConfig, "alarms": AlarmConfig, "objective.terms": AnyTerm}
@@ -76,10 +82,11 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
     if isinstance(tree.get("objective"), str):
         tree["objective"] = {"preset": tree["objective"]}
     _spell_out_balance(tree)
+    _rename_fields(tree, source)
     for override in overrides:
         _apply_override(tree, override)
         _spell_out_balance(tree)
-    _rename_verifier(tree, source)
+        _rename_fields(tree, f"override '{override}'")
     _check_texts(tree, source)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
@@ -97,12 +104,14 @@ def _spell_out_balance(tree: dict[str, Any]) -> None:
         tree["balance"] = {"mode": tree["balance"]}
 
 
-def _rename_verifier(tree: dict[str, Any], source: str) -> None:
-    """Accept `evaluation.verifier`, the former name of `environment.verifier`, for one release."""
-    evaluation, environment = tree.get("evaluation"), tree.get("environment", {})
-    if isinstance(evaluation, dict) and "verifier" in evaluation and isinstance(environment, dict):
-        tree["environment"] = {"verifier": evaluation.pop("verifier"), **environment}
-        _log.warning("%s: evaluation.verifier is now environment.verifier; rename it", source)
+def _rename_fields(tree: dict[str, Any], source: str) -> None:
+    """Give fields under a name of the last release their present name, with a warning."""
+    for old, new in _RENAMED_FIELDS.items():
+        (section, field), (new_section, new_field) = old.split("."), new.split(".")
+        fields = _entries(tree, section)
+        if field in fields and isinstance(tree.setdefault(new_section, {}), dict):
+            _log.warning("%s: %s is now %s; rename it", source, old, new)
+            tree[new_section][new_field] = fields.pop(field)
 
 
 def _with_initial_student(tree: dict[str, Any]) -> dict[str, Any]:

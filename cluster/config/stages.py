@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
+from cluster.contracts.import_path import is_import_path
+from cluster.weight_sync.transports import PAYLOADS, TRANSPORTS
 
 
 class BalanceConfig(Section, frozen=True):
@@ -139,13 +141,16 @@ class LearnerConfig(Section):
 
 
 class WeightSyncConfig(Section):
-    """How new student weights reach the rollout workers after each step."""
+    """Says how new student weights reach the rollout workers after each step."""
 
-    backend: Literal["auto", "object_store", "nccl", "ipc"] = "auto"  # auto: nccl on own GPUs, ipc on a shared one
-    mode: Literal["full", "delta"] = "full"  # delta: values that changed; a copy of the weights at both ends
+    # A name of PAYLOADS, or package.module:Class; "delta" sends the values that changed, and keeps a copy at both ends.
+    payload: Text = "full"
+    transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"  # auto: nccl on own GPUs, ipc on a shared one
     bucket_bytes: Count = 1 << 28
 
     def __post_init__(self) -> None:
-        """Check that the backend can do what is asked; raises ValueError, which the reader turns into a ConfigError."""
-        if self.mode == "delta" and self.backend not in ("auto", "object_store"):
-            raise ValueError(f'mode = "delta" needs backend = "object_store", found "{self.backend}"')
+        """Check that the transport takes the payload; raises ValueError, which the reader turns into a ConfigError."""
+        if self.payload not in PAYLOADS and not is_import_path(self.payload):
+            raise ValueError(f'payload = "{self.payload}" is none of {", ".join(PAYLOADS)} and no package.module:Class')
+        if self.payload != "full" and self.transport != "auto" and not TRANSPORTS[self.transport].takes_any_payload:
+            raise ValueError(f'payload = "{self.payload}" needs transport = "object_store", found "{self.transport}"')

@@ -1,4 +1,4 @@
-"""What a run's GPUs are used for: memory shares of one that all stages share, and the way weights take between them."""
+"""Divides a GPU that all stages share, and makes the choices of a run that depend on its GPUs."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from msgspec.structs import replace
 from cluster.config.run_config import Config
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import PlacementError
-from cluster.weight_sync.transports import weight_backend
+from cluster.weight_sync.transports import choose
 
 SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU
 OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself; the rest is for what vLLM does not count
@@ -17,7 +17,7 @@ LEAST_FRACTION = 0.02  # below it an engine would not hold a model
 
 @dataclass(frozen=True)
 class GpuShares:
-    """Parts of one GPU's memory."""
+    """Holds the parts of one GPU's memory."""
 
     rollout: float  # of each worker
     teachers: dict[str, float]  # of each worker
@@ -57,7 +57,8 @@ def with_gpus(config: Config, on_gpu: bool) -> Config:
     Raises:
         PlacementError: what is set cannot work there.
     """
-    sync = replace(config.weight_sync, backend=weight_backend(config, on_gpu))
+    payload, transport = choose(config, on_gpu)
+    sync = replace(config.weight_sync, payload=payload, transport=transport)
     if not (on_gpu and config.ray.share_gpu):
         return replace(config, weight_sync=sync)
     shares = share_gpu(config)
@@ -70,7 +71,7 @@ def with_gpus(config: Config, on_gpu: bool) -> Config:
 
 
 def _engines(config: Config) -> dict[str, tuple[int, EngineConfig]]:
-    """Return every pool's number of engines and how they are built; a slot has room for its largest."""
+    """Return every pool's number of engines and how they are built; a slot is as large as its largest."""
     engines = {"rollout": (config.rollout.num_workers, config.rollout.engine)}
     for label, names in config.scorer_groups.items():
         teachers = [config.teachers[name] for name in names]

@@ -17,7 +17,7 @@ from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import PlacementError
 from cluster.placement.bin_packing import CPU_UNITS, Demand, NodeCapacity, largest_equal_share, pack
 from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE, share_gpu
-from cluster.weight_sync.transports import weight_backend
+from cluster.weight_sync.transports import choose
 
 CHECK_SECONDS = 1.0  # between two looks at what is free
 PATIENCE_SECONDS = 3.0  # what Ray says of a node that has just started, or of actors that have just ended, is late
@@ -157,7 +157,7 @@ def plan_placement(
     if floor(max((node.cpus for node in nodes), default=0)) < 1:
         raise PlacementError("the Ray cluster offers no CPU; start it with at least one")
     on_gpu = any(node.gpus for node in nodes)
-    weight_backend(config, on_gpu)  # refuses what cannot work there
+    choose(config, on_gpu)  # refuses what cannot work there
     if on_gpu and config.ray.share_gpu:
         return _on_one_gpu(config, nodes, free)
     demands = _demands(config, nodes)

@@ -104,7 +104,7 @@ def start_scorers(
 def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement) -> Iterator[RolloutPool]:
     """Start generators of the student as its files are, without a learner."""
     config = with_gpus(config, placement.on_gpu)
-    settings = replace(_rollout_settings(config, inputs), weight_sync_backend=None)
+    settings = replace(_rollout_settings(config, inputs), weight_transport=None)
     with _ready_rollouts(RolloutPool(settings, placement.rollout.options(), pool_timeouts(config)), inputs) as pool:
         yield pool
 
@@ -118,7 +118,7 @@ def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement,
         teacher.engine,
         inputs.max_model_len,
         config.rollout.rows_per_batch,
-        weight_sync_backend=None,
+        weight_transport=None,
         environment=config.environment,
     )
     pool = RolloutPool(settings, placement.teachers[name].options(), pool_timeouts(config), f"rollout-of-{name}")
@@ -142,7 +142,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         config.rollout.engine,
         inputs.max_model_len,
         config.rollout.rows_per_batch,
-        config.weight_sync.backend,
+        config.weight_sync.transport,
         environment=config.environment,
         draws=config.objective.support == "samples",
     )

@@ -1,7 +1,7 @@
-"""What differs between the vLLM releases that this program runs with, 0.24 to 0.32.
+"""Hides what differs between the vLLM releases that this program runs with, 0.24 to 0.32.
 
-All other files are written as if there were one vLLM. Differences are told by what vLLM has, not by its version number.
-Importing this imports vLLM. `cluster/vllm_names.py` lists what is used of vLLM and holds any source tree against it.
+All other files are written as if there were one vLLM. What vLLM has decides, not its version number.
+Importing this imports vLLM. `tests/compat/vllm_names.py` lists what is used of vLLM and checks any source tree for it.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ REUSES_STREAMS = hasattr(packed_tensor, "_get_streams")  # not 0.24
 
 
 class TokenVersions:
-    """Which weights wrote each token of one completion: vLLM's labels, or what was current when a token came."""
+    """Says which weights sampled each token of one completion: vLLM's labels, or what was current when a token came."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[int, int]] = []  # (tokens so far, current policy version)
@@ -67,7 +67,7 @@ class TokenVersions:
 
 
 async def label_weights(engine: Any, policy_version: int) -> None:
-    """Tell an AsyncLLM by what to label the tokens that its present weights write."""
+    """Set the label of the tokens that an AsyncLLM samples with its present weights."""
     if LABELS_TOKENS:
         await engine.update_weight_version(str(policy_version))
 

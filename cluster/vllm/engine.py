@@ -28,7 +28,7 @@ POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"
 
 @dataclass(frozen=True)
 class EngineRole:
-    """What an engine is for."""
+    """Says what an engine is for."""
 
     max_model_len: int  # prompt + completion, and 1 more where it generates, in tokens
     prefix_caching: bool

@@ -1,4 +1,4 @@
-"""Which values of a parameter changed between two weight syncs, bit for bit, in the fewest bytes.
+"""Sends which values of a parameter changed between two weight syncs, bit for bit, in the fewest bytes.
 
 After an optimizer step with a small learning rate most bfloat16 values are what they were: an update below half the
 distance to the next value is lost in rounding. Parameters are compared as unsigned integers of their width, so that
@@ -9,12 +9,14 @@ not fit is split by positions whose value did not change, so a decoder needs no 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cluster.weight_sync.manifest import Bucket, Bytes, TensorSpec, places
+from cluster.weight_sync.transports import Encoded
 
 Bits = NDArray[Any]  # [values] uint16 or uint32: what the values look like in memory
 Encoding = Literal["distances8", "distances16", "mask", "whole"]
@@ -24,19 +26,19 @@ BITS: Mapping[str, type[np.unsignedinteger[Any]]] = {
     "bfloat16": np.uint16,
     "float16": np.uint16,
 }
-ALIGNMENT = 4  # bytes; of every part of a payload, so that its values can be read in place
+ALIGNMENT = 4  # bytes; of every tensor's part of what travels, so that its values can be read in place
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What turns the old values of one parameter into the new ones.
+class Changes:
+    """Holds what turns the old values of one parameter into the new ones.
 
     Example:
         >>> old, new = np.array([1, 2, 3, 4] * 8, np.uint16), np.array([1, 2, 3, 9] + [1, 2, 3, 4] * 7, np.uint16)
-        >>> delta = encode(old, new)
-        >>> delta.encoding, delta.positions.tolist(), delta.values.tolist()
+        >>> changes = encode(old, new)
+        >>> changes.encoding, changes.positions.tolist(), changes.values.tolist()
         ('distances8', [3], [9])
-        >>> apply(old, delta.encoding, len(delta.values), delta.to_bytes())
+        >>> apply(old, changes.encoding, len(changes.values), changes.to_bytes())
         >>> old.tolist() == new.tolist()
         True
     """
@@ -53,7 +55,7 @@ class Delta:
         return np.concatenate([*parts, np.zeros(filling, np.uint8)])
 
 
-def encode(old: Bits, new: Bits) -> Delta:
+def encode(old: Bits, new: Bits) -> Changes:
     """Describe the new values by the old ones, or, where that takes no less bytes, by themselves."""
     changed = np.flatnonzero(old != new)
     nothing = np.empty(0, np.uint8)
@@ -67,11 +69,11 @@ def encode(old: Bits, new: Bits) -> Delta:
             sizes[encoding] = num_values * (width.itemsize + new.itemsize)
     encoding = min(sizes, key=lambda name: sizes[name])
     if encoding == "whole":
-        return Delta(encoding, new, nothing, changed.size)
+        return Changes(encoding, new, nothing, changed.size)
     if encoding == "mask":
-        return Delta(encoding, new[changed], np.packbits(old != new), changed.size)
+        return Changes(encoding, new[changed], np.packbits(old != new), changed.size)
     positions = _split(distances, DISTANCES[encoding])
-    return Delta(encoding, new[np.cumsum(positions, dtype=np.int64)], positions, changed.size)
+    return Changes(encoding, new[np.cumsum(positions, dtype=np.int64)], positions, changed.size)
 
 
 def apply(old: Bits, encoding: str, num_values: int, part: NDArray[np.uint8]) -> None:
@@ -118,51 +120,55 @@ def _split(distances: NDArray[np.int64], width: type[np.unsignedinteger[Any]]) -
     return split
 
 
-Bytes = NDArray[np.uint8]
+class DeltaPayload:
+    """Sends the values that changed since the last update; each end keeps a copy of the weights in host memory."""
 
+    is_incremental = True
 
-@dataclass(frozen=True)
-class TensorPart:
-    """One parameter in a bucket."""
+    def __init__(self) -> None:
+        self._kept: dict[str, Bytes] = {}  # as of the last update; on the receiving end after this one's decoding
 
-    name: str
-    dtype: str
-    size: int  # values
-    encoding: str
-    num_values: int  # that stand in the bucket
-    place: slice  # of its bytes in the bucket
+    def encode(self, bucket: Bucket, values: Bytes, has_base: bool) -> Encoded:
+        """Return the changes of each tensor, and keep the new values."""
+        changes = []
+        for tensor, place in places(bucket):
+            kept, new, bits = self._kept_values(tensor), values[place], BITS[tensor.dtype]
+            if has_base:
+                changes.append(encode(kept.view(bits), new.view(bits)))
+            kept[:] = new
+        if not has_base:
+            return Encoded(values)
+        joined = np.concatenate([part.to_bytes() for part in changes])
+        fields = {
+            "encodings": [part.encoding for part in changes],
+            "num_values": [len(part.values) for part in changes],
+        }
+        # Nothing cannot be mapped, so that a bucket without changes has a few bytes.
+        return Encoded(
+            joined if joined.size else np.zeros(ALIGNMENT, np.uint8),
+            fields,
+            sum(part.num_changed for part in changes),
+        )
 
+    def decode(self, bucket: Bucket, encoded: Encoded) -> Iterator[Bytes]:
+        """Bring the kept tensors up to date in place, and yield them."""
+        if not encoded.fields:
+            for tensor, place in places(bucket):
+                kept = self._kept_values(tensor)
+                kept[:] = encoded.memory[place]
+                yield kept
+            return
+        start = 0
+        for tensor, encoding, num_values in zip(
+            bucket, encoded.fields["encodings"], encoded.fields["num_values"], strict=True
+        ):
+            old = self._kept[tensor.name].view(BITS[tensor.dtype])
+            end = start + part_bytes(encoding, num_values, old.size, old.itemsize)
+            apply(old, encoding, num_values, encoded.memory[start:end])
+            yield self._kept[tensor.name]
+            start = end
 
-@dataclass
-class WeightCopy:
-    """Whole parameters in host memory, as of one policy version; empty where only whole parameters come."""
-
-    version: int | None = None  # None: no changes can be applied
-    parameters: dict[str, Bytes] = field(default_factory=dict)
-
-    def take(self, part: TensorPart, memory: Bytes) -> Bytes:
-        """Bring a parameter up to date in place, and return it whole."""
-        bits = BITS[part.dtype]
-        if part.encoding == "whole" and part.name not in self.parameters:
-            self.parameters[part.name] = np.empty(part.size * np.dtype(bits).itemsize, np.uint8)
-        kept = self.parameters[part.name]
-        apply(kept.view(bits), part.encoding, part.num_values, memory[part.place])
-        return kept
-
-    def forget(self) -> None:
-        """Free the parameters."""
-        self.version = None
-        self.parameters.clear()
-
-
-def parts(bucket: Any) -> Iterator[TensorPart]:
-    """Yield the bucket's parameters: without encodings they stand whole, one after the other without gaps."""
-    start = 0
-    for position, (name, dtype, shape) in enumerate(zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True)):
-        size, itemsize = prod(shape), np.dtype(BITS[dtype]).itemsize
-        encoding, num_values, length = "whole", size, size * itemsize
-        if bucket.encodings:
-            encoding, num_values = bucket.encodings[position], bucket.num_values[position]
-            length = part_bytes(encoding, num_values, size, itemsize)
-        yield TensorPart(name, dtype, size, encoding, num_values, slice(start, start + length))
-        start += length
+    def _kept_values(self, tensor: TensorSpec) -> Bytes:
+        if tensor.name not in self._kept:
+            self._kept[tensor.name] = np.empty(tensor.num_bytes, np.uint8)
+        return self._kept[tensor.name]

@@ -1,11 +1,15 @@
-"""What both ends of a weight sync agree on: the manifest, the buckets, the policy version."""
+"""Defines what both ends of a weight sync agree on: the manifest, the buckets, the checksum, the report."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
 
 
 def checksum(buffers: Iterable[Any]) -> str:
@@ -31,7 +35,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One parameter under its Hugging Face name."""
+    """Describes one parameter, under its Hugging Face name."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,9 +47,12 @@ class TensorSpec:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
+Bucket = Sequence[TensorSpec]  # consecutive tensors of a manifest, which travel together
+
+
 @dataclass(frozen=True)
 class WeightManifest:
-    """Every parameter of the student, in the order in which it travels."""
+    """Lists every parameter of the student, in the order in which it travels."""
 
     tensors: tuple[TensorSpec, ...]
 
@@ -57,7 +64,7 @@ class WeightManifest:
 
 @dataclass(frozen=True)
 class WeightSyncReport:
-    """How one sync went."""
+    """Says how one sync went."""
 
     policy_version: int
     checksum: str  # of all parameter bytes in manifest order; equal on the sender and on every receiver
@@ -67,9 +74,17 @@ class WeightSyncReport:
     changed_fraction: float | None = None  # of the values, since the last sync; None: not compared
 
 
-def total_bytes(bucket: Sequence[TensorSpec]) -> int:
+def total_bytes(bucket: Bucket) -> int:
     """Return the size of a bucket's values."""
     return sum(tensor.num_bytes for tensor in bucket)
+
+
+def places(bucket: Bucket) -> Iterator[tuple[TensorSpec, slice]]:
+    """Yield each tensor and where its bytes stand when all stand one after the other without gaps."""
+    start = 0
+    for tensor in bucket:
+        yield tensor, slice(start, start + tensor.num_bytes)
+        start += tensor.num_bytes
 
 
 def plan_buckets(tensors: Sequence[TensorSpec], bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:

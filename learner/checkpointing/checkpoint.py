@@ -1,4 +1,4 @@
-"""Checkpoints and exports that are complete or absent.
+"""Writes checkpoints and exports that are complete or absent.
 
 Everything is written into `NAME.partial`, brought to disk, and renamed to `NAME` as the last act; whatever stops the
 writing leaves only a partial folder, which the next attempt replaces. All ranks and the driver must see the same file
@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.contracts.errors import CheckpointError, PreceptorError
 from cluster.weight_sync.manifest import plan_buckets
-from learner.checkpointing import checkpoint
 from learner.checkpointing.manifest import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -185,7 +184,7 @@ def _whole_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
 
 
 def _remove(folder: Path) -> None:
-    # Out of the way first: a removal that is interrupted must not leave a folder that looks complete.
+    # Renamed first: a removal that is interrupted must not leave a folder that looks complete.
     doomed = folder.with_name(folder.name + REMOVED)
     try:
         shutil.rmtree(doomed, ignore_errors=True)
@@ -209,14 +208,14 @@ def _to_disk(path: Path) -> None:
 
 @dataclass(frozen=True)
 class CheckpointSeconds:
-    """What a checkpoint cost."""
+    """Says what a checkpoint cost."""
 
     held: float  # training waited for the copy to host memory, on the slowest rank
     writing: float  # of the slowest rank
 
 
 class PendingCheckpoint:
-    """Asks the ranks to write their shards, and completes the folder when all have.
+    """Lets the ranks write their shards, and completes the folder when all have.
 
     An error of any rank removes the partial folder; earlier checkpoints are not touched.
     """
@@ -226,13 +225,13 @@ class PendingCheckpoint:
 
         Args:
             folder: the checkpoint's, on a file system that all ranks and the driver share.
-            state: the driver's own, JSON values; nobody may change it any more.
+            state: the driver's own, JSON values, which must not change any more.
             layout: of the ranks.
             ask: calls a method of every rank, as `LearnerGroup` does.
         """
         self.folder = folder
         self._state, self._layout, self._ask = state, layout, ask
-        partial = checkpoint.begin(folder)
+        partial = begin(folder)
         self._held_seconds = max(self._ask_or_discard("begin_shard", partial))
 
     @property
@@ -249,9 +248,9 @@ class PendingCheckpoint:
         """
         shards: list[WrittenShard] = self._ask_or_discard("finish_shard")
         try:
-            checkpoint.commit(self.folder, self._state, self._layout, [shard.entry for shard in shards])
+            commit(self.folder, self._state, self._layout, [shard.entry for shard in shards])
         except PreceptorError:
-            checkpoint.discard(self.folder)
+            discard(self.folder)
             raise
         return CheckpointSeconds(self._held_seconds, max(shard.write_seconds for shard in shards))
 
@@ -259,5 +258,5 @@ class PendingCheckpoint:
         try:
             return self._ask(method, *args, waiting_for=f"the learner to write checkpoint {self.folder}")
         except PreceptorError:
-            checkpoint.discard(self.folder)
+            discard(self.folder)
             raise

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its files with sizes and checksums, and for whom they were cut."""
+"""Writes and checks a checkpoint's manifest: its files with sizes and checksums, and the ranks they are of."""
 
 import stat
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ READERS = 4  # files whose checksums are computed at once
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a checkpoint."""
+    """Describes one file of a checkpoint."""
 
     name: str
     num_bytes: int
@@ -30,7 +30,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """One rank's file and what it cost."""
+    """Describes one rank's file and what it cost."""
 
     entry: FileEntry
     write_seconds: float
@@ -38,7 +38,7 @@ class WrittenShard:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the training state is cut into shards; another group cannot read them."""
+    """Says how the training state is cut into shards, which a group of another layout cannot read."""
 
     num_ranks: int
     zero_stage: int
@@ -55,7 +55,7 @@ class Layout:
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The contents of manifest.json."""
+    """Is the contents of manifest.json."""
 
     format_version: int
     num_ranks: int
@@ -103,11 +103,11 @@ def verify(folder: Path, layout: Layout) -> None:
         CheckpointError: it is damaged, incomplete, or of another format or layout; names the file.
     """
     manifest = _read(folder)
-    found = Layout(manifest.num_ranks, manifest.zero_stage)
-    if found != layout:
+    of_files = Layout(manifest.num_ranks, manifest.zero_stage)
+    if of_files != layout:
         raise CheckpointError(
-            f"checkpoint {folder}: {MANIFEST_FILE} is of learner.num_workers = {found.num_ranks} and "
-            f"learner.zero_stage = {found.zero_stage}, but the run has {layout.num_ranks} and {layout.zero_stage}"
+            f"checkpoint {folder}: {MANIFEST_FILE} is of learner.num_workers = {of_files.num_ranks} and "
+            f"learner.zero_stage = {of_files.zero_stage}, but the run has {layout.num_ranks} and {layout.zero_stage}"
         )
     _check_names(folder, manifest, layout)
     with ThreadPoolExecutor(READERS) as readers:

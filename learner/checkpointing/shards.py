@@ -1,4 +1,4 @@
-"""Files of tensors, one per rank: safetensors and nothing else, written beside training."""
+"""Writes and reads files of tensors, one per rank: safetensors and nothing else, written beside training."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def unflatten(state: Tensors, weights: Sequence[Tensor]) -> tuple[list[Tensor], 
     Raises:
         CheckpointError: the state is of another model or optimizer.
     """
-    found = [_checked(state, f"{position}.{WEIGHTS}", current) for position, current in enumerate(weights)]
+    restored = [_checked(state, f"{position}.{WEIGHTS}", current) for position, current in enumerate(weights)]
     positions = {str(position): position for position in range(len(weights))}
     optimizer: OptimizerState = {}
     for name in state:
@@ -55,7 +55,7 @@ def unflatten(state: Tensors, weights: Sequence[Tensor]) -> tuple[list[Tensor], 
         if key != WEIGHTS:
             position = positions[prefix]
             optimizer.setdefault(position, {})[key] = _optimizer_value(state, name, weights[position])
-    return found, optimizer
+    return restored, optimizer
 
 
 def random_state() -> dict[str, Tensor]:
@@ -89,15 +89,15 @@ def _optimizer_value(state: Tensors, name: str, weights: Tensor) -> Any:
 
 
 def _checked(state: Tensors, name: str, like: Tensor) -> Tensor:
-    found = state.get(name)
-    if found is None:
+    tensor = state.get(name)
+    if tensor is None:
         raise CheckpointError(f"a shard lacks {name!r}, which this student's engine has")
-    if found.shape != like.shape or found.dtype != like.dtype:
+    if tensor.shape != like.shape or tensor.dtype != like.dtype:
         raise CheckpointError(
-            f"a shard's {name!r} is {found.dtype} of {list(found.shape)}, where this student's engine has {like.dtype} "
-            f"of {list(like.shape)}; resume with the student that the run was started with"
+            f"a shard's {name!r} is {tensor.dtype} of {list(tensor.shape)}, where this student's engine has "
+            f"{like.dtype} of {list(like.shape)}; resume with the student that the run was started with"
         )
-    return found
+    return tensor
 
 
 CHUNK_BYTES = 1 << 24  # hashed and written in turns, so that neither keeps the other from the bytes
@@ -161,7 +161,7 @@ class ShardWriter:
         self._is_begun = False
 
     def begin(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Begin to write host tensors that nobody changes any more."""
+        """Begin to write host tensors that do not change any more."""
         if self._is_begun:
             wait([self._writing])  # of a checkpoint that was given up
         self._path, self._writing = path, self._thread.submit(_write_timed, path, tensors)

@@ -1,7 +1,8 @@
-"""How a bucket of weights gets from a buffer on the learner's card to the cards of rollout engines.
+"""Brings a bucket of weights from a buffer on the learner's GPU to the GPUs of rollout engines.
 
-`NcclLink` is for engines on cards of their own: rank 0 broadcasts to all their ranks at once. `IpcLink` is for engines
-that share a card with a rank of the learner: they read that rank's buffer where it lies. The receiving ends are vLLM's.
+`NcclLink` is for engines on GPUs of their own: rank 0 broadcasts to all their ranks at once. `IpcLink` is for engines
+that share a GPU with a rank of the learner: they read that rank's buffer in place. The receiving ends are vLLM's, with
+`rollout_workers/weight_sync/nccl_and_ipc.py` in front, which drops the fields that an older vLLM does not know.
 """
 
 from collections.abc import Callable
@@ -9,32 +10,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import reduce_tensor
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
 
 from cluster.contracts.errors import WeightSyncError
-from cluster.vllm.compat import open_nccl_group, taken_by
-from learner.weight_sync.object_store import Bucket
+from cluster.weight_sync.ipc_handles import plain_handle
+from cluster.weight_sync.manifest import Bucket
 
-# Where these stand in what torch's `reduce_tensor` returns for a CUDA tensor; the rest are classes, and the event that
-# a reader would wait for: `settle` has waited already, and torch never closes one that it opened.
-HANDLE_FIELDS = {
-    "size": 1,
-    "stride": 2,
-    "offset": 3,
-    "device": 6,
-    "memory_handle": 7,
-    "storage_bytes": 8,
-    "storage_offset_bytes": 9,
-    "counter_handle": 11,
-    "counter_offset": 12,
-}
 LEARNER_RANKS = 1  # of the NCCL group: rank 0 alone sends
 
 
 class Link(Protocol):
-    """What the sender asks of a link, on every rank of the learner."""
+    """Connects one rank of the learner with the rollout engines."""
 
     fills_buffer: bool  # whether this rank's buffer is read
     is_read_in_place: bool  # whether the buffer is in use until the workers have answered
@@ -43,7 +28,7 @@ class Link(Protocol):
         """Return what each worker needs to open its end."""
 
     def open(self) -> None:
-        """Join the workers that were invited, while they open their ends."""
+        """Join the invited workers, while they open their ends."""
 
     def update_message(self, bucket: Bucket) -> dict[str, Any]:
         """Return what a worker needs to receive one bucket."""
@@ -51,19 +36,19 @@ class Link(Protocol):
     def settle(self) -> None:
         """Wait until every rank has come here and its buffer holds what it was filled with."""
 
-    def carry(self, payload: Tensor) -> None:
-        """Send the filled part of the buffer to workers that were told of it."""
+    def carry(self, values: Tensor) -> None:
+        """Send the filled part of the buffer to workers that have its `update_message`."""
 
 
 class NcclLink:
-    """One NCCL group of the learner's rank 0 and all ranks of all rollout engines.
+    """Broadcasts in an NCCL group of the learner's rank 0 and all ranks of all rollout engines.
 
     Args:
         is_sender: whether this is rank 0 of the learner; the others have no part in the group.
         choose_address: returns host and port where a group can meet; each group has one of its own.
         tensor_parallel: ranks of each rollout engine.
         bucket_bytes: the most that one message holds, but for a single larger tensor.
-        open_group: joins the group.
+        open_group: joins the group; None: vLLM's own.
     """
 
     is_read_in_place = False  # what fills the buffer next is on the same stream
@@ -74,7 +59,7 @@ class NcclLink:
         choose_address: Callable[[], tuple[str, int]],
         tensor_parallel: int,
         bucket_bytes: int,
-        open_group: Callable[..., Any] = open_nccl_group,
+        open_group: Callable[..., Any] | None = None,
     ) -> None:
         self.fills_buffer = is_sender
         self._choose_address = choose_address
@@ -90,7 +75,7 @@ class NcclLink:
         host, port = self._choose_address()
         world_size = first_rank(num_workers, self._tensor_parallel)
         self._meeting = {"master_address": host, "master_port": port, "world_size": world_size}
-        common = taken_by(NCCLWeightTransferInitInfo, self._meeting | self._packing)
+        common = self._meeting | self._packing
         return [common | {"rank_offset": first_rank(worker, self._tensor_parallel)} for worker in range(num_workers)]
 
     def open(self) -> None:
@@ -101,6 +86,10 @@ class NcclLink:
         """
         if self._group is not None:
             self._group.destroy()
+        if self._open_group is None:
+            from cluster.vllm.compat import open_nccl_group  # vLLM, which nothing else in the learner needs
+
+            self._open_group = open_nccl_group
         try:
             self._group = self._open_group(**self._meeting)
         except (RuntimeError, OSError) as error:
@@ -109,29 +98,29 @@ class NcclLink:
             ) from error
         if self._group.disabled:
             # vLLM's communicator then does nothing, and the workers would wait for ever.
-            raise WeightSyncError("vLLM found no NCCL library on the learner's node; set weight_sync.backend")
+            raise WeightSyncError("vLLM found no NCCL library on the learner's node; set weight_sync.transport")
 
     def update_message(self, bucket: Bucket) -> dict[str, Any]:
         """Describe the parameters that the next broadcast holds, one after the other."""
-        return taken_by(NCCLWeightTransferUpdateInfo, describe(bucket) | self._packing)
+        return describe(bucket) | self._packing
 
     def settle(self) -> None:
         """Do nothing: the broadcast follows the filling on the same stream."""
 
-    def carry(self, payload: Tensor) -> None:
+    def carry(self, values: Tensor) -> None:
         """Broadcast, on the stream that filled the buffer; vLLM's default may be another one."""
-        self._group.broadcast(payload, src=0, stream=torch.cuda.current_stream() if payload.is_cuda else None)
+        self._group.broadcast(values, src=0, stream=torch.cuda.current_stream() if values.is_cuda else None)
 
 
 class IpcLink:
-    """Buffers that each rank of the learner shares with the engines on its card.
+    """Shares a buffer of each rank of the learner with the engines on its GPU.
 
-    A buffer is exported once and stays: torch counts who has opened an export, and with several engines on one card the
+    A buffer is exported once and stays: torch counts the readers of an export, and with several engines on one GPU the
     count of a second export would never come out even.
 
     Args:
-        buffer: of bytes, on this rank's card; all buckets pass through it.
-        card: the card's UUID.
+        buffer: of bytes, on this rank's GPU; all buckets pass through it.
+        gpu: the GPU's UUID.
         all_gather: returns every rank's value in order, on all ranks, and lets no rank go on before all have come.
         synchronize: waits for what was copied into the buffer.
         export: as `plain_handle`.
@@ -151,31 +140,27 @@ class IpcLink:
         self._all_gather, self._synchronize = all_gather, synchronize
         handle = (export or plain_handle)(buffer)
         self._handles: dict[str, Any] = {}
-        for found in all_gather({gpu: handle}):
-            self._handles |= found
+        for of_rank in all_gather({gpu: handle}):
+            self._handles |= of_rank
 
     def invite(self, num_workers: int) -> list[dict[str, Any]]:
         """Say that several parameters come in one buffer."""
-        return [taken_by(IPCWeightTransferInitInfo, {"packed": True})] * num_workers
+        return [{"packed": True}] * num_workers
 
     def open(self) -> None:
         """Do nothing: every message says where the buffers are."""
 
     def update_message(self, bucket: Bucket) -> dict[str, Any]:
-        """Say where the parameters stand, on every card that has a rank of the learner."""
-        where = {
-            "ipc_handles": self._handles,
-            "tensor_sizes": [tensor.num_bytes for tensor in bucket],
-            "packed": True,
-        }
-        return taken_by(IPCWeightTransferUpdateInfo, describe(bucket) | where)
+        """Say where the parameters stand, on every GPU that has a rank of the learner."""
+        sizes = [tensor.num_bytes for tensor in bucket]
+        return describe(bucket) | {"ipc_handles": self._handles, "tensor_sizes": sizes, "packed": True}
 
     def settle(self) -> None:
         """Wait for this rank's copying, then for all ranks."""
         self._synchronize()
         self._all_gather(None)
 
-    def carry(self, payload: Tensor) -> None:
+    def carry(self, values: Tensor) -> None:
         """Do nothing: the workers read the buffer."""
 
 
@@ -198,17 +183,10 @@ def describe(bucket: Bucket) -> dict[str, Any]:
     }
 
 
-def plain_handle(buffer: Tensor) -> dict[str, Any]:
-    """Export a CUDA buffer and return what another process needs to open it, in numbers and bytes."""
-    _, arguments = reduce_tensor(buffer)
-    plain = {name: arguments[position] for name, position in HANDLE_FIELDS.items()}
-    return plain | {"size": list(plain["size"]), "stride": list(plain["stride"])}
-
-
 def gather_from_ranks(value: Any) -> list[Any]:
     """Return every learner rank's value, in order."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return [value]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, value)
-    return found
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -1,4 +1,4 @@
-"""The sending end of a weight sync from card to card, over vLLM's `nccl` and `ipc` engines.
+"""Sends weights from GPU to GPU, to vLLM's `nccl` and `ipc` engines.
 
 The weights are gathered, cast and sent bucket by bucket through one buffer, which is all the memory that it takes.
 vLLM's engines compare no checksum, so the report's is empty. It has not run on a GPU yet (docs/gpu.md).
@@ -16,22 +16,23 @@ import torch
 from ray.actor import ActorHandle
 from torch import Tensor
 
+from cluster.config.run_config import Config
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import ActorDiedError, WeightSyncError
-from cluster.weight_sync.manifest import WeightSyncReport, plan_buckets, total_bytes
+from cluster.weight_sync.manifest import Bucket, WeightSyncReport, plan_buckets, total_bytes
 from learner.engines.base import TrainEngine
 from learner.rendezvous import free_port
 from learner.weight_sync.gpu_links import IpcLink, Link, NcclLink, gather_from_ranks
-from learner.weight_sync.object_store import Bucket, fill
+from learner.weight_sync.object_store import WeightSender, fill
 from learner.weight_sync.recipients import Recipients
 
-CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before they are looked at
+CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before their answers are read
 
 _log = logging.getLogger("preceptor")
 
 
 class VllmSender:
-    """Sends all weights through one buffer on the card; the connection opens with the first publication.
+    """Sends all weights through one buffer on the GPU; the connection opens with the first publication.
 
     Args:
         engine: holds the weights.
@@ -39,7 +40,7 @@ class VllmSender:
         dtype: what travels; the rollout engines' own.
         timeout_seconds: for each answer of the workers.
         make_link: makes this rank's link from the buffer; all ranks call it together.
-        listen: makes an update's audience.
+        listen: makes an update's recipients.
         end_process: ends this rank for good.
     """
 
@@ -60,7 +61,7 @@ class VllmSender:
         self._link: Link | None = None
         self._buffer: Tensor
         self._connected: list[ActorHandle] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="card-link")  # of what may wait for ever
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpu-link")  # of what may wait for ever
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
         """Send everything and return when every worker runs on it; all ranks call this together.
@@ -70,7 +71,7 @@ class VllmSender:
         """
         started = time.perf_counter()
         if self._link is None:
-            # Here and not before: the card has the least room while the engines start.
+            # Here and not before: the GPU has the least memory left while the engines start.
             self._buffer = torch.empty(max(map(total_bytes, self._buckets)), dtype=torch.uint8, device=_device())
             self._link = self._make_link(self._buffer)
         if self._link.is_read_in_place and torch.cuda.is_available():
@@ -96,7 +97,7 @@ class VllmSender:
                 fill(bucket, parameters, self._buffer)
 
     def _begin(self, link: Link, workers: Sequence[ActorHandle]) -> "GpuUpdate":
-        """Pause the workers, find out who lives, and connect with them."""
+        """Pause the workers, find out which live, and connect with them."""
         recipients = self._listen(workers, self._timeout_seconds)
         update = GpuUpdate(link, recipients, self._thread, self._end_process)
         living = update.start()
@@ -109,12 +110,12 @@ class VllmSender:
 
 
 class GpuUpdate:
-    """One update, as rank 0 conducts it: every bucket is announced to the workers, then carried.
+    """Conducts one update from rank 0: announces every bucket to the workers, then carries it.
 
     Args:
         link: connected to the workers that `start` returns.
-        audience: the workers.
-        thread: where the link waits for them, while this one hears what goes wrong at their end.
+        recipients: the workers.
+        thread: where the link waits for them, while this one polls their answers for errors.
         end_process: ends this rank for good.
     """
 
@@ -141,19 +142,19 @@ class GpuUpdate:
         self._beside(self._link.open)
         self._await("open the weight transfer")
 
-    def send(self, bucket: Bucket, payload: Tensor) -> None:
+    def send(self, bucket: Bucket, values: Tensor) -> None:
         """Let the workers receive what lies in the buffer; with NCCL they read it while the next bucket is made."""
         self._await("receive a bucket of weights")
         if not self._recipients.workers:
             return
         message = self._link.update_message(bucket)
         self._receiving = self._recipients.call("update_weights", dict.fromkeys(self._recipients.workers, message))
-        self._beside(lambda: self._link.carry(payload))
+        self._beside(lambda: self._link.carry(values))
         if self._link.is_read_in_place:
             self._await("receive a bucket of weights")
 
     def finish(self, policy_version: int) -> float:
-        """Wait until every worker runs on the new weights; return for how many seconds generation stood still."""
+        """Wait until every worker runs on the new weights; return the seconds of generation's pause."""
         self._await("receive the last bucket of weights")
         self._ask("finish_weight_update", policy_version)
         return time.perf_counter() - self._paused
@@ -169,7 +170,7 @@ class GpuUpdate:
             self._end()
 
     def _beside(self, act: Callable[[], None]) -> None:
-        """Do what may wait for the workers for ever, as NCCL does, and look at them meanwhile.
+        """Do what may wait for the workers for ever, as NCCL does, and poll their answers meanwhile.
 
         Raises:
             PreceptorError: what went wrong, at either end.
@@ -184,10 +185,26 @@ class GpuUpdate:
         acting.result()
 
     def _end(self) -> None:
-        # NCCL waits on this card, and on those of the living workers, for a rank that is gone. Only the end of the
+        # NCCL waits on this GPU, and on those of the living workers, for a rank that is gone. Only the end of the
         # processes ends that; the driver then goes back to the last checkpoint with new ones.
         _log.error("a rollout worker died while weights were sent to it; this rank of the learner ends")
         self._end_process(1)
+
+
+def make_nccl_sender(engine: TrainEngine, config: Config) -> WeightSender:
+    """Build the sender of a run whose workers have GPUs of their own."""
+    sync = config.weight_sync
+    return _make_sender(engine, config, nccl_link(engine, config.rollout.engine.tensor_parallel, sync.bucket_bytes))
+
+
+def make_ipc_sender(engine: TrainEngine, config: Config) -> WeightSender:
+    """Build the sender of a run whose workers share a GPU."""
+    return _make_sender(engine, config, ipc_link)
+
+
+def _make_sender(engine: TrainEngine, config: Config, make_link: Callable[[Tensor], Link]) -> WeightSender:
+    dtype, timeout_seconds = config.rollout.engine.dtype, config.ray.call_timeout_seconds
+    return VllmSender(engine, config.weight_sync, dtype, timeout_seconds, make_link)
 
 
 def nccl_link(engine: TrainEngine, tensor_parallel: int, bucket_bytes: int) -> Callable[[Tensor], Link]:
@@ -206,15 +223,15 @@ def ipc_link(buffer: Tensor) -> Link:
     """Make an IpcLink.
 
     Raises:
-        WeightSyncError: the buffer is not on a card.
+        WeightSyncError: the buffer is not on a GPU.
     """
     if not buffer.is_cuda:
-        raise WeightSyncError('weight_sync.backend = "ipc" shares memory of a GPU, and the learner has none')
+        raise WeightSyncError('weight_sync.transport = "ipc" shares memory of a GPU, and the learner has none')
     return IpcLink(buffer, str(torch.cuda.get_device_properties(buffer.device).uuid), gather_from_ranks)
 
 
 def _on_this_stream(act: Callable[[], None]) -> Callable[[], None]:
-    """Return what another thread can do in this one's place: each thread has a current stream of its own."""
+    """Return what another thread can do for this one: each thread has a current stream of its own."""
     if not torch.cuda.is_available():
         return act
     stream = torch.cuda.current_stream()

@@ -1,4 +1,4 @@
-"""The sending end of a weight sync through Ray's object store.
+"""Sends weights through Ray's object store.
 
 The verbs are vLLM's own, called on the rollout actors: `start_weight_update(first)`, `update_weights(update_info)` once
 per bucket, `finish_weight_update(policy_version)`. All ranks take part in gathering a bucket; rank 0 alone talks.
@@ -8,79 +8,72 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from torch import Tensor
 
+from cluster.config.run_config import Config
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import WeightSyncError
-from cluster.weight_sync.delta import ALIGNMENT, BITS, Delta, encode
 from cluster.weight_sync.manifest import (
     DTYPE_BYTES,
-    TensorSpec,
+    Bucket,
+    Bytes,
     WeightSyncReport,
     checksum,
     new_digest,
+    places,
     plan_buckets,
     total_bytes,
 )
+from cluster.weight_sync.transports import Encoded, Payload, make_payload
 from learner.engines.base import TrainEngine
 from learner.weight_sync.recipients import Recipients
 
-Bucket = Sequence[TensorSpec]
-Bytes = NDArray[np.uint8]
-
-
-class SentCopy:
-    """The parameters as they were last sent, in manifest order; the next ones are compared with them.
-
-    It takes as much of rank 0's host memory as the weights in the dtype that travels.
-    """
-
-    def __init__(self, num_bytes: int) -> None:
-        self.version: int | None = None  # None: nothing was sent yet, or the last update failed
-        self.memory: Bytes = np.empty(num_bytes, np.uint8)
-
 
 class WeightUpdate:
-    """Sends buckets to all workers: what changed to those that hold what was sent last, whole parameters to the others.
+    """Sends buckets to all workers: what the payload makes of them, or the values to workers that cannot decode it.
 
     Generation pauses when the first bucket is in the object store of the worker's node. Workers that die are passed
     over.
     """
 
     def __init__(
-        self, workers: Sequence[ActorHandle], policy_version: int, sent: SentCopy | None, timeout_seconds: float
+        self,
+        workers: Sequence[ActorHandle],
+        policy_version: int,
+        payload: str,
+        encoder: Payload,
+        base_version: int | None,
+        timeout_seconds: float,
     ) -> None:
-        """Find out which workers can take changes.
+        """Find out which workers can decode.
 
         Args:
             workers: the rollout actors.
             policy_version: what they will run on.
-            sent: what was sent last, brought up to date on the way; None: send whole parameters and keep none.
+            payload: the name of what travels.
+            encoder: this end of it.
+            base_version: of an incremental payload, what was sent before; None: nothing, or that update failed.
             timeout_seconds: for each answer of the workers.
         """
         self._started = time.perf_counter()
         self._paused: float | None = None
         self._policy_version = policy_version
         self._recipients = Recipients(workers, timeout_seconds)
-        self._sent = sent
-        self._base_version = sent.version if sent else None
-        if sent:
-            sent.version = None  # until this update has succeeded
-        self._takes_changes = self._compare_versions()
+        self._encoder, self._base_version = encoder, base_version
+        self._common = {"payload": payload, "kept_as": policy_version if encoder.is_incremental else None}
+        self._can_decode = self._compare_versions()
         self._receiving: dict[int, Any] = {}  # worker -> reference
         self._digest = new_digest()
-        self._num_bytes = self._num_values = self._num_changed = self._position = 0
+        self._num_bytes = self._num_values = 0
+        self._num_changed: int | None = 0  # None: not known
 
-    def send(self, bucket: Bucket, payload: Bytes) -> None:
+    def send(self, bucket: Bucket, values: Bytes) -> None:
         """Put a bucket into the object store and let the workers read it while the next one is made."""
-        self._digest.update(payload.data)
-        messages = self._put(bucket, payload)
+        messages = self._put(bucket, values)
         if self._paused is None:
             self._start(messages)
         self._recipients.answers(self._receiving, "receive a bucket of weights")
@@ -98,8 +91,6 @@ class WeightUpdate:
             self._recipients.call("finish_weight_update", versions), "answer finish_weight_update"
         )
         check_received(received, self._digest.hexdigest(), self._policy_version)
-        if self._sent:
-            self._sent.version = self._policy_version
         now = time.perf_counter()
         return WeightSyncReport(
             policy_version=self._policy_version,
@@ -107,15 +98,16 @@ class WeightUpdate:
             num_bytes=self._num_bytes,
             seconds=now - self._started,
             paused_seconds=None if self._paused is None else now - self._paused,
-            changed_fraction=None if self._base_version is None else self._num_changed / self._num_values,
+            changed_fraction=None if self._num_changed is None else self._num_changed / self._num_values,
         )
 
     def _compare_versions(self) -> dict[int, bool]:
-        """Return which workers hold what the changes apply to."""
-        if self._base_version is None:
-            return dict.fromkeys(self._recipients.workers, False)
-        asked = {position: worker.held_version.remote() for position, worker in self._recipients.workers.items()}
-        held = self._recipients.answers(asked, "say which weights they hold")
+        """Return which workers can decode: all, or those that hold what an incremental payload applies to."""
+        workers = self._recipients.workers
+        if not self._encoder.is_incremental or self._base_version is None:
+            return dict.fromkeys(workers, not self._encoder.is_incremental)
+        calls = {position: worker.held_version.remote() for position, worker in workers.items()}
+        held = self._recipients.answers(calls, "say which weights they hold")
         return {position: version == self._base_version for position, version in held.items()}
 
     def _start(self, messages: Mapping[int, dict[str, Any]]) -> None:
@@ -123,67 +115,36 @@ class WeightUpdate:
         first = {position: message["reference"] for position, message in messages.items()}
         self._recipients.answers(self._recipients.call("start_weight_update", first), "answer start_weight_update")
 
-    def _put(self, bucket: Bucket, payload: Bytes) -> dict[int, dict[str, Any]]:
-        """Put what is needed of a bucket, changes or all of it or both, and return each worker's message."""
-        delta = self._compare(bucket, payload)
-        takes_changes = {position: self._takes_changes[position] for position in self._recipients.workers}
-        whole: dict[str, Any] = {}
-        changes: dict[str, Any] = {}
-        if not all(takes_changes.values()):
-            whole = self._describe(bucket, payload, self._digest.hexdigest())
-        if any(takes_changes.values()):
-            joined = join(delta)
-            changes = self._describe(bucket, joined, checksum([joined])) | {
-                "encodings": [part.encoding for part in delta],
-                "num_values": [len(part.values) for part in delta],
-                "base_version": self._base_version,
-            }
-        return {position: changes if takes else whole for position, takes in takes_changes.items()}
-
-    def _compare(self, bucket: Bucket, payload: Bytes) -> list[Delta]:
-        """Return what changed since the last update, if there was one, and remember the new values."""
-        if self._sent is None:
-            return []
-        last = self._sent.memory[self._position : self._position + len(payload)]
-        self._position += len(payload)
-        delta = [] if self._base_version is None else compare(bucket, last, payload)
+    def _put(self, bucket: Bucket, values: Bytes) -> dict[int, dict[str, Any]]:
+        """Put what is needed of a bucket, encoded or as it is or both, and return each worker's message."""
+        encoded = self._encoder.encode(bucket, values, self._base_version is not None)
+        self._digest.update(values.data)
         self._num_values += sum(tensor.num_bytes // DTYPE_BYTES[tensor.dtype] for tensor in bucket)
-        self._num_changed += sum(part.num_changed for part in delta)
-        last[:] = payload
-        return delta
+        if self._num_changed is not None:
+            self._num_changed = None if encoded.num_changed is None else self._num_changed + encoded.num_changed
+        can_decode = {position: self._can_decode[position] for position in self._recipients.workers}
+        values_message: dict[str, Any] = {}
+        message: dict[str, Any] = {}
+        if not encoded.fields or not all(can_decode.values()):
+            whole = Encoded(values) if encoded.fields else encoded
+            values_message = message = self._describe(bucket, whole, self._digest.hexdigest())
+        if encoded.fields and any(can_decode.values()):
+            message = self._describe(bucket, encoded, checksum([encoded.memory]))
+            message["base_version"] = self._base_version
+        return {position: message if can else values_message for position, can in can_decode.items()}
 
-    def _describe(self, bucket: Bucket, payload: Bytes, digest: str) -> dict[str, Any]:
-        self._num_bytes += len(payload)
-        return describe_bucket(bucket, payload, digest) | ({"kept_as": self._policy_version} if self._sent else {})
-
-
-def compare(bucket: Bucket, old: Bytes, new: Bytes) -> list[Delta]:
-    """Return what changed in each parameter of a bucket."""
-    deltas = []
-    start = 0
-    for tensor in bucket:
-        place = slice(start, start + tensor.num_bytes)
-        deltas.append(encode(old[place].view(BITS[tensor.dtype]), new[place].view(BITS[tensor.dtype])))
-        start += tensor.num_bytes
-    return deltas
-
-
-def join(deltas: Sequence[Delta]) -> Bytes:
-    """Return the bytes of all parts, one after the other."""
-    joined = np.concatenate([delta.to_bytes() for delta in deltas])
-    return joined if joined.size else np.zeros(ALIGNMENT, np.uint8)  # nothing cannot be mapped
-
-
-def describe_bucket(bucket: Bucket, payload: Bytes, digest: str) -> dict[str, Any]:
-    """Put the bytes into the object store and return what a worker needs to read and check them."""
-    return {
-        "names": [tensor.name for tensor in bucket],
-        "dtypes": [tensor.dtype for tensor in bucket],
-        "shapes": [list(tensor.shape) for tensor in bucket],
-        "checksum": digest,
-        # In a list, Ray hands the worker the reference; bare, it would resolve it before the call.
-        "reference": [ray.put(pa.py_buffer(payload))],
-    }
+    def _describe(self, bucket: Bucket, encoded: Encoded, digest: str) -> dict[str, Any]:
+        """Put the bytes into the object store and return what a worker needs to read and check them."""
+        self._num_bytes += len(encoded.memory)
+        return self._common | {
+            "names": [tensor.name for tensor in bucket],
+            "dtypes": [tensor.dtype for tensor in bucket],
+            "shapes": [list(tensor.shape) for tensor in bucket],
+            "fields": dict(encoded.fields),
+            "checksum": digest,
+            # In a list, Ray hands the worker the reference; bare, it would resolve it before the call.
+            "reference": [ray.put(pa.py_buffer(encoded.memory))],
+        }
 
 
 def check_received(received: Mapping[int, str], sent: str, policy_version: int) -> None:
@@ -201,7 +162,7 @@ def check_received(received: Mapping[int, str], sent: str, policy_version: int) 
 
 
 class WeightSender(Protocol):
-    """Brings the engine's current weights to every rollout worker."""
+    """Brings the engine's current weights to every rollout worker; the learner's end of a transport."""
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
         """Send everything and return when every worker runs on it; all ranks call this together."""
@@ -210,8 +171,8 @@ class WeightSender(Protocol):
 class ObjectStoreSender:
     """Sends Arrow buffers that engines on the same node map without a copy; Ray moves them to a node at most once.
 
-    Rank 0 keeps memory for one bucket between updates (fresh memory costs several times the copying into it), and in
-    delta mode a copy of the weights; every rank of a rollout engine then keeps one too.
+    Rank 0 keeps memory for one bucket between updates (fresh memory costs several times the copying into it), and what
+    the payload keeps; every rank of a rollout engine then keeps as much.
 
     Args:
         engine: holds the weights.
@@ -223,10 +184,10 @@ class ObjectStoreSender:
     def __init__(self, engine: TrainEngine, config: WeightSyncConfig, dtype: str, timeout_seconds: float) -> None:
         self._engine = engine
         self._timeout_seconds = timeout_seconds
-        manifest = engine.student.manifest(dtype)
-        self._buckets = list(plan_buckets(manifest.tensors, config.bucket_bytes))
-        keeps_copy = config.mode == "delta" and engine.rank == 0
-        self._sent = SentCopy(manifest.num_bytes) if keeps_copy else None
+        self._payload = config.payload
+        self._encoder = make_payload(config.payload)
+        self._base_version: int | None = None  # what the encoder's next values apply to
+        self._buckets = list(plan_buckets(engine.student.manifest(dtype).tensors, config.bucket_bytes))
         largest = max(total_bytes(bucket) for bucket in self._buckets)
         # Pinned where there is a GPU: it writes into pageable memory several times slower.
         pinned = torch.cuda.is_available()
@@ -242,13 +203,18 @@ class ObjectStoreSender:
         """
         if self._engine.rank != 0:
             return self._take_part(policy_version)
-        update = WeightUpdate(workers, policy_version, self._sent, self._timeout_seconds)
+        base_version, self._base_version = self._base_version, None  # until this update has succeeded
+        update = WeightUpdate(
+            workers, policy_version, self._payload, self._encoder, base_version, self._timeout_seconds
+        )
         for bucket in self._buckets:
             # One bucket at a time: gathering the whole model under ZeRO-3 needs a second full copy on every rank.
             with self._engine.full_parameters([tensor.name for tensor in bucket]) as parameters:
-                payload = pack(bucket, parameters, self._memory)
-            update.send(bucket, payload)
-        return update.finish()
+                values = pack(bucket, parameters, self._memory)
+            update.send(bucket, values)
+        report = update.finish()
+        self._base_version = policy_version if self._encoder.is_incremental else None
+        return report
 
     def _take_part(self, policy_version: int) -> WeightSyncReport:
         """Gather with the other ranks; rank 0's report is the one that counts."""
@@ -259,18 +225,21 @@ class ObjectStoreSender:
         return WeightSyncReport(policy_version, "", 0, time.perf_counter() - started)
 
 
+def make_sender(engine: TrainEngine, config: Config) -> WeightSender:
+    """Build the sender of a run."""
+    dtype, timeout_seconds = config.rollout.engine.dtype, config.ray.call_timeout_seconds
+    return ObjectStoreSender(engine, config.weight_sync, dtype, timeout_seconds)
+
+
 def pack(bucket: Bucket, parameters: dict[str, Tensor], memory: Bytes) -> Bytes:
     """Copy the bucket's parameters, cast to its dtype, one after the other into memory; return the part they fill."""
-    payload = memory[: total_bytes(bucket)]
-    fill(bucket, parameters, torch.from_numpy(payload))
-    return payload
+    values = memory[: total_bytes(bucket)]
+    fill(bucket, parameters, torch.from_numpy(values))
+    return values
 
 
 def fill(bucket: Bucket, parameters: dict[str, Tensor], memory: Tensor) -> None:
     """Copy the bucket's parameters, cast to its dtype, one after the other into memory of bytes, on any device."""
-    start = 0
-    for tensor in bucket:
-        end = start + tensor.num_bytes
-        place = memory[start:end].view(getattr(torch, tensor.dtype)).view(tensor.shape)
-        place.copy_(parameters[tensor.name])
-        start = end
+    for tensor, place in places(bucket):
+        values = memory[place].view(getattr(torch, tensor.dtype)).view(tensor.shape)
+        values.copy_(parameters[tensor.name])

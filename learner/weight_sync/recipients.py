@@ -1,4 +1,4 @@
-"""The rollout workers that one weight update is told to."""
+"""Calls the rollout workers that one weight update goes to."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,9 +12,9 @@ from cluster.contracts.errors import ActorDiedError
 
 
 class Recipients:
-    """Rollout workers by position. Those that die are passed over.
+    """Calls rollout workers by position, and passes over those that die.
 
-    Whoever runs the pool learns of a death by itself and brings the weights to the next actor.
+    The pool notices a death by itself, and the next actor in that place gets the weights then.
 
     Args:
         workers: the rollout actors.
@@ -32,11 +32,11 @@ class Recipients:
         }
 
     def poll(self, references: Mapping[int, Any]) -> None:
-        """Return at once; of the answers that are there, raise what went wrong.
+        """Raise the error of any answer that is there, without waiting.
 
         Raises:
             ActorDiedError: a worker is gone.
-            PreceptorError: what a worker raised.
+            PreceptorError: a worker raised it.
         """
         if references:
             ready, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=0)
@@ -48,9 +48,9 @@ class Recipients:
             answers = get(list(references.values()), self._timeout_seconds, f"rollout workers to {what_for}")
             return dict(zip(references, answers, strict=True))
         except ActorDiedError:
-            found = {}
+            living = {}
             for position, reference in references.items():
                 with suppress(ActorDiedError):
-                    found[position] = get(reference, self._timeout_seconds, f"rollout worker {position} to {what_for}")
-            self.workers = {position: self.workers[position] for position in found}
-            return found
+                    living[position] = get(reference, self._timeout_seconds, f"rollout worker {position} to {what_for}")
+            self.workers = {position: self.workers[position] for position in living}
+            return living

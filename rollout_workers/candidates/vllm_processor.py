@@ -5,7 +5,7 @@ vLLM has two model runners, each with an interface of its own for logits process
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-Encoded = tuple[bytes, bytes]  # as WorkerExtension.take_candidates returns them
+Encoded = tuple[bytes, bytes]  # as CandidateCalls.take_candidates returns them
 NOTHING: Encoded = (b"", b"")  # of a request that the worker does not know
 Call = Callable[[Mapping[str, int], list[str]], Awaitable[Mapping[str, Encoded]]]
 
@@ -127,6 +127,35 @@ class CandidateProcessorV2(LogitsProcessorV2):
         if rows:
             self.log.record(rows, logits)
         return logits
+
+
+class CandidateCalls:
+    """Adds `take_candidates` to vLLM's worker class, for `collective_rpc` to make by name."""
+
+    model_runner: Any
+    use_v2_model_runner: bool
+
+    def take_candidates(self, wanted: Mapping[str, int], given_up: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
+        """Return finished requests' ids and log-probabilities, as `candidates_from_bytes` reads them, and forget them.
+
+        Bytes, because vLLM passes no arrays between processes unless it is told to unpickle what comes.
+
+        Args:
+            wanted: from key to the number of tokens that were kept.
+            given_up: keys of requests whose draws nobody wants.
+        """
+        log = self._draw_log()
+        log.drop(given_up)
+        taken = {key: log.take(key, num_tokens) for key, num_tokens in wanted.items()}
+        return {key: (draws[0].tobytes(), draws[1].tobytes()) for key, draws in taken.items() if draws}
+
+    def _draw_log(self) -> CandidateLog:
+        runner = self.model_runner
+        processors = (
+            runner.sampler.logits_processors if self.use_v2_model_runner else runner.input_batch.logitsprocs.all
+        )
+        [ours] = [one for one in processors if isinstance(one, CandidateProcessor | CandidateProcessorV2)]
+        return ours.log
 
 
 def candidates_from_bytes(ids: bytes, logprobs: bytes, count: int) -> tuple[Ints, Floats]:

@@ -1,55 +1,57 @@
-"""The receiving end of a weight sync over NCCL: vLLM's `nccl` engine, which may join one group after another.
-
-A group spans a fixed set of workers, so another is formed whenever one of them starts again, comes or leaves.
-"""
+"""Receives weights from GPU to GPU, by vLLM's `nccl` and `ipc` engines."""
 
 from typing import Any
 
 import torch
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
 
-from cluster.vllm.compat import REUSES_STREAMS
+from cluster.vllm.compat import REUSES_STREAMS, taken_by
+from cluster.weight_sync.ipc_handles import rebuild_arguments
+
+UNVERIFIED = "unverified"  # vLLM's own engines compute no checksum
 
 
-class IpcReceiver(IPCWeightTransferEngine):
-    """Loads parameters from a buffer in the learner's memory on the same card."""
+class VllmReceiver(WeightTransferEngine[Any, Any]):
+    """Reads the learner's messages, and reports an update of which nothing was checked."""
 
-    def parse_update_info(self, update_dict: dict[str, Any]) -> IPCWeightTransferUpdateInfo:
-        """Put the classes back in."""
+    def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
+        """Drop what this vLLM does not know: how weights are packed came with every update until 0.3x."""
+        return super().parse_init_info(taken_by(self.init_info_cls, init_dict))
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        """Drop what this vLLM does not know."""
+        return super().parse_update_info(taken_by(self.update_info_cls, update_dict))
+
+    def begin(self) -> None:
+        """Do nothing: vLLM's engines keep nothing of an update."""
+
+    def end(self) -> dict[str, Any]:
+        """Return the outcome: what went wrong was raised."""
+        return {"checksum": UNVERIFIED, "fault": None}
+
+
+class IpcReceiver(VllmReceiver, IPCWeightTransferEngine):
+    """Loads parameters from a buffer in the learner's memory on the same GPU."""
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        """Put the classes back into the handles."""
         handles = {gpu: rebuild_arguments(plain) for gpu, plain in update_dict["ipc_handles"].items()}
         return super().parse_update_info(update_dict | {"ipc_handles": handles})
 
 
-def rebuild_arguments(plain: dict[str, Any]) -> tuple[Any, ...]:
-    """Return what `rebuild_cuda_tensor` takes for a buffer of bytes, from what `plain_handle` said of it."""
-    return (
-        torch.Tensor,
-        torch.Size(plain["size"]),
-        tuple(plain["stride"]),
-        plain["offset"],
-        torch.storage.TypedStorage,
-        torch.uint8,
-        plain["device"],
-        plain["memory_handle"],
-        plain["storage_bytes"],
-        plain["storage_offset_bytes"],
-        False,  # requires_grad
-        plain["counter_handle"],
-        plain["counter_offset"],
-        b"",  # event_handle
-        False,  # event_sync_required: the sender waits for its copying before it says anything
-    )
+class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
+    """Receives broadcasts, and joins one group after another.
 
-
-class NcclReceiver(NCCLWeightTransferEngine):
-    """Leaves the group that was there before."""
+    A group spans a fixed set of workers, so another is formed whenever one of them starts again, comes or leaves.
+    """
 
     model_update_group: PyNcclCommunicator | None
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
-        """Join a group; vLLM would forget the one before, whose buffers would stay on the card for good."""
+        """Join a group; vLLM would forget the one before, whose buffers would stay on the GPU for good."""
         if self.model_update_group is not None:
             self.model_update_group.destroy()
             self.model_update_group = None

@@ -1,11 +1,11 @@
-"""The receiving end of a weight sync: a weight-transfer engine that vLLM runs beside the model.
+"""Receives weights through Ray's object store, in a weight-transfer engine that vLLM runs beside the model.
 
 vLLM's worker is no Ray process and cannot fetch an object, so the rollout actor passes where each bucket can be mapped;
-the receiver maps it, checks it, and loads its parameters into the model. Of changes it first makes whole parameters,
-from a copy that it keeps: vLLM repacks weights for its kernels, so nothing can be changed in place there.
+the receiver maps it, checks it, decodes it by the payload, and loads whole parameters into the model: vLLM repacks
+weights for its kernels, so nothing can be changed in place there.
 
 A fault is recorded instead of raised: an exception here would reach the actor as text without a class, and would leave
-vLLM's update half open. `WeightReport.finish_and_report` hands the outcome to the actor.
+vLLM's update half open. `WeightReport.finish_and_report` passes the outcome to the actor.
 """
 
 import mmap
@@ -24,61 +24,54 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from cluster.weight_sync.delta import Bytes, WeightCopy, parts
-from cluster.weight_sync.manifest import checksum, new_digest
+from cluster.weight_sync.manifest import Bucket, Bytes, TensorSpec, checksum, new_digest
+from cluster.weight_sync.transports import Encoded, Payload, make_payload
 
-BACKEND = "object_store"
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ReceivedWeights:
-    """What one worker received in one update."""
-
-    checksum: str  # of all bytes of all parameters, in order
-    fault: str | None  # a sentence, or None when every parameter arrived intact
 
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing needs to be opened."""
+    """Says nothing: there is nothing to open."""
 
 
 @dataclass
-class Bucket(WeightTransferUpdateInfo):
-    """Consecutive parameters, whole, or as what changed since `base_version` (see `cluster.weight_sync.delta`)."""
+class BucketMessage(WeightTransferUpdateInfo):
+    """Says where a bucket lies and how to read it."""
 
     names: list[str]  # as in the Hugging Face checkpoint
     dtypes: list[str]  # keys of TORCH_DTYPES
     shapes: list[list[int]]
-    checksum: str  # of all the update's bytes to the end of this bucket; of changes: of this bucket's bytes
+    checksum: str  # of all the update's values to the end of this bucket; with `fields`: of the bytes that travel
     path: str  # names the memory while the actor holds it
     num_bytes: int
     offset: int = 0  # of the bytes in the file
-    encodings: list[str] = field(default_factory=list)  # per parameter; empty: all whole, without gaps
-    num_values: list[int] = field(default_factory=list)  # per parameter, that come
-    base_version: int | None = None  # policy version to which the changes apply; None: all whole
-    kept_as: int | None = None  # policy version as which the parameters are kept for the next changes; None: not kept
+    payload: str = "full"  # a name of PAYLOADS, or an import path
+    fields: dict[str, Any] = field(default_factory=dict)  # what the payload decodes by; empty: values as they are
+    base_version: int | None = None  # policy version on which the payload builds; None: on none
+    kept_as: int | None = None  # policy version as which an incremental payload keeps the values; None: it keeps none
+
+    @property
+    def bucket(self) -> Bucket:
+        """Return the tensors."""
+        described = zip(self.names, self.shapes, self.dtypes, strict=True)
+        return [TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in described]
 
 
-class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
+class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
     """Loads buckets of checkpoint-format parameters from shared memory."""
 
     init_info_cls = InitInfo
-    update_info_cls = Bucket
+    update_info_cls = BucketMessage
 
     def __init__(self, *arguments: Any) -> None:  # what vLLM's releases pass differs; all end with the model
         super().__init__(*arguments)
         # Read before the first update: while one runs, vLLM gives tied layers parameters of their own.
         self._model_names = {name for name, _ in self.model.named_parameters()}
         self._tied_layers = tied_layers(self.model)
-        self._copy = WeightCopy()
+        self._decoders: dict[str, Payload] = {}  # by the payload's name
+        self._kept_version: int | None = None  # of what an incremental payload keeps
         self.begin()
-
-    @property
-    def received(self) -> ReceivedWeights:
-        """Return the outcome of the last update."""
-        return ReceivedWeights(self._digest.hexdigest(), self._faults[0] if self._faults else None)
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Do nothing: every bucket says where it is."""
@@ -95,8 +88,8 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
         """Make the model's layers take checkpoint-format parameters again, as when it was first loaded."""
         initialize_layerwise_reload(self.model)  # vLLM 0.24 does this itself, and finishes itself
 
-    def receive_weights(self, update_info: Bucket, load_weights: Callable[..., Any] | None = None) -> None:
-        """Check one bucket and load it; after a fault the rest of the update is left alone.
+    def receive_weights(self, update_info: BucketMessage, load_weights: Callable[..., Any] | None = None) -> None:
+        """Check one bucket and load it; after a fault, leave the rest of the update alone.
 
         Args:
             update_info: the bucket.
@@ -119,8 +112,12 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
         """Repack the layers for the kernels."""
         finalize_layerwise_reload(self.model, self.model_config)
 
-    def end(self) -> None:
-        """Look for parameters that never came, and repack what the layerwise reload leaves out."""
+    def end(self) -> dict[str, Any]:
+        """Check that all parameters came, repack what the layerwise reload leaves out, and return the outcome.
+
+        Returns:
+            "checksum" of all values of all parameters, in order; "fault": a sentence, or None when all arrived intact.
+        """
         if not self._faults:
             missing = missing_parameters(
                 self._model_names,
@@ -131,15 +128,17 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
             if missing:
                 self._faults.append(f"the update lacks {', '.join(missing)}")
         if self._faults or self._arriving_version is None:
-            self._copy.forget()
+            self._decoders.clear()
+            self._kept_version = None
         else:
-            self._copy.version = self._arriving_version
+            self._kept_version = self._arriving_version
         for layer in self._tied_layers:
             # On CPU a tied lm_head multiplies with a packed copy of the embedding. No weights arrive under its own
             # name, so vLLM 0.32 leaves the copy as it was, and the model goes on answering with the old lm_head.
             method = getattr(layer, "quant_method", None)
             if isinstance(method, UnquantizedEmbeddingMethod):
                 method.process_weights_after_loading(layer)
+        return {"checksum": self._digest.hexdigest(), "fault": self._faults[0] if self._faults else None}
 
     def shutdown(self) -> None:
         """Do nothing: nothing stays open."""
@@ -149,27 +148,29 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, Bucket]):
         """Refuse: vLLM 0.24 wants the sending end here, and ours is the learner's."""
         raise NotImplementedError
 
-    def _fault_of(self, bucket: Bucket, memory: Bytes) -> str | None:
-        if self._checksum(bucket, memory) != bucket.checksum:
-            return f"the bucket that starts with {bucket.names[0]} was damaged on its way"
-        if bucket.base_version is not None and bucket.base_version != self._copy.version:
-            held = "none" if self._copy.version is None else f"version {self._copy.version}"
-            return f"changes since policy version {bucket.base_version} arrived where {held} is kept"
+    def _fault_of(self, message: BucketMessage, memory: Bytes) -> str | None:
+        if self._checksum(message, memory) != message.checksum:
+            return f"the bucket that starts with {message.names[0]} was damaged on its way"
+        if message.base_version is not None and message.base_version != self._kept_version:
+            held = "none" if self._kept_version is None else f"version {self._kept_version}"
+            return f"changes since policy version {message.base_version} arrived where {held} is kept"
         return None
 
-    def _checksum(self, bucket: Bucket, memory: Bytes) -> str:
-        if bucket.encodings:
+    def _checksum(self, message: BucketMessage, memory: Bytes) -> str:
+        if message.fields:
             return checksum([memory])
-        self._digest.update(memory.data)  # of whole parameters one digest says both: no byte is read twice
+        self._digest.update(memory.data)  # of values as they are one digest says both: no byte is read twice
         return self._digest.hexdigest()
 
-    def _parameters(self, bucket: Bucket, memory: Bytes) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the bucket's parameters whole, kept ones out of the copy."""
-        for part, shape in zip(parts(bucket), bucket.shapes, strict=True):
-            whole = memory[part.place] if bucket.kept_as is None else self._copy.take(part, memory)
-            if bucket.encodings:
-                self._digest.update(whole.data)
-            yield part.name, torch.from_numpy(whole).view(TORCH_DTYPES[part.dtype]).view(shape)
+    def _parameters(self, message: BucketMessage, memory: Bytes) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the bucket's parameters whole."""
+        bucket = message.bucket
+        decoder = self._decoders.get(message.payload) or make_payload(message.payload)
+        self._decoders[message.payload] = decoder
+        for tensor, values in zip(bucket, decoder.decode(bucket, Encoded(memory, message.fields)), strict=True):
+            if message.fields:
+                self._digest.update(values.data)
+            yield tensor.name, torch.from_numpy(values).view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -189,7 +190,7 @@ def missing_parameters(
     """Return the parameters that an update lacks, sorted.
 
     vLLM packs some parameters into one (`qkv_proj` from `q_proj`, `k_proj`, `v_proj`) and reports the packed one as
-    loaded when any part came; the parts are therefore looked for one by one.
+    loaded when any part came; the parts are therefore checked one by one.
 
     Args:
         model_names: vLLM's names of all parameters.
@@ -214,15 +215,15 @@ def _parts(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
     return []
 
 
-def map_memory(bucket: Bucket) -> Bytes:
+def map_memory(message: BucketMessage) -> Bytes:
     """Return the bucket's bytes, mapped for as long as a view of them lives.
 
     vLLM keeps the views of a packed layer until its last part arrives, which may be in a later bucket.
     """
-    skipped = bucket.offset % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
-    with Path(bucket.path).open("rb") as shared:
+    skipped = message.offset % mmap.ALLOCATIONGRANULARITY  # a mapping begins at a page
+    with Path(message.path).open("rb") as shared:
         # A private mapping is writable for torch's sake; nothing writes, so no page is ever copied.
         memory = mmap.mmap(
-            shared.fileno(), skipped + bucket.num_bytes, access=mmap.ACCESS_COPY, offset=bucket.offset - skipped
+            shared.fileno(), skipped + message.num_bytes, access=mmap.ACCESS_COPY, offset=message.offset - skipped
         )
     return np.frombuffer(memory, np.uint8)[skipped:]

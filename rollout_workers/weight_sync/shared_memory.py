@@ -1,4 +1,4 @@
-"""How a process beside the actor, which is no Ray process, reads a buffer that the actor got from Ray's object store.
+"""Lets a process beside the actor, which is no Ray process, read a buffer that the actor got from Ray's object store.
 
 Ray's store is one shared-memory file per node, unlinked once it is open; its raylet keeps a descriptor to hand to new
 workers. The actor reads in its own memory map which file a buffer lies in and where, and finds the raylet's descriptor
@@ -22,7 +22,7 @@ STORE_FILE = "/plasma"  # begins the name of every file that Ray's object store 
 
 @dataclass(frozen=True)
 class Region:
-    """Bytes that another process of this user on this node can map."""
+    """Names bytes that another process of this user on this node can map."""
 
     path: str
     offset: int
@@ -79,8 +79,8 @@ def _mapped_file(address: int) -> _MappedFile | None:
         first, last = (int(bound, 16) for bound in addresses.split("-"))
         if first <= address < last:
             major, minor = (int(number, 16) for number in device.split(":"))
-            found = _MappedFile(os.makedev(major, minor), int(inode), int(offset, 16) + address - first)
-            return found if permissions.endswith("s") else None
+            mapped = _MappedFile(os.makedev(major, minor), int(inode), int(offset, 16) + address - first)
+            return mapped if permissions.endswith("s") else None
     return None
 
 
@@ -95,7 +95,7 @@ def _open_by_parent(mapped: _MappedFile) -> str | None:
 
 def _is_file(path: Path, mapped: _MappedFile) -> bool:
     try:
-        found = path.stat()
-        return (found.st_dev, found.st_ino) == (mapped.device, mapped.inode) and os.access(path, os.R_OK)
+        status = path.stat()
+        return (status.st_dev, status.st_ino) == (mapped.device, mapped.inode) and os.access(path, os.R_OK)
     except OSError:  # closed meanwhile, or not ours to see
         return False

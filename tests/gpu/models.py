@@ -33,7 +33,7 @@ class CardLearner:
     def __init__(self, folder: Path, backend: Literal["nccl", "ipc"], dtype: Dtype, tensor_parallel: int = 1) -> None:
         self._model: Any = load(folder).to("cuda")
         engine: Any = FrozenEngine(self._model)
-        sync = WeightSyncConfig(backend=backend, bucket_bytes=SMALL_BUCKETS)
+        sync = WeightSyncConfig(transport=backend, bucket_bytes=SMALL_BUCKETS)
         make_link = nccl_link(engine, tensor_parallel, SMALL_BUCKETS) if backend == "nccl" else ipc_link
         self._sender = VllmSender(engine, sync, dtype, CALL_SECONDS, make_link)
 
@@ -80,7 +80,7 @@ def rollout_pool(folder: Path, backend: str, engine: EngineConfig, num_workers: 
         engine=engine,
         max_model_len=CONTEXT_TOKENS,
         rows_per_batch=4,
-        weight_sync_backend=backend,
+        weight_transport=backend,
     )
     option: Mapping[str, Any] = {"num_cpus": 1, "num_gpus": engine.tensor_parallel}
     if backend == "ipc":

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.trajectory import ragged
+from cluster.contracts.wire import to_wire
 from learner.batching.arrivals import BatchBuffer
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import RoundPlanner, plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.loss.objective import Objective
 from learner.model.student import load_student
-from learner.worker import LearnerWorker, RankRows
+from learner.worker import LearnerActor
 from tests.learner.support import (
     OBJECTIVES,
     WholeStep,
@@ -71,7 +72,10 @@ def step(request, make_config):
     whole = WholeStep(Objective(objective), completion_tokens(scored))
     accumulate_all(engines[0], [build_micro_batch(grid, rows, config.run.seed)], whole)
     at_once = gradients_of(engines[:1], completion_tokens(scored))
-    return [LearnerWorker(config, engine, {}) for engine in engines], engines, objective, scored, at_once
+    workers = [LearnerActor(config, fetch=lambda batches: list(map(to_wire, batches))) for _ in engines]
+    for worker, engine in zip(workers, engines, strict=True):
+        worker.use(engine, {})
+    return workers, engines, objective, scored, at_once
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -89,8 +93,6 @@ def test_every_order_of_arrival_gives_the_gradient_of_the_batch_at_once(step, da
     rounds += planner.all_rounds() or [((),) * num_ranks]
     for position, grids in enumerate(rounds, start=1):
         for worker, grid in zip(workers, grids, strict=False):
-            share = arrivals.share((grid,))
-            rows = RankRows(share.references, share.task_advantages, share.grids)
-            worker.accumulate(rows, completes_step=position == len(rounds), objective=objective)
+            worker.accumulate(arrivals.share((grid,)), completes_step=position == len(rounds), objective=objective)
     found = gradients_of(engines[:num_ranks], arrivals.num_completion_tokens)
     assert torch.linalg.vector_norm(found - at_once) <= 1e-6 * torch.linalg.vector_norm(at_once)

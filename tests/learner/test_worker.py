@@ -8,10 +8,12 @@ import torch
 from cluster.config.objective import DivergenceTerm
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import generated_schema, ragged
+from cluster.contracts.wire import to_wire
+from learner.batching.arrivals import RankShare
 from learner.batching.plan import plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.model.student import load_student
-from learner.worker import LearnerWorker, RankRows
+from learner.worker import LearnerActor
 from tests.learner.support import OBJECTIVES, completion_tokens, score_by
 
 
@@ -19,7 +21,9 @@ from tests.learner.support import OBJECTIVES, completion_tokens, score_by
 def make_worker():
     def make(config):
         engine = ReferenceEngine(load_student(config.student, config.learner), config.learner)
-        return LearnerWorker(config, engine, {})
+        worker = LearnerActor(config, fetch=lambda batches: list(map(to_wire, batches)))
+        worker.use(engine, {})
+        return worker
 
     return make
 
@@ -32,17 +36,17 @@ def test_student_logprobs_come_in_row_order_with_or_without_scores(make_config, 
     generated = scored.select([field.name for field in generated_schema()])
     generated = generated.replace_schema_metadata(generated_schema().metadata)
     for batch in (scored, generated):
-        np.testing.assert_allclose(worker.student_logprobs(batch), expected, atol=1e-5)
+        np.testing.assert_allclose(worker.student_logprobs([batch]), expected, atol=1e-5)
 
 
 def test_student_logprobs_of_no_trajectories_are_empty(make_config, make_worker, scored):
-    assert len(make_worker(make_config()).student_logprobs(scored.slice(0, 0))) == 0
+    assert len(make_worker(make_config()).student_logprobs([scored.slice(0, 0)])) == 0
 
 
 def test_a_step_without_any_trajectory_reports_no_loss(make_config, make_worker):
     grids = plan_step([], 1, 64).ranks[0]
     worker = make_worker(make_config())
-    assert "loss" not in report(worker.accumulate(RankRows([], [], grids), completes_step=True))
+    assert "loss" not in report(worker.accumulate(RankShare((), (), grids), completes_step=True))
     assert report(worker.take_step(num_tokens=0, step=0))["gradient_norm"] == 0
 
 
@@ -61,7 +65,7 @@ def test_measuring_uses_the_objective_asked_for(make_config, make_worker, scored
     config = make_config("objective.support_size=8")
     worker = make_worker(config)
     lengths = ragged(scored, "token_ids").lengths.tolist()
-    rows = RankRows([scored], [0.0] * len(lengths), plan_step(lengths, 1, 64).ranks[0])
+    rows = RankShare((scored,), (0.0,) * len(lengths), plan_step(lengths, 1, 64).ranks[0])
     losses = set()
     for divergence in ("reverse_kl", "forward_kl", "jsd"):
         terms = {"main": DivergenceTerm(divergence=divergence)}

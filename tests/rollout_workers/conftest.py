@@ -27,7 +27,7 @@ def rollouts(ray_cluster: None, student_folder: Path) -> Iterator[RolloutDeploym
         engine=engine,
         max_model_len=CONTEXT_TOKENS,
         rows_per_batch=4,
-        weight_sync_backend="object_store",
+        weight_transport="object_store",
         draws=True,
     )
     pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=500, call_seconds=120))

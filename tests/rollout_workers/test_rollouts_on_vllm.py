@@ -154,7 +154,7 @@ def test_a_damaged_bucket_is_refused(rollouts: RolloutDeployment) -> None:
 
 
 def test_changes_alone_make_the_same_model_as_whole_parameters(rollouts: RolloutDeployment) -> None:
-    sender = ObjectStoreSender(FrozenEngine(rollouts.student), WeightSyncConfig(mode="delta"), "float32", 60)
+    sender = ObjectStoreSender(FrozenEngine(rollouts.student), WeightSyncConfig(payload="delta"), "float32", 60)
     first = rollouts.policy_version + 1
     whole = sender.publish(rollouts.pool.actors, first)
     rollouts.change_some_weights(every=50)
@@ -169,7 +169,7 @@ def test_changes_alone_make_the_same_model_as_whole_parameters(rollouts: Rollout
 
 
 def test_a_worker_that_missed_a_version_is_sent_whole_parameters(rollouts: RolloutDeployment) -> None:
-    sender = ObjectStoreSender(FrozenEngine(rollouts.student), WeightSyncConfig(mode="delta"), "float32", 60)
+    sender = ObjectStoreSender(FrozenEngine(rollouts.student), WeightSyncConfig(payload="delta"), "float32", 60)
     up_to_date, late = rollouts.pool.actors
     first = rollouts.policy_version + 1
     whole = sender.publish([up_to_date, late], first)

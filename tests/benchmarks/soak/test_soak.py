@@ -14,8 +14,9 @@ from benchmarks.soak.actors import Delays
 from benchmarks.soak.learner import LearnedRow, RankReport, WaitingLearner
 from benchmarks.soak.memory import MemorySample
 from cluster.contracts.trajectory import make_generated
+from cluster.contracts.wire import to_wire
+from learner.batching.arrivals import RankShare
 from learner.batching.plan import Grid
-from learner.worker import RankRows
 from tests.builders import make_config, make_trajectory
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -24,9 +25,9 @@ NO_DELAYS = Delays(seed=0, mean_seconds=0.0, longest_seconds=0.0)
 
 def counted(grid: Grid) -> Ledger:
     """Let a rank learn from a grid of the trajectories 10, 11, 12 and 13, of which each was asked once."""
-    learner = WaitingLearner(make_config(), rank=0, delays=NO_DELAYS)
+    learner = WaitingLearner(make_config(), 0, 1, NO_DELAYS, fetch=list)
     batch = make_generated([make_trajectory(trajectory_id=10 + row) for row in range(4)])
-    learner.accumulate(RankRows([batch], [0.0] * 4, [grid]), completes_step=True)
+    learner.accumulate(RankShare((to_wire(batch),), (0.0,) * 4, (grid,)), completes_step=True)
     learner.take_step(num_tokens=12, step=0)
     ledger = Ledger(max_staleness=2)
     ledger.check_step(0, [10, 11, 12, 13], [learner.report()])

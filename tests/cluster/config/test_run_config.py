@@ -21,7 +21,7 @@ FIELDS = {
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
     "offload_optimizer offload_parameters gpu_memory_fraction cpu_threads",
     "balance": "mode observe_steps cooldown_steps min_gain",
-    "weight_sync": "backend mode bucket_bytes",
+    "weight_sync": "payload transport bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
     "environment": "kind verifier max_observation_tokens",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature teacher_too",
@@ -76,7 +76,10 @@ def test_a_word_turns_the_balancer_on() -> None:
         ("learner={zero_stage=0,num_workers=2}", "learner.zero_stage = 0 is one rank"),
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
         ("learner={dtype='float32',head_dtype='bfloat16'}", "needs learner.dtype = 'bfloat16', found 'float32'"),
-        ("weight_sync={backend='nccl',mode='delta'}", 'weight_sync: .*needs backend = "object_store", found "nccl"'),
+        (
+            "weight_sync={transport='nccl',payload='delta'}",
+            'weight_sync: .*needs transport = "object_store", found "nc',
+        ),
         ("teachers.main.engine.sleep=true", r"teachers.main.engine.sleep is set, but only rollout engines"),
         ("rollout.engine.quantization=fp8", "is 'fp8', but a student gets new weights"),
         ("rollout.engine.gpu_memory_fraction=1.5", "gpu_memory_fraction: Expected `float` <= 1.0"),

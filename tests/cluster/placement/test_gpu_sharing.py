@@ -5,7 +5,7 @@ import pytest
 from cluster.contracts.errors import PlacementError
 from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE, share_gpu, with_gpus
 from cluster.placement.placement import NodeResources, describe, plan_placement
-from cluster.weight_sync.transports import weight_backend
+from cluster.weight_sync.transports import choose
 from tests.builders import make_config
 
 SHARED = "ray.share_gpu=true"
@@ -54,40 +54,40 @@ def test_what_needs_several_gpus_does_not_share_one(override: str, sentence: str
 
 
 @pytest.mark.parametrize(
-    ("overrides", "on_gpu", "backend"),
+    ("overrides", "on_gpu", "transport"),
     [
         ([], False, "object_store"),
         ([], True, "nccl"),
         ([SHARED], True, "ipc"),
         ([SHARED], False, "object_store"),  # there is nothing to share
-        (["weight_sync.mode=delta"], True, "object_store"),
-        (["weight_sync.backend=object_store"], True, "object_store"),
-        (["weight_sync.backend=nccl"], True, "nccl"),
-        (["weight_sync.backend=ipc", SHARED], True, "ipc"),
+        (["weight_sync.payload=delta"], True, "object_store"),
+        (["weight_sync.transport=object_store"], True, "object_store"),
+        (["weight_sync.transport=nccl"], True, "nccl"),
+        (["weight_sync.transport=ipc", SHARED], True, "ipc"),
     ],
 )
-def test_weights_take_the_fastest_way_that_there_is(overrides: list[str], on_gpu: bool, backend: str) -> None:
-    assert weight_backend(make_config(*overrides), on_gpu) == backend
+def test_weights_take_the_fastest_way_that_there_is(overrides: list[str], on_gpu: bool, transport: str) -> None:
+    assert choose(make_config(*overrides), on_gpu)[1] == transport
 
 
 @pytest.mark.parametrize(
     ("overrides", "on_gpu", "sentence"),
     [
-        (["weight_sync.backend=nccl"], False, "'nccl' needs GPUs, and the cluster has none"),
-        (["weight_sync.backend=ipc", SHARED], False, "'ipc' needs GPUs, and the cluster has none"),
-        (["weight_sync.backend=nccl", SHARED], True, "'nccl' needs a GPU per worker"),
-        (["weight_sync.backend=ipc"], True, "'ipc' needs ray.share_gpu"),
+        (["weight_sync.transport=nccl"], False, "'nccl' needs GPUs, and the cluster has none"),
+        (["weight_sync.transport=ipc", SHARED], False, "'ipc' needs GPUs, and the cluster has none"),
+        (["weight_sync.transport=nccl", SHARED], True, "'nccl' needs a GPU per worker"),
+        (["weight_sync.transport=ipc"], True, "'ipc' needs ray.share_gpu"),
     ],
 )
 def test_a_way_that_cannot_be_taken_is_refused(overrides: list[str], on_gpu: bool, sentence: str) -> None:
     with pytest.raises(PlacementError, match=sentence):
-        weight_backend(make_config(*overrides), on_gpu)
+        choose(make_config(*overrides), on_gpu)
 
 
 def test_choosing_twice_changes_nothing() -> None:
     once = with_gpus(make_config(SHARED), on_gpu=True)
     assert with_gpus(once, on_gpu=True) == once
-    assert once.weight_sync.backend == "ipc"
+    assert once.weight_sync.transport == "ipc"
     assert once.rollout.engine.gpu_memory_fraction == pytest.approx(0.275)
 
 
@@ -131,4 +131,4 @@ def test_without_gpus_there_is_nothing_to_share() -> None:
 
 def test_a_backend_that_cannot_work_is_refused_before_anything_starts() -> None:
     with pytest.raises(PlacementError, match="the cluster has none"):
-        plan_placement(make_config("weight_sync.backend=nccl"), [NodeResources(4, 0, "a")])
+        plan_placement(make_config("weight_sync.transport=nccl"), [NodeResources(4, 0, "a")])

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.distributed.utils import StatelessProcessGroup
 
 from learner.weight_sync.gpu_links import NcclLink
-from tests.learner.weight_sync.fake_cards import BUCKET_BYTES, FakeRecipients, Publication, assert_all_arrived, received
+from tests.learner.weight_sync.fake_gpus import BUCKET_BYTES, FakeRecipients, Publication, assert_all_arrived, received
 
 TENSOR_PARALLEL = 2
 HOST = "127.0.0.1"

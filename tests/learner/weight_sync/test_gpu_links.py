@@ -1,4 +1,4 @@
-"""How weights go from card to card: the ranks, the messages, the bytes, and the order of things; no card is needed.
+"""Weights go from GPU to GPU: the ranks, the messages, the bytes, and the order of things; no GPU is needed.
 
 The receiving ends are vLLM's, which run on CUDA only. Their rules are taken from vLLM itself where it can be called
 here: its dataclasses check the messages, `pack_tensors` cuts what is sent as its consumer does, and `unpack_tensor`
@@ -8,22 +8,24 @@ reads what arrives.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from threading import Event
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferUpdateInfo
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
 from cluster.contracts.errors import WeightSyncError
+from cluster.weight_sync.ipc_handles import HANDLE_FIELDS, rebuild_arguments
 from cluster.weight_sync.manifest import plan_buckets, total_bytes
 from learner.model.student import Student
 from learner.weight_sync.gpu_links import IpcLink, NcclLink, first_rank
 from learner.weight_sync.gpu_sender import ipc_link
-from tests.learner.weight_sync.fake_cards import (
+from rollout_workers.weight_sync.nccl_and_ipc import IpcReceiver, NcclReceiver, VllmReceiver
+from tests.learner.weight_sync.fake_gpus import (
     BUCKET_BYTES,
     PARAMETERS,
     FakeGroup,
@@ -47,6 +49,15 @@ TINY = {
 }
 
 
+PLAIN_HANDLE = {name: [0] if name in ("size", "stride") else 0 for name in HANDLE_FIELDS}
+
+
+def receiver(cls: type[VllmReceiver]) -> VllmReceiver:
+    """Return a receiver that joined nothing."""
+    config: Any = SimpleNamespace(parallel_config=None, model_config=None)
+    return cls(cast(Any, None), config, torch.device("cpu"), torch.nn.Module())
+
+
 def test_an_engines_ranks_follow_those_of_the_engine_before() -> None:
     link = nccl([], tensor_parallel=4)(torch.empty(0))
     invitations = link.invite(3)
@@ -54,7 +65,7 @@ def test_an_engines_ranks_follow_those_of_the_engine_before() -> None:
     assert {message["world_size"] for message in invitations} == {13}  # the learner's rank 0 and 3 x 4
     assert first_rank(0, 8) == 1  # an engine of any size begins behind the learner
     for message in invitations:
-        assert NCCLWeightTransferInitInfo(**message).world_size == 13  # vLLM takes the message as it is
+        assert receiver(NcclReceiver).parse_init_info(message).world_size == 13
 
 
 def test_every_worker_gets_every_parameter_from_one_broadcast_per_bucket() -> None:
@@ -114,13 +125,14 @@ def test_every_parameter_begins_at_a_multiple_of_its_values_width(dtype: str) ->
 
 def test_vllm_takes_the_messages_of_both_links() -> None:
     bucket = FakeStudent().manifest("bfloat16").tensors[1:3]
-    broadcast = NCCLWeightTransferUpdateInfo(**nccl([])(torch.empty(0)).update_message(bucket))
+    broadcast = receiver(NcclReceiver).parse_update_info(nccl([])(torch.empty(0)).update_message(bucket))
     assert (broadcast.names, broadcast.dtype_names) == (["norm.weight", "proj.weight"], ["bfloat16", "bfloat16"])
     assert broadcast.shapes == [[3], [2, 4]]
-    message = in_place({"GPU-0": 1}).update_message(bucket)
-    shared = IPCWeightTransferUpdateInfo(**message)
+    link = in_place({"GPU-0": PLAIN_HANDLE})
+    shared = receiver(IpcReceiver).parse_update_info(link.update_message(bucket))
     assert shared.tensor_sizes == [6, 16]
-    assert shared.ipc_handles == {"GPU-0": 1}
+    assert shared.ipc_handles == {"GPU-0": rebuild_arguments(PLAIN_HANDLE)}
+    assert receiver(IpcReceiver).parse_init_info(link.invite(1)[0])
 
 
 def test_the_same_workers_keep_their_group_and_others_get_another_at_another_port() -> None:
@@ -185,7 +197,7 @@ def test_a_worker_that_fails_while_nccl_waits_for_it_is_heard(is_over: Event, ve
     class Failing(FakeRecipients):
         def poll(self, references: Mapping[int, Any]) -> None:
             if self.told[-1][0] == verb:
-                raise WeightSyncError("no memory is left on the card")
+                raise WeightSyncError("no memory is left on the GPU")
 
     publication = Publication(stuck_link(is_over, in_opening), recipients=Failing)
     with pytest.raises(WeightSyncError, match="no memory is left"):
@@ -255,20 +267,21 @@ def test_a_shared_buffer_is_read_before_the_next_bucket_overwrites_it() -> None:
     assert_all_arrived(received([message for message, _ in read], [payload for _, payload in read]))
 
 
-def test_every_engine_finds_the_buffer_of_its_own_card() -> None:
+def test_every_engine_finds_the_buffer_of_its_own_gpu() -> None:
     gathered = [{"GPU-0": "first"}, {"GPU-1": "second"}]
     link = IpcLink(torch.empty(0), "GPU-1", lambda value: gathered, lambda: None, lambda buffer: "second")
     assert link.update_message(())["ipc_handles"] == {"GPU-0": "first", "GPU-1": "second"}
 
 
-def test_a_buffer_outside_a_card_is_not_shared() -> None:
+def test_a_buffer_outside_a_gpu_is_not_shared() -> None:
     with pytest.raises(WeightSyncError, match="the learner has none"):
         ipc_link(torch.empty(1, dtype=torch.uint8))
 
 
-def test_a_message_has_only_fields_that_this_vllm_knows() -> None:
-    known = {field.name for field in fields(NCCLWeightTransferUpdateInfo)}
-    assert set(nccl([])(torch.empty(0)).update_message(())) <= known
+def test_what_an_older_vllm_does_not_know_is_dropped() -> None:
+    message = nccl([])(torch.empty(0)).update_message(()) | {"of_a_later_release": 1}
+    parsed = receiver(NcclReceiver).parse_update_info(message)
+    assert {field.name for field in fields(parsed)} <= {field.name for field in fields(NCCLWeightTransferUpdateInfo)}
 
 
 def test_a_tied_head_travels_once() -> None:

@@ -1,4 +1,4 @@
-"""Stand-ins for what a sync from card to card needs: an engine, NCCL, rollout actors, and vLLM's receiving end."""
+"""Stand-ins for what a sync from GPU to GPU needs: an engine, NCCL, rollout actors, and vLLM's receiving end."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -8,8 +8,7 @@ import torch
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from learner.weight_sync.gpu_links import HANDLE_FIELDS
-from rollout_workers.weight_sync.nccl_and_ipc import rebuild_arguments
+from cluster.weight_sync.ipc_handles import HANDLE_FIELDS, rebuild_arguments
 
 PLAIN: dict[str, Any] = {
     "size": [4096],
