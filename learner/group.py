@@ -3,18 +3,17 @@
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import msgspec
-import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayTaskError
 
-from cluster.actors.calls import answers_of, call_all, create_actors, get, get_all, is_dead, shutdown
+from cluster.actors.cluster import RAY, Cluster
 from cluster.actors.object_store import add_environment
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
@@ -29,14 +28,16 @@ from learner.batching.plan import Round, RoundPlanner
 from learner.checkpointing import checkpoint
 from learner.checkpointing.checkpoint import PendingCheckpoint
 from learner.checkpointing.manifest import Layout, verify
-from learner.worker import LearnerActor
+
+LEARNER_ACTOR = "learner.worker:LearnerActor"
 
 
 class Calls:
     """Keeps the answers of calls that every rank gets in the same order."""
 
-    def __init__(self, names: Sequence[str], timeout_seconds: float, waiting_for: str) -> None:
-        """Say who is called, how long the last answer may take, and what an error says was waited for."""
+    def __init__(self, cluster: Cluster, names: Sequence[str], timeout_seconds: float, waiting_for: str) -> None:
+        """Take the ranks' names, how long the last answer may take, and what an error says was waited for."""
+        self._cluster = cluster
         self._names = names
         self._timeout_seconds = timeout_seconds
         self._waiting_for = waiting_for
@@ -63,7 +64,7 @@ class Calls:
         """
         if self._pending:
             pending = self.pending
-            ready = set(answers_of(pending).wait(pending, num_returns=len(pending), timeout=0)[0])
+            ready = set(self._cluster.wait(pending, len(pending), timeout_seconds=0))
             self._take([call for call in self._pending if call[1] in ready])
             self._pending = [call for call in self._pending if call[1] not in ready]
         return not self._pending
@@ -82,7 +83,7 @@ class Calls:
     def _take(self, calls: Sequence[tuple[str, Any, float]]) -> None:
         references = [reference for _, reference, _ in calls]
         names = [name for name, _, _ in calls]
-        self._answers += get_all(references, self._timeout_seconds, self._waiting_for, names)
+        self._answers += self._cluster.get_all(references, self._timeout_seconds, self._waiting_for, names)
         now = perf_counter()
         self.spans += [Span("learner", name, "learn", asked_at, now) for name, _, asked_at in calls]
 
@@ -96,23 +97,18 @@ class LearnerGroup:
     Args:
         config: the whole run.
         options: Ray actor options of each rank (num_cpus, num_gpus, scheduling_strategy, runtime_env).
-        create: makes the actors, as `create_actors` does; another one can run the group without a model.
+        cluster: makes the ranks and waits for their answers.
 
     Raises:
         ModelError: the student is missing or cannot be trained.
         ActorError: a rank died or did not start in time.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        options: Sequence[Mapping[str, Any]],
-        create: Callable[..., list[ActorHandle]] = create_actors,
-    ) -> None:
+    def __init__(self, config: Config, options: Sequence[Mapping[str, Any]], cluster: Cluster = RAY) -> None:
         self._config = config
+        self._cluster = cluster
         self._names = [f"learner-{rank}" for rank in range(config.learner.num_workers)]
         self._options = [_with_environment(option, config, rank) for rank, option in enumerate(options)]
-        self._create = create
         self._num_restarts = 0
         self._spans: list[Span] = []
         self._published_version = 0
@@ -125,7 +121,7 @@ class LearnerGroup:
         Raises:
             ActorError: a rank died or did not start in time.
         """
-        shutdown(self._actors, timeout_seconds=0)
+        self._cluster.shutdown(self._actors, timeout_seconds=0)
         self._heads_due.clear()  # they are read anew, and steps that are done again have the teachers of now
         # Ray may hold a dead actor's name for a while yet, so the next ones have a number of their own.
         self._num_restarts += 1
@@ -220,19 +216,19 @@ class LearnerGroup:
 
     def shutdown(self) -> None:
         """End all ranks."""
-        shutdown(self._actors)
+        self._cluster.shutdown(self._actors)
 
     def _begin(self, names: Sequence[str]) -> None:
         world_size = len(names)
         arguments = [(self._config, rank, world_size) for rank in range(world_size)]
-        self._actors = self._create(LearnerActor, names, arguments, self._options)
+        self._actors = self._cluster.create(LEARNER_ACTOR, names, arguments, self._options)
         with ExitStack() as undo:
             undo.callback(self.shutdown)
             self._start(self._config.ray.start_timeout_seconds)
             undo.pop_all()
 
     def _start(self, timeout_seconds: float) -> None:
-        address = get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
+        address = self._cluster.get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
         self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout_seconds)
 
     def _accumulate(
@@ -242,7 +238,7 @@ class LearnerGroup:
         config = self._config
         arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt)
         planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
-        calls = Calls(self._names, config.ray.call_timeout_seconds, waiting_for)
+        calls = Calls(self._cluster, self._names, config.ray.call_timeout_seconds, waiting_for)
 
         def send(rounds: Sequence[Round], completes_step: bool = False) -> None:
             for grids in rounds:
@@ -278,7 +274,7 @@ class LearnerGroup:
     ) -> list[Any]:
         began = perf_counter()
         with self._deaths_reported():
-            answers = call_all(
+            answers = self._cluster.call_all(
                 self._actors,
                 method,
                 *args,
@@ -309,8 +305,8 @@ class LearnerGroup:
     def _dead_ranks(self) -> list[str]:
         """Ask every rank for a sign of life; a rank that is busy for long counts as alive."""
         answers = {actor.__ray_ready__.remote(): name for actor, name in zip(self._actors, self._names, strict=True)}
-        ready, _ = ray.wait(list(answers), num_returns=len(answers), timeout=SIGN_OF_LIFE_SECONDS)
-        return [answers[reference] for reference in ready if is_dead(reference)]
+        ready = self._cluster.wait(list(answers), len(answers), SIGN_OF_LIFE_SECONDS)
+        return [answers[reference] for reference in ready if self._cluster.is_dead(reference)]
 
 
 def _with_environment(option: Mapping[str, Any], config: Config, rank: int) -> dict[str, Any]:

@@ -7,19 +7,19 @@ from itertools import count
 from time import perf_counter
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
 
-from cluster.actors import calls
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
-from cluster.actors.replicas import Recipe, Replicas, Supervision
+from cluster.actors.replicas import Replicas, Supervision
 from cluster.contracts.batches import BatchHandle, PoolState, Span
 from cluster.contracts.errors import ActorDiedError, PreceptorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.actor import RolloutActor, RolloutActorSettings
+from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.scheduling import ExpectedLengths, spread
+
+ROLLOUT_ACTOR = "rollout_workers.actor:RolloutActor"
 
 _log = logging.getLogger("preceptor")
 
@@ -50,8 +50,7 @@ class RolloutPool:
         options: Sequence[Mapping[str, Any]],
         timeouts: PoolTimeouts,
         name: str = "rollout",
-        actor: type = RolloutActor,
-        create: Callable[..., list[ActorHandle]] = calls.create_actors,
+        cluster: Cluster = RAY,
         supervision: Supervision | None = None,
     ) -> None:
         """Begin to start the actors.
@@ -61,15 +60,14 @@ class RolloutPool:
             options: Ray's actor options, one entry per actor.
             timeouts: how long to wait for them.
             name: they are called `name`-0, `name`-1, ...
-            actor: another class with RolloutActor's methods, to run the pool without its engines.
-            create: makes the actors, as `create_actors` does.
+            cluster: makes the actors and waits for their answers.
             supervision: how often dead ones are started again; None: never.
         """
         self._timeouts = timeouts
         self._name = name
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
-        recipe = Recipe(actor, lambda _name: (settings,), options, create)
-        self._replicas = Replicas(name, recipe, supervision or Supervision())
+        self.cluster = cluster
+        self._replicas = Replicas(name, ROLLOUT_ACTOR, lambda _name: (settings,), options, cluster, supervision)
         self._replicas.prepare_with(self._prepare)
         self._lengths = ExpectedLengths(lambda prompt_id: "")
         self._prompts: Any = None  # reference to the prompts' wire bytes
@@ -95,8 +93,8 @@ class RolloutPool:
 
     def set_prompts(self, prompts: PromptSet) -> None:
         """Give every actor the prompts; their bytes go into the object store once."""
-        self._prompts = ray.put(prompts.to_wire())
-        calls.call_all(
+        self._prompts = self.cluster.put(prompts.to_wire())
+        self.cluster.call_all(
             self.actors,
             "set_prompts",
             self._prompts,
@@ -188,7 +186,7 @@ class RolloutPool:
             try:
                 answer = self._replicas.actor(worker).abandon.remote()
                 waiting_for = f"{self._replicas.name(worker)} to abandon its rollouts"
-                calls.get(answer, self._timeouts.call_seconds, waiting_for)
+                self.cluster.get(answer, self._timeouts.call_seconds, waiting_for)
             except PreceptorError as error:  # it died, or an update of its weights never ended
                 self._replicas.lose(worker, error)
 
@@ -213,7 +211,7 @@ class RolloutPool:
         """
         self.submit(next(self._rollout_ids), requests, sampling)
         while self._awaited or self._unassigned:
-            ready = calls.wait_for_any(self.maintain, self._timeouts.call_seconds, self._waited_for)
+            ready = self.cluster.wait_for_any(self.maintain, self._timeouts.call_seconds, self._waited_for)
             yield from self.collect(ready)
 
     def shutdown(self) -> None:
@@ -228,7 +226,7 @@ class RolloutPool:
         awaited = self._awaited.pop(reference)
         waiting_for = f"a batch from {self._replicas.name(awaited.worker)}"
         try:
-            handle: BatchHandle = calls.get(reference, self._timeouts.call_seconds, waiting_for)
+            handle: BatchHandle = self.cluster.get(reference, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
             self._awaited[reference] = awaited
             self._replicas.lose(awaited.worker, error)

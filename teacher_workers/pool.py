@@ -5,24 +5,24 @@ Importing this loads neither vLLM nor torch: the driver needs none, and an actor
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
 from ray.actor import ActorHandle
 
-from cluster.actors import calls
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
-from cluster.actors.replicas import Recipe, Replicas, Supervision
+from cluster.actors.replicas import Replicas, Supervision
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle, PoolState, Span
 from cluster.contracts.errors import ActorDiedError, LostBytesError, PreceptorError
 from cluster.contracts.metrics import merge
 from cluster.contracts.requests import ScoreRequest
-from teacher_workers.actor import TeacherActor
-from teacher_workers.time_sharing import SlotActor
+
+TEACHER_ACTOR = "teacher_workers.actor:TeacherActor"
+SLOT_ACTOR = "teacher_workers.time_sharing:SlotActor"
 
 _log = logging.getLogger("preceptor")
 
@@ -39,8 +39,7 @@ class Scorers:
         teachers: Mapping[str, TeacherConfig],
         max_model_len: int,
         options: Sequence[Mapping[str, Any]],
-        actor: type | None = None,
-        create: Callable[..., list[ActorHandle]] = calls.create_actors,
+        cluster: Cluster = RAY,
         supervision: Supervision | None = None,
     ) -> None:
         """Begin to start the actors, called LABEL-0, LABEL-1, ...
@@ -50,8 +49,7 @@ class Scorers:
             teachers: by name; of several, one at a time is awake.
             max_model_len: tokens of the longest trajectory, plus 1.
             options: Ray's actor options, one entry per actor; where the teachers are to have none yet, one for later.
-            actor: another class with TeacherActor's methods, or of several teachers SlotActor's, without engines.
-            create: makes the actors, as `create_actors` does.
+            cluster: makes the actors and waits for their answers.
             supervision: how often dead ones are started again; None: never.
         """
         self.label = label
@@ -60,14 +58,16 @@ class Scorers:
         self._loads: Counter[int] = Counter()  # replica -> tokens still to score
         first, *others = self.teachers.values()
         stored = [add_environment(option, STORE_ENVIRONMENT) for option in options]
-        recipe = Recipe(
-            actor or (SlotActor if others else TeacherActor),
+        self.cluster = cluster
+        self._replicas = Replicas(
+            label,
+            SLOT_ACTOR if others else TEACHER_ACTOR,
             lambda name: (name, self.teachers if others else first, max_model_len),
             stored if first.num_workers else [],
-            create,
+            cluster,
+            supervision,
             spare=stored[0],
         )
-        self._replicas = Replicas(label, recipe, supervision or Supervision())
 
     def wait_until_ready(self, timeout_seconds: float, waiting_for: str) -> None:
         """Wait for every engine.
@@ -224,12 +224,11 @@ def start_pool(
     max_model_len: int,
     options: Sequence[Mapping[str, Any]],
     timeouts: PoolTimeouts,
-    actor: type | None = None,
-    create: Callable[..., list[ActorHandle]] = calls.create_actors,
+    cluster: Cluster = RAY,
     supervision: Supervision | None = None,
 ) -> "TeacherPool":
     """Begin to start a teacher's own replicas, called teacher-NAME-0, teacher-NAME-1, ...; else as in Scorers."""
-    scorers = Scorers(f"teacher-{name}", {name: teacher}, max_model_len, options, actor, create, supervision)
+    scorers = Scorers(f"teacher-{name}", {name: teacher}, max_model_len, options, cluster, supervision)
     return TeacherPool(name, scorers, timeouts)
 
 
@@ -321,7 +320,7 @@ class TeacherPool:
         assignment = self._outstanding[ticket]
         waiting_for = f"scores from {self.scorers.name(assignment.replica)}"
         try:
-            scored: BatchHandle = calls.get(ticket, self._timeouts.call_seconds, waiting_for)
+            scored: BatchHandle = self.scorers.cluster.get(ticket, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
             self.scorers.lose(assignment.replica, assignment.actor_name, error)
             self.maintain()
@@ -367,7 +366,7 @@ class TeacherPool:
         for replica in self.scorers.serving:
             asked = [self._score(replica, handle, request) for handle in handles]
             waiting_for = f"scores from {self.scorers.name(replica)}"
-            scored = calls.get([answer for _, answer in asked], self._timeouts.call_seconds, waiting_for)
+            scored = self.scorers.cluster.get([answer for _, answer in asked], self._timeouts.call_seconds, waiting_for)
             everywhere.append(
                 [replace(handle, reference=wire) for handle, (wire, _) in zip(scored, asked, strict=True)]
             )

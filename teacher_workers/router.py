@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.actors.calls import wait_for_any
+from cluster.actors.cluster import RAY
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import LostBytesError, PreceptorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
@@ -119,7 +119,7 @@ class TeacherPools:
         for handle in handles:
             self.submit(handle, plan(handle.teacher))
         while self._legs or self._waiting:
-            yield from self.collect(wait_for_any(self.maintain, self._call_seconds, self._waited_for))
+            yield from self.collect(RAY.wait_for_any(self.maintain, self._call_seconds, self._waited_for))
             if self._lost:
                 raise LostBytesError(f"trajectories {self._lost[0].trajectory_ids} are gone with their node")
 

@@ -17,13 +17,10 @@ from pathlib import Path
 from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows, row
 from benchmarks.harness.stub_pools import (
     SharedProcesses,
-    StubLearnerActor,
     StubRates,
-    StubRolloutProcess,
-    StubTeacherProcess,
     completion_length,
 )
-from cluster.actors.calls import PoolTimeouts, create_actors
+from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_config import Config, StudentConfig
 from cluster.config.run_file import parse_run_config
 from cluster.config.stages import EngineConfig, TeacherConfig
@@ -113,31 +110,16 @@ def stub_run(num_workers: int, rates: StubRates, rows_per_step: int) -> Iterator
 def start_stubs(config: Config, rates: StubRates, sizes: StubSizes, prompts: PromptSet) -> Iterator[StubRun]:
     """Start pools of given sizes, one for each of the config's teachers, and a learner; a step asks each prompt."""
     rows_per_batch = config.rollout.rows_per_batch
-    rollout_processes = SharedProcesses(rates, rows_per_batch)
+    cluster = SharedProcesses(rates, rows_per_batch)
     settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, rows_per_batch, None)
     with ExitStack() as stack:
-        stack.callback(rollout_processes.end)
-        rollouts = RolloutPool(
-            settings,
-            [{"num_cpus": 0}] * sizes.rollout,
-            TIMEOUTS,
-            actor=StubRolloutProcess,
-            create=rollout_processes.create,
-        )
-        pools = {}
-        for name, size in sizes.teachers.items():
-            processes = SharedProcesses(rates)
-            stack.callback(processes.end)
-            options = [{"num_cpus": 0}] * size
-            teacher = TeacherConfig("stub")
-            pools[name] = start_pool(
-                name, teacher, 1, options, TIMEOUTS, actor=StubTeacherProcess, create=processes.create
-            )
-        learner = LearnerGroup(
-            config,
-            [{"num_cpus": 0}],
-            create=lambda _cls, names, _arguments, options: create_actors(StubLearnerActor, names, [(rates,)], options),
-        )
+        stack.callback(cluster.end)
+        rollouts = RolloutPool(settings, [{"num_cpus": 0}] * sizes.rollout, TIMEOUTS, cluster=cluster)
+        pools = {
+            name: start_pool(name, TeacherConfig("stub"), 1, [{"num_cpus": 0}] * size, TIMEOUTS, cluster)
+            for name, size in sizes.teachers.items()
+        }
+        learner = LearnerGroup(config, [{"num_cpus": 0}], cluster)
         stack.callback(learner.shutdown)
         rollouts.wait_until_ready()
         for pool in pools.values():

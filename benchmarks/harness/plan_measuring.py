@@ -1,7 +1,7 @@
 """The workloads of benchmarks/harness/workloads.py on real Ray, for `python -m benchmarks.cases.plan`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -10,17 +10,17 @@ from typing import Any
 
 import msgspec
 import ray
+from ray.actor import ActorHandle
 
 from benchmarks.cases.streaming import SAMPLING, TIMEOUTS, StubRun
-from benchmarks.harness.stub_pools import SharedWorker, StubLearnerActor, StubRolloutProcess, StubTeacherProcess
+from benchmarks.harness.stub_pools import SharedWorker, StubCluster, StubRates
 from benchmarks.harness.workloads import PROMPT_TOKENS, Split, Workload
-from cluster.actors.calls import create_actors
 from cluster.config.run_config import Config, StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import Span
 from cluster.run.driver import Permits
 from cluster.run.flow import Flow, StepBatches
-from learner.group import LearnerGroup
+from learner.group import LEARNER_ACTOR, LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.pool import RolloutPool
 from rollout_workers.prompts import PromptSet
@@ -41,21 +41,31 @@ class Measured:
     spans: list[Span] = field(default_factory=list)  # the calls of all steps
 
 
-class OneProcess:
-    """Makes the workers of any number of pools in one process."""
+class OneProcessPerPool(StubCluster):
+    """Makes the workers of pools of one name, of however many runs, in one process."""
 
-    def __init__(self, cls: type, *arguments: Any) -> None:
-        option = {"num_cpus": 0, "max_concurrency": 1000}
-        [self._process] = create_actors(cls, [f"stubs-{cls.__name__}-{time.monotonic_ns()}"], [arguments], [option])
+    def __init__(self, rates: StubRates, rows_per_batch: int) -> None:
+        super().__init__(rates, rows_per_batch)
+        self._processes: dict[str, ActorHandle] = {}
         self._numbers = count()
 
-    def create(self, _cls: type, names: Sequence[str], _arguments: Any, _options: Any) -> list[Any]:
+    def create(
+        self, actor_class: str, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Mapping[str, Any]]
+    ) -> list[Any]:
         """Return one handle per name."""
-        return [SharedWorker(self._process, next(self._numbers)) for _ in names]
+        if actor_class == LEARNER_ACTOR:
+            return super().create(actor_class, names, arguments, options)
+        pool = names[0].rpartition("-")[0]
+        if pool not in self._processes:
+            option = {"num_cpus": 0, "max_concurrency": 1000}
+            label = f"stubs-{pool}-{time.monotonic_ns()}"
+            [self._processes[pool]] = super().create(actor_class, [label], [()], [option])
+        return [SharedWorker(self._processes[pool], next(self._numbers)) for _ in names]
 
     def end(self) -> None:
-        """End the process."""
-        ray.kill(self._process)
+        """End the processes."""
+        for process in self._processes.values():
+            ray.kill(process)
 
 
 def measured_splits(workload: Workload) -> list[Split]:
@@ -71,21 +81,15 @@ def stub_runs(workload: Workload) -> Iterator[dict[str, StubRun]]:
     prompts = PromptSet.join([PromptSet.of_token_ids([[1] * PROMPT_TOKENS], teacher) for teacher in workload.routes])
     settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, config.rollout.rows_per_batch, None)
     with ExitStack() as stack:
-        writers = OneProcess(StubRolloutProcess, rates, config.rollout.rows_per_batch)
-        readers = {name: OneProcess(StubTeacherProcess, rates) for name in workload.teachers}
-        for process in (writers, *readers.values()):
-            stack.callback(process.end)
-        learner = LearnerGroup(
-            config,
-            [{"num_cpus": 0}],
-            create=lambda _cls, names, _arguments, options: create_actors(StubLearnerActor, names, [(rates,)], options),
-        )
+        cluster = OneProcessPerPool(rates, config.rollout.rows_per_batch)
+        stack.callback(cluster.end)
+        learner = LearnerGroup(config, [{"num_cpus": 0}], cluster)
         stack.callback(learner.shutdown)
         runs = {}
         for split in measured_splits(workload):
-            rollouts = RolloutPool(settings, [{}] * split.rollout, TIMEOUTS, create=writers.create)
+            rollouts = RolloutPool(settings, [{}] * split.rollout, TIMEOUTS, cluster=cluster)
             pools = {
-                name: start_pool(name, TeacherConfig("stub"), 1, [{}] * size, TIMEOUTS, create=readers[name].create)
+                name: start_pool(name, TeacherConfig("stub"), 1, [{}] * size, TIMEOUTS, cluster)
                 for name, size in split.teachers.items()
             }
             rollouts.wait_until_ready()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors.calls import create_actors
+from cluster.actors.cluster import RayCluster
 from cluster.actors.object_store import pack
 from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.batches import BatchHandle
@@ -26,9 +26,12 @@ from cluster.contracts.requests import Completion, RolloutRequest, SamplingSetti
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.contracts.wire import from_wire
 from learner.batching.arrivals import RankShare
+from learner.group import LEARNER_ACTOR
 from rollout_workers.environments.base import Services
+from rollout_workers.pool import ROLLOUT_ACTOR
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker
+from teacher_workers.pool import TEACHER_ACTOR
 
 WORKERS_PER_PROCESS = 32
 TOKENS_AT_A_TIME = 4  # of engines that slow down with the sequences that run: more often, timers would cost too much
@@ -233,21 +236,59 @@ class SharedWorker:
         return _Method(getattr(self._process, method), self._worker)
 
 
-class SharedProcesses:
-    """Makes the workers of a pool in few processes, and ends them."""
+class StubCluster(RayCluster):
+    """Makes stubs in place of the run's actors, each in a process of its own.
 
-    def __init__(self, *arguments: Any) -> None:
-        self._arguments = arguments
+    Args:
+        rates: of the stubs.
+        rows_per_batch: of the rollout workers.
+        rollout, teacher: the stubs' classes.
+    """
+
+    def __init__(
+        self,
+        rates: StubRates,
+        rows_per_batch: int,
+        rollout: str = "benchmarks.harness.stub_pools:StubRolloutProcess",
+        teacher: str = "benchmarks.harness.stub_pools:StubTeacherProcess",
+    ) -> None:
+        super().__init__()
+        self._stubs: dict[str, tuple[str, tuple[Any, ...]]] = {  # class, and its constructor's arguments
+            ROLLOUT_ACTOR: (rollout, (rates, rows_per_batch)),
+            TEACHER_ACTOR: (teacher, (rates,)),
+            LEARNER_ACTOR: ("benchmarks.harness.stub_pools:StubLearnerActor", (rates,)),
+        }
+
+    def create(
+        self, actor_class: str, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Mapping[str, Any]]
+    ) -> list[Any]:
+        """Return one handle per name; `arguments` are those of the real actors, which the stubs do not need."""
+        stub, own = self._stubs[actor_class]
+        return super().create(stub, names, [own] * len(names), options)
+
+
+class SharedProcesses(StubCluster):
+    """Makes the workers of each pool in few processes, and ends them; the learner's ranks have their own.
+
+    Args:
+        rates: of the stubs.
+        rows_per_batch: of the rollout workers.
+    """
+
+    def __init__(self, rates: StubRates, rows_per_batch: int) -> None:
+        super().__init__(rates, rows_per_batch)
         self._processes: list[ActorHandle] = []
 
     def create(
-        self, cls: type, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Mapping[str, Any]]
+        self, actor_class: str, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Mapping[str, Any]]
     ) -> list[Any]:
-        """Return one handle per name; `arguments` are those of the real actors, which the stubs do not need."""
+        """Return one handle per name."""
+        if actor_class == LEARNER_ACTOR:
+            return super().create(actor_class, names, arguments, options)
         count = -(-len(names) // WORKERS_PER_PROCESS)
         option = {**options[0], "num_cpus": 0, "max_concurrency": 4 * WORKERS_PER_PROCESS}
         labels = [f"stub-{names[0]}-process-{index}" for index in range(count)]
-        processes = create_actors(cls, labels, [self._arguments] * count, [option] * count)
+        processes = super().create(actor_class, labels, [()] * count, [option] * count)
         self._processes += processes
         return [SharedWorker(processes[index % count], index) for index in range(len(names))]
 

@@ -1,16 +1,13 @@
 """Stub engines with a process each, which can start and end while the pools run: `SharedProcesses` cannot."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pyarrow as pa
-from ray.actor import ActorHandle
 
 from benchmarks.cases.streaming import TIMEOUTS, StubRun
-from benchmarks.harness.stub_pools import StubLearnerActor, StubRates, StubRolloutProcess, StubTeacherProcess
+from benchmarks.harness.stub_pools import StubCluster, StubRates, StubRolloutProcess, StubTeacherProcess
 from benchmarks.harness.workloads import PROMPT_TOKENS, Split, Workload
-from cluster.actors.calls import create_actors
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle
@@ -70,40 +67,27 @@ class StubTeacherActor:
         """End nothing."""
 
 
-def creating(*arguments: Any) -> Callable[..., list[ActorHandle]]:
-    """Return what makes actors with these arguments, whatever those of the real ones are."""
-
-    def create(
-        cls: type, names: Sequence[str], _: Sequence[Any], options: Sequence[Mapping[str, Any]]
-    ) -> list[ActorHandle]:
-        return create_actors(cls, names, [arguments] * len(names), options)
-
-    return create
-
-
 @contextmanager
 def stub_process_run(workload: Workload, split: Split) -> Iterator[StubRun]:
     """Start a workload's pools; Ray must run."""
     config, rates, options = workload.config, workload.rates, {"num_cpus": 0}
     rows_per_batch = config.rollout.rows_per_batch
+    cluster = StubCluster(
+        rates,
+        rows_per_batch,
+        "benchmarks.harness.stub_processes:StubRolloutActor",
+        "benchmarks.harness.stub_processes:StubTeacherActor",
+    )
     settings = RolloutActorSettings(StudentConfig("stub"), EngineConfig(), 1, rows_per_batch, None)
     prompts = PromptSet.join([PromptSet.of_token_ids([[1] * PROMPT_TOKENS], name) for name in workload.routes])
     with ExitStack() as stack:
-        create = creating(rates, rows_per_batch)
-        rollouts = RolloutPool(settings, [options] * split.rollout, TIMEOUTS, actor=StubRolloutActor, create=create)
+        rollouts = RolloutPool(settings, [options] * split.rollout, TIMEOUTS, cluster=cluster)
         stack.callback(rollouts.shutdown)
         pools = {}
         for name, size in split.teachers.items():
-            teacher = TeacherConfig("stub")
-            pools[name] = start_pool(
-                name, teacher, 1, [options] * size, TIMEOUTS, actor=StubTeacherActor, create=creating(rates)
-            )
+            pools[name] = start_pool(name, TeacherConfig("stub"), 1, [options] * size, TIMEOUTS, cluster)
             stack.callback(pools[name].shutdown)
-        learner = LearnerGroup(
-            config,
-            [options],
-            create=lambda _cls, names, _arguments, given: create_actors(StubLearnerActor, names, [(rates,)], given),
-        )
+        learner = LearnerGroup(config, [options], cluster)
         stack.callback(learner.shutdown)
         rollouts.wait_until_ready()
         for pool in pools.values():

@@ -25,7 +25,7 @@ from benchmarks.soak.actors import Delays
 from benchmarks.soak.learner import RankReport
 from benchmarks.soak.memory import MemorySample, MemorySampler, growth_per_ten_minutes
 from benchmarks.soak.pools import WAIT_SECONDS, SoakPools, soak_pools
-from cluster.actors.calls import get_all
+from cluster.actors.cluster import RAY
 from cluster.contracts.errors import PreceptorError
 from cluster.nodes.local_cluster import local_cluster
 from cluster.run.driver import Permits
@@ -121,7 +121,7 @@ class Loop:
 
     def _reports(self) -> list[RankReport]:
         references = [rank.report.remote() for rank in self.pools.ranks]
-        reports: list[RankReport] = get_all(references, WAIT_SECONDS, "the ranks to say what they did")
+        reports: list[RankReport] = RAY.get_all(references, WAIT_SECONDS, "the ranks to say what they did")
         return reports
 
 

@@ -3,23 +3,21 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from ray.actor import ActorHandle
 
-from benchmarks.soak.actors import Delays, WaitingRolloutActor, WaitingTeacherActor
-from benchmarks.soak.learner import WaitingLearner
-from cluster.actors.calls import PoolTimeouts, create_actors
+from benchmarks.soak.actors import Delays
+from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.config.run_config import Config, StudentConfig
 from cluster.config.run_file import parse_run_config
 from cluster.config.stages import EngineConfig
 from cluster.run.inputs import Inputs
-from learner.group import LearnerGroup
+from learner.group import LEARNER_ACTOR, LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import ROLLOUT_ACTOR, RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet
-from teacher_workers.pool import start_pool
+from teacher_workers.pool import TEACHER_ACTOR, start_pool
 from teacher_workers.router import TeacherPools
 
 WAIT_SECONDS = 60.0  # the timeout of every wait; twenty times the longest delay
@@ -51,50 +49,58 @@ class SoakPools:
     ranks: Sequence[ActorHandle]  # of `learner`
 
 
+class WaitingCluster(RayCluster):
+    """Makes actors that wait, and passes each the delays, and its number to those of a pool."""
+
+    def __init__(self, delays: Delays) -> None:
+        super().__init__(
+            {
+                ROLLOUT_ACTOR: "benchmarks.soak.actors:WaitingRolloutActor",
+                TEACHER_ACTOR: "benchmarks.soak.actors:WaitingTeacherActor",
+                LEARNER_ACTOR: "benchmarks.soak.learner:WaitingLearnerActor",
+            }
+        )
+        self._delays = delays
+        self.ranks: list[ActorHandle] = []
+
+    def create(self, actor_class: str, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Any]) -> Any:
+        """Begin to start one actor per name."""
+        if actor_class == LEARNER_ACTOR:
+            self.ranks = super().create(actor_class, names, [(*own, self._delays) for own in arguments], options)
+            return self.ranks
+        with_delays = [(*own, self._delays, index) for index, own in enumerate(arguments)]
+        return super().create(actor_class, names, with_delays, options)
+
+
 @contextmanager
 def soak_pools(delays: Delays) -> Iterator[SoakPools]:
     """Start waiting rollout workers, two teachers with two workers each, and two learner ranks."""
     config = parse_run_config(RUN)
     timeouts = PoolTimeouts(config.ray.start_timeout_seconds, WAIT_SECONDS)
-    create = partial(_create_waiting, delays)
-    ranks: list[ActorHandle] = []
-
-    def create_ranks(_: type, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Any]) -> Any:
-        with_delays = [(*argument, delays) for argument in arguments]
-        ranks.extend(create_actors(WaitingLearner, names, with_delays, options))
-        return ranks
-
+    cluster = WaitingCluster(delays)
     with ExitStack() as stack:
         settings = RolloutActorSettings(
             StudentConfig("stub"), EngineConfig(), 1, config.rollout.rows_per_batch, config.weight_sync.transport
         )
         of_rollouts, of_teachers = [NO_CPU] * NUM_ROLLOUT_WORKERS, [NO_CPU] * NUM_TEACHER_WORKERS
-        rollouts = RolloutPool(settings, of_rollouts, timeouts, actor=WaitingRolloutActor, create=create)
+        rollouts = RolloutPool(settings, of_rollouts, timeouts, cluster=cluster)
         stack.callback(rollouts.shutdown)
         teachers = TeacherPools(
             {
-                name: start_pool(name, teacher, 1, of_teachers, timeouts, actor=WaitingTeacherActor, create=create)
+                name: start_pool(name, teacher, 1, of_teachers, timeouts, cluster)
                 for name, teacher in config.teachers.items()
             },
             WAIT_SECONDS,
         )
         stack.callback(teachers.shutdown)
-        learner = LearnerGroup(config, [NO_CPU] * config.learner.num_workers, create=create_ranks)
+        learner = LearnerGroup(config, [NO_CPU] * config.learner.num_workers, cluster)
         stack.callback(learner.shutdown)
         rollouts.wait_until_ready()
         for pool in teachers.pools.values():
             pool.wait_until_ready()
         inputs = _inputs(config)
         rollouts.set_prompts(inputs.prompts)
-        yield SoakPools(config, inputs, rollouts, teachers, learner, ranks)
-
-
-def _create_waiting(
-    delays: Delays, cls: type, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Any]
-) -> list[ActorHandle]:
-    """Make the actors of a pool as `create_actors` does, and tell each the delays and its number."""
-    with_delays = [(*argument, delays, index) for index, argument in enumerate(arguments)]
-    return create_actors(cls, names, with_delays, options)
+        yield SoakPools(config, inputs, rollouts, teachers, learner, cluster.ranks)
 
 
 def _inputs(config: Config) -> Inputs:

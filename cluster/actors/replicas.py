@@ -1,18 +1,15 @@
-"""The actors of one pool: who serves, who is on the way, and who is started again after a death."""
+"""Starts, drains and restarts the actors of one pool."""
 
 import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
 
-from cluster.actors import calls
+from cluster.actors.cluster import Cluster
 from cluster.actors.liveness import Watch
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
@@ -69,26 +66,8 @@ class Supervision:
     watch: Watch | None = None  # None: a death is noticed by who waits for an answer
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How the actors of a pool are made; each has a method `start`, which is called once."""
-
-    cls: type
-    arguments: Callable[[str], tuple[Any, ...]]  # of the constructor, by the actor's name
-    options: Sequence[Mapping[str, Any]]  # Ray's, one entry per replica that the pool begins with
-    create: Callable[..., list[ActorHandle]] = calls.create_actors
-    spare: Mapping[str, Any] | None = None  # of a pool that begins with none: Ray's options, of those that come later
-
-    def make(self, replica: int, name: str) -> ActorHandle:
-        """Ask Ray for a replica's actor."""
-        planned = replica < len(self.options)
-        option = self.options[replica] if planned else unplanned_options(self.spare or self.options[0])
-        [actor] = self.create(self.cls, [name], [self.arguments(name)], [option])
-        return actor
-
-
 def unplanned_options(option: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a replica that nobody planned a place for: where there is room, and few others.
+    """Return the options of a replica that has no planned place: it goes where resources are free, spread out.
 
     Example:
         >>> unplanned_options({"num_cpus": 1.0, "num_gpus": 0, "scheduling_strategy": "DEFAULT"})
@@ -125,16 +104,36 @@ class Replicas:
     last of its `arriving` references.
     """
 
-    def __init__(self, label: str, recipe: Recipe, supervision: Supervision) -> None:
-        """Begin to start one actor per entry of the recipe's options."""
-        self._label = label
-        self._recipe = recipe
-        self._supervision = supervision
+    def __init__(
+        self,
+        label: str,
+        actor_class: str,
+        arguments: Callable[[str], tuple[Any, ...]],
+        options: Sequence[Mapping[str, Any]],
+        cluster: Cluster,
+        supervision: Supervision | None = None,
+        spare: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin to start one actor per entry of `options`.
+
+        Args:
+            label: of the replicas' names.
+            actor_class: "package.module:Class"; its method `start` is called once.
+            arguments: returns those of the constructor, by the actor's name.
+            options: Ray's actor options, one mapping per replica.
+            cluster: makes the actors.
+            supervision: how often dead actors are started again; None: never.
+            spare: of a pool that begins with no replica: Ray's options of later ones.
+        """
+        self._label, self._actor_class, self._arguments = label, actor_class, arguments
+        self._options, self._spare = options, spare
+        self._cluster = cluster
+        self._supervision = supervision = supervision or Supervision()
         self._budget = RestartBudget(supervision.restarts)
         self.num_restarts = 0
         self._prepare: Callable[[ActorHandle], list[Any]] = lambda actor: []
-        names = [self.name(replica) for replica in range(len(recipe.options))]
-        made = recipe.create(recipe.cls, names, [recipe.arguments(name) for name in names], recipe.options)
+        names = [self.name(replica) for replica in range(len(options))]
+        made = cluster.create(actor_class, names, [arguments(name) for name in names], options)
         self._members = {
             replica: _Member(name, actor, waits_for=(actor.start.remote(),))
             for replica, (name, actor) in enumerate(zip(names, made, strict=True))
@@ -152,7 +151,7 @@ class Replicas:
         """
         started = [reference for member in self._members.values() for reference in member.waits_for]
         names = [member.name for member in self._members.values()]
-        calls.get_all(started, timeout_seconds, waiting_for, names)
+        self._cluster.get_all(started, timeout_seconds, waiting_for, names)
         for replica in list(self._absent):
             self._let_serve(replica)
 
@@ -288,7 +287,7 @@ class Replicas:
         """End engines and actors; no process stays."""
         for member in self._members.values():
             self._forget(member)
-        calls.shutdown([member.actor for member in self._members.values() if member.actor])
+        self._cluster.shutdown([member.actor for member in self._members.values() if member.actor])
 
     def _start_again(self, replica: int) -> None:
         # Ray may hold a dead actor's name for a while yet, so the next one has a number of its own.
@@ -296,7 +295,9 @@ class Replicas:
         self._start(replica, f"{self.name(replica)}-again-{self.num_restarts}")
 
     def _start(self, replica: int, name: str) -> None:
-        actor = self._recipe.make(replica, name)
+        is_planned = replica < len(self._options)
+        option = self._options[replica] if is_planned else unplanned_options(self._spare or self._options[0])
+        [actor] = self._cluster.create(self._actor_class, [name], [self._arguments(name)], [option])
         self._members[replica] = _Member(name, actor, waits_for=(actor.start.remote(),))
         self._absent.add(replica)
 
@@ -306,7 +307,7 @@ class Replicas:
         left = tuple(reference for reference in member.waits_for if reference not in came)
         try:
             for reference in came:
-                calls.get(reference, 0, f"{member.name} to start again")
+                self._cluster.get(reference, 0, f"{member.name} to start again")
             if not left and not member.is_prepared:
                 left = tuple(self._prepare(member.actor))
                 member = replace(member, is_prepared=True)
@@ -328,8 +329,7 @@ class Replicas:
         member = self._members[replica]
         self._forget(member)
         if member.actor:
-            with suppress(RayError):  # already dead
-                ray.kill(member.actor)
+            self._cluster.kill(member.actor)
 
     def _forget(self, member: _Member) -> None:
         if self._supervision.watch:

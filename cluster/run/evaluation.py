@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from cluster.actors.calls import get
+from cluster.actors.cluster import RAY
 from cluster.config.objective import TEACHER
 from cluster.config.run_config import Config
 from cluster.contracts.batches import BatchHandle
@@ -81,7 +81,7 @@ class Evaluator:
             if wanted.isdisjoint(handle.trajectory_ids):
                 continue
             timeout_seconds = self.config.ray.call_timeout_seconds
-            batch = from_wire(get(handle.reference, timeout_seconds, "held-out completions"))
+            batch = from_wire(RAY.get(handle.reference, timeout_seconds, "held-out completions"))
             samples += [
                 self._sample(batch, row) for row, chosen in enumerate(handle.trajectory_ids) if chosen in wanted
             ]

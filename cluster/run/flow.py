@@ -12,7 +12,6 @@ from itertools import count
 from time import perf_counter
 from typing import Any
 
-from cluster.actors.calls import wait_for_any
 from cluster.contracts.batches import BatchHandle, Span
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.pool import RolloutPool
@@ -101,7 +100,7 @@ class Flow:
             self._poll()
             return [*self._rollouts.maintain(), *self._teachers.maintain(), *wake_on]
 
-        ready = wait_for_any(pending, self._timeout_seconds, self._waited_for)
+        ready = self._rollouts.cluster.wait_for_any(pending, self._timeout_seconds, self._waited_for)
         for handle in self._rollouts.collect(ready):
             self._send_on(handle)
         self._finish(self._teachers.collect(ready))

@@ -5,7 +5,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts
 from cluster.actors.liveness import Watch
 from cluster.actors.replicas import RestartLimit, Supervision
 from cluster.config.run_config import Config, StudentConfig

@@ -1,34 +1,32 @@
 """A run in simulated time: the real flow, permits, pools and learner group over workers that only take their time."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import mean
-from typing import Any
 
 import msgspec
 import numpy as np
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_config import Config
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.run.driver import Permits
 from cluster.run.flow import Flow, StepBatches
-from cluster.simulation.clock import SimulatedTime
 from cluster.simulation.rates import Rates, draw
+from cluster.simulation.simulated_cluster import SimulatedCluster, SimulatedTime
 from cluster.simulation.simulated_workers import (
-    EngineLimits,
-    Handle,
     LearnerClock,
     Row,
     SimulatedRank,
     SimulatedRolloutWorker,
     SimulatedTeacherWorker,
 )
-from learner.group import LearnerGroup
+from learner.group import LEARNER_ACTOR, LearnerGroup
 from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
-from teacher_workers.pool import start_pool
+from rollout_workers.pool import ROLLOUT_ACTOR, RolloutPool
+from teacher_workers.pool import TEACHER_ACTOR, start_pool
 from teacher_workers.router import TeacherPools
 
 GOLDEN_RATIO = 0.618033988749895  # multiples of it, modulo 1, fill [0, 1) evenly
@@ -150,7 +148,7 @@ class SimulatedRun:
     rollouts: RolloutPool
     teachers: TeacherPools
     learner: LearnerGroup
-    busy_seconds: Callable[[], dict[str, float]]  # of each pool's workers together
+    busy_seconds: Callable[[], Mapping[str, float]]  # of each pool's workers together
 
     def steps(self, demand: Demand, num_steps: int) -> tuple[list[float], dict[str, float]]:
         """Do steps as the driver does, and return the seconds of each, and how long each pool's workers were busy.
@@ -165,7 +163,7 @@ class SimulatedRun:
         permits = Permits(0, after + max_staleness, max_staleness)  # of a run that goes on
         asked: dict[int, StepBatches] = {}
         seconds: list[float] = []
-        busy_before: dict[str, float] = {}
+        busy_before: Mapping[str, float] = {}
         for step in range(after):
             if step == first:
                 busy_before = self.busy_seconds()
@@ -197,46 +195,38 @@ def simulate(config: Config, rates: Rates, split: Split, demand: Demand, num_ste
 def build(config: Config, rates: Rates, split: Split, demand: Demand) -> SimulatedRun:
     """Make the real pools and the real group over simulated workers."""
     time = SimulatedTime()
-    engine = config.rollout.engine
-    limits = EngineLimits(engine.max_concurrent_sequences, config.rollout.rows_per_batch)
-    writers = [SimulatedRolloutWorker(time, rates.rollout, limits, demand.row) for _ in range(split.rollout)]
-    readers = {
-        name: [
-            SimulatedTeacherWorker(time, rates.teachers[name], config.teachers[name].engine.max_batched_tokens)
-            for _ in range(size)
-        ]
+    learner_clock = LearnerClock(time, rates.learner, split.learner, rates.sync_seconds)
+    cluster = SimulatedCluster(
+        time,
+        rates.seconds_per_call,
+        {
+            ROLLOUT_ACTOR: lambda _name, settings: SimulatedRolloutWorker(time, rates.rollout, settings, demand.row),
+            TEACHER_ACTOR: lambda name, _name, teacher, _max_model_len: SimulatedTeacherWorker(
+                time, rates.teachers[_pool_of(name).removeprefix("teacher-")], teacher.engine.max_batched_tokens
+            ),
+            LEARNER_ACTOR: lambda *_: SimulatedRank(learner_clock),
+        },
+    )
+    settings = RolloutActorSettings(config.student, config.rollout.engine, 1, config.rollout.rows_per_batch, None)
+    rollouts = RolloutPool(settings, [{}] * split.rollout, NO_LIMIT, cluster=cluster)
+    pools = {
+        name: start_pool(name, config.teachers[name], 1, [{}] * size, NO_LIMIT, cluster)
         for name, size in split.teachers.items()
     }
-
-    def pause(seconds: float) -> None:
-        for worker in writers:
-            worker.decoding.pause(seconds)
-
-    clock = LearnerClock(time, rates.learner, split.learner, pause, rates.sync_seconds)
-
-    def busy_seconds() -> dict[str, float]:
-        teachers = {f"teachers.{name}": _busy(workers) for name, workers in readers.items()}
-        return {"rollout": _busy(writers), **teachers, "learner": clock.busy_seconds * split.learner}
-
-    def create(workers: Sequence[Any]) -> Callable[..., list[Any]]:
-        return lambda *_: [Handle(time, worker, rates.seconds_per_call) for worker in workers]
-
-    settings = RolloutActorSettings(config.student, engine, 1, config.rollout.rows_per_batch, None)
-    rollouts = RolloutPool(settings, [{}] * split.rollout, NO_LIMIT, create=create(writers))
-    pools = {
-        name: start_pool(name, config.teachers[name], 1, [{}] * len(workers), NO_LIMIT, create=create(workers))
-        for name, workers in readers.items()
-    }
-    ranks = [SimulatedRank(clock) for _ in range(split.learner)]
-    of_ranks = msgspec.structs.replace(
-        config, learner=msgspec.structs.replace(config.learner, num_workers=split.learner)
-    )
-    learner = LearnerGroup(of_ranks, [{}] * split.learner, create=create(ranks))
+    ranks = msgspec.structs.replace(config.learner, num_workers=split.learner)
+    learner = LearnerGroup(msgspec.structs.replace(config, learner=ranks), [{}] * split.learner, cluster)
     rollouts.wait_until_ready()
     for pool in pools.values():
         pool.wait_until_ready()
+
+    def busy_seconds() -> Mapping[str, float]:
+        busy: defaultdict[str, float] = defaultdict(float)
+        for name, worker in cluster.workers.items():
+            busy[_pool_of(name).replace("teacher-", "teachers.", 1)] += worker.busy_seconds
+        return busy
+
     return SimulatedRun(config, time, rollouts, TeacherPools(pools, NO_LIMIT.call_seconds), learner, busy_seconds)
 
 
-def _busy(workers: Sequence[Any]) -> float:
-    return sum(worker.busy_seconds for worker in workers)
+def _pool_of(actor_name: str) -> str:
+    return actor_name.rpartition("-")[0]

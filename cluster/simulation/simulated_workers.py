@@ -16,10 +16,11 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Sum
 from cluster.contracts.requests import RolloutRequest, SamplingSettings, ScoreRequest
-from cluster.simulation.clock import SimulatedPromise, SimulatedTime
 from cluster.simulation.rates import LearnerRates, RolloutRates, TeacherRates, pace
+from cluster.simulation.simulated_cluster import SimulatedReference, SimulatedTime
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.arrivals import RankShare
+from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.batching import Filling
 
 ROUNDING_TOKENS = 1e-6  # by which sums of fractions of tokens may be off
@@ -108,57 +109,42 @@ class Row:
     teacher: str
 
 
-class Handle:
-    """Stands for a worker as an actor handle does; each call takes the driver `seconds_per_call`."""
-
-    def __init__(self, time: SimulatedTime, worker: Any, seconds_per_call: float) -> None:
-        self._time, self._seconds_per_call = time, seconds_per_call
-        self.worker = worker
-
-    def __getattr__(self, method: str) -> "_Method":
-        """Return a method as Ray's actor handles do."""
-        return _Method(partial(self._call, getattr(self.worker, method)))
-
-    def _call(self, method: Callable[..., Any], *args: Any) -> Any:
-        self._time.spend(self._seconds_per_call)
-        return method(*args)
-
-
-class _Method:
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self.remote = call
-
-    def options(self, num_returns: int) -> "_Method":
-        return self
-
-
 class _Worker:
     """What every worker answers at once."""
 
     def __init__(self, time: SimulatedTime) -> None:
         self._time = time
 
-    def start(self, *args: Any) -> SimulatedPromise:
+    def start(self, *args: Any) -> SimulatedReference:
         """Load nothing."""
-        return self._time.kept()
+        return self._resolved()
+
+    def _resolved(self, value: Any = None) -> SimulatedReference:
+        reference = self._time.reference()
+        reference.resolve(value)
+        return reference
 
 
 class SimulatedRolloutWorker(_Worker):
     """Writes completions of known lengths, and sends them on in batches as the real worker does."""
 
     def __init__(
-        self, time: SimulatedTime, rates: RolloutRates, engine: "EngineLimits", row_of: Callable[[RolloutRequest], Row]
+        self,
+        time: SimulatedTime,
+        rates: RolloutRates,
+        settings: RolloutActorSettings,
+        row_of: Callable[[RolloutRequest], Row],
     ) -> None:
-        """Take the clock, the pace, the engine's limits, and what each request is going to become."""
+        """Take the clock, the engine's rates, what the real actor gets, and the trajectory that answers a request."""
         super().__init__(time)
-        self.decoding = Decoding(time, rates.seconds_per_token, engine.most_sequences)
-        self._rows_per_batch = engine.rows_per_batch
+        self.decoding = Decoding(time, rates.seconds_per_token, settings.engine.max_concurrent_sequences)
+        self._rows_per_batch = settings.rows_per_batch
         self._row_of = row_of
         self._rollouts: dict[int, _Rollout] = {}
 
     def start_rollout(
         self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
-    ) -> tuple[SimulatedPromise, SimulatedPromise]:
+    ) -> tuple[SimulatedReference, SimulatedReference]:
         """Begin to write, and promise the first batch."""
         rollout = self._rollouts[call] = _Rollout(self._time, len(requests), self._rows_per_batch)
         answer = rollout.next_batch()
@@ -167,7 +153,7 @@ class SimulatedRolloutWorker(_Worker):
             self.decoding.write(row.completion_tokens, priority, partial(rollout.take, row))
         return answer
 
-    def next_batch(self, call: int) -> tuple[SimulatedPromise, SimulatedPromise]:
+    def next_batch(self, call: int) -> tuple[SimulatedReference, SimulatedReference]:
         """Promise the next batch."""
         return self._rollouts[call].next_batch()
 
@@ -175,14 +161,6 @@ class SimulatedRolloutWorker(_Worker):
     def busy_seconds(self) -> float:
         """Return the seconds in which it wrote."""
         return self.decoding.busy_seconds
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """What an engine does at a time."""
-
-    most_sequences: int
-    rows_per_batch: int
 
 
 class _Rollout:
@@ -193,15 +171,15 @@ class _Rollout:
         self._filling = Filling[Row](num_rows, rows_per_batch, time.now)
         self._finished: deque[Row] = deque()
         self._last: deque[list[Row]] = deque()  # batches of the end
-        self._asked: tuple[SimulatedPromise, SimulatedPromise] | None = None
+        self._asked: tuple[SimulatedReference, SimulatedReference] | None = None
 
     def take(self, row: Row) -> None:
         self._finished.append(row)
         # Rows that finish at the same moment are all there before the first of them is looked at.
         self._time.at(self._time.now, self._look)
 
-    def next_batch(self) -> tuple[SimulatedPromise, SimulatedPromise]:
-        self._asked = asked = (self._time.promise(), self._time.promise())
+    def next_batch(self) -> tuple[SimulatedReference, SimulatedReference]:
+        self._asked = asked = (self._time.reference(), self._time.reference())
         self._look()
         return asked
 
@@ -215,8 +193,8 @@ class _Rollout:
         wire, answer = self._asked
         self._asked = None
         handle = _handle(rows, is_last=not self._filling.missing and not self._last)
-        wire.keep(handle)
-        answer.keep(handle)
+        wire.resolve(handle)
+        answer.resolve(handle)
 
     def _next_rows(self) -> list[Row] | None:
         while self._finished:
@@ -255,13 +233,13 @@ class SimulatedTeacherWorker(_Worker):
     def __init__(self, time: SimulatedTime, rates: TeacherRates, budget_tokens: int) -> None:
         super().__init__(time)
         self._rates, self._budget_tokens = rates, budget_tokens
-        self._queue: deque[tuple[BatchHandle, SimulatedPromise, SimulatedPromise]] = deque()
+        self._queue: deque[tuple[BatchHandle, SimulatedReference, SimulatedReference]] = deque()
         self._is_busy = False
         self.busy_seconds = 0.0
 
-    def score(self, wire: SimulatedPromise, request: ScoreRequest) -> tuple[SimulatedPromise, SimulatedPromise]:
+    def score(self, wire: SimulatedReference, request: ScoreRequest) -> tuple[SimulatedReference, SimulatedReference]:
         """Promise the scored batch."""
-        scored, answer = self._time.promise(), self._time.promise()
+        scored, answer = self._time.reference(), self._time.reference()
         self._queue.append((wire.value, scored, answer))
         if not self._is_busy:
             self._is_busy = True
@@ -279,10 +257,10 @@ class SimulatedTeacherWorker(_Worker):
         self.busy_seconds += seconds
         self._time.at(self._time.now + seconds, partial(self._end, batches))
 
-    def _end(self, batches: Sequence[tuple[BatchHandle, SimulatedPromise, SimulatedPromise]]) -> None:
+    def _end(self, batches: Sequence[tuple[BatchHandle, SimulatedReference, SimulatedReference]]) -> None:
         for handle, scored, answer in batches:
-            scored.keep(handle)
-            answer.keep(replace(handle, metrics={}))
+            scored.resolve(handle)
+            answer.resolve(replace(handle, metrics={}))
         self._is_busy = bool(self._queue)
         if self._queue:
             self._begin()
@@ -298,15 +276,14 @@ class LearnerClock:
     time: SimulatedTime
     rates: LearnerRates
     num_ranks: int
-    pause_rollouts: Callable[[float], None]
     sync_seconds: float
     free_at: float = 0.0
-    busy_seconds: float = 0.0  # mean over ranks; waiting for a slower rank is not counted
-    asked: list[tuple[float, SimulatedPromise]] = field(default_factory=list)  # of the call that not all ranks have
+    busy_seconds: float = 0.0  # mean over ranks, without the time in which a rank waits for a slower one
+    asked: list[tuple[float, SimulatedReference]] = field(default_factory=list)  # of the call that not all ranks have
 
-    def compute(self, seconds: float) -> SimulatedPromise:
+    def compute(self, seconds: float) -> SimulatedReference:
         """Promise the end of what one rank does for so long, and the others beside it."""
-        promise = self.time.promise()
+        promise = self.time.reference()
         self.asked.append((seconds, promise))
         if len(self.asked) == self.num_ranks:
             together, self.asked = self.asked, []
@@ -314,7 +291,7 @@ class LearnerClock:
             self.free_at = max(self.free_at, self.time.now) + slowest
             self.busy_seconds += sum(seconds for seconds, _ in together) / self.num_ranks
             for seconds, promise_of_rank in together:
-                self.time.at(self.free_at, partial(promise_of_rank.keep, {"busy_seconds": Sum(seconds)}))
+                self.time.at(self.free_at, partial(promise_of_rank.resolve, {"busy_seconds": Sum(seconds)}))
         return promise
 
 
@@ -325,11 +302,18 @@ class SimulatedRank(_Worker):
         super().__init__(clock.time)
         self._clock = clock
 
-    def address(self) -> SimulatedPromise:
-        """Return where the group would meet."""
-        return self._time.kept("nowhere")
+    @property
+    def busy_seconds(self) -> float:
+        """Return the seconds in which it computed, the mean over ranks."""
+        return self._clock.busy_seconds
 
-    def accumulate(self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None) -> SimulatedPromise:
+    def address(self) -> SimulatedReference:
+        """Return where the group would meet."""
+        return self._resolved("nowhere")
+
+    def accumulate(
+        self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None
+    ) -> SimulatedReference:
         """Take the time of the rank's micro-batches."""
         lengths = [tokens for wire in share.references for tokens in wire.value.num_tokens]
         tokens = sum(lengths[index] for grid in share.grids for row in grid for index in row)
@@ -337,15 +321,16 @@ class SimulatedRank(_Worker):
         seconds = tokens / rates.tokens_per_second + (rates.seconds_per_micro_batch if tokens else 0.0)
         return self._clock.compute(seconds)
 
-    def take_step(self, num_tokens: int, step: int) -> SimulatedPromise:
+    def take_step(self, num_tokens: int, step: int) -> SimulatedReference:
         """Take the time of the optimizer."""
         return self._clock.compute(self._clock.rates.optimizer_seconds)
 
-    def publish_weights(self, workers: Sequence[Any], policy_version: int) -> SimulatedPromise:
+    def publish_weights(self, workers: Sequence[Any], policy_version: int) -> SimulatedReference:
         """Take the time of a weight sync, in which the rollout workers write nothing."""
         seconds = self._clock.sync_seconds
-        self._clock.pause_rollouts(seconds)
-        promise = self._time.promise()
+        for handle in workers:
+            handle.worker.decoding.pause(seconds)
+        promise = self._time.reference()
         report = WeightSyncReport(policy_version, "", 0, seconds)
-        self._time.at(self._time.now + seconds, partial(promise.keep, report))
+        self._time.at(self._time.now + seconds, partial(promise.resolve, report))
         return promise

@@ -12,10 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from cluster.contracts.errors import CheckpointError, PreceptorError
 from cluster.weight_sync.manifest import plan_buckets
@@ -28,7 +25,12 @@ from learner.checkpointing.manifest import (
     entry_of,
     write_manifest,
 )
-from learner.engines.base import TrainEngine
+
+if TYPE_CHECKING:  # the driver, which has no use for them, imports this module too
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from learner.engines.base import TrainEngine
 
 GATHER_BYTES = 1 << 28  # of parameters that an export gathers at once
 PARTIAL, REMOVED, DAMAGED = ".partial", ".removed", ".damaged"
@@ -156,7 +158,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def export(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def export(engine: "TrainEngine", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Write a Hugging Face directory: model, generation settings and tokenizer; all ranks call this together.
 
     Rank 0 holds one whole copy of the weights in host memory while it writes.
@@ -171,7 +173,7 @@ def export(engine: TrainEngine, tokenizer: PreTrainedTokenizerBase, folder: Path
     publish(folder)
 
 
-def _whole_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
+def _whole_state_dict(engine: "TrainEngine") -> dict[str, "Tensor"]:
     dtype = str(engine.student.head.weight.dtype).removeprefix("torch.")
     weights: dict[str, Tensor] = {}
     for bucket in plan_buckets(engine.student.manifest(dtype).tensors, GATHER_BYTES):

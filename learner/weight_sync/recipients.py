@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors.calls import get
+from cluster.actors.cluster import RAY
 from cluster.contracts.errors import ActorDiedError
 
 
@@ -40,17 +40,19 @@ class Recipients:
         """
         if references:
             ready, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=0)
-            get(ready, self._timeout_seconds, "rollout workers")
+            RAY.get(ready, self._timeout_seconds, "rollout workers")
 
     def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
         """Return the answers of the workers that live; from now on the others are passed over."""
         try:
-            answers = get(list(references.values()), self._timeout_seconds, f"rollout workers to {what_for}")
+            answers = RAY.get(list(references.values()), self._timeout_seconds, f"rollout workers to {what_for}")
             return dict(zip(references, answers, strict=True))
         except ActorDiedError:
             living = {}
             for position, reference in references.items():
                 with suppress(ActorDiedError):
-                    living[position] = get(reference, self._timeout_seconds, f"rollout worker {position} to {what_for}")
+                    living[position] = RAY.get(
+                        reference, self._timeout_seconds, f"rollout worker {position} to {what_for}"
+                    )
             self.workers = {position: self.workers[position] for position in living}
             return living

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import ray
 
-from cluster.actors.calls import get
+from cluster.actors.cluster import RAY
 from cluster.actors.object_store import pack
 from cluster.config.objective import TEACHER
 from cluster.config.run_config import Config
@@ -201,7 +201,9 @@ class ScoreAudit:
             ActorError: a batch cannot be fetched.
         """
         shortest = sorted(handles, key=_shortest_row)[: self._settings.rows]
-        wires = [get(handle.reference, self._timeout_seconds, "rows for the audit of scores") for handle in shortest]
+        wires = [
+            RAY.get(handle.reference, self._timeout_seconds, "rows for the audit of scores") for handle in shortest
+        ]
         rows = choose_rows([from_wire(wire) for wire in wires], self._settings.rows)
         if not rows:
             _log.warning("score_audit: no row is long enough to audit teachers with; their scores are not audited")
@@ -298,8 +300,8 @@ def _collect(audit: _Audit, reference: Any) -> None:
         return
     waiting_for = f"audited scores from {part.replica}"
     try:
-        get(reference, FETCH_SECONDS, waiting_for)
-        batch = from_wire(get(part.wire, FETCH_SECONDS, waiting_for), "scored")
+        RAY.get(reference, FETCH_SECONDS, waiting_for)
+        batch = from_wire(RAY.get(part.wire, FETCH_SECONDS, waiting_for), "scored")
         audit.batches.setdefault(part.replica, {})[part.half] = batch
     except ScoreError as error:
         audit.errors[part.replica] = error

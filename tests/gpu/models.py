@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from cluster.actors.calls import PoolTimeouts, get
+from cluster.actors.cluster import RAY, PoolTimeouts
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import Dtype, EngineConfig, WeightSyncConfig
 from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE
@@ -68,7 +68,7 @@ def start_learner(
 ) -> ActorHandle:
     """Start a CardLearner in an actor and wait for it."""
     learner = ray.remote(num_gpus=num_gpus)(CardLearner).remote(folder, backend, dtype, tensor_parallel)
-    get(learner.__ray_ready__.remote(), START_SECONDS, "the learner to start")
+    RAY.get(learner.__ray_ready__.remote(), START_SECONDS, "the learner to start")
     return learner
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import ragged

@@ -8,7 +8,7 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors.calls import get
+from cluster.actors.cluster import RAY
 from cluster.config.stages import Dtype, EngineConfig
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.pool import RolloutPool
@@ -35,7 +35,7 @@ def gaps(pool: RolloutPool, learner: ActorHandle, dtype: Dtype, first_id: int) -
     for handle in pool.generate(requests, SamplingSettings(48, 1.0)):
         for row in rows_of(handle.reference):
             token_ids, written = row["token_ids"].tolist(), np.flatnonzero(row["loss_mask"])
-            said = get(learner.logprobs.remote(token_ids, dtype), CALL_SECONDS, "the learner's log-probabilities")
+            said = RAY.get(learner.logprobs.remote(token_ids, dtype), CALL_SECONDS, "the learner's log-probabilities")
             expected = said[written - 1, row["token_ids"][written]].numpy()
             found.setdefault(row["max_policy_version"], []).append(np.abs(expected - row["rollout_logprobs"]))
     return {version: np.concatenate(differences) for version, differences in found.items()}
@@ -48,7 +48,7 @@ def check_sync(pool: RolloutPool, learner: ActorHandle, dtype: Dtype, tolerance:
         ray.get(learner.change_weights.remote())
         before = gaps(pool, learner, dtype, first_id=1000 * version)
         assert min(found.mean() for found in before.values()) > OTHER_WEIGHTS
-        return get(learner.publish.remote(pool.actors, version), CALL_SECONDS, "the weights to be published")
+        return RAY.get(learner.publish.remote(pool.actors, version), CALL_SECONDS, "the weights to be published")
 
     for version in (1, 2):  # the second over the connection of the first
         report = publish(version)

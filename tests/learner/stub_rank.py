@@ -12,7 +12,7 @@ from learner.batching.arrivals import RankShare
 class StubRank:
     """Answers as LearnerActor does; computes one token per millisecond, and fails on an empty trajectory."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self._head = 0.0
 
     def read_teacher_heads(self, config: Config) -> None:

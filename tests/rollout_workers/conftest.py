@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
 from rollout_workers.actor import RolloutActorSettings

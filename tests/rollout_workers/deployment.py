@@ -11,7 +11,7 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
-from cluster.actors.calls import call_all
+from cluster.actors.cluster import RAY
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
@@ -70,7 +70,7 @@ class RolloutDeployment:
     ) -> str:
         """Send the reference's weights in two buckets; returns the checksum, equal on all actors, and as expected."""
         timeouts: dict[str, Any] = {"timeout_seconds": 60, "waiting_for": "the test's weight sync"}
-        call_all(self.pool.actors, "start_weight_update", **timeouts)
+        RAY.call_all(self.pool.actors, "start_weight_update", **timeouts)
         named = [(name, value) for name, value in self.student.named_parameters() if name not in leave_out]
         buffers = []
         for part in (named[:5], named[5:]):  # splits the first layer's packed q, k and v
@@ -84,8 +84,8 @@ class RolloutDeployment:
                 "reference": [ray.put(buffers[-1])],
                 "base_version": base_version,
             }
-            call_all(self.pool.actors, "update_weights", update_info, **timeouts)
-        received = call_all(self.pool.actors, "finish_weight_update", policy_version, **timeouts)
+            RAY.call_all(self.pool.actors, "update_weights", update_info, **timeouts)
+        received = RAY.call_all(self.pool.actors, "finish_weight_update", policy_version, **timeouts)
         assert set(received) == {checksum(buffers)}
         self.policy_version = policy_version
         return str(received[0])

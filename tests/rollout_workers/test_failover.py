@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.actors.calls import PoolTimeouts, wait_for_any
+from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.actors.liveness import Watch
 from cluster.actors.replicas import RestartLimit, Supervision
 from cluster.config.run_config import StudentConfig
@@ -21,11 +21,11 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
-from tests.rollout_workers.crashing_rollout import CrashingRollout
+from rollout_workers.pool import ROLLOUT_ACTOR, RolloutPool
 from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts
 
 NUM_ROWS = 24
+CRASHING = RayCluster({ROLLOUT_ACTOR: "tests.rollout_workers.crashing_rollout:CrashingRollout"})
 SAMPLING = SamplingSettings(64, 1.0)
 SILENCE_SECONDS = 2.0
 pytestmark = pytest.mark.alone
@@ -40,7 +40,7 @@ def start(folder: Path, num_workers: int, max_restarts: int = 3) -> Iterator[Rol
             [{"num_cpus": 0}] * num_workers,
             PoolTimeouts(300, 120),
             name="writer",
-            actor=CrashingRollout,
+            cluster=CRASHING,
             supervision=Supervision(RestartLimit(max_restarts, window_seconds=600), watch),
         )
         try:
@@ -103,7 +103,7 @@ def test_several_rollouts_of_a_dead_worker_go_on_under_their_own_names(pool: Rol
         pool.submit(step, requests(), SAMPLING)
     found: Counter[tuple[int, int]] = Counter()
     while found.total() < 2 * NUM_ROWS:
-        for handle in pool.collect(wait_for_any(pool.maintain, 60, pool.late)):
+        for handle in pool.collect(CRASHING.wait_for_any(pool.maintain, 60, pool.late)):
             found.update((handle.rollout, key) for key in handle.trajectory_ids)
     assert found == Counter((step, key) for step in (3, 4) for key in range(NUM_ROWS))
 

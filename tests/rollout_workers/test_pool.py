@@ -4,23 +4,23 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.actors.calls import PoolTimeouts, wait_for_any
+from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import ROLLOUT_ACTOR, RolloutPool
 from tests.rollout_workers.deployment import make_prompts
-from tests.rollout_workers.stub_actor import StubRolloutActor
 
 SETTINGS = RolloutActorSettings(StudentConfig("none"), EngineConfig(), 512, 4, None)
+STUBS = RayCluster({ROLLOUT_ACTOR: "tests.rollout_workers.stub_actor:StubRolloutActor"})
 SAMPLING = SamplingSettings(64, 1.0)
 
 
 @pytest.fixture
 def pool(ray_cluster: None) -> Iterator[RolloutPool]:
-    pool = RolloutPool(SETTINGS, [{"num_cpus": 0}], PoolTimeouts(60, 60), "stub", actor=StubRolloutActor)
+    pool = RolloutPool(SETTINGS, [{"num_cpus": 0}], PoolTimeouts(60, 60), "stub", STUBS)
     pool.wait_until_ready()
     yield pool
     pool.shutdown()
@@ -68,5 +68,5 @@ def test_the_pool_knows_who_serves_and_what_is_owed(pool: RolloutPool) -> None:
     assert (owing.name, owing.serving, owing.num_wanted, owing.num_restarts) == ("stub", ["stub-0"], 1, 0)
     assert owing.num_owed == 3
     while pool.late():
-        pool.collect(wait_for_any(pool.maintain, 60, pool.late))
+        pool.collect(STUBS.wait_for_any(pool.maintain, 60, pool.late))
     assert pool.state().num_owed == 0

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cluster.actors.calls import wait_for_any
+from cluster.actors.cluster import RAY
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.pool import RolloutPool
@@ -39,7 +39,7 @@ def collect(pool: RolloutPool, count: int) -> tuple[list[BatchHandle], NDArray[A
     handles: list[BatchHandle] = []
     times = []
     while len(handles) < count:
-        for handle in pool.collect(wait_for_any(pool.maintain, 120, pool.late)):
+        for handle in pool.collect(RAY.wait_for_any(pool.maintain, 120, pool.late)):
             handles.append(handle)
             times.append(time.monotonic())
     return handles, np.array(times)
@@ -48,7 +48,7 @@ def collect(pool: RolloutPool, count: int) -> tuple[list[BatchHandle], NDArray[A
 def wait_for_workers(pool: RolloutPool, count: int) -> None:
     """Wait until so many workers of an idle pool have started."""
     while len(pool.state().serving) < count:
-        assert pool.collect(wait_for_any(pool.maintain, 120, pool.late)) == []
+        assert pool.collect(RAY.wait_for_any(pool.maintain, 120, pool.late)) == []
 
 
 def test_twice_as_many_workers_write_almost_twice_as_fast(pool: RolloutPool) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.actors.calls import PoolTimeouts, wait_for_any
+from cluster.actors.cluster import RAY, PoolTimeouts
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import RolloutError
@@ -59,7 +59,7 @@ def test_requests_of_an_earlier_step_overtake_those_of_a_later_one_that_wait(poo
         pool.submit(step, tuple(requests(count)), sampling)
     finished: list[int] = []
     while len(finished) < 18:
-        ready = wait_for_any(pool.maintain, 120, pool.late)
+        ready = RAY.wait_for_any(pool.maintain, 120, pool.late)
         finished += [handle.rollout for handle in pool.collect(ready)]
     assert sorted(finished) == [7] * 6 + [8] * 12
     assert finished[-5:] == [8] * 5  # in the order of arrival the last would be of step 7

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.actors.object_store import pack
 from cluster.actors.replicas import RestartLimit, Supervision
 from cluster.config.stages import TeacherConfig
@@ -16,12 +16,12 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from teacher_workers.pool import start_pool
+from teacher_workers.pool import TEACHER_ACTOR, start_pool
 from teacher_workers.router import TeacherPools
 from tests.builders import make_trajectory
-from tests.teacher_workers.crashing_teacher import CrashingTeacher
 
 NUM_BATCHES = 12
+CRASHING = RayCluster({TEACHER_ACTOR: "tests.teacher_workers.crashing_teacher:CrashingTeacher"})
 TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
 pytestmark = pytest.mark.alone
 
@@ -34,7 +34,7 @@ def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[Teache
         512,
         [{"num_cpus": 0}] * num_replicas,
         TIMEOUTS,
-        actor=CrashingTeacher,
+        CRASHING,
         supervision=Supervision(RestartLimit(max_restarts, window_seconds=600)),
     )
     try:

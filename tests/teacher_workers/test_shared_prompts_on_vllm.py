@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts
 from cluster.actors.object_store import pack
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle

@@ -10,7 +10,7 @@ import ray
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts
 from cluster.actors.object_store import pack
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.actors.calls import PoolTimeouts, wait_for_any
+from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.actors.object_store import pack
 from cluster.actors.replicas import RestartLimit, Supervision
 from cluster.config.stages import TeacherConfig
@@ -16,11 +16,12 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated, ragged
 from cluster.contracts.wire import from_wire
-from teacher_workers.pool import Scorers, TeacherPool
+from teacher_workers.pool import SLOT_ACTOR, TEACHER_ACTOR, Scorers, TeacherPool
 from teacher_workers.router import Successors, TeacherPools
 from tests.builders import make_trajectory
-from tests.teacher_workers.constant_teacher import ConstantTeacher
 
+CONSTANT_TEACHER = "tests.teacher_workers.constant_teacher:ConstantTeacher"
+CONSTANT = RayCluster({TEACHER_ACTOR: CONSTANT_TEACHER, SLOT_ACTOR: CONSTANT_TEACHER})
 TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
 LIMIT = RestartLimit(max_restarts=2, window_seconds=600)
 
@@ -38,7 +39,7 @@ def start(tmp_path: Path, ray_cluster: None) -> Iterator[Start]:
         }
         limit = replace(LIMIT, max_restarts=max_restarts)
         options = [{"num_cpus": 0}] * max(1, num_workers)
-        scorers = Scorers(label, teachers, 512, options, ConstantTeacher, supervision=Supervision(limit))
+        scorers = Scorers(label, teachers, 512, options, CONSTANT, supervision=Supervision(limit))
         started.append(scorers)
         return {name: TeacherPool(name, scorers, TIMEOUTS, checkpoint=models[name]) for name in models}
 
@@ -70,7 +71,7 @@ def scores(pools: TeacherPools, handles: Sequence[BatchHandle]) -> list[float]:
         pools.submit(handle, [(handle.teacher, ScoreRequest("teacher"))])
     found: dict[int, float] = {}
     while len(found) < len(handles):
-        ready = wait_for_any(pools.maintain, 60, lambda: "scores")
+        ready = CONSTANT.wait_for_any(pools.maintain, 60, lambda: "scores")
         for handle in pools.collect(ready):
             values = ragged(from_wire(ray.get(handle.reference), "scored"), "teacher_logprobs").values
             assert handle.trajectory_ids[0] not in found

@@ -3,19 +3,23 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.actors.calls import create_actors, shutdown
+from cluster.actors.cluster import RAY
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment, pack
 from cluster.contracts.trajectory import make_generated
 from cluster.contracts.wire import from_wire
 from tests.builders import make_trajectory
-from tests.cluster.actors.batch_maker import BatchMaker
 
 
 @pytest.fixture
 def maker(ray_cluster: None) -> Iterator[ray.actor.ActorHandle]:
-    [actor] = create_actors(BatchMaker, ["maker"], [()], [add_environment({"num_cpus": 0}, STORE_ENVIRONMENT)])
+    [actor] = RAY.create(
+        "tests.cluster.actors.batch_maker:BatchMaker",
+        ["maker"],
+        [()],
+        [add_environment({"num_cpus": 0}, STORE_ENVIRONMENT)],
+    )
     yield actor
-    shutdown([actor], timeout_seconds=5)
+    RAY.shutdown([actor], timeout_seconds=5)
 
 
 def test_the_handle_counts_what_the_bytes_hold() -> None:

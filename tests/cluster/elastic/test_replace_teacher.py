@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts
 from cluster.cli import main
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory

@@ -13,7 +13,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.exceptions import ActorDiedError
 
-from cluster.actors.calls import create_actors
+from cluster.actors.cluster import RAY
 from cluster.contracts.errors import PlacementError
 from cluster.placement.placement import Placement, await_placement
 from tests.builders import make_config
@@ -84,7 +84,9 @@ def start_again(options: list[dict[str, Any]], names: dict[str, int]) -> list[in
 def while_others_work(cluster: Cluster) -> dict[str, Any]:
     """Three GPUs, one of which somebody uses until after the first try."""
     names = add_nodes(cluster, (4, 3))
-    [other] = create_actors(Somebody, ["other"], [()], [{"num_gpus": 1, "num_cpus": 1}])
+    [other] = RAY.create(
+        "tests.cluster.placement.placed_actors:Somebody", ["other"], [()], [{"num_gpus": 1, "num_cpus": 1}]
+    )
     ray.get(other.node.remote(), timeout=ANSWER_SECONDS)
     said: list[str] = []
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.actors.calls import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_directory import RunDirectory
 from teacher_workers.pool import TeacherPool
 from teacher_workers.router import Successors

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.simulation.clock import SimulatedTime
+from cluster.simulation.simulated_cluster import SimulatedTime
 from cluster.simulation.simulated_workers import Decoding
 
 ALIKE = ((1, 0.1),)  # 0.1 s per token, however many run

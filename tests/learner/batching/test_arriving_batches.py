@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.actors.calls import create_actors
+from cluster.actors.cluster import RayCluster
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import report
-from learner.group import LearnerGroup
-from tests.learner.stub_rank import StubRank
+from learner.group import LEARNER_ACTOR, LearnerGroup
 
 SLOW_TOKENS = 300  # the stub rank computes one token per millisecond
 
@@ -55,7 +54,7 @@ def start(make_config, ray_cluster) -> Iterator[Callable[..., LearnerGroup]]:
         group = LearnerGroup(
             make_config("learner.num_workers=1", "learner.micro_batch_tokens=1000", *overrides),
             [{"num_cpus": 0}],
-            create=lambda _cls, names, _arguments, options: create_actors(StubRank, names, [()], options),
+            RayCluster({LEARNER_ACTOR: "tests.learner.stub_rank:StubRank"}),
         )
         started.append(group)
         return group

@@ -1,6 +1,5 @@
 """Two real ranks train while their checkpoint is written, and the disk of one of them is full."""
 
-from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +8,12 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors.calls import create_actors
+from cluster.actors.cluster import RayCluster
 from cluster.contracts.batches import ReadyBatches
 from cluster.contracts.errors import CheckpointError
 from cluster.contracts.metrics import report
 from learner.checkpointing.manifest import Layout, verify
 from learner.group import LearnerGroup
-from tests.learner.limited_rank import LimitedRank
 from tests.learner.support import OBJECTIVES, make_scored, put_batch
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -24,19 +22,25 @@ LAYOUT = Layout(num_ranks=2, zero_stage=2)
 LIMIT_BYTES = 50_000  # a shard of the tiny student has several times as many
 
 
+class LimitedRanks(RayCluster):
+    """Makes ranks whose files can be limited."""
+
+    ranks: list[ActorHandle]
+
+    def create(self, _: str, *args: Any) -> list[ActorHandle]:
+        self.ranks = super().create("tests.learner.limited_rank:LimitedRank", *args)
+        return self.ranks
+
+
 @pytest.fixture(scope="module")
 def story(make_config: Any, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Train, begin a checkpoint, train on, complete it; then again on a full disk, and again after that."""
     folder = tmp_path_factory.mktemp("beside")
-    ranks: list[ActorHandle] = []
-
-    def create(_: type, *args: Sequence[Mapping[str, Any]]) -> list[ActorHandle]:
-        ranks.extend(create_actors(LimitedRank, *args))
-        return ranks
-
+    cluster = LimitedRanks()
     config = make_config("learner.num_workers=2", "learner.zero_stage=2", "objective.support_size=8")
     batch = put_batch(make_scored(OBJECTIVES["topk"]))
-    group = LearnerGroup(config, [{"num_cpus": 0.5}] * 2, create)
+    group = LearnerGroup(config, [{"num_cpus": 0.5}] * 2, cluster)
+    ranks = cluster.ranks
     told = SimpleNamespace(folder=folder, names_on_full_disk=[])
     try:
         told.logprobs_at_begin = group.student_logprobs(batch)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.actors import calls
+from cluster.actors.cluster import RAY
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment, pack
 from cluster.config.run_config import Config
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from teacher_workers.actor import TeacherActor
 from teacher_workers.audit.runner import ScoreAudit, audit_request
+from teacher_workers.pool import TEACHER_ACTOR
 from tests.builders import make_config, make_trajectory
 from tests.teacher_workers.audited_actors import ActorsPool
 from tests.tiny_qwen3 import CONTEXT_TOKENS, write_tiny_qwen3
@@ -41,12 +41,12 @@ def serve(config: Config, *names: str) -> Iterator[dict[str, Any]]:
     """Start replicas of the run's teacher."""
     arguments = [(name, config.teachers["main"], CONTEXT_TOKENS) for name in names]
     options = [add_environment({"num_cpus": 1}, STORE_ENVIRONMENT)] * len(names)
-    replicas = calls.create_actors(TeacherActor, names, arguments, options)
+    replicas = RAY.create(TEACHER_ACTOR, names, arguments, options)
     try:
-        calls.call_all(replicas, "start", timeout_seconds=500, waiting_for="teachers", names=names)
+        RAY.call_all(replicas, "start", timeout_seconds=500, waiting_for="teachers", names=names)
         yield dict(zip(names, replicas, strict=True))
     finally:
-        calls.shutdown(replicas)
+        RAY.shutdown(replicas)
 
 
 def make_handle(seed: int, lengths: list[int]) -> BatchHandle:

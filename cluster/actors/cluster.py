@@ -1,0 +1,232 @@
+"""The one object through which the driver makes actors, waits for their answers and ends them.
+
+Pools and groups take a `Cluster` when they are built: Ray's, or the simulated one of `preceptor plan`. Ray wraps what
+an actor raises in its own exception, whose text is a stack trace; a cluster raises the actor's own PreceptorError
+instead, and an ActorError when an actor died or did not answer in time.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+
+from cluster.contracts.errors import ActorDiedError, ActorError, LostBytesError, PreceptorError
+from cluster.contracts.import_path import load_object
+
+SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
+POLL_SECONDS = 1.0  # a longer wait asks again, so often, what it waits for
+
+
+@dataclass(frozen=True)
+class PoolTimeouts:
+    """How long the driver waits for the actors of a pool."""
+
+    start_seconds: float
+    call_seconds: float
+
+
+class Cluster(ABC):
+    """Makes actors, calls them and waits for their answers."""
+
+    @abstractmethod
+    def create(
+        self,
+        actor_class: str,
+        names: Sequence[str],
+        arguments: Sequence[tuple[Any, ...]],
+        options: Sequence[Mapping[str, Any]],
+    ) -> list[ActorHandle]:
+        """Begin to start one actor per name; returns at once, before any of them runs.
+
+        Args:
+            actor_class: "package.module:Class" of an ordinary class, which the caller need not import.
+            names: what the Ray dashboard shows; unique in the run.
+            arguments: positional constructor arguments, one tuple per actor.
+            options: Ray's actor options, one mapping per actor (num_cpus, num_gpus, scheduling_strategy, runtime_env).
+        """
+
+    @abstractmethod
+    def put(self, value: Any) -> Any:
+        """Store a value once for all actors, and return its reference."""
+
+    @abstractmethod
+    def get(self, references: Any, timeout_seconds: float, waiting_for: str) -> Any:
+        """Return the value of a reference, or those of a list.
+
+        Raises:
+            ActorError: an actor died (ActorDiedError), or the value did not come in time.
+            LostBytesError: the node that held the value, or what the actor was to read, is gone.
+            PreceptorError: what the actor raised.
+        """
+
+    @abstractmethod
+    def get_all(
+        self, references: Sequence[Any], timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()
+    ) -> list[Any]:
+        """Return the values of all references in their order; an actor's error ends the wait for the others.
+
+        Raises:
+            ActorError: an actor died, or did not answer in time; says which by `names`, else by position.
+            PreceptorError: what an actor raised.
+        """
+
+    @abstractmethod
+    def wait(self, references: Sequence[Any], num_returns: int, timeout_seconds: float) -> list[Any]:
+        """Return up to `num_returns` references that are ready, waiting for as many until the timeout."""
+
+    @abstractmethod
+    def is_dead(self, answer: Any) -> bool:
+        """Return whether the actor that was to give this answer is gone; the reference must be ready."""
+
+    @abstractmethod
+    def kill(self, actor: ActorHandle) -> None:
+        """End an actor, which may be dead."""
+
+    def call_all(
+        self,
+        actors: Sequence[ActorHandle],
+        method: str,
+        *args: Any,
+        timeout_seconds: float,
+        waiting_for: str,
+        names: Sequence[str] = (),
+    ) -> list[Any]:
+        """Call the method on every actor at once and return the answers in the actors' order; raises as `get_all`."""
+        references = [getattr(actor, method).remote(*args) for actor in actors]
+        return self.get_all(references, timeout_seconds, waiting_for, names)
+
+    def wait_for_any(
+        self, pending: Callable[[], Sequence[Any]], timeout_seconds: float, waiting_for: Callable[[], str]
+    ) -> list[Any]:
+        """Return the references that are ready, at least one.
+
+        Args:
+            pending: returns what to wait for; called again every second, since it may change meanwhile.
+            timeout_seconds: how long nothing may be ready.
+            waiting_for: says what is late.
+
+        Raises:
+            ActorError: nothing was ready in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        wait_seconds = 0.0  # under load something is always ready, and the first call returns
+        while True:
+            references = list(pending())
+            if references:
+                ready = self.wait(references, 1 if wait_seconds else len(references), wait_seconds)
+                if ready:
+                    return ready
+            else:
+                time.sleep(wait_seconds)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for()}")
+            wait_seconds = min(POLL_SECONDS, left)
+
+    def shutdown(self, actors: Sequence[ActorHandle], timeout_seconds: float = SHUTDOWN_TIMEOUT_SECONDS) -> None:
+        """Let every actor end what it started (its `shutdown` method), then end the actors themselves."""
+        references = [actor.shutdown.remote() for actor in actors]
+        if references:
+            self.wait(references, len(references), timeout_seconds)
+        for actor in actors:
+            self.kill(actor)
+
+
+class RayCluster(Cluster):
+    """Runs actors on the Ray cluster that this process is connected to.
+
+    Args:
+        stand_ins: actor class -> actor class to run in its place, for tests without engines.
+    """
+
+    def __init__(self, stand_ins: Mapping[str, str] | None = None) -> None:
+        self._stand_ins = stand_ins or {}
+
+    def create(
+        self,
+        actor_class: str,
+        names: Sequence[str],
+        arguments: Sequence[tuple[Any, ...]],
+        options: Sequence[Mapping[str, Any]],
+    ) -> list[ActorHandle]:
+        """Begin to start one actor per name."""
+        # The class is imported now: a driver that only plans, checks or reports imports no torch.
+        remote = ray.remote(load_object(self._stand_ins.get(actor_class, actor_class), "an actor class"))
+        return [
+            remote.options(name=name, **option).remote(*argument)
+            for name, argument, option in zip(names, arguments, options, strict=True)
+        ]
+
+    def put(self, value: Any) -> Any:
+        """Store a value in Ray's object store."""
+        return ray.put(value)
+
+    def get(self, references: Any, timeout_seconds: float, waiting_for: str) -> Any:
+        """Return the value of a reference, or those of a list, with errors of ours in place of Ray's."""
+        try:
+            return self._get(references, timeout_seconds, waiting_for)
+        except GetTimeoutError as error:
+            raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}") from error
+
+    def get_all(
+        self, references: Sequence[Any], timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()
+    ) -> list[Any]:
+        """Return the values of all references in their order; an error names those that are late."""
+        if not references:
+            return []
+        try:
+            values: list[Any] = self._get(list(references), timeout_seconds, waiting_for)
+            return values
+        except GetTimeoutError as error:
+            ready = self.wait(references, len(references), timeout_seconds=0)
+            labels = names or [f"actor {position} of {len(references)}" for position in range(len(references))]
+            late = ", ".join(
+                label for label, reference in zip(labels, references, strict=True) if reference not in ready
+            )
+            raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}; no answer from {late}") from error
+
+    def wait(self, references: Sequence[Any], num_returns: int, timeout_seconds: float) -> list[Any]:
+        """Return references that are ready."""
+        ready: list[Any] = ray.wait(list(references), num_returns=num_returns, timeout=timeout_seconds)[0]
+        return ready
+
+    def is_dead(self, answer: Any) -> bool:
+        """Return whether Ray has the actor's death in place of its answer."""
+        try:
+            ray.get(answer)
+        except RayActorError:
+            return True
+        return False
+
+    def kill(self, actor: ActorHandle) -> None:
+        """End an actor; Ray starts it no more."""
+        with suppress(RayError):  # already dead
+            ray.kill(actor, no_restart=True)
+
+    def _get(self, references: Any, timeout_seconds: float, waiting_for: str) -> Any:
+        try:
+            return ray.get(references, timeout=timeout_seconds)
+        except RayTaskError as error:
+            if isinstance(error.cause, PreceptorError):
+                raise error.cause from error
+            if isinstance(error.cause, ObjectLostError):
+                raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error.cause)}") from error
+            raise
+        except RayActorError as error:
+            raise ActorDiedError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
+        except ObjectLostError as error:
+            raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
+
+
+RAY = RayCluster()  # it has no state: Ray itself knows what this process is connected to
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
