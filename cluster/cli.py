@@ -111,6 +111,14 @@ def status(options: argparse.Namespace) -> int:
     return 0
 
 
+def verify(options: argparse.Namespace) -> int:
+    """Prove from a run's ledger that every trajectory was learned from exactly once."""
+    from cluster.commands import verify_run
+
+    sys.stdout.write(f"{verify_run(RunDirectory.open(options.run))}\n")
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Predict a run's step time from measured rates, and find the best split of a number of GPUs."""
     config = _load(options)
@@ -203,6 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(command=status)
+    command = commands.add_parser("verify", help=verify.__doc__, description=verify.__doc__)
+    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
+    command.set_defaults(command=verify)
     _add_plan_command(commands)
     command = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
     command.add_argument("arguments", nargs="*", metavar="section.field=value")

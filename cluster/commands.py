@@ -1,8 +1,11 @@
-"""What each command of the command line does, from a configuration to the last line that it prints."""
+"""Does what each command of the command line names, from a configuration to the last line that it prints."""
 
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError
+from cluster.elastic.balancer import make_balancer
+from cluster.elastic.replace_teacher import RunParts, TeacherChanges, current_config
+from cluster.elastic.scale import make_scaling
 from cluster.elastic.teacher_log import in_force
 from cluster.models.model_files import load_tokenizer
 from cluster.monitoring.sinks import TerminalView, terminal_view
@@ -11,13 +14,17 @@ from cluster.monitoring.trackers import check_trackers
 from cluster.nodes.interruption import stop_on_signals
 from cluster.nodes.ray_session import RaySession, ray_session
 from cluster.placement.placement import Placement, await_placement, describe
-from cluster.run.checkpoints import RunSummary, find_resume_point
-from cluster.run.evaluation import Evaluation, Evaluator, write_samples
+from cluster.run.checkpoints import Checkpoints, StepEnd, find_resume_point
+from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_samples
+from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
+from cluster.run.ledger import verify
+from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
+from cluster.run.summary import RunResult, RunSummary, describe_evaluation
 from cluster.run.supervisor import Beginning, Supervisor
-from cluster.run.training_run import describe_evaluation
+from teacher_workers.audit.runner import ScoreAudit
 
 
 def start_training(config: Config) -> RunSummary:
@@ -27,6 +34,7 @@ def start_training(config: Config) -> RunSummary:
         PreceptorError: an input is wrong, the cluster is too small, or a stage failed.
     """
     check_trackers(config)
+    load_hooks(config)  # one that cannot be imported ends the command before anything starts
     inputs = load_inputs(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
@@ -44,6 +52,7 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
         CheckpointError: all checkpoints are damaged, or nothing is left to do.
     """
     check_trackers(config)
+    load_hooks(config)
     config = in_force(directory.teachers, directory.read_config(), config)
     warnings: list[str] = []
     point = find_resume_point(directory, config, warnings.append)
@@ -97,36 +106,73 @@ def check_run(config: Config) -> bool:
         results = run_live_checks(config, inputs, placement)
         for result in results:
             advice = "" if result.passed else f" - {result.advice}"
-            view.say(f"  {'ok  ' if result.passed else 'FAIL'}  {result.name}: {result.found}{advice}")
+            view.say(f"  {'ok  ' if result.passed else 'FAIL'}  {result.name}: {result.measured}{advice}")
         return all(result.passed for result in results)
+
+
+def verify_run(directory: RunDirectory) -> str:
+    """Audit a run's ledger, and say in one line what it proves.
+
+    Raises:
+        PreceptorError: a trajectory was not learned from exactly once, or the ledger cannot show it.
+    """
+    config = directory.read_config()
+    return verify(directory, config, load_inputs(config))
 
 
 def _train(
     config: Config, inputs: Inputs, placement: Placement, view: TerminalView, beginning: Beginning
 ) -> RunSummary:
     with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
-        return Supervisor(config, inputs, pipeline, view, stop).train(beginning)
+        return Supervisor(config, inputs, pipeline, view, stop, step_hooks).train(beginning)
+
+
+def step_hooks(run: RunContext) -> list[StepHook]:
+    """Return everything that happens around a step, in order.
+
+    A hook's metrics reach the hooks below it: what stands above `StepRecords` is recorded and may raise an alarm. The
+    evaluation of a step is not among the calls that `PoolObservation` counts for it. Alarms come before `StepEnd`,
+    which writes the checkpoint and then stops the run. All end in the opposite order.
+    """
+    audit = ScoreAudit(current_config(run.config, run.pipeline), run.pipeline.teachers.pools, run.directory.score_audit)
+    parts = RunParts(run.config, run.inputs, run.pipeline)
+    observation, checkpoints, balancer = PoolObservation(run), Checkpoints(run), make_balancer(run)
+    return [
+        run.ledger,
+        make_scaling(run),
+        TeacherChanges(parts, run.directory, run.first_step, run.view.say, audit),
+        observation,
+        checkpoints,
+        *([] if balancer is None else [balancer]),
+        Evaluations(run),
+        *(hook(run) for hook in load_hooks(run.config)),
+        StepRecords(run, observation),
+        ScoreAudits(run, audit),
+        AlarmActions(run),
+        StepEnd(run, checkpoints),
+        RunResult(run),
+    ]
 
 
 def _measure_teachers(
     config: Config, inputs: Inputs, placement: Placement, view: TerminalView, directory: RunDirectory | None
 ) -> dict[str, float | None]:
     """Let every teacher answer the held-out prompts, one after the other, before the run's own pools start."""
-    found: dict[str, float | None] = {}
+    accuracies: dict[str, float | None] = {}
     if not (config.evaluation.teacher_too and inputs.held_out_ids):
-        return found
+        return accuracies
     for name in config.routes:
         teacher = config.teachers[name]
-        if not teacher.num_workers:  # it was given no room yet
+        if not teacher.num_workers:  # it has no worker yet
             continue
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
         with start_teacher_rollouts(config, inputs, placement, name) as pool:
             evaluation = Evaluator(config, inputs, tokenizer).evaluate_pool(pool)
-        found[name] = evaluation.accuracy
+        accuracies[name] = evaluation.accuracy
         _say(view, f"teacher {name}", evaluation)
         if directory is not None:
             write_samples(directory.samples, 0, f"teacher {name}", evaluation.samples)
-    return found
+    return accuracies
 
 
 def _announce(view: TerminalView, session: RaySession, placement: Placement, directory: RunDirectory | None) -> None:
@@ -139,5 +185,5 @@ def _announce(view: TerminalView, session: RaySession, placement: Placement, dir
         view.say(f"run: {directory.path}")
 
 
-def _say(view: TerminalView, model: str, found: Evaluation) -> None:
-    view.say(f"held-out, {model}: {describe_evaluation(found)}")
+def _say(view: TerminalView, model: str, evaluation: Evaluation) -> None:
+    view.say(f"held-out, {model}: {describe_evaluation(evaluation)}")

@@ -1,4 +1,4 @@
-"""The embedded run: a tiny teacher and student that ship with the package, through the same driver as any other run."""
+"""Trains a tiny student from a tiny teacher that ship with the package, through the same driver as any other run."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,7 +9,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_file import load_run_config
 
 if TYPE_CHECKING:
-    from cluster.run.checkpoints import RunSummary
+    from cluster.run.summary import RunSummary
 
 EMBEDDED = Path(__file__).parent / "embedded"
 
@@ -27,7 +27,7 @@ def embedded_config(overrides: Sequence[str] = ()) -> Config:
 
 def run_demo(overrides: Sequence[str] = ()) -> "RunSummary":
     """Train the embedded student in a run directory of its own."""
-    # Here, because who asks for the configuration alone may have neither Ray nor vLLM installed.
+    # Here, because a caller that needs the configuration alone may have neither Ray nor vLLM installed.
     from cluster.commands import start_training
 
     name = f"demo-{datetime.now():%Y%m%d-%H%M%S}"

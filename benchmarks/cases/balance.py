@@ -84,7 +84,7 @@ class Steps:
         for step in range(1, MOST_STEPS + 1):
             record, batches = next(self._done)
             num_said = len(sentences)
-            balancer.after_step(record, batches, ENDLESS)
+            balancer.after_step(step, record, batches)
             last = step if len(sentences) > num_said else last
             if step - last >= QUIET_STEPS and not balance.is_trying:
                 break
@@ -100,7 +100,7 @@ class Steps:
     def _balancer(self, balance: Balance, announcements: Announcements) -> Balancer:
         places = self._workload.config.rollout.engine.max_concurrent_sequences
         meter = WorkMeter(places, self._workload.max_staleness)
-        return Balancer(balance, meter, self.pools, SplitCapacity(dict.fromkeys(self.pools, 0)), announcements)
+        return Balancer(balance, meter, self.pools, SplitCapacity(dict.fromkeys(self.pools, 0)), announcements, ENDLESS)
 
     def _forever(self) -> Iterator[tuple[Record, list[BatchHandle]]]:
         """Do steps as the driver does, weight sync aside, and yield each one's record and batches."""
@@ -117,7 +117,7 @@ class Steps:
                 learned = run.learner.step(batches, step)
                 with watch.measure("sync"):
                     synced = WeightSyncReport(step, checksum="", num_bytes=0, seconds=0.0)
-            yield step_record(step + 1, batches.progress, learned, synced, watch), batches.progress.finished
+            yield step_record(step + 1, batches, learned, synced, watch), batches.finished
 
 
 def sizes_of(split: Split) -> Sizes:

@@ -27,7 +27,7 @@ from benchmarks.harness.process_trees import descendants, end
 from benchmarks.harness.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
 from cluster.config.run_directory import RunDirectory
 from cluster.demo import embedded_config
-from cluster.run.inputs import audited_run, load_inputs
+from cluster.run.inputs import load_inputs
 from cluster.run.ledger import audit, read_ledger
 
 PAUSE_SECONDS = 2.0  # longest wait between a step and the kill that follows it
@@ -178,7 +178,7 @@ def audited_prompts(run: Path, overrides: Sequence[str]) -> int:
         PreceptorError: the ledger is not that of a run that learned from everything once.
     """
     config = embedded_config(overrides)
-    return audit(read_ledger(RunDirectory(run).ledger), audited_run(config, load_inputs(config)))
+    return audit(read_ledger(RunDirectory(run).ledger), config, load_inputs(config))
 
 
 def outcome(run: ChaosRun, overrides: Sequence[str]) -> Outcome:

@@ -173,7 +173,7 @@ class Bench:
             learned = self._learner.step(batches, step)
             with watch.measure("sync"):
                 synced = self._publish()
-        return step_record(step + 1, batches.progress, learned, synced, watch)
+        return step_record(step + 1, batches, learned, synced, watch)
 
     def _requests(self, step: int) -> list[RolloutRequest]:
         return train_requests(self._config, self._inputs, step)

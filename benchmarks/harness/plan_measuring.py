@@ -116,7 +116,7 @@ def do_steps(run: StubRun, steps: range, measured: Measured) -> None:
         seconds = time.perf_counter() - started
         if step - steps[0] < settling_steps(max_staleness) or step > steps[-1] - max_staleness:
             continue
-        handles = batches.progress.finished
+        handles = batches.finished
         lengths = [length for handle in handles for length in handle.num_completion_tokens]
         tokens = sum(sum(handle.num_tokens) for handle in handles)
         measured.step_seconds.append(seconds)

@@ -30,6 +30,7 @@ class RunConfig(Section):
     steps: Count = 100  # optimizer steps
     seed: CountOrZero = 0
     directory: Text = "runs"  # the run writes into directory/name
+    hooks: tuple[Text, ...] = ()  # step hooks of your own, each as package.module:Class; docs/extending.md
 
 
 class StudentConfig(Section):

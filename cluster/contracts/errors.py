@@ -103,7 +103,3 @@ class TrainingError(PreceptorError, RuntimeError):
 
 class RunStopped(PreceptorError):
     """The run ended in order before its last step, because somebody asked for it."""
-
-
-class SelfCheckError(PreceptorError, RuntimeError):
-    """A start-up self-check found student, teacher or engines in disagreement."""

@@ -1,9 +1,9 @@
 """Decides when workers move between pools: from what steps took, and from what earlier moves achieved; pure.
 
-Every move is a trial. It is predicted from the measured work of each pool, made when the prediction promises enough,
-and judged by the steps that follow; one that made them slower is taken back. What keeps it from going to and fro: a
-split that was left is not taken up again while the load is what it was then, and every move that goes back to an
-earlier split doubles the number of steps before the next one.
+Every move is a trial. The policy predicts it from the measured work of each pool, makes it when the predicted gain is
+large enough, and rates it by the steps that follow; one that made them slower is taken back. Two rules keep it from
+going to and fro: a split that was left is not taken up again while the load is what it was then, and every move back to
+an earlier split doubles the number of steps before the next one.
 """
 
 import math
@@ -26,7 +26,7 @@ from cluster.elastic.splits import (
 )
 from cluster.elastic.step_cost import StepWork
 
-WINDOW = 3  # times balance.observe_steps: the most steps that a decision looks back, and that a trial lasts
+WINDOW = 3  # times balance.observe_steps: the most steps that a decision is based on, and that a trial lasts
 WORSE = 0.02  # share by which steps may become slower before a move is taken back
 MUCH_WORSE = 1.5  # times slower: two steps are enough to take a move back
 SURE = 2.0  # standard errors
@@ -36,16 +36,16 @@ SMALL = 0.02  # parts of the load below this do not count
 
 @dataclass(frozen=True)
 class Horizon:
-    """What a move has to pay for, and when."""
+    """Says what a move costs, and when it has to pay."""
 
     steps_ahead: int  # of generation: rollout.max_staleness
-    start_seconds: float  # which a new worker takes to start, as far as one knows
+    start_seconds: float  # which a new worker takes to start, as far as is known
     patience_seconds: float  # for new workers to start; then the move is taken back
 
 
 @dataclass(frozen=True)
 class BalanceSample:
-    """One step as the balancer sees it."""
+    """Holds what the policy reads of one step."""
 
     sizes: Sizes  # as wanted
     is_settled: bool  # whether all workers served from its beginning to its end
@@ -56,7 +56,7 @@ class BalanceSample:
 
 @dataclass(frozen=True)
 class Decision:
-    """What the balancer wants, and why."""
+    """Holds what changes, and why."""
 
     sentence: str
     sizes: Sizes | None = None  # None: they stay
@@ -64,7 +64,7 @@ class Decision:
 
 @dataclass
 class _Trial:
-    """A move that is not judged yet."""
+    """Holds a move that is not rated yet."""
 
     before: Sizes
     works: Sequence[StepWork]  # of the steps before it
@@ -92,7 +92,7 @@ Load = Mapping[str, float]  # each pool's part of all work
 
 @dataclass
 class Balance:
-    """Is shown every step, and says what is to change.
+    """Takes in every step, and says what changes.
 
     Args:
         space: the splits that are allowed.
@@ -108,7 +108,7 @@ class Balance:
     _left: dict[tuple[int, ...], Load] = field(default_factory=dict)  # splits, and the load when they were left
     _steps_here: int = 0
     _num_returns: int = 0
-    _is_careful: bool = False  # after a move that was taken back, and until one is kept
+    _backs_off: bool = False  # after a move that was taken back, and until one is kept
 
     def __post_init__(self) -> None:
         """Begin to observe."""
@@ -117,34 +117,34 @@ class Balance:
 
     @property
     def is_trying(self) -> bool:
-        """Return whether a move is not judged yet."""
+        """Return whether a move is not rated yet."""
         return self._trial is not None
 
-    def decide(self, seen: BalanceSample) -> Decision | None:
+    def decide(self, sample: BalanceSample) -> Decision | None:
         """Take in one step, and return what is to change or to be said after it."""
-        if dict(seen.sizes) != dict(self._sizes):
-            return self._begin_anew(seen.sizes)
-        if not seen.is_settled or seen.work is None:
-            return self._wait(seen)
-        self._works.append(seen.work)
+        if dict(sample.sizes) != dict(self._sizes):
+            return self._begin_anew(sample.sizes)
+        if not sample.is_settled or sample.work is None:
+            return self._wait(sample)
+        self._works.append(sample.work)
         self._steps_here += 1
-        return self._rate_trial(self._trial) if self._trial else self._consider(seen)
+        return self._rate_trial(self._trial) if self._trial else self._consider(sample)
 
     def _begin_anew(self, sizes: Sizes) -> Decision | None:
-        """Observe from the beginning: somebody else set the sizes, and what was learned of others may not hold."""
+        """Observe from the beginning: the sizes were set from outside, and what was learned of others may not hold."""
         is_first = not self._sizes
         self.space = replace(self.space, units=self.space.units_of(sizes))
-        self._trial, self._is_careful, self._num_returns = None, False, 0
+        self._trial, self._backs_off, self._num_returns = None, False, 0
         self._left.clear()
         self._arrive(sizes)
         return None if is_first else Decision(f"observing anew, with {describe_sizes(sizes)}")
 
-    def _wait(self, seen: BalanceSample) -> Decision | None:
+    def _wait(self, sample: BalanceSample) -> Decision | None:
         """Pass over a step in which workers start, leave or are started again."""
         trial = self._trial
         if trial is None or self._steps_here:
             return None
-        trial.waited_seconds += seen.seconds
+        trial.waited_seconds += sample.seconds
         if trial.waited_seconds <= self.horizon.patience_seconds:
             return None
         return self._take_back(trial, f"its workers did not start within {self.horizon.patience_seconds:.0f} s")
@@ -164,47 +164,47 @@ class Balance:
         change = f"steps became {abs(factor - 1):.0%} {'shorter' if factor < 1 else 'longer'}"
         if factor > trial.bar:
             return self._take_back(trial, change)
-        self._trial, self._is_careful = None, False
+        self._trial, self._backs_off = None, False
         return Decision(f"kept {describe_sizes(self._sizes)}: {change}")
 
     def _take_back(self, trial: _Trial, why: str) -> Decision:
         self._left[_key(self._sizes)] = load_of(trial.works, trial.before)
         sentence = f"{describe_move(self._sizes, trial.before)}, taken back: {why}"
-        self._trial, self._is_careful = None, True
+        self._trial, self._backs_off = None, True
         self._num_returns += 1
         self._arrive(trial.before)
         return Decision(sentence, trial.before)
 
-    def _consider(self, seen: BalanceSample) -> Decision | None:
-        """Move if another split promises enough."""
+    def _consider(self, sample: BalanceSample) -> Decision | None:
+        """Move if another split pays."""
         cooldown = self.config.cooldown_steps * 2**self._num_returns
         if len(self._works) < self.config.observe_steps or self._steps_here < cooldown:
             return None
         works, ahead = list(self._works), self.horizon.steps_ahead
         path = path_to_better(self.space.within_reach(self._sizes), works, self._sizes, ahead)
-        others = path[1:2] if self._is_careful else path[1:]
-        allowed = [sizes for sizes in others if self._promises(sizes, works, seen.steps_left)]
+        others = path[1:2] if self._backs_off else path[1:]
+        allowed = [sizes for sizes in others if self._pays(sizes, works, sample.steps_left)]
         if not allowed:
-            return self._probe(works, seen.steps_left)
+            return self._probe(works, sample.steps_left)
         best = min(mean_seconds(works, sizes, ahead) for sizes in allowed)
         target = next(sizes for sizes in allowed if mean_seconds(works, sizes, ahead) <= ALMOST * best)
         return self._move(target, works, is_probe=False)
 
     def _probe(self, works: Sequence[StepWork], steps_left: int) -> Decision | None:
-        """Give the rollout pool what another can spare, if only a completion that others slow down might speak for it.
+        """Give the rollout pool what another can spare, if only in the best case more rollout workers shorten the step.
 
-        How much a full engine slows each of its completions cannot be told while some wait; one trial tells.
+        A step's batches do not say how much a full engine slows each of its completions; one trial does.
         """
         ahead, here = self.horizon.steps_ahead, self._sizes
-        hoped = [replace(work, generation=work.generation.hoped(here[ROLLOUT])) for work in works]
+        optimistic = [replace(work, generation=work.generation.optimistic(here[ROLLOUT])) for work in works]
         slack = ALMOST * mean_seconds(works, here, ahead)
         for sizes in self.space.within_reach(here).exchanges(here):
             costs_nothing = sizes[ROLLOUT] > here[ROLLOUT] and mean_seconds(works, sizes, ahead) <= slack
-            if costs_nothing and self._promises(sizes, hoped, steps_left):
-                return self._move(sizes, hoped, is_probe=True)
+            if costs_nothing and self._pays(sizes, optimistic, steps_left):
+                return self._move(sizes, optimistic, is_probe=True)
         return None
 
-    def _promises(self, sizes: Sizes, works: Sequence[StepWork], steps_left: int) -> bool:
+    def _pays(self, sizes: Sizes, works: Sequence[StepWork], steps_left: int) -> bool:
         """Return whether a split is so much better that moving there pays, now and in the run's remaining steps."""
         ahead, here = self.horizon.steps_ahead, self._sizes
         gains = [step_seconds(work, here, ahead) - step_seconds(work, sizes, ahead) for work in works]

@@ -1,4 +1,4 @@
-"""The driver's side of `balance = "auto"`: shows the balancer every step, and resizes the pools as it decides."""
+"""Resizes the pools of a run with `balance = "auto"` as the balance policy decides after each step."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +7,6 @@ from typing import Protocol
 
 from ray.actor import ActorHandle
 
-from cluster.config.run_config import Config
-from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle, PoolState
 from cluster.contracts.files import Record, RecordsFile
 from cluster.elastic.balance_policy import Balance, BalanceSample, Horizon
@@ -16,13 +14,13 @@ from cluster.elastic.scale import TeacherOfNow, placed_pools
 from cluster.elastic.splits import ROLLOUT, PoolRule, Space
 from cluster.elastic.step_cost import WorkMeter
 from cluster.placement.capacity import SplitCapacity
-from cluster.run.pools import Pipeline
+from cluster.run.hooks import RunContext, StepHook
 
-MOVES = "balance/moves"  # the figure: how often workers moved so far
+MOVES = "balance/moves"  # metric: how often workers moved so far
 
 
 class Movable(Protocol):
-    """A pool whose workers may move."""
+    """Describes a pool whose workers may move."""
 
     @property
     def size(self) -> int:
@@ -41,13 +39,13 @@ class Movable(Protocol):
 
 @dataclass(frozen=True)
 class Announcements:
-    """Where every decision is said: to people, and in the run directory."""
+    """Passes every decision on: to the terminal, and to the run directory."""
 
     say: Callable[[str], None]
     notes: RecordsFile
 
 
-class Balancer:
+class Balancer(StepHook):
     """Moves workers between the pools of a run, after any of its steps."""
 
     def __init__(
@@ -55,38 +53,45 @@ class Balancer:
         balance: Balance,
         meter: WorkMeter,
         pools: Mapping[str, Movable],
-        room: SplitCapacity,
+        capacity: SplitCapacity,
         announcements: Announcements,
+        last_step: int,
     ) -> None:
-        """Take the run's pools by the names that `preceptor scale` gives them; what `room` sees, `balance` asks."""
-        self._balance, self._meter, self._pools, self._room = balance, meter, pools, room
+        """Take the run's pools by the names that `preceptor scale` gives them; `balance` asks `capacity` what fits."""
+        self._balance, self._meter, self._pools, self._capacity = balance, meter, pools, capacity
+        self._last_step = last_step
         self._announcements = announcements
         self._states: list[PoolState] = []  # after the step before
         self._num_steady = 0  # steps in a row with the same workers
         self.num_moves = 0
         self._observed_at = perf_counter()
 
-    def after_step(self, record: Record, batches: Sequence[BatchHandle], steps_left: int) -> None:
-        """Look at a step, and resize pools if the balancer wants it."""
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Resize pools if the policy decides so after this step; nothing moves after the last."""
+        if step < self._last_step:
+            self._balance_after(step, metrics, batches)
+        return {MOVES: float(self.num_moves)}
+
+    def _balance_after(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> None:
         states = [pool.state() for pool in self._pools.values()]
         is_steady = bool(self._states) and all(map(_serves_as_before, self._states, states))
         self._num_steady = self._num_steady + 1 if is_steady else 0
         now = perf_counter()
-        seen = BalanceSample(
+        sample = BalanceSample(
             sizes={name: pool.size for name, pool in self._pools.items()},
             is_settled=self._num_steady > self._meter.steps_ahead,  # earlier ones were begun with other workers
             seconds=now - self._observed_at,
-            steps_left=steps_left,
-            work=self._meter.measure(record, batches, self._pools[ROLLOUT].size),
+            steps_left=self._last_step - step,
+            work=self._meter.measure(metrics, batches, self._pools[ROLLOUT].size),
         )
         self._states, self._observed_at = states, now
-        if seen.is_settled:
-            self._room.read({name: pool.staying for name, pool in self._pools.items()})
-        decision = self._balance.decide(seen)
+        if sample.is_settled:
+            self._capacity.read({name: pool.staying for name, pool in self._pools.items()})
+        decision = self._balance.decide(sample)
         if decision is None:
             return
         self._announcements.say(f"balance: {decision.sentence}")
-        step, has_moved = int(record["step"]), decision.sizes is not None
+        has_moved = decision.sizes is not None
         self._announcements.notes.write({"step": step, "sentence": decision.sentence, "moved": has_moved})
         for name, size in (decision.sizes or {}).items():
             self._pools[name].resize(size)
@@ -99,10 +104,10 @@ def _serves_as_before(before: PoolState, after: PoolState) -> bool:
     return same == (after.num_wanted, after.num_restarts, set(after.serving)) and len(after.serving) == after.num_wanted
 
 
-def make_balancer(
-    config: Config, pipeline: Pipeline, directory: RunDirectory, say: Callable[[str], None]
-) -> Balancer | None:
-    """Return what balances a run's pools; None when the run file does not ask for it."""
+def make_balancer(run: RunContext) -> Balancer | None:
+    """Return what balances a run's pools; None when the run file has `balance = "off"`."""
+    config, pipeline, moves = run.config, run.pipeline, RecordsFile(run.directory.moves)
+    moves.drop_from(run.first_step + 1)
     if config.balance.mode == "off":
         return None
     pools: dict[str, Movable] = {ROLLOUT: pipeline.rollouts}
@@ -111,15 +116,16 @@ def make_balancer(
         teacher, key = config.teachers[name], f"teachers.{name}"
         pools[key] = TeacherOfNow(pipeline.teachers, name)
         limits[key] = teacher.min_workers, teacher.max_workers
-    room = SplitCapacity({name: int(share.gpus_per_worker) for name, share in placed_pools(pipeline).items()})
+    capacity = SplitCapacity({name: int(share.gpus_per_worker) for name, share in placed_pools(pipeline).items()})
     # Without GPUs, any worker can take the place of any other.
-    rules = {name: PoolRule(max(1, room.gpus[name]), *limits[name]) for name in pools}
+    rules = {name: PoolRule(max(1, capacity.gpus[name]), *limits[name]) for name in pools}
     ahead = config.rollout.max_staleness
     horizon = Horizon(ahead, pipeline.start_seconds, config.ray.start_timeout_seconds)
     return Balancer(
-        Balance(Space(rules, units=0, fits=room.fits), config.balance, horizon),
+        Balance(Space(rules, units=0, fits=capacity.fits), config.balance, horizon),
         WorkMeter(config.rollout.engine.max_concurrent_sequences, ahead),
         pools,
-        room,
-        Announcements(say, RecordsFile(directory.moves)),
+        capacity,
+        Announcements(run.view.say, moves),
+        last_step=config.run.steps,
     )

@@ -25,8 +25,8 @@ class _Message(Protocol):
     def request_id(self) -> str: ...
 
 
-Wish = TypeVar("Wish", bound=_Message)
-Answer = TypeVar("Answer", bound=_Message)
+Request = TypeVar("Request", bound=_Message)
+Response = TypeVar("Response", bound=_Message)
 Struct = TypeVar("Struct")
 
 
@@ -45,7 +45,7 @@ class ControlRequests:
         self._last_request = last_request
         self._next_poll = 0.0
 
-    def take(self, path: Path, kind: type[Wish]) -> Wish | None:
+    def take(self, path: Path, kind: type[Request]) -> Request | None:
         """Return a request that is new; most calls return at once."""
         now = self._clock()
         if now < self._next_poll:
@@ -64,8 +64,8 @@ class ControlRequests:
 
 
 def ask_driver(
-    files: ControlFiles, request: _Message, kind: type[Answer], timeout_seconds: float = ANSWER_SECONDS
-) -> Answer:
+    files: ControlFiles, request: _Message, kind: type[Response], timeout_seconds: float = ANSWER_SECONDS
+) -> Response:
     """Leave a request when no other waits for its answer, and wait for the driver's answer to it.
 
     Raises:

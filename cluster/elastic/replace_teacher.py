@@ -7,7 +7,7 @@ the next step on scoring waits for them, or for the first of them where the old 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from uuid import uuid4
@@ -18,7 +18,9 @@ from cluster.actors.replicas import unplanned_options
 from cluster.config.run_config import Config
 from cluster.config.run_directory import ControlFiles, RunDirectory
 from cluster.config.stages import TeacherConfig
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ConfigError, ModelError, PreceptorError
+from cluster.contracts.files import Record
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, ask_driver, read_message
 from cluster.elastic.teacher_log import Reign, TeacherLog, with_models
 from cluster.models.model_checks import check_tokenizers, read_model
@@ -26,6 +28,7 @@ from cluster.models.model_files import load_tokenizer
 from cluster.placement.capacity import missing_for
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import PoolPlacement
+from cluster.run.hooks import StepHook
 from cluster.run.inputs import Inputs, check_support
 from cluster.run.pools import Pipeline, pool_timeouts
 from teacher_workers.audit.reference import fingerprint
@@ -78,6 +81,11 @@ def _sections(config: Config, pipeline: Pipeline, of_now: Scorers) -> dict[str, 
     return {each: msgspec.structs.replace(placed[each], num_workers=of_now.size) for each in of_now.teachers}
 
 
+def current_config(config: Config, pipeline: Pipeline) -> Config:
+    """Return a run's configuration with the models that score now."""
+    return with_models(config, {name: pool.teacher.model for name, pool in pipeline.teachers.pools.items()})
+
+
 @dataclass(frozen=True)
 class RunParts:
     """What is changed, and what new workers take."""
@@ -90,16 +98,24 @@ class RunParts:
     clock: Callable[[], float] = time.monotonic
 
 
-class TeacherChanges:
+class TeacherChanges(StepHook):
     """The driver's side: starts what was asked for, and lets it take over between two steps."""
 
-    def __init__(self, run: RunParts, directory: RunDirectory, first_step: int, say: Callable[[str], None]) -> None:
-        """Write down who scores from the step after `first_step` on.
+    def __init__(
+        self,
+        run: RunParts,
+        directory: RunDirectory,
+        first_step: int,
+        say: Callable[[str], None],
+        audit: ScoreAudit,
+    ) -> None:
+        """Note which checkpoints score from the step after `first_step` on.
 
         Raises:
             CheckpointError: the file of the teachers is damaged.
         """
-        self._run, self._pipeline, self._say = run, run.pipeline, say
+        self._run, self._pipeline, self._say, self._audit = run, run.pipeline, say, audit
+        self._finished_step = first_step
         self._files = directory.replacing
         answered = read_message(self._files.answer, ReplaceResponse)
         self._requests = ControlRequests(run.clock, last_request=answered.request_id if answered else "")
@@ -110,10 +126,9 @@ class TeacherChanges:
     @property
     def config(self) -> Config:
         """Return the run's configuration with the models that score now."""
-        pools = self._pipeline.teachers.pools
-        return with_models(self._run.config, {name: pool.teacher.model for name, pool in pools.items()})
+        return current_config(self._run.config, self._pipeline)
 
-    def poll(self) -> None:
+    def while_waiting(self) -> None:
         """See whether somebody has asked for another checkpoint, and whether one that starts cannot serve."""
         for successors in list(self._pipeline.teachers.successors):
             error = successors.error or self._overdue(successors)
@@ -129,11 +144,19 @@ class TeacherChanges:
         self._requests.answer(self._files.answer, ReplaceResponse(request.request_id, sentence, is_granted))
         self._say(sentence)
 
-    def enter(self, step: int, audit: ScoreAudit) -> None:
+    def before_step(self, step: int) -> None:
         """Let those take over that can, from a step (from 0) that nothing was asked for yet."""
         for successors in list(self._pipeline.teachers.successors):
             if successors.error is None and (successors.scorers.serves or successors.takes_places):
-                self._succeed(successors, step, audit)
+                self._succeed(successors, step)
+        # A teacher that takes another's place can start when that one has left, and this step's scores wait for it.
+        self._pipeline.teachers.close(next_step=self._finished_step)
+
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Let the workers leave that only this step needed."""
+        self._finished_step = step
+        self._pipeline.teachers.close(next_step=step)
+        return {}
 
     def _begin(self, name: str, model: str) -> str:
         """Check the model, begin to start its workers, and say what will happen.
@@ -183,7 +206,7 @@ class TeacherChanges:
             )
         return config
 
-    def _succeed(self, successors: Successors, step: int, audit: ScoreAudit) -> None:
+    def _succeed(self, successors: Successors, step: int) -> None:
         """Audit, and hand over."""
         teachers = self._pipeline.teachers
         models = {name: pool.teacher.model for name, pool in successors.pools.items()}
@@ -191,14 +214,14 @@ class TeacherChanges:
         try:
             for name, pool in successors.pools.items():
                 pool.checkpoint = fingerprint(models[name])  # once more, for a hub id's files are there now
-            of_successors = audit.of_successors(config, successors.pools)
+            of_successors = self._audit.of_successors(config, successors.pools)
             of_successors.begin(step)
             for fault in of_successors.finish():
                 self._say(fault.sentence)
         except PreceptorError as error:
             self._dismiss(successors, error)
             return
-        audit.take_over(of_successors)
+        self._audit.take_over(of_successors)
         changed = self._changed(successors)
         teachers.succeed(successors, step)
         self._pipeline.learner.replace_teachers(config.teachers, first_step=step)

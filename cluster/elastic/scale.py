@@ -7,23 +7,26 @@ answer beside it. Who may write there may also stop the run; no port is opened f
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
 import msgspec
 from ray.actor import ActorHandle
 
 from cluster.config.run_config import Config
-from cluster.config.run_directory import ControlFiles, RunDirectory
+from cluster.config.run_directory import ControlFiles
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ConfigError, PlacementError
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, ask_driver, read_message
 from cluster.placement.capacity import missing_for
 from cluster.placement.placement import PoolPlacement
+from cluster.run.hooks import RunContext, StepHook
 from cluster.run.inputs import Inputs
-from cluster.run.pools import Pipeline
-from teacher_workers.pool import TeacherPool
-from teacher_workers.router import TeacherPools
+
+if TYPE_CHECKING:
+    from cluster.run.pools import Pipeline
+    from teacher_workers.pool import TeacherPool
+    from teacher_workers.router import TeacherPools
 
 LARGEST_POOL = 100_000
 
@@ -39,23 +42,23 @@ class Scalable(Protocol):
         """Begin to change that."""
 
 
-class Wish(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Sizes that somebody asked for."""
+class ScaleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Asks a running driver for sizes of pools."""
 
     request_id: str
     sizes: dict[str, int]  # by pool: "rollout" or "teachers.NAME"
 
 
-class Answer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What became of a request."""
+class ScaleResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Answers a request."""
 
     request_id: str
     sizes: dict[str, int]  # of all pools, afterwards
     refusal: str | None  # a sentence; None: it was granted
 
 
-class Scaling:
-    """The driver's side: grants the requests that the cluster has room for."""
+class Scaling(StepHook):
+    """Grants the requests for other sizes of pools that the cluster has GPUs for."""
 
     def __init__(
         self,
@@ -78,12 +81,12 @@ class Scaling:
         """
         self._files, self._pools, self._missing, self._say = files, pools, missing, say
         self._needed = needed
-        answered = read_message(files.answer, Answer)
+        answered = read_message(files.answer, ScaleResponse)
         self._requests = ControlRequests(clock, last_request=answered.request_id if answered else "")
 
     def restore(self) -> None:
         """Give pools that have just started the sizes that the last request before the resume set."""
-        answered = read_message(self._files.answer, Answer)
+        answered = read_message(self._files.answer, ScaleResponse)
         if answered is None:
             return
         sizes = {
@@ -95,14 +98,14 @@ class Scaling:
             refusal = self._grant(sizes)
             self._say(f"as asked before the run was resumed: {refusal or describe(sizes)}")
 
-    def poll(self) -> None:
-        """See whether somebody has asked for other sizes; most calls return at once."""
-        request = self._requests.take(self._files.request, Wish)
+    def while_waiting(self) -> None:
+        """Grant or refuse a new request; most calls find none and return at once."""
+        request = self._requests.take(self._files.request, ScaleRequest)
         if request is None:
             return
         refusal = self._grant(request.sizes)
         sizes = {name: pool.size for name, pool in self._pools.items()}
-        self._requests.answer(self._files.answer, Answer(request.request_id, sizes, refusal))
+        self._requests.answer(self._files.answer, ScaleResponse(request.request_id, sizes, refusal))
         self._say(refusal or f"scaled: {describe(sizes)}")
 
     def _grant(self, sizes: Mapping[str, int]) -> str | None:
@@ -124,14 +127,14 @@ class Scaling:
         return None
 
 
-def ask(files: ControlFiles, sizes: Mapping[str, int], timeout_seconds: float = ANSWER_SECONDS) -> Answer:
+def ask(files: ControlFiles, sizes: Mapping[str, int], timeout_seconds: float = ANSWER_SECONDS) -> ScaleResponse:
     """Ask a running driver for other sizes and wait for its answer.
 
     Raises:
         PlacementError: it refused; says why.
         PreceptorError: nobody answered.
     """
-    answer = ask_driver(files, Wish(uuid4().hex, dict(sizes)), Answer, timeout_seconds)
+    answer = ask_driver(files, ScaleRequest(uuid4().hex, dict(sizes)), ScaleResponse, timeout_seconds)
     if answer.refusal is not None:
         raise PlacementError(answer.refusal)
     return answer
@@ -196,7 +199,7 @@ ROLLOUT = "rollout"
 class TeacherOfNow:
     """The pool of a teacher's name, whichever it is: another takes its place when the teacher is replaced."""
 
-    pools: TeacherPools
+    pools: "TeacherPools"
     name: str
 
     @property
@@ -218,20 +221,19 @@ class TeacherOfNow:
         self._pool.resize(size)
 
     @property
-    def _pool(self) -> TeacherPool:
+    def _pool(self) -> "TeacherPool":
         return self.pools.pools[self.name]
 
 
-def placed_pools(pipeline: Pipeline) -> dict[str, PoolPlacement]:
+def placed_pools(pipeline: "Pipeline") -> dict[str, PoolPlacement]:
     """Return what one worker of each pool takes."""
     teachers = {name: pipeline.placement.teachers[name] for name in pipeline.teachers.pools}
     return {ROLLOUT: pipeline.placement.rollout} | {f"teachers.{name}": share for name, share in teachers.items()}
 
 
-def make_scaling(
-    config: Config, inputs: Inputs, pipeline: Pipeline, directory: RunDirectory, progress: "Progress"
-) -> Scaling:
+def make_scaling(run: RunContext) -> Scaling:
     """Let the sizes of the pools be changed through the run's directory."""
+    config, pipeline = run.config, run.pipeline
     pools: dict[str, Scalable] = {ROLLOUT: pipeline.rollouts}
     pools |= {f"teachers.{name}": TeacherOfNow(pipeline.teachers, name) for name in pipeline.teachers.pools}
     shares = placed_pools(pipeline)
@@ -243,34 +245,27 @@ def make_scaling(
             return "the balancer gives every pool at least one worker"
         # The workers of a slot are its teachers' together.
         served = next(names for names in config.scorer_groups.values() if pool.removeprefix("teachers.") in names)
-        return need_of(served, config, inputs, progress.finished_step())
+        return need_of(served, config, run.inputs, run.ledger.finished_step)
 
     def missing(changes: Mapping[str, int]) -> str | None:
         # The teachers of a slot have one share together.
         by_share = {shares[pool].name: (shares[pool], change) for pool, change in changes.items()}
         return missing_for(*by_share.values())
 
-    _bring_back(config, pools, needed, progress)
-    return Scaling(directory.scaling, pools, missing, progress.say, needed=needed)
+    _bring_back(run, pools, needed)
+    scaling = Scaling(run.directory.scaling, pools, missing, run.view.say, needed=needed)
+    if run.is_first_attempt:  # later the pools still have their sizes
+        scaling.restore()
+    return scaling
 
 
-def _bring_back(
-    config: Config, pools: Mapping[str, Scalable], needed: Callable[[str], str | None], progress: "Progress"
-) -> None:
+def _bring_back(run: RunContext, pools: Mapping[str, Scalable], needed: Callable[[str], str | None]) -> None:
     """Give teachers that were drained their workers again where the run went back to steps that need them."""
-    num_workers = {f"teachers.{name}": teacher.num_workers for name, teacher in config.teachers.items()}
+    num_workers = {f"teachers.{name}": teacher.num_workers for name, teacher in run.config.teachers.items()}
     for name, pool in pools.items():
         if pool.size or not num_workers[name]:  # the rollout pool always has some
             continue
         need = needed(name)
         if need is not None:
             pool.resize(num_workers[name])
-            progress.say(f"{name}={num_workers[name]} again: {need}")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come, and where it says something."""
-
-    finished_step: Callable[[], int]
-    say: Callable[[str], None]
+            run.view.say(f"{name}={num_workers[name]} again: {need}")

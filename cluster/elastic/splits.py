@@ -1,4 +1,4 @@
-"""How long a step would take if the workers were split otherwise, and which other split would be better; pure."""
+"""Predicts how long a step takes with workers split otherwise, and finds a better split; pure."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ Sizes = Mapping[str, int]  # workers by pool: "rollout", "teachers.NAME"
 
 @dataclass(frozen=True)
 class PoolRule:
-    """What a pool may become."""
+    """Limits the size of a pool."""
 
     units: int  # GPUs of a worker; 1 where there are none
     least: int = 1
@@ -25,11 +25,11 @@ class PoolRule:
 
 @dataclass(frozen=True)
 class Space:
-    """Every split that is allowed."""
+    """Holds every split that is allowed."""
 
     rules: Mapping[str, PoolRule]
     units: int  # that all workers have together
-    fits: Callable[[Sizes], bool] = lambda sizes: True  # whether the nodes have room for it
+    fits: Callable[[Sizes], bool] = lambda sizes: True  # whether the nodes can hold it
 
     def units_of(self, sizes: Sizes) -> int:
         """Return what the workers of a split have together."""
@@ -59,9 +59,9 @@ class Space:
             num_given = max(1, math.ceil((takes.units - free) / gives.units))
             num_taken = (free + num_given * gives.units) // takes.units
             num_taken = num_taken if takes.most is None else min(num_taken, takes.most - sizes[taker])
-            found = {**sizes, giver: sizes[giver] - num_given, taker: sizes[taker] + num_taken}
-            if num_taken > 0 and found[giver] >= gives.least and self.fits(found):
-                yield found
+            split = {**sizes, giver: sizes[giver] - num_given, taker: sizes[taker] + num_taken}
+            if num_taken > 0 and split[giver] >= gives.least and self.fits(split):
+                yield split
 
 
 def step_seconds(work: StepWork, sizes: Sizes, steps_ahead: int) -> float:
@@ -82,7 +82,7 @@ def step_seconds(work: StepWork, sizes: Sizes, steps_ahead: int) -> float:
     )
     learned = max(scored + work.last_learn_seconds, first + work.learn_seconds)
     in_turn = learned + work.sync_seconds
-    full = work.generation.worker_seconds / sizes[ROLLOUT]
+    full = work.generation.full_seconds / sizes[ROLLOUT]
     return max(in_turn / (1 + steps_ahead), full, *alone, work.learn_seconds + work.sync_seconds)
 
 
@@ -116,7 +116,7 @@ def stage_seconds(works: Sequence[StepWork], sizes: Sizes) -> dict[str, float]:
 
 def _busy(work: StepWork, pool: str) -> float:
     if pool == ROLLOUT:
-        return work.generation.worker_seconds
+        return work.generation.full_seconds
     return work.teachers[pool].busy_seconds if pool in work.teachers else 0.0
 
 

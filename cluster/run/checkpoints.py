@@ -1,51 +1,36 @@
-"""The checkpoints of one run: begun after a step, completed beside the next ones; and where a run goes on."""
+"""Writes the checkpoints of one run beside training, and finds the one from which a run goes on."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from cluster.config.run_config import CheckpointConfig, Config
+from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
-from cluster.contracts.errors import CheckpointError
-from cluster.run.evaluation import Evaluation
+from cluster.contracts.batches import BatchHandle
+from cluster.contracts.errors import (
+    CheckpointError,
+    LearnerDiedError,
+    LostBytesError,
+    PreceptorError,
+    RunStopped,
+)
+from cluster.contracts.files import Record, RecordsFile
+from cluster.run.hooks import RunContext, StepHook
 from cluster.run.ledger import LedgerState
-from learner.checkpointing.checkpoint import PendingCheckpoint, checkpoints, prune, read_state, step_folder, step_of
+from cluster.run.summary import RunSummary
+from learner.checkpointing.checkpoint import checkpoints, prune, read_state, step_folder, step_of, tidy
 from learner.checkpointing.manifest import STATE_FILE, Layout, verify
-from learner.group import LearnerGroup
 
-
-@dataclass
-class RunSummary:
-    """What a run has found so far; part of every checkpoint."""
-
-    teacher_accuracy: dict[str, float | None] = field(default_factory=dict)
-    first_accuracy: float | None = None
-    last_accuracy: float | None = None
-    first_kl: float | None = None  # on held-out prompts where there are any, else on the step's own
-    last_kl: float | None = None
-    first_sample: dict[str, Any] = field(default_factory=dict)
-    last_sample: dict[str, Any] = field(default_factory=dict)
-
-    def note_evaluation(self, found: Evaluation) -> None:
-        """Keep what the first and the latest evaluation of the student found."""
-        sample = found.samples[0] if found.samples else {}
-        if not self.first_sample:
-            self.first_accuracy, self.first_sample = found.accuracy, sample
-        self.last_accuracy, self.last_sample = found.accuracy, sample
-        if found.kl is not None:
-            self.note_kl(found.kl)
-
-    def note_kl(self, kl: float) -> None:
-        """Keep the first and the latest KL per token."""
-        self.first_kl = kl if self.first_kl is None else self.first_kl
-        self.last_kl = kl
+if TYPE_CHECKING:
+    from learner.checkpointing.checkpoint import PendingCheckpoint
 
 
 class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The driver's part of a checkpoint."""
+    """Holds the driver's part of a checkpoint."""
 
     step: int  # completed
     history: RunSummary
@@ -54,41 +39,46 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint that was found intact."""
+    """Names an intact checkpoint."""
 
     folder: Path
     state: RunState
 
 
-class Checkpoints:
-    """Writes one checkpoint at a time beside training."""
+class Checkpoints(StepHook):
+    """Writes one checkpoint at a time beside training, and returns as a step's metrics what a complete one cost."""
 
-    def __init__(self, directory: RunDirectory, config: CheckpointConfig, learner: LearnerGroup) -> None:
-        """Say where they go, how many stay, and who writes them."""
-        self._directory = directory.checkpoints
-        self._config = config
-        self._learner = learner
+    def __init__(self, run: RunContext) -> None:
+        """Remove checkpoints of later steps and half-written ones."""
+        super().__init__(run)
+        self._directory = run.directory.checkpoints
+        tidy(self._directory, run.first_step)
         self._pending: PendingCheckpoint | None = None  # None: nothing is being written
+        self._saved_step = run.first_step
 
-    def begin(self, state: RunState) -> None:
-        """Begin to write a checkpoint, when the one before is complete.
-
-        Raises:
-            CheckpointError: one of them cannot be written.
-        """
-        self.complete()
-        folder = step_folder(self._directory, state.step)
-        self._pending = self._learner.begin_checkpoint(folder, msgspec.to_builtins(state))
-
-    def complete_if_written(self) -> dict[str, float]:
-        """Complete the checkpoint if that takes no waiting, and return what it cost.
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Complete the checkpoint that is being written if that takes no waiting.
 
         Raises:
             CheckpointError: it cannot be written.
         """
         return self.complete() if self._pending is not None and self._pending.is_written else {}
 
-    def complete(self) -> dict[str, float]:
+    def save(self) -> None:
+        """Begin to write a checkpoint of the last finished step, when the one before is complete.
+
+        Raises:
+            CheckpointError: one of them cannot be written.
+        """
+        run = self.run
+        step = self._saved_step = run.ledger.finished_step
+        RecordsFile(run.directory.metrics).sync()  # a resumed run reads it again
+        self.complete()
+        state = RunState(step, run.history, run.ledger.state())
+        folder = step_folder(self._directory, step)
+        self._pending = run.pipeline.learner.begin_checkpoint(folder, msgspec.to_builtins(state))
+
+    def complete(self) -> Record:
         """Wait for the checkpoint that is being written, if one is, and return what it cost.
 
         Raises:
@@ -98,8 +88,53 @@ class Checkpoints:
             return {}
         pending, self._pending = self._pending, None
         seconds = pending.complete()
-        prune(self._directory, self._config.keep_last)
+        prune(self._directory, self.run.config.checkpoint.keep_last)
         return {"checkpoint/held_seconds": seconds.held, "checkpoint/writing_seconds": seconds.writing}
+
+    def end(self, error: BaseException | None) -> None:
+        """Leave a checkpoint of the last finished step, as far as that is possible, when an error ends the run."""
+        is_saved = isinstance(error, CheckpointError | LearnerDiedError | LostBytesError | RunStopped)
+        if is_saved or not isinstance(error, PreceptorError):
+            return
+        with suppress(PreceptorError):  # the error that ends the run is the one to report
+            if self.run.ledger.finished_step > self._saved_step:
+                self.save()
+            self.complete()
+
+
+class StepEnd(StepHook):
+    """Begins a checkpoint where one is due, and stops the run when a signal or a hook requested it."""
+
+    def __init__(self, run: RunContext, checkpoints: Checkpoints) -> None:
+        """Take what writes the checkpoints."""
+        super().__init__(run)
+        self._checkpoints = checkpoints
+
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Save and stop as it is due.
+
+        Raises:
+            CheckpointError: a checkpoint cannot be written; those before it stay.
+            PreceptorError: a hook set it as the run's error; a checkpoint of the step is written.
+            RunStopped: a signal requested it; a checkpoint of the step is written.
+        """
+        run = self.run
+        error = run.error
+        if error is None and run.stop.is_asked and not run.is_over:
+            error = RunStopped(f"stopped after step {step}; go on with preceptor train --resume {run.directory.path}")
+        is_last = run.is_over or error is not None
+        if is_last or is_due(step, run.config.checkpoint.every_steps):
+            self._checkpoints.save()
+        if is_last:
+            self._checkpoints.complete()
+        if error is not None:
+            raise error
+        return {}
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Return whether something that happens every so many steps, never for 0, happens after this one."""
+    return every_steps > 0 and step % every_steps == 0
 
 
 def find_resume_point(directory: RunDirectory, config: Config, say: Callable[[str], None]) -> ResumePoint | None:

@@ -6,9 +6,9 @@ The driver sees object references, row counts and token counts; trajectories and
 from dataclasses import dataclass, field
 
 from cluster.run.flow import Flow, StepBatches
+from cluster.run.hooks import Hooks, RunContext
 from cluster.run.inputs import train_requests
 from cluster.run.step_metrics import Stopwatch, step_record
-from cluster.run.training_run import TrainingRun
 
 
 @dataclass
@@ -16,7 +16,7 @@ class Permits:
     """Admits each step's requests once, at most `max_staleness` steps before the step is learned from.
 
     A step's completions begin under the weights of the step that was being learned from when it was admitted, so they
-    are at most `max_staleness` updates old when their own turn comes. Nothing is dropped and nothing waits for a later
+    are at most `max_staleness` updates old when they are learned from. Nothing is dropped and nothing waits for a later
     step, so no setting can deadlock.
 
     Example:
@@ -35,42 +35,38 @@ class Permits:
         self._next = self.first_step
 
     def admit(self, step: int) -> range:
-        """Return the steps to ask for now that `step` is about to be learned from."""
+        """Return the steps whose requests go out now that `step` is about to be learned from."""
         admitted = range(self._next, min(step + self.max_staleness + 1, self.num_steps))
         self._next = max(self._next, admitted.stop)
         return admitted
 
 
-def train(run: TrainingRun) -> None:
+def train(run: RunContext, hooks: Hooks) -> None:
     """Do the remaining steps of the run.
 
     All stages work at the same time: a batch is scored as soon as its completions are finished, and learned from as
-    soon as it is scored, while others are still being written. The weights change when a step's last batch is in. With
-    `max_staleness = 0` the next step is asked for only then: the weights that wrote a token are those that learn from
-    it.
+    soon as it is scored, while others are still being generated. The weights change when a step's last batch is in.
+    With `max_staleness = 0` the next step is admitted only then: the weights that sampled a token learn from it.
     """
-    config, learner = run.config, run.pipeline.learner
+    config, ledger, learner = run.config, run.ledger, run.pipeline.learner
     rollouts, teachers = run.pipeline.rollouts, run.pipeline.teachers
-    flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds, run.poll)
+    run.flow = flow = Flow(rollouts, teachers, config.ray.call_timeout_seconds, hooks.while_waiting)
     permits = Permits(run.first_step, config.run.steps, config.rollout.max_staleness)
-    asked: dict[int, StepBatches] = {}  # of steps that are under way
+    under_way: dict[int, StepBatches] = {}
     learner.publish_weights(rollouts.actors, policy_version=run.first_step)
     rollouts.bring_weights_with(learner.bring_weights)  # to workers that are started again
-    run.begin(flow)
+    hooks.begin()
 
     for step in range(run.first_step, config.run.steps):
         watch = Stopwatch()
         for admitted in permits.admit(step):
-            run.enter(admitted)
+            hooks.before_step(admitted)
             requests = train_requests(config, run.inputs, admitted)
-            asked[admitted] = flow.admit(admitted, requests, run.sampling(admitted), config.scorers)
-            run.ledger.admit(admitted + 1, requests)
-        batches = asked.pop(step)
+            under_way[admitted] = flow.admit(admitted, requests, run.sampling(admitted), config.scorers)
+            ledger.admit(admitted + 1, requests)
+        batches = under_way.pop(step)
         with watch.measure("step"):
-            learned = learner.step(run.ledger.watch(step + 1, batches), step)
+            learned = learner.step(ledger.watch(step + 1, batches), step)
             with watch.measure("sync"):
                 synced = learner.publish_weights(rollouts.actors, policy_version=step + 1)
-        record = step_record(step + 1, batches.progress, learned, synced, watch)
-        run.finish_step(step + 1, record, batches.progress.finished)
-
-    run.end()
+        hooks.after_step(step + 1, step_record(step + 1, batches, learned, synced, watch), batches.finished)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -13,15 +13,21 @@ from cluster.actors.cluster import RAY
 from cluster.config.objective import TEACHER
 from cluster.config.run_config import Config
 from cluster.contracts.batches import BatchHandle
-from cluster.contracts.files import RecordsFile
+from cluster.contracts.files import Record, RecordsFile
 from cluster.contracts.metrics import merge, report
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
-from cluster.run.flow import Flow
+from cluster.models.model_files import load_tokenizer
+from cluster.run.checkpoints import is_due
+from cluster.run.hooks import RunContext, StepHook
 from cluster.run.inputs import Inputs, held_out_requests, held_out_sampling
-from rollout_workers.pool import RolloutPool
-from teacher_workers.router import Chain
+from cluster.run.summary import describe_evaluation
+
+if TYPE_CHECKING:
+    from cluster.run.flow import Flow
+    from rollout_workers.pool import RolloutPool
+    from teacher_workers.router import Chain
 
 SAMPLES_KEPT = 8  # completions per evaluation that are written out for people
 
@@ -52,16 +58,16 @@ class Evaluator:
     inputs: Inputs
     tokenizer: PreTrainedTokenizerBase
 
-    def evaluate_pool(self, pool: RolloutPool) -> Evaluation:
+    def evaluate_pool(self, pool: "RolloutPool") -> Evaluation:
         """Measure the model that a pool serves."""
         requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
         return self._describe(list(pool.generate(requests, sampling)))
 
-    def evaluate_run(self, flow: Flow) -> Evaluation:
+    def evaluate_run(self, flow: "Flow") -> Evaluation:
         """Measure the student of a run, and how far its samples are from its teachers."""
         requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
 
-        def scorers(route: str) -> Chain:
+        def scorers(route: str) -> "Chain":
             # At another temperature the samples' log-probabilities are not those of the model itself.
             return [(route, ScoreRequest(TEACHER))] if sampling.temperature == 1 else []
 
@@ -95,6 +101,37 @@ class Evaluator:
             "completion": self.tokenizer.decode(completion.tolist(), skip_special_tokens=True),
             "reward": batch["reward"][row].as_py(),
         }
+
+
+class Evaluations(StepHook):
+    """Evaluates the student before training, every so many steps and after the last."""
+
+    def __init__(self, run: RunContext) -> None:
+        """Forget the samples of steps that are done again."""
+        super().__init__(run)
+        forget_samples(run.directory.samples, run.first_step)
+        student = run.config.student
+        tokenizer = load_tokenizer(student.model, student.trust_remote_code)
+        self._evaluator = Evaluator(run.config, run.inputs, tokenizer)
+
+    def begin(self) -> None:
+        """Measure the untrained student, unless the run is resumed."""
+        if self.run.first_step == 0 and self.run.inputs.held_out_ids:
+            self.run.view.say(f"held-out before training: {describe_evaluation(self._evaluate(step=0))}")
+
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Evaluate where it is due; without held-out prompts, keep the step's own KL."""
+        if not self.run.inputs.held_out_ids:
+            self.run.history.note_kl(metrics["train/kl"])
+        elif self.run.is_over or is_due(step, self.run.config.evaluation.every_steps):
+            return {f"held_out/{name}": value for name, value in self._evaluate(step).metrics.items()}
+        return {}
+
+    def _evaluate(self, step: int) -> Evaluation:
+        evaluation = self._evaluator.evaluate_run(self.run.flow)
+        write_samples(self.run.directory.samples, step, "student", evaluation.samples)
+        self.run.history.note_evaluation(evaluation)
+        return evaluation
 
 
 def write_samples(path: Path, step: int, model: str, samples: Sequence[dict[str, Any]]) -> None:

@@ -1,7 +1,18 @@
-"""Moves trajectories through rollout and teacher pools, and gives them out by the rollout that asked for them.
+"""Moves trajectories through rollout and teacher pools, and gives them out by the rollout that requested them.
 
-Whatever finishes anywhere is passed on at once: completions to their teachers, scored batches to who asks for their
-rollout. In training a rollout is a step, and several can be under way together.
+Whatever finishes anywhere is passed on at once: completions to their teachers, scored batches to the caller that takes
+their rollout. In training a rollout is a step, and several can be under way together.
+
+`learner.step` pulls; waiting for its next batch drives the rollout and teacher pools:
+
+| caller | call | what it waits for | what wakes it |
+|---|---|---|---|
+| driver | `flow.admit` | nothing | - |
+| driver | `learner.step` | all gradients, then the optimizer step | answers of the ranks |
+| `learner.step` | `StepBatches.take` | a scored batch of its step | a batch, or a rank in `wake_on` |
+| `take` | `Flow._advance` | any event of any pool, for all steps under way | a rollout worker, teacher or rank |
+| `_advance` | `poll`, `maintain` | nothing: hooks act, dead workers restart | called at least every second |
+| driver | `learner.publish_weights` | all rollout workers have the new weights | the workers' checksums |
 """
 
 import logging
@@ -17,29 +28,51 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.pool import RolloutPool
 from teacher_workers.router import Chain, TeacherPools
 
-MOST_SPANS = 100_000  # calls that are remembered for who takes their spans; nobody may
+MAX_SPANS = 100_000  # calls that are kept until their spans are taken, if ever
 
 _log = logging.getLogger("preceptor")
 
-Scorers = Callable[[str], Chain]  # route -> who scores its batches; nobody: they are given out as they were written
+Scorers = Callable[[str], "Chain"]  # route -> teachers that score its batches; empty: they are given out unscored
 
 
 @dataclass
-class Progress:
-    """One rollout, from its admission to its last scored batch; times are on the clock of `perf_counter`."""
+class StepBatches:
+    """Gives out one rollout's batches as they are scored; a BatchSource. Times are on the clock of `perf_counter`."""
 
     requests: Sequence[RolloutRequest]
     sampling: SamplingSettings
     scorers: Scorers
-    missing: int  # trajectories that are still written or scored
+    advance: Callable[[Sequence[Any]], bool]  # moves the flow on by at least one event
+    missing: int  # trajectories that are still generated or scored
     admitted_at: float
-    written_at: float  # when the last completion so far came back
+    generated_at: float  # when the last completion so far came back
     finished_at: float  # when the last batch so far was scored
     finished: list[BatchHandle] = field(default_factory=list)
+    _num_given: int = 0
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Return whether every batch was given out."""
+        return not self.missing and self._num_given == len(self.finished)
+
+    def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
+        """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready.
+
+        Raises:
+            RolloutError: an engine gave up a request.
+            ScoreError: scores cannot be training data.
+            ActorError: an actor died, or nothing finished in time; names what is late.
+        """
+        while self._num_given == len(self.finished) and self.missing:
+            if self.advance(wake_on):
+                break
+        given = self.finished[self._num_given :]
+        self._num_given = len(self.finished)
+        return given
 
 
 class Flow:
-    """The way from requests to scored batches, for any number of rollouts at once."""
+    """Takes requests to scored batches, for any number of rollouts at once."""
 
     def __init__(
         self,
@@ -51,7 +84,7 @@ class Flow:
         """Take the pools.
 
         Args:
-            rollouts: write.
+            rollouts: generate.
             teachers: score.
             timeout_seconds: how long to wait for anything to finish.
             poll: called before each wait, and at least every second of it.
@@ -60,9 +93,9 @@ class Flow:
         self._rollouts = rollouts
         self._teachers = teachers
         self._timeout_seconds = timeout_seconds
-        self._under_way: dict[int, Progress] = {}
-        self._spans: deque[Span] = deque(maxlen=MOST_SPANS)
-        # Below every step, so that who waits for an extra rollout does not wait behind a step's.
+        self._under_way: dict[int, StepBatches] = {}
+        self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
+        # Below every step, so that an extra rollout does not wait behind a step's.
         self._extra_ids = count(-1, -1)
 
     def admit(
@@ -71,12 +104,14 @@ class Flow:
         requests: Sequence[RolloutRequest],
         sampling: SamplingSettings,
         scorers: Scorers,
-    ) -> "StepBatches":
+    ) -> StepBatches:
         """Hand a step's requests to the rollout workers, and return at once what gives its batches out."""
         now = perf_counter()
-        progress = self._under_way[step] = Progress(requests, sampling, scorers, len(requests), now, now, now)
+        batches = self._under_way[step] = StepBatches(
+            requests, sampling, scorers, self._advance, len(requests), now, now, now
+        )
         self._rollouts.submit(step, requests, sampling)
-        return StepBatches(progress, self._advance)
+        return batches
 
     def run(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, scorers: Scorers
@@ -102,69 +137,38 @@ class Flow:
 
         ready = self._rollouts.cluster.wait_for_any(pending, self._timeout_seconds, self._waited_for)
         for handle in self._rollouts.collect(ready):
-            self._send_on(handle)
+            self._score(handle)
         self._finish(self._teachers.collect(ready))
         for handle in self._teachers.take_lost():
-            self._write_again(handle)
+            self._generate_again(handle)
         return not set(ready).isdisjoint(wake_on)
 
     def _waited_for(self) -> str:
         late = ", ".join(names for names in (self._rollouts.late(), self._teachers.late()) if names)
         return f"trajectories from {late}"
 
-    def _send_on(self, handle: BatchHandle) -> None:
-        progress = self._under_way[handle.rollout]
-        progress.written_at = perf_counter()
-        chain = progress.scorers(handle.teacher)
+    def _score(self, handle: BatchHandle) -> None:
+        batches = self._under_way[handle.rollout]
+        batches.generated_at = perf_counter()
+        chain = batches.scorers(handle.teacher)
         if chain:
             self._teachers.submit(handle, chain)
         else:
             self._finish([handle])
 
-    def _write_again(self, handle: BatchHandle) -> None:
-        """Ask once more for completions whose bytes are gone with the node that held them."""
-        progress = self._under_way[handle.rollout]
-        _log.warning("%d completions are gone with their node and are asked for again", len(handle.trajectory_ids))
-        lost = [request for request in progress.requests if request.trajectory_id in handle.trajectory_ids]
-        self._rollouts.submit(handle.rollout, lost, progress.sampling)
+    def _generate_again(self, handle: BatchHandle) -> None:
+        """Request completions once more whose bytes are gone with the node that held them."""
+        batches = self._under_way[handle.rollout]
+        _log.warning("%d completions are gone with their node and are requested again", len(handle.trajectory_ids))
+        lost = [request for request in batches.requests if request.trajectory_id in handle.trajectory_ids]
+        self._rollouts.submit(handle.rollout, lost, batches.sampling)
 
     def _finish(self, handles: Iterable[BatchHandle]) -> None:
         for handle in handles:
-            progress = self._under_way[handle.rollout]
-            progress.finished_at = perf_counter()
-            progress.missing -= len(handle.trajectory_ids)
-            progress.finished.append(handle)
+            batches = self._under_way[handle.rollout]
+            batches.finished_at = perf_counter()
+            batches.missing -= len(handle.trajectory_ids)
+            batches.finished.append(handle)
             self._spans.extend(handle.spans)
-            if not progress.missing:
+            if not batches.missing:
                 self._under_way.pop(handle.rollout)
-
-
-class StepBatches:
-    """A BatchSource: one step's batches as they are scored."""
-
-    def __init__(self, progress: Progress, advance: Callable[[Sequence[Any]], bool]) -> None:
-        """Take the step, and what moves the flow on by at least one event."""
-        self.progress = progress
-        self._advance = advance
-        self._num_given = 0
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Return whether every batch was given out."""
-        return not self.progress.missing and self._num_given == len(self.progress.finished)
-
-    def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
-        """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready.
-
-        Raises:
-            RolloutError: an engine gave up a request.
-            ScoreError: scores cannot be training data.
-            ActorError: an actor died, or nothing finished in time; says who is late.
-        """
-        finished = self.progress.finished
-        while self._num_given == len(finished) and self.progress.missing:
-            if self._advance(wake_on):
-                break
-        given = finished[self._num_given :]
-        self._num_given = len(finished)
-        return given

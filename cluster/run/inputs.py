@@ -7,16 +7,15 @@ from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.model_checks import check_tokenizers, read_model
-from cluster.run.ledger import AuditedRun
 from rollout_workers.environments.base import environment_named
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
 
-_TRAIN, _HELD_OUT = 0, 1  # keep the draws of training and evaluation apart
+_TRAIN, _HELD_OUT = 0, 1  # keep the seeds of training and evaluation apart
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The prompts of a run: training prompts first, held-out ones after them, under one numbering."""
+    """Holds the prompts of a run: training prompts first, held-out ones after them, under one numbering."""
 
     prompts: PromptSet
     train: PromptOrder
@@ -69,19 +68,8 @@ def check_support(config: Config, vocabulary: int) -> None:
         )
 
 
-def audited_run(config: Config, inputs: Inputs) -> AuditedRun:
-    """Return what the run's ledger is held against."""
-    return AuditedRun(
-        prompts_per_step=config.prompts.prompts_per_step,
-        samples_per_prompt=config.rollout.samples_per_prompt,
-        max_staleness=config.rollout.max_staleness,
-        take_prompts=inputs.train.take,
-        requests=lambda step: train_requests(config, inputs, step),
-    )
-
-
 def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:
-    """Return the completions that one step asks for: the same ones whenever the step is done again."""
+    """Return the requests of one step, from 0: the same ones whenever the step is done again."""
     count, samples = config.prompts.prompts_per_step, config.rollout.samples_per_prompt
     first = step * count
     return [
@@ -97,7 +85,7 @@ def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutReq
 
 
 def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:
-    """Return the completions of one evaluation; every evaluation of a run asks for the same draws."""
+    """Return the requests of one evaluation; every evaluation of a run has the same seeds."""
     samples = config.evaluation.samples_per_prompt
     return [
         RolloutRequest(
@@ -112,7 +100,7 @@ def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:
 
 
 def train_sampling(config: Config) -> SamplingSettings:
-    """Return how training completions are drawn."""
+    """Return how training completions are sampled."""
     rollout, objective = config.rollout, config.objective
     return SamplingSettings(
         rollout.max_completion_tokens,
@@ -127,6 +115,6 @@ def train_sampling(config: Config) -> SamplingSettings:
 
 
 def held_out_sampling(config: Config) -> SamplingSettings:
-    """Return how held-out completions are drawn: from the model's own distribution, only the temperature set."""
+    """Return how held-out completions are sampled: from the model's own distribution, only the temperature set."""
     rollout = config.rollout
     return SamplingSettings(rollout.max_completion_tokens, config.evaluation.temperature, stop=rollout.stop)

@@ -1,55 +1,155 @@
-"""Looks at pools and learner once per step, and tells the observers what it saw."""
+"""Observes each step: measures the pools, records metrics, audits teachers and raises alarms."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
 
-from cluster.config.run_config import Config
-from cluster.config.run_directory import RunDirectory
+import ray
+
 from cluster.contracts.batches import BatchHandle, PoolState, Span
-from cluster.contracts.files import Record
+from cluster.contracts.errors import TrainingError
+from cluster.contracts.files import Record, RecordsFile
+from cluster.monitoring.alarms import Alarms, Raised
 from cluster.monitoring.observers import Observers, PoolMetrics, StepObserver, StepSample
 from cluster.monitoring.ray_metrics import RayMetrics
 from cluster.monitoring.status_file import StatusFile
 from cluster.monitoring.trace import Trace
 from cluster.monitoring.trackers import open_trackers
-from cluster.run.flow import Flow
-from cluster.run.pools import Pipeline
+from cluster.run.hooks import RunContext, StepHook
+from cluster.run.inputs import train_requests
+from teacher_workers.audit.checks import Fault
+from teacher_workers.audit.runner import ScoreAudit
+
+AUDIT_REQUESTS = 16  # completions of which the rows for the audits of scores are chosen
+AUDIT_TOKENS = 64  # of each; an audit reads short rows only
 
 
-def open_observers(config: Config, directory: RunDirectory, first_step: int) -> Observers:
-    """Return whom the run file wants to be told about every step after `first_step`."""
-    logging = config.logging
-    observers: list[StepObserver] = [StatusFile(directory.status, first_step), RayMetrics(config.run.name)]
-    observers += open_trackers(config, directory, first_step)
+class PoolObservation(StepHook):
+    """Measures rollout, teacher and learner pools from one step to the next."""
+
+    def __init__(self, run: RunContext) -> None:
+        super().__init__(run)
+        self.spans: list[Span] = []  # of the last step
+        self.pools: list[PoolState] = []
+        self._metrics = PoolMetrics()
+
+    def before_step(self, step: int) -> None:
+        """Forget what the pools did before the first step."""
+        if step == self.run.first_step:
+            self._measure()
+
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Return every pool's metrics since the step before."""
+        return self._measure()
+
+    def _measure(self) -> Record:
+        pipeline = self.run.pipeline
+        self.spans = [*self.run.flow.take_spans(), *pipeline.learner.take_spans()]
+        teachers = [pool.state() for pool in pipeline.teachers.pools.values()]
+        self.pools = [pipeline.rollouts.state(), *teachers, pipeline.learner.state()]
+        return self._metrics.measure(self.spans, self.pools)
+
+
+class StepRecords(StepHook):
+    """Writes each step's metrics to metrics.jsonl, the terminal and the observers; later metrics are not recorded."""
+
+    def __init__(self, run: RunContext, observation: PoolObservation) -> None:
+        """Forget the records of steps that are done again."""
+        super().__init__(run)
+        self._observation = observation
+        self._file = RecordsFile(run.directory.metrics)
+        self._file.drop_from(run.first_step + 1)
+        self._observers = open_observers(run)
+
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Record the step."""
+        self._file.write(metrics)
+        self.run.view.show(metrics)
+        lengths = [length for handle in batches for length in handle.num_completion_tokens]
+        self._observers.on_step(StepSample(metrics, lengths, self._observation.spans, self._observation.pools))
+        return {}
+
+    def end(self, error: BaseException | None) -> None:
+        """Close the observers."""
+        self._observers.__exit__(type(error) if error else None, error, None)
+
+
+def open_observers(run: RunContext) -> Observers:
+    """Return the observers that the run file selects."""
+    config, directory, logging = run.config, run.directory, run.config.logging
+    observers: list[StepObserver] = [StatusFile(directory.status, run.first_step), RayMetrics(config.run.name)]
+    observers += open_trackers(config, directory, run.first_step)
     if logging.trace_steps:
         observers.append(Trace(directory.trace, logging.trace_steps))
     return Observers(observers)
 
 
-class StepObservation:
-    """What is seen of the workers from one step to the next."""
+class ScoreAudits(StepHook):
+    """Audits all teachers before anything is learned from them, and again while they work."""
 
-    def __init__(self, pipeline: Pipeline, observers: Observers) -> None:
-        self._pipeline = pipeline
-        self._observers = observers
-        self._flow: Flow | None = None  # None: the run has not begun
-        self._spans: list[Span] = []
-        self._pools: list[PoolState] = []
-        self._figures = PoolMetrics()
+    def __init__(self, run: RunContext, audit: ScoreAudit) -> None:
+        """Take the audit, which teachers that are replaced share."""
+        super().__init__(run)
+        self._audit = audit
 
-    def begin(self, flow: Flow) -> None:
-        """Begin with the first step: what was done before it is nobody's figure."""
-        self._flow = flow
-        self.observe()
+    def begin(self) -> None:
+        """Audit every replica, and wait for the results."""
+        run, step = self.run, self.run.first_step
+        if self._audit.needs_rows:
+            requests = train_requests(run.config, run.inputs, step)[:AUDIT_REQUESTS]
+            sampling = run.sampling(step)
+            short = replace(sampling, max_completion_tokens=min(AUDIT_TOKENS, sampling.max_completion_tokens))
+            self._audit.take_rows(run.flow.run(requests, short, scorers=lambda route: []))
+        self._audit.begin(step)
+        self._report(self._audit.finish())
 
-    def observe(self) -> dict[str, float]:
-        """Return every pool's figures since the last look."""
-        pipeline = self._pipeline
-        self._spans = [*(self._flow.take_spans() if self._flow else ()), *pipeline.learner.take_spans()]
-        teachers = [pool.state() for pool in pipeline.teachers.pools.values()]
-        self._pools = [pipeline.rollouts.state(), *teachers, pipeline.learner.state()]
-        return self._figures.measure(self._spans, self._pools)
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Take the answers that are ready, and audit again when it is due; waits for nothing."""
+        outstanding = self._audit.outstanding
+        if outstanding:
+            self._report(self._audit.collect(ray.wait(outstanding, num_returns=len(outstanding), timeout=0)[0]))
+        if self._audit.is_due(step):
+            self._audit.begin(step)
+        return {}
 
-    def report(self, record: Record, batches: Iterable[BatchHandle]) -> None:
-        """Tell the observers about the step that was looked at last, and which batches it learned from."""
-        lengths = [length for handle in batches for length in handle.num_completion_tokens]
-        self._observers.on_step(StepSample(record, lengths, self._spans, self._pools))
+    def _report(self, faults: Sequence[Fault]) -> None:
+        for fault in faults:
+            self.run.view.say(fault.sentence)
+
+
+class AlarmActions(StepHook):
+    """Raises the alarms of each step, and does what each asks for: warn, shorten completions, stop the run."""
+
+    def __init__(self, run: RunContext) -> None:
+        """Check the records of a resumed run again, so that levels and the length cap are as they were."""
+        super().__init__(run)
+        self._alarms = Alarms(run.config.alarms)
+        self._file = RecordsFile(run.directory.alarms)
+        self._file.drop_from(run.first_step + 1)
+        for record in RecordsFile(run.directory.metrics).read():
+            if record["step"] <= run.first_step:
+                self._shorten(self._alarms.check(record))
+
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        """Report the alarms that go off."""
+        raised = self._alarms.check(metrics)
+        for alarm in raised:
+            self.run.view.say(str(alarm))
+            self._file.write(
+                {
+                    "step": alarm.step,
+                    "alarm": alarm.name,
+                    "figure": alarm.config.metric,
+                    "value": alarm.value,
+                    "limit": alarm.limit,
+                    "action": alarm.config.action,
+                }
+            )
+            if alarm.config.action == "stop" and self.run.error is None:
+                self.run.error = TrainingError(f"{alarm}; the run stopped as alarms.{alarm.name}.action asks")
+        self._shorten(raised)
+        return {}
+
+    def _shorten(self, raised: Sequence[Raised]) -> None:
+        for alarm in raised:
+            if alarm.config.action == "shorten":
+                self.run.length_cap.lower(after_step=alarm.step)

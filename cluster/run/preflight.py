@@ -1,8 +1,11 @@
-"""The self-checks that need running engines: a few real completions through every pool, compared where they meet."""
+"""Finds out, before any training, whether student, teachers and engines give a token the same probability.
+
+A few real completions go through every pool, and the results are compared where they meet; `preceptor check` runs this.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -18,31 +21,38 @@ from cluster.config.objective import (
     TaskRewardTerm,
 )
 from cluster.config.run_config import Config
-from cluster.config.stages import TeacherConfig
+from cluster.config.stages import Dtype, TeacherConfig
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
 from cluster.placement.placement import Placement
 from cluster.run.inputs import Inputs, train_requests, train_sampling
 from cluster.run.pools import Pipeline, start_pipeline, start_student_as_teacher
-from cluster.run.self_checks import (
-    CheckResult,
-    check_gradient_at_optimum,
-    check_not_uniform,
-    check_replicas,
-    check_sampler_gap,
-    check_self_kl,
-)
+from teacher_workers.audit.checks import AGREEMENT_NATS
 from teacher_workers.router import TeacherPools
 
-NUM_PROMPTS = 8  # enough for a few hundred tokens; the checks look for gross disagreement
+NUM_PROMPTS = 8  # enough for a few hundred tokens; the checks notice gross disagreement
 ITSELF = "student"  # the name of the teacher pool that serves the student's own weights
+SELF_KL_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 1e-2}
+OPTIMUM_GRADIENT_NORM: Mapping[Dtype, float] = {"float32": 1e-5, "bfloat16": 5e-1, "float16": 1e-1}
+UNIFORM_NATS = 1e-3  # spread below which scores say nothing about their tokens
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Says what one check measured, and whether that is good."""
+
+    name: str
+    measured: str
+    passed: bool
+    advice: str  # what to do when it did not pass
 
 
 def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> list[CheckResult]:
     """Start the run's pools, check them, then start a scorer of the student's own weights and check that too."""
-    # The learner takes no part in what is asked of the teachers, so it can be the one of the mirrored run.
+    # The learner takes no part in scoring, so it can be the one of the mirrored run.
     mirrored = mirror(config)
     with start_pipeline(config, inputs, placement, learner_config=mirrored) as pipeline:
         pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=0)
@@ -112,8 +122,8 @@ def _against_itself(
         results = [check_self_kl(_read(mirrored, scored), mirrored.rollout.engine.dtype)]
         for term_name, term in terms_with_optimum_at_the_student(mirrored.objective).items():
             objective = msgspec.structs.replace(mirrored.objective, terms={term_name: term})
-            found = report(pipeline.learner.measure_gradient(ReadyBatches(scored), objective))
-            results.append(check_gradient_at_optimum(term_name, found["gradient_norm"], mirrored.learner.dtype))
+            gradient = report(pipeline.learner.measure_gradient(ReadyBatches(scored), objective))
+            results.append(check_gradient_at_optimum(term_name, gradient["gradient_norm"], mirrored.learner.dtype))
         return results
     finally:
         pool.shutdown()
@@ -124,3 +134,62 @@ def _read(config: Config, handles: Sequence[BatchHandle]) -> pa.RecordBatch:
     timeout_seconds = config.ray.call_timeout_seconds
     batches = [from_wire(RAY.get(handle.reference, timeout_seconds, "a checked batch")) for handle in handles]
     return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
+
+
+def check_replicas(name: str, replicas: Sequence[pa.RecordBatch], dtype: Dtype) -> CheckResult:
+    """Compare the scores that each replica of one teacher gave to the same trajectories."""
+    first = ragged(replicas[0], "teacher_logprobs").values
+    gap = max(
+        (float(np.abs(ragged(other, "teacher_logprobs").values - first).mean()) for other in replicas[1:]), default=0.0
+    )
+    return CheckResult(
+        f"teacher {name}: replicas agree",
+        f"{gap:.2e} nats between {len(replicas)} replica(s)",
+        gap <= AGREEMENT_NATS[dtype],
+        "a replica serves another checkpoint or precision; restart the pool",
+    )
+
+
+def check_not_uniform(name: str, scored: pa.RecordBatch) -> CheckResult:
+    """Notice a teacher that gives every token the same probability, as one with unloaded weights does."""
+    spread = float(ragged(scored, "teacher_logprobs").values.std())
+    return CheckResult(
+        f"teacher {name}: scores are not uniform",
+        f"standard deviation {spread:.3f} nats",
+        spread > UNIFORM_NATS,
+        "its weights were not loaded; check the model directory",
+    )
+
+
+def check_sampler_gap(generated: pa.RecordBatch, student_logprobs: Floats, dtype: Dtype) -> CheckResult:
+    """Compare the log-probabilities that the rollout engine reported with the learner's own forward pass."""
+    gap = float(np.abs(ragged(generated, "rollout_logprobs").values - student_logprobs).mean())
+    return CheckResult(
+        "rollout engine and learner agree",
+        f"{gap:.2e} nats per token",
+        gap <= AGREEMENT_NATS[dtype],
+        "compare rollout.engine.dtype and learner.dtype, and that rollout.temperature, top_p and top_k are 1, 1 and 0",
+    )
+
+
+def check_self_kl(scored_by_itself: pa.RecordBatch, dtype: Dtype) -> CheckResult:
+    """Measure KL(student || student) through the whole pipeline; a shift of one token shows as several nats."""
+    sampled = ragged(scored_by_itself, "rollout_logprobs").values
+    log_ratio = sampled - ragged(scored_by_itself, "teacher_logprobs").values
+    kl, spread = float(log_ratio.mean()), float(np.abs(log_ratio).mean())
+    return CheckResult(
+        "student scored as its own teacher",
+        f"KL {kl:.2e} and mean absolute log-ratio {spread:.2e} nats per token",
+        abs(kl) <= SELF_KL_NATS[dtype] and spread <= AGREEMENT_NATS[dtype],
+        "generation and scoring disagree on alignment, chat template or temperature",
+    )
+
+
+def check_gradient_at_optimum(term: str, gradient_norm: float, dtype: Dtype) -> CheckResult:
+    """Check that the gradient is 0 where student and teacher are the same model; any other drives them apart."""
+    return CheckResult(
+        f"term '{term}' at student = teacher",
+        f"gradient norm {gradient_norm:.2e}",
+        gradient_norm <= OPTIMUM_GRADIENT_NORM[dtype],
+        "the learner and the scoring engine compute different probabilities; compare their dtypes",
+    )

@@ -1,13 +1,16 @@
-"""One step's figures under the names that every sink uses; pure, from what the stages reported."""
+"""Names one step's metrics as every sink does; pure, from what the stages reported."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from cluster.contracts.batches import BatchHandle, Stage
 from cluster.contracts.metrics import Metrics, merge, report
-from cluster.run.flow import Progress
 from cluster.weight_sync.manifest import WeightSyncReport
+
+if TYPE_CHECKING:
+    from cluster.run.flow import StepBatches
 
 
 class Stopwatch:
@@ -29,11 +32,12 @@ class Stopwatch:
         return self.ended[stage] - self.started[stage]
 
 
-NO_SLOTS = {"slot/switches": 0.0, "slot/switch_seconds": 0.0}  # what a run without slots shows
+# Of a run without slots or a balancer.
+DEFAULTS = {"slot/switches": 0.0, "slot/switch_seconds": 0.0, "balance/moves": 0.0}
 
 
 def step_record(
-    step: int, progress: Progress, learned: Metrics, synced: WeightSyncReport, watch: Stopwatch
+    step: int, batches: "StepBatches", learned: Metrics, synced: WeightSyncReport, watch: Stopwatch
 ) -> dict[str, float]:
     """Return the record of one step.
 
@@ -42,31 +46,31 @@ def step_record(
     the step still took after the last score, weight sync aside. Rates are tokens over the time in which a stage had
     work.
     """
-    scored = progress.finished
+    scored = batches.finished
     tokens = sum(sum(handle.num_tokens) for handle in scored)
     completion_tokens = sum(sum(handle.num_completion_tokens) for handle in scored)
-    figures = report(learned)
-    generate, learn = progress.written_at - progress.admitted_at, figures.pop("busy_seconds")
+    values = report(learned)
+    generate, learn = batches.generated_at - batches.admitted_at, values.pop("busy_seconds")
     whole, sync = watch.seconds("step"), watch.seconds("sync")
     return {
         "step": step,
         "tokens": tokens,
         "completion_tokens": completion_tokens,
-        **NO_SLOTS,
+        **DEFAULTS,
         **report(merge(handle.metrics for handle in scored)),
         **_by_teacher(scored),
         **_staleness(step, scored),
-        **{f"train/{name}": value for name, value in figures.items()},
+        **{f"train/{name}": value for name, value in values.items()},
         "step/seconds": whole,
         "step/tokens_per_second": completion_tokens / whole,
         "generate/seconds": generate,
         "generate/tokens_per_second": completion_tokens / generate,
-        "generate/queued_completions": _mean_queue(scored, "generate", progress.admitted_at, whole),
-        "score/seconds": progress.finished_at - progress.written_at,
-        "score/tokens_per_second": completion_tokens / (progress.finished_at - progress.admitted_at),
+        "generate/queued_completions": _mean_queue(scored, "generate", batches.admitted_at, whole),
+        "score/seconds": batches.finished_at - batches.generated_at,
+        "score/tokens_per_second": completion_tokens / (batches.finished_at - batches.admitted_at),
         "score/queued_batches": _mean_queue(scored, "score", None, whole),
         "learn/seconds": learn,
-        "learn/wait_seconds": watch.started["sync"] - max(progress.finished_at, watch.started["step"]),
+        "learn/wait_seconds": watch.started["sync"] - max(batches.finished_at, watch.started["step"]),
         "learn/tokens_per_second": tokens / learn,
         "sync/seconds": sync,
         "sync/bytes": synced.num_bytes,
@@ -92,16 +96,16 @@ def _mean_queue(scored: Sequence[BatchHandle], stage: Stage, since: float | None
 
 
 def _by_teacher(scored: Sequence[BatchHandle]) -> dict[str, float]:
-    """Return each teacher's own figures as teacher/NAME/..., where there are several teachers."""
+    """Return each teacher's own metrics as teacher/NAME/..., where there are several teachers."""
     names = sorted({handle.teacher for handle in scored})
     if len(names) < 2:
         return {}
-    figures: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name in names:
         own = report(merge(handle.metrics for handle in scored if handle.teacher == name))
-        figures |= {
+        values |= {
             f"teacher/{name}/{key.removeprefix('teacher/')}": value
             for key, value in own.items()
             if key.startswith("teacher/")
         }
-    return figures
+    return values

@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 
+from cluster.commands import step_hooks
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.demo import embedded_config
-from cluster.monitoring.sinks import PlainView
 from cluster.placement.placement import cluster_nodes, plan_placement
-from cluster.run.checkpoints import RunSummary, find_resume_point
+from cluster.run.checkpoints import find_resume_point
 from cluster.run.driver import train
-from cluster.run.inputs import Inputs, audited_run, load_inputs
+from cluster.run.hooks import Hooks
+from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.ledger import LedgerRecord, audit, read_ledger
 from cluster.run.pools import Pipeline, start_pipeline
-from cluster.run.training_run import TrainingRun
 from learner.group import LearnerGroup
+from tests.cluster.run.contexts import make_run_context
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)]
 
@@ -61,10 +62,11 @@ def resume(config: Config, inputs: Inputs, pipeline: Pipeline, directory: RunDir
     """Do as `preceptor train --resume` does, in pools that run already."""
     point = find_resume_point(directory, config, pytest.fail)
     state = point.state
-    run = TrainingRun(config, inputs, pipeline, directory, PlainView(), state.step, state.history)
+    run = make_run_context(config, inputs, pipeline, directory, state.step, state.history)
+    hooks = Hooks(step_hooks(run))
     run.ledger.check(state.ledger)
     pipeline.learner.load_checkpoint(point.folder)
-    train(run)
+    train(run, hooks)
 
 
 def copy_until(directory: RunDirectory, step: int, path: Path) -> RunDirectory:
@@ -90,7 +92,8 @@ def runs(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[in
     with start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as started:
         learner: Any = LaterVersions(started.learner)
         pipeline = replace(started, learner=learner)
-        train(TrainingRun(config, inputs, pipeline, directories[0], PlainView(), 0, RunSummary()))
+        run = make_run_context(config, inputs, pipeline, directories[0])
+        train(run, Hooks(step_hooks(run)))
         for step in RESUMED_FROM:
             directories[step] = copy_until(directories[0], step, folder / f"from-{step}")
             resume(config, inputs, pipeline, directories[step])
@@ -144,5 +147,4 @@ def test_a_resumed_run_leaves_only_whole_checkpoints(runs: dict[int, RunDirector
 def test_the_ledger_shows_every_prompt_position_once(runs: dict[int, RunDirectory]) -> None:
     config = runs[0].read_config()
     inputs = load_inputs(config)
-    audited = audited_run(config, inputs)
-    assert audit(read_ledger(runs[0].ledger), audited) == STEPS * PROMPTS_PER_STEP
+    assert audit(read_ledger(runs[0].ledger), config, inputs) == STEPS * PROMPTS_PER_STEP

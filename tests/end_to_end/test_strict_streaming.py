@@ -10,6 +10,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from cluster.commands import step_hooks
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle, BatchSource, ReadyBatches
@@ -17,14 +18,13 @@ from cluster.contracts.metrics import Metric
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import embedded_config
-from cluster.monitoring.sinks import terminal_view
 from cluster.placement.placement import cluster_nodes, plan_placement
-from cluster.run.checkpoints import RunSummary
 from cluster.run.driver import train
+from cluster.run.hooks import Hooks
 from cluster.run.inputs import Inputs, load_inputs, train_requests, train_sampling
 from cluster.run.pools import Pipeline, start_pipeline
-from cluster.run.training_run import TrainingRun
 from learner.group import LearnerGroup
+from tests.cluster.run.contexts import make_run_context
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -111,9 +111,9 @@ def two_ways(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dic
 
         pipeline.learner.load_checkpoint(folder / "start")
         recorder = Recorder(LaterVersions(pipeline.learner))
-        with terminal_view(STEPS) as view:
-            streamed = replace(pipeline, learner=recorder)
-            train(TrainingRun(config, inputs, streamed, RunDirectory.create(config), view, 0, RunSummary()))
+        streamed = replace(pipeline, learner=recorder)
+        run = make_run_context(config, inputs, streamed, RunDirectory.create(config))
+        train(run, Hooks(step_hooks(run)))
         found["streamed"] = recorder, weights(pipeline.learner, folder / "streamed")
     return found
 

@@ -24,7 +24,7 @@ LOADS = {
     "teacher-bound": Load(rows=96, slots=16, score_tokens_per_second=900),
     "learner-bound": Load(rows=96, slots=16, learn_tokens_per_second=1500, score_tokens_per_second=4000),
     "long tail": Load(rows=64, sigma=1.2, score_tokens_per_second=1500),
-    "crowded engines": Load(rows=64, slots=32, sigma=0.3, seconds_per_running=0.002, score_tokens_per_second=6000),
+    "slow when full": Load(rows=64, slots=32, sigma=0.3, seconds_per_running=0.002, score_tokens_per_second=6000),
 }
 TWO_TEACHERS = Load(rows=96, slots=16, shares=(3.0, 1.0), score_tokens_per_second=900)
 
@@ -152,12 +152,12 @@ def most_returns(steps: int) -> int:
     return 2 + math.floor(math.log2(max(1.0, steps / AUTO.cooldown_steps)))
 
 
-def make_work(seconds: float, generation: float, *teachers: float, hindered: bool = False) -> StepWork:
+def make_work(seconds: float, generation: float, *teachers: float) -> StepWork:
     return StepWork(
         seconds=seconds,
         tokens=1000.0,
         longest=100.0,
-        generation=Generation(0.0, 0.0, generation, 0.0, hindered),
+        generation=Generation(0.0, generation, 0.0),
         first_share=0.1,
         teachers={f"teachers.{index}": TeacherWork(busy, 0.1) for index, busy in enumerate(teachers)},
         learn_seconds=0.5,
@@ -170,18 +170,14 @@ WORK = st.floats(0.1, 100.0)
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 40), WORK, WORK, WORK, st.floats(0.1, 50.0), st.booleans()), min_size=2, max_size=20
-    )
-)
-def test_no_load_whatever_makes_it_go_to_and_fro(phases: list[tuple[int, float, float, float, float, bool]]) -> None:
+@given(st.lists(st.tuples(st.integers(1, 40), WORK, WORK, WORK, st.floats(0.1, 50.0)), min_size=2, max_size=20))
+def test_no_load_whatever_makes_it_go_to_and_fro(phases: list[tuple[int, float, float, float, float]]) -> None:
     start = {"rollout": 3, "teachers.0": 2, "teachers.1": 1}
     driver = make_driver(start)
     steps = 0
-    for length, generation, one, other, seconds, hindered in phases:
+    for length, generation, one, other, seconds in phases:
         for _ in range(length):
-            driver.see(make_work(seconds, generation, one, other, hindered=hindered))
+            driver.see(make_work(seconds, generation, one, other))
             steps += 1
     assert num_returns(driver.moves, start) <= most_returns(steps)
     assert len(driver.moves) <= len(splits(6, 2)) + most_returns(steps)
@@ -215,17 +211,19 @@ def test_a_move_is_explained_by_what_the_pools_had_to_do_and_judged_by_what_step
     ]
 
 
-def test_a_straggler_that_keeps_its_worker_busy_moves_nobody() -> None:
+def test_a_straggler_that_keeps_its_worker_busy_causes_trials_that_make_no_step_longer() -> None:
     load = Load(rows=32, sigma=1.5, longest=2000, slots=32, score_tokens_per_second=9000)
     driver = make_driver({"rollout": 2, "teachers.0": 4})
+    before = seconds_at(load, driver.sizes)
     driver.run(Simulation(lambda _: load), range(60))
-    assert driver.moves == []
+    assert seconds_at(load, driver.sizes) <= 1.01 * before
+    assert len(driver.moves) <= 3
 
 
-def test_a_hindered_straggler_speaks_for_one_trial_which_must_shorten_steps() -> None:
+def test_a_straggler_that_others_may_slow_down_causes_one_trial_which_must_shorten_steps() -> None:
     start = {"rollout": 2, "teachers.0": 4}
     work = make_work(6.0, 0.1, 0.5)
-    bound = replace(work, generation=Generation(6.0, 0.0, 2.0, 5.0, is_hindered=True))
+    bound = replace(work, generation=Generation(6.0, 2.0, 5.0))
     driver = make_driver(start)
     follow(driver, 100, lambda sizes: 6.0, bound)
     assert driver.moves == [{"rollout": 3, "teachers.0": 3}, start]

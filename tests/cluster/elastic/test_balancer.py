@@ -11,7 +11,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import PoolState
 from cluster.contracts.files import RecordsFile
-from cluster.elastic.balancer import Balancer, make_balancer
+from cluster.elastic.balancer import MOVES, Balancer, make_balancer
 from tests.builders import make_config
 from tests.cluster.run.simulated_run import Load, Simulation
 
@@ -60,7 +60,14 @@ class Run:
             start_seconds=1.0,
         )
         self.said: list[str] = []
-        balancer = make_balancer(config, pipeline, self.directory, self.said.append)
+        run: Any = SimpleNamespace(
+            config=config,
+            pipeline=pipeline,
+            directory=self.directory,
+            view=SimpleNamespace(say=self.said.append),
+            first_step=0,
+        )
+        balancer = make_balancer(run)
         assert balancer is not None
         self.balancer: Balancer = balancer
         self.simulation = Simulation(lambda _: TEACHER_BOUND)
@@ -69,7 +76,7 @@ class Run:
     def sizes(self) -> dict[str, int]:
         return {name: pool.size for name, pool in self.pools.items()}
 
-    def do(self, steps: int, arriving: bool = True) -> list[int]:
+    def do(self, steps: int, arriving: bool = True) -> list[float]:
         """Do steps, and return how often workers had moved after each."""
         num_moves = []
         for _ in range(steps):
@@ -78,20 +85,19 @@ class Run:
             if arriving:
                 for pool in self.pools.values():
                     pool.arrive()
-            self.balancer.after_step(record, batches, steps_left=1000)
-            num_moves.append(self.balancer.num_moves)
+            num_moves.append(self.balancer.after_step(self.step, record, batches)[MOVES])
         return num_moves
 
 
 def balanced(folder: Path, *overrides: str) -> Config:
-    teacher = ["teachers.0.model=m", "rollout.engine.max_concurrent_sequences=16"]
+    teacher = ["run.steps=1000", "teachers.0.model=m", "rollout.engine.max_concurrent_sequences=16"]
     return make_config(f"run.directory={folder}", "balance=auto", *teacher, *overrides)
 
 
 def test_it_is_off_unless_the_run_file_says_auto(tmp_path: Path) -> None:
-    pipeline: Any = None
     config = make_config(f"run.directory={tmp_path}")
-    assert make_balancer(config, pipeline, RunDirectory(tmp_path), print) is None
+    run: Any = SimpleNamespace(config=config, pipeline=None, directory=RunDirectory(tmp_path), first_step=0)
+    assert make_balancer(run) is None
 
 
 def test_workers_move_to_the_pool_that_holds_the_steps_up_and_everybody_is_told(tmp_path: Path) -> None:

@@ -94,8 +94,9 @@ class Run:
         self.open(first_step=0)
 
     def open(self, first_step: int) -> None:
+        audit: Any = self.audit
         parts = RunParts(self.config, self.inputs, self.pipeline, self.start, lambda change: self.lack, self.tick)
-        self.changes = TeacherChanges(parts, self.directory, first_step, self.said.append)
+        self.changes = TeacherChanges(parts, self.directory, first_step, self.said.append, audit)
 
     def tick(self) -> float:
         """Let a look be due each time that the clock is read."""
@@ -117,7 +118,7 @@ class Run:
         """Wish for a model, look, and return the answer."""
         request = {"request_id": str(len(self.said)), "teacher": name, "model": model}
         self.directory.replacing.request.write_text(json.dumps(request))
-        self.changes.poll()
+        self.changes.while_waiting()
         answer = read_message(self.directory.replacing.answer, ReplaceResponse)
         assert answer is not None
         assert answer.request_id == request["request_id"]
@@ -125,7 +126,7 @@ class Run:
 
     def enter(self, step: int) -> str:
         """Ask for a step, and return who scores it."""
-        self.changes.enter(step, self.audit)  # type: ignore[arg-type]
+        self.changes.before_step(step)
         return self.teachers._pool(NAME, step).teacher.model
 
     def reigns(self) -> list[tuple[int, str]]:
@@ -187,7 +188,7 @@ def test_one_that_cannot_start_changes_nothing_and_is_told(tmp_path: Path, input
     run.ask(STUDENT)
     run.teachers.successors[0].error = ActorError("vLLM cannot serve it")
     assert run.enter(3) == TEACHER
-    run.changes.poll()
+    run.changes.while_waiting()
     assert run.said[-1] == f"teacher {NAME} stays as it is: vLLM cannot serve it"
     assert (run.started[0].has_ended, run.workers.size) == (True, 2)
     assert run.ask(STUDENT).is_granted  # it may be tried again
@@ -198,10 +199,10 @@ def test_one_that_finds_no_place_in_time_is_given_up_and_may_be_tried_again(tmp_
     run.lack = "no room"
     run.ask(STUDENT)
     run.moment += run.config.ray.start_timeout_seconds - 10
-    run.changes.poll()
+    run.changes.while_waiting()
     assert run.workers.size == 1
     run.moment += 10
-    run.changes.poll()
+    run.changes.while_waiting()
     assert run.said[-1].startswith(f"teacher {NAME} stays as it is: none of the new workers served within 600 s; ")
     assert (run.started[0].has_ended, run.workers.size) == (True, 2)
     assert run.ask(STUDENT).is_granted
@@ -274,7 +275,7 @@ def test_a_second_replacement_waits_for_the_first(run: Run) -> None:
 def test_a_resumed_run_does_not_grant_an_old_request_again(run: Run) -> None:
     run.ask(STUDENT)
     run.open(first_step=0)
-    run.changes.poll()
+    run.changes.while_waiting()
     assert len(run.started) == 1
 
 
@@ -284,7 +285,7 @@ def test_the_command_says_what_the_driver_answers(run: Run, capsys: Any) -> None
 
     def drive() -> None:
         while not over.wait(0.01):
-            run.changes.poll()
+            run.changes.while_waiting()
 
     driver = threading.Thread(target=drive)
     driver.start()

@@ -8,7 +8,7 @@ import pytest
 from cluster.config.run_directory import ControlFiles
 from cluster.contracts.errors import ConfigError, PlacementError, PreceptorError
 from cluster.elastic.control_files import POLL_SECONDS, ControlRequests, write_message
-from cluster.elastic.scale import Answer, Scaling, Wish, ask, parse_sizes
+from cluster.elastic.scale import ScaleRequest, ScaleResponse, Scaling, ask, parse_sizes
 
 
 class Pool:
@@ -53,7 +53,7 @@ class Driver:
     def _run(self) -> None:
         while not self._over.wait(0.005):
             self.moment += 1
-            self.scaling.poll()
+            self.scaling.while_waiting()
 
 
 def test_a_request_is_granted_and_answered_with_the_sizes_of_all_pools(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_commands_that_come_together_are_all_granted(tmp_path: Path) -> None:
 
 def test_who_gives_up_takes_nobody_elses_request_back(tmp_path: Path) -> None:
     files = ControlFiles(tmp_path / "request.json", tmp_path / "answer.json")
-    write_message(files.request, Wish("another's", {"rollout": 3}))
+    write_message(files.request, ScaleRequest("another's", {"rollout": 3}))
     with pytest.raises(PreceptorError, match="no driver answered"):
         ask(files, {"rollout": 2}, timeout_seconds=0.1)
     assert "another's" in files.request.read_text()
@@ -131,15 +131,15 @@ def test_an_answer_stays_for_a_second_however_long_the_driver_took_to_give_it(tm
     files = ControlFiles(tmp_path / "request.json", tmp_path / "answer.json")
     moment = 0.0
     reader = ControlRequests(clock=lambda: moment)
-    write_message(files.request, Wish("first", {}))
-    assert reader.take(files.request, Wish) == Wish("first", {})
+    write_message(files.request, ScaleRequest("first", {}))
+    assert reader.take(files.request, ScaleRequest) == ScaleRequest("first", {})
     moment = 5.0
-    reader.answer(files.answer, Answer("first", {}, None))
-    write_message(files.request, Wish("second", {}))
+    reader.answer(files.answer, ScaleResponse("first", {}, None))
+    write_message(files.request, ScaleRequest("second", {}))
     moment = 5.9
-    assert reader.take(files.request, Wish) is None
+    assert reader.take(files.request, ScaleRequest) is None
     moment = 6.0
-    assert reader.take(files.request, Wish) == Wish("second", {})
+    assert reader.take(files.request, ScaleRequest) == ScaleRequest("second", {})
 
 
 def scaled(folder: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_resumed_run_with_less_room_says_why_its_pools_are_as_they_are(tmp_pat
 def test_a_resumed_run_brings_back_a_drained_pool_that_it_needs(tmp_path: Path) -> None:
     scaled(tmp_path)
     files = Driver(tmp_path).files
-    write_message(files.answer, Answer("the last", {"rollout": 2, "teachers.math": 0}, None))
+    write_message(files.answer, ScaleResponse("the last", {"rollout": 2, "teachers.math": 0}, None))
     resumed = Driver(tmp_path)
     resumed.scaling.restore()
     assert resumed.sizes() == {"rollout": 2, "teachers.math": 1}
@@ -176,26 +176,26 @@ def test_a_resumed_run_brings_back_a_drained_pool_that_it_needs(tmp_path: Path) 
 def test_after_a_rewind_a_request_that_was_granted_is_not_granted_again(tmp_path: Path) -> None:
     scaled(tmp_path)
     rewound = Driver(tmp_path)
-    rewound.scaling.poll()
+    rewound.scaling.while_waiting()
     assert rewound.sizes() == {"rollout": 1, "teachers.math": 1}
 
 
 def test_nothing_is_read_twice_within_a_second(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
-    driver.scaling.poll()
+    driver.scaling.while_waiting()
     driver.files.request.write_text('{"request_id": "a", "sizes": {"rollout": 2}}')
     driver.moment = 0.9
-    driver.scaling.poll()
+    driver.scaling.while_waiting()
     assert driver.sizes()["rollout"] == 1
     driver.moment = 1.0
-    driver.scaling.poll()
+    driver.scaling.while_waiting()
     assert driver.sizes()["rollout"] == 2
 
 
 def test_nonsense_in_the_place_of_a_request_changes_nothing(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
     driver.files.request.write_text('{"request_id": 5')
-    driver.scaling.poll()
+    driver.scaling.while_waiting()
     assert driver.sizes() == {"rollout": 1, "teachers.math": 1}
 
 

@@ -16,7 +16,7 @@ def make_work(generation: float = 4.0, learn: float = 0.0, **teachers: float) ->
         seconds=10.0,
         tokens=1000.0,
         longest=100.0,
-        generation=Generation(0.0, 0.0, generation, 0.0),
+        generation=Generation(0.0, generation, 0.0),
         first_share=0.0,
         teachers={f"teachers.{name}": TeacherWork(busy, 0.0) for name, busy in teachers.items()},
         learn_seconds=learn,

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
-from cluster.elastic.scale import Progress, make_scaling, need_of
+from cluster.elastic.scale import make_scaling, need_of
 from cluster.run.inputs import Inputs
 from rollout_workers.prompts import PromptOrder, PromptSet
 from tests.builders import make_config
@@ -77,8 +77,16 @@ def test_a_drained_teacher_is_brought_back_where_the_run_goes_back_to_steps_that
         teachers=SimpleNamespace(pools=pools),
         placement=SimpleNamespace(rollout=None, teachers={"main": None, "code": None}),
     )
-    progress = Progress(lambda: first_step, said.append)
-    make_scaling(of_run, make_inputs(), pipeline, RunDirectory(tmp_path), progress)
+    run: Any = SimpleNamespace(
+        config=of_run,
+        inputs=make_inputs(),
+        pipeline=pipeline,
+        directory=RunDirectory(tmp_path),
+        ledger=SimpleNamespace(finished_step=first_step),
+        view=SimpleNamespace(say=said.append),
+        is_first_attempt=True,
+    )
+    make_scaling(run)
     assert (pools["code"].size, pools["main"].size) == (size, 1)
     assert said == ["teachers.code=2 again: step 3 asks prompts that teacher code scores"] * (size > 0)
 

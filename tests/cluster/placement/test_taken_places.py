@@ -8,7 +8,7 @@ from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_directory import RunDirectory
 from teacher_workers.pool import TeacherPool
 from teacher_workers.router import Successors
-from tests.cluster.run.test_training_run import config_in, finish, make_run
+from tests.cluster.run.test_hooks import config_in, finish, make_run
 
 
 class Workers:
@@ -28,10 +28,10 @@ def test_a_teacher_whose_place_is_taken_leaves_before_a_step_waits_for_the_new_o
     config = config_in(tmp_path)
     run, _ = make_run(RunDirectory.create(config), config)
     finish(run, range(1, 4), truncated_ratio=0.0)
-    teachers, old, new = run.pipeline.teachers, Workers(), Workers()
+    teachers, old, new = run.context.pipeline.teachers, Workers(), Workers()
     pools = [TeacherPool("main", workers, PoolTimeouts(1, 1)) for workers in (old, new)]  # type: ignore[arg-type]
     teachers._pools["main"] = pools[0]
     teachers.prepare(successors := Successors({"main": pools[1]}, takes_places=True))
     teachers.succeed(successors, entered)
-    run.enter(entered)  # step 3, from 0, is the next to be learned from
+    run.hooks.before_step(entered)  # step 3, from 0, is the next to be learned from
     assert (old.size, new.size) == (num_old, 1)

@@ -10,24 +10,22 @@ import pytest
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.requests import RolloutRequest
-from cluster.run.ledger import AuditedRun, Ledger, LedgerRecord, audit, read_ledger
-from rollout_workers.prompts import PromptOrder, sampling_seed
+from cluster.run.inputs import Inputs, train_requests
+from cluster.run.ledger import Ledger, LedgerRecord, audit, read_ledger
+from rollout_workers.prompts import PromptOrder, PromptSet
+from tests.builders import make_config
 
 PROMPTS_PER_STEP, SAMPLES = 3, 2
 ORDER = PromptOrder(num_prompts=5, seed=3, shuffle=True)
+INPUTS = Inputs(PromptSet.of_token_ids([[1]] * 5, "main"), ORDER, held_out_ids=(), max_model_len=8)
+CONFIG = make_config(
+    f"prompts.prompts_per_step={PROMPTS_PER_STEP}", f"rollout.samples_per_prompt={SAMPLES}", "rollout.max_staleness=1"
+)
 
 
 def requests_of(step: int) -> list[RolloutRequest]:
-    """Return what step `step`, from 0, asks for."""
-    first = step * PROMPTS_PER_STEP
-    return [
-        RolloutRequest((first + place) * SAMPLES + sample, prompt, sample, sampling_seed(0, step, prompt, sample))
-        for place, prompt in enumerate(ORDER.take(first, PROMPTS_PER_STEP))
-        for sample in range(SAMPLES)
-    ]
-
-
-RUN = AuditedRun(PROMPTS_PER_STEP, SAMPLES, max_staleness=1, take_prompts=ORDER.take, requests=requests_of)
+    """Return the requests of step `step`, from 0."""
+    return train_requests(CONFIG, INPUTS, step)
 
 
 def batch_of(requests: list[RolloutRequest], oldest: int = 0, newest: int = 0) -> BatchHandle:
@@ -50,7 +48,7 @@ def consume(ledger: Ledger, step: int, handles: list[BatchHandle] | None = None)
     batches = ledger.watch(step, ReadyBatches([batch_of(requests_of(step - 1))] if handles is None else handles))
     while not batches.is_exhausted:
         batches.take()
-    ledger.close(step)
+    ledger.after_step(step, {}, [])
 
 
 def make_ledger(path: Path, steps: int) -> Ledger:
@@ -109,7 +107,7 @@ def test_a_learner_that_does_not_take_all_cannot_close_the_step(tmp_path: Path) 
     ledger = Ledger(tmp_path / "ledger.jsonl", 0)
     ledger.admit(1, requests_of(0))
     with pytest.raises(TrainingError, match="0 to 5 never came"):
-        ledger.close(1)
+        ledger.after_step(1, {}, [])
 
 
 def test_steps_asked_for_and_not_learned_from_are_in_flight(tmp_path: Path) -> None:
@@ -166,7 +164,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_an_undisturbed_run_passes_the_audit(tmp_path: Path) -> None:
     make_ledger(tmp_path / "ledger.jsonl", 7)
     records = read_ledger(tmp_path / "ledger.jsonl")
-    assert audit(records, RUN) == 21
+    assert audit(records, CONFIG, INPUTS) == 21
     asked = [prompt for record in records for prompt in record.prompt_ids]
     # Four whole epochs of five prompts, each of them once per epoch, and one position of the fifth.
     assert [sorted(asked[epoch * 5 : epoch * 5 + 5]) for epoch in range(4)] == [[0, 1, 2, 3, 4]] * 4
@@ -191,7 +189,7 @@ def test_a_record_that_differs_fails_the_audit(tmp_path: Path, name: str, change
     fields = {field: getattr(records[2], field) for field in LedgerRecord.__struct_fields__}
     records[2] = LedgerRecord(**{**fields, **change})
     with pytest.raises(TrainingError, match=f"ledger record 3: {name} is not what the run asks for"):
-        audit(records, RUN)
+        audit(records, CONFIG, INPUTS)
 
 
 @pytest.mark.parametrize("lost", [0, 2])
@@ -199,9 +197,9 @@ def test_a_lost_and_a_repeated_step_fail_the_audit(tmp_path: Path, lost: int) ->
     make_ledger(tmp_path / "ledger.jsonl", 4)
     records = read_ledger(tmp_path / "ledger.jsonl")
     with pytest.raises(TrainingError, match=f"ledger record {lost + 1}: step"):
-        audit(records[:lost] + records[lost + 1 :], RUN)
+        audit(records[:lost] + records[lost + 1 :], CONFIG, INPUTS)
     with pytest.raises(TrainingError, match=f"ledger record {lost + 2}: step"):
-        audit(records[: lost + 1] + records[lost:], RUN)
+        audit(records[: lost + 1] + records[lost:], CONFIG, INPUTS)
 
 
 def test_the_records_are_plain_json(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from cluster.contracts.errors import ModelError, SelfCheckError
+from cluster.contracts.errors import ModelError
 from cluster.contracts.trajectory import Scores, add_scores, make_generated
 from cluster.models.model_checks import check_tokenizers
-from cluster.run.self_checks import check_not_uniform, check_replicas, check_sampler_gap, check_self_kl, require
+from cluster.run.preflight import check_not_uniform, check_replicas, check_sampler_gap, check_self_kl
 from tests.builders import make_trajectory
 
 
@@ -69,8 +69,3 @@ def test_a_shift_by_one_token_fails_the_self_kl() -> None:
     half = float(np.log(0.5))
     assert check_self_kl(make_scored(half, half, half), "float32").passed
     assert not check_self_kl(make_scored(-5.0, half, half), "float32").passed
-
-
-def test_a_failed_check_is_one_sentence_with_advice() -> None:
-    with pytest.raises(SelfCheckError, match=r"self-check 'teacher t: scores are not uniform': found .*; its weights"):
-        require([check_not_uniform("t", make_scored(-1, -1))])

@@ -5,7 +5,7 @@ import pytest
 from cluster.contracts.batches import BatchHandle, Span
 from cluster.contracts.metrics import Mean, Sum
 from cluster.contracts.requests import SamplingSettings
-from cluster.run.flow import Progress
+from cluster.run.flow import StepBatches
 from cluster.run.step_metrics import Stopwatch, step_record
 from cluster.weight_sync.manifest import WeightSyncReport
 
@@ -24,15 +24,16 @@ def make_handle(num_tokens: tuple[int, ...], reward: Mean, teacher: str = "main"
     return BatchHandle(None, teacher, ids, num_tokens, completion, min_policy_versions=(1,) * len(ids), metrics=figures)
 
 
-def make_progress(handles: list[BatchHandle]) -> Progress:
-    """Make a step that was admitted at 0 s, written at 4 s and scored at 5 s."""
-    return Progress(
+def make_batches(handles: list[BatchHandle]) -> StepBatches:
+    """Make a step that was admitted at 0 s, generated at 4 s and scored at 5 s."""
+    return StepBatches(
         (),
         SamplingSettings(1, 1.0),
         lambda route: [],
+        lambda wake_on: False,
         0,
         admitted_at=0.0,
-        written_at=4.0,
+        generated_at=4.0,
         finished_at=5.0,
         finished=handles,
     )
@@ -45,7 +46,7 @@ BUSY = {"busy_seconds": Sum(2.5)}
 
 def test_a_record_joins_what_every_stage_reported() -> None:
     handles = [make_handle((30, 20), Mean(1.0, 2)), make_handle((15,), Mean(1.0, 1))]
-    record = step_record(3, make_progress(handles), {"kl": Mean(6.0, 3), **BUSY}, SYNCED, WATCH)
+    record = step_record(3, make_batches(handles), {"kl": Mean(6.0, 3), **BUSY}, SYNCED, WATCH)
     assert record["rollout/reward"] == pytest.approx(2 / 3)
     assert record["train/kl"] == 2.0
     assert record["generate/tokens_per_second"] == 35 / 4
@@ -60,7 +61,7 @@ def test_a_record_joins_what_every_stage_reported() -> None:
 
 def test_staleness_counts_the_updates_between_writing_and_learning() -> None:
     # Step 3 changes the weights from version 2 to 3; what version 1 wrote is one update old by then.
-    record = step_record(3, make_progress([make_handle((30, 20), Mean(1.0, 2))]), BUSY, SYNCED, WATCH)
+    record = step_record(3, make_batches([make_handle((30, 20), Mean(1.0, 2))]), BUSY, SYNCED, WATCH)
     assert (record["staleness/mean"], record["staleness/max"]) == (1.0, 1)
 
 
@@ -69,7 +70,7 @@ def test_several_teachers_have_their_own_figures_beside_the_common_ones() -> Non
         make_handle((30,), Mean(1.0, 1), teacher="math", sampled_kl=Mean(2.0, 1)),
         make_handle((30,), Mean(1.0, 1), teacher="code", sampled_kl=Mean(1.0, 3)),
     ]
-    record = step_record(1, make_progress(handles), BUSY, SYNCED, WATCH)
+    record = step_record(1, make_batches(handles), BUSY, SYNCED, WATCH)
     assert record["teacher/math/sampled_kl"] == 2.0
     assert record["teacher/code/sampled_kl"] == pytest.approx(1 / 3)
     assert record["teacher/sampled_kl"] == 0.75
@@ -79,6 +80,6 @@ def test_queues_are_what_waited_over_the_seconds_of_the_step() -> None:
     written = Span("rollout", "rollout-0", "generate", began=1.0, ended=3.0, num_rows=2)
     scored = Span("teacher-main", "teacher-main-0", "score", began=3.0, ended=4.5, num_rows=2)
     handle = replace(make_handle((30, 20), Mean(1.0, 2)), spans=(written, scored))
-    record = step_record(3, make_progress([handle]), BUSY, SYNCED, WATCH)
+    record = step_record(3, make_batches([handle]), BUSY, SYNCED, WATCH)
     assert record["generate/queued_completions"] == pytest.approx(2 * 3.0 / 7.5)  # two, owed from 0 s to 3 s
     assert record["score/queued_batches"] == pytest.approx(1.5 / 7.5)

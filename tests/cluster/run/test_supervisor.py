@@ -1,4 +1,3 @@
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,42 +9,32 @@ from cluster.contracts.errors import LearnerDiedError
 from cluster.monitoring.sinks import PlainView
 from cluster.nodes.interruption import StopRequest
 from cluster.run import supervisor
-from cluster.run.checkpoints import RunSummary
+from cluster.run.hooks import Hooks, RunContext, StepHook
+from cluster.run.summary import RunSummary
 from cluster.run.supervisor import Beginning, Supervisor
 from tests.builders import make_config
 
 DEATHS = 2
 
 
-class ScriptedRun:
-    """Notes what is asked of a training run."""
-
-    def __init__(self, begun: list[list[str]]) -> None:
-        self.observers = nullcontext()
-        self.history = RunSummary()
-        self.asked: list[str] = []
-        begun.append(self.asked)
-
-    def restore_pools(self) -> None:
-        self.asked.append("restore_pools")
-
-
-def test_pools_get_the_sizes_of_an_earlier_driver_once_and_keep_their_own_over_rewinds(
+def test_every_attempt_has_hooks_of_its_own_and_only_the_first_restores_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[list[str]] = []
+    attempts: list[RunContext] = []
 
-    def train(run: ScriptedRun) -> None:
-        run.asked.append("train")
-        if len(begun) <= DEATHS:
+    def train(run: RunContext, hooks: Hooks) -> None:
+        if len(attempts) <= DEATHS:
             raise LearnerDiedError("learner-0 died")
 
-    monkeypatch.setattr(supervisor, "TrainingRun", lambda *_: ScriptedRun(begun))
+    def make_hooks(run: RunContext) -> list[StepHook]:
+        attempts.append(run)
+        return []
+
     monkeypatch.setattr(supervisor, "train", train)
     pool = SimpleNamespace(abandon=lambda: None, start_again=lambda: None)
     pipeline: Any = SimpleNamespace(teachers=pool, learner=pool, rollouts=pool)
     config = make_config(f"ray.max_restarts={DEATHS}")
     inputs: Any = None
-    said = PlainView()
-    Supervisor(config, inputs, pipeline, said, StopRequest()).train(Beginning(RunDirectory(tmp_path), RunSummary()))
-    assert begun == [["restore_pools", "train"], ["train"], ["train"]]
+    beginning = Beginning(RunDirectory(tmp_path), RunSummary())
+    Supervisor(config, inputs, pipeline, PlainView(), StopRequest(), make_hooks).train(beginning)
+    assert [run.is_first_attempt for run in attempts] == [True, False, False]

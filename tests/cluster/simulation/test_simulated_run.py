@@ -92,10 +92,7 @@ def test_every_row_is_learned_from_exactly_once() -> None:
     for step, batches in enumerate(steps):
         run.learner.step(batches, step)
     learned = Counter(
-        trajectory_id
-        for batches in steps
-        for handle in batches.progress.finished
-        for trajectory_id in handle.trajectory_ids
+        trajectory_id for batches in steps for handle in batches.finished for trajectory_id in handle.trajectory_ids
     )
     assert learned == Counter(range(3 * 80))
     tokens = sum(

@@ -1,29 +1,31 @@
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cluster.commands import step_hooks
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle, PoolState, ReadyBatches, Span
-from cluster.contracts.errors import ActorDiedError, CheckpointError, RunStopped, TrainingError
+from cluster.contracts.errors import ActorDiedError, CheckpointError, PreceptorError, RunStopped, TrainingError
 from cluster.contracts.files import RecordsFile
 from cluster.contracts.requests import RolloutRequest
 from cluster.demo import embedded_config
-from cluster.monitoring.sinks import PlainView
 from cluster.monitoring.status import read_report
 from cluster.monitoring.status_file import KeptStatus
-from cluster.run.checkpoints import RunSummary
 from cluster.run.evaluation import Evaluation, write_samples
+from cluster.run.hooks import Hooks, RunContext
 from cluster.run.inputs import load_inputs
-from cluster.run.training_run import TrainingRun, summary
+from cluster.run.step_metrics import DEFAULTS
+from cluster.run.summary import RunSummary, summary
 from cluster.weight_sync.manifest import checksum
 from learner.checkpointing.checkpoint import CheckpointSeconds
 from teacher_workers.router import TeacherPools
 from tests.builders import make_config
+from tests.cluster.run.contexts import make_run_context
 
 
 def test_the_last_line_compares_student_and_teacher() -> None:
@@ -65,6 +67,9 @@ class ScriptedLearner:
         self.is_fast = True
         self.error: CheckpointError | None = None
 
+    def export(self, folder: Path) -> None:
+        """Write nothing."""
+
     def take_spans(self) -> list[Span]:
         return [Span("learner", "learner-0", "learn", 0.0, 1.0)]
 
@@ -94,7 +99,15 @@ class ScriptedCheckpoint:
         return CheckpointSeconds(held=0.5, writing=2.0)
 
 
-def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tuple[TrainingRun, ScriptedLearner]:
+@dataclass
+class Run:
+    """Holds a run's shared state and its hooks."""
+
+    context: RunContext
+    hooks: Hooks
+
+
+def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tuple[Run, ScriptedLearner]:
     """Return a run of the embedded pair without pools and held-out prompts."""
     learner = ScriptedLearner()
     rollouts = SimpleNamespace(state=lambda: PoolState("rollout", ["rollout-0"], 2, 1), size=2)
@@ -106,7 +119,15 @@ def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tu
         start_seconds=1.0,
     )
     inputs = replace(load_inputs(config), held_out_ids=())
-    return TrainingRun(config, inputs, pipeline, directory, PlainView(), first_step, RunSummary()), learner
+    context = make_run_context(config, inputs, pipeline, directory, first_step)
+    flow: Any = SimpleNamespace(take_spans=list)
+    context.flow = flow
+    return Run(context, Hooks(step_hooks(context))), learner
+
+
+def end_with(run: Run, error: PreceptorError) -> None:
+    with pytest.raises(type(error)), run.hooks.ending():
+        raise error
 
 
 def config_in(folder: Path, *overrides: str) -> Config:
@@ -114,17 +135,19 @@ def config_in(folder: Path, *overrides: str) -> Config:
     return embedded_config([f"run.directory={folder}", *settings, *overrides])
 
 
-def consume(run: TrainingRun, step: int) -> None:
+def consume(run: Run, step: int) -> None:
     requests = [RolloutRequest(trajectory_id=step, prompt_id=0, sample_index=0, seed=1)]
-    run.ledger.admit(step, requests)
+    run.context.ledger.admit(step, requests)
     handle = BatchHandle(None, "main", (step,), (2,), (1,), (0,), min_policy_versions=(0,), max_policy_versions=(0,))
-    run.ledger.watch(step, ReadyBatches([handle])).take()
+    run.context.ledger.watch(step, ReadyBatches([handle])).take()
 
 
-def finish(run: TrainingRun, steps: range, truncated_ratio: float) -> None:
+def finish(run: Run, steps: range, truncated_ratio: float) -> None:
     for step in steps:
         consume(run, step)
-        run.finish_step(step, {"step": step, "train/kl": 0.5, "rollout/truncated_ratio": truncated_ratio})
+        run.hooks.after_step(
+            step, {**DEFAULTS, "step": step, "train/kl": 0.5, "rollout/truncated_ratio": truncated_ratio}, []
+        )
 
 
 def test_an_alarm_that_is_to_stop_the_run_leaves_a_checkpoint_and_says_why(tmp_path: Path) -> None:
@@ -143,7 +166,7 @@ def test_an_alarm_that_shortens_lowers_the_cap_of_the_steps_that_are_not_under_w
     config = config_in(tmp_path, "alarms.truncation.action=shorten")
     run, _ = make_run(RunDirectory.create(config), config)
     finish(run, range(1, 3), truncated_ratio=0.9)
-    assert [run.sampling(step).max_completion_tokens for step in (2, 3, 4)] == [40, 30, 30]
+    assert [run.context.sampling(step).max_completion_tokens for step in (2, 3, 4)] == [40, 30, 30]
 
 
 def test_a_resumed_run_has_the_cap_of_the_steps_that_it_keeps(tmp_path: Path) -> None:
@@ -154,16 +177,16 @@ def test_a_resumed_run_has_the_cap_of_the_steps_that_it_keeps(tmp_path: Path) ->
     finish(run, range(3, 4), truncated_ratio=0.1)
     finish(run, range(4, 6), truncated_ratio=0.9)  # a second alarm, at a step that is done again
     resumed, _ = make_run(directory, config, first_step=3)
-    assert [resumed.sampling(step).max_completion_tokens for step in (3, 6, 9)] == [30, 30, 30]
+    assert [resumed.context.sampling(step).max_completion_tokens for step in (3, 6, 9)] == [30, 30, 30]
     assert [json.loads(line)["step"] for line in directory.alarms.read_text().splitlines()] == [2]
-    assert run.sampling(6).max_completion_tokens == 22
+    assert run.context.sampling(6).max_completion_tokens == 22
 
 
 def test_a_run_that_is_asked_to_stop_finishes_its_step_and_leaves_a_checkpoint(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     run, learner = make_run(RunDirectory.create(config), config)
     finish(run, range(1, 2), truncated_ratio=0.0)
-    run.stop.ask()
+    run.context.stop.ask()
     with pytest.raises(RunStopped, match=f"stopped after step 2; go on with preceptor train --resume {tmp_path}"):
         finish(run, range(2, 3), truncated_ratio=0.0)
     assert learner.checkpoints == ["step-2"]
@@ -216,14 +239,14 @@ def test_another_error_leaves_a_checkpoint_of_the_last_step(
     config = config_in(tmp_path, "checkpoint.every_steps=2")
     run, learner = make_run(RunDirectory.create(config), config)
     finish(run, range(1, num_steps + 1), truncated_ratio=0.0)
-    run.save_after(ActorDiedError("rollout-0 died"))
+    end_with(run, ActorDiedError("rollout-0 died"))
     assert learner.checkpoints == expected
 
 
 def test_an_error_before_the_first_step_leaves_none(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     run, learner = make_run(RunDirectory.create(config), config)
-    run.save_after(ActorDiedError("rollout-0 died"))
+    end_with(run, ActorDiedError("rollout-0 died"))
     assert learner.checkpoints == []
 
 
@@ -264,7 +287,7 @@ def test_a_step_is_recorded_with_its_pools_and_everybody_is_told(tmp_path: Path)
     directory = RunDirectory.create(config)
     with KeptStatus(directory.status):
         run, _ = make_run(directory, config)
-        with run.observers:
+        with run.hooks.ending():
             finish(run, range(1, 2), truncated_ratio=0.0)
         [record] = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
         assert (record["pool/rollout/serving"], record["pool/rollout/wanted"]) == (1, 2)
@@ -289,7 +312,7 @@ def test_files_that_are_not_wanted_are_not_written(tmp_path: Path) -> None:
     config = config_in(tmp_path, "run.steps=9", "logging.tensorboard=false", "logging.trace_steps=0")
     directory = RunDirectory.create(config)
     run, _ = make_run(directory, config)
-    with run.observers:
+    with run.hooks.ending():
         finish(run, range(1, 2), truncated_ratio=0.0)
     assert not directory.tensorboard.exists()
     assert not directory.trace.exists()
