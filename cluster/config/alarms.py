@@ -59,7 +59,7 @@ def with_default_alarms(alarms: Any) -> Any:
 
 
 def _with_new_names(alarms: dict[str, Any]) -> dict[str, Any]:
-    """Return the tables with `metric` where an older run file says `figure`."""
+    """Return the tables with today's name of the field that older run files call otherwise."""
     old = [name for name, given in alarms.items() if isinstance(given, dict) and "figure" in given]
     if old:
         _log.warning("alarms.%s.figure: the field is now called `metric`; rename it before the next release", old[0])

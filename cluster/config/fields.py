@@ -1,4 +1,4 @@
-"""What every configuration section is built from."""
+"""Defines the types of configuration fields, and the base of every section."""
 
 from typing import Annotated
 
@@ -18,4 +18,4 @@ Fraction = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Section(Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of every configuration section: immutable and closed."""
+    """Makes a configuration section immutable and closed."""

@@ -1,4 +1,4 @@
-"""The one run configuration: frozen typed sections in data-flow order, and the rules between them.
+"""Defines the one run configuration: frozen typed sections in data-flow order, and the rules between them.
 
 `run_file.py` reads it from TOML. Fields are documented where they stand.
 """
@@ -24,7 +24,7 @@ MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 
 
 class RunConfig(Section):
-    """What the run is called, how long it lasts and where it writes."""
+    """Sets the run's name, its length and its folder."""
 
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=128)] = "run"
     steps: Count = 100  # optimizer steps
@@ -34,14 +34,14 @@ class RunConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that writes and learns."""
+    """Names the model that samples and learns."""
 
     model: Text  # Hugging Face directory or hub id
     trust_remote_code: bool = False
 
 
 class PromptsConfig(Section):
-    """What the student is asked."""
+    """Sets the prompts of a run."""
 
     train: Text  # JSONL: {"prompt": ..., "answer"?, "domain"?, "teacher"?}
     held_out: Text | None = None
@@ -60,7 +60,7 @@ class EnvironmentConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out prompts, sampled and rewarded before, during and after training."""
+    """Sets how held-out prompts are sampled and rewarded before, during and after training."""
 
     every_steps: CountOrZero = 0  # 0: before and after only
     num_prompts: CountOrZero = 0  # 0: all held-out prompts
@@ -70,16 +70,16 @@ class EvaluationConfig(Section):
 
 
 class ScoreAuditConfig(Section):
-    """How often every replica of every teacher shows, on a few rows of the run, that its scores can be trusted."""
+    """Sets how often every replica of every teacher is audited on a few trajectories of the run."""
 
     every_steps: CountOrZero = 50  # 0: at the start only; a replica that is started again is audited in any case
-    rows: CountOrZero = 4  # short ones, each asked about twice; 0: no audit
+    rows: CountOrZero = 4  # short ones, each scored twice; 0: no audit
     # Mean difference per token, in nats, that answers of the same weights may show; None: what the dtype explains.
     tolerance_nats: Positive | None = None
 
 
 class CheckpointConfig(Section):
-    """When the whole training state is written, and how many copies stay."""
+    """Sets when the whole training state is written, and how many copies stay."""
 
     every_steps: CountOrZero = 0  # 0: only after the last step
     keep_last: Count = 2
@@ -87,7 +87,7 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    """Who is shown a run's figures, besides metrics.jsonl, the terminal and Ray's metrics."""
+    """Sets where metrics go besides metrics.jsonl, the terminal and Ray."""
 
     tensorboard: bool | None = None  # event files in the run directory; None: where the package is installed
     wandb_project: Text | None = None  # also to Weights & Biases, whose package is not among the dependencies
@@ -95,7 +95,7 @@ class LoggingConfig(Section):
 
 
 class RayConfig(Section):
-    """Where the actors run."""
+    """Sets where the actors run, and how long the run waits for them."""
 
     address: Text | None = None  # None: RAY_ADDRESS if set, else a local cluster that the run starts and ends
     share_gpu: bool = False  # put all pools and the learner on one GPU, each with its part of the memory
@@ -109,7 +109,7 @@ class RayConfig(Section):
 
 
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A whole run."""
+    """Holds the settings of a whole run."""
 
     run: RunConfig = RunConfig()
     student: StudentConfig
@@ -221,13 +221,14 @@ def _check_slots(config: Config) -> None:
     """Check that the teachers of a slot ask for the same workers, which are theirs together."""
     for first, *others in config.scorer_groups.values():
         teacher = config.teachers[first]
-        asked = (teacher.num_workers, teacher.engine.tensor_parallel)
+        first_pair = (teacher.num_workers, teacher.engine.tensor_parallel)
         for other in others:
-            found = (config.teachers[other].num_workers, config.teachers[other].engine.tensor_parallel)
-            if found != asked:
+            pair = (config.teachers[other].num_workers, config.teachers[other].engine.tensor_parallel)
+            if pair != first_pair:
                 raise ValueError(
-                    f"teachers.{other}: num_workers and engine.tensor_parallel are {found[0]} and {found[1]}, but "
-                    f"{asked[0]} and {asked[1]} of teachers.{first}, which has the same slot; they share the workers"
+                    f"teachers.{other}: num_workers and engine.tensor_parallel are {pair[0]} and {pair[1]}, but "
+                    f"{first_pair[0]} and {first_pair[1]} of teachers.{first}, which has the same slot; they share the "
+                    "workers"
                 )
 
 
@@ -237,9 +238,9 @@ def _check_balance(config: Config) -> None:
         return
     for name, teacher in config.teachers.items():
         if teacher.slot is not None or not teacher.num_workers:
-            found = "num_workers = 0" if teacher.slot is None else f"slot = '{teacher.slot}'"
+            setting = "num_workers = 0" if teacher.slot is None else f"slot = '{teacher.slot}'"
             raise ValueError(
-                f"teachers.{name}: {found} cannot be balanced; give it workers of its own or turn balance off"
+                f"teachers.{name}: {setting} cannot be balanced; give it workers of its own or turn balance off"
             )
     if config.ray.share_gpu:
         raise ValueError("ray.share_gpu leaves nothing to balance; turn balance off")

@@ -1,4 +1,4 @@
-"""Where a run writes: the only place that builds paths."""
+"""Names the files of a run directory; no other module builds their paths."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +12,30 @@ from cluster.contracts.files import read_text
 
 @dataclass(frozen=True)
 class ControlFiles:
-    """The files of one kind of control request and its answer."""
+    """Holds the files of one kind of control request and its answer."""
 
     request: Path
     answer: Path
 
 
 class RunDirectory:
-    """The folder of one run; readable by its owner only, since it holds models and prompts."""
+    """Names the files of one run; only their owner may read them, since they hold models and prompts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config = path / "config.json"  # the resolved configuration
+        self.status = path / "status.json"  # kept fresh while the run lives
+        # One JSON object per step, alarm, decision of the balancer, checkpoint of a teacher, held-out completion.
+        self.metrics, self.ledger = path / "metrics.jsonl", path / "ledger.jsonl"
+        self.alarms, self.moves = path / "alarms.jsonl", path / "moves.jsonl"
+        self.teachers, self.samples = path / "teachers.jsonl", path / "samples.jsonl"
+        self.score_audit = path / "score_audit"  # each teacher's first answers to the trajectories of its audits
+        self.scaling = ControlFiles(path / "scale-request.json", path / "scale-answer.json")
+        self.replacing = ControlFiles(path / "teacher-request.json", path / "teacher-answer.json")
+        self.tensorboard = path / "tensorboard"
+        self.trace = path / "trace.json"
+        self.checkpoints = path / "checkpoints"  # each complete or absent
+        self.export = path / "export"  # the trained student as a Hugging Face directory
 
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
@@ -47,7 +60,7 @@ class RunDirectory:
         """Open the folder of an earlier run.
 
         Raises:
-            CheckpointError: the folder does not hold a run, or is somebody else's.
+            CheckpointError: the folder does not hold a run, or is another user's.
         """
         directory = cls(path)
         try:
@@ -62,81 +75,6 @@ class RunDirectory:
         """Return the configuration that the run was started with, changed by `section.field=value` overrides."""
         text = read_text(self.config, "run's configuration", ConfigError, MAX_RUN_FILE_BYTES)
         return config_from_json(text, overrides, source=str(self.config))
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def alarms(self) -> Path:
-        """One JSON object per alarm that went off."""
-        return self.path / "alarms.jsonl"
-
-    @property
-    def moves(self) -> Path:
-        """One JSON object per decision of the balancer."""
-        return self.path / "moves.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        """One JSON object per step: which trajectories it learned from."""
-        return self.path / "ledger.jsonl"
-
-    @property
-    def score_audit(self) -> Path:
-        """Folder of each teacher's first answers to the rows of its audits."""
-        return self.path / "score_audit"
-
-    @property
-    def scaling(self) -> ControlFiles:
-        """Sizes of pools that were asked for, and what became of that."""
-        return ControlFiles(self.path / "scale-request.json", self.path / "scale-answer.json")
-
-    @property
-    def replacing(self) -> ControlFiles:
-        """A teacher's checkpoint that was asked for, and what became of that."""
-        return ControlFiles(self.path / "teacher-request.json", self.path / "teacher-answer.json")
-
-    @property
-    def teachers(self) -> Path:
-        """One JSON object per checkpoint of a teacher, with the step from which on it scores."""
-        return self.path / "teachers.jsonl"
-
-    @property
-    def status(self) -> Path:
-        """How the run stands; kept fresh while it lives."""
-        return self.path / "status.json"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of TensorBoard's event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def trace(self) -> Path:
-        """Timeline of the workers, in Chrome's trace format."""
-        return self.path / "trace.json"
-
-    @property
-    def samples(self) -> Path:
-        """Completions of held-out prompts, one JSON object each."""
-        return self.path / "samples.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of checkpoints, each complete or absent."""
-        return self.path / "checkpoints"
-
-    @property
-    def export(self) -> Path:
-        """The trained student as a Hugging Face directory."""
-        return self.path / "export"
 
 
 def _make_private(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The sections of a run file that say what the rollout and the teacher pools are."""
+"""Defines the sections of a run file for the pools, the learner and what goes between them."""
 
 from typing import Annotated, Literal
 
@@ -10,7 +10,7 @@ from cluster.weight_sync.transports import PAYLOADS, TRANSPORTS
 
 
 class BalanceConfig(Section, frozen=True):
-    """Whether workers move between the rollout pool and the teachers' pools while a run goes on.
+    """Sets whether workers move between the rollout pool and the teachers' pools during a run.
 
     `balance = "auto"` is short for a table with this mode.
     """
@@ -36,7 +36,7 @@ MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio
 
 
 class EngineConfig(Section):
-    """How one vLLM engine is built; the same for rollout workers and teachers."""
+    """Sets how one vLLM engine is built, for rollout workers and teachers."""
 
     dtype: Dtype = "bfloat16"
     tensor_parallel: Count = 1
@@ -47,7 +47,7 @@ class EngineConfig(Section):
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
     enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
     quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8_per_tensor"
-    sleep: bool = False  # rollout engines on a GPU: give its memory back whenever nothing is asked of them
+    sleep: bool = False  # rollout engines on a GPU: give its memory back whenever they have no request
 
 
 class RolloutConfig(Section):

@@ -66,9 +66,9 @@ def check_python(version: "tuple[int, ...]", implementation: str) -> None:
     """Refuses an interpreter that the locks were not resolved for."""
     if implementation != "CPython" or tuple(version) not in SUPPORTED_PYTHONS:
         wanted = " or ".join("{}.{}".format(*supported) for supported in SUPPORTED_PYTHONS)
-        found = f"{implementation} {version[0]}.{version[1]}"
+        present = f"{implementation} {version[0]}.{version[1]}"
         raise InstallError(
-            f"this is {found}, the locked packages need CPython {wanted}; try `PYTHON=python3.11 make install`"
+            f"this is {present}, the locked packages need CPython {wanted}; try `PYTHON=python3.11 make install`"
         )
 
 
@@ -80,8 +80,8 @@ def check_machine() -> None:
     library, version = platform.libc_ver()
     wanted = ".".join(str(part) for part in MIN_GLIBC)
     if library != "glibc" or tuple(int(part) for part in version.split(".")[:2]) < MIN_GLIBC:
-        found = f"{library} {version}" if library else "not glibc"
-        raise InstallError(f"the C library is {found}, the locked packages need glibc {wanted} or newer")
+        present = f"{library} {version}" if library else "not glibc"
+        raise InstallError(f"the C library is {present}, the locked packages need glibc {wanted} or newer")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise InstallError("Python.h is missing, DeepSpeed compiles against it; install python3-dev (or python3-devel)")
 

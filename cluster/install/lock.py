@@ -37,9 +37,9 @@ def resolve(backend: str, lock: Path, upgrade: bool) -> str:
     compile_pins(backend, oldest, *(["--upgrade"] if upgrade else []), "--output-file", str(lock))
     pins = lock.read_text()
     for python in others:
-        found = compile_pins(backend, python, "--constraints", str(lock))
-        if found != pins:
-            different = sorted(set(found.splitlines()) ^ set(pins.splitlines()))
+        others_pins = compile_pins(backend, python, "--constraints", str(lock))
+        if others_pins != pins:
+            different = sorted(set(others_pins.splitlines()) ^ set(pins.splitlines()))
             sys.exit(f"{lock.name}: Python {python[0]}.{python[1]} needs other packages than the oldest: {different}")
     return pins
 

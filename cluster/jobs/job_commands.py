@@ -1,4 +1,4 @@
-"""What `preceptor submit`, `follow` and `stop` do with a run that is a job of a Ray cluster."""
+"""Runs `preceptor submit`, `follow` and `stop` for runs that are jobs of a Ray cluster."""
 
 import math
 import os
@@ -25,9 +25,9 @@ SHARED = "put it on storage that all nodes share and give its absolute path"
 
 @dataclass(frozen=True)
 class NamedFile:
-    """A file or folder that travels."""
+    """Names a file or folder that travels."""
 
-    field: str  # who names it
+    field: str  # of the run file
     path: Path  # relative to the current folder, there and here
 
     @property
@@ -41,7 +41,7 @@ def check_for_cluster(config: Config) -> None:
     """Check that a run can be a job.
 
     Raises:
-        ConfigError: it names a cluster of its own, or would write where nobody looks.
+        ConfigError: it names a cluster of its own, or would write to a folder that Ray deletes.
     """
     if config.ray.address is not None:
         raise ConfigError(
@@ -117,7 +117,7 @@ AFTER_KILL_SECONDS = 30.0  # until Ray notes that a job which it killed has ende
 
 @dataclass(frozen=True)
 class Submission:
-    """What is asked for on the command line."""
+    """Holds the arguments of `preceptor submit`."""
 
     run_file: Path
     overrides: Sequence[str]
@@ -128,7 +128,7 @@ class Submission:
 
 
 def submit_run(submission: Submission, config: Config, wait: bool) -> int:
-    """Start a run as a job and follow it; return its exit code, or 0 at once where nobody waits.
+    """Start a run as a job and follow it; return its exit code, or 0 at once without `wait`.
 
     Raises:
         ConfigError: the run cannot be a job, or too much would travel with it.

@@ -38,7 +38,7 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 @dataclass(frozen=True)
 class Job:
-    """A command, and what it needs."""
+    """Describes a command, and what it needs."""
 
     job_id: str
     entrypoint: str  # a line for the shell
@@ -48,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job ended."""
+    """Describes how a job ended."""
 
     status: JobStatus
     exit_code: int | None  # None: it was stopped, or never ran
@@ -56,13 +56,13 @@ class Ending:
 
 
 class JobServer:
-    """A cluster's job server, which answers at the address of its dashboard."""
+    """Talks to a cluster's job server, at the address of its dashboard."""
 
     def __init__(self, address: str | None) -> None:
         """Connect.
 
         Raises:
-            JobError: nobody answers there, the token is not the cluster's, or its Ray is too old.
+            JobError: nothing answers there, the token is not the cluster's, or its Ray is too old.
         """
         self.address = _url(address)
         for talkative in _TALKATIVE:
@@ -70,9 +70,11 @@ class JobServer:
         with _without(_ADDRESS_VARIABLES), self._in_our_words():
             ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one, the client ends this process
             self._client = _Client(self.address)
-        found = self._client._server_ray_version
-        if Version(found) < Version(OLDEST_RAY):
-            raise JobError(f"{self.address}: the cluster runs Ray {found}; Preceptor needs {OLDEST_RAY} or newer there")
+        version = self._client._server_ray_version
+        if Version(version) < Version(OLDEST_RAY):
+            raise JobError(
+                f"{self.address}: the cluster runs Ray {version}; Preceptor needs {OLDEST_RAY} or newer there"
+            )
 
     def submit(self, job: Job, folder: Path) -> None:
         """Send a folder's files and start the command among them."""
@@ -184,7 +186,7 @@ class JobServer:
 
 @dataclass
 class _Output:
-    """What a job has printed so far, written once though it may arrive again after a broken connection."""
+    """Writes what a job prints once, though it may arrive again after a broken connection."""
 
     write: Callable[[str], None]
     last_line: str = field(default="", init=False)
@@ -204,7 +206,7 @@ class _Output:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client, which would wait for ever for an answer."""
+    """Limits the waiting of Ray's client, which would wait for ever for an answer."""
 
     def _do_request(self, *arguments: Any, **options: Any) -> Any:
         return super()._do_request(*arguments, timeout=(CONNECT_SECONDS, ANSWER_SECONDS), **options)

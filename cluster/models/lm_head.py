@@ -1,7 +1,7 @@
-"""A model's LM head by itself: the matrix from the last hidden states to logits, read without the rest of the model.
+"""Reads a model's LM head by itself: the matrix from the last hidden states to logits.
 
-A teacher's engine returns hidden states, so whoever needs probabilities keeps the head: the teacher's actor, and the
-learner when it compares whole distributions.
+A teacher's engine returns hidden states, so the code that needs probabilities keeps the head: the teacher's actor, and
+the learner when it compares whole distributions.
 """
 
 from collections.abc import Iterable, Mapping
@@ -50,7 +50,7 @@ class LmHead:
 
     @property
     def vocabulary_size(self) -> int:
-        """Return the number of tokens that the head tells apart."""
+        """Return the number of tokens of the head."""
         return self.weight.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -149,13 +149,13 @@ def _is_tied(config: Any) -> bool:
 
 def _head_name(model: str, shards: Iterable[str], is_tied: bool) -> str:
     known = EMBEDDING_NAMES if is_tied else HEAD_NAMES
-    found = [name for name in shards if any(name == end or name.endswith(f".{end}") for end in known)]
-    if not found:
+    names = [name for name in shards if any(name == end or name.endswith(f".{end}") for end in known)]
+    if not names:
         kind = "embedding, which is also its LM head," if is_tied else "LM head"
         raise ModelError(
             f"model '{model}': its {kind} was not found in its safetensors; expected a tensor called {', '.join(known)}"
         )
-    return min(found, key=len)
+    return min(names, key=len)
 
 
 def _read(model: str, shards: dict[str, Path], name: str, num_rows: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What can be told of a model before any engine starts: its files are whole and go together."""
+"""Checks, before any engine starts, that a model's files are whole and go together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from cluster.config.run_config import StudentConfig
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.lm_head import check_lm_head
-from cluster.models.model_files import context_length, load_model_config, load_tokenizer, looks_local
+from cluster.models.model_files import context_length, is_local, load_model_config, load_tokenizer
 from cluster.models.weight_files import check_weight_files
 
 
@@ -54,7 +54,7 @@ def _special_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTok
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the rest of a run needs to know of a model."""
+    """Holds what the rest of a run needs to know of a model."""
 
     tokenizer: PreTrainedTokenizerBase
     context_tokens: int
@@ -76,7 +76,7 @@ def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> Mode
         raise ModelError(f"model '{model}': is an encoder with a decoder; expected a decoder-only language model")
     tokenizer = load_tokenizer(model, section.trust_remote_code)
     vocabulary = _vocabulary(model, config, tokenizer)
-    if looks_local(model):
+    if is_local(model):
         shapes = check_weight_files(model, config)
         if is_student:
             _check_shapes(section, config, shapes)
@@ -87,15 +87,15 @@ def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> Mode
 
 def _vocabulary(model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the model's vocabulary; tokens added beside the tokenizer's own may lie beyond it, as Gemma 3's do."""
-    found = getattr(config.get_text_config(), "vocab_size", None)
-    if not isinstance(found, int) or found < max(1, tokenizer.vocab_size):
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(size, int) or size < max(1, tokenizer.vocab_size):
         raise ModelError(
-            f"model '{model}': vocab_size in its config.json is {found}, but its tokenizer has {tokenizer.vocab_size} "
+            f"model '{model}': vocab_size in its config.json is {size}, but its tokenizer has {tokenizer.vocab_size} "
             "tokens; they are of different models"
         )
     if not len(tokenizer):
         raise ModelError(f"model '{model}': its tokenizer has no tokens; copy tokenizer.json again")
-    return found
+    return size
 
 
 def _check_shapes(

@@ -21,12 +21,12 @@ def read_object(path: Path, model: str) -> dict[str, Any]:
     """
     text = read_text(path, "model file", ModelError, MAX_JSON_BYTES)
     try:
-        found = json.loads(text)  # takes Infinity, which some configurations hold
+        content = json.loads(text)  # takes Infinity, which some configurations hold
     except (ValueError, RecursionError) as error:
         raise ModelError(f"model '{model}': {path.name} is not valid JSON: {error}; copy it again") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"model '{model}': {path.name} holds {type(found).__name__}; expected an object")
-    return found
+    if not isinstance(content, dict):
+        raise ModelError(f"model '{model}': {path.name} holds {type(content).__name__}; expected an object")
+    return content
 
 
 MAX_LAYERS = 100_000  # transformers makes a list of them, which takes for ever where the number is damaged
@@ -69,16 +69,16 @@ def context_length(config: PretrainedConfig) -> int:
     Raises:
         ModelError: its configuration does not say.
     """
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(found, int) or found < 1:
+    tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(tokens, int) or tokens < 1:
         raise ModelError(
-            f"model '{config.name_or_path}': max_position_embeddings in its config.json is {found}; "
+            f"model '{config.name_or_path}': max_position_embeddings in its config.json is {tokens}; "
             "expected its context in tokens"
         )
-    return found
+    return tokens
 
 
-def looks_local(model: str) -> bool:
+def is_local(model: str) -> bool:
     """Tell a path from a hub id: a hub id is `name` or `owner/name` and never exists as a folder here."""
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or _is(model, Path.exists)
 
@@ -91,7 +91,7 @@ def _is(model: str, kind: Callable[[Path], bool]) -> bool:
 
 
 def _read(loader: Any, model: str, what: str, trust_remote_code: bool) -> Any:
-    if looks_local(model):
+    if is_local(model):
         _check_folder(model, trust_remote_code)
     try:
         return loader.from_pretrained(model, trust_remote_code=trust_remote_code)

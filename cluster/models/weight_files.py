@@ -1,4 +1,4 @@
-"""Where a model's safetensors are and what their headers say; no weight is read to find out.
+"""Finds a model's safetensors and reads their headers, without reading a weight.
 
 Only safetensors are taken: other formats are pickles, which run what their author wrote when they are loaded.
 """
@@ -83,9 +83,9 @@ def check_weight_files(model: str, config: PretrainedConfig) -> dict[str, tuple[
 
 def _check_layers(model: str, config: PretrainedConfig, names: Sequence[str]) -> None:
     """Look for layers without weights, which a loader would fill with random ones."""
-    found = {int(match[1]) for name in names if (match := _LAYER.search(name))}
+    layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
     needed = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    missing = sorted(set(range(min(needed, max(found) + 2))) - found) if found else []
+    missing = sorted(set(range(min(needed, max(layers) + 2))) - layers) if layers else []
     if missing:
         raise ModelError(
             f"model '{model}': config.json says num_hidden_layers = {needed}, but layer {missing[0]} has no weights"
@@ -93,13 +93,17 @@ def _check_layers(model: str, config: PretrainedConfig, names: Sequence[str]) ->
 
 
 def _weight_map(model: str, index: Path) -> Mapping[str, str]:
-    found = read_object(index, model).get("weight_map")
-    if not isinstance(found, dict) or not found or not all(isinstance(shard, str) for shard in found.values()):
+    weight_map = read_object(index, model).get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(shard, str) for shard in weight_map.values())
+    ):
         raise ModelError(f"model '{model}': {index.name} has no weight_map from tensors to files; save the model again")
-    outside = next((shard for shard in found.values() if Path(shard).name != shard or "\0" in shard), None)
+    outside = next((shard for shard in weight_map.values() if Path(shard).name != shard or "\0" in shard), None)
     if outside is not None:
         raise ModelError(f"model '{model}': {index.name} names {outside!r}, which is no file of its own folder")
-    return found
+    return weight_map
 
 
 def _instead(model: str) -> str:

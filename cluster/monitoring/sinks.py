@@ -1,4 +1,4 @@
-"""Where a run's figures go: files of JSON lines, and the terminal as a live table or as plain lines."""
+"""Shows a run's metrics at the terminal, as a live table or as plain lines."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cluster.contracts.files import Record
 
-# What the terminal shows of a record: label, name of the figure, format.
+# What the terminal shows of a record: label, name of the metric, format.
 _COLUMNS = [
     ("step", "step", "{:.0f}"),
     ("KL/token", "train/kl", "{:.4f}"),
@@ -32,20 +32,20 @@ _ROWS_SHOWN = 12
 
 
 class TerminalView(Protocol):
-    """What the person at the terminal sees."""
+    """Shows a run to the user at the terminal."""
 
     def say(self, line: str) -> None:
         """Show one line that stays."""
 
     def show(self, record: Record) -> None:
-        """Show one step's figures."""
+        """Show one step's metrics."""
 
     def finish(self) -> None:
         """Leave the steps as they stand; what is said from now on comes after them."""
 
 
 class PlainView:
-    """One line per step, for logs and pipes."""
+    """Prints one line per step, for logs and pipes."""
 
     def say(self, line: str) -> None:
         """Print the line at once."""
@@ -53,7 +53,7 @@ class PlainView:
         sys.stdout.flush()
 
     def show(self, record: Record) -> None:
-        """Print the step's figures as `label value` pairs."""
+        """Print the step's metrics as `label value` pairs."""
         self.say("  ".join(f"{label} {text}" for label, text in _cells(record)))
 
     def finish(self) -> None:
@@ -61,7 +61,7 @@ class PlainView:
 
 
 class LiveView:
-    """A table of the last steps that is redrawn in place."""
+    """Redraws a table of the last steps in place."""
 
     def __init__(self, console: Console, live: Live, total_steps: int) -> None:
         self._console = console

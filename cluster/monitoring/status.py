@@ -1,4 +1,4 @@
-"""How a run stands, read from its directory alone: while it lives, and after."""
+"""Reports on a run from its directory alone, while it lives and after."""
 
 import re
 import sys
@@ -22,7 +22,7 @@ MOVES_SHOWN = 5
 
 
 class PoolReport(msgspec.Struct, frozen=True):
-    """One pool after the latest step."""
+    """Describes one pool after the latest step."""
 
     name: str
     workers: list[str]  # that serve
@@ -38,7 +38,7 @@ class PoolReport(msgspec.Struct, frozen=True):
 
 
 class RunReport(msgspec.Struct, frozen=True):
-    """A run as its directory shows it."""
+    """Describes a run as its directory shows it."""
 
     run: str
     directory: str
@@ -101,7 +101,7 @@ def print_status(path: Path, as_json: bool) -> None:
 
 
 def _pool(pool: PoolState, status: Status, record: Mapping[str, float]) -> PoolReport:
-    def figure(name: str) -> float | None:
+    def metric(name: str) -> float | None:
         return record.get(f"pool/{pool.name}/{name}")
 
     return PoolReport(
@@ -111,9 +111,9 @@ def _pool(pool: PoolState, status: Status, record: Mapping[str, float]) -> PoolR
         pool.num_restarts,
         pool.num_owed,
         None if pool.name.startswith("teacher-") else status.step,
-        figure("busy_share"),
-        figure("idle_share"),
-        figure("tokens_per_second"),
+        metric("busy_share"),
+        metric("idle_share"),
+        metric("tokens_per_second"),
         pool.model,
         pool.checkpoint,
     )
@@ -126,9 +126,9 @@ def _last_checkpoint(folder: Path) -> int | None:
 
 def _held_out(records: list[dict[str, Any]]) -> dict[str, float]:
     for record in reversed(records):
-        found = {name.removeprefix(_HELD_OUT): value for name, value in record.items() if name.startswith(_HELD_OUT)}
-        if found:
-            return {"step": record["step"], **found}
+        metrics = {name.removeprefix(_HELD_OUT): value for name, value in record.items() if name.startswith(_HELD_OUT)}
+        if metrics:
+            return {"step": record["step"], **metrics}
     return {}
 
 
@@ -142,13 +142,13 @@ def _lines(report: RunReport) -> list[str]:
         lines.append(f"{report.tokens_per_second:,.0f} completion tokens/s; {queues} on average")
     if report.held_out:
         shown = ((name, report.held_out.get(name)) for name in ("accuracy", "kl", "completion_length"))
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in shown if value is not None)
-        lines.append(f"held-out after step {report.held_out['step']:.0f}: {figures}")
+        metrics = ", ".join(f"{name} {value:.4g}" for name, value in shown if value is not None)
+        lines.append(f"held-out after step {report.held_out['step']:.0f}: {metrics}")
     lines += [f"{pool.name}: {pool.model} ({pool.checkpoint[:12]})" for pool in report.pools if pool.model]
     checkpoint = "none yet" if report.last_checkpoint is None else f"step {report.last_checkpoint}"
     lines.append(f"last checkpoint: {checkpoint}")
-    lines += [f"balance after step {found['step']}: {found['sentence']}" for found in report.moves]
-    lines += [f"alarm {found['alarm']} at step {found['step']} ({found['action']})" for found in report.alarms]
+    lines += [f"balance after step {move['step']}: {move['sentence']}" for move in report.moves]
+    lines += [f"alarm {alarm['alarm']} at step {alarm['step']} ({alarm['action']})" for alarm in report.alarms]
     return lines
 
 

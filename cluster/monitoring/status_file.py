@@ -1,4 +1,4 @@
-"""status.json: how a run stands, written by the run itself and fresh while it lives.
+"""Writes and reads status.json, which the run itself keeps fresh while it lives.
 
 The file's content changes with every step; its time of change is the run's sign of life, and moves every few seconds.
 """
@@ -27,7 +27,7 @@ State = Literal["starting", "running", "ended", "stopped", "failed", "lost"]
 
 
 class Status(msgspec.Struct, frozen=True):
-    """What the run says of itself; times are seconds since 1970."""
+    """Describes the run; times are seconds since 1970."""
 
     state: State
     pid: int
@@ -40,7 +40,7 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class StatusFile:
-    """A StepObserver that keeps the file's content."""
+    """Writes every step into the file."""
 
     def __init__(self, path: Path, first_step: int) -> None:
         """Say that the run goes on after `first_step`."""

@@ -1,7 +1,7 @@
-"""The run as a timeline of its workers, in the format that Chrome's tracing page and Perfetto open.
+"""Writes a timeline of the workers, in the format that Chrome's tracing page and Perfetto open.
 
-A worker is a process of the timeline. Its calls overlap, since it is asked for the next batch before the last one is
-back; so it has as many threads as it had calls at a time.
+A worker is a process of the timeline. Its calls overlap, since the next batch is requested before the last one is back;
+so it has as many threads as it had calls at a time.
 """
 
 import json

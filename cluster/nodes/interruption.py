@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the run to end in order after its step, the second ends it at once."""
+"""Turns the first Ctrl-C or SIGTERM into a request to stop after the step; the second ends the run at once."""
 
 import signal
 import threading
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether somebody asked the run to end."""
+    """Records that the user or Ray asked the run to end."""
 
     def __init__(self) -> None:
         self._asked = threading.Event()
@@ -27,15 +27,12 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turn signals into a request to stop while the context lasts; in threads other than the main one, listen to none.
+    """Turn signals into a request to stop while the context lasts.
 
     Raises:
         KeyboardInterrupt: in the main thread, when a second signal comes.
     """
     stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         if stop.is_asked:
@@ -43,29 +40,33 @@ def stop_on_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
         stop.ask()
         say("stopping when this step is done and a checkpoint is written; once more to leave at once")
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
-    try:
+    with _handling(SIGNALS, handle):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def interrupt_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what runs in the context as Ctrl-C does; in threads other than the main one, change nothing.
+    """Let SIGTERM end what runs in the context as Ctrl-C does.
 
     Ray's own handler aborts the process, so nothing that was begun would be undone.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, handle)
+    with _handling((signal.SIGTERM,), handle):
+        yield
+
+
+@contextmanager
+def _handling(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Install a handler while the context lasts; Python allows it in the main thread only, elsewhere do nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine alone: entered with a token, bound to loopback, and gone without a trace at its end."""
+"""Starts a Ray cluster on this machine alone, behind a token, on loopback, and removes all of it at its end."""
 
 import logging
 import os
@@ -24,25 +24,25 @@ LOOPBACK = "127.0.0.1"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 PRIVATE_UMASK = 0o077
 TOKEN_FILE = "token"
-KEEPER_TIMEOUT_SECONDS = 3 * reaper.GRACE_SECONDS
+REAPER_TIMEOUT_SECONDS = 3 * reaper.GRACE_SECONDS
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-RAY_FOLDER = "ray"  # Ray opens the folder that it is given to everybody, so it is not the private one itself
+RAY_FOLDER = "ray"  # Ray opens its folder to all users, so it is not the private one itself
 # Below the folder come names like ray/session_2026-01-31_12-00-00_123456_1234567/sockets/dash_MetricsHead, and the path
 # of a Unix socket has at most 107 bytes.
 MAX_BASE_LENGTH = 16
-NOT_STARTED = "node timed out during startup"  # what Ray says when its processes took more than 30 s, in an `Exception`
+NOT_STARTED = "node timed out during startup"  # in the `Exception` of Ray when its processes took more than 30 s
 
 
 _log = logging.getLogger("preceptor")
 
 
 class _NotStartedError(Exception):
-    """Ray waited in vain for the cluster's own processes, which another load of the machine may be the reason of."""
+    """Ray waited in vain for the cluster's own processes; another load of the machine may be the reason."""
 
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """Where a cluster is."""
+    """Holds the addresses of a cluster."""
 
     folder: Path  # everything that it writes is below it
     address: str  # host:port, for `ray.init`
@@ -52,7 +52,7 @@ class LocalCluster:
 
 @contextmanager
 def local_cluster(one_gpu: bool = False, **arguments: Any) -> Iterator[LocalCluster]:
-    """Start a cluster, yield where it is, and end it.
+    """Start a cluster, yield its addresses, and end it.
 
     Its processes write below one folder that only their owner may read, the token's file `token` included; the folder
     goes when the cluster ends, also when this very process is killed. A token or mode that the environment sets stays.
@@ -129,7 +129,7 @@ def _kept_folder() -> Iterator[Path]:
     finally:
         process.stdin.close()
         with suppress(subprocess.TimeoutExpired):  # it goes on by itself
-            process.wait(KEEPER_TIMEOUT_SECONDS)
+            process.wait(REAPER_TIMEOUT_SECONDS)
 
 
 def first_gpu(environment: Mapping[str, str]) -> str:
@@ -143,7 +143,7 @@ def first_gpu(environment: Mapping[str, str]) -> str:
 
 
 def _variables(folder: Path) -> dict[str, str]:
-    """Return what the cluster's processes are told, but for what the user has set."""
+    """Return the environment of the cluster's processes, except what the user has set."""
     wanted = {
         "RAY_AUTH_MODE": "token",
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",

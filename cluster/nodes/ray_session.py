@@ -24,7 +24,7 @@ from cluster.monitoring.status_file import change_status, read_status
 from cluster.nodes.interruption import interrupt_on_sigterm
 from cluster.nodes.local_cluster import LOOPBACK, local_cluster, on_loopback, private_umask
 
-# Ray's own patience. Where the head keeps its data elsewhere and may come back, who runs the cluster sets it higher.
+# Ray's own patience. The owner of a cluster whose head may come back sets it higher.
 RAY_PATIENCE, RAY_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
 SOONER = 0.75  # than Ray, which would end the driver first
 FAILED = 1  # exit code
@@ -32,15 +32,15 @@ FAILED = 1  # exit code
 
 @dataclass(frozen=True)
 class Patience:
-    """How often a head is asked, and how long it may be silent."""
+    """Holds how often a head is checked, and how long it may be silent."""
 
-    check_seconds: float = 5.0  # between two looks, and for one
+    check_seconds: float = 5.0  # between two checks, and for one
     silent_seconds: float = field(default_factory=lambda: SOONER * float(os.environ.get(RAY_PATIENCE) or RAY_SECONDS))
 
 
 @contextmanager
 def watch_head(address: str, give_up: Callable[[float], None], patience: Patience | None = None) -> Iterator[None]:
-    """Look in a thread whether somebody takes connections at the head's address, while the context lasts.
+    """Check in a thread that the head's address takes connections, while the context lasts.
 
     Args:
         address: host:port of Ray's GCS.
@@ -54,7 +54,7 @@ def watch_head(address: str, give_up: Callable[[float], None], patience: Patienc
     try:
         yield
     finally:
-        over.set()  # nobody waits for the thread: a look at a head that is gone takes seconds
+        over.set()  # without waiting for the thread: a check of a head that is gone takes seconds
 
 
 def end_run(config: Config, address: str, silent_seconds: float) -> None:
@@ -105,11 +105,11 @@ VERSION_MISMATCH = "Version mismatch: "  # how Ray begins the error of a driver 
 
 @dataclass(frozen=True)
 class RaySession:
-    """A live connection."""
+    """Holds a live connection."""
 
     dashboard_address: str | None  # host:port
     is_local: bool
-    token_file: Path | None = None  # what the dashboard asks for; None: the user's own token, or none
+    token_file: Path | None = None  # the dashboard asks for it; None: the user's own token, or none
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def _lives_on_loopback(address: str) -> bool:
 
     Raises:
         AuthenticationError: the token is missing or not the cluster's.
-        ConnectionError: nobody answers.
+        ConnectionError: no answer comes.
     """
     if ":" not in address or "://" in address:  # "auto", or Ray's client protocol, which has its own answer
         return False
@@ -197,8 +197,8 @@ def _lives_on_loopback(address: str) -> bool:
 
 def _sides(mismatch: str) -> str:
     """Shorten Ray's paragraph about two versions of Ray and two of Python to half a line."""
-    found = re.findall(r"(?:Ray|Python): (\S+)", mismatch)
-    return "the cluster has Ray {} with Python {}, this process Ray {} with Python {}".format(*found)
+    sides = re.findall(r"(?:Ray|Python): (\S+)", mismatch)
+    return "the cluster has Ray {} with Python {}, this process Ray {} with Python {}".format(*sides)
 
 
 def _first_sentence(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 MARK = "PRECEPTOR_CLUSTER"  # environment variable of every process of the cluster: its folder
 SHARED_MEMORY = Path("/dev/shm")
 POLL_SECONDS = 0.5
-CENSUS_SECONDS = 5.0  # reading all of /proc takes about 10 ms
+COUNT_SECONDS = 5.0  # reading all of /proc takes about 10 ms
 GRACE_SECONDS = 10.0  # Ray's workers see within a few seconds that their raylet is gone
 CLOSING_POLL_SECONDS = 0.05
 
@@ -26,7 +26,7 @@ ProcessKey = tuple[int, int]  # process id and start time in clock ticks: an id 
 
 
 class ProcessTree:
-    """The processes that were started with a variable set to a value, and what they hold in shared memory.
+    """Finds the processes that were started with a variable set to a value, and what they hold in shared memory.
 
     Ray writes process titles over the environment of some, so descendants count too.
     """
@@ -49,8 +49,8 @@ class ProcessTree:
 
     def note_shared_memory(self) -> None:
         """Note which of the entries that are new since the last call a member has mapped."""
-        found = _shared_memory()
-        new, self._seen = found - self._seen, found
+        entries = _shared_memory()
+        new, self._seen = entries - self._seen, entries
         if new:
             mapped = {inode for pid, _ in self.count() for inode in _mapped_inodes(pid)}
             self._owned |= {name for name in new if _inode(SHARED_MEMORY / name) in mapped}
@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
         process_tree.note_shared_memory()
         if time.monotonic() >= next_count:
             process_tree.count()
-            next_count = time.monotonic() + CENSUS_SECONDS
+            next_count = time.monotonic() + COUNT_SECONDS
     process_tree.note_shared_memory()
     _end_members(process_tree)
     for path in process_tree.shared_memory():
@@ -110,7 +110,7 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def _mapped_inodes(pid: int) -> Iterator[int]:
-    """Yield what a process has mapped of shared memory; by number, since a semaphore is mapped before it is named."""
+    """Yield the inodes of shared memory that a process has mapped; a semaphore is mapped before it is named."""
     for line in _read(pid, "maps").splitlines():
         fields = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, path
         if len(fields) == 6 and fields[5].startswith(bytes(SHARED_MEMORY)):

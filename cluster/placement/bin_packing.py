@@ -1,4 +1,4 @@
-"""Where workers go: engines apart from each other, the learner's ranks together, and on no node more than it has."""
+"""Packs workers onto nodes: engines apart from each other, the learner's ranks together, no node overfull."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ CPU_UNITS = 10_000  # Ray counts resources in ten-thousandths; whole numbers of 
 
 @dataclass(frozen=True)
 class NodeCapacity:
-    """What a node offers, or what a worker reserves.
+    """Counts what a node offers, or what a worker reserves.
 
     Example:
         >>> NodeCapacity(cpu_units=20_000, gpus=4).times_that_fit(NodeCapacity(cpu_units=10_000, gpus=1))
@@ -23,7 +23,7 @@ class NodeCapacity:
 
     @classmethod
     def of(cls, cpus: float, gpus: int) -> "NodeCapacity":
-        """Return the room of so many CPUs, which may be a fraction, and GPUs."""
+        """Return the capacity of so many CPUs, which may be a fraction, and GPUs."""
         return cls(int(cpus * CPU_UNITS + 0.5), gpus)
 
     def less(self, other: "NodeCapacity", times: int = 1) -> "NodeCapacity":
@@ -38,7 +38,7 @@ class NodeCapacity:
 
 @dataclass(frozen=True)
 class Demand:
-    """The workers of one pool or group, which are all alike."""
+    """Describes the workers of one pool or group, which are all alike."""
 
     pool: str
     num_workers: int
@@ -46,57 +46,59 @@ class Demand:
     together: bool = False  # whether the workers talk to each other at every step
 
 
-def largest_equal_share(rooms: Sequence[NodeCapacity], workers: int) -> int:
+def largest_equal_share(capacities: Sequence[NodeCapacity], workers: int) -> int:
     """Return the most CPU units, up to one CPU, that each of `workers` can have without being split over nodes.
 
     Example:
         >>> largest_equal_share([NodeCapacity.of(2, 0), NodeCapacity.of(2, 0)], workers=5)
         6666
     """
-    shares = {min(CPU_UNITS, room.cpu_units // count) for room in rooms for count in range(1, workers + 1)}
-    fitting = [share for share in shares if share and sum(room.cpu_units // share for room in rooms) >= workers]
+    shares = {min(CPU_UNITS, capacity.cpu_units // count) for capacity in capacities for count in range(1, workers + 1)}
+    fitting = [
+        share for share in shares if share and sum(capacity.cpu_units // share for capacity in capacities) >= workers
+    ]
     return max(fitting, default=0)
 
 
-def pack(demands: Sequence[Demand], rooms: Sequence[NodeCapacity], where: str) -> dict[str, tuple[int, ...]]:
-    """Return the node, as a position in `rooms`, of every worker of every pool.
+def pack(demands: Sequence[Demand], capacities: Sequence[NodeCapacity], where: str) -> dict[str, tuple[int, ...]]:
+    """Return the node, as a position in `capacities`, of every worker of every pool.
 
     First the groups are put on as few nodes as can be and the pools spread over what is left. Where that leaves no room
-    for somebody, everything goes as close together as it can, widest workers first.
+    for a worker, everything goes as close together as it can, widest workers first.
 
     Args:
-        demands: who needs room.
-        rooms: what the nodes have.
+        demands: the pools.
+        capacities: of the nodes.
         where: the cluster and what it has, as the end of the error's sentence.
 
     Raises:
-        PlacementError: a worker finds no room; says which, and what it needs.
+        PlacementError: a worker fits nowhere; says which, and what it needs.
     """
     groups_first = sorted(demands, key=lambda demand: (not demand.together, -demand.share.gpus))
     try:
-        return _arrange(groups_first, _Nodes(rooms, where), tightly=False)
+        return _arrange(groups_first, _Nodes(capacities, where), tightly=False)
     except PlacementError:
         widest_first = sorted(demands, key=lambda demand: (-demand.share.gpus, demand.together))
-        return _arrange(widest_first, _Nodes(rooms, where), tightly=True)
+        return _arrange(widest_first, _Nodes(capacities, where), tightly=True)
 
 
 class _Nodes:
-    """What is left on every node while workers take their shares."""
+    """Counts what is left on every node while workers take their shares."""
 
-    def __init__(self, rooms: Iterable[NodeCapacity], where: str) -> None:
-        self.left = list(rooms)
+    def __init__(self, capacities: Iterable[NodeCapacity], where: str) -> None:
+        self.left = list(capacities)
         self._where = where
 
     def fitting(self, share: NodeCapacity) -> list[int]:
-        return [node for node, room in enumerate(self.left) if room.times_that_fit(share)]
+        return [node for node, capacity in enumerate(self.left) if capacity.times_that_fit(share)]
 
     def take(self, node: int, share: NodeCapacity, times: int = 1) -> None:
         self.left[node] = self.left[node].less(share, times)
 
     def refuse(self, demand: Demand, worker: int) -> PlacementError:
-        """Return the error of a worker that finds no room."""
+        """Return the error of a worker that fits nowhere."""
         share = demand.share
-        most = max((room.gpus for room in self.left), default=0)
+        most = max((capacity.gpus for capacity in self.left), default=0)
         if share.gpus > most:
             needs = f"{share.gpus} GPUs on one node, {most} are left"
         else:
@@ -137,8 +139,8 @@ def _one_by_one(demand: Demand, nodes: _Nodes, tightly: bool) -> tuple[int, ...]
     mates: Counter[int] = Counter()
 
     def looseness(node: int) -> tuple[int, int, int]:
-        room = nodes.left[node]
-        return (0 if tightly else -mates[node], room.gpus, room.cpu_units)
+        capacity = nodes.left[node]
+        return (0 if tightly else -mates[node], capacity.gpus, capacity.cpu_units)
 
     for worker in range(demand.num_workers):
         fitting = nodes.fitting(demand.share)

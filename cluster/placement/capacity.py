@@ -1,4 +1,4 @@
-"""What the cluster has left for more workers, and whether its nodes hold another split of those that are there."""
+"""Finds what the cluster has left for more workers, and whether its nodes hold another split of the present ones."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ def missing_for(*changes: tuple[PoolPlacement, int]) -> str | None:
     """Say what the connected cluster lacks for changes of pools' workers, together; None when it has room.
 
     Workers that leave make room for those that come. Workers without GPUs take turns on the same cores, so there always
-    is some. Looks at the sum: an engine on several GPUs also needs them on one node, which Ray finds out when it places
+    is some. Compares sums: an engine on several GPUs also needs them on one node, which Ray finds out when it places
     the actor.
     """
     more = sum(change for _, change in changes if change > 0)
@@ -40,15 +40,15 @@ def _free_gpus(changes: Sequence[tuple[PoolPlacement, int]]) -> tuple[float, str
 
 @dataclass
 class SplitCapacity:
-    """The GPUs of every node, and on which of them each pool's workers are.
+    """Tracks the GPUs of every node, and on which of them each pool's workers are.
 
     Args:
         gpus: of a worker, by pool.
 
     Example:
-        >>> room = SplitCapacity({"rollout": 1, "teachers.main": 2})
-        >>> room.update({"a": 0, "b": 0}, {"rollout": ["a", "b", "b"], "teachers.main": ["a"]})
-        >>> room.fits({"rollout": 1, "teachers.main": 2}), room.fits({"rollout": 2, "teachers.main": 2})
+        >>> capacity = SplitCapacity({"rollout": 1, "teachers.main": 2})
+        >>> capacity.update({"a": 0, "b": 0}, {"rollout": ["a", "b", "b"], "teachers.main": ["a"]})
+        >>> capacity.fits({"rollout": 1, "teachers.main": 2}), capacity.fits({"rollout": 2, "teachers.main": 2})
         (True, False)
     """
 
@@ -61,7 +61,7 @@ class SplitCapacity:
         if not any(self.gpus.values()):
             return
         free = {node: int(left.get("GPU", 0)) for node, left in available_resources_per_node().items()}
-        node_of = {actor: found["Address"]["NodeID"] for actor, found in actors().items()}
+        node_of = {actor: state["Address"]["NodeID"] for actor, state in actors().items()}
         self.update(free, {name: [node_of[worker._actor_id.hex()] for worker in own] for name, own in workers.items()})
 
     def update(self, free: Mapping[str, int], homes: Mapping[str, Sequence[str]]) -> None:
@@ -78,8 +78,8 @@ class SplitCapacity:
                 free[node] += self.gpus[name]
         coming = [self.gpus[name] for name, size in sizes.items() for _ in range(size - len(self._homes[name]))]
         for needed in sorted(coming, reverse=True):
-            roomy = [node for node in free if free[node] >= needed]
-            if not roomy:
+            large_enough = [node for node in free if free[node] >= needed]
+            if not large_enough:
                 return False
-            free[min(roomy, key=free.__getitem__)] -= needed
+            free[min(large_enough, key=free.__getitem__)] -= needed
         return True

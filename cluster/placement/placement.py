@@ -1,4 +1,4 @@
-"""Who runs where: worker counts, their nodes and shares of the cluster, checked before anything starts."""
+"""Plans every worker onto a node, with its share of the cluster, before anything starts."""
 
 import time
 from collections import Counter
@@ -19,28 +19,28 @@ from cluster.placement.bin_packing import CPU_UNITS, Demand, NodeCapacity, large
 from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE, share_gpu
 from cluster.weight_sync.transports import choose
 
-CHECK_SECONDS = 1.0  # between two looks at what is free
+CHECK_SECONDS = 1.0  # between two checks of what is free
 PATIENCE_SECONDS = 3.0  # what Ray says of a node that has just started, or of actors that have just ended, is late
 LEARNER = "learner"
 
 
 @dataclass(frozen=True)
 class NodeResources:
-    """What one node offers to Ray."""
+    """Describes what one node offers to Ray."""
 
     cpus: float
     gpus: int
-    node_id: str = ""  # Ray's; "": workers are not told to go there
+    node_id: str = ""  # Ray's; "": workers do not ask for it
 
     @property
-    def room(self) -> NodeCapacity:
+    def capacity(self) -> NodeCapacity:
         """Return it in whole units."""
         return NodeCapacity.of(self.cpus, self.gpus)
 
 
 @dataclass(frozen=True)
 class PoolPlacement:
-    """One pool's or group's share of the cluster."""
+    """Describes one pool's or group's share of the cluster."""
 
     name: str  # "rollout", "teacher-NAME", "slot-NAME" or "learner"
     num_workers: int
@@ -51,7 +51,7 @@ class PoolPlacement:
 
     @property
     def share(self) -> dict[str, Any]:
-        """Return Ray actor options of a worker that was promised no node."""
+        """Return Ray actor options of a worker that has no node of its own."""
         share: dict[str, Any] = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
         if not self.gpus_per_worker:
             # Ray would set the threads from the reserved CPUs, which are fractions here.
@@ -72,7 +72,7 @@ class PoolPlacement:
 
 @dataclass(frozen=True)
 class Placement:
-    """Every pool's share."""
+    """Holds every pool's share."""
 
     rollout: PoolPlacement
     teachers: dict[str, PoolPlacement]  # those of a slot have one share together
@@ -152,7 +152,7 @@ def plan_placement(
         free: what others leave of the same nodes; None: all of it.
 
     Raises:
-        PlacementError: what the run needs is not there; says how much is needed, found, and for whom.
+        PlacementError: what the run needs is not there; says how much is needed and there, and for which pool.
     """
     if floor(max((node.cpus for node in nodes), default=0)) < 1:
         raise PlacementError("the Ray cluster offers no CPU; start it with at least one")
@@ -161,8 +161,8 @@ def plan_placement(
     if on_gpu and config.ray.share_gpu:
         return _on_one_gpu(config, nodes, free)
     demands = _demands(config, nodes)
-    rooms = [node.room for node in (nodes if free is None else free)]
-    places = pack(demands, rooms, _where(demands, nodes, free))
+    capacities = [node.capacity for node in (nodes if free is None else free)]
+    places = pack(demands, capacities, _where(demands, nodes, free))
     threads = _threads(config, nodes, places)
     pools = {demand.pool: _placed(demand, nodes, places[demand.pool], threads[demand.pool]) for demand in demands}
     teachers = {name: pools[label] for label, names in config.scorer_groups.items() for name in names}
@@ -180,7 +180,7 @@ def describe(placement: Placement) -> list[tuple[str, str]]:
 
 
 def _on_one_gpu(config: Config, nodes: Sequence[NodeResources], free: Sequence[NodeResources] | None) -> Placement:
-    """Put everybody on one node, where they share the CPUs as without a GPU, and give each its part of one GPU."""
+    """Put all workers on one node, where they share the CPUs as without a GPU, and give each its part of one GPU."""
     shares = share_gpu(config)
     left = nodes if free is None else free
     # Of a node's GPUs, Ray takes a part of any that has it: a worker that starts again would land beside the others.
@@ -206,14 +206,14 @@ def _on_one_gpu(config: Config, nodes: Sequence[NodeResources], free: Sequence[N
 
 
 def _demands(config: Config, nodes: Sequence[NodeResources]) -> list[Demand]:
-    """Return who needs what, in data-flow order."""
+    """Return every pool's demand, in data-flow order."""
     engines = {"rollout": (config.rollout.num_workers, config.rollout.engine.tensor_parallel)}
     for label, (first, *_) in config.scorer_groups.items():
         engines[label] = (config.teachers[first].num_workers, config.teachers[first].engine.tensor_parallel)
     workers = sum(count for count, _ in engines.values()) + config.learner.num_workers
     on_gpu = any(node.gpus for node in nodes)
     # Fractions without GPUs: Ray schedules by reservation, and the stages share the cores in turns.
-    cpu_units = CPU_UNITS if on_gpu else max(1, largest_equal_share([node.room for node in nodes], workers))
+    cpu_units = CPU_UNITS if on_gpu else max(1, largest_equal_share([node.capacity for node in nodes], workers))
     demands = [
         Demand(pool, count, NodeCapacity(cpu_units, gpus if on_gpu else 0)) for pool, (count, gpus) in engines.items()
     ]
@@ -225,9 +225,9 @@ def _where(demands: Sequence[Demand], nodes: Sequence[NodeResources], free: Sequ
     """Say what the run needs and the cluster has."""
     on_gpu = any(node.gpus for node in nodes)
     needed = sum(demand.num_workers * (demand.share.gpus or demand.share.cpu_units / CPU_UNITS) for demand in demands)
-    found, left = (sum(node.gpus if on_gpu else node.cpus for node in some) for some in (nodes, free or ()))
-    has = f"the cluster has {found:g}" if free is None else f"{left:g} of the cluster's {found:g} are free"
-    could_share = on_gpu and needed > found and all(_could_share(demand) for demand in demands)
+    total, left = (sum(node.gpus if on_gpu else node.cpus for node in some) for some in (nodes, free or ()))
+    has = f"the cluster has {total:g}" if free is None else f"{left:g} of the cluster's {total:g} are free"
+    could_share = on_gpu and needed > total and all(_could_share(demand) for demand in demands)
     advice = "; ray.share_gpu = true puts all of it on one GPU" if could_share else ""
     return f"the run needs {needed:g} {'GPUs' if on_gpu else 'CPUs'} and {has} on {len(nodes)} nodes{advice}"
 

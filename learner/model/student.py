@@ -14,7 +14,7 @@ from cluster.config.run_config import StudentConfig
 from cluster.config.stages import HeadDtype, LearnerConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.lm_head import read_logit_scaling
-from cluster.models.model_files import load_model_config, looks_local
+from cluster.models.model_files import is_local, load_model_config
 from cluster.weight_sync.manifest import TensorSpec, WeightManifest
 from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch
 from learner.loss.objective import Objective
@@ -50,7 +50,7 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
             use_safetensors=True,  # anything else is a pickle, which can run code
             output_loading_info=True,
             trust_remote_code=student.trust_remote_code,
-            local_files_only=looks_local(student.model) and Path(student.model).is_dir(),
+            local_files_only=is_local(student.model) and Path(student.model).is_dir(),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip() or type(error).__name__
