@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cluster.actors.calls import PoolTimeouts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.actors.calls import PoolTimeouts
 from cluster.config.run_file import parse_run_config
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.weight_sync.manifest import TensorSpec

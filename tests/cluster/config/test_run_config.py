@@ -10,7 +10,7 @@ from cluster.contracts.errors import ConfigError
 from tests.builders import MINIMAL_RUN, make_config
 
 FIELDS = {
-    "run": "name steps seed directory",
+    "run": "name steps seed directory hooks",
     "student": "model trust_remote_code",
     "prompts": "train held_out template system_prompt prompts_per_step shuffle",
     "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
