@@ -15,7 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, proces
 
 from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.compat import LogitsContext, LogitsProcessorV2, LogitsProcRequestState
-from rollout_workers.candidates.draws import CandidateLog, CandidateRequest, LogitsRow, SampledCandidates
+from rollout_workers.candidates.sampled import CandidateLog, CandidateRequest, LogitsRow, SampledCandidates
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

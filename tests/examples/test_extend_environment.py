@@ -43,7 +43,7 @@ def rollouts(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         rows_per_batch=4,
         weight_sync_backend="object_store",
         environment=EnvironmentConfig(KIND, "exact", max_observation_tokens=2),
-        draws=True,
+        sampled_candidates=True,
     )
     pool = RolloutPool(settings, [{"num_cpus": 1}], PoolTimeouts(start_seconds=500, call_seconds=120))
     pool.wait_until_ready()
@@ -96,7 +96,7 @@ def test_the_hint_follows_a_wrong_answer_and_both_answers_are_the_models_own(rol
     assert [row["token_ids"].tolist() for row in rows] == [row["token_ids"].tolist() for row in again]
 
 
-@pytest.mark.parametrize("candidates", ["topk", "draws"])
+@pytest.mark.parametrize("candidates", ["topk", "sampled"])
 def test_candidates_stand_beside_the_tokens_of_both_answers(rollouts: RolloutDeployment, candidates: Any) -> None:
     sampling = SamplingSettings(MAX_TOKENS, 1.0, stop=("halt",), num_candidates=3, candidates=candidates)
     for row in two_turns(rollouts.generate(rollouts.requests(WITH_ANSWER * 4), sampling)):

@@ -28,7 +28,7 @@ def rollouts(ray_cluster: None, student_folder: Path) -> Iterator[RolloutDeploym
         max_model_len=CONTEXT_TOKENS,
         rows_per_batch=4,
         weight_transport="object_store",
-        draws=True,
+        sampled_candidates=True,
     )
     pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=500, call_seconds=120))
     pool.wait_until_ready()

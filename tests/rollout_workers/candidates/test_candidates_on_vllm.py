@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test wait
 
 
 def draws(count: int, max_completion_tokens: int = 32, temperature: float = 1.0) -> SamplingSettings:
-    return SamplingSettings(max_completion_tokens, temperature, num_candidates=count, candidates="draws")
+    return SamplingSettings(max_completion_tokens, temperature, num_candidates=count, candidates="sampled")
 
 
 def expected(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_new_weights_leave_no_gap_and_no_repetition_in_running_requests(rollouts
 
 
 def test_draws_beside_a_truncated_distribution_are_refused(rollouts: RolloutDeployment) -> None:
-    sampling = SamplingSettings(4, 1.0, top_p=0.5, num_candidates=2, candidates="draws")
+    sampling = SamplingSettings(4, 1.0, top_p=0.5, num_candidates=2, candidates="sampled")
     with pytest.raises(RolloutError, match="draws come from the whole distribution"):
         rollouts.generate(rollouts.requests([0]), sampling)
 

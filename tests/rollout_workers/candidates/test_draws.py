@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rollout_workers.candidates.draws import (
+from rollout_workers.candidates.sampled import (
     GOLDEN_GAMMA,
     MAX_LOGITS_AT_ONCE,
     MAX_STEPS_ON_DEVICE,

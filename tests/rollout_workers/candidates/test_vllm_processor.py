@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 
-from rollout_workers.candidates.draws import CandidateLog, CandidateRequest
+from rollout_workers.candidates.sampled import CandidateLog, CandidateRequest
 from rollout_workers.candidates.vllm_processor import CandidateProcessor, CandidateProcessorV2, request_candidates
 from tests.rollout_workers.candidates.test_draws import certain, ids_of
 
