@@ -37,7 +37,7 @@ class RolloutActorSettings:
     rows_per_batch: int
     weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    draws: bool = False  # whether sampling settings may ask for sampled candidates
+    sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
 
 
 class RolloutActor:
@@ -64,7 +64,11 @@ class RolloutActor:
             settings.student.model, trust_remote_code=settings.student.trust_remote_code
         )
         engine = VllmRolloutEngine(
-            settings.student, settings.engine, settings.max_model_len, settings.weight_transport, settings.draws
+            settings.student,
+            settings.engine,
+            settings.max_model_len,
+            settings.weight_transport,
+            settings.sampled_candidates,
         )
         self._worker = RolloutWorker(
             engine,

@@ -79,7 +79,7 @@ def test_a_completion_ends_where_it_has_looped_and_nowhere_else(pool: RolloutPoo
 
 
 def test_an_engine_without_draws_refuses_them(pool: RolloutPool) -> None:
-    with pytest.raises(RolloutError, match="asks for draws, but its engine was started without them"):
+    with pytest.raises(RolloutError, match="wants sampled candidates, but its engine was started without"):
         list(pool.generate(requests(1), SamplingSettings(4, 1.0, num_candidates=2, candidates="sampled")))
 
 
