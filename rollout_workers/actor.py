@@ -138,7 +138,7 @@ class RolloutActor:
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end of the weight sync."""
-        await self._worker.init_weight_transfer(init_info)
+        await self._worker.engine.init_weight_transfer(init_info)
 
     async def held_version(self) -> int | None:
         """Return the policy version whose changes alone this worker can take; None: it needs whole parameters."""
@@ -150,7 +150,7 @@ class RolloutActor:
             await reference
         self._held_version = self._arriving_version = None
         self._is_updating = True
-        await self._worker.start_weight_update()
+        await self._worker.engine.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one bucket; a `reference` (in a list, so that Ray leaves it alone) is fetched to become `buffer`."""
@@ -159,7 +159,7 @@ class RolloutActor:
             others = {name: value for name, value in update_info.items() if name != "reference"}
             [reference] = update_info["reference"]
             update_info = others | {"buffer": await reference}
-        await self._worker.update_weights(update_info)
+        await self._worker.engine.update_weights(update_info)
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights as `policy_version`, go on generating, and return their checksum."""

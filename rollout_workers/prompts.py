@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, PromptError
 from cluster.contracts.files import read_file
-from cluster.contracts.trajectory import Ints, ragged
+from cluster.contracts.trajectory import ragged
 from rollout_workers.environments.base import Prompt
 from rollout_workers.environments.verifiers import check_answer
 
@@ -71,18 +71,9 @@ class PromptSet:
         """Return the token count of the longest prompt."""
         return int(self._token_ids.lengths.max(initial=0))
 
-    def token_ids(self, prompt_id: int) -> Ints:
-        """Return the prompt's tokens, special tokens included."""
-        return self._token_ids[prompt_id]
-
     def text(self, prompt_id: int) -> str:
         """Return the prompt as its file gives it; of a conversation, the last message."""
         return str(self._table["text"][prompt_id].as_py())
-
-    def answer(self, prompt_id: int) -> str | None:
-        """Return what the verifier compares with, None when there is nothing to verify."""
-        answer: str | None = self._table["answer"][prompt_id].as_py()
-        return answer
 
     def domain(self, prompt_id: int) -> str:
         """Return the label under which metrics group this prompt."""
@@ -94,13 +85,8 @@ class PromptSet:
 
     def prompt(self, prompt_id: int) -> Prompt:
         """Return one prompt as environments read it."""
-        return Prompt(
-            self.token_ids(prompt_id),
-            self.text(prompt_id),
-            self.teacher(prompt_id),
-            self.domain(prompt_id),
-            self.answer(prompt_id),
-        )
+        columns = ("text", "teacher", "domain", "answer")
+        return Prompt(self._token_ids[prompt_id], *(self._table[name][prompt_id].as_py() for name in columns))
 
     def to_wire(self) -> pa.Buffer:
         """Encode as Arrow IPC."""

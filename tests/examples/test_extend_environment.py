@@ -77,7 +77,7 @@ def test_the_hint_follows_a_wrong_answer_and_both_answers_are_the_models_own(rol
     requests = rollouts.requests(WITH_ANSWER * 8)
     rows = rollouts.generate(requests, SamplingSettings(MAX_TOKENS, 1.0, stop=("halt",)))
     for row in two_turns(rows):
-        prompt = rollouts.prompts.token_ids(row["prompt_id"]).tolist()
+        prompt = rollouts.prompts.prompt(row["prompt_id"]).token_ids.tolist()
         (begin, hint), (second, end) = sampled_spans(row)
         assert (begin, end) == (len(prompt), len(row["token_ids"]))
         assert row["token_ids"][:begin].tolist() == prompt
