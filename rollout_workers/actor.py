@@ -5,45 +5,32 @@ Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM'
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
-from cluster.config.run_config import EnvironmentConfig, StudentConfig
-from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from cluster.vllm.engine import prepare_environment
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifiers import VerifierProcess
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
+if TYPE_CHECKING:
+    from rollout_workers.pool import RolloutActorSettings
+
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
-
-
-@dataclass(frozen=True)
-class RolloutActorSettings:
-    """Says how an actor starts; equal for all actors of a pool."""
-
-    student: StudentConfig
-    engine: EngineConfig
-    max_model_len: int  # tokens of the longest trajectory, plus 1
-    rows_per_batch: int
-    weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
 
 
 class RolloutActor:
     """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
 
-    def __init__(self, settings: RolloutActorSettings) -> None:
+    def __init__(self, settings: "RolloutActorSettings") -> None:
         self._settings = settings
         self._rollouts: dict[int, AsyncGenerator[RolloutBatch]] = {}
         self._running: dict[int, asyncio.Task[RolloutBatch]] = {}  # waits for the next batch of a call
@@ -54,6 +41,8 @@ class RolloutActor:
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
+        from cluster.vllm.engine import prepare_environment
+
         settings = self._settings
         prepare_environment(settings.engine)
         from transformers import AutoTokenizer

@@ -110,7 +110,7 @@ class RolloutWorker:
         are sampled, or an observation does not fit. A completion that vLLM aborted is the last one, too.
         """
         if self._prompts is None:
-            raise RolloutError("a rollout was asked for before the prompts were set")
+            raise RolloutError("a rollout was requested before the prompts were set")
         prompt = self._prompts.prompt(request.prompt_id)
         with _failures_of_environment(request):
             environment = self._environment(replace(self._services, stop=sampling.stop))

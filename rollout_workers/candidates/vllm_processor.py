@@ -139,7 +139,7 @@ class CandidateCalls:
     def take_candidates(self, wanted: Mapping[str, int], given_up: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
         """Return finished requests' ids and log-probabilities, as `candidates_from_bytes` reads them, and forget them.
 
-        Bytes, because vLLM passes no arrays between processes unless it is told to unpickle what comes.
+        Bytes, because vLLM passes arrays between processes only where a setting lets it unpickle what comes.
 
         Args:
             wanted: from key to the number of tokens that were kept.

@@ -15,8 +15,7 @@ from cluster.config.run_config import EnvironmentConfig, StudentConfig
 from cluster.config.run_directory import RunDirectory
 from cluster.config.stages import EngineConfig
 from cluster.contracts.requests import SamplingSettings
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.end_to_end.conftest import records_of
 from tests.end_to_end.runs import SMALL, preceptor
 from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, make_prompts, rows_of
