@@ -5,45 +5,32 @@ Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM'
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
-from cluster.config.run_config import EnvironmentConfig, StudentConfig
-from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from cluster.vllm.engine import prepare_environment
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifiers import VerifierProcess
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
+if TYPE_CHECKING:
+    from rollout_workers.pool import RolloutActorSettings
+
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
-
-
-@dataclass(frozen=True)
-class RolloutActorSettings:
-    """Says how an actor starts; equal for all actors of a pool."""
-
-    student: StudentConfig
-    engine: EngineConfig
-    max_model_len: int  # tokens of the longest trajectory, plus 1
-    rows_per_batch: int
-    weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    draws: bool = False  # whether sampling settings may ask for sampled candidates
 
 
 class RolloutActor:
     """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
 
-    def __init__(self, settings: RolloutActorSettings) -> None:
+    def __init__(self, settings: "RolloutActorSettings") -> None:
         self._settings = settings
         self._rollouts: dict[int, AsyncGenerator[RolloutBatch]] = {}
         self._running: dict[int, asyncio.Task[RolloutBatch]] = {}  # waits for the next batch of a call
@@ -54,6 +41,8 @@ class RolloutActor:
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
+        from cluster.vllm.engine import prepare_environment
+
         settings = self._settings
         prepare_environment(settings.engine)
         from transformers import AutoTokenizer
@@ -64,7 +53,11 @@ class RolloutActor:
             settings.student.model, trust_remote_code=settings.student.trust_remote_code
         )
         engine = VllmRolloutEngine(
-            settings.student, settings.engine, settings.max_model_len, settings.weight_transport, settings.draws
+            settings.student,
+            settings.engine,
+            settings.max_model_len,
+            settings.weight_transport,
+            settings.sampled_candidates,
         )
         self._worker = RolloutWorker(
             engine,
@@ -134,7 +127,7 @@ class RolloutActor:
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open the receiving end of the weight sync."""
-        await self._worker.init_weight_transfer(init_info)
+        await self._worker.engine.init_weight_transfer(init_info)
 
     async def held_version(self) -> int | None:
         """Return the policy version whose changes alone this worker can take; None: it needs whole parameters."""
@@ -146,7 +139,7 @@ class RolloutActor:
             await reference
         self._held_version = self._arriving_version = None
         self._is_updating = True
-        await self._worker.start_weight_update()
+        await self._worker.engine.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one bucket; a `reference` (in a list, so that Ray leaves it alone) is fetched to become `buffer`."""
@@ -155,7 +148,7 @@ class RolloutActor:
             others = {name: value for name, value in update_info.items() if name != "reference"}
             [reference] = update_info["reference"]
             update_info = others | {"buffer": await reference}
-        await self._worker.update_weights(update_info)
+        await self._worker.engine.update_weights(update_info)
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights as `policy_version`, go on generating, and return their checksum."""

@@ -1,4 +1,4 @@
-"""When finished trajectories leave a worker: as full batches, or before they have waited for long."""
+"""Groups finished trajectories into batches, which leave a worker when they are full or have waited for long."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -18,7 +18,7 @@ Row = TypeVar("Row")
 
 
 class Filling(Generic[Row]):
-    """The finished rows of a rollout that wait for their batches to fill; told the time, it waits for nothing itself.
+    """Collects the finished rows of a rollout into batches; takes the time as an argument and waits for nothing.
 
     Example:
         >>> filling = Filling[int](num_rows=3, rows_per_batch=2, started=0.0)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from time import perf_counter
 from typing import Any
@@ -12,16 +12,30 @@ from ray.actor import ActorHandle
 from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
 from cluster.actors.replicas import Replicas, Supervision
+from cluster.config.run_config import EnvironmentConfig, StudentConfig
+from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle, PoolState, Span
 from cluster.contracts.errors import ActorDiedError, PreceptorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.scheduling import ExpectedLengths, spread
 
 ROLLOUT_ACTOR = "rollout_workers.actor:RolloutActor"
 
 _log = logging.getLogger("preceptor")
+
+
+@dataclass(frozen=True)
+class RolloutActorSettings:
+    """Says how an actor starts; equal for all actors of a pool."""
+
+    student: StudentConfig
+    engine: EngineConfig
+    max_model_len: int  # tokens of the longest trajectory, plus 1
+    rows_per_batch: int
+    weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class RolloutPool:
         self._lengths = ExpectedLengths(lambda prompt_id: "")
         self._prompts: Any = None  # reference to the prompts' wire bytes
         self._bring_weights: Callable[[ActorHandle], Any] | None = None
-        self._rollout_ids = count(-1, -1)  # below every step, so that who waits for `generate` waits for it alone
+        self._rollout_ids = count(-1, -1)  # below every step, so that `generate` never waits for one
         self._calls = count()
         self._awaited: dict[Any, _Assignment] = {}  # by the reference to the next batch's handle
         self._unassigned: list[tuple[int, Sequence[RolloutRequest], SamplingSettings]] = []  # while no worker serves
@@ -115,7 +129,7 @@ class RolloutPool:
         return self._replicas.staying
 
     def resize(self, size: int) -> None:
-        """Start workers, or let some leave when they have written what they were asked for; returns at once.
+        """Start workers, or let some leave when they owe nothing more; returns at once.
 
         New ones are given the prompts and the current weights, and take part in what is submitted from then on.
         """
@@ -257,7 +271,7 @@ class RolloutPool:
             del self._awaited[reference]
         name = self._replicas.name(worker)
         for awaited in owed.values():
-            _log.warning("%d completions of %s are asked for again", len(awaited.requests), name)
+            _log.warning("%d trajectories of %s are requested again", len(awaited.requests), name)
             self.submit(awaited.rollout, awaited.requests, awaited.sampling)
 
     def _send(self, method: str, assignment: _Assignment, *args: Any) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, PromptError
 from cluster.contracts.files import read_file
-from cluster.contracts.trajectory import Ints, ragged
+from cluster.contracts.trajectory import ragged
 from rollout_workers.environments.base import Prompt
 from rollout_workers.environments.verifiers import check_answer
 
@@ -47,7 +47,7 @@ _SCHEMA = pa.schema(
 
 
 class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of a prompt file."""
+    """Reads one line of a prompt file."""
 
     prompt: str | list[dict[str, Any]]
     answer: str | None = None
@@ -56,7 +56,7 @@ class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PromptSet:
-    """All prompts of one file, tokenised; prompt_id is the index. Its wire form is shared by all rollout workers."""
+    """Holds tokenised prompts; prompt_id is the index. All rollout workers share its wire form."""
 
     def __init__(self, table: pa.RecordBatch) -> None:
         self._table = table
@@ -71,18 +71,9 @@ class PromptSet:
         """Return the token count of the longest prompt."""
         return int(self._token_ids.lengths.max(initial=0))
 
-    def token_ids(self, prompt_id: int) -> Ints:
-        """Return the prompt's tokens, special tokens included."""
-        return self._token_ids[prompt_id]
-
     def text(self, prompt_id: int) -> str:
         """Return the prompt as its file gives it; of a conversation, the last message."""
         return str(self._table["text"][prompt_id].as_py())
-
-    def answer(self, prompt_id: int) -> str | None:
-        """Return what the verifier compares with, None when there is nothing to verify."""
-        answer: str | None = self._table["answer"][prompt_id].as_py()
-        return answer
 
     def domain(self, prompt_id: int) -> str:
         """Return the label under which metrics group this prompt."""
@@ -94,13 +85,8 @@ class PromptSet:
 
     def prompt(self, prompt_id: int) -> Prompt:
         """Return one prompt as environments read it."""
-        return Prompt(
-            self.token_ids(prompt_id),
-            self.text(prompt_id),
-            self.teacher(prompt_id),
-            self.domain(prompt_id),
-            self.answer(prompt_id),
-        )
+        columns = ("text", "teacher", "domain", "answer")
+        return Prompt(self._token_ids[prompt_id], *(self._table[name][prompt_id].as_py() for name in columns))
 
     def to_wire(self) -> pa.Buffer:
         """Encode as Arrow IPC."""
@@ -131,7 +117,7 @@ class PromptSet:
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """Which prompt is asked when: a pure function of the seed, so a resumed run needs no saved cursor."""
+    """Orders the prompts of a run: a pure function of the seed, so a resumed run needs no saved cursor."""
 
     num_prompts: int
     seed: int
@@ -152,11 +138,7 @@ class PromptOrder:
 
 
 def sampling_seed(*key: int) -> int:
-    """Return the seed of one completion's draws: the same for the same key, independent for every other.
-
-    Args:
-        key: what tells the completion from all others: run seed, purpose, step, prompt id, sample index.
-    """
+    """Return a seed: the same for the same key (run seed, purpose, step, prompt id, sample index), else independent."""
     digest = blake2b(struct.pack(f"<{len(key)}q", *key), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # vLLM takes signed 64-bit seeds
 
@@ -227,7 +209,7 @@ def _parse(where: str, line: bytes, verifier: str) -> PromptLine:
 
 
 def _check_messages(where: str, messages: list[dict[str, Any]]) -> None:
-    """Check what every chat template reads: a template that finds no content writes nothing, and says so to nobody."""
+    """Check what every chat template reads: a template that finds no content leaves it out without a word."""
     if not messages:
         raise PromptError(f"{where}: `prompt` is empty")
     for number, message in enumerate(messages, start=1):
@@ -241,21 +223,20 @@ def _check_messages(where: str, messages: list[dict[str, Any]]) -> None:
 def _check_length(where: str, tokens: int, config: Config, context_tokens: int) -> None:
     if not tokens:
         raise PromptError(f"{where}: the prompt has no tokens; the student needs one to go on from")
-    limits = {
-        "rollout.max_completion_tokens": config.rollout.max_completion_tokens,
-        "environment.max_observation_tokens": config.environment.max_observation_tokens,
-    }
-    room = context_tokens - sum(limits.values()) - 1  # a scoring engine generates one token
-    if tokens > room:
-        named = ", ".join(f"{name} = {value}" for name, value in limits.items() if value)
+    completion, observations = config.rollout.max_completion_tokens, config.environment.max_observation_tokens
+    longest = context_tokens - completion - observations - 1  # a scoring engine generates one token
+    if tokens > longest:
+        less = f"rollout.max_completion_tokens = {completion}"
+        if observations:
+            less += f", environment.max_observation_tokens = {observations}"
         raise PromptError(
-            f"{where}: the prompt has {tokens} tokens, but a context of {context_tokens} less {named} and 1 leaves "
-            f"room for {room}"
+            f"{where}: the prompt has {tokens} tokens, but a context of {context_tokens} less {less} and 1 leaves "
+            f"room for {longest}"
         )
 
 
 def _render(where: str, line: PromptLine, tokenizer: PreTrainedTokenizerBase, config: Config) -> str:
-    """Return the text that the student is given; a chat template writes its own special tokens."""
+    """Return the text that the student reads; a chat template writes its own special tokens."""
     if config.prompts.template == "raw":
         if not isinstance(line.prompt, str):
             raise PromptError(f"{where}: `prompt` is a conversation, but prompts.template = 'raw' takes a text")

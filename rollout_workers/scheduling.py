@@ -1,7 +1,6 @@
-"""Which completions will be long, and who writes them: long ones start first, and each worker has as much to write.
+"""Predicts completion lengths and deals requests to workers by them; pure.
 
-A step lasts as long as its longest completion, so that one must not be the last to start. Pure; the same history gives
-the same answer.
+A step lasts as long as its longest completion, so long ones start first, and each worker gets as many tokens.
 """
 
 from collections import defaultdict
@@ -20,7 +19,7 @@ DOMAIN_MEMORY = 1024
 
 @dataclass(slots=True)
 class Average:
-    """The mean of the first values, then an exponential average."""
+    """Averages the first values evenly, later ones exponentially."""
 
     num_values: int = 0
     value: float = 0.0
@@ -33,7 +32,7 @@ class Average:
 
 @dataclass
 class ExpectedLengths:
-    """What finished batches tell of the completions to come."""
+    """Predicts the lengths of completions from those of finished batches."""
 
     domain_of: Callable[[int], str]  # by prompt id
     _by_prompt: defaultdict[int, Average] = field(default_factory=lambda: defaultdict(Average))
@@ -48,7 +47,7 @@ class ExpectedLengths:
             self._overall.add(num_tokens, DOMAIN_MEMORY)
 
     def expect(self, prompt_id: int) -> float:
-        """Return the tokens of one completion: as the prompt's own were, else as its domain's, else as any; else 1."""
+        """Return the tokens of one completion: the mean of the prompt's, else of its domain's, else of all; else 1."""
         known = (self._by_prompt.get(prompt_id), self._by_domain.get(self.domain_of(prompt_id)), self._overall)
         return next((average.value for average in known if average and average.num_values), 1.0)
 
@@ -56,7 +55,7 @@ class ExpectedLengths:
 def spread(
     requests: Iterable[RolloutRequest], num_workers: int, expect: Callable[[int], float]
 ) -> list[list[RolloutRequest]]:
-    """Deal requests to workers, the longest first, so that each has about as many tokens to write.
+    """Deal requests to workers, the longest first, so that each has about as many tokens to sample.
 
     A prompt's samples stay together, to share its prefix. Among equals the given order is kept.
 

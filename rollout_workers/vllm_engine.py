@@ -1,8 +1,8 @@
-"""The rollout engine on vLLM: seeded completions with log-probabilities, and weights replaced while requests run."""
+"""Samples seeded completions with log-probabilities by vLLM, whose weights are replaced while requests run."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,40 +22,40 @@ from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded,
 from rollout_workers.vllm_requests import read_completion, sampling_params
 from rollout_workers.weight_sync.shared_memory import mappable
 
+CANDIDATES = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
+PROCESSORS = (f"{CANDIDATES}:CandidateProcessor", f"{CANDIDATES}:CandidateProcessorV2")
+WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
+NO_LIMIT = -1  # of log-probabilities per token, to vLLM
+
 
 class SleepWhenIdle:
-    """Counts who needs an engine; it is awake while anybody does, and falls asleep when the last one is done.
-
-    Args:
-        sleep: puts the engine to sleep.
-        wake: wakes it.
-    """
+    """Counts the users of an engine; wakes it for the first, and puts it to sleep after the last."""
 
     def __init__(self, sleep: Callable[[], Awaitable[Any]], wake: Callable[[], Awaitable[Any]]) -> None:
         self._sleep, self._wake = sleep, wake
-        self._needed_by = 0
+        self._num_users = 0
         self._is_asleep = False
-        self._lock = asyncio.Lock()  # nobody uses an engine that is on its way to sleep, or not quite awake
+        self._lock = asyncio.Lock()  # an engine on its way to sleep, or not quite awake, has no users
 
     async def begin(self) -> None:
-        """Need the engine from now on; returns when it is awake."""
+        """Add a user; returns when the engine is awake."""
         async with self._lock:
             if self._is_asleep:
                 await self._wake()
                 self._is_asleep = False
-            self._needed_by += 1
+            self._num_users += 1
 
     async def end(self) -> None:
-        """Need it no more."""
+        """Remove a user."""
         async with self._lock:
-            self._needed_by -= 1
-            if self._needed_by == 0:
+            self._num_users -= 1
+            if self._num_users == 0:
                 await self._sleep()
                 self._is_asleep = True
 
     @asynccontextmanager
     async def awake(self) -> AsyncIterator[None]:
-        """Need the engine for as long as a `with` statement lasts."""
+        """Use the engine for as long as a `with` statement lasts."""
         await self.begin()
         try:
             yield
@@ -63,13 +63,8 @@ class SleepWhenIdle:
             await self.end()
 
 
-DRAWS = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
-WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
-NO_LIMIT = -1  # of log-probabilities per token, to vLLM
-
-
 class VllmRolloutEngine:
-    """A RolloutEngine that runs the student in vLLM; build it inside a running event loop."""
+    """Runs the student in vLLM as a RolloutEngine; build it inside a running event loop."""
 
     def __init__(
         self,
@@ -77,20 +72,20 @@ class VllmRolloutEngine:
         engine: EngineConfig,
         max_model_len: int,
         transport: str | None,
-        draws: bool = False,
+        sampled_candidates: bool = False,
     ) -> None:
         """Start the engine.
 
         Args:
             student: the model.
             engine: how it is served.
-            max_model_len: tokens of the longest prompt and completion, plus 1.
+            max_model_len: tokens of the longest trajectory, plus 1.
             transport: how new weights arrive, a key of TRANSPORTS; None: never.
-            draws: whether requests may ask for candidate draws, which every decoding step then looks out for.
+            sampled_candidates: whether requests may want them, which costs time at every decoding step.
         """
-        self._policy_version = 0  # of the weights that write; 0: those that vLLM loaded
+        self._policy_version = 0  # of the weights that sample; 0: those that vLLM loaded
         self._buffers: list[pa.Buffer] = []  # of the update under way
-        self._draws = CandidateFetcher(self._take_draws) if draws else None  # None: nothing draws
+        self._candidates = CandidateFetcher(self._take_candidates) if sampled_candidates else None
         self._engine = build_engine(
             student.model,
             student.trust_remote_code,
@@ -105,44 +100,44 @@ class VllmRolloutEngine:
                 sleeps=engine.sleep,
                 weight_transfer_backend=vllm_backend(transport) if transport else None,
                 worker_extension=WORKER_EXTENSION,
-                logits_processors=(f"{DRAWS}:CandidateProcessor", f"{DRAWS}:CandidateProcessorV2") if draws else None,
+                logits_processors=PROCESSORS if sampled_candidates else None,
             ),
         )
-        sleeps = engine.sleep and current_platform.is_sleep_mode_available()
-        self._sleep_when_idle = SleepWhenIdle(self._sleep, self._wake) if sleeps else None  # None: always awake
+        self._sleeps = engine.sleep and current_platform.is_sleep_mode_available()
+        self._use = SleepWhenIdle(self._sleep, self._wake)
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
     ) -> Completion:
-        """Draw one completion; a stop string's own tokens stay, for the student sampled them.
+        """Sample one completion; a stop string's own tokens stay, for the student sampled them.
 
         Raises:
             RolloutError: vLLM refuses the request or gives it up.
             ActorDiedError: the engine's process is gone.
         """
-        async with self._awake():
-            return await self._generate(request_id, prompt_ids, sampling, seed, priority)
-
-    async def _generate(
-        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
-    ) -> Completion:
-        draws, versions = self._draws_for(request_id, sampling), TokenVersions()
+        wants_candidates = sampling.candidates == "sampled" and bool(sampling.num_candidates)
+        if wants_candidates and self._candidates is None:
+            raise RolloutError(f"request {request_id} wants sampled candidates, but its engine was started without")
+        fetcher = self._candidates if wants_candidates else None
+        versions, is_finished = TokenVersions(), False
         prompt = {"prompt_token_ids": [int(token) for token in prompt_ids]}
-        is_finished = False
-        try:
-            params = sampling_params(request_id, sampling, seed)
-            with _raised_as_death():
-                async for request in self._engine.generate(prompt, params, request_id, priority=priority):
-                    [output] = request.outputs
-                    versions.add(output, self._policy_version)
-            is_finished = True
-        except (EngineGenerateError, VLLMClientError, ValueError) as error:
-            raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
-        finally:
-            if draws and not is_finished:
-                draws.give_up(request_id)
-        completion = read_completion(request_id, output, versions.of(output), sampling)
-        return await _with_draws(draws, request_id, completion, sampling.num_candidates) if draws else completion
+        async with self._use.awake():
+            try:
+                params = sampling_params(request_id, sampling, seed)
+                with _raised_as_death():
+                    async for request in self._engine.generate(prompt, params, request_id, priority=priority):
+                        [output] = request.outputs
+                        versions.add(output, self._policy_version)
+                is_finished = True
+            except (EngineGenerateError, VLLMClientError, ValueError) as error:
+                raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
+            finally:
+                if fetcher and not is_finished:
+                    fetcher.give_up(request_id)
+            completion = read_completion(request_id, output, versions.of(output), sampling)
+            if fetcher is None:
+                return completion
+            return await _with_candidates(fetcher, request_id, completion, sampling.num_candidates)
 
     @property
     def is_dead(self) -> bool:
@@ -159,8 +154,7 @@ class VllmRolloutEngine:
         # former back in its queue. A reset after the update would fail as long as a request holds a block.
         # vLLM's `pause_generation` does the same and then sleeps for 20 ms, so that outputs on their way reach their
         # callers before it returns. Nothing here waits for that: each output carries the label of its weights.
-        if self._sleep_when_idle is not None:
-            await self._sleep_when_idle.begin()
+        await self._use.begin()
         with _raised_as_death():
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
             await self._engine.collective_rpc("begin_update")
@@ -184,57 +178,44 @@ class VllmRolloutEngine:
             WeightSyncError: a parameter is missing, unknown or damaged, or the engine's workers disagree.
         """
         with _raised_as_death():
-            checksum = await self._install(policy_version)
+            # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
+            reports, _ = await asyncio.gather(
+                self._engine.collective_rpc("finish_and_report"), label_weights(self._engine, policy_version)
+            )
+            self._buffers.clear()
+            checksum = common_checksum(reports, policy_version)
             self._policy_version = policy_version
             await self._engine.resume_generation()
-        if self._sleep_when_idle is not None:
-            await self._sleep_when_idle.end()
+        await self._use.end()
         return checksum
 
     async def shutdown(self) -> None:
         """End the engine's process."""
         self._engine.shutdown()
 
-    def _awake(self) -> AbstractAsyncContextManager[None]:
-        return nullcontext() if self._sleep_when_idle is None else self._sleep_when_idle.awake()
-
     async def _sleep(self) -> None:
-        with _raised_as_death():
-            await self._engine.sleep(level=1)  # weights go to host memory, the cache is dropped
+        if self._sleeps:
+            with _raised_as_death():
+                await self._engine.sleep(level=1)  # weights go to host memory, the cache is dropped
 
     async def _wake(self) -> None:
-        with _raised_as_death():
-            await self._engine.wake_up()
+        if self._sleeps:
+            with _raised_as_death():
+                await self._engine.wake_up()
 
     async def _update_weights(self, update_info: dict[str, Any]) -> None:
         with _raised_as_death():
             await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
-    async def _install(self, policy_version: int) -> str:
-        # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
-        reports, _ = await asyncio.gather(
-            self._engine.collective_rpc("finish_and_report"), label_weights(self._engine, policy_version)
-        )
-        self._buffers.clear()
-        return common_checksum(reports, policy_version)
-
-    def _draws_for(self, request_id: str, sampling: SamplingSettings) -> CandidateFetcher | None:
-        """Return whom to ask for a request's draws; None if it wants none."""
-        if sampling.candidates != "draws" or not sampling.num_candidates:
-            return None
-        if self._draws is None:
-            raise RolloutError(f"request {request_id} asks for draws, but its engine was started without them")
-        return self._draws
-
-    async def _take_draws(self, wanted: Mapping[str, int], given_up: list[str]) -> dict[str, Encoded]:
-        # Every rank of the engine draws the same, for each samples on its own; all of them forget.
+    async def _take_candidates(self, wanted: Mapping[str, int], given_up: list[str]) -> dict[str, Encoded]:
+        # Every rank of the engine samples the same candidates; all of them forget.
         [taken, *_] = await self._engine.collective_rpc("take_candidates", args=(wanted, given_up))
         return {key: (ids, logprobs) for key, (ids, logprobs) in taken.items()}
 
 
 @contextmanager
 def _raised_as_death() -> Iterator[None]:
-    """Tell of a dead engine as of a dead actor, whose calls all end in the same error.
+    """Raise for a dead engine what calls to a dead actor raise.
 
     Raises:
         ActorDiedError: the engine's process is gone.
@@ -245,11 +226,13 @@ def _raised_as_death() -> Iterator[None]:
         raise ActorDiedError("the process of a rollout engine is gone") from error
 
 
-async def _with_draws(draws: CandidateFetcher, request_id: str, completion: Completion, count: int) -> Completion:
+async def _with_candidates(
+    fetcher: CandidateFetcher, request_id: str, completion: Completion, count: int
+) -> Completion:
     num_tokens = len(completion.token_ids)
-    ids, logprobs = candidates_from_bytes(*await draws.fetch(request_id, num_tokens), count)
+    ids, logprobs = candidates_from_bytes(*await fetcher.fetch(request_id, num_tokens), count)
     if len(ids) != num_tokens:
-        raise RolloutError(f"request {request_id}: vLLM drew at {len(ids)} of its {num_tokens} tokens")
+        raise RolloutError(f"request {request_id}: vLLM sampled candidates at {len(ids)} of its {num_tokens} tokens")
     return replace(completion, candidate_ids=ids, candidate_logprobs=logprobs)
 
 

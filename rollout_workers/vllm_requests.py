@@ -1,4 +1,4 @@
-"""What vLLM is asked for one completion, and what its answer says."""
+"""Translates one completion's request and answer between our contracts and vLLM."""
 
 import numpy as np
 from vllm import SamplingParams
@@ -10,7 +10,7 @@ from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, Ints
 from cluster.vllm.compat import OUTPUT_KIND
-from rollout_workers.candidates.draws import CandidateRequest
+from rollout_workers.candidates.sampled import CandidateRequest
 from rollout_workers.candidates.vllm_processor import request_candidates
 
 FINISH_REASONS: dict[str, FinishReason] = {
@@ -24,7 +24,7 @@ REPETITIONS = 4  # of a passage, one after the other, that end a completion
 
 def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> SamplingParams:
     """Return the request; a stop string's own tokens stay, for the student sampled them."""
-    count, draws = sampling.num_candidates, sampling.candidates == "draws"
+    count, is_sampled = sampling.num_candidates, sampling.candidates == "sampled"
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -33,16 +33,16 @@ def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> S
         seed=seed,
         stop=list(sampling.stop) or None,
         repetition_detection=_repetition_detection(sampling.stop_repetition),
-        logprobs=0 if draws else count,  # besides the sampled token's
+        logprobs=0 if is_sampled else count,  # besides the sampled token's
         flat_logprobs=True,
         detokenize=bool(sampling.stop),
         output_kind=OUTPUT_KIND,
-        extra_args=request_candidates(CandidateRequest(request_id, count, seed)) if draws and count else None,
+        extra_args=request_candidates(CandidateRequest(request_id, count, seed)) if is_sampled and count else None,
     )
 
 
 def _repetition_detection(longest: int) -> RepetitionDetectionParams | None:
-    """Look for passages of up to `longest` tokens; a shorter one is found as a passage that holds it several times."""
+    """Look for passages of up to `longest` tokens; a longer passage that holds a shorter one several times shows it."""
     if not longest:
         return None
     # Each length costs time at every token. Every length has a multiple in the upper half, and what repeats there is
@@ -53,7 +53,7 @@ def _repetition_detection(longest: int) -> RepetitionDetectionParams | None:
 def read_completion(
     request_id: str, output: CompletionOutput, policy_versions: Ints, sampling: SamplingSettings
 ) -> Completion:
-    """Return what an engine wrote for a request.
+    """Return the completion that vLLM sampled.
 
     Raises:
         RolloutError: vLLM ended the request for a reason that is none of ours.
@@ -61,8 +61,8 @@ def read_completion(
     if output.finish_reason not in FINISH_REASONS:
         raise RolloutError(f"request {request_id}: vLLM ended it for the reason {output.finish_reason!r}")
     assert isinstance(output.logprobs, FlatLogprobs)
-    num_listed = 0 if sampling.candidates == "draws" else sampling.num_candidates
-    # By position: the written token, then the most likely ones, best first.
+    num_listed = 0 if sampling.candidates == "sampled" else sampling.num_candidates
+    # By position: the sampled token, then the most likely ones, best first.
     ids = np.asarray(output.logprobs.token_ids, np.int32).reshape(-1, 1 + num_listed)
     logprobs = np.asarray(output.logprobs.logprobs, np.float32).reshape(-1, 1 + num_listed)
     return Completion(

@@ -78,6 +78,8 @@ NOT_DATA = {
     "MapShape": "a setting of the objective",
     "PoolState": "a pool's workers",
     "RatioBounds": "a setting of the objective",
+    "RolloutActorSettings": "a setting of the actors",
+    "Services": "what environments may use",
     "Span": "the times of a call",
     "Replacement": "a teacher's checkpoint",
     "Retired": "a teacher's checkpoint",

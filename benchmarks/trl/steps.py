@@ -89,4 +89,4 @@ def step_prompts(config: Config, steps: int, tokenizer: PreTrainedTokenizerBase,
     prompts = load_prompts(Path(config.prompts.train), tokenizer, config, context_tokens)
     order = PromptOrder(len(prompts), config.run.seed, config.prompts.shuffle)
     prompt_ids = order.take(0, steps * config.prompts.prompts_per_step)
-    return [Prompt(prompts.text(index), prompts.token_ids(index).tolist()) for index in prompt_ids]
+    return [Prompt(prompts.text(index), prompts.prompt(index).token_ids.tolist()) for index in prompt_ids]

@@ -8,12 +8,12 @@ from cluster.contracts.trajectory import Bytes, Ints
 
 
 class RolloutEngine(Protocol):
-    """Draws completions; its weights can be replaced while it runs (vLLM's weight-transfer verbs)."""
+    """Samples completions; its weights can be replaced while it runs (vLLM's weight-transfer verbs)."""
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
     ) -> Completion:
-        """Draw one completion; many calls run at once and are batched by the engine.
+        """Sample one completion; many calls run at once and are batched by the engine.
 
         When not all of them fit, those of the lowest `priority` run first.
         """

@@ -8,21 +8,21 @@ from cluster.contracts.trajectory import FinishReason, Floats, Ints
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How completions are drawn."""
+    """Says how to sample completions."""
 
-    max_completion_tokens: int
+    max_completion_tokens: int  # sampled tokens of the whole trajectory
     temperature: float  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: whole vocabulary
     stop: tuple[str, ...] = ()
-    num_candidates: int = 0  # tokens besides the written one to return per position
-    candidates: Literal["topk", "draws"] = "topk"  # the most likely ones, or independent draws
+    num_candidates: int = 0  # tokens besides the sampled one to return per position
+    candidates: Literal["topk", "sampled"] = "topk"  # the most likely ones, or independent samples
     stop_repetition: int = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
 
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """One completion to draw; the prompt's tokens stay with the workers, only its id travels."""
+    """Asks for one trajectory; the prompt's tokens stay with the workers, only its id travels."""
 
     trajectory_id: int
     prompt_id: int
@@ -32,12 +32,12 @@ class RolloutRequest:
 
 @dataclass(frozen=True)
 class Completion:
-    """What an engine wrote for one request."""
+    """Holds what an engine sampled in one turn of a trajectory."""
 
     token_ids: Ints  # [completion_tokens], the EOS token included when it was sampled
     logprobs: Floats  # [completion_tokens] under the sampling distribution
     finish_reason: FinishReason
-    policy_versions: Ints  # [completion_tokens] that wrote each token; 0: the weights that the engine started with
+    policy_versions: Ints  # [completion_tokens] that sampled each token; 0: the weights that the engine started with
     candidate_ids: Ints | None = None  # [completion_tokens, k] as the sampling settings ask
     candidate_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
 

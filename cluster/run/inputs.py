@@ -110,7 +110,7 @@ def train_sampling(config: Config) -> SamplingSettings:
         rollout.stop,
         stop_repetition=rollout.stop_repetition,
         num_candidates=objective.num_candidates if objective.candidates_from == "student" else 0,
-        candidates="draws" if objective.support == "samples" else "topk",
+        candidates="sampled" if objective.support == "samples" else "topk",
     )
 
 

@@ -15,7 +15,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, proces
 
 from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.compat import LogitsContext, LogitsProcessorV2, LogitsProcRequestState
-from rollout_workers.candidates.draws import CandidateLog, CandidateRequest, LogitsRow, SampledCandidates
+from rollout_workers.candidates.sampled import CandidateLog, CandidateRequest, LogitsRow, SampledCandidates
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -27,10 +27,10 @@ Call = Callable[[Mapping[str, int], list[str]], Awaitable[Mapping[str, Encoded]]
 
 
 class CandidateFetcher:
-    """Collects what is wanted while a call is under way, and asks for all of it with the next one."""
+    """Fetches sampled candidates; requests that finish during one call share the next."""
 
     def __init__(self, call: Call) -> None:
-        """Take the way to the worker: from wanted keys with their number of tokens, and keys to forget, to draws."""
+        """Take the call that gives wanted keys with their number of tokens, and keys to forget, for candidates."""
         self._call = call
         self._wanted: dict[str, int] = {}
         self._given_up: list[str] = []
@@ -42,7 +42,7 @@ class CandidateFetcher:
         self._given_up.append(key)
 
     async def fetch(self, key: str, num_tokens: int) -> Encoded:
-        """Return a request's draws, once; a caller that is cancelled takes nothing from the others."""
+        """Return a request's candidates, once; a caller that is cancelled takes nothing from the others."""
         self._wanted[key] = num_tokens
         if self._next is None:
             self._next = asyncio.create_task(self._fetch_wanted())
@@ -55,75 +55,76 @@ class CandidateFetcher:
             return await self._call(wanted, given_up)
 
 
-ENTRY = "preceptor_draws"
+ENTRY = "preceptor_candidates"
 
 
-def request_candidates(order: CandidateRequest) -> dict[str, Any]:
-    """Return the `extra_args` of a request that wants draws."""
-    return {ENTRY: [order.key, order.count, order.seed]}
+def request_candidates(request: CandidateRequest) -> dict[str, Any]:
+    """Return the `extra_args` of a request that wants sampled candidates."""
+    return {ENTRY: [request.key, request.count, request.seed]}
 
 
 class CandidateProcessor(LogitsProcessor):
-    """Draws under vLLM's model runner V1."""
+    """Samples candidates under vLLM's model runner V1."""
 
     validate_params = classmethod(lambda cls, params: check_params(params))
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
         self.log = CandidateLog()
-        # From place in the batch to the request's draws and its written tokens, a list that vLLM keeps up to date.
+        # From place in the batch to the request's candidates and its sampled tokens, a list that vLLM keeps up to date.
         self._requests: dict[int, tuple[SampledCandidates, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
-        """Say so, that vLLM shows logits after penalties and temperature, from which it draws the written token."""
+        """Return True, so that vLLM passes logits after penalties and temperature, from which it samples the token."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow which request stands where; one that is computed anew comes back with the tokens it has written."""
+        """Follow which request stands where; one that is computed anew comes back with its sampled tokens."""
         process_dict_updates(self._requests, batch_update, self._new_request)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Draw for the requests that asked."""
+        """Sample for the requests that want candidates."""
         if self._requests:
             rows = [
-                LogitsRow(draws, index, len(written), temperature=1.0)
-                for index, (draws, written) in self._requests.items()
+                LogitsRow(candidates, index, len(sampled), temperature=1.0)
+                for index, (candidates, sampled) in self._requests.items()
             ]
             self.log.record(rows, logits)
         return logits
 
     def _new_request(
-        self, params: SamplingParams, prompt_ids: list[int] | None, written: list[int]
+        self, params: SamplingParams, prompt_ids: list[int] | None, sampled: list[int]
     ) -> tuple[SampledCandidates, list[int]] | None:
-        order = order_of(params)
-        return None if order is None else (self.log.open(order), written)
+        request = request_in(params)
+        return None if request is None else (self.log.open(request), sampled)
 
 
 class CandidateProcessorV2(LogitsProcessorV2):
-    """Draws under vLLM's model runner V2."""
+    """Samples candidates under vLLM's model runner V2."""
 
     validate_params = classmethod(lambda cls, params: check_params(params))
 
     def __init__(self, vllm_config: "VllmConfig", req_states: LogitsProcRequestState) -> None:
         self.log = CandidateLog()
         self._states = req_states
-        self._requests: dict[int, tuple[SampledCandidates, float]] = {}  # from slot to draws and temperature
+        self._requests: dict[int, tuple[SampledCandidates, float]] = {}  # from slot to candidates and temperature
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Take over a slot; return whether the request's logits are to be shown."""
-        order = order_of(sampling_params)
+        """Take over a slot; return whether vLLM shall pass the request's logits."""
+        request = request_in(sampling_params)
         self._requests.pop(req_idx, None)
-        if order is not None:
-            self._requests[req_idx] = (self.log.open(order), sampling_params.temperature)
-        return order is not None
+        if request is not None:
+            self._requests[req_idx] = (self.log.open(request), sampling_params.temperature)
+        return request is not None
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        """Draw for the requests that asked and whose prompt is complete; here logits come before the temperature."""
+        """Sample for the requests whose prompt is complete; here logits come before the temperature."""
         rows = []
         for index, slot in enumerate(ctx.idx_mapping_np.tolist()):
             seen_tokens = int(ctx.seq_lens_upper_bound_np[index])
             if slot in self._requests and seen_tokens >= self._states.prefill_len.np[slot]:
-                draws, temperature = self._requests[slot]
-                rows.append(LogitsRow(draws, index, seen_tokens - int(self._states.prompt_len.np[slot]), temperature))
+                candidates, temperature = self._requests[slot]
+                position = seen_tokens - int(self._states.prompt_len.np[slot])
+                rows.append(LogitsRow(candidates, index, position, temperature))
         if rows:
             self.log.record(rows, logits)
         return logits
@@ -138,24 +139,20 @@ class CandidateCalls:
     def take_candidates(self, wanted: Mapping[str, int], given_up: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
         """Return finished requests' ids and log-probabilities, as `candidates_from_bytes` reads them, and forget them.
 
-        Bytes, because vLLM passes no arrays between processes unless it is told to unpickle what comes.
+        Bytes, because vLLM passes arrays between processes only where a setting lets it unpickle what comes.
 
         Args:
             wanted: from key to the number of tokens that were kept.
-            given_up: keys of requests whose draws nobody wants.
+            given_up: keys of requests that ended without a completion.
         """
-        log = self._draw_log()
-        log.drop(given_up)
-        taken = {key: log.take(key, num_tokens) for key, num_tokens in wanted.items()}
-        return {key: (draws[0].tobytes(), draws[1].tobytes()) for key, draws in taken.items() if draws}
-
-    def _draw_log(self) -> CandidateLog:
         runner = self.model_runner
         processors = (
             runner.sampler.logits_processors if self.use_v2_model_runner else runner.input_batch.logitsprocs.all
         )
         [ours] = [one for one in processors if isinstance(one, CandidateProcessor | CandidateProcessorV2)]
-        return ours.log
+        ours.log.drop(given_up)
+        taken = {key: ours.log.take(key, num_tokens) for key, num_tokens in wanted.items()}
+        return {key: (kept[0].tobytes(), kept[1].tobytes()) for key, kept in taken.items() if kept}
 
 
 def candidates_from_bytes(ids: bytes, logprobs: bytes, count: int) -> tuple[Ints, Floats]:
@@ -163,22 +160,22 @@ def candidates_from_bytes(ids: bytes, logprobs: bytes, count: int) -> tuple[Ints
     return np.frombuffer(ids, np.int32).reshape(-1, count), np.frombuffer(logprobs, np.float32).reshape(-1, count)
 
 
-def order_of(params: SamplingParams) -> CandidateRequest | None:
-    """Return what a request asked for."""
-    asked = (params.extra_args or {}).get(ENTRY)
-    return None if asked is None else CandidateRequest(*asked)
+def request_in(params: SamplingParams) -> CandidateRequest | None:
+    """Return the candidates that a request wants; None if it wants none."""
+    entry = (params.extra_args or {}).get(ENTRY)
+    return None if entry is None else CandidateRequest(*entry)
 
 
 def check_params(params: SamplingParams) -> None:
-    """Refuse what would make draws come from another distribution than the written token.
+    """Refuse what would make candidates come from another distribution than the sampled token.
 
     Raises:
         ValueError: the request is greedy, or truncates the distribution.
     """
-    if order_of(params) is None:
+    if request_in(params) is None:
         return
     if params.temperature == 0 or params.top_p != 1 or params.top_k > 0 or params.min_p > 0:
         raise ValueError(
-            "draws come from the whole distribution, so they need temperature above 0, top_p = 1, top_k = 0 and "
-            f"min_p = 0; found {params.temperature}, {params.top_p}, {params.top_k} and {params.min_p}"
+            "sampled candidates come from the whole distribution, so they need temperature above 0, top_p = 1, "
+            f"top_k = 0 and min_p = 0; found {params.temperature}, {params.top_p}, {params.top_k} and {params.min_p}"
         )

@@ -17,8 +17,7 @@ from cluster.weight_sync.manifest import TensorSpec
 from cluster.weight_sync.transports import choose, make_payload
 from examples.extend.weight_payload import HalvesPayload, to_bfloat16
 from learner.group import LearnerGroup
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import make_prompts, rows_of
 from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
 

@@ -82,4 +82,4 @@ def test_whatever_a_line_holds_it_is_a_prompt_or_a_sentence(
         assert_sentence(str(error), "prompts.jsonl")
     else:
         assert len(prompts) >= 1
-        assert all(len(prompts.token_ids(index)) for index in range(len(prompts)))
+        assert all(len(prompts.prompt(index).token_ids) for index in range(len(prompts)))

@@ -8,8 +8,7 @@ import pytest
 from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import RolloutDeployment, make_prompts
 from tests.tiny_qwen3 import CONTEXT_TOKENS, load, write_tiny_qwen3
 
@@ -28,7 +27,7 @@ def rollouts(ray_cluster: None, student_folder: Path) -> Iterator[RolloutDeploym
         max_model_len=CONTEXT_TOKENS,
         rows_per_batch=4,
         weight_transport="object_store",
-        draws=True,
+        sampled_candidates=True,
     )
     pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=500, call_seconds=120))
     pool.wait_until_ready()

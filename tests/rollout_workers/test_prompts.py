@@ -33,27 +33,27 @@ def load(path: Path, tokenizer: PreTrainedTokenizerFast, *overrides: str) -> Pro
 def test_a_raw_prompt_is_tokenised_as_it_stands(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one two", "answer": "three", "domain": "count"})
     prompts = load(path, tokenizer, "prompts.template=raw")
-    assert prompts.token_ids(0).tolist() == [3, 4]
-    assert (prompts.answer(0), prompts.domain(0), prompts.teacher(0)) == ("three", "count", "main")
+    assert prompts.prompt(0).token_ids.tolist() == [3, 4]
+    assert (prompts.prompt(0).answer, prompts.domain(0), prompts.teacher(0)) == ("three", "count", "main")
 
 
 def test_the_chat_template_and_system_prompt_are_applied(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one"})
     prompts = load(path, tokenizer, "prompts.system_prompt=terse")
-    assert prompts.token_ids(0).tolist() == [2, 6, 1, 3]  # system terse user one
+    assert prompts.prompt(0).token_ids.tolist() == [2, 6, 1, 3]  # system terse user one
 
 
 def test_a_conversation_keeps_its_roles(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [{"role": "system", "content": "terse"}, {"role": "user", "content": "two"}]
     prompts = load(write_prompts(tmp_path / "p.jsonl", {"prompt": messages}), tokenizer)
-    assert prompts.token_ids(0).tolist() == [2, 6, 1, 4]
+    assert prompts.prompt(0).token_ids.tolist() == [2, 6, 1, 4]
 
 
 def test_the_wire_returns_the_same_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two three", "answer": "x"})
     prompts = PromptSet.from_wire(load(path, tokenizer).to_wire())
     assert len(prompts) == 2
-    assert prompts.answer(0) is None
+    assert prompts.prompt(0).answer is None
     assert prompts.text(1) == "two three"
 
 

@@ -12,8 +12,7 @@ from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import make_prompts, rows_of
 from tests.tiny_qwen3 import CONTEXT_TOKENS
 
@@ -79,8 +78,8 @@ def test_a_completion_ends_where_it_has_looped_and_nowhere_else(pool: RolloutPoo
 
 
 def test_an_engine_without_draws_refuses_them(pool: RolloutPool) -> None:
-    with pytest.raises(RolloutError, match="asks for draws, but its engine was started without them"):
-        list(pool.generate(requests(1), SamplingSettings(4, 1.0, num_candidates=2, candidates="draws")))
+    with pytest.raises(RolloutError, match="wants sampled candidates, but its engine was started without"):
+        list(pool.generate(requests(1), SamplingSettings(4, 1.0, num_candidates=2, candidates="sampled")))
 
 
 def test_what_vllm_refuses_to_sample_is_a_rollout_error(pool: RolloutPool) -> None:

@@ -21,7 +21,8 @@ def test_each_step_asks_the_prompts_that_our_own_loop_asks_in_its_order() -> Non
     inputs = load_inputs(config)
     for step in range(2):
         ours = [
-            inputs.prompts.token_ids(request.prompt_id).tolist() for request in train_requests(config, inputs, step)
+            inputs.prompts.prompt(request.prompt_id).token_ids.tolist()
+            for request in train_requests(config, inputs, step)
         ]
         assert [prompt.token_ids for prompt in asked[step * count : (step + 1) * count]] == ours
 

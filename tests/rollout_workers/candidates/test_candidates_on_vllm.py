@@ -14,8 +14,8 @@ from tests.tiny_qwen3 import NUM_WORDS, expected_logprobs
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
 
 
-def draws(count: int, max_completion_tokens: int = 32, temperature: float = 1.0) -> SamplingSettings:
-    return SamplingSettings(max_completion_tokens, temperature, num_candidates=count, candidates="draws")
+def with_candidates(count: int, max_completion_tokens: int = 32, temperature: float = 1.0) -> SamplingSettings:
+    return SamplingSettings(max_completion_tokens, temperature, num_candidates=count, candidates="sampled")
 
 
 def expected(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> torch.Tensor:
@@ -42,18 +42,18 @@ def test_the_most_likely_tokens_are_those_of_transformers_best_first(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_draws_carry_their_log_probability_under_the_sampling_distribution(
+def test_sampled_candidates_carry_their_log_probability_under_the_sampling_distribution(
     rollouts: RolloutDeployment, temperature: float
 ) -> None:
-    rows = rollouts.generate(rollouts.requests([0, 1, 2, 3]), draws(7, temperature=temperature))
+    rows = rollouts.generate(rollouts.requests([0, 1, 2, 3]), with_candidates(7, temperature=temperature))
     for row in rows:
         assert row["candidate_ids"].shape == (len(row["rollout_logprobs"]), 7)
         assert gaps(row, expected(rollouts, row, temperature)).max() < 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_draws_follow_the_sampling_distribution(rollouts: RolloutDeployment, temperature: float) -> None:
-    rows = rollouts.generate(rollouts.requests([3] * 64), draws(100, 1, temperature))
+def test_sampled_candidates_follow_the_sampling_distribution(rollouts: RolloutDeployment, temperature: float) -> None:
+    rows = rollouts.generate(rollouts.requests([3] * 64), with_candidates(100, 1, temperature))
     ids = np.concatenate([row["candidate_ids"][0] for row in rows])
     counts = torch.from_numpy(ids).bincount(minlength=NUM_WORDS).double()
     wanted = 6400 * expected(rollouts, rows[0], temperature)[0].double().exp()
@@ -65,8 +65,8 @@ def test_draws_follow_the_sampling_distribution(rollouts: RolloutDeployment, tem
     assert ((counts - wanted) ** 2 / wanted).sum() < freedom + 5 * (2 * freedom) ** 0.5  # mean and five deviations
 
 
-def test_draws_are_independent_of_the_written_token_and_of_each_other(rollouts: RolloutDeployment) -> None:
-    rows = rollouts.generate(rollouts.requests([index % NUM_PROMPTS for index in range(32)]), draws(8, 48))
+def test_sampled_candidates_are_independent_of_the_sampled_token_and_of_each_other(rollouts: RolloutDeployment) -> None:
+    rows = rollouts.generate(rollouts.requests([index % NUM_PROMPTS for index in range(32)]), with_candidates(8, 48))
     surplus, variance = np.zeros(2), np.zeros(2)
     for row in rows:
         probabilities = expected(rollouts, row).double().exp().numpy()
@@ -82,15 +82,15 @@ def test_draws_are_independent_of_the_written_token_and_of_each_other(rollouts: 
 
 
 def test_the_same_seed_draws_the_same_beside_other_requests(rollouts: RolloutDeployment) -> None:
-    [alone] = rollouts.generate(rollouts.requests([5], seed=7), draws(4))
-    among = rollouts.generate(rollouts.requests([5, 6, 1, 2, 5], seed=7), draws(4))
+    [alone] = rollouts.generate(rollouts.requests([5], seed=7), with_candidates(4))
+    among = rollouts.generate(rollouts.requests([5, 6, 1, 2, 5], seed=7), with_candidates(4))
     assert alone["candidate_ids"].tolist() == among[0]["candidate_ids"].tolist()
     assert alone["candidate_ids"][0].tolist() != among[4]["candidate_ids"][0].tolist()  # the same prompt, another seed
 
 
 def test_new_weights_leave_no_gap_and_no_repetition_in_running_requests(rollouts: RolloutDeployment) -> None:
     requests = rollouts.requests([index % NUM_PROMPTS for index in range(48)])
-    stream = rollouts.pool.generate(requests, draws(3, 400))
+    stream = rollouts.pool.generate(requests, with_candidates(3, 400))
     next(stream)  # the rest is under way
     old = {name: value.clone() for name, value in rollouts.student.state_dict().items()}
     rollouts.change_weights()
@@ -108,9 +108,9 @@ def test_new_weights_leave_no_gap_and_no_repetition_in_running_requests(rollouts
     assert any(0 < num_old < len(row) for num_old, row in zip(changes, by_version[0], strict=True))
 
 
-def test_draws_beside_a_truncated_distribution_are_refused(rollouts: RolloutDeployment) -> None:
-    sampling = SamplingSettings(4, 1.0, top_p=0.5, num_candidates=2, candidates="draws")
-    with pytest.raises(RolloutError, match="draws come from the whole distribution"):
+def test_sampled_candidates_beside_a_truncated_distribution_are_refused(rollouts: RolloutDeployment) -> None:
+    sampling = SamplingSettings(4, 1.0, top_p=0.5, num_candidates=2, candidates="sampled")
+    with pytest.raises(RolloutError, match="sampled candidates come from the whole distribution"):
         rollouts.generate(rollouts.requests([0]), sampling)
 
 

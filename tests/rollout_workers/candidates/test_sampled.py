@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from rollout_workers.candidates.draws import (
+from rollout_workers.candidates.sampled import (
     GOLDEN_GAMMA,
     MAX_LOGITS_AT_ONCE,
     MAX_STEPS_ON_DEVICE,
     CandidateLog,
     CandidateRequest,
     LogitsRow,
-    draw,
+    sample,
     scramble,
     uniforms,
 )
@@ -46,24 +46,24 @@ def test_a_uniform_number_depends_on_its_seed_position_and_place_alone() -> None
         assert alone[0].tolist() == together[row, :3].tolist()
 
 
-def test_draws_invert_the_cumulative_distribution() -> None:
+def test_candidates_invert_the_cumulative_distribution() -> None:
     logits = torch.tensor([[0.5, 0.25, 0.25]]).log() + 7.0  # a constant changes no probability
-    ids, logprobs = draw(logits, torch.tensor([[0.0, 0.49, 0.51, 0.74, 0.76, 0.99]], dtype=torch.float64))
+    ids, logprobs = sample(logits, torch.tensor([[0.0, 0.49, 0.51, 0.74, 0.76, 0.99]], dtype=torch.float64))
     assert ids.tolist() == [[0, 0, 1, 1, 2, 2]]
     assert logprobs[0].exp().tolist() == pytest.approx([0.5, 0.5, 0.25, 0.25, 0.25, 0.25])
 
 
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
-    ids, logprobs = draw(certain(4), torch.tensor([[0.0, 0.5, 1 - 2.0**-52]], dtype=torch.float64))
+    ids, logprobs = sample(certain(4), torch.tensor([[0.0, 0.5, 1 - 2.0**-52]], dtype=torch.float64))
     assert ids.tolist() == [[4, 4, 4]]
     assert logprobs.tolist() == [[0.0, 0.0, 0.0]]
 
 
-def test_many_draws_follow_the_distribution() -> None:
+def test_many_candidates_follow_the_distribution() -> None:
     probabilities = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.06, 0.05, 0.03, 0.01])
     num_draws = 100_000
     uniform = uniforms(np.arange(1000, dtype=np.uint64), np.full(1000, 17, np.uint64), 100)
-    ids, _ = draw(probabilities.log().expand(1000, -1), torch.from_numpy(uniform))
+    ids, _ = sample(probabilities.log().expand(1000, -1), torch.from_numpy(uniform))
     expected = num_draws * probabilities.double()
     chi_square = ((ids.flatten().bincount(minlength=8) - expected) ** 2 / expected).sum()
     assert chi_square < 7 + 5 * 14**0.5  # 8 - 1 degrees of freedom: mean 7, variance 14; five deviations
@@ -71,39 +71,39 @@ def test_many_draws_follow_the_distribution() -> None:
 
 def test_a_position_that_is_computed_again_has_its_last_draws() -> None:
     log = CandidateLog()
-    draws = log.open(CandidateRequest("a", 2, seed=1))
-    log.record([LogitsRow(draws, 0, 0, 1.0)], certain(3))
-    log.record([LogitsRow(draws, 0, 1, 1.0)], certain(4))
+    candidates = log.open(CandidateRequest("a", 2, seed=1))
+    log.record([LogitsRow(candidates, 0, 0, 1.0)], certain(3))
+    log.record([LogitsRow(candidates, 0, 1, 1.0)], certain(4))
     again = log.open(CandidateRequest("a", 2, seed=1))
     log.record([LogitsRow(again, 0, 1, 1.0)], certain(5))
     assert ids_of(log, "a", 2) == [[3, 3], [5, 5]]
 
 
-def test_draws_after_the_last_kept_token_are_cut_off() -> None:
+def test_candidates_after_the_last_kept_token_are_cut_off() -> None:
     log = CandidateLog()
-    draws = log.open(CandidateRequest("a", 1, seed=1))
+    candidates = log.open(CandidateRequest("a", 1, seed=1))
     for position, token in enumerate([3, 4, 5]):
-        log.record([LogitsRow(draws, 0, position, 1.0)], certain(token))
+        log.record([LogitsRow(candidates, 0, position, 1.0)], certain(token))
     assert ids_of(log, "a", 2) == [[3], [4]]
 
 
-def test_draws_end_before_a_position_that_was_never_drawn() -> None:
+def test_candidates_end_before_a_position_that_was_never_drawn() -> None:
     log = CandidateLog()
-    draws = log.open(CandidateRequest("a", 1, seed=1))
+    candidates = log.open(CandidateRequest("a", 1, seed=1))
     for position in (0, 2):
-        log.record([LogitsRow(draws, 0, position, 1.0)], certain(3))
+        log.record([LogitsRow(candidates, 0, position, 1.0)], certain(3))
     assert ids_of(log, "a", 3) == [[3]]
 
 
-def test_draws_that_already_left_the_device_are_found_with_the_rest() -> None:
+def test_candidates_that_already_left_the_device_are_found_with_the_rest() -> None:
     log = CandidateLog()
-    draws = log.open(CandidateRequest("a", 1, seed=1))
+    candidates = log.open(CandidateRequest("a", 1, seed=1))
     for position in range(MAX_STEPS_ON_DEVICE + 3):
-        log.record([LogitsRow(draws, 0, position, 1.0)], certain(position % 10))
+        log.record([LogitsRow(candidates, 0, position, 1.0)], certain(position % 10))
     assert ids_of(log, "a", 67) == [[position % 10] for position in range(67)]
 
 
-def test_requests_that_want_different_numbers_of_draws_share_a_step() -> None:
+def test_requests_that_want_different_numbers_of_candidates_share_a_step() -> None:
     log = CandidateLog()
     few, many = log.open(CandidateRequest("few", 1, seed=1)), log.open(CandidateRequest("many", 3, seed=2))
     log.record([LogitsRow(few, 1, 0, 1.0), LogitsRow(many, 0, 0, 1.0)], certain(8, 9))

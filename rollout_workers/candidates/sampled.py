@@ -1,8 +1,8 @@
-"""Draws further tokens from the distribution that a written token came from, and keeps them until they are fetched.
+"""Samples candidates from the distribution that a sampled token came from, and keeps them until they are fetched.
 
-Draws are independent and with replacement, by inverting the cumulative distribution at uniform numbers that depend on
-nothing but the request's seed and the position. They therefore repeat with the seed, whatever else is in the batch,
-and when a position is computed again its draws are replaced by those that its new distribution gives.
+Candidates are independent and with replacement, by inverting the cumulative distribution at uniform numbers that depend
+only on the request's seed and the position. They therefore repeat with the seed, whatever else is in the batch, and
+when a position is computed again, candidates from its new distribution replace the old ones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,20 +22,20 @@ MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 # Not 53: the product of a total and 1 - 2**-53 may be rounded up to the total, which lies beyond every token.
 UNIFORM_BITS = 52
 MAX_LOGITS_AT_ONCE = 1 << 24  # bounds the copies of logits in flight, the largest of them to 128 MiB
-MAX_STEPS_ON_DEVICE = 64  # a GPU is waited for no more often than this, except when draws are fetched
+MAX_STEPS_ON_DEVICE = 64  # waits for a GPU once in so many steps, and when candidates are fetched
 
 
 @dataclass(frozen=True)
 class CandidateRequest:
-    """How many draws per position a request wants, and from which random numbers."""
+    """Says how many candidates per position a request wants, and from which random numbers."""
 
-    key: str  # its name when the draws are fetched
+    key: str  # its name when the candidates are fetched
     count: int
     seed: int  # in [0, 2**63)
 
 
 class Step:
-    """What one step of the model drew, for the rows of several requests."""
+    """Holds the candidates of one step of the model, for the rows of several requests."""
 
     def __init__(self, ids: Tensor, logprobs: Tensor) -> None:
         self.ids: NDArray[Any] | Tensor = ids  # [rows, largest count]
@@ -49,62 +49,62 @@ class Step:
 
 @dataclass
 class SampledCandidates:
-    """Where the draws of one request are, by position; a step lives as long as a request that it drew for."""
+    """Finds the candidates of one request by position; a step lives as long as a request that has candidates in it."""
 
-    order: CandidateRequest
+    request: CandidateRequest
     places: dict[int, tuple[Step, int]] = field(default_factory=dict)
 
     def gather(self, num_tokens: int) -> tuple[Ints, Floats]:
         """Return ids and log-probabilities [tokens, count], as far as no position is missing."""
         positions = takewhile(self.places.__contains__, range(num_tokens))
         places = [self.places[position] for position in positions]
-        none = np.empty((0, self.order.count))
-        ids = np.vstack([none, *(step.ids[row, : self.order.count] for step, row in places)])
-        logprobs = np.vstack([none, *(step.logprobs[row, : self.order.count] for step, row in places)])
+        none = np.empty((0, self.request.count))
+        ids = np.vstack([none, *(step.ids[row, : self.request.count] for step, row in places)])
+        logprobs = np.vstack([none, *(step.logprobs[row, : self.request.count] for step, row in places)])
         return ids.astype(np.int32), logprobs.astype(np.float32)
 
 
 class LogitsRow(NamedTuple):
-    """Where in a step's logits a request's next token is decided."""
+    """Locates a request's next token in a step's logits."""
 
-    draws: SampledCandidates
+    candidates: SampledCandidates
     row: int  # of the logits
-    position: int  # number of tokens that the request has written
+    position: int  # number of tokens sampled for the request before
     temperature: float  # by which the logits are yet to be divided
 
 
 class CandidateLog:
-    """Draws at each step of the model, and knows every request's draws."""
+    """Samples candidates at each step of the model, and keeps those of every request."""
 
     def __init__(self) -> None:
         self._requests: dict[str, SampledCandidates] = {}
         self._on_device: list[Step] = []
 
     def __len__(self) -> int:
-        """Return how many requests' draws are kept."""
+        """Return how many requests have candidates here."""
         return len(self._requests)
 
-    def open(self, order: CandidateRequest) -> SampledCandidates:
-        """Return where a request's draws go; a request that was interrupted finds those it has."""
-        return self._requests.setdefault(order.key, SampledCandidates(order))
+    def open(self, request: CandidateRequest) -> SampledCandidates:
+        """Return where a request's candidates go; a request that was interrupted finds those it has."""
+        return self._requests.setdefault(request.key, SampledCandidates(request))
 
     def record(self, rows: Sequence[LogitsRow], logits: Tensor) -> None:
-        """Draw for some rows of the logits [any, vocabulary]; does not wait for a GPU."""
+        """Sample for some rows of the logits [any, vocabulary]; does not wait for a GPU."""
         rows_at_once = max(1, MAX_LOGITS_AT_ONCE // logits.shape[-1])
         for first in range(0, len(rows), rows_at_once):
             some = rows[first : first + rows_at_once]
-            step = Step(*_draw_rows(some, logits))
+            step = Step(*_sample_rows(some, logits))
             self._on_device.append(step)
             for place, row in enumerate(some):
-                row.draws.places[row.position] = (step, place)
+                row.candidates.places[row.position] = (step, place)
         if len(self._on_device) >= MAX_STEPS_ON_DEVICE:
             self._to_host()
 
     def take(self, key: str, num_tokens: int) -> tuple[Ints, Floats] | None:
-        """Forget a request and return its draws, of the tokens that were kept; None if it is not known."""
+        """Forget a request and return its candidates at the tokens that were kept; None if it is not known."""
         self._to_host()
-        draws = self._requests.pop(key, None)
-        return None if draws is None else draws.gather(num_tokens)
+        candidates = self._requests.pop(key, None)
+        return None if candidates is None else candidates.gather(num_tokens)
 
     def drop(self, keys: Iterable[str]) -> None:
         """Forget requests that were given up."""
@@ -117,27 +117,27 @@ class CandidateLog:
         self._on_device.clear()
 
 
-def _draw_rows(rows: Sequence[LogitsRow], logits: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_rows(rows: Sequence[LogitsRow], logits: Tensor) -> tuple[Tensor, Tensor]:
     def on_device(values: Any) -> Tensor:
         return torch.as_tensor(values).to(logits.device, non_blocking=True)
 
-    seeds = np.array([row.draws.order.seed for row in rows], np.uint64)
+    seeds = np.array([row.candidates.request.seed for row in rows], np.uint64)
     positions = np.array([row.position for row in rows], np.uint64)
-    count = max(row.draws.order.count for row in rows)
+    count = max(row.candidates.request.count for row in rows)
     temperatures = on_device([row.temperature for row in rows]).unsqueeze(-1)
     some = logits[on_device([row.row for row in rows])] / temperatures
-    return draw(some, on_device(uniforms(seeds, positions, count)))
+    return sample(some, on_device(uniforms(seeds, positions, count)))
 
 
-def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw tokens with replacement from softmax(logits).
+def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample tokens with replacement from softmax(logits).
 
     Args:
-        logits: [rows, vocabulary] float32; minus infinity is never drawn.
-        uniform: [rows, draws] float64 in [0, 1).
+        logits: [rows, vocabulary] float32; minus infinity is never sampled.
+        uniform: [rows, count] float64 in [0, 1).
 
     Returns:
-        ids [rows, draws] int32, and their log-probabilities [rows, draws] float32.
+        ids [rows, count] int32, and their log-probabilities [rows, count] float32.
     """
     log_total = logits.logsumexp(-1, keepdim=True)
     cumulative = (logits - log_total).exp().cumsum(-1, dtype=torch.float64)

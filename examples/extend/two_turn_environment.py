@@ -1,7 +1,7 @@
 """Gives the student a second try: a wrong first answer is followed by a hint, and the second answer is rewarded.
 
 [environment]
-kind = "examples.extend.environment:SecondTry"
+kind = "examples.extend.two_turn_environment:SecondTry"
 verifier = "regex"
 max_observation_tokens = 2
 """
