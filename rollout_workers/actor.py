@@ -5,7 +5,7 @@ Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM'
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,31 +13,17 @@ import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
-from cluster.config.run_config import EnvironmentConfig, StudentConfig
-from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.vllm.engine import prepare_environment
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifiers import VerifierProcess
+from rollout_workers.pool import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
-
-
-@dataclass(frozen=True)
-class RolloutActorSettings:
-    """Says how an actor starts; equal for all actors of a pool."""
-
-    student: StudentConfig
-    engine: EngineConfig
-    max_model_len: int  # tokens of the longest trajectory, plus 1
-    rows_per_batch: int
-    weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
-    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
-    draws: bool = False  # whether sampling settings may ask for sampled candidates
 
 
 class RolloutActor:

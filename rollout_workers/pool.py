@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from time import perf_counter
 from typing import Any
@@ -12,16 +12,30 @@ from ray.actor import ActorHandle
 from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
 from cluster.actors.replicas import Replicas, Supervision
+from cluster.config.run_config import EnvironmentConfig, StudentConfig
+from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle, PoolState, Span
 from cluster.contracts.errors import ActorDiedError, PreceptorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.scheduling import ExpectedLengths, spread
 
 ROLLOUT_ACTOR = "rollout_workers.actor:RolloutActor"
 
 _log = logging.getLogger("preceptor")
+
+
+@dataclass(frozen=True)
+class RolloutActorSettings:
+    """Says how an actor starts; equal for all actors of a pool."""
+
+    student: StudentConfig
+    engine: EngineConfig
+    max_model_len: int  # tokens of the longest trajectory, plus 1
+    rows_per_batch: int
+    weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    draws: bool = False  # whether sampling settings may ask for sampled candidates
 
 
 @dataclass(frozen=True)

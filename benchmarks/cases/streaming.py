@@ -30,8 +30,7 @@ from cluster.nodes.local_cluster import local_cluster
 from cluster.run.driver import Permits
 from cluster.run.flow import Flow, StepBatches
 from learner.group import LearnerGroup
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptSet, sampling_seed
 from teacher_workers.pool import start_pool
 from teacher_workers.router import TeacherPools

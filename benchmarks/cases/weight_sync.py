@@ -34,8 +34,7 @@ from cluster.nodes.local_cluster import local_cluster
 from cluster.weight_sync.manifest import TensorSpec, WeightManifest, WeightSyncReport
 from learner.model.student import Student, load_student
 from learner.weight_sync.object_store import ObjectStoreSender
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 
 COMMAND = "OMP_WAIT_POLICY=PASSIVE python -m benchmarks.cases.weight_sync"
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,8 +21,7 @@ from cluster.contracts.batches import Span
 from cluster.run.driver import Permits
 from cluster.run.flow import Flow, StepBatches
 from learner.group import LEARNER_ACTOR, LearnerGroup
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptSet
 from teacher_workers.pool import start_pool
 from teacher_workers.router import TeacherPools

@@ -13,8 +13,7 @@ from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import RolloutRequest, SamplingSettings, ScoreRequest
 from learner.group import LearnerGroup
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptSet
 from teacher_workers.pool import start_pool
 from teacher_workers.router import TeacherPools

@@ -18,8 +18,9 @@ from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.trajectory import Scores, add_scores, ragged
 from cluster.weight_sync.manifest import new_digest
-from rollout_workers.actor import RolloutActor, RolloutActorSettings
+from rollout_workers.actor import RolloutActor
 from rollout_workers.environments.base import Services
+from rollout_workers.pool import RolloutActorSettings
 from rollout_workers.worker import RolloutWorker
 from teacher_workers.actor import TeacherActor
 

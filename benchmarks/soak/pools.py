@@ -14,8 +14,7 @@ from cluster.config.run_file import parse_run_config
 from cluster.config.stages import EngineConfig
 from cluster.run.inputs import Inputs
 from learner.group import LEARNER_ACTOR, LearnerGroup
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import ROLLOUT_ACTOR, RolloutPool
+from rollout_workers.pool import ROLLOUT_ACTOR, RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet
 from teacher_workers.pool import TEACHER_ACTOR, start_pool
 from teacher_workers.router import TeacherPools

@@ -13,8 +13,7 @@ from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import Placement, PoolPlacement
 from cluster.run.inputs import Inputs
 from learner.group import LearnerGroup
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from teacher_workers.audit.reference import fingerprint
 from teacher_workers.pool import Scorers, TeacherPool
 from teacher_workers.router import TeacherPools

@@ -24,8 +24,7 @@ from cluster.simulation.simulated_workers import (
     SimulatedTeacherWorker,
 )
 from learner.group import LEARNER_ACTOR, LearnerGroup
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import ROLLOUT_ACTOR, RolloutPool
+from rollout_workers.pool import ROLLOUT_ACTOR, RolloutActorSettings, RolloutPool
 from teacher_workers.pool import TEACHER_ACTOR, start_pool
 from teacher_workers.router import TeacherPools
 

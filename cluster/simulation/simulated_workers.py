@@ -20,8 +20,8 @@ from cluster.simulation.rates import LearnerRates, RolloutRates, TeacherRates, p
 from cluster.simulation.simulated_cluster import SimulatedReference, SimulatedTime
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.arrivals import RankShare
-from rollout_workers.actor import RolloutActorSettings
 from rollout_workers.batching import Filling
+from rollout_workers.pool import RolloutActorSettings
 
 ROUNDING_TOKENS = 1e-6  # by which sums of fractions of tokens may be off
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from cluster.actors.calls import PoolTimeouts
+
 from cluster.config.run_config import EnvironmentConfig, StudentConfig
 from cluster.config.run_directory import RunDirectory
 from cluster.config.run_file import config_from_json
@@ -18,8 +18,7 @@ from cluster.config.stages import EngineConfig
 from cluster.contracts.requests import SamplingSettings
 from cluster.run.inputs import audited_run, load_inputs
 from cluster.run.ledger import audit, read_ledger
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.end_to_end.conftest import records_of
 from tests.end_to_end.runs import SMALL, preceptor
 from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, make_prompts, rows_of

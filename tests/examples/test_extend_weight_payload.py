@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cluster.actors.calls import PoolTimeouts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.actors.calls import PoolTimeouts
 from cluster.config.run_file import parse_run_config
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.weight_sync.manifest import TensorSpec
 from cluster.weight_sync.transports import choose, make_payload
 from examples.extend.weight_payload import HalvesPayload, to_bfloat16
 from learner.group import LearnerGroup
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import make_prompts, rows_of
 from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
 

@@ -17,8 +17,7 @@ from cluster.config.stages import Dtype, EngineConfig, WeightSyncConfig
 from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.weight_sync.gpu_sender import VllmSender, ipc_link, nccl_link
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import FrozenEngine, make_prompts
 from tests.tiny_qwen3 import CONTEXT_TOKENS, load
 

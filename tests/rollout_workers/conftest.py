@@ -8,8 +8,7 @@ import pytest
 from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import RolloutDeployment, make_prompts
 from tests.tiny_qwen3 import CONTEXT_TOKENS, load, write_tiny_qwen3
 

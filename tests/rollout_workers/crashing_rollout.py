@@ -15,7 +15,7 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import make_generated
-from rollout_workers.actor import RolloutActorSettings
+from rollout_workers.pool import RolloutActorSettings
 from tests.builders import make_trajectory
 
 SECONDS_PER_TOKEN = 0.02

@@ -20,8 +20,7 @@ from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import ROLLOUT_ACTOR, RolloutPool
+from rollout_workers.pool import ROLLOUT_ACTOR, RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts
 
 NUM_ROWS = 24

@@ -9,8 +9,7 @@ from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import ROLLOUT_ACTOR, RolloutPool
+from rollout_workers.pool import ROLLOUT_ACTOR, RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import make_prompts
 
 SETTINGS = RolloutActorSettings(StudentConfig("none"), EngineConfig(), 512, 4, None)

@@ -12,8 +12,7 @@ from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.actor import RolloutActorSettings
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.rollout_workers.deployment import make_prompts, rows_of
 from tests.tiny_qwen3 import CONTEXT_TOKENS
 
