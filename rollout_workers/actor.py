@@ -18,6 +18,7 @@ from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifiers import VerifierProcess
+from rollout_workers.pool import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
