@@ -1,4 +1,4 @@
-"""The command line; `preceptor --help` shows every command. An error is one sentence; --debug shows its trace."""
+"""Parses the command line; `preceptor --help` shows every command. An error is one sentence; --debug its trace."""
 
 import argparse
 import sys
@@ -43,8 +43,8 @@ def report_errors(command: Callable[[], int], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        found = f"{type(error).__name__}: {in_one_line(str(error))}".rstrip(": ")
-        sys.stderr.write(f"preceptor: unexpected {found}; this is a fault of the program; --debug shows its trace\n")
+        sentence = f"{type(error).__name__}: {in_one_line(str(error))}".rstrip(": ")
+        sys.stderr.write(f"preceptor: unexpected {sentence}; this is a fault of the program; --debug shows its trace\n")
         return 1
 
 
@@ -166,11 +166,11 @@ class _Interleaving(argparse.ArgumentParser):
     """Takes overrides after options too; argparse takes all positional arguments in one place."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        found, left = super().parse_known_args(args, namespace)
-        if "arguments" in found:
-            found.arguments += [text for text in left if not text.startswith("-")]
+        parsed, left = super().parse_known_args(args, namespace)
+        if "arguments" in parsed:
+            parsed.arguments += [text for text in left if not text.startswith("-")]
             left = [text for text in left if text.startswith("-")]
-        return found, left
+        return parsed, left
 
 
 def _load(options: argparse.Namespace) -> Config:
@@ -187,65 +187,56 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return None, list(arguments)
 
 
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "check": check,
+    "scale": scale,
+    "teacher": teacher,
+    "status": status,
+    "verify": verify,
+    "plan": plan,
+    "demo": demo,
+    "submit": submit,
+    "follow": follow,
+    "stop": stop,
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="preceptor", description="On-policy distillation of language models.")
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Interleaving)
-    for name, run in (("train", train), ("eval", evaluate), ("check", check)):
-        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__)
-        command.add_argument("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Interleaving)
+    add: dict[str, Callable[..., Any]] = {}  # an argument to a command
+    for name, run in COMMANDS.items():
+        command = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(command=run)
-        if run is train:
-            command.add_argument("--resume", type=Path, metavar="RUN_DIRECTORY")
-    command = commands.add_parser("scale", help=scale.__doc__, description=scale.__doc__)
-    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
-    command.add_argument("sizes", nargs="+", metavar="rollout=6|teachers.NAME=3")
-    command.set_defaults(command=scale)
-    command = commands.add_parser("teacher", help=teacher.__doc__, description=teacher.__doc__)
-    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
-    command.add_argument("change", choices=["replace"])
-    command.add_argument("name", metavar="NAME", help="of [teachers.NAME]")
-    command.add_argument("model", metavar="MODEL", help="a Hugging Face directory or a hub id")
-    command.set_defaults(command=teacher)
-    command = commands.add_parser("status", help=status.__doc__, description=status.__doc__)
-    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(command=status)
-    command = commands.add_parser("verify", help=verify.__doc__, description=verify.__doc__)
-    command.add_argument("run", type=Path, metavar="RUN_DIRECTORY")
-    command.set_defaults(command=verify)
-    _add_plan_command(commands)
-    command = commands.add_parser("demo", help=demo.__doc__, description=demo.__doc__)
-    command.add_argument("arguments", nargs="*", metavar="section.field=value")
-    command.set_defaults(command=demo)
-    _add_job_commands(commands)
+        add[name] = command.add_argument
+    for name in ("train", "eval", "check", "plan", "submit"):
+        add[name]("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
+    for name in ("scale", "teacher", "status", "verify"):
+        add[name]("run", type=Path, metavar="RUN_DIRECTORY")
+    for name in ("submit", "follow", "stop"):
+        add[name]("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS")
+    for name in ("follow", "stop"):
+        add[name]("job_id", metavar="JOB_ID")
+    for name in ("status", "plan"):
+        add[name]("--json", action="store_true", help="print one JSON object")
+    add["train"]("--resume", type=Path, metavar="RUN_DIRECTORY")
+    add["scale"]("sizes", nargs="+", metavar="rollout=6|teachers.NAME=3")
+    add["teacher"]("change", choices=["replace"])
+    add["teacher"]("name", metavar="NAME", help="of [teachers.NAME]")
+    add["teacher"]("model", metavar="MODEL", help="a Hugging Face directory or a hub id")
+    add["plan"]("--rates", type=Path, required=True, metavar="FILE|RUN_DIRECTORY", help="how fast stages are")
+    add["plan"]("--gpus", type=int, help="to share out; without, the run file's sizes are predicted only")
+    add["plan"]("--picture", type=Path, metavar="FILE.png", help="draw the prediction")
+    add["plan"]("--save-rates", type=Path, metavar="FILE", help="write the rates of a run directory")
+    add["demo"]("arguments", nargs="*", metavar="section.field=value")
+    add["submit"]("--resume", action="store_true", help="go on with the run from its last checkpoint")
+    add["submit"]("--no-wait", action="store_true", help="return when the job is submitted")
+    add["submit"]("--env", action="append", default=[], metavar="NAME=VALUE", help="for driver and actors")
+    add["submit"]("--python", default="python", help="the interpreter on the cluster's nodes")
     return parser
-
-
-def _add_plan_command(commands: Any) -> None:
-    command = commands.add_parser("plan", help=plan.__doc__, description=plan.__doc__)
-    command.add_argument("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
-    command.add_argument("--rates", type=Path, required=True, metavar="FILE|RUN_DIRECTORY", help="how fast stages are")
-    command.add_argument("--gpus", type=int, help="to share out; without, the run file's sizes are predicted only")
-    command.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the prediction")
-    command.add_argument("--save-rates", type=Path, metavar="FILE", help="write the rates of a run directory")
-    command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(command=plan)
-
-
-def _add_job_commands(commands: Any) -> None:
-    for run in (submit, follow, stop):
-        command = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
-        command.add_argument("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS")
-        command.set_defaults(command=run)
-        if run is not submit:
-            command.add_argument("job_id", metavar="JOB_ID")
-            continue
-        command.add_argument("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
-        command.add_argument("--resume", action="store_true", help="go on with the run from its last checkpoint")
-        command.add_argument("--no-wait", action="store_true", help="return when the job is submitted")
-        command.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for driver and actors")
-        command.add_argument("--python", default="python", help="the interpreter on the cluster's nodes")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from cluster.config.stages import BalanceConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.files import Record, RecordsFile
 from cluster.elastic.balance_policy import Balance, Horizon
-from cluster.elastic.balancer import Announcements, Balancer, Movable
+from cluster.elastic.balancer import Announcements, Balancer
+from cluster.elastic.scale import ScalablePool
 from cluster.elastic.splits import ROLLOUT, PoolRule, Sizes, Space
 from cluster.elastic.step_cost import WorkMeter
 from cluster.nodes.local_cluster import local_cluster
@@ -63,7 +64,7 @@ class Steps:
         self._run, self._workload = run, workload
         self._done = self._forever()
         teachers = {f"teachers.{name}": pool for name, pool in run.teachers.pools.items()}
-        self.pools: dict[str, Movable] = {ROLLOUT: run.rollouts, **teachers}
+        self.pools: dict[str, ScalablePool] = {ROLLOUT: run.rollouts, **teachers}
 
     def at(self, split: Split) -> list[float]:
         """Return the seconds of each of the different steps at a split."""
@@ -100,7 +101,9 @@ class Steps:
     def _balancer(self, balance: Balance, announcements: Announcements) -> Balancer:
         places = self._workload.config.rollout.engine.max_concurrent_sequences
         meter = WorkMeter(places, self._workload.max_staleness)
-        return Balancer(balance, meter, self.pools, SplitCapacity(dict.fromkeys(self.pools, 0)), announcements, ENDLESS)
+        return Balancer(
+            balance, meter, lambda: self.pools, SplitCapacity(dict.fromkeys(self.pools, 0)), announcements, ENDLESS
+        )
 
     def _forever(self) -> Iterator[tuple[Record, list[BatchHandle]]]:
         """Do steps as the driver does, weight sync aside, and yield each one's record and batches."""

@@ -20,7 +20,6 @@ from cluster.elastic.splits import (
     Space,
     mean_seconds,
     path_to_better,
-    scaled,
     stage_seconds,
     step_seconds,
 )
@@ -68,23 +67,14 @@ class _Trial:
 
     before: Sizes
     works: Sequence[StepWork]  # of the steps before it
-    steps_ahead: int
     bar: float  # factor by which steps may become slower
     waited_seconds: float = 0.0  # for its workers
 
     def changes(self, works: Sequence[StepWork]) -> tuple[float, float]:
-        """Return by which factor steps became slower, and its standard error.
-
-        The steps before and after are compared with what the old split would have taken for their tokens and longest
-        completions at the speeds measured before the move, so that a step that has more to write counts as that.
-        """
-        was, became = ([work.seconds / self._expected(work) for work in some] for some in (self.works, works))
+        """Return by which factor steps became slower, per token, and its standard error."""
+        was, became = ([work.seconds / work.tokens for work in some] for some in (self.works, works))
         error = math.sqrt(_error2(was) + _error2(became)) / fmean(was)
         return fmean(became) / fmean(was), error
-
-    def _expected(self, work: StepWork) -> float:
-        alike = (scaled(earlier, work.tokens, work.longest) for earlier in self.works)
-        return fmean(step_seconds(earlier, self.before, self.steps_ahead) for earlier in alike)
 
 
 Load = Mapping[str, float]  # each pool's part of all work
@@ -231,7 +221,7 @@ class Balance:
         )
         self._num_returns += _key(target) in self._left
         self._left[_key(before)] = load_of(works, before)
-        self._trial = _Trial(before, works, ahead, 1 - WORSE if is_probe else 1 + WORSE)
+        self._trial = _Trial(before, works, 1 - WORSE if is_probe else 1 + WORSE)
         self._arrive(target)
         return Decision(sentence, target)
 

@@ -1,40 +1,19 @@
 """Resizes the pools of a run with `balance = "auto"` as the balance policy decides after each step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
-
-from ray.actor import ActorHandle
 
 from cluster.contracts.batches import BatchHandle, PoolState
 from cluster.contracts.files import Record, RecordsFile
 from cluster.elastic.balance_policy import Balance, BalanceSample, Horizon
-from cluster.elastic.scale import TeacherOfNow, placed_pools
+from cluster.elastic.scale import Pools, placed_pools, pools_of
 from cluster.elastic.splits import ROLLOUT, PoolRule, Space
 from cluster.elastic.step_cost import WorkMeter
 from cluster.placement.capacity import SplitCapacity
 from cluster.run.hooks import RunContext, StepHook
 
 MOVES = "balance/moves"  # metric: how often workers moved so far
-
-
-class Movable(Protocol):
-    """Describes a pool whose workers may move."""
-
-    @property
-    def size(self) -> int:
-        """Return how many workers it has or will have."""
-
-    @property
-    def staying(self) -> Sequence[ActorHandle]:
-        """Return the workers that serve, those first that stay when the pool shrinks."""
-
-    def state(self) -> PoolState:
-        """Return how it stands."""
-
-    def resize(self, size: int) -> None:
-        """Begin to change its size; workers that leave finish what they were given."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +31,7 @@ class Balancer(StepHook):
         self,
         balance: Balance,
         meter: WorkMeter,
-        pools: Mapping[str, Movable],
+        pools: Pools,
         capacity: SplitCapacity,
         announcements: Announcements,
         last_step: int,
@@ -73,20 +52,21 @@ class Balancer(StepHook):
         return {MOVES: float(self.num_moves)}
 
     def _balance_after(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> None:
-        states = [pool.state() for pool in self._pools.values()]
+        pools = self._pools()
+        states = [pool.state() for pool in pools.values()]
         is_steady = bool(self._states) and all(map(_serves_as_before, self._states, states))
         self._num_steady = self._num_steady + 1 if is_steady else 0
         now = perf_counter()
         sample = BalanceSample(
-            sizes={name: pool.size for name, pool in self._pools.items()},
+            sizes={name: pool.size for name, pool in pools.items()},
             is_settled=self._num_steady > self._meter.steps_ahead,  # earlier ones were begun with other workers
             seconds=now - self._observed_at,
             steps_left=self._last_step - step,
-            work=self._meter.measure(metrics, batches, self._pools[ROLLOUT].size),
+            work=self._meter.measure(metrics, batches, pools[ROLLOUT].size),
         )
         self._states, self._observed_at = states, now
         if sample.is_settled:
-            self._capacity.read({name: pool.staying for name, pool in self._pools.items()})
+            self._capacity.read({name: pool.staying for name, pool in pools.items()})
         decision = self._balance.decide(sample)
         if decision is None:
             return
@@ -94,7 +74,7 @@ class Balancer(StepHook):
         has_moved = decision.sizes is not None
         self._announcements.notes.write({"step": step, "sentence": decision.sentence, "moved": has_moved})
         for name, size in (decision.sizes or {}).items():
-            self._pools[name].resize(size)
+            pools[name].resize(size)
         self.num_moves += has_moved
 
 
@@ -110,21 +90,18 @@ def make_balancer(run: RunContext) -> Balancer | None:
     moves.drop_from(run.first_step + 1)
     if config.balance.mode == "off":
         return None
-    pools: dict[str, Movable] = {ROLLOUT: pipeline.rollouts}
     limits = {ROLLOUT: (config.rollout.min_workers, config.rollout.max_workers)}
     for name in pipeline.teachers.pools:
-        teacher, key = config.teachers[name], f"teachers.{name}"
-        pools[key] = TeacherOfNow(pipeline.teachers, name)
-        limits[key] = teacher.min_workers, teacher.max_workers
+        limits[f"teachers.{name}"] = config.teachers[name].min_workers, config.teachers[name].max_workers
     capacity = SplitCapacity({name: int(share.gpus_per_worker) for name, share in placed_pools(pipeline).items()})
     # Without GPUs, any worker can take the place of any other.
-    rules = {name: PoolRule(max(1, capacity.gpus[name]), *limits[name]) for name in pools}
+    rules = {name: PoolRule(max(1, capacity.gpus[name]), *limits[name]) for name in limits}
     ahead = config.rollout.max_staleness
     horizon = Horizon(ahead, pipeline.start_seconds, config.ray.start_timeout_seconds)
     return Balancer(
         Balance(Space(rules, units=0, fits=capacity.fits), config.balance, horizon),
         WorkMeter(config.rollout.engine.max_concurrent_sequences, ahead),
-        pools,
+        lambda: pools_of(pipeline),
         capacity,
         Announcements(run.view.say, moves),
         last_step=config.run.steps,

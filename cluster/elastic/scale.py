@@ -1,12 +1,7 @@
-"""Changes the sizes of pools while a run goes on: `preceptor scale RUN rollout=6 teachers.math=3`.
-
-The command leaves its request in the run directory, which the driver looks at every second, and waits for the driver's
-answer beside it. Who may write there may also stop the run; no port is opened for it.
-"""
+"""Changes the sizes of pools while a run goes on: `preceptor scale RUN rollout=6 teachers.math=3`."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
@@ -25,21 +20,29 @@ from cluster.run.inputs import Inputs
 
 if TYPE_CHECKING:
     from cluster.run.pools import Pipeline
-    from teacher_workers.pool import TeacherPool
-    from teacher_workers.router import TeacherPools
 
 LARGEST_POOL = 100_000
 
 
-class Scalable(Protocol):
-    """A pool whose size can change."""
+class ScalablePool(Protocol):
+    """Describes a pool whose size can change."""
 
     @property
     def size(self) -> int:
         """Return how many workers it has or will have."""
 
+    @property
+    def staying(self) -> Sequence[ActorHandle]:
+        """Return the workers that serve, those first that stay when the pool shrinks."""
+
+    def state(self) -> PoolState:
+        """Return its workers and restarts."""
+
     def resize(self, size: int) -> None:
-        """Begin to change that."""
+        """Begin to change its size; workers that leave finish what they were given."""
+
+
+Pools = Callable[[], Mapping[str, ScalablePool]]  # by the names of the command: a replaced teacher has another pool
 
 
 class ScaleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +66,7 @@ class Scaling(StepHook):
     def __init__(
         self,
         files: ControlFiles,
-        pools: Mapping[str, Scalable],
+        pools: Pools,
         missing: Callable[[Mapping[str, int]], str | None],
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
@@ -73,7 +76,7 @@ class Scaling(StepHook):
 
         Args:
             files: in the run directory.
-            pools: by the name that a request gives them.
+            pools: returns them, by the name that a request gives them.
             missing: says what the cluster lacks for so many more or fewer workers of pools; None: nothing.
             say: tells people.
             clock: seconds.
@@ -89,10 +92,11 @@ class Scaling(StepHook):
         answered = read_message(self._files.answer, ScaleResponse)
         if answered is None:
             return
+        pools = self._pools()
         sizes = {
             name: size
             for name, size in answered.sizes.items()
-            if name in self._pools and size != self._pools[name].size and (size or not self._needed(name))
+            if name in pools and size != pools[name].size and (size or not self._needed(name))
         }
         if sizes:
             refusal = self._grant(sizes)
@@ -104,26 +108,27 @@ class Scaling(StepHook):
         if request is None:
             return
         refusal = self._grant(request.sizes)
-        sizes = {name: pool.size for name, pool in self._pools.items()}
+        sizes = {name: pool.size for name, pool in self._pools().items()}
         self._requests.answer(self._files.answer, ScaleResponse(request.request_id, sizes, refusal))
         self._say(refusal or f"scaled: {describe(sizes)}")
 
     def _grant(self, sizes: Mapping[str, int]) -> str | None:
+        pools = self._pools()
         for name, size in sizes.items():
-            if name not in self._pools:
-                return f"there is no pool {name!r}; this run has {', '.join(self._pools)}"
+            if name not in pools:
+                return f"there is no pool {name!r}; this run has {', '.join(pools)}"
             if not 0 <= size <= LARGEST_POOL:
                 return f"{name}={size}: a pool has up to {LARGEST_POOL} workers"
             need = None if size else self._needed(name)
             if need is not None:
                 return f"{name}=0: {need}"
-        changes = {name: size - self._pools[name].size for name, size in sizes.items()}
+        changes = {name: size - pools[name].size for name, size in sizes.items()}
         growing = {name: sizes[name] for name, change in changes.items() if change > 0}
         lack = self._missing(changes) if growing else None
         if lack is not None:
             return f"{describe(growing)}: {lack}"
         for name, size in sizes.items():
-            self._pools[name].resize(size)
+            pools[name].resize(size)
         return None
 
 
@@ -195,34 +200,9 @@ def need_of(teachers: Collection[str], config: Config, inputs: Inputs, next_step
 ROLLOUT = "rollout"
 
 
-@dataclass(frozen=True)
-class TeacherOfNow:
-    """The pool of a teacher's name, whichever it is: another takes its place when the teacher is replaced."""
-
-    pools: "TeacherPools"
-    name: str
-
-    @property
-    def size(self) -> int:
-        """Return how many workers it has or will have."""
-        return self._pool.size
-
-    @property
-    def staying(self) -> Sequence[ActorHandle]:
-        """Return the workers that serve, those first that stay when the pool shrinks."""
-        return self._pool.staying
-
-    def state(self) -> PoolState:
-        """Return how it stands."""
-        return self._pool.state()
-
-    def resize(self, size: int) -> None:
-        """Begin to change its size."""
-        self._pool.resize(size)
-
-    @property
-    def _pool(self) -> "TeacherPool":
-        return self.pools.pools[self.name]
+def pools_of(pipeline: "Pipeline") -> dict[str, ScalablePool]:
+    """Return the pools of now, by the names of the command."""
+    return {ROLLOUT: pipeline.rollouts} | {f"teachers.{name}": pool for name, pool in pipeline.teachers.pools.items()}
 
 
 def placed_pools(pipeline: "Pipeline") -> dict[str, PoolPlacement]:
@@ -234,8 +214,6 @@ def placed_pools(pipeline: "Pipeline") -> dict[str, PoolPlacement]:
 def make_scaling(run: RunContext) -> Scaling:
     """Let the sizes of the pools be changed through the run's directory."""
     config, pipeline = run.config, run.pipeline
-    pools: dict[str, Scalable] = {ROLLOUT: pipeline.rollouts}
-    pools |= {f"teachers.{name}": TeacherOfNow(pipeline.teachers, name) for name in pipeline.teachers.pools}
     shares = placed_pools(pipeline)
 
     def needed(pool: str) -> str | None:
@@ -252,17 +230,17 @@ def make_scaling(run: RunContext) -> Scaling:
         by_share = {shares[pool].name: (shares[pool], change) for pool, change in changes.items()}
         return missing_for(*by_share.values())
 
-    _bring_back(run, pools, needed)
-    scaling = Scaling(run.directory.scaling, pools, missing, run.view.say, needed=needed)
+    _bring_back(run, needed)
+    scaling = Scaling(run.directory.scaling, lambda: pools_of(pipeline), missing, run.view.say, needed=needed)
     if run.is_first_attempt:  # later the pools still have their sizes
         scaling.restore()
     return scaling
 
 
-def _bring_back(run: RunContext, pools: Mapping[str, Scalable], needed: Callable[[str], str | None]) -> None:
+def _bring_back(run: RunContext, needed: Callable[[str], str | None]) -> None:
     """Give teachers that were drained their workers again where the run went back to steps that need them."""
     num_workers = {f"teachers.{name}": teacher.num_workers for name, teacher in run.config.teachers.items()}
-    for name, pool in pools.items():
+    for name, pool in pools_of(run.pipeline).items():
         if pool.size or not num_workers[name]:  # the rollout pool always has some
             continue
         need = needed(name)

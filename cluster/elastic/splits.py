@@ -118,19 +118,3 @@ def _busy(work: StepWork, pool: str) -> float:
     if pool == ROLLOUT:
         return work.generation.full_seconds
     return work.teachers[pool].busy_seconds if pool in work.teachers else 0.0
-
-
-def scaled(work: StepWork, tokens: float, longest: float) -> StepWork:
-    """Return what a step of so many tokens, the longest completion of `longest`, takes at the same speeds."""
-    by_tokens, by_longest = tokens / work.tokens, longest / work.longest
-    return replace(
-        work,
-        tokens=tokens,
-        longest=longest,
-        generation=work.generation.times(by_tokens, by_longest),
-        teachers={
-            name: replace(teacher, busy_seconds=teacher.busy_seconds * by_tokens)
-            for name, teacher in work.teachers.items()
-        },
-        learn_seconds=work.learn_seconds * by_tokens,
-    )

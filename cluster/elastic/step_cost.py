@@ -38,12 +38,6 @@ class Generation:
         """
         return Generation(0.0, self.seconds(num_workers) * num_workers, 0.0)
 
-    def times(self, by_tokens: float, by_longest: float) -> "Generation":
-        """Return that of a step with so many times the tokens, and so many times the longest completion's."""
-        return Generation(
-            self.longest_seconds * by_longest, self.full_seconds * by_tokens, self.tail_seconds * by_longest
-        )
-
 
 @dataclass(frozen=True)
 class TeacherWork:
@@ -60,7 +54,6 @@ class StepWork:
 
     seconds: float
     tokens: float  # completion tokens
-    longest: float  # tokens of the longest completion
     generation: Generation
     first_share: float  # of the generation's seconds, until the first batch is at a teacher
     teachers: Mapping[str, TeacherWork]  # by pool: teachers.NAME
@@ -106,7 +99,6 @@ class WorkMeter:
         return StepWork(
             seconds=record["step/seconds"],
             tokens=float(lengths.sum()),
-            longest=float(lengths.max()),
             generation=self._generation(lengths, ended, num_rollout_workers),
             first_share=min(1.0, (first - admitted) / float(ended.max())),
             teachers=self._teachers(scores, record["step/seconds"]),

@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.contracts.batches import BatchHandle, Span
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from rollout_workers.pool import RolloutPool
-from teacher_workers.router import Chain, TeacherPools
+
+if TYPE_CHECKING:
+    from rollout_workers.pool import RolloutPool
+    from teacher_workers.router import Chain, TeacherPools
 
 MAX_SPANS = 100_000  # calls that are kept until their spans are taken, if ever
 
@@ -76,8 +78,8 @@ class Flow:
 
     def __init__(
         self,
-        rollouts: RolloutPool,
-        teachers: TeacherPools,
+        rollouts: "RolloutPool",
+        teachers: "TeacherPools",
         timeout_seconds: float,
         poll: Callable[[], None] = lambda: None,
     ) -> None:

@@ -156,7 +156,6 @@ def make_work(seconds: float, generation: float, *teachers: float) -> StepWork:
     return StepWork(
         seconds=seconds,
         tokens=1000.0,
-        longest=100.0,
         generation=Generation(0.0, generation, 0.0),
         first_share=0.1,
         teachers={f"teachers.{index}": TeacherWork(busy, 0.1) for index, busy in enumerate(teachers)},

@@ -31,7 +31,7 @@ class Driver:
         self.moment = 0.0
         self.scaling = Scaling(
             self.files,
-            self.pools,
+            lambda: self.pools,
             lambda changes: "no room" if sum(changes.values()) > room else None,
             self.said.append,
             clock=lambda: self.moment,

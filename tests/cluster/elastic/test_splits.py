@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.elastic.splits import PoolRule, Sizes, Space, path_to_better, scaled, step_seconds
+from cluster.elastic.splits import PoolRule, Sizes, Space, path_to_better, step_seconds
 from cluster.elastic.step_cost import Generation, StepWork, TeacherWork
 
 SPACE = Space({"rollout": PoolRule(1), "teachers.a": PoolRule(1), "teachers.b": PoolRule(1)}, units=6)
@@ -15,7 +15,6 @@ def make_work(generation: float = 4.0, learn: float = 0.0, **teachers: float) ->
     return StepWork(
         seconds=10.0,
         tokens=1000.0,
-        longest=100.0,
         generation=Generation(0.0, generation, 0.0),
         first_share=0.0,
         teachers={f"teachers.{name}": TeacherWork(busy, 0.0) for name, busy in teachers.items()},
@@ -85,8 +84,3 @@ def test_workers_of_several_gpus_take_the_place_of_several() -> None:
 def test_a_split_that_no_node_has_room_for_is_none() -> None:
     space = replace(SPACE, fits=lambda found: found["teachers.a"] < 2)
     assert all(found["teachers.a"] < 2 for found in space.exchanges(sizes(4, 1, 1)))
-
-
-def test_a_step_of_twice_the_tokens_takes_twice_the_shared_work() -> None:
-    work = scaled(make_work(generation=4.0, learn=1.0, a=2.0), tokens=2000.0, longest=100.0)
-    assert (work.generation.full_seconds, work.teachers["teachers.a"].busy_seconds, work.learn_seconds) == (8, 4, 2)
