@@ -144,7 +144,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         config.rollout.rows_per_batch,
         config.weight_sync.transport,
         environment=config.environment,
-        draws=config.objective.support == "samples",
+        draws=config.objective.needs.draws,
     )
 
 
