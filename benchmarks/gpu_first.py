@@ -148,7 +148,7 @@ def head_findings(device: torch.device) -> Iterator[Finding]:
             request = ScoreRequest("teacher", top_k=top_k, entropy=entropy)
             scored = milliseconds(device, score_tokens, head, hidden, ids, request)
             yield Finding(f"{size}: scored, k = {top_k}{', entropy' * entropy}: {scored:.2f} ms")
-        kernels = choose_kernels(device, "sampled")
+        kernels = choose_kernels(device, whole_vocabulary=False)
         if kernels is not None:
             fused = milliseconds(device, _fused, head, hidden, kernels)
             yield Finding(f"{size}: the learner's kernel and a top-64: {fused:.2f} ms")
@@ -256,7 +256,7 @@ def train(stage: int, folder: Path, device: torch.device) -> list[float]:
         engine = ZeroEngine(student, config, 0, 1, (folder / f"store-{stage}").as_uri())
     objective = Objective(
         msgspec.convert(expand_preset({"preset": "thinking-machines"}), ObjectiveConfig),
-        choose_kernels(device, "sampled"),
+        choose_kernels(device, whole_vocabulary=False),
     )
     batch = long_tailed_batch(scale).to(device)
     norms = []

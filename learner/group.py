@@ -146,7 +146,7 @@ class LearnerGroup:
     def replace_teachers(self, teachers: Mapping[str, TeacherConfig], first_step: int) -> None:
         """Read the LM heads of other teachers, where the objective needs any, before step `first_step` (from 0)."""
         self._config = msgspec.structs.replace(self._config, teachers=dict(teachers))
-        if self._config.objective.support == "full":
+        if self._config.objective.needs.hidden:
             self._heads_due.append((first_step, self._config))
 
     def measure_gradient(self, batches: BatchSource, objective: ObjectiveConfig) -> dict[str, Metric]:

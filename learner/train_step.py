@@ -1,8 +1,7 @@
-"""Forward, objective and backward over micro-batches of one rank, and what they say of the student."""
+"""Runs forward, objective and backward over micro-batches of one rank, and returns their metrics."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TypeVar
 
@@ -15,8 +14,8 @@ from cluster.contracts.metrics import Max, Mean, Metric, Quantile, Sum, merge
 from learner.batching.micro_batch import MicroBatch
 from learner.engines.base import TrainEngine
 from learner.loss.objective import Objective
-from learner.loss.tokens import CompletionTokens
-from learner.model.completion_head import Evaluation, TeacherHeads
+from learner.loss.tokens import CompletionTokens, Evaluation
+from learner.model.completion_head import TeacherHeads
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda _progress: 1.0,
@@ -44,54 +43,50 @@ IMPORTANCE_QUANTILE = 0.99
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class StepTask:
-    """What all micro-batches of a step have in common."""
-
-    objective: Objective
-    teacher_heads: TeacherHeads = field(default_factory=dict)
-
-
 def accumulate(
-    engine: TrainEngine, batches: Iterable[MicroBatch], task: StepTask, completes_step: bool
+    engine: TrainEngine,
+    batches: Iterable[MicroBatch],
+    objective: Objective,
+    teacher_heads: TeacherHeads,
+    completes_step: bool,
 ) -> dict[str, Metric]:
     """Run forward and backward over some of a step's micro-batches; the gradients' sums stay in the engine.
 
     Args:
         engine: holds the weights.
         batches: this rank's micro-batches, at least one and as many as every other rank has in this call.
-        task: what to minimise.
+        objective: what to minimise.
+        teacher_heads: of the models that sent hidden states.
         completes_step: whether these are the last micro-batches of the step.
     """
     parts: list[dict[str, Metric]] = []
     for batch, is_last in _with_last(batches):
         started = perf_counter()
-        found = engine.forward(batch, task.objective, task.teacher_heads)
-        engine.backward(found.loss, is_last and completes_step)
-        tokens = batch.tokens.to(found.loss.device)
-        figures = describe(found, tokens, task.objective.config.support == "samples")
-        # Only now: a GPU has just begun when `backward` returns, and reading the figures waits for it.
-        parts.append(figures | {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)})
+        result = engine.forward(batch, objective, teacher_heads)
+        engine.backward(result.loss, is_last and completes_step)
+        metrics = describe(result, batch.tokens.to(result.loss.device), objective.needs.sampled_candidates)
+        # Only now: a GPU has just begun when `backward` returns, and reading the metrics waits for it.
+        parts.append(metrics | {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)})
     return merge(parts)
 
 
 @torch.no_grad()
-def describe(found: Evaluation, tokens: CompletionTokens, has_draws: bool) -> dict[str, Metric]:
-    """Return one micro-batch's figures per completion token; none where there are no completion tokens.
+def describe(result: Evaluation, tokens: CompletionTokens, sampled_candidates: bool) -> dict[str, Metric]:
+    """Return one micro-batch's metrics per completion token; none where there are no completion tokens.
 
     Args:
-        found: the micro-batch's evaluation.
+        result: the micro-batch's evaluation.
         tokens: its data.
-        has_draws: whether the candidates are independent draws: one may stand there twice.
+        sampled_candidates: whether the candidates are independent draws: one may stand there twice.
     """
     if not len(tokens):
         return {}
-    age = found.logprobs - tokens.rollout_logprobs
+    age = result.logprobs - tokens.rollout_logprobs
     importance = age.exp()
     metrics: dict[str, Metric] = {
-        "loss": _mean(found.losses),
-        "kl": _mean(found.logprobs - tokens.logprobs[TEACHER]),  # one-sample estimate of KL(student || teacher)
-        "entropy": _mean(found.entropy),
+        "loss": _mean(result.losses),
+        "kl": _mean(result.logprobs - tokens.logprobs[TEACHER]),  # one-sample estimate of KL(student || teacher)
+        "entropy": _mean(result.entropy),
         "importance_mean": _mean(importance),
         "importance_max": Max(importance.max().item()),
         "importance_p99": Quantile.of(IMPORTANCE_QUANTILE, importance.tolist()),
@@ -99,8 +94,8 @@ def describe(found: Evaluation, tokens: CompletionTokens, has_draws: bool) -> di
         "sampler_learner_gap_max": Max(age.abs().max().item()),
     }
     if tokens.candidate_ids.shape[1]:
-        metrics["student_candidate_mass"] = _mean(found.candidate_mass)
-        if not has_draws:
+        metrics["student_candidate_mass"] = _mean(result.candidate_mass)
+        if not sampled_candidates:
             metrics["teacher_candidate_mass"] = _mean(tokens.candidate_logprobs[TEACHER].exp().sum(-1))
     return metrics
 

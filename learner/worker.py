@@ -34,7 +34,7 @@ from learner.loss.objective import Objective
 from learner.model.completion_head import TeacherHeads, load_teacher_heads
 from learner.model.student import load_student
 from learner.rendezvous import free_address
-from learner.train_step import StepTask, accumulate, learning_rate_at
+from learner.train_step import accumulate, learning_rate_at
 from learner.weight_sync.object_store import WeightSender
 
 
@@ -87,7 +87,7 @@ class LearnerActor:
     def use(self, engine: TrainEngine, teacher_heads: TeacherHeads) -> None:
         """Train the engine's weights; the heads are for objectives over the whole vocabulary."""
         self._engine, self._teacher_heads = engine, teacher_heads
-        self._kernels = choose_kernels(_device(), self._config.objective.support)
+        self._kernels = choose_kernels(_device(), self._config.objective.needs.hidden)
         self._objective = Objective(self._config.objective, self._kernels)
         _, transport = choose(self._config, torch.cuda.is_available())
         make_sender = load_object(TRANSPORTS[transport].sender, "weight_sync.transport")
@@ -116,10 +116,8 @@ class LearnerActor:
         rows = trajectories(batches, share.task_advantages)
         # One micro-batch at a time: hidden states are large.
         micro_batches = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
-        task = StepTask(
-            self._objective if objective is None else Objective(objective, self._kernels), self._teacher_heads
-        )
-        return accumulate(self._engine, micro_batches, task, completes_step)
+        minimised = self._objective if objective is None else Objective(objective, self._kernels)
+        return accumulate(self._engine, micro_batches, minimised, self._teacher_heads, completes_step)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""

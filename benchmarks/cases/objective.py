@@ -81,7 +81,7 @@ class Case:
 
 def exact(divergence: str) -> ObjectiveConfig:
     """Return a divergence over the whole vocabulary."""
-    return ObjectiveConfig(support="full", terms={"main": DivergenceTerm(divergence=divergence)})  # type: ignore[arg-type]
+    return ObjectiveConfig(support="full", terms={"main": DivergenceTerm(divergence=divergence)})
 
 
 CASES = [
@@ -110,16 +110,16 @@ class Bench:
         widths = {case.teacher_widths for case in CASES if case.teacher_widths}
         self.teacher_heads = {times: LmHead(self.normal(vocabulary, times * width, scale=0.05)) for times in widths}
         self.batches = {case.name: self.batch_of(case) for case in CASES}
-        self.kernels = choose_kernels(sizes.device, "full")
+        self.kernels = choose_kernels(sizes.device, True)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=self.random, device=self.device) * scale).to(self.dtype)
 
     def batch_of(self, case: Case) -> MicroBatch:
         """Return a micro-batch of one trajectory with the columns that the objective reads."""
-        n, k = self.num_tokens, case.config.num_candidates
+        n, k = self.num_tokens, case.config.needs.num_candidates
         flat, nothing = torch.full((n,), -12.0, device=self.device), torch.empty(0, device=self.device)
-        drawn = k if case.config.candidates_from == "student" else 0
+        drawn = k if case.config.needs.candidates_from == "student" else 0
         of_candidates = torch.full((n, k), -12.0, device=self.device)
         tokens = CompletionTokens(
             target_ids=self.targets,

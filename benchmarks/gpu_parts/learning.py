@@ -75,7 +75,7 @@ def score_alone(
             states = teacher.get_decoder()(input_ids=ids[None]).last_hidden_state[0]
         hidden.append(predicting_rows(states, masks[index]))
         targets.append(token_ids[index][masks[index] != 0])
-    request = ScoreRequest("teacher", top_k=objective.num_candidates, hidden=objective.support == "full")
+    request = ScoreRequest("teacher", top_k=objective.needs.num_candidates, hidden=objective.needs.hidden)
     return add_scores(batch, "teacher", score_tokens(head, torch.cat(hidden), np.concatenate(targets), request))
 
 
@@ -88,8 +88,8 @@ def evaluate_on(
     """Return the loss of every token, and the norm of their mean's gradient."""
     config, (objective, head) = LearnerConfig(dtype="float32", attention=attention), task
     engine = ReferenceEngine(load_student(StudentConfig(str(EMBEDDED / "student")), config, device), config)
-    heads = {ROUTE: {"teacher": head.to(device)}} if objective.support == "full" else {}
-    losses, kernels = [], choose_kernels(device, objective.support)
+    heads = {ROUTE: {"teacher": head.to(device)}} if objective.needs.hidden else {}
+    losses, kernels = [], choose_kernels(device, objective.needs.hidden)
     for batch in grids_of(scored, micro_batch_tokens=2048):
         found = engine.forward(batch.to(device), Objective(objective, kernels), heads)
         engine.backward(found.loss, is_last=False)
@@ -109,7 +109,7 @@ def attention_rows(scale: Scale, student: Path) -> Iterator[Row]:
     """Time one micro-batch on its written tokens alone, and the memory that it takes, for each kind of attention."""
     batch = long_tailed_batch(scale).to(scale.device)
     config = msgspec.convert(expand_preset({"preset": "thinking-machines"}), ObjectiveConfig)
-    objective = Objective(config, choose_kernels(scale.device, config.support))
+    objective = Objective(config, choose_kernels(scale.device, config.needs.hidden))
     size = f"{scale.student.name}, {len(batch.lengths)} trajectories, {sum(batch.lengths)} tokens"
     for attention in ATTENTIONS:
         try:

@@ -1,17 +1,19 @@
-"""What the student minimises: terms that are added up, the tokens they look at, and the models they compare with.
+"""Describes what the student minimises: terms that are added up, the tokens they read, the models they compare with.
 
 `docs/objective.md` gives the formula and says which published method is which configuration; `presets.py` names them.
 """
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, field
 
 from cluster.config.fields import LARGEST_FLOAT, Finite, Fraction, Items, NonNegative, Positive, Section
+from cluster.contracts.import_path import is_import_path
 
 Support = Literal["sampled", "samples", "topk", "student_topk", "intersection", "full"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"]
+DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl")
 Truncation = Literal["generalized", "renormalized", "tail"]
 LogRatioMap = Literal["identity", "clip", "soft_log", "tanh", "power", "proximal", "forward_kl", "jsd"]
 ImportanceKind = Literal["none", "ratio", "truncated", "icepop", "sequence_mask", "ppo_clip"]
@@ -29,6 +31,27 @@ Target = dict[str, Finite]  # model -> its coefficient in the log-linear target
 TEACHER = "teacher"  # in a target: the teacher that the prompt is routed to
 BASE = "base"  # in a target: what that teacher's `base` field names
 INITIAL_STUDENT = "initial_student"  # in a target: the student before training
+NO_TARGET = "target names no model with a coefficient other than 0"
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Says what an objective needs sampled, scored and read; whatever asks for it, asks here.
+
+    Example:
+        >>> ObjectiveConfig().needs.candidates_from, ObjectiveConfig(support="full").needs.hidden
+        ('teacher', True)
+    """
+
+    models: tuple[str, ...]  # that score every completion: those of the targets, the routed teacher first
+    num_candidates: int  # tokens per position that are listed and compared, besides the sampled one
+    candidates_from: Literal["student", "teacher"] | None  # whose tokens the candidates are; None: there are none
+    sampled_candidates: bool  # the candidates are independent draws of the student, like the sampled token
+    intersection: bool  # only those candidates count that the student, now, has among its most likely ones too
+    hidden: bool  # whole distributions, from the models' hidden states and LM heads
+    teacher_entropy: bool  # at every position
+    first_pass: bool  # what the current student says of a whole trajectory, before its first loss
+    divides_by_deviation: bool | None  # how rewards within a prompt's samples are normalised; None: no rewards
 
 
 class ImportanceConfig(Section, frozen=True):
@@ -56,7 +79,11 @@ class TokenWeightsConfig(Section, frozen=True):
 
 
 class Term(Section, frozen=True):
-    """What all terms have: how much they count, and at which tokens."""
+    """Holds what all terms have: how much they count, and at which tokens.
+
+    Besides, each kind of term says of itself whether it `needs_first_pass`, whether its gradient
+    `is_zero_at_the_student`, when all models of its target are the student, and its `fault` under a support.
+    """
 
     weight: Finite = 1.0
     when: Condition = "always"
@@ -64,7 +91,7 @@ class Term(Section, frozen=True):
 
 
 class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=True):
-    """The log-ratio target / student as the advantage of the tokens that the student drew."""
+    """Takes the log-ratio target / student as the advantage of the tokens that the student sampled."""
 
     target: Target = field(default_factory=lambda: {TEACHER: 1.0})
     over: Literal["sampled", "support"] = "sampled"  # the written token, or all candidates of the support
@@ -77,22 +104,89 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
     discount: Fraction = 0.0  # of later tokens' advantages in this token's
     importance: ImportanceConfig = ImportanceConfig()
 
+    @property
+    def needs_first_pass(self) -> bool:
+        """Return whether whole trajectories under the current student count: later advantages, or a masked sequence."""
+        return self.importance.kind == "sequence_mask" or (self.discount > 0 and self.student == "current")
+
+    @property
+    def is_zero_at_the_student(self) -> bool:
+        """Return whether the advantages are 0 there."""
+        return math.isclose(sum(self.target.values()), 0.0 if self.student == "none" else 1.0)
+
+    def fault(self, support: Support) -> str | None:
+        """Say what the term cannot have together; None if all is well."""
+        if not any(self.target.values()):
+            return NO_TARGET
+        if self.over == "support" and support not in ("samples", "student_topk"):
+            return (
+                f"over = 'support' needs tokens that the student chose, found objective.support = '{support}'; "
+                "use samples or student_topk"
+            )
+        if self.baseline == "kl" and self.over == "support":
+            return (
+                "baseline = 'kl' lowers the variance of one draw; a sum over candidates has none; use over = 'sampled'"
+            )
+        if self.baseline == "kl" and support in ("sampled", "samples"):
+            return f"baseline = 'kl' needs support topk, student_topk, intersection or full, found '{support}'"
+        if self.log_ratio_map in ("power", "proximal", "forward_kl", "jsd") and self.student == "none":
+            return f"log_ratio_map = '{self.log_ratio_map}' compares with the student, but student = 'none'"
+        if self.discount and self.over == "support":
+            return "discount adds up advantages along the written text; it needs over = 'sampled'"
+        return None
+
 
 class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
-    """A divergence between student and target over the support, differentiated directly."""
+    """Differentiates a divergence between student and target over the support."""
+
+    needs_first_pass: ClassVar[bool] = False
 
     target: Target = field(default_factory=lambda: {TEACHER: 1.0})
-    divergence: Divergence = "reverse_kl"
+    divergence: str = "reverse_kl"  # one of DIVERGENCE_NAMES, or one of your own as package.module:NAME
     truncation: Truncation = "tail"  # support "full" needs none and ignores it
     beta: Fraction = 0.5  # jsd: 0 is forward KL, 1 is reverse KL
     skew: Fraction = 0.1  # skewed divergences: how far the second distribution is mixed with the first
+    parameter: Finite = 0.0  # of a divergence of your own
+
+    @property
+    def is_zero_at_the_student(self) -> bool:
+        """Return whether the target is the student there."""
+        return math.isclose(sum(self.target.values()), 1.0)
+
+    def fault(self, support: Support) -> str | None:
+        """Say what the term cannot have together; None if all is well."""
+        if not any(self.target.values()):
+            return NO_TARGET
+        if self.divergence not in DIVERGENCE_NAMES and not is_import_path(self.divergence):
+            return (
+                f"divergence = '{self.divergence}' is not known; there are {', '.join(DIVERGENCE_NAMES)}, or give one "
+                "of your own as package.module:NAME"
+            )
+        if support in ("sampled", "samples"):
+            return (
+                f"a divergence needs the probabilities of several given tokens, objective.support = '{support}' has "
+                "draws; use loss = 'policy_gradient', or support topk, student_topk, intersection or full"
+            )
+        return None
 
 
 class TaskRewardTerm(Term, tag_field="loss", tag="task_reward", frozen=True):
-    """The verifier's reward, relative to the other samples of the same prompt, as the advantage of the whole text."""
+    """Takes the verifier's reward, relative to the prompt's other samples, as the advantage of the whole text."""
+
+    target: ClassVar[Target] = {TEACHER: 1.0}  # of `when`
+    is_zero_at_the_student: ClassVar[bool] = False
 
     divide_by_deviation: bool = True  # GRPO; false: the mean is subtracted only
     importance: ImportanceConfig = ImportanceConfig()
+
+    @property
+    def needs_first_pass(self) -> bool:
+        """Return whether whole trajectories under the current student count: for a masked sequence."""
+        return self.importance.kind == "sequence_mask"
+
+    def fault(self, _support: Support) -> str | None:
+        """Return None: a reward goes with every support."""
+        return None
 
 
 AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm
@@ -103,7 +197,7 @@ class ObjectiveConfig(Section, frozen=True):
 
     preset: str | None = None  # a name of presets.py; whatever else is written here overrides it
     support: Support = "topk"  # the tokens per position on which models are compared
-    support_size: Items = 16  # all supports but sampled and full; of `samples`, the written token is one
+    support_size: Items = 16  # all supports but sampled and full; of `samples`, the sampled token is one
     terms: Annotated[dict[str, AnyTerm], Meta(min_length=1)] = field(default_factory=lambda: {"main": DivergenceTerm()})
     token_weights: TokenWeightsConfig = TokenWeightsConfig()
 
@@ -111,73 +205,34 @@ class ObjectiveConfig(Section, frozen=True):
         """Check each term against the support; raises ValueError, which the reader turns into a ConfigError."""
         if self.support == "samples" and self.support_size < 2:
             raise ValueError("objective.support = 'samples' needs support_size = 2 or more; one draw is 'sampled'")
-        if len({term.divide_by_deviation for term in self.terms.values() if isinstance(term, TaskRewardTerm)}) > 1:
+        if len(self._normalisations()) > 1:
             raise ValueError("objective.terms: all task_reward terms must have the same divide_by_deviation")
         for name, term in self.terms.items():
-            if fault := _fault(self.support, term):
+            if fault := term.fault(self.support):
                 raise ValueError(f"objective.terms.{name}: {fault}")
 
     @property
-    def num_candidates(self) -> int:
-        """Return how many tokens per position are compared besides the written one, where they are listed."""
-        if self.support in ("sampled", "full"):
-            return 0
-        return self.support_size - 1 if self.support == "samples" else self.support_size
-
-    @property
-    def candidates_from(self) -> Literal["student", "teacher"] | None:
-        """Return whose tokens the candidates are; None where there are none."""
-        if not self.num_candidates:
-            return None
-        return "student" if self.support in ("samples", "student_topk") else "teacher"
-
-    @property
-    def needs_teacher_entropy(self) -> bool:
-        """Return whether the teacher's entropy at every position is used."""
-        return self.token_weights.entropy in ("teacher", "both") or any(
-            term.when in ("teacher_entropy_above", "teacher_entropy_below") for term in self.terms.values()
+    def needs(self) -> Needs:
+        """Return what must be sampled, scored and read for the terms on this support."""
+        terms, weights, sampled_candidates = self.terms.values(), self.token_weights, self.support == "samples"
+        num_candidates = 0 if self.support in ("sampled", "full") else self.support_size - sampled_candidates
+        chooser: Literal["student", "teacher"] = (
+            "student" if sampled_candidates or self.support == "student_topk" else "teacher"
+        )
+        of_entropy = ("teacher_entropy_above", "teacher_entropy_below")
+        return Needs(
+            models=tuple(dict.fromkeys([TEACHER, *(model for term in terms for model in term.target)])),
+            num_candidates=num_candidates,
+            candidates_from=chooser if num_candidates else None,
+            sampled_candidates=sampled_candidates,
+            intersection=self.support == "intersection",
+            hidden=self.support == "full",
+            teacher_entropy=weights.entropy in ("teacher", "both") or any(term.when in of_entropy for term in terms),
+            first_pass=bool(weights.position_importance)
+            or weights.entropy in ("student", "both")
+            or any(term.needs_first_pass for term in terms),
+            divides_by_deviation=next(iter(self._normalisations()), None),
         )
 
-    @property
-    def models(self) -> list[str]:
-        """Return the models that targets name, the routed teacher first."""
-        named = dict.fromkeys([TEACHER, *(model for target in self._targets() for model in target)])
-        return list(named)
-
-    def _targets(self) -> Iterator[Target]:
-        for term in self.terms.values():
-            if not isinstance(term, TaskRewardTerm):
-                yield term.target
-
-
-def _fault(support: Support, term: AnyTerm) -> str | None:
-    """Say what the term cannot have together; None if all is well."""
-    if isinstance(term, TaskRewardTerm):
-        return None
-    if not any(term.target.values()):
-        return "target names no model with a coefficient other than 0"
-    if isinstance(term, PolicyGradientTerm):
-        return _policy_gradient_fault(support, term)
-    if support in ("sampled", "samples"):
-        return (
-            f"a divergence needs the probabilities of several given tokens, objective.support = '{support}' has draws; "
-            "use loss = 'policy_gradient', or support topk, student_topk, intersection or full"
-        )
-    return None
-
-
-def _policy_gradient_fault(support: Support, term: PolicyGradientTerm) -> str | None:
-    if term.over == "support" and support not in ("samples", "student_topk"):
-        return (
-            f"over = 'support' needs tokens that the student chose, found objective.support = '{support}'; "
-            "use samples or student_topk"
-        )
-    if term.baseline == "kl" and term.over == "support":
-        return "baseline = 'kl' lowers the variance of one draw; a sum over candidates has none; use over = 'sampled'"
-    if term.baseline == "kl" and support in ("sampled", "samples"):
-        return f"baseline = 'kl' needs support topk, student_topk, intersection or full, found '{support}'"
-    if term.log_ratio_map in ("power", "proximal", "forward_kl", "jsd") and term.student == "none":
-        return f"log_ratio_map = '{term.log_ratio_map}' compares with the student, but student = 'none'"
-    if term.discount and term.over == "support":
-        return "discount adds up advantages along the written text; it needs over = 'sampled'"
-    return None
+    def _normalisations(self) -> set[bool]:
+        return {term.divide_by_deviation for term in self.terms.values() if isinstance(term, TaskRewardTerm)}

@@ -154,7 +154,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     @property
     def routes(self) -> list[str]:
         """Return the teachers that prompts may name: all but those that only stand beside another in a target."""
-        beside = {teacher.base for teacher in self.teachers.values()} | {*self.objective.models, INITIAL_STUDENT}
+        beside = {teacher.base for teacher in self.teachers.values()} | {*self.objective.needs.models, INITIAL_STUDENT}
         return [name for name in self.teachers if name not in beside or name == TEACHER] or list(self.teachers)
 
     @property
@@ -171,16 +171,16 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
         The routed teacher comes first, since the others may have to score tokens that it chose.
         """
-        objective = self.objective
+        needs = self.objective.needs
         scorers = []
-        for model in objective.models:
-            chooses = model == TEACHER and objective.candidates_from == "teacher"
+        for model in needs.models:
+            chooses = model == TEACHER and needs.candidates_from == "teacher"
             request = ScoreRequest(
                 model=model,
-                top_k=objective.num_candidates if chooses else 0,
-                given_candidates=bool(objective.num_candidates) and not chooses,
-                entropy=model == TEACHER and objective.needs_teacher_entropy,
-                hidden=objective.support == "full",
+                top_k=needs.num_candidates if chooses else 0,
+                given_candidates=bool(needs.num_candidates) and not chooses,
+                entropy=model == TEACHER and needs.teacher_entropy,
+                hidden=needs.hidden,
             )
             scorers.append((self.scoring_teacher(model, route), request))
         return scorers
@@ -197,7 +197,7 @@ def _check_targets(config: Config) -> None:
     if BASE in config.teachers:
         raise ValueError("teachers.base: the name 'base' means another teacher's base in targets; give it another name")
     _check_bases(config.teachers)
-    for model in config.objective.models:
+    for model in config.objective.needs.models:
         if model == BASE:
             without = [route for route in config.routes if config.teachers[route].base is None]
             if without:
@@ -248,7 +248,7 @@ def _check_balance(config: Config) -> None:
 
 def _check_student_candidates(config: Config) -> None:
     rollout = config.rollout
-    if config.objective.candidates_from == "student" and (rollout.top_p, rollout.top_k) != (1.0, 0):
+    if config.objective.needs.candidates_from == "student" and (rollout.top_p, rollout.top_k) != (1.0, 0):
         raise ValueError(
             f"objective.support = '{config.objective.support}' compares tokens of the student's whole distribution; "
             f"set rollout.top_p = 1 and rollout.top_k = 0, found {rollout.top_p} and {rollout.top_k}"

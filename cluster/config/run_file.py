@@ -119,7 +119,7 @@ def _with_initial_student(tree: dict[str, Any]) -> dict[str, Any]:
     student, teachers, rollout = (tree.get(section, {}) for section in ("student", "teachers", "rollout"))
     objective = msgspec.convert({"objective": tree.get("objective", {})}, _ObjectiveOnly).objective
     sections = (student, teachers, rollout)
-    if INITIAL_STUDENT not in objective.models or not all(isinstance(section, dict) for section in sections):
+    if INITIAL_STUDENT not in objective.needs.models or not all(isinstance(section, dict) for section in sections):
         return tree
     implied = {**student, "engine": rollout.get("engine", {})}
     return {**tree, "teachers": {**teachers, INITIAL_STUDENT: teachers.get(INITIAL_STUDENT, implied)}}

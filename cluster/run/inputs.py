@@ -61,7 +61,7 @@ def check_support(config: Config, vocabulary: int) -> None:
     Raises:
         ConfigError: they have not.
     """
-    if config.objective.num_candidates > vocabulary:
+    if config.objective.needs.num_candidates > vocabulary:
         raise ConfigError(
             f"objective.support_size = {config.objective.support_size} is more than the {vocabulary} tokens of the "
             "models' vocabulary; lower it"
@@ -101,7 +101,7 @@ def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:
 
 def train_sampling(config: Config) -> SamplingSettings:
     """Return how training completions are sampled."""
-    rollout, objective = config.rollout, config.objective
+    rollout, needs = config.rollout, config.objective.needs
     return SamplingSettings(
         rollout.max_completion_tokens,
         rollout.temperature,
@@ -109,8 +109,8 @@ def train_sampling(config: Config) -> SamplingSettings:
         rollout.top_k,
         rollout.stop,
         stop_repetition=rollout.stop_repetition,
-        num_candidates=objective.num_candidates if objective.candidates_from == "student" else 0,
-        candidates="sampled" if objective.support == "samples" else "topk",
+        num_candidates=needs.num_candidates if needs.candidates_from == "student" else 0,
+        candidates="sampled" if needs.sampled_candidates else "topk",
     )
 
 

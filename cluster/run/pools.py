@@ -143,7 +143,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         config.rollout.rows_per_batch,
         config.weight_sync.transport,
         environment=config.environment,
-        sampled_candidates=config.objective.support == "samples",
+        sampled_candidates=config.objective.needs.sampled_candidates,
     )
 
 

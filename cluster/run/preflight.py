@@ -3,7 +3,6 @@
 A few real completions go through every pool, and the results are compared where they meet; `preceptor check` runs this.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,14 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.actors.cluster import RAY
-from cluster.config.objective import (
-    TEACHER,
-    AnyTerm,
-    DivergenceTerm,
-    ObjectiveConfig,
-    PolicyGradientTerm,
-    TaskRewardTerm,
-)
+from cluster.config.objective import TEACHER, AnyTerm, ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.config.stages import Dtype, TeacherConfig
 from cluster.contracts.batches import BatchHandle, ReadyBatches
@@ -87,15 +79,7 @@ def mirror(config: Config) -> Config:
 
 def terms_with_optimum_at_the_student(objective: ObjectiveConfig) -> dict[str, AnyTerm]:
     """Return the terms whose gradient is 0 when every model of their target is the student."""
-    return {
-        name: term
-        for name, term in objective.terms.items()
-        if not isinstance(term, TaskRewardTerm) and math.isclose(sum(term.target.values()), _student_share(term))
-    }
-
-
-def _student_share(term: PolicyGradientTerm | DivergenceTerm) -> float:
-    return 0.0 if isinstance(term, PolicyGradientTerm) and term.student == "none" else 1.0
+    return {name: term for name, term in objective.terms.items() if term.is_zero_at_the_student}
 
 
 def _sampler_gap(config: Config, pipeline: Pipeline, handles: Sequence[BatchHandle]) -> CheckResult:

@@ -1,4 +1,4 @@
-"""A step's trajectories as the driver sees them while they arrive: which may be learned from, and where they are."""
+"""Keeps a step's trajectories on the driver while they arrive: which may be learned from, and where they are."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,17 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from cluster.config.objective import ObjectiveConfig, TaskRewardTerm
+from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.batches import BatchHandle
 from learner.batching.plan import Grid
 
 EPSILON = 1e-4  # added to the deviation, which is 0 where all samples have the same reward
-
-
-def divides_by_deviation(objective: ObjectiveConfig) -> bool | None:
-    """Return how the objective's task rewards are normalised, which is the same for all; None where it has none."""
-    found = {term.divide_by_deviation for term in objective.terms.values() if isinstance(term, TaskRewardTerm)}
-    return found.pop() if found else None
 
 
 def group_advantages(rewards: Sequence[float | None], divide_by_deviation: bool) -> list[float]:
@@ -38,7 +32,7 @@ def group_advantages(rewards: Sequence[float | None], divide_by_deviation: bool)
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one rank does in one round."""
+    """Tells one rank what it does in one round."""
 
     references: tuple[Any, ...]  # to wire bytes; inside a dataclass, so Ray hands them over unresolved
     task_advantages: tuple[float, ...]  # of the rows of `references`, in order
@@ -69,7 +63,7 @@ class BatchBuffer:
         self._handles.append(handle)
         self._advantages.append([0.0] * len(handle.trajectory_ids))
         self.num_completion_tokens += sum(handle.num_completion_tokens)
-        divides = divides_by_deviation(self.objective)
+        divides = self.objective.needs.divides_by_deviation
         if divides is None:
             return list(range(first, len(self._places)))
         released = []
@@ -82,7 +76,7 @@ class BatchBuffer:
 
     def rest(self) -> list[int]:
         """Return the trajectories still held back once no batch follows: of prompts without all their samples."""
-        divides = divides_by_deviation(self.objective)
+        divides = self.objective.needs.divides_by_deviation
         if divides is None:
             return []
         return [index for key in list(self._groups) for index in self._release(key, divides)]

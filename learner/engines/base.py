@@ -10,7 +10,8 @@ from torch import Tensor
 from cluster.config.stages import LearnerConfig
 from learner.batching.micro_batch import MicroBatch
 from learner.loss.objective import Objective
-from learner.model.completion_head import Evaluation, TeacherHeads
+from learner.loss.tokens import Evaluation
+from learner.model.completion_head import TeacherHeads
 from learner.model.student import Student
 
 

@@ -22,7 +22,8 @@ from learner.batching.micro_batch import MicroBatch
 from learner.checkpointing.shards import flatten, host_copy, unflatten
 from learner.engines.base import PausableAdamW, adamw_settings, paused
 from learner.loss.objective import Objective
-from learner.model.completion_head import Evaluation, TeacherHeads
+from learner.loss.tokens import Evaluation
+from learner.model.completion_head import TeacherHeads
 from learner.model.student import Student
 
 

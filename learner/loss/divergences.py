@@ -1,71 +1,183 @@
-"""Divergences between student and target on some tokens of the vocabulary, truncated so that equality stays optimal.
+"""Compares student p and target q by f-divergences: the sum over tokens of p phi(log q - log p), with phi(0) = 0.
 
-Inputs are log-probabilities, finite, [tokens, k]. `to_buckets` makes of the candidates what a truncation compares, and
-the divergences sum over these buckets. Every term is written in the generalized form a log(a/b) - a + b: the added
-terms cancel over buckets that sum to 1, and they make each bucket's value at least 0 and its gradient exactly 0 where
-student and target agree, whatever the buckets sum to. The raw sum of a log(a/b) over part of the vocabulary has neither
-property (Zhu et al. 2026, arXiv 2605.11182, eq. 8) and is not offered.
+The function phi says all there is to say of a divergence. Its derivative gives the gradient by the logits, and less its
+tangent at 0 it is fit for part of a vocabulary: p (phi(d) - phi'(0) (e^d - 1)). What this takes off cancels over
+buckets that sum to 1, and it makes each bucket's value at least 0 and its gradient exactly 0 where student and target
+agree, whatever the buckets sum to. Of the Kullback-Leibler divergences that is a log(a/b) - a + b. The raw sum over
+part of the vocabulary has neither property (Zhu et al. 2026, arXiv 2605.11182, eq. 8) and is not offered.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
-LOWEST_LOGPROB = -87.0  # its exponential is the smallest normal float32; stands for -inf and whatever lies below
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.import_path import is_import_path, load_object
+
+LOWEST_LOGPROB = -80.0  # for -inf and what lies below; with d up to 80, d e^d is finite in float32 and p is normal
 SMALLEST_TAIL = 1e-6  # float32 log-probabilities of the candidates leave the mass outside known to about this much
 EXCLUDED = -1e4  # log-probability of a candidate that does not take part: its exponential is 0 and its value is finite
 
-BucketDivergence = Callable[[Tensor, Tensor, float], Tensor]
+
+@dataclass(frozen=True)
+class Divergence:
+    """Defines an f-divergence by one function.
+
+    Args:
+        phi: takes d = log q - log p, of any shape, and the divergence's parameter; returns phi(d), by torch operations
+            that autograd follows. It is convex in e^d, and finite for |d| <= -LOWEST_LOGPROB.
+        value_and_slope: says the same of whole distributions in half of autograd's time: phi(d), and the slope
+            phi(d) - phi'(d), which may be off by a constant. It may overwrite d, and its third argument, two spare
+            tensors like d: on a CPU, fresh memory costs as much as the arithmetic. None: autograd.
+        parameter: the field of a run file's term that holds the parameter.
+        kernel: the name of its twin among the Triton kernels; None: plain torch computes it everywhere.
+        ends: which divergence of the table it is at which parameter, where phi would be 0 or a slower way to say so.
+
+    Example:
+        >>> Divergence(lambda d, _: -d).losses(torch.zeros(1, 1), torch.ones(1, 1), 0.0)  # -1 + e - 1
+        tensor([0.7183])
+    """
+
+    phi: Callable[[Tensor, float], Tensor]
+    value_and_slope: Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]] | None = None
+    parameter: str = "parameter"
+    kernel: str | None = None
+    ends: Mapping[float, str] = field(default_factory=dict)
+
+    def at(self, parameter: float) -> "Divergence":
+        """Return the divergence that this one is at the parameter."""
+        return DIVERGENCES[self.ends[parameter]] if parameter in self.ends else self
+
+    def losses(self, student: Tensor, target: Tensor, parameter: float) -> Tensor:
+        """Return the form that is fit for part of a vocabulary, [tokens], from log-probabilities [tokens, k]."""
+        value, p = self.at(parameter).phi(target - student, parameter), student.exp()
+        tangent = self.tangent(parameter)
+        return (p * value + tangent * p - tangent * target.exp()).sum(-1)
+
+    def exact(
+        self, logprobs: Tensor, probabilities: Tensor, target: Tensor, parameter: float, spare: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the divergence of whole distributions, [n], and its gradient by the logits.
+
+        The gradient p (slope - sum of p slope), [n, vocabulary], takes the memory of the target's log-probabilities.
+        The spare memory, [2, n, vocabulary], is overwritten.
+        """
+        log_ratio = target.sub_(logprobs)
+        value, slope = (self.at(parameter).value_and_slope or self.by_autograd)(log_ratio, parameter, spare)
+        losses = vecdot(probabilities, value)
+        mean = losses if slope is value else vecdot(probabilities, slope)
+        return losses, torch.sub(slope, mean[:, None], out=target).mul_(probabilities)
+
+    def by_autograd(self, log_ratio: Tensor, parameter: float, _spare: Tensor) -> tuple[Tensor, Tensor]:
+        """Return phi and its slope, less what this is at 0: there equality moves nothing, to the bit."""
+        value, derivative = self._with_derivative(log_ratio, parameter)
+        return value, value - derivative + self.tangent(parameter)
+
+    def tangent(self, parameter: float) -> float:
+        """Return phi'(0)."""
+        _, derivative = self._with_derivative(torch.zeros((), dtype=torch.float64), parameter)
+        return float(derivative)
+
+    def _with_derivative(self, log_ratio: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            d = log_ratio.detach().requires_grad_()
+            value = self.at(parameter).phi(d, parameter)
+            (derivative,) = torch.autograd.grad(value.sum(), d)
+        return value.detach(), derivative
 
 
-def forward_kl(student: Tensor, target: Tensor, _parameter: float = 0.0) -> Tensor:
-    """Return KL(target || student), [tokens]."""
-    return _generalized_kl(target, student)
+def _log_mixture(d: Tensor, share: float) -> Tensor:
+    """Return log(m / p) for m = share q + (1 - share) p."""
+    return (share * d.exp() + (1 - share)).log()
 
 
-def reverse_kl(student: Tensor, target: Tensor, _parameter: float = 0.0) -> Tensor:
-    """Return KL(student || target), [tokens]."""
-    return _generalized_kl(student, target)
+def _reverse_kl(d: Tensor, _parameter: float, _spare: Tensor) -> tuple[Tensor, Tensor]:
+    value = d.neg_()
+    return value, value
 
 
-def jsd(student: Tensor, target: Tensor, beta: float) -> Tensor:
-    """Return the Jensen-Shannon divergence of weight beta as GKD (Agarwal et al. 2023) and TRL define it, [tokens].
+def _forward_kl(d: Tensor, _parameter: float, spare: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = torch.exp(d, out=spare[0])
+    return d.mul_(ratio), ratio.neg_()
+
+
+def _jsd_phi(d: Tensor, beta: float) -> Tensor:
+    """Say the Jensen-Shannon divergence of weight beta as GKD (Agarwal et al. 2023) and TRL define it.
 
     beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p. That is 0 at both ends, so beta = 0 stands
     for the forward KL(q || p) and beta = 1 for the reverse KL(p || q), the limits of its gradient's direction.
     """
-    if beta in (0, 1):
-        return reverse_kl(student, target) if beta else forward_kl(student, target)
-    mixture = mix(target, student, beta)
-    return beta * _generalized_kl(target, mixture) + (1 - beta) * _generalized_kl(student, mixture)
+    log_mixture = _log_mixture(d, beta)
+    return beta * d.exp() * (d - log_mixture) - (1 - beta) * log_mixture
 
 
-def skewed_forward_kl(student: Tensor, target: Tensor, skew: float) -> Tensor:
-    """Return KL(target || skew target + (1 - skew) student) (DistiLLM, Ko et al. 2024), [tokens]."""
-    return _generalized_kl(target, mix(target, student, skew))
+def _jsd(d: Tensor, beta: float, spare: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = torch.exp(d, out=spare[0]).mul_(beta)
+    log_mixture = torch.add(ratio, 1 - beta, out=spare[1]).log_()
+    value, slope = d.sub_(log_mixture).mul_(ratio), log_mixture.mul_(beta - 1)
+    return value.add_(slope), slope
 
 
-def skewed_reverse_kl(student: Tensor, target: Tensor, skew: float) -> Tensor:
-    """Return KL(student || skew student + (1 - skew) target) (DistiLLM, Ko et al. 2024), [tokens]."""
-    return _generalized_kl(student, mix(student, target, skew))
+def _skewed_forward_kl(d: Tensor, skew: float, spare: Tensor) -> tuple[Tensor, Tensor]:
+    ratio = torch.exp(d, out=spare[0])
+    mixture = torch.mul(ratio, skew, out=spare[1]).add_(1 - skew)
+    to_mixture = torch.div(ratio, mixture, out=mixture)  # q / m
+    return torch.log(to_mixture, out=d).mul_(ratio), to_mixture.mul_(skew - 1)
 
 
-BUCKET_DIVERGENCES: dict[str, BucketDivergence] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skewed_forward_kl": skewed_forward_kl,
-    "skewed_reverse_kl": skewed_reverse_kl,
+def _skewed_reverse_kl(d: Tensor, skew: float, spare: Tensor) -> tuple[Tensor, Tensor]:
+    mixture = d.exp_().mul_(1 - skew).add_(skew)  # m / p
+    value = torch.log(mixture, out=spare[0]).neg_()
+    return value, mixture.reciprocal_().mul_(-skew).add_(value)
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": Divergence(lambda d, _: d * d.exp(), _forward_kl, kernel="forward_kl"),  # KL(q || p)
+    "reverse_kl": Divergence(lambda d, _: -d, _reverse_kl, kernel="reverse_kl"),  # KL(p || q)
+    "jsd": Divergence(_jsd_phi, _jsd, "beta", kernel="jsd", ends={0.0: "forward_kl", 1.0: "reverse_kl"}),
+    # KL(q || skew q + (1 - skew) p) and KL(p || skew p + (1 - skew) q) (DistiLLM, Ko et al. 2024).
+    "skewed_forward_kl": Divergence(
+        lambda d, skew: d.exp() * (d - _log_mixture(d, skew)),
+        _skewed_forward_kl,
+        "skew",
+        kernel="skewed_forward_kl",
+        ends={0.0: "forward_kl"},
+    ),
+    "skewed_reverse_kl": Divergence(
+        lambda d, skew: -_log_mixture(d, 1 - skew),
+        _skewed_reverse_kl,
+        "skew",
+        kernel="skewed_reverse_kl",
+        ends={0.0: "reverse_kl"},
+    ),
 }
+
+
+def find_divergence(name: str) -> Divergence:
+    """Return a divergence of the table, or the object at an import path.
+
+    Raises:
+        ConfigError: there is no such object, or it is not a Divergence.
+    """
+    if not is_import_path(name):
+        return DIVERGENCES[name]
+    divergence = load_object(name, "a divergence")
+    if not isinstance(divergence, Divergence):
+        raise ConfigError(
+            f"'{name}' as a divergence is a {type(divergence).__name__}; expected a learner.loss.divergences.Divergence"
+        )
+    return divergence
 
 
 def to_buckets(logprobs: Tensor, inside: Tensor | None, truncation: str) -> Tensor:
     """Return the log-probabilities that a truncation compares.
 
     Args:
-        logprobs: of the candidates, [tokens, k].
+        logprobs: of the candidates, finite, [tokens, k].
         inside: [tokens, k], which candidates take part; None: all. The others become EXCLUDED.
         truncation: "generalized" keeps the candidates as they are; "renormalized" divides them by their sum; "tail"
             appends a bucket with the mass of all other tokens, [tokens, k + 1].
@@ -85,18 +197,6 @@ def with_tail(logprobs: Tensor) -> Tensor:
         return logprobs.new_zeros(len(logprobs), 1)
     mass_log = logprobs.logsumexp(dim=-1, keepdim=True).clamp(max=math.log1p(-SMALLEST_TAIL))
     return torch.cat([logprobs, _log1mexp(mass_log)], dim=-1)
-
-
-def mix(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """Return log(share a + (1 - share) b)."""
-    if share in (0, 1):
-        return log_a if share else log_b
-    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
-
-
-def _generalized_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-    a = log_a.exp()
-    return (a * (log_a - log_b) - a + log_b.exp()).sum(-1)
 
 
 def _log1mexp(x: Tensor) -> Tensor:

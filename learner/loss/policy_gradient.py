@@ -1,66 +1,58 @@
-"""What the log-ratio D = log target - log student becomes before it is an advantage: maps of one number per token.
+"""Makes advantages of the log-ratio D = log target - log student, and losses of advantages.
 
-All of them are 0 where target and student agree.
+All maps of D are 0 where target and student agree.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cluster.config.objective import ImportanceConfig, PolicyGradientTerm
+
 LARGEST_LOG_RATIO = 20.0  # above it, in nats, a ratio of probabilities is that of a broken score; exp(20) = 4.9e8
 
 
-@dataclass(frozen=True)
-class MapShape:
-    """The numbers that shape a map; each map reads its own."""
-
-    bound: float = 5.0  # clip, tanh
-    scale: float = 1.0  # tanh
-    alpha: float = 1.0  # power, proximal
+LogRatioFunction = Callable[[Tensor, Tensor, PolicyGradientTerm], Tensor]
 
 
-LogRatioFunction = Callable[[Tensor, Tensor, MapShape], Tensor]
-
-
-def identity(log_target: Tensor, log_student: Tensor, _shape: MapShape) -> Tensor:
+def identity(log_target: Tensor, log_student: Tensor, _term: PolicyGradientTerm) -> Tensor:
     """Return D: its expected policy gradient is that of the reverse KL."""
     return log_target - log_student
 
 
-def clip(log_target: Tensor, log_student: Tensor, shape: MapShape) -> Tensor:
+def clip(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
     """Return D, at most `bound` away from 0."""
-    return (log_target - log_student).clamp(-shape.bound, shape.bound)
+    return (log_target - log_student).clamp(-term.bound, term.bound)
 
 
-def soft_log(log_target: Tensor, log_student: Tensor, _shape: MapShape) -> Tensor:
+def soft_log(log_target: Tensor, log_student: Tensor, _term: PolicyGradientTerm) -> Tensor:
     """Return sign(D) log(1 + |D|) (arXiv 2607.13399)."""
     log_ratio = log_target - log_student
     return log_ratio.sign() * log_ratio.abs().log1p()
 
 
-def tanh(log_target: Tensor, log_student: Tensor, shape: MapShape) -> Tensor:
+def tanh(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
     """Return bound tanh(D / scale)."""
-    return shape.bound * ((log_target - log_student) / shape.scale).tanh()
+    return term.bound * ((log_target - log_student) / term.scale).tanh()
 
 
-def power(log_target: Tensor, log_student: Tensor, shape: MapShape) -> Tensor:
+def power(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
     """Return target^alpha - student^alpha (PowerOPD, arXiv 2606.17199), in [-1, 1] where the target is normalised."""
-    return _exp(shape.alpha * log_target) - _exp(shape.alpha * log_student)
+    return _exp(term.alpha * log_target) - _exp(term.alpha * log_student)
 
 
-def proximal(log_target: Tensor, log_student: Tensor, shape: MapShape) -> Tensor:
+def proximal(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
     """Return log(alpha target/student + 1 - alpha) (TOP-D, arXiv 2607.04751), at least log(1 - alpha)."""
     log_ratio = log_target - log_student
-    if shape.alpha >= 1:
+    if term.alpha >= 1:
         return log_ratio
-    return torch.logaddexp(log_ratio + math.log(shape.alpha), torch.full_like(log_ratio, math.log1p(-shape.alpha)))
+    return torch.logaddexp(log_ratio + math.log(term.alpha), torch.full_like(log_ratio, math.log1p(-term.alpha)))
 
 
-def forward_kl(log_target: Tensor, log_student: Tensor, _shape: MapShape) -> Tensor:
+def forward_kl(log_target: Tensor, log_student: Tensor, _term: PolicyGradientTerm) -> Tensor:
     """Return target/student - 1: its expected policy gradient is that of the forward KL (OPD+, arXiv 2606.01039).
 
     OPD+ has the ratio alone. The 1 is a baseline, so the expectation is the same; with it the gradient of every single
@@ -69,7 +61,7 @@ def forward_kl(log_target: Tensor, log_student: Tensor, _shape: MapShape) -> Ten
     return (log_target - log_student).clamp(max=LARGEST_LOG_RATIO).expm1()
 
 
-def jsd(log_target: Tensor, log_student: Tensor, _shape: MapShape) -> Tensor:
+def jsd(log_target: Tensor, log_student: Tensor, _term: PolicyGradientTerm) -> Tensor:
     """Return log((1 + target/student) / 2) / 2: its policy gradient is that of the Jensen-Shannon divergence (OPD+)."""
     return (functional.softplus(log_target - log_student) - math.log(2)) / 2
 
@@ -90,16 +82,7 @@ def _exp(log_value: Tensor) -> Tensor:
     return log_value.clamp(max=LARGEST_LOG_RATIO).exp()
 
 
-@dataclass(frozen=True)
-class RatioBounds:
-    """The range of ratios that a surrogate trusts; each reads its own."""
-
-    low: float = 0.5
-    high: float = 2.0
-    dual_clip: float | None = None
-
-
-Surrogate = Callable[[Tensor, Tensor, Tensor, RatioBounds], Tensor]
+Surrogate = Callable[[Tensor, Tensor, Tensor, ImportanceConfig], Tensor]
 
 
 def importance_ratio(student: Tensor, rollout: Tensor) -> Tensor:
@@ -107,32 +90,33 @@ def importance_ratio(student: Tensor, rollout: Tensor) -> Tensor:
     return (student - rollout).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 
-def no_ratio(advantage: Tensor, student: Tensor, _rollout: Tensor, _bounds: RatioBounds) -> Tensor:
+def no_ratio(advantage: Tensor, student: Tensor, _rollout: Tensor, _bounds: ImportanceConfig) -> Tensor:
     """Return -advantage, with the gradient of -advantage log student."""
     return -advantage * _one_with_gradient(student)
 
 
-def ratio(advantage: Tensor, student: Tensor, rollout: Tensor, _bounds: RatioBounds) -> Tensor:
+def ratio(advantage: Tensor, student: Tensor, rollout: Tensor, _bounds: ImportanceConfig) -> Tensor:
     """Return -ratio advantage: unbiased for rollouts of any age."""
     return -advantage * importance_ratio(student, rollout)
 
 
-def truncated(advantage: Tensor, student: Tensor, rollout: Tensor, bounds: RatioBounds) -> Tensor:
+def truncated(advantage: Tensor, student: Tensor, rollout: Tensor, bounds: ImportanceConfig) -> Tensor:
     """Return -min(ratio, high) advantage; a ratio above `high` weighs the gradient as `high` does."""
     weight = importance_ratio(student, rollout).detach().clamp(max=bounds.high)
     return -advantage * weight * _one_with_gradient(student)
 
 
-def icepop(advantage: Tensor, student: Tensor, rollout: Tensor, bounds: RatioBounds) -> Tensor:
+def icepop(advantage: Tensor, student: Tensor, rollout: Tensor, bounds: ImportanceConfig) -> Tensor:
     """Return -ratio advantage where the ratio lies in [low, high], and 0 elsewhere (IcePop)."""
-    found = importance_ratio(student, rollout)
-    return -advantage * found * _within(found, bounds)
+    weight = importance_ratio(student, rollout)
+    is_within = ((weight >= bounds.low) & (weight <= bounds.high)).detach()
+    return -advantage * weight * is_within
 
 
-def ppo_clip(advantage: Tensor, student: Tensor, rollout: Tensor, bounds: RatioBounds) -> Tensor:
+def ppo_clip(advantage: Tensor, student: Tensor, rollout: Tensor, bounds: ImportanceConfig) -> Tensor:
     """Return PPO's clipped surrogate; `dual_clip` bounds the loss of tokens with a negative advantage."""
-    found = importance_ratio(student, rollout)
-    gain = torch.minimum(found * advantage, found.clamp(bounds.low, bounds.high) * advantage)
+    weight = importance_ratio(student, rollout)
+    gain = torch.minimum(weight * advantage, weight.clamp(bounds.low, bounds.high) * advantage)
     if bounds.dual_clip is not None:
         gain = torch.where(advantage < 0, torch.maximum(gain, bounds.dual_clip * advantage), gain)
     return -gain
@@ -143,14 +127,10 @@ SURROGATES: dict[str, Surrogate] = {
     "ratio": ratio,
     "truncated": truncated,
     "icepop": icepop,
-    "sequence_mask": ratio,  # times `trusted_trajectories`, which is known before the chunks
+    "sequence_mask": ratio,  # times `trusted_trajectory`, which is known before the chunks
     "ppo_clip": ppo_clip,
 }
 
 
 def _one_with_gradient(student: Tensor) -> Tensor:
     return (student - student.detach()).exp()
-
-
-def _within(found: Tensor, bounds: RatioBounds) -> Tensor:
-    return ((found >= bounds.low) & (found <= bounds.high)).detach()

@@ -1,4 +1,4 @@
-"""The passes over logits: in blocks of rows, with the same scratch memory for every block.
+"""Passes over logits in blocks of rows, with the same scratch memory for every block.
 
 On a CPU a block stays in the cache, and scratch that is allocated anew for every block costs more in page faults than
 the arithmetic does.
@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from learner.loss.divergences import LOWEST_LOGPROB
-from learner.loss.kernels.interface import FusedSoftmax, RowKernels, fused_softmax
-from learner.loss.tokens import StudentFacts
+from learner.loss.kernels.interface import RowKernels, RowStatistics
 
-CPU_BLOCK_ELEMENTS = 1 << 20  # 4 MiB of float32: some blocks fit the shared cache, and every thread has a row
+CPU_BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: a few blocks fit the shared cache, and every thread has a row
 GPU_BLOCK_ELEMENTS = 1 << 27  # 512 MiB of float32: bounds the scratch; launches no longer matter
 GROUP = 128  # logits per group in the search for the k-th largest
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """The student's probabilities, and what has been read off on the way to them."""
+    """Holds the student's probabilities, and what was read off on the way to them."""
 
     probabilities: Tensor  # [n, vocabulary], in the memory of the logits
     logprobs: Tensor  # [n, ids] of the tokens asked for
@@ -32,6 +31,26 @@ class Softmax:
         A log-probability's derivative by the logits is its one-hot vector minus the probabilities.
         """
         return self.probabilities.mul_(-gradient.sum(-1, keepdim=True)).scatter_add_(-1, ids, gradient)
+
+
+@dataclass(frozen=True)
+class FusedSoftmax:
+    """Holds what kernels read off logits; the probabilities are written as a part of the gradient only."""
+
+    kernels: RowKernels
+    logits: Tensor  # [n, vocabulary]
+    statistics: RowStatistics
+    logprobs: Tensor  # [n, ids] of the tokens asked for
+
+    @property
+    def entropy(self) -> Tensor:
+        """Return the entropy of each row, [n], in nats."""
+        return self.statistics.entropy
+
+    def gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Turn the gradient by log-probabilities of ids [n, m] into that by all logits, in their memory."""
+        self.kernels.write_probabilities(self.logits, self.statistics.whole, -gradient.sum(-1))
+        return self.logits.scatter_add_(-1, ids, gradient)
 
 
 def softmax_of(logits: Tensor, ids: Tensor) -> Softmax:
@@ -51,13 +70,14 @@ def any_softmax(logits: Tensor, ids: Tensor, kernels: RowKernels | None) -> Soft
     """Return `softmax_of`, by kernels if there are some that take the logits."""
     if kernels is None or not kernels.takes(logits):
         return softmax_of(logits, ids)
-    return fused_softmax(kernels, logits, ids)
+    statistics = kernels.statistics(logits)
+    return FusedSoftmax(kernels, logits, statistics, statistics.whole.logprobs(logits.gather(-1, ids)))
 
 
-def student_facts(logits: Tensor, target_ids: Tensor, kernels: RowKernels | None = None) -> StudentFacts:
-    """Read off what a first pass needs, for written tokens [n]; float32 logits are overwritten."""
+def read_tokens(logits: Tensor, target_ids: Tensor, kernels: RowKernels | None = None) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of sampled tokens [n] and entropies [n]; float32 logits are overwritten."""
     softmax = any_softmax(at_least_float32(logits), target_ids[:, None], kernels)
-    return StudentFacts(softmax.logprobs[:, 0], softmax.entropy)
+    return softmax.logprobs[:, 0], softmax.entropy
 
 
 def kth_largest(logits: Tensor, k: int) -> Tensor:

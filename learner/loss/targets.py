@@ -1,8 +1,8 @@
-"""The target of a term: log target = the sum of coefficient times log-probability over its models, then normalised.
+"""Mixes models into the target of a term: the sum of coefficient times log-probability, then normalised.
 
 One model of coefficient 1 is its own target. Otherwise the normaliser runs over what is compared:
 
-- written tokens have none, for a constant of the position is a baseline in a policy gradient;
+- sampled tokens have none, for a constant of the position is a baseline in a policy gradient;
 - renormalised candidates are normalised over themselves, which is exact;
 - candidates with a tail, and generalized ones, are normalised over candidates and tail, each model's tail being mixed
   like a token. That is exact where the coefficients sum to 1 and the models agree on how the tail's tokens compare;
@@ -38,6 +38,17 @@ def target_buckets(
 def is_one_model(target: Mapping[str, float]) -> bool:
     """Return whether the target is just the distribution of one model."""
     return [share for share in target.values() if share] == [1.0]
+
+
+def mixed_logits(target: Mapping[str, float], model_logits: Mapping[str, Tensor]) -> Tensor:
+    """Return the target's logits, not normalised: those of its one model, or a mixture in the memory of the first."""
+    (first, share), *others = [(model, share) for model, share in target.items() if share]
+    if is_one_model(target):
+        return model_logits[first]
+    mixed = model_logits[first].float().mul_(share)
+    for model, of_model in others:
+        mixed.add_(model_logits[model], alpha=of_model)
+    return mixed
 
 
 def _kept(logprobs: Tensor, inside: Tensor | None) -> Tensor:

@@ -1,148 +1,214 @@
-"""What one configured term makes of the student's log-probabilities of written tokens and candidates."""
+"""Makes losses of what the student says of sampled tokens and candidates, by one class for each kind of term."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cluster.config.objective import TEACHER, AnyTerm, DivergenceTerm, PolicyGradientTerm, TaskRewardTerm
-from learner.loss.divergences import BUCKET_DIVERGENCES, reverse_kl, to_buckets
-from learner.loss.policy_gradient import LOG_RATIO_MAPS, SURROGATES, MapShape, RatioBounds
+from cluster.config.objective import (
+    AnyTerm,
+    DivergenceTerm,
+    PolicyGradientTerm,
+    Target,
+    TaskRewardTerm,
+    Term,
+)
+from learner.loss.divergences import DIVERGENCES, Divergence, find_divergence, to_buckets
+from learner.loss.policy_gradient import LOG_RATIO_MAPS, SURROGATES
 from learner.loss.targets import log_linear, target_buckets
-from learner.loss.tokens import CompletionTokens, TokenPlan
+from learner.loss.token_weights import is_trusted_trajectory, later_returns
+from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some completion tokens and what the student says of them."""
+    """Holds some completion tokens and what the student says of them."""
 
     tokens: CompletionTokens
     plan: TokenPlan
-    student: Tensor  # [n, 1 + k] log-probabilities of the written token and the candidates; a leaf of the graph
-    draws: bool = False  # the candidates are independent draws, like the written token
+    student: Tensor  # [n, 1 + k] log-probabilities of the sampled token and the candidates; a leaf of the graph
+    sampled_candidates: bool = False  # the candidates are independent draws, like the sampled token
     inside: Tensor | None = None  # [n, k] which candidates take part; None: all
-    exact_kl: Mapping[str, Tensor] | None = None  # term -> [n] KL(student || target); None: the candidates' is used
+    exact_kl: Callable[[Target], Tensor] | None = None  # [n] KL(student || target); None: the candidates' is used
+
+    @property
+    def rollout(self) -> Tensor:
+        """Return the rollout worker's log-probabilities, [n, 1 + k], or [n, 1] where candidates are the teacher's."""
+        return torch.cat([self.tokens.rollout_logprobs[:, None], self.tokens.candidate_rollout_logprobs], dim=-1)
+
+    def compare(self, divergence: Divergence, parameter: float, target: Target, truncation: str) -> Tensor:
+        """Return the divergence between student and target over the candidates, [n]."""
+        student = to_buckets(self.student[:, 1:], self.inside, truncation)
+        buckets = target_buckets(target, self.tokens.candidate_logprobs, self.inside, truncation)
+        return divergence.losses(student, buckets, parameter)
 
 
-def sum_of_terms(terms: Mapping[str, AnyTerm], chunk: Chunk) -> tuple[Tensor, Tensor]:
+class LossTerm(Protocol):
+    """Computes one term of an objective. What it needs sampled and scored, its configuration says (`Needs`)."""
+
+    config: Any  # its section of the run file
+
+    @property
+    def divergence(self) -> tuple[Divergence, float] | None:
+        """Return the divergence that it is, with its parameter; None if it reads sampled tokens alone.
+
+        Whole distributions, where they are shipped, are compared by the divergence, and `losses` is not called.
+        """
+        return None
+
+    def losses(self, chunk: Chunk) -> Tensor:
+        """Return the loss of each token, [n], not weighted yet; differentiable by the chunk's log-probabilities."""
+
+    def later_advantages(self, _tokens: CompletionTokens, _first_pass: Evaluation | None) -> Tensor | None:
+        """Return what the tokens after each one add to its advantage, [n]; None: nothing."""
+        return None
+
+    def trusted_trajectory(self, _tokens: CompletionTokens, _first_pass: Evaluation | None) -> Tensor | None:
+        """Return whether each token's trajectory counts, [n]; None: all do."""
+        return None
+
+
+class DivergenceLoss(LossTerm):
+    """Compares student and target by a divergence."""
+
+    def __init__(self, name: str, config: DivergenceTerm) -> None:
+        self.config = config
+        divergence = find_divergence(config.divergence)
+        self._divergence = divergence, float(getattr(config, divergence.parameter))
+
+    @property
+    def divergence(self) -> tuple[Divergence, float]:
+        """Return the configured divergence and its parameter."""
+        return self._divergence
+
+    def losses(self, chunk: Chunk) -> Tensor:
+        """Return the divergence over the candidates."""
+        return chunk.compare(*self._divergence, self.config.target, self.config.truncation)
+
+
+class AdvantageLoss(LossTerm):
+    """Weighs tokens of the student by an advantage and the importance ratio."""
+
+    config: PolicyGradientTerm | TaskRewardTerm
+
+    def __init__(self, name: str, config: PolicyGradientTerm | TaskRewardTerm) -> None:
+        self._name, self.config = name, config
+
+    def trusted_trajectory(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor | None:
+        """Return whether the trajectory's mean importance ratio is within bounds, if the term asks for it."""
+        bounds = self.config.importance
+        if bounds.kind != "sequence_mask" or first_pass is None:
+            return None
+        return is_trusted_trajectory(
+            first_pass.logprobs, tokens.rollout_logprobs, tokens.trajectory, bounds.low, bounds.high
+        )
+
+    def surrogate(self, chunk: Chunk, advantage: Tensor, columns: slice) -> Tensor:
+        """Return the surrogate losses of some columns of the chunk's log-probabilities, [n, columns]."""
+        student, rollout, bounds = chunk.student[:, columns], chunk.rollout[:, columns], self.config.importance
+        losses = SURROGATES[bounds.kind](advantage.detach(), student, rollout, bounds)
+        trusted = chunk.plan.trusted_trajectory.get(self._name)
+        return losses if trusted is None else losses * trusted[:, None]
+
+
+class TaskRewardLoss(AdvantageLoss):
+    """Takes the reward within the group of the prompt's samples as the advantage of every token."""
+
+    def losses(self, chunk: Chunk) -> Tensor:
+        """Return the surrogate of the sampled tokens."""
+        return self.surrogate(chunk, chunk.tokens.task_advantage[:, None], slice(0, 1)).sum(-1)
+
+
+class PolicyGradientLoss(AdvantageLoss):
+    """Takes the mapped log-ratio target / student as the advantage."""
+
+    config: PolicyGradientTerm
+
+    def losses(self, chunk: Chunk) -> Tensor:
+        """Return the surrogate of the sampled tokens, or summed over candidates."""
+        term, tokens = self.config, chunk.tokens
+        log_target = log_linear(term.target, tokens.logprobs)[:, None]
+        if term.over == "sampled":
+            advantage = self._advantage(log_target, chunk.student[:, :1], chunk.rollout[:, :1])
+            advantage = advantage + self._added_advantage(chunk)[:, None]
+            return self.surrogate(chunk, advantage, slice(0, 1)).sum(-1)
+        # Of independent draws, the sampled token is one.
+        columns = slice(0 if chunk.sampled_candidates else 1, None)
+        log_target = torch.cat([log_target, log_linear(term.target, tokens.candidate_logprobs)], dim=-1)[:, columns]
+        rollout = chunk.rollout[:, columns]
+        advantage = self._advantage(log_target, chunk.student[:, columns], rollout)
+        losses = self.surrogate(chunk, advantage, columns)
+        return losses.mean(-1) if chunk.sampled_candidates else (losses * rollout.exp()).sum(-1)
+
+    def later_advantages(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor | None:
+        """Return the discounted advantages of the tokens that follow, if the term asks for them."""
+        term = self.config
+        if not term.discount:
+            return None
+        student = None if first_pass is None else first_pass.logprobs
+        advantages = self._advantage(log_linear(term.target, tokens.logprobs), student, tokens.rollout_logprobs)
+        return later_returns(advantages, tokens.trajectory, term.discount)
+
+    def _advantage(self, log_target: Tensor, student: Tensor | None, rollout: Tensor) -> Tensor:
+        """Return the mapped log-ratio; student is None where the term divides by another probability."""
+        divisors = {"current": student, "rollout": rollout, "none": torch.zeros_like(log_target)}
+        divisor = divisors[self.config.student]
+        assert divisor is not None, "there was a first pass if the term needs one"
+        return LOG_RATIO_MAPS[self.config.log_ratio_map](log_target, divisor, self.config)
+
+    def _added_advantage(self, chunk: Chunk) -> Tensor:
+        """Return what a sampled token's advantage has besides its log-ratio, [n]: later ones, minus the baseline.
+
+        The baseline is that of its own prefix alone. Those of later prefixes depend on the token: taking them off the
+        later advantages would change the expectation, for it would leave nothing of them.
+        """
+        added = torch.zeros_like(chunk.student[:, 0])
+        if self.config.discount:
+            added = added + chunk.plan.later_advantages[self._name]
+        if self.config.baseline == "kl" and chunk.exact_kl is not None:
+            added = added + chunk.exact_kl(self.config.target)
+        elif self.config.baseline == "kl":
+            added = added + chunk.compare(DIVERGENCES["reverse_kl"], 0.0, self.config.target, "tail")
+        return added
+
+
+TERMS: dict[type[Term], Callable[[str, Any], LossTerm]] = {
+    DivergenceTerm: DivergenceLoss,
+    PolicyGradientTerm: PolicyGradientLoss,
+    TaskRewardTerm: TaskRewardLoss,
+}
+
+
+def sum_of_terms(terms: Mapping[str, LossTerm], chunk: Chunk) -> tuple[Tensor, Tensor]:
     """Return the terms' losses [n] and the gradient of their sum by the chunk's log-probabilities [n, 1 + k]."""
     student = chunk.student.requires_grad_()
     with torch.enable_grad():
         losses = 0.0 * student.sum(-1)  # a term without a gradient, such as one without candidates, needs a graph too
-        for name, term in terms.items():
-            losses = losses + _losses(name, term, chunk)
+        for term in terms.values():
+            weights = token_weights(term.config, chunk.tokens, chunk.plan, chunk.student[:, 0])
+            losses = losses + term.losses(chunk) * weights
         total = losses.sum()
     (gradient,) = torch.autograd.grad(total, student)
     return losses.detach(), gradient
 
 
-def token_weights(term: AnyTerm, tokens: CompletionTokens, plan: TokenPlan, student: Tensor) -> Tensor:
-    """Return how much each token counts in the term, [n]; student [n] is that of the written tokens."""
-    weights = term.weight * plan.weights
-    if term.when == "always":
+def token_weights(config: AnyTerm, tokens: CompletionTokens, plan: TokenPlan, student: Tensor) -> Tensor:
+    """Return how much each token counts in the term, [n]; student [n] is that of the sampled tokens."""
+    weights = config.weight * plan.weights
+    if config.when == "always":
         return weights
-    return weights * _is_chosen(term, tokens, student)
+    return weights * _is_chosen(config, tokens, student)
 
 
-def parameter_of(term: DivergenceTerm) -> float:
-    """Return the number that shapes the term's divergence."""
-    return term.beta if term.divergence == "jsd" else term.skew
-
-
-def mapped_log_ratio(term: PolicyGradientTerm, log_target: Tensor, student: Tensor | None, rollout: Tensor) -> Tensor:
-    """Return the term's map of target / student probability; student is None where the term divides by another."""
-    if term.student == "current":
-        assert student is not None
-        divisor = student
-    else:
-        divisor = rollout if term.student == "rollout" else torch.zeros_like(log_target)
-    shape = MapShape(term.bound, term.scale, term.alpha)
-    return LOG_RATIO_MAPS[term.log_ratio_map](log_target, divisor, shape)
-
-
-def _losses(name: str, term: AnyTerm, chunk: Chunk) -> Tensor:
-    """Return the term's loss of each token, weighted, [n]."""
-    if isinstance(term, DivergenceTerm):
-        losses = _divergence(term, chunk)
-    elif isinstance(term, PolicyGradientTerm):
-        losses = _policy_gradient(name, term, chunk)
-    else:
-        losses = _surrogate(name, term, chunk, chunk.tokens.task_advantage[:, None], slice(0, 1)).sum(-1)
-    return losses * token_weights(term, chunk.tokens, chunk.plan, chunk.student[:, 0])
-
-
-def _divergence(term: DivergenceTerm, chunk: Chunk) -> Tensor:
-    student = to_buckets(chunk.student[:, 1:], chunk.inside, term.truncation)
-    target = target_buckets(term.target, chunk.tokens.candidate_logprobs, chunk.inside, term.truncation)
-    return BUCKET_DIVERGENCES[term.divergence](student, target, parameter_of(term))
-
-
-def _policy_gradient(name: str, term: PolicyGradientTerm, chunk: Chunk) -> Tensor:
-    tokens, columns = chunk.tokens, _columns(term, chunk)
-    log_target = log_linear(term.target, tokens.logprobs)[:, None]
-    if term.over == "support":
-        log_target = torch.cat([log_target, log_linear(term.target, tokens.candidate_logprobs)], dim=-1)
-    rollout = _rollout(tokens)[:, columns]
-    advantage = mapped_log_ratio(term, log_target[:, columns], chunk.student[:, columns], rollout)
-    if term.over == "sampled":
-        advantage = advantage + _added_advantage(name, term, chunk)[:, None]
-        return _surrogate(name, term, chunk, advantage, columns).sum(-1)
-    losses = _surrogate(name, term, chunk, advantage, columns)
-    return losses.mean(-1) if chunk.draws else (losses * rollout.exp()).sum(-1)
-
-
-def _columns(term: PolicyGradientTerm, chunk: Chunk) -> slice:
-    """Return which of written token and candidates the term sums over: of independent draws, the written one is one."""
-    if term.over == "sampled":
-        return slice(0, 1)
-    return slice(0, None) if chunk.draws else slice(1, None)
-
-
-def _added_advantage(name: str, term: PolicyGradientTerm, chunk: Chunk) -> Tensor:
-    """Return what a written token's advantage has besides its log-ratio, [n]: later advantages, minus the baseline.
-
-    The baseline is that of its own prefix alone. Those of later prefixes depend on the token: taking them off the later
-    advantages would change the expectation, for it would leave nothing of them.
-    """
-    added = torch.zeros_like(chunk.student[:, 0])
-    if term.discount:
-        added = added + chunk.plan.later_advantages[name]
-    if term.baseline == "kl":
-        added = added + _kl_of_prefix(name, term, chunk)
-    return added
-
-
-def _kl_of_prefix(name: str, term: PolicyGradientTerm, chunk: Chunk) -> Tensor:
-    if chunk.exact_kl is not None:
-        return chunk.exact_kl[name]
-    student = to_buckets(chunk.student[:, 1:], chunk.inside, "tail")
-    return reverse_kl(student, target_buckets(term.target, chunk.tokens.candidate_logprobs, chunk.inside, "tail"))
-
-
-def _surrogate(
-    name: str, term: PolicyGradientTerm | TaskRewardTerm, chunk: Chunk, advantage: Tensor, columns: slice
-) -> Tensor:
-    importance = term.importance
-    bounds = RatioBounds(importance.low, importance.high, importance.dual_clip)
-    student, rollout = chunk.student[:, columns], _rollout(chunk.tokens)[:, columns]
-    losses = SURROGATES[importance.kind](advantage.detach(), student, rollout, bounds)
-    trusted = chunk.plan.trusted_trajectory.get(name)
-    return losses if trusted is None else losses * trusted[:, None]
-
-
-def _rollout(tokens: CompletionTokens) -> Tensor:
-    return torch.cat([tokens.rollout_logprobs[:, None], tokens.candidate_rollout_logprobs], dim=-1)
-
-
-def _is_chosen(term: AnyTerm, tokens: CompletionTokens, student: Tensor) -> Tensor:
+def _is_chosen(config: AnyTerm, tokens: CompletionTokens, student: Tensor) -> Tensor:
     """Return at which tokens the term's condition holds, [n]; each pair of conditions splits the tokens in two."""
-    if term.when.startswith("teacher_entropy"):
-        above = tokens.teacher_entropy > term.threshold
-        return above if term.when == "teacher_entropy_above" else ~above
-    target = {TEACHER: 1.0} if isinstance(term, TaskRewardTerm) else term.target
-    log_ratio = log_linear(target, tokens.logprobs) - student
-    if term.when.startswith("log_ratio"):
-        return log_ratio > 0 if term.when == "log_ratio_positive" else ~(log_ratio > 0)
+    if config.when.startswith("teacher_entropy"):
+        above = tokens.teacher_entropy > config.threshold
+        return above if config.when == "teacher_entropy_above" else ~above
+    log_ratio = log_linear(config.target, tokens.logprobs) - student
+    if config.when.startswith("log_ratio"):
+        return log_ratio > 0 if config.when == "log_ratio_positive" else ~(log_ratio > 0)
     trusted = tokens.uniform < log_ratio.clamp(max=0.0).exp()
-    return trusted if term.when == "trusted" else ~trusted
+    return trusted if config.when == "trusted" else ~trusted

@@ -1,4 +1,4 @@
-"""What an objective sees of completion tokens: columns of data, what the student says, and what came of it.
+"""Holds what an objective reads of completion tokens, and what it makes of them.
 
 All tensors of one object are on one device and cover the same n completion tokens in the same order; log-probabilities
 are float32 natural logarithms at temperature 1, except those of the rollout worker, which are under its sampling
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CompletionTokens:
-    """The data of n completion tokens of one micro-batch: everything but the student."""
+    """Holds the data of n completion tokens of one micro-batch: everything but the student."""
 
-    target_ids: Tensor  # [n] int64: the written tokens
+    target_ids: Tensor  # [n] int64: the sampled tokens
     rollout_logprobs: Tensor  # [n]
     candidate_ids: Tensor  # [n, k] int64; k is 0 where the support lists no candidates
     candidate_rollout_logprobs: Tensor  # [n, k], or [n, 0] where the student did not choose the candidates
-    logprobs: Mapping[str, Tensor]  # model -> [n], of the written tokens
+    logprobs: Mapping[str, Tensor]  # model -> [n], of the sampled tokens
     candidate_logprobs: Mapping[str, Tensor]  # model -> [n, k]; empty where there are no candidates
     teacher_entropy: Tensor  # [n], or [0] where the objective does not need it
     trajectory: Tensor  # [n] int64: which trajectory of the micro-batch, from 0; equal values stand together
@@ -44,16 +44,8 @@ class CompletionTokens:
 
 
 @dataclass(frozen=True)
-class StudentFacts:
-    """What the current student says of completion tokens; without gradient."""
-
-    logprobs: Tensor  # [n] of the written tokens
-    entropy: Tensor  # [n] over the whole vocabulary, in nats
-
-
-@dataclass(frozen=True)
 class TokenPlan:
-    """What an objective has derived from whole trajectories for n completion tokens; without gradient."""
+    """Holds what an objective has derived from whole trajectories for n completion tokens; without gradient."""
 
     weights: Tensor  # [n] how much each token counts in every term
     later_advantages: Mapping[str, Tensor]  # term -> [n] the discounted advantages of the tokens after this one
@@ -69,13 +61,15 @@ class TokenPlan:
 
 
 @dataclass(frozen=True)
-class TokenResults:
-    """What an objective makes of n completion tokens."""
+class Evaluation:
+    """Holds what came of n completion tokens, in float32 and without a gradient, but for the loss of a micro-batch."""
 
-    losses: Tensor  # [n] without gradient; their sum over the step, divided by its completion tokens, is the loss
-    student: StudentFacts
+    loss: Tensor  # scalar: the sum of the losses; the step's, divided by its completion tokens, is minimised
+    losses: Tensor  # [n]; 0 where nothing is minimised
+    logprobs: Tensor  # [n] of the sampled tokens under the current student
+    entropy: Tensor  # [n] of the current student over the whole vocabulary, in nats
     candidate_mass: Tensor  # [n] the student's probability of all candidates together; 0 where there are none
-    logits_gradient: Tensor | None  # [n, vocabulary] of losses.sum() by the student's logits; None if not asked for
+    logits_gradient: Tensor | None = None  # of a chunk: [n, vocabulary], of the loss by the student's logits
 
 
 def _take(values: Any, chosen: slice | Tensor) -> Any:

@@ -1,12 +1,12 @@
-"""The LM head and the objective in one walk over completion positions.
+"""Computes the LM head and the objective in one walk over completion positions.
 
-A chunk of logits is computed, judged and turned into gradients at once: three products with the head's weight per
+A chunk of logits is computed, evaluated and turned into gradients at once: three products with the head's weight per
 chunk, none of them computed again, and at most one chunk of [chunk, vocabulary] logits alive. The backward pass only
 multiplies what the walk has accumulated.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from cluster.models.lm_head import LmHead, load_lm_head
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.objective import Objective
-from learner.loss.softmax import student_facts
-from learner.loss.tokens import StudentFacts, TokenResults
-from learner.model.projection import LogitScaling, Projection, Treatment
+from learner.loss.softmax import read_tokens
+from learner.loss.tokens import Evaluation
+from learner.model.projection import LogitScaling, Projection
 
 TeacherHeads = Mapping[str, Mapping[str, LmHead]]  # route -> model of the objective's target -> its head
 
@@ -32,12 +32,10 @@ def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
     Raises:
         ModelError: a teacher's head cannot be read.
     """
-    if config.objective.support != "full":
+    needs = config.objective.needs
+    if not needs.hidden:
         return {}
-    names = {
-        route: {model: config.scoring_teacher(model, route) for model in config.objective.models}
-        for route in config.routes
-    }
+    names = {route: {model: config.scoring_teacher(model, route) for model in needs.models} for route in config.routes}
     loaded = {}
     for name in sorted({name for of_route in names.values() for name in of_route.values()}):
         teacher = config.teachers[name]
@@ -51,25 +49,14 @@ def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
 CPU_CHUNK_LOGITS = 1 << 26  # 256 MiB
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GiB: a GPU needs larger products to be busy
 
-Walk = Callable[[Projection], TokenResults]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What came of the completion tokens of one micro-batch; float32."""
-
-    loss: Tensor  # scalar: the sum of the losses, the only part with a gradient
-    losses: Tensor  # [completion_tokens]
-    logprobs: Tensor  # [completion_tokens] of the written tokens under the current student
-    entropy: Tensor  # [completion_tokens] of the current student over the whole vocabulary
-    candidate_mass: Tensor  # [completion_tokens] the current student's probability of all candidates together
+Walk = Callable[[Projection], Evaluation]
 
 
 class CompletionHead(nn.Module):
     """Maps hidden states of completion positions to losses.
 
-    It holds the head's own parameters a second time, as its direct members: ZeRO-3 gathers a parameter around the
-    forward and backward of the module that owns it, once per micro-batch on every rank however many chunks there are.
+    The module holds the head's own parameters a second time, as its direct members: ZeRO-3 gathers a parameter around
+    the forward and backward of the module that owns it, once per micro-batch on every rank, whatever the chunks.
 
     Args:
         linear: the model's own head.
@@ -98,15 +85,15 @@ class CompletionHead(nn.Module):
         """
         with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         chunk_tokens = self.chunk_tokens or chunk_size(len(self.weight), hidden.device)
+        rounds = hidden.device.type == "cpu" if self.rounds_logits is None else self.rounds_logits
 
-        def walk(projection: Projection) -> TokenResults:
+        def walk(projection: Projection) -> Evaluation:
             if objective is None or not len(batch.tokens):
-                return _without_losses(run_first_pass(projection, batch, chunk_tokens))
+                return run_first_pass(projection, batch, chunk_tokens)
             return evaluate_objective(projection, batch, objective, teacher_heads, chunk_tokens)
 
         apply: Callable[..., tuple[Tensor, ...]] = ObjectiveFunction.apply
-        rounds = hidden.device.type == "cpu" if self.rounds_logits is None else self.rounds_logits
-        return apply(hidden, self.weight, self.bias, Treatment(self.scaling, rounds), with_gradient, walk)
+        return apply(hidden, self.weight, self.bias, replace(self.scaling, rounds=rounds), with_gradient, walk)
 
 
 class ObjectiveFunction(torch.autograd.Function):
@@ -118,61 +105,63 @@ class ObjectiveFunction(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        treatment: Treatment,
+        scaling: LogitScaling,
         with_gradient: bool,
         walk: Walk,
     ) -> tuple[Tensor, ...]:
-        projection = Projection(hidden, weight, bias, treatment, with_gradient)
-        found = walk(projection)
-        columns = (found.losses, found.student.logprobs, found.student.entropy, found.candidate_mass)
+        projection = Projection(hidden, weight, bias, scaling, with_gradient)
+        result = walk(projection)
+        columns = (result.losses, result.logprobs, result.entropy, result.candidate_mass)
         ctx.gradients, ctx.dtype = projection.gradients, weight.dtype
         ctx.mark_non_differentiable(*columns)
         ctx.set_materialize_grads(False)
-        return found.losses.sum(), *columns
+        return result.loss, *columns
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, *_columns: None) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the gradients of one forward are handed out once"
-        return *gradients.times(loss_gradient, ctx.dtype), None, None, None
+        of_hidden, of_weight, of_bias = gradients  # overwritten: they are as large as the weight
+        by_bias = None if of_bias is None else of_bias.mul_(loss_gradient).to(ctx.dtype)
+        return of_hidden.mul_(loss_gradient), of_weight.mul_(loss_gradient).to(ctx.dtype), by_bias, None, None, None
 
 
 def evaluate_objective(
     projection: Projection, batch: MicroBatch, objective: Objective, teacher_heads: TeacherHeads, chunk_tokens: int
-) -> TokenResults:
+) -> Evaluation:
     """Return what the objective makes of the batch's tokens; the gradients go into the projection."""
-    tokens = batch.tokens
-    first_pass = (
-        run_first_pass(projection, batch, chunk_tokens, objective.kernels) if objective.needs_first_pass else None
-    )
+    tokens, kernels = batch.tokens, objective.kernels
+    first_pass = run_first_pass(projection, batch, chunk_tokens, kernels) if objective.needs.first_pass else None
     plan = objective.plan(tokens, first_pass)
-    losses, mass, logprobs, entropy = (torch.zeros_like(tokens.rollout_logprobs) for _ in range(4))
+    columns = [torch.zeros_like(tokens.rollout_logprobs) for _ in range(4)]
     for chunk in _chunks(batch, chunk_tokens):
         places = chunk.places
-        found = objective.evaluate(
+        result = objective.evaluate(
             projection.logits(places),
             tokens[places],
             plan[places],
             {model: teacher_heads[chunk.route][model].logits(hidden) for model, hidden in chunk.hidden.items()},
             with_gradient=projection.gradients is not None,
         )
-        if found.logits_gradient is not None:
-            projection.backward(places, found.logits_gradient)
-        losses[places], mass[places] = found.losses, found.candidate_mass
-        logprobs[places], entropy[places] = found.student.logprobs, found.student.entropy
-    return TokenResults(losses, StudentFacts(logprobs, entropy), mass, None)
+        if result.logits_gradient is not None:
+            projection.backward(places, result.logits_gradient)
+        of_chunk = (result.losses, result.logprobs, result.entropy, result.candidate_mass)
+        for column, values in zip(columns, of_chunk, strict=True):
+            column[places] = values
+    return Evaluation(columns[0].sum(), *columns)
 
 
 def run_first_pass(
     projection: Projection, batch: MicroBatch, chunk_tokens: int, kernels: RowKernels | None = None
-) -> StudentFacts:
-    """Return what the student says of the batch's tokens."""
-    logprobs, entropy = (torch.zeros_like(batch.tokens.rollout_logprobs) for _ in range(2))
+) -> Evaluation:
+    """Return what the student says of the batch's tokens, without losses."""
+    losses, logprobs, entropy, mass = (torch.zeros_like(batch.tokens.rollout_logprobs) for _ in range(4))
     for chunk in _chunks(batch, chunk_tokens):
-        found = student_facts(projection.logits(chunk.places), batch.tokens.target_ids[chunk.places], kernels)
-        logprobs[chunk.places], entropy[chunk.places] = found.logprobs, found.entropy
-    return StudentFacts(logprobs, entropy)
+        places = chunk.places
+        said = read_tokens(projection.logits(places), batch.tokens.target_ids[places], kernels)
+        logprobs[places], entropy[places] = said
+    return Evaluation(losses.sum(), losses, logprobs, entropy, mass)
 
 
 def chunk_size(vocabulary_size: int, device: torch.device) -> int:
@@ -184,8 +173,3 @@ def _chunks(batch: MicroBatch, chunk_tokens: int) -> Iterator[RoutedTokens]:
     """Cut each route's tokens: those of one chunk share their teacher's heads."""
     for route in batch.routes:
         yield from route.split(chunk_tokens)
-
-
-def _without_losses(student: StudentFacts) -> TokenResults:
-    nothing = torch.zeros_like(student.logprobs)
-    return TokenResults(nothing, student, nothing.clone(), None)

@@ -1,4 +1,4 @@
-"""The products with the LM head's weight: hidden states to logits, chunk by chunk, and the gradients' way back."""
+"""Multiplies hidden states by the LM head's weight, chunk by chunk, and brings the gradients back."""
 
 from dataclasses import dataclass
 
@@ -9,32 +9,11 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class LogitScaling:
-    """What the model does to the product."""
+    """Says how the product of hidden states and weight becomes float32 logits."""
 
     factor: float = 1.0
     softcap: float | None = None  # logits are squeezed into (-softcap, softcap)
-
-
-@dataclass(frozen=True)
-class Treatment:
-    """How hidden states become logits."""
-
-    scaling: LogitScaling = LogitScaling()
-    rounds: bool = True  # to the weight's dtype, before they are made float32; the gradients' products always are
-
-
-@dataclass(frozen=True)
-class HeadGradients:
-    """Sums over the chunks so far, of the losses by what the head was given."""
-
-    hidden: Tensor  # [tokens, width] in the dtype of the hidden states
-    weight: Tensor  # [vocabulary, width] float32 whatever the weight is: many chunks add up
-    bias: Tensor | None  # [vocabulary] float32
-
-    def times(self, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the gradients times a scalar in a dtype; they are overwritten, for they are as large as the weight."""
-        bias = None if self.bias is None else self.bias.mul_(factor).to(dtype)
-        return self.hidden.mul_(factor), self.weight.mul_(factor).to(dtype), bias
+    rounds: bool = True  # the product, to the weight's dtype; the gradients' products always are
 
 
 class Projection:
@@ -44,24 +23,25 @@ class Projection:
         hidden: [tokens, width].
         weight: [vocabulary, width].
         bias: [vocabulary].
-        treatment: what the logits are.
+        scaling: what the logits are.
         with_gradient: whether `backward` will be called.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, treatment: Treatment, with_gradient: bool
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, scaling: LogitScaling, with_gradient: bool
     ) -> None:
-        self._hidden, self._weight, self._bias, self._scaling = hidden, weight, bias, treatment.scaling
-        self._rounds = treatment.rounds or weight.dtype == torch.float32
+        self._hidden, self._weight, self._bias, self._scaling = hidden, weight, bias, scaling
+        self._rounds = scaling.rounds or weight.dtype == torch.float32
         # A GPU multiplies bfloat16 into float32; a CPU has no such product and takes a float32 copy of the weight.
         self._wide = weight.float() if not self._rounds and weight.device.type == "cpu" else None
         self._buffer = hidden.new_empty(0, len(weight), dtype=torch.float32)
         self._slope: Tensor | None = None  # of the soft cap at the latest logits
-        self.gradients: HeadGradients | None = None
+        # Sums over the chunks so far, by what the head was given: hidden states in their dtype; weight and bias in
+        # float32 whatever they are, for many chunks add up.
+        self.gradients: tuple[Tensor, Tensor, Tensor | None] | None = None
         if with_gradient:
             of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-            of_weight = torch.zeros_like(weight, dtype=torch.float32)
-            self.gradients = HeadGradients(torch.zeros_like(hidden), of_weight, of_bias)
+            self.gradients = torch.zeros_like(hidden), torch.zeros_like(weight, dtype=torch.float32), of_bias
 
     def logits(self, chosen: Tensor) -> Tensor:
         """Return float32 logits [n, vocabulary] of tokens chosen by index; the caller may overwrite them."""
@@ -78,18 +58,19 @@ class Projection:
     def backward(self, chosen: Tensor, gradient: Tensor) -> None:
         """Take in the gradient [n, vocabulary] by the latest logits, which were those of the same tokens."""
         assert self.gradients is not None, "the projection was made without gradients"
+        of_hidden, of_weight, of_bias = self.gradients
         if self._slope is not None:
             gradient *= self._slope
         if self._scaling.factor != 1.0:
             gradient *= self._scaling.factor
-        if self.gradients.bias is not None:
-            self.gradients.bias.add_(gradient.sum(0))
+        if of_bias is not None:
+            of_bias.add_(gradient.sum(0))
         gradient = gradient.to(self._weight.dtype)
-        self.gradients.hidden[chosen] = gradient @ self._weight
+        of_hidden[chosen] = gradient @ self._weight
         if gradient.dtype == torch.float32:
-            self.gradients.weight.addmm_(gradient.t(), self._hidden[chosen])
+            of_weight.addmm_(gradient.t(), self._hidden[chosen])
         else:
-            self.gradients.weight.add_(gradient.t() @ self._hidden[chosen])
+            of_weight.add_(gradient.t() @ self._hidden[chosen])
 
     def _multiply_wide(self, hidden: Tensor, logits: Tensor) -> None:
         """Write the product in float32."""

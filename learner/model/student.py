@@ -18,8 +18,9 @@ from cluster.models.model_files import is_local, load_model_config
 from cluster.weight_sync.manifest import TensorSpec, WeightManifest
 from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch
 from learner.loss.objective import Objective
+from learner.loss.tokens import Evaluation
 from learner.model.attention import Kernel, Packing, Segments, choose_kernel, register_packed_attention
-from learner.model.completion_head import CompletionHead, Evaluation, TeacherHeads
+from learner.model.completion_head import CompletionHead, TeacherHeads
 from learner.model.projection import LogitScaling
 
 HOST = torch.device("cpu")

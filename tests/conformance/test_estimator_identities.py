@@ -12,8 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.loss.divergences import forward_kl, jsd, reverse_kl
-from tests.learner.loss.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
+from tests.learner.loss.builders import (
+    evaluate,
+    forward_kl,
+    gradient_of,
+    jsd,
+    make_objective,
+    make_tokens,
+    random_logprobs,
+    reverse_kl,
+)
 
 VOCABULARY = 11
 LOGITS = random_logprobs(1, VOCABULARY, seed=0)
@@ -40,8 +48,8 @@ def expected_gradient(rollout: Tensor, term: dict[str, Any], **fields: Any) -> T
     objective = make_objective(**({"support": "sampled"} | fields), terms={"main": {"loss": "policy_gradient"} | term})
     rollout = rollout.log_softmax(-1)
     candidate_ids = None
-    if objective.config.num_candidates:
-        candidate_ids = TARGET.topk(objective.config.num_candidates).indices.expand(VOCABULARY, -1)
+    if objective.needs.num_candidates:
+        candidate_ids = TARGET.topk(objective.needs.num_candidates).indices.expand(VOCABULARY, -1)
     models = {"teacher": TARGET.expand(VOCABULARY, -1)}
     every = torch.arange(VOCABULARY)
     tokens = make_tokens(
@@ -49,7 +57,7 @@ def expected_gradient(rollout: Tensor, term: dict[str, Any], **fields: Any) -> T
         models,
         rollout.expand(VOCABULARY, -1),
         candidate_ids,
-        student_chose=objective.config.candidates_from == "student",
+        student_chose=objective.needs.candidates_from == "student",
         lengths=[1] * VOCABULARY,
     )
     results = evaluate(objective, LOGITS.expand(VOCABULARY, -1), tokens, models)

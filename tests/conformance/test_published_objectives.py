@@ -8,9 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.loss.divergences import BUCKET_DIVERGENCES, forward_kl, jsd, reverse_kl, to_buckets, with_tail
+from learner.loss.divergences import to_buckets, with_tail
 from learner.loss.tokens import CompletionTokens
-from tests.learner.loss.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
+from tests.learner.loss.builders import (
+    BUCKET_DIVERGENCES,
+    evaluate,
+    forward_kl,
+    gradient_of,
+    jsd,
+    make_objective,
+    make_tokens,
+    random_logprobs,
+    reverse_kl,
+)
 
 TRUNCATIONS = ["generalized", "renormalized", "tail"]
 

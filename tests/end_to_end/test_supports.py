@@ -126,7 +126,7 @@ def test_candidates_of_the_student_are_scored_as_transformers_scores_them(
         with torch.no_grad():
             p, q = logits_of(student, batch).log_softmax(-1), logits_of(teacher, batch).log_softmax(-1)
         ids, of_student = column(batch, "candidate_ids").long(), column(batch, "candidate_rollout_logprobs")
-        assert ids.shape[1] == config.objective.num_candidates
+        assert ids.shape[1] == config.objective.needs.num_candidates
         assert_close(of_student, p.gather(-1, ids))
         assert_close(column(batch, "teacher_candidate_logprobs"), q.gather(-1, ids))
         if config.objective.support == "student_topk":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.config.objective import ObjectiveConfig
-from learner.loss.exact import EXACT_DIVERGENCES
+from learner.loss import divergences
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
 from tests.learner.loss.builders import make_tokens
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 TOKENS, VOCABULARY, SHARED = 64, 151_936, 151_669
 TOLERANCE = 1e-4  # of the norm
 CARD = torch.device("cuda")
-DIVERGENCES = [(name, parameter) for name in sorted(EXACT_DIVERGENCES) for parameter in (0.1, 1.0)]
+DIVERGENCES = [(name, parameter) for name in sorted(divergences.DIVERGENCES) for parameter in (0.1, 1.0)]
 
 
 def logits_of(width: int, seed: int) -> torch.Tensor:
@@ -28,7 +28,7 @@ def logits_of(width: int, seed: int) -> torch.Tensor:
 def check(table: dict[str, Any], width: int) -> None:
     """Evaluate random logits with and without kernels; the target has so many tokens."""
     config = msgspec.convert(table, ObjectiveConfig)
-    kernels = choose_kernels(CARD, config.support)
+    kernels = choose_kernels(CARD, config.needs.hidden)
     assert kernels is not None, "the log says why"
     target = logits_of(width, seed=1)
     logits = logits_of(VOCABULARY, seed=0)
@@ -42,7 +42,7 @@ def check(table: dict[str, Any], width: int) -> None:
         plan, models = objective.plan(tokens, None), {"teacher": target.to(dtype, copy=True)}
         results = objective.evaluate(logits.to(dtype, copy=True), tokens, plan, models, with_gradient=True)
         assert results.logits_gradient is not None
-        found.append([results.losses, results.student.logprobs, results.student.entropy, results.logits_gradient])
+        found.append([results.losses, results.logprobs, results.entropy, results.logits_gradient])
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= TOLERANCE * other.norm() + 1e-6
 

@@ -17,7 +17,8 @@ from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import LmHead
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
-from learner.model.completion_head import CompletionHead, Evaluation, TeacherHeads
+from learner.loss.tokens import Evaluation
+from learner.model.completion_head import CompletionHead, TeacherHeads
 from learner.model.projection import LogitScaling
 from teacher_workers.pool import TeacherPool
 from tests.learner.model.test_completion_head import batch_of, make_hidden
@@ -55,7 +56,7 @@ def test_a_teacher_scores_on_a_gpu_as_transformers_does_on_a_cpu(ray_cluster: No
 def on(device: str, kind: str) -> tuple[Evaluation, Tensor, Tensor]:
     """Evaluate one of every kind of objective; return it with the gradients of hidden states and head."""
     objective = OBJECTIVES[kind]
-    heads: TeacherHeads = random_heads(objective, {ROUTE: WIDTH}) if objective.support == "full" else {}
+    heads: TeacherHeads = random_heads(objective, {ROUTE: WIDTH}) if objective.needs.hidden else {}
     linear = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
     with torch.no_grad():
         linear.weight.normal_(0.0, 0.4, generator=torch.Generator().manual_seed(1))
@@ -63,7 +64,7 @@ def on(device: str, kind: str) -> tuple[Evaluation, Tensor, Tensor]:
     batch = batch_of(objective, heads or None)
     hidden = make_hidden(len(batch.predicting)).detach().to(device).requires_grad_()
     place = torch.device(device)
-    kernels = choose_kernels(place, objective.support)
+    kernels = choose_kernels(place, objective.needs.hidden)
     moved = {route: {name: moved_head(found, device) for name, found in by.items()} for route, by in heads.items()}
     result = Evaluation(*head(hidden, batch.to(place), Objective(objective, kernels), moved))
     result.loss.backward()

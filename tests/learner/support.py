@@ -32,7 +32,7 @@ from learner.batching.micro_batch import MicroBatch
 from learner.engines.base import TrainEngine
 from learner.loss.objective import Objective
 from learner.model.completion_head import TeacherHeads
-from learner.train_step import StepTask, accumulate
+from learner.train_step import accumulate
 
 VOCABULARY = 112
 LENGTHS = ((3, 9), (5, 30), (2, 1), (8, 20), (4, 44), (6, 7), (1, 12))  # (prompt, completion) tokens
@@ -86,7 +86,7 @@ def make_scored(
     batches = []
     for row in rows:
         batch = make_generated([row])
-        for model in objective.models:
+        for model in objective.needs.models:
             head = None if heads is None else heads[route][model]
             completion = len(row.rollout_logprobs)
             width = VOCABULARY if head is None else head.weight.shape[1]
@@ -109,11 +109,11 @@ def score_by(causal_lm: PreTrainedModel, objective: ObjectiveConfig, batch: pa.R
         arrays = {"token_ids": ids.int().numpy(), "loss_mask": mask.to(torch.uint8).numpy()}
         arrays["version_changes"] = np.array(row["version_changes"], np.int32)
         arrays["rollout_logprobs"] = logprobs.gather(-1, targets[:, None])[:, 0].numpy()
-        if objective.candidates_from == "student":
-            best = logprobs.topk(objective.num_candidates)
+        if objective.needs.candidates_from == "student":
+            best = logprobs.topk(objective.needs.num_candidates)
             arrays |= {"candidate_ids": best.indices.int().numpy(), "candidate_rollout_logprobs": best.values.numpy()}
         one = make_generated([GeneratedTrajectory(**{**row, **arrays})])
-        for model in objective.models:
+        for model in objective.needs.models:
             one = add_scores(one, model, _scores(one, objective, model, logits, hidden))
         scored.append(one)
     return pa.Table.from_batches(scored).combine_chunks().to_batches()[0]
@@ -122,14 +122,16 @@ def score_by(causal_lm: PreTrainedModel, objective: ObjectiveConfig, batch: pa.R
 def own_heads(causal_lm: PreTrainedModel, objective: ObjectiveConfig) -> TeacherHeads:
     """Return the model's own head as that of every model of the objective."""
     weight = causal_lm.get_output_embeddings().weight.detach()
-    return {ROUTE: {model: LmHead(weight) for model in objective.models}}
+    return {ROUTE: {model: LmHead(weight) for model in objective.needs.models}}
 
 
 def random_heads(objective: ObjectiveConfig, widths: Mapping[str, int]) -> TeacherHeads:
     """Return heads of given widths, by route."""
     random = torch.Generator().manual_seed(5)
     return {
-        route: {model: LmHead(torch.randn(VOCABULARY, width, generator=random) * 0.3) for model in objective.models}
+        route: {
+            model: LmHead(torch.randn(VOCABULARY, width, generator=random) * 0.3) for model in objective.needs.models
+        }
         for route, width in widths.items()
     }
 
@@ -189,8 +191,8 @@ def _random_row(
 ) -> GeneratedTrajectory:
     """Return a trajectory; two of each prompt, of which the first is rewarded, and the last prompt's is alone."""
     candidates: dict[str, Any] = {}
-    if objective.candidates_from == "student":
-        shape = (completion, objective.num_candidates)
+    if objective.needs.candidates_from == "student":
+        shape = (completion, objective.needs.num_candidates)
         candidates["candidate_ids"] = random.permuted(
             np.tile(np.arange(VOCABULARY, dtype=np.int32), (completion, 1)), axis=1
         )[:, : shape[1]]
@@ -218,18 +220,18 @@ def _scores(batch: pa.RecordBatch, objective: ObjectiveConfig, model: str, logit
     token_ids, mask = ragged(batch, "token_ids").values, ragged(batch, "loss_mask").values
     targets = torch.from_numpy(token_ids[mask != 0].astype(np.int64))
     chosen, of_candidates = None, None
-    if objective.num_candidates and "candidate_ids" not in batch.schema.names:
-        best = logprobs.topk(objective.num_candidates)
+    if objective.needs.num_candidates and "candidate_ids" not in batch.schema.names:
+        best = logprobs.topk(objective.needs.num_candidates)
         chosen, of_candidates = best.indices.int().numpy(), best.values.numpy()
-    elif objective.num_candidates:
+    elif objective.needs.num_candidates:
         given = torch.from_numpy(ragged(batch, "candidate_ids").values.astype(np.int64))
         of_candidates = logprobs.gather(-1, given).numpy()
     return Scores(
         logprobs=logprobs.gather(-1, targets[:, None])[:, 0].numpy(),
         chosen_ids=chosen,
         candidate_logprobs=of_candidates,
-        entropy=-(logprobs.exp() * logprobs).sum(-1).numpy() if objective.needs_teacher_entropy else None,
-        hidden=hidden.numpy() if objective.support == "full" else None,
+        entropy=-(logprobs.exp() * logprobs).sum(-1).numpy() if objective.needs.teacher_entropy else None,
+        hidden=hidden.numpy() if objective.needs.hidden else None,
     )
 
 
@@ -244,7 +246,7 @@ class WholeStep:
 
 def accumulate_all(engine: TrainEngine, batches: Iterable[MicroBatch], step: WholeStep) -> dict[str, Metric]:
     """Add up the gradients of all micro-batches of a step."""
-    return accumulate(engine, batches, StepTask(step.objective, step.teacher_heads), completes_step=True)
+    return accumulate(engine, batches, step.objective, step.teacher_heads, completes_step=True)
 
 
 def train_step(

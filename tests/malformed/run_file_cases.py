@@ -166,6 +166,10 @@ OVERRIDES: dict[str, tuple[str, str]] = {
         "set rollout.top_p = 1 and rollout.top_k = 0, found 1.0 and 5",
     ),
     "draws for a divergence": ("objective.support=sampled", "a divergence needs the probabilities"),
+    "divergence unknown": (
+        "objective.terms.main={loss='divergence',divergence='kl'}",
+        "objective.terms.main: divergence = 'kl' is not known; there are forward_kl, reverse_kl",
+    ),
     "one draw of samples": ("objective={support='samples',support_size=1}", "needs support_size = 2 or more"),
     "no term": ("objective.terms={}", "objective.terms: Expected `object` of length >= 1"),
     "teacher its own base": ("teachers.main.base=main", "teachers.main.base names the teacher itself"),

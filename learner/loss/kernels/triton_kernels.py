@@ -1,7 +1,7 @@
-"""Triton kernels over rows of logits, as `triton_rows` starts them.
+"""Computes on rows of logits in Triton kernels, which `triton_launch` starts.
 
-They compute what `exact.py` and `softmax.py` do: float32, log-probabilities of at least LOWEST_LOGPROB. The divergences
-need no mixture of probabilities, which could underflow: with d = log q - log p, at most 87 in size, p / m and q / m are
+They say what `divergences.py` and `softmax.py` do: float32, log-probabilities of at least LOWEST_LOGPROB. Divergences
+need no mixture of probabilities, which could underflow: with d = log q - log p, at most 80 in size, p / m and q / m are
 functions of exp(d). A table has one column per row of logits; parameters in capitals are known as a kernel is compiled.
 """
 
@@ -17,6 +17,8 @@ LOWEST = tl.constexpr(LOWEST_LOGPROB)
 PEAK, ENTROPY, SHARED_PEAK = tl.constexpr(0), tl.constexpr(2), tl.constexpr(3)
 TARGET_PEAK, LOSS = tl.constexpr(5), tl.constexpr(7)
 STATISTICS_FIELDS, COMPARISON_FIELDS = 3, 9
+# The names that `_value_and_slope` has a branch for.
+KNOWN = frozenset({"reverse_kl", "forward_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl"})
 COUNTS = ["count", "tiles"]  # change from one micro-batch to the next, which should not have Triton compile anew
 
 
@@ -28,7 +30,7 @@ def statistics_kernel(
     row = tl.program_id(0).to(tl.int64)
     peak, total, energy = _nothing(BLOCK)
     peak, total, energy = _read_on(logits + row * stride, 0, vocabulary, peak, total, energy, BLOCK)
-    _store_look(table + row, count, peak, total, energy)
+    _store_statistics(table + row, count, peak, total, energy)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -87,7 +89,7 @@ def compare_kernel(
         mean = loss
     _store_pair(table, LOSS, count, loss, mean)
     peak, total, energy = _read_on(logits, width, vocabulary, peak, total, energy, BLOCK)
-    _store_look(table, count, peak, total, energy)
+    _store_statistics(table, count, peak, total, energy)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -113,34 +115,37 @@ def gradient_kernel(
     table += row
     peak, log_sum = tl.load(table), tl.load(table + count)
     goal, goal_log_sum = tl.load(table + 2 * count), tl.load(table + 3 * count)
-    mean, scale = tl.load(table + 4 * count), tl.load(table + 5 * count)
+    mean, weight = tl.load(table + 4 * count), tl.load(table + 5 * count)
     p, log_ratio, q = _pair(logits, target, columns, width, peak, log_sum, goal, goal_log_sum)
     if NAME == "forward_kl":
-        gradient = scale * (p - q)
+        gradient = weight * (p - q)
     else:
         _value, slope = _value_and_slope(p, q, log_ratio, parameter, NAME)
-        gradient = scale * p * (slope - mean)
+        gradient = weight * p * (slope - mean)
     tl.store(logits + columns, tl.where(columns < width, gradient, 0.0), mask=columns < vocabulary)
 
 
 @triton.jit
 def _value_and_slope(p: tl.tensor, q: tl.tensor, d: tl.tensor, parameter: tl.tensor, NAME: tl.constexpr) -> tl.tuple:
-    """Return each token's part of the divergence, and g of the gradient p (g - sum(p g)) up to a factor."""
+    """Return each token's p phi(d), and the slope phi(d) - phi'(d) up to a constant."""
     if NAME == "reverse_kl":
         value, slope = -p * d, -d
     elif NAME == "forward_kl":
-        value, slope = q * d, d
+        value, slope = q * d, d  # `gradient_kernel` writes p - q
     elif NAME == "jsd":
         log_mixture = tl.log(parameter * tl.exp(d) + (1.0 - parameter))  # log(m / p)
-        value, slope = parameter * q * (d - log_mixture) - (1.0 - parameter) * p * log_mixture, -log_mixture
+        slope = (parameter - 1.0) * log_mixture
+        value = parameter * q * (d - log_mixture) + p * slope
     elif NAME == "skewed_forward_kl":
         ratio = tl.exp(d)
         mixture = parameter * ratio + (1.0 - parameter)  # m / p
-        value, slope = q * (d - tl.log(mixture)), -ratio / mixture
-    else:
+        value, slope = q * (d - tl.log(mixture)), (parameter - 1.0) * (ratio / mixture)
+    elif NAME == "skewed_reverse_kl":
         mixture = parameter + (1.0 - parameter) * tl.exp(d)  # m / p
         value = -p * tl.log(mixture)
         slope = -tl.log(mixture) - parameter / mixture
+    else:
+        tl.static_assert(False, "no branch of _value_and_slope computes this divergence")
     return value, slope
 
 
@@ -274,7 +279,7 @@ def _logprobs(values: tl.tensor, peak: tl.tensor, log_sum: tl.tensor) -> tl.tens
 
 
 @triton.jit
-def _store_look(table: tl.tensor, count: tl.tensor, peak: tl.tensor, total: tl.tensor, energy: tl.tensor) -> None:
+def _store_statistics(table: tl.tensor, count: tl.tensor, peak: tl.tensor, total: tl.tensor, energy: tl.tensor) -> None:
     """Write the normaliser and the entropy of running sums."""
     log_sum = tl.log(tl.sum(total, 0))
     _store_pair(table, PEAK, count, peak, log_sum)

@@ -1,4 +1,4 @@
-"""Starts the Triton kernels over rows of logits; only this file and `row_kernels` import triton."""
+"""Starts the Triton kernels over rows of logits; only this file and `triton_kernels` import triton."""
 
 import subprocess
 from dataclasses import dataclass
@@ -9,9 +9,10 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from learner.loss.kernels.interface import Comparison, Divergence, Normaliser, RowStatistics
+from learner.loss.kernels.interface import Comparison, Normaliser, RowStatistics
 from learner.loss.kernels.triton_kernels import (
     COMPARISON_FIELDS,
+    KNOWN,
     STATISTICS_FIELDS,
     compare_kernel,
     gradient_kernel,
@@ -26,7 +27,7 @@ NUM_WARPS = 8
 
 @dataclass(frozen=True)
 class TritonKernels:
-    """`fused.RowKernels` for the tensors of one kind of device."""
+    """Implements `RowKernels` for the tensors of one kind of device."""
 
     # Triton's own, those of its compilers, and, where it finds no C compiler for its launchers, the system's.
     errors: ClassVar[tuple[type[Exception], ...]] = (
@@ -41,6 +42,10 @@ class TritonKernels:
     device_type: str = "cuda"
     block: int = BLOCK
     num_warps: int = NUM_WARPS
+
+    def knows(self, divergence: str | None) -> bool:
+        """Return whether a branch of the kernels computes the divergence."""
+        return divergence in KNOWN
 
     def takes(self, logits: Tensor) -> bool:
         """Return whether the kernels can work on these logits."""
@@ -71,7 +76,7 @@ class TritonKernels:
             num_warps=self.num_warps,
         )
 
-    def compare(self, logits: Tensor, target: Tensor, divergence: Divergence) -> Comparison:
+    def compare(self, logits: Tensor, target: Tensor, divergence: str, parameter: float) -> Comparison:
         """Compare with a target's logits [n, width], float32 or bfloat16, over the student's first tokens."""
         assert target.stride(-1) == 1, "a head's logits lie row by row"
         count, vocabulary = logits.shape
@@ -85,8 +90,8 @@ class TritonKernels:
             count,
             vocabulary,
             target.shape[-1],
-            divergence.parameter,
-            NAME=divergence.name,
+            parameter,
+            NAME=divergence,
             BLOCK=self.block,
             num_warps=self.num_warps,
         )
@@ -94,15 +99,13 @@ class TritonKernels:
         return Comparison(RowStatistics(student, table[2]), shared, goal, table[7], table[8])
 
     def write_gradient(
-        self, logits: Tensor, target: Tensor, divergence: Divergence, comparison: Comparison, weights: Tensor
+        self, logits: Tensor, target: Tensor, divergence: str, parameter: float, comparison: Comparison, weights: Tensor
     ) -> None:
         """Overwrite the logits by the weighted divergences' gradient; weights are [n]."""
         count, vocabulary = logits.shape
         tiles = triton.cdiv(vocabulary, self.block)
         shared, goal = comparison.shared, comparison.target
-        table = torch.stack(
-            [shared.peak, shared.log_sum, goal.peak, goal.log_sum, comparison.mean, weights * divergence.factor]
-        )
+        table = torch.stack([shared.peak, shared.log_sum, goal.peak, goal.log_sum, comparison.mean, weights])
         gradient_kernel[(count * tiles,)](
             logits,
             target,
@@ -112,9 +115,9 @@ class TritonKernels:
             count,
             vocabulary,
             target.shape[-1],
-            divergence.parameter,
+            parameter,
             tiles,
-            NAME=divergence.name,
+            NAME=divergence,
             BLOCK=self.block,
             num_warps=self.num_warps,
         )

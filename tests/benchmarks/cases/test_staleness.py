@@ -26,7 +26,7 @@ def vars_of(config: Config) -> dict[str, object]:
 
 def test_forward_kl_is_taken_over_the_teachers_tokens_with_a_tail() -> None:
     objective = replace(CELL, objective="forward").config().objective
-    assert (objective.support, objective.candidates_from) == ("topk", "teacher")
+    assert (objective.support, objective.needs.candidates_from) == ("topk", "teacher")
     assert objective.terms["main"] == DivergenceTerm(divergence="forward_kl", truncation="tail")
 
 

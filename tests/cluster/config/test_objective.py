@@ -24,7 +24,7 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (ObjectiveConfig, "preset support support_size terms token_weights"),
         (TokenWeightsConfig, "first_tokens first_fraction position_importance entropy"),
         (ImportanceConfig, "kind low high dual_clip"),
-        (DivergenceTerm, "weight when threshold target divergence truncation beta skew"),
+        (DivergenceTerm, "weight when threshold target divergence truncation beta skew parameter"),
         (TaskRewardTerm, "weight when threshold divide_by_deviation importance"),
         (
             PolicyGradientTerm,
@@ -53,7 +53,7 @@ def test_what_is_written_beside_a_preset_wins_and_the_rest_stays() -> None:
 
 def test_a_target_replaces_the_preset_s_whole() -> None:
     config = make_config("objective.preset=exopd", "objective.terms.main.target={teacher = 1.0}")
-    assert config.objective.models == ["teacher"]
+    assert config.objective.needs.models == ("teacher",)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_teacher_chooses_candidates_and_the_models_after_it_score_them() -> 
 def test_candidates_of_the_student_are_given_to_every_scorer() -> None:
     config = make_config("objective=async-opd")
     assert config.scorers("main") == [("main", ScoreRequest("teacher", given_candidates=True))]
-    assert config.objective.num_candidates == 15  # the written token is the sixteenth draw
+    assert config.objective.needs.num_candidates == 15  # the written token is the sixteenth draw
 
 
 def test_exact_objectives_ask_for_hidden_states_and_routing_by_entropy_for_the_entropy() -> None:

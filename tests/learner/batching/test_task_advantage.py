@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.config.objective import ObjectiveConfig, TaskRewardTerm
-from learner.batching.arrivals import divides_by_deviation, group_advantages
+from learner.batching.arrivals import group_advantages
 
 
 def objective(**divides):
@@ -33,5 +33,5 @@ def test_a_reward_without_another_to_compare_with_gives_no_advantage():
 
 
 def test_an_objective_without_a_task_reward_compares_nothing():
-    assert divides_by_deviation(ObjectiveConfig()) is None
-    assert divides_by_deviation(objective(reward=False)) is False
+    assert ObjectiveConfig().needs.divides_by_deviation is None
+    assert objective(reward=False).needs.divides_by_deviation is False

@@ -1,6 +1,7 @@
 """Builds completion tokens from whole distributions, and evaluates an objective on them in one go."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import PRESETS, expand_preset
+from learner.loss.divergences import DIVERGENCES
 from learner.loss.objective import Objective
-from learner.loss.softmax import student_facts
-from learner.loss.tokens import CompletionTokens, StudentFacts, TokenResults
+from learner.loss.softmax import read_tokens
+from learner.loss.tokens import CompletionTokens, Evaluation
 
 VOCABULARY = 40
 LENGTHS = [7, 1, 4]
@@ -23,6 +25,18 @@ def make_objective(preset: str | None = None, **fields: Any) -> Objective:
     """Configure an objective as a run file's table would: from a preset, or from fields alone."""
     table = expand_preset(fields | {"preset": preset}) if preset else fields
     return Objective(msgspec.convert(table, ObjectiveConfig))
+
+
+def divergence(name: str, student: Tensor, target: Tensor, parameter: float = 0.0) -> Tensor:
+    """Return a divergence of the table between buckets, [tokens]."""
+    return DIVERGENCES[name].losses(student, target, parameter)
+
+
+forward_kl, reverse_kl, jsd = (partial(divergence, name) for name in ("forward_kl", "reverse_kl", "jsd"))
+skewed_forward_kl, skewed_reverse_kl = (
+    partial(divergence, name) for name in ("skewed_forward_kl", "skewed_reverse_kl")
+)
+BUCKET_DIVERGENCES = {name: partial(divergence, name) for name in DIVERGENCES}
 
 
 def random_logprobs(*shape: int, seed: int, scale: float = 2.0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -66,20 +80,22 @@ def make_tokens(
 
 def evaluate(
     objective: Objective, logits: Tensor, tokens: CompletionTokens, models: Mapping[str, Tensor] | None = None
-) -> TokenResults:
+) -> Evaluation:
     """Plan and evaluate all tokens at once, on copies of the logits."""
-    models = {} if objective.config.support != "full" else (models or {})
-    plan = objective.plan(tokens, first_pass(logits, tokens) if objective.needs_first_pass else None)
+    models = {} if not objective.needs.hidden else (models or {})
+    plan = objective.plan(tokens, first_pass(logits, tokens) if objective.needs.first_pass else None)
     copies = {model: values.clone() for model, values in models.items()}
     return objective.evaluate(logits.clone(), tokens, plan, copies, with_gradient=True)
 
 
-def first_pass(logits: Tensor, tokens: CompletionTokens) -> StudentFacts:
+def first_pass(logits: Tensor, tokens: CompletionTokens) -> Evaluation:
     """Return what the student says of the written tokens."""
-    return student_facts(logits.clone(), tokens.target_ids)
+    logprobs, entropies = read_tokens(logits.clone(), tokens.target_ids)
+    nothing = torch.zeros_like(logprobs)
+    return Evaluation(nothing.sum(), nothing, logprobs, entropies, nothing)
 
 
-def gradient_of(results: TokenResults) -> Tensor:
+def gradient_of(results: Evaluation) -> Tensor:
     """Return the gradient, which must be there."""
     assert results.logits_gradient is not None
     return results.logits_gradient
@@ -106,15 +122,15 @@ def tokens_of(
     """Draw written tokens and candidates as the objective's support has them."""
     rollout = models["teacher"] if rollout is None else rollout
     n, generator = len(rollout), torch.Generator().manual_seed(0)
-    num_candidates = objective.config.num_candidates
+    num_candidates = objective.needs.num_candidates
     candidate_ids = torch.zeros(n, 0, dtype=torch.long)
-    if objective.config.support == "samples":
+    if objective.needs.sampled_candidates:
         candidate_ids = torch.multinomial(rollout.exp(), num_candidates, replacement=True, generator=generator)
     elif num_candidates:
-        chooser = rollout if objective.config.candidates_from == "student" else models["teacher"]
+        chooser = rollout if objective.needs.candidates_from == "student" else models["teacher"]
         candidate_ids = chooser.topk(num_candidates).indices
     target_ids = torch.multinomial(rollout.exp(), 1, generator=generator)[:, 0] if n else torch.zeros(0).long()
-    student_chose = objective.config.candidates_from == "student"
+    student_chose = objective.needs.candidates_from == "student"
     lengths = LENGTHS if n == TOKENS else [n] if n else []
     return make_tokens(target_ids, models, rollout, candidate_ids, student_chose, lengths, **columns)
 

@@ -8,18 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from learner.loss.divergences import (
+from learner.loss.divergences import SMALLEST_TAIL, to_buckets, with_tail
+from tests.learner.loss.builders import (
     BUCKET_DIVERGENCES,
-    SMALLEST_TAIL,
     forward_kl,
     jsd,
+    random_logprobs,
     reverse_kl,
     skewed_forward_kl,
     skewed_reverse_kl,
-    to_buckets,
-    with_tail,
 )
-from tests.learner.loss.builders import random_logprobs
 
 NAMES = sorted(BUCKET_DIVERGENCES)
 TRUNCATIONS = ["generalized", "renormalized", "tail"]
@@ -88,7 +86,7 @@ def test_a_skew_of_0_is_the_plain_divergence_and_of_1_nothing(
     skewed: Callable[[Tensor, Tensor, float], Tensor], plain: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     assert torch.equal(skewed(P, Q, 0.0), plain(P, Q))
-    assert skewed(P, Q, 1.0).item() == 0
+    assert skewed(P, Q, 1.0).item() == pytest.approx(0, abs=1e-15)
 
 
 def test_the_tail_holds_what_is_missing_to_one() -> None:
@@ -117,7 +115,7 @@ def test_truncations_compare_what_they_say() -> None:
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
 @pytest.mark.parametrize("scale", [1.0, 8.0, 40.0])
 def test_value_and_gradient_are_zero_where_student_and_target_agree(name: str, truncation: str, scale: float) -> None:
-    target = random_logprobs(16, 50, seed=6, scale=scale, dtype=torch.float32).clamp(min=-87)
+    target = random_logprobs(16, 50, seed=6, scale=scale, dtype=torch.float32).clamp(min=-80)
     top = target.topk(8).values
     logprobs = top.clone().requires_grad_()
     losses = BUCKET_DIVERGENCES[name](

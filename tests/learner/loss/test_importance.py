@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.loss.policy_gradient import SURROGATES, RatioBounds, importance_ratio
+from cluster.config.objective import ImportanceConfig
+from learner.loss.policy_gradient import SURROGATES, importance_ratio
 
 RATIOS = [0.5, 1.0, 4.0]
-BOUNDS = RatioBounds(low=0.8, high=2.0)
+BOUNDS = ImportanceConfig(low=0.8, high=2.0)
 
 
-def surrogate(kind: str, advantage: float, bounds: RatioBounds = BOUNDS) -> tuple[list[float], list[float]]:
+def surrogate(kind: str, advantage: float, bounds: ImportanceConfig = BOUNDS) -> tuple[list[float], list[float]]:
     """Return losses, and gradients by the student's log-probabilities, at the three ratios."""
     rollout = torch.full((3,), -3.0, dtype=torch.float64)
     student = (rollout + torch.tensor(RATIOS, dtype=torch.float64).log()).requires_grad_()
@@ -41,7 +42,7 @@ def test_losses_and_gradients_are_those_derived_by_hand(
 
 
 def test_a_dual_clip_bounds_the_loss_of_bad_tokens_and_leaves_good_ones_alone() -> None:
-    dual = RatioBounds(low=0.8, high=2.0, dual_clip=3.0)
+    dual = ImportanceConfig(low=0.8, high=2.0, dual_clip=3.0)
     assert surrogate("ppo_clip", -3.0, dual) == (pytest.approx([2.4, 3, 9]), pytest.approx([0, 3, 0]))
     assert surrogate("ppo_clip", 3.0, dual) == surrogate("ppo_clip", 3.0)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.config.presets import PRESETS
-from learner.loss.tokens import StudentFacts, TokenPlan
+from learner.loss.tokens import Evaluation, TokenPlan
 from tests.learner.loss.builders import (
     LENGTHS,
     MODELS,
@@ -80,7 +80,7 @@ def test_chunks_of_any_size_give_the_same(preset: str, size: int) -> None:
         part = objective.evaluate(logits[chosen], tokens[chosen], plan[chosen], of_full, with_gradient=True)
         torch.testing.assert_close(part.losses, whole.losses[chosen], atol=1e-12, rtol=0)
         torch.testing.assert_close(gradient_of(part), gradient_of(whole)[chosen], atol=1e-12, rtol=0)
-        torch.testing.assert_close(part.student.entropy, whole.student.entropy[chosen], atol=1e-12, rtol=0)
+        torch.testing.assert_close(part.entropy, whole.entropy[chosen], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -129,7 +129,7 @@ def test_impossible_tokens_give_finite_losses_and_gradients(preset: str, floor: 
     results = evaluate(objective, logits, replace(tokens, **lowered), models)
     assert results.losses.isfinite().all()
     assert gradient_of(results).isfinite().all()
-    assert results.student.entropy.isfinite().all()
+    assert results.entropy.isfinite().all()
 
 
 @pytest.mark.parametrize("preset", ["tail-topk", "generalized-topk", "gkd", "exact-reverse-kl", "thinking-machines"])
@@ -151,10 +151,10 @@ def test_what_the_student_says_is_reported() -> None:
     objective, logits, tokens, models = random_case("tail-topk")
     results = evaluate(objective, logits, tokens, models)
     logprobs = logits.log_softmax(-1)
-    torch.testing.assert_close(results.student.logprobs, written(logprobs, tokens.target_ids))
-    torch.testing.assert_close(results.student.entropy, -(logprobs.exp() * logprobs).sum(-1))
+    torch.testing.assert_close(results.logprobs, written(logprobs, tokens.target_ids))
+    torch.testing.assert_close(results.entropy, -(logprobs.exp() * logprobs).sum(-1))
     torch.testing.assert_close(results.candidate_mass, logprobs.gather(-1, tokens.candidate_ids).exp().sum(-1))
-    reported = (results.losses, results.student.logprobs, results.student.entropy, results.candidate_mass)
+    reported = (results.losses, results.logprobs, results.entropy, results.candidate_mass)
     assert not any(values.requires_grad for values in reported)
 
 
@@ -195,4 +195,4 @@ def test_a_plan_made_by_hand_is_what_evaluate_follows() -> None:
     plan = TokenPlan(weights, {}, {})
     doubled = objective.evaluate(logits.clone(), tokens, plan, {}, with_gradient=True)
     torch.testing.assert_close(doubled.losses, evaluate(objective, logits, tokens).losses * weights)
-    assert isinstance(doubled.student, StudentFacts)
+    assert isinstance(doubled, Evaluation)

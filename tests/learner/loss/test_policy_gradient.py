@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from learner.loss.policy_gradient import LOG_RATIO_MAPS, MapShape
+from cluster.config.objective import PolicyGradientTerm
+from learner.loss.policy_gradient import LOG_RATIO_MAPS
 
 TARGET, STUDENT = 0.4, 0.1  # D = log 4
 LOG_4 = math.log(4)
@@ -14,7 +15,7 @@ LOG_4 = math.log(4)
 def mapped(name: str, target: float, student: float, **shape: float) -> float:
     """Return the map of one pair of probabilities."""
     log_target, log_student = torch.tensor([target, student], dtype=torch.float64).log()
-    return float(LOG_RATIO_MAPS[name](log_target, log_student, MapShape(**shape)))
+    return float(LOG_RATIO_MAPS[name](log_target, log_student, PolicyGradientTerm(**shape)))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_every_map_is_0_where_target_and_student_agree(name: str) -> None:
 @pytest.mark.parametrize("name", LOG_RATIO_MAPS)
 def test_every_map_is_finite_at_the_ends_of_float32(name: str) -> None:
     lowest, highest = torch.tensor([-87.0, 0.0]), torch.tensor([0.0, -87.0])
-    assert LOG_RATIO_MAPS[name](lowest, highest, MapShape(alpha=0.5)).isfinite().all()
+    assert LOG_RATIO_MAPS[name](lowest, highest, PolicyGradientTerm(alpha=0.5)).isfinite().all()
 
 
 def test_the_proximal_teacher_never_falls_below_its_bound() -> None:

@@ -99,7 +99,7 @@ def test_token_weights_multiply_every_term() -> None:
         "opd-grpo", token_weights={"first_tokens": 3, "first_fraction": 0.5, "position_importance": 1.0}
     )
     results = evaluate(weighted, logits, tokens, models)
-    size = (tokens.logprobs["teacher"] - plain.student.logprobs).abs()[: LENGTHS[0]]
+    size = (tokens.logprobs["teacher"] - plain.logprobs).abs()[: LENGTHS[0]]
     importance = 2 - (size.cumsum(0) - size) / size.sum()
     expected = plain.losses[: LENGTHS[0]] * importance * torch.tensor([1, 1, 1, 0, 0, 0, 0])
     torch.testing.assert_close(results.losses[: LENGTHS[0]], expected, atol=1e-6, rtol=0)
@@ -112,9 +112,9 @@ def test_entropy_weights_use_the_models_that_are_asked_for() -> None:
     found = {}
     for which in ("teacher", "student", "both"):
         weighted = make_objective("thinking-machines", token_weights={"entropy": which})
-        assert weighted.needs_first_pass == (which != "teacher")
+        assert weighted.needs.first_pass == (which != "teacher")
         found[which] = evaluate(weighted, logits, tokens, models).losses / plain.losses
-    sure, unsure = (entropy / entropy[:7].max() for entropy in (tokens.teacher_entropy[:7], plain.student.entropy[:7]))
+    sure, unsure = (entropy / entropy[:7].max() for entropy in (tokens.teacher_entropy[:7], plain.entropy[:7]))
     for which, weights in {"teacher": 2 - sure, "student": 1 + unsure, "both": (2 - sure) * (1 + unsure)}.items():
         torch.testing.assert_close(found[which][:7], weights / weights.mean(), atol=1e-6, rtol=0)
 
@@ -127,7 +127,7 @@ def test_a_whole_text_that_the_student_no_longer_recognises_counts_nothing() -> 
     rollout[7] -= math.log(2.1)  # the trajectory of one token
     rollout[8:] += torch.tensor([2.0, -2.0, 0.5, -0.5], dtype=torch.float64)  # 1 in geometric mean
     results = evaluate(objective, logits, replace(tokens, rollout_logprobs=rollout))
-    assert objective.needs_first_pass
+    assert objective.needs.first_pass
     assert results.losses[7] == 0
     assert gradient_of(results)[7].abs().max() == 0
     assert (results.losses[:7] != 0).all()
@@ -136,10 +136,10 @@ def test_a_whole_text_that_the_student_no_longer_recognises_counts_nothing() -> 
 
 def test_what_needs_whole_trajectories_says_so_and_refuses_to_go_without() -> None:
     for preset in PRESETS:
-        assert small(preset).needs_first_pass == (preset in ("minillm", "iw-opd"))
+        assert small(preset).needs.first_pass == (preset in ("minillm", "iw-opd"))
     for student in ("rollout", "none"):
         term = {"loss": "policy_gradient", "discount": 0.5, "student": student}
-        assert not make_objective(support="sampled", terms={"main": term}).needs_first_pass
+        assert not make_objective(support="sampled", terms={"main": term}).needs.first_pass
     objective, _, tokens, _ = random_case("minillm")
     with pytest.raises(ValueError, match="pass first_pass"):
         objective.plan(tokens, None)

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from learner.loss.divergences import jsd
 from learner.loss.softmax import CPU_BLOCK_ELEMENTS
 from tests.learner.loss.builders import (
     TOKENS,
     VOCABULARY,
     evaluate,
     gradient_of,
+    jsd,
     make_objective,
     make_tokens,
     random_case,
@@ -44,7 +44,7 @@ def test_a_padded_vocabulary_is_compared_on_the_tokens_that_all_models_have(
     torch.testing.assert_close(results.losses, expected.losses, atol=1e-10, rtol=0)
     torch.testing.assert_close(gradient_of(results)[:, :width], gradient_of(expected), atol=1e-10, rtol=0)
     assert gradient_of(results)[:, width:].abs().sum() == 0
-    torch.testing.assert_close(results.student.logprobs, written(logits.log_softmax(-1), tokens.target_ids))
+    torch.testing.assert_close(results.logprobs, written(logits.log_softmax(-1), tokens.target_ids))
 
 
 def test_written_tokens_keep_the_whole_vocabulary_beside_a_divergence_on_the_shared_one() -> None:
@@ -78,7 +78,7 @@ def test_a_large_vocabulary_is_worked_through_in_blocks_of_rows() -> None:
     results = evaluate(make_objective("gkd"), logits, tokens, {"teacher": teacher})
     torch.testing.assert_close(results.losses, expected)
     torch.testing.assert_close(gradient_of(results), gradient, atol=1e-12, rtol=0)
-    torch.testing.assert_close(results.student.logprobs, written(logits, torch.arange(5)))
+    torch.testing.assert_close(results.logprobs, written(logits, torch.arange(5)))
 
 
 def test_several_divergences_over_the_vocabulary_add_up() -> None:

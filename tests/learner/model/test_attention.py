@@ -12,8 +12,8 @@ from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ModelError
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step
+from learner.loss.tokens import Evaluation
 from learner.model.attention import KERNELS, Packing, Segments, choose_kernel, fault_of, grouped, packed_attention
-from learner.model.completion_head import Evaluation
 from learner.model.student import load_student
 from tests.learner.support import SMALL
 

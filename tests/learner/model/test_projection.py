@@ -7,7 +7,7 @@ from torch import nn
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.loss.objective import Objective
 from learner.model.completion_head import CompletionHead
-from learner.model.projection import LogitScaling, Projection, Treatment
+from learner.model.projection import LogitScaling, Projection
 from tests.learner.support import OBJECTIVES, VOCABULARY, make_scored
 
 WIDTH = 24
@@ -20,7 +20,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 def logits_of(rounds, bias=None):
     """Return what a bfloat16 head makes of bfloat16 hidden states, and the products in float64."""
     weight, hidden = random(VOCABULARY, WIDTH, seed=1), random(40, WIDTH, seed=2)
-    projection = Projection(hidden, weight, bias, Treatment(rounds=rounds), with_gradient=False)
+    projection = Projection(hidden, weight, bias, LogitScaling(rounds=rounds), with_gradient=False)
     exact = hidden.double() @ weight.double().t() + (0 if bias is None else bias.double())
     return projection.logits(torch.arange(40)).double(), exact
 
@@ -48,6 +48,6 @@ def test_the_head_hands_back_gradients_in_the_weights_dtype_whatever_its_logits_
 def test_a_gpu_multiplies_into_float32_without_a_copy_of_the_weight():
     """On the meta device torch checks the call and works out shape and dtype, as it would on CUDA."""
     weight, hidden = (torch.empty(rows, WIDTH, dtype=torch.bfloat16, device="meta") for rows in (VOCABULARY, 5))
-    projection = Projection(hidden, weight, None, Treatment(rounds=False), with_gradient=False)
+    projection = Projection(hidden, weight, None, LogitScaling(rounds=False), with_gradient=False)
     logits = projection.logits(torch.arange(5, device="meta"))
     assert (logits.shape, logits.dtype) == ((5, VOCABULARY), torch.float32)

@@ -21,7 +21,7 @@ from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ModelError
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step
-from learner.model.completion_head import Evaluation
+from learner.loss.tokens import Evaluation
 from learner.model.projection import LogitScaling
 from learner.model.student import check_forward, load_student
 from tests.learner.support import SMALL, VOCABULARY

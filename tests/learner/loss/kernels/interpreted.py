@@ -7,18 +7,20 @@ which would travel in shared memory.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.config.objective import ObjectiveConfig, Support
+from cluster.config.objective import ObjectiveConfig
+from learner.loss.divergences import DIVERGENCES, Divergence
 from learner.loss.kernels.choice import fault_of
-from learner.loss.kernels.interface import Comparison, Divergence, Normaliser, RowStatistics
+from learner.loss.kernels.interface import Comparison, Normaliser, RowStatistics
 from learner.loss.kernels.triton_launch import TritonKernels
 from learner.loss.objective import Objective
-from learner.loss.softmax import student_facts
+from learner.loss.softmax import read_tokens
 from learner.loss.tokens import CompletionTokens
 from tests.learner.loss.builders import make_tokens
 
@@ -49,15 +51,15 @@ def evaluate(case: Case, kernels: TritonKernels | None) -> dict[str, np.ndarray]
     models = {name: torch.tensor(values).to(getattr(torch, case.model_dtype)) for name, values in case.models.items()}
     tokens = case.tokens()
     results = objective.evaluate(logits, tokens, objective.plan(tokens, None), models, with_gradient=True)
-    facts = student_facts(torch.from_numpy(case.logits.copy()), tokens.target_ids, kernels)
+    of_first_pass = read_tokens(torch.from_numpy(case.logits.copy()), tokens.target_ids, kernels)
     assert results.logits_gradient is not None
     found = {
         "losses": results.losses,
-        "logprobs": results.student.logprobs,
-        "entropy": results.student.entropy,
+        "logprobs": results.logprobs,
+        "entropy": results.entropy,
         "gradient": results.logits_gradient,
-        "logprobs of a first pass": facts.logprobs,
-        "entropy of a first pass": facts.entropy,
+        "logprobs of a first pass": of_first_pass[0],
+        "entropy of a first pass": of_first_pass[1],
     }
     return {name: values.numpy() for name, values in found.items()}
 
@@ -81,18 +83,18 @@ class Flawed(OnCpu):
 
     flaw: str = ""
 
-    def compare(self, logits: Tensor, target: Tensor, divergence: Divergence) -> Comparison:
+    def compare(self, logits: Tensor, target: Tensor, divergence: str, parameter: float) -> Comparison:
         """Compare, and start only if there is no such flaw."""
-        if self.flaw == f"{divergence.name} does not start":
+        if self.flaw == f"{divergence} does not start":
             raise RuntimeError("out of registers\nand much more")
-        return super().compare(logits, target, divergence)
+        return super().compare(logits, target, divergence, parameter)
 
     def write_gradient(
-        self, logits: Tensor, target: Tensor, divergence: Divergence, comparison: Comparison, weights: Tensor
+        self, logits: Tensor, target: Tensor, divergence: str, parameter: float, comparison: Comparison, weights: Tensor
     ) -> None:
         """Write a gradient that may be off."""
-        super().write_gradient(logits, target, divergence, comparison, weights)
-        if self.flaw == f"{divergence.name} is off":
+        super().write_gradient(logits, target, divergence, parameter, comparison, weights)
+        if self.flaw == f"{divergence} is off":
             logits.mul_(1.01)
 
     def write_probabilities(self, logits: Tensor, whole: Normaliser, factors: Tensor) -> None:
@@ -109,6 +111,21 @@ class Flawed(OnCpu):
         return found
 
 
-def fault_interpreted(flaw: str, support: Support) -> str | None:
+def fault_interpreted(flaw: str, whole_vocabulary: bool) -> str | None:
     """Return what the choice finds in kernels with a flaw; to be called in the interpreter's process."""
-    return fault_of(Flawed(block=4096, flaw=flaw), torch.device("cpu"), support)
+    return fault_of(Flawed(block=4096, flaw=flaw), torch.device("cpu"), whole_vocabulary)
+
+
+TORCH_ONLY = Divergence(lambda d, _: d.exp() - 1 - d)
+
+
+def fault_with_another_divergence() -> str | None:
+    """Return the same of kernels without a flaw, when the table has a divergence that they do not know."""
+    with patch.dict(DIVERGENCES, {"torch_only": TORCH_ONLY}):
+        return fault_interpreted("", True)
+
+
+def compare_interpreted(divergence: str, logits: np.ndarray) -> None:
+    """Start the kernels on a divergence of any name; to be called in the interpreter's process."""
+    values = torch.from_numpy(logits)
+    OnCpu().compare(values, values.clone(), divergence, 0.0)

@@ -9,8 +9,8 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.errors import CompilationError
 
-from learner.loss.exact import EXACT_DIVERGENCES
 from learner.loss.kernels import triton_kernels
 from learner.loss.kernels.triton_launch import BLOCK, NUM_WARPS
 
@@ -24,7 +24,7 @@ COMPILED = [(triton_kernels.statistics_kernel, None), (triton_kernels.probabilit
 COMPILED += [
     (kernel, name)
     for kernel in (triton_kernels.compare_kernel, triton_kernels.gradient_kernel)
-    for name in EXACT_DIVERGENCES
+    for name in sorted(triton_kernels.KNOWN)
 ]
 
 
@@ -68,3 +68,8 @@ def test_every_kernel_compiles_reads_sixteen_bytes_at_a_time_and_leaves_room_for
 
 def test_a_target_in_bfloat16_compiles() -> None:
     assert len(compiled(triton_kernels.compare_kernel, "jsd", 90, target="*bf16").asm["cubin"]) > 1000
+
+
+def test_a_divergence_that_no_branch_computes_does_not_compile() -> None:
+    with pytest.raises(CompilationError, match="no branch of _value_and_slope computes this divergence"):
+        compiled(triton_kernels.gradient_kernel, "alpha", 90)

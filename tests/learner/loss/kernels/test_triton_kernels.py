@@ -12,14 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.loss.exact import EXACT_DIVERGENCES
+from cluster.config.objective import DivergenceTerm
+from learner.loss.divergences import DIVERGENCES
+from learner.loss.evaluators import takes_fused
 from learner.loss.kernels.choice import choose_kernels
-from learner.loss.kernels.interface import Divergence
 from learner.loss.kernels.triton_launch import TritonKernels
+from learner.loss.terms import DivergenceLoss
 from tests.learner.loss.builders import entropy, random_logprobs, written
-from tests.learner.loss.kernels.interpreted import Case, evaluate, evaluate_interpreted, fault_interpreted
+from tests.learner.loss.kernels.interpreted import (
+    Case,
+    compare_interpreted,
+    evaluate,
+    evaluate_interpreted,
+    fault_interpreted,
+    fault_with_another_divergence,
+)
 
-NAMES = sorted(EXACT_DIVERGENCES)
+NAMES = sorted(DIVERGENCES)
 TOKENS, VOCABULARY = 4, 37  # three tiles of 16, the last of them not full
 SECONDS = 200.0
 
@@ -185,20 +194,41 @@ def test_kernels_are_chosen_only_if_they_agree_with_plain_torch(
     assert (found is None) if says is None else found is not None and found.startswith(says)
 
 
+def test_a_divergence_without_a_twin_leaves_the_kernels_to_the_others(interpreter: ProcessPoolExecutor) -> None:
+    assert interpreter.submit(fault_with_another_divergence).result(SECONDS) is None
+
+
+def test_each_term_is_offered_to_the_kernels_by_itself() -> None:
+    kernels, logits = TritonKernels(device_type="cpu"), torch.ones(3, 5)
+    terms = {
+        name: {"main": DivergenceLoss("main", DivergenceTerm(divergence=name))}
+        for name in (*NAMES, "tests.learner.loss.kernels.interpreted:TORCH_ONLY")
+    }
+    fused = {name for name, of_name in terms.items() if takes_fused(of_name, kernels, logits)}
+    assert fused == set(NAMES)
+
+
+def test_kernels_refuse_a_divergence_that_no_branch_computes(interpreter: ProcessPoolExecutor) -> None:
+    logits = logits_of(VOCABULARY, seed=0)
+    assert "no branch of _value_and_slope computes this divergence" in str(
+        interpreter.submit(compare_interpreted, "alpha", logits.numpy()).exception(SECONDS)
+    )
+
+
 def test_a_card_without_triton_takes_plain_torch_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     for name in ("triton_launch", "triton_kernels"):
         monkeypatch.delitem(sys.modules, f"learner.loss.kernels.{name}", raising=False)
-    assert choose_kernels(torch.device("cuda"), "full") is None
+    assert choose_kernels(torch.device("cuda"), True) is None
     (record,) = caplog.records
     assert record.getMessage().startswith("learner: the kernels over logits are not used, but plain torch")
     assert "triton" in record.getMessage()
 
 
 def test_a_cpu_takes_plain_torch() -> None:
-    assert choose_kernels(torch.device("cpu"), "full") is None
+    assert choose_kernels(torch.device("cpu"), True) is None
 
 
 def test_kernels_take_rows_of_float32_on_their_kind_of_device() -> None:
@@ -212,15 +242,13 @@ def test_kernels_take_rows_of_float32_on_their_kind_of_device() -> None:
 @pytest.mark.parametrize(
     ("name", "parameter", "same_as"),
     [
-        ("jsd", 0.0, ("forward_kl", 0.0)),
-        ("jsd", 1.0, ("reverse_kl", 0.0)),
-        ("skewed_forward_kl", 0.0, ("forward_kl", 0.0)),
-        ("skewed_reverse_kl", 0.0, ("reverse_kl", 0.0)),
-        ("skewed_reverse_kl", 1.0, ("skewed_reverse_kl", 1.0)),
-        ("jsd", 0.3, ("jsd", 0.3)),
+        ("jsd", 0.0, "forward_kl"),
+        ("jsd", 1.0, "reverse_kl"),
+        ("skewed_forward_kl", 0.0, "forward_kl"),
+        ("skewed_reverse_kl", 0.0, "reverse_kl"),
+        ("skewed_reverse_kl", 1.0, "skewed_reverse_kl"),
+        ("jsd", 0.3, "jsd"),
     ],
 )
-def test_the_ends_of_a_parameter_are_the_divergences_that_they_are(
-    name: str, parameter: float, same_as: tuple[str, float]
-) -> None:
-    assert Divergence.of(name, parameter) == Divergence(*same_as)
+def test_the_ends_of_a_parameter_are_the_divergences_that_they_are(name: str, parameter: float, same_as: str) -> None:
+    assert DIVERGENCES[name].at(parameter) == DIVERGENCES[same_as]
