@@ -80,13 +80,9 @@ class RolloutActor:
     async def start_rollout(
         self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
     ) -> tuple[pa.Buffer, BatchHandle]:
-        """Hand all requests, at least one, to the engine and return the first batch, as `next_batch` does.
+        """Start to sample all requests, at least one, and return the first batch, as `next_batch` does.
 
-        Args:
-            call: names the rollout in `next_batch`; no two are equal.
-            requests: the trajectories to sample.
-            sampling: how to sample.
-            priority: requests of a call with a lower one run first.
+        `call` names the rollout in `next_batch`; no two are equal.
         """
         self._rollouts[call] = self._worker.generate(requests, sampling, priority)
         return await self.next_batch(call)

@@ -55,7 +55,8 @@ class RolloutPool:
     """Spreads requests over rollout actors and hands back batches as they finish anywhere.
 
     The others take over at once what a dead worker owes; the worker is started again, gets the prompts and the current
-    weights, and takes part from then on.
+    weights, and takes part from then on. Calls raise ActorError when workers die more often than they may, and
+    RolloutError when an engine gives up a request.
     """
 
     def __init__(
@@ -160,10 +161,6 @@ class RolloutPool:
         """Return the batches among references that are ready, and ask their workers for the next ones, if any.
 
         References that are not of this pool are passed over.
-
-        Raises:
-            RolloutError: an engine gave up a request.
-            ActorError: workers died more often than they may.
         """
         taken = (self._take(reference) for reference in ready if reference in self._awaited)
         handles = [handle for handle in taken if handle is not None]
@@ -177,9 +174,6 @@ class RolloutPool:
         """Replace workers that died unnoticed, start those whose rest is over, and return references to wait for.
 
         They are of batches that are owed, and of what starting workers do; `collect` takes those that are ready.
-
-        Raises:
-            ActorError: workers died more often than they may.
         """
         for worker in self._replicas.maintain():
             self._reassign(worker)
@@ -189,11 +183,7 @@ class RolloutPool:
         return [*self._awaited, *self._replicas.arriving]
 
     def abandon(self) -> None:
-        """Forget all rollouts, and let weights of an earlier policy version follow.
-
-        Raises:
-            ActorError: workers died more often than they may.
-        """
+        """Forget all rollouts, and let weights of an earlier policy version follow."""
         self._awaited.clear()
         self._unassigned.clear()
         for worker in self._replicas.serving:
@@ -214,26 +204,22 @@ class RolloutPool:
         """Name the workers that owe a batch, or are on their way."""
         owing = sorted({awaited.worker for awaited in self._awaited.values()})
         names = [self._replicas.name(worker) for worker in owing]
-        return ", ".join(names or [f"{self._name}, of which nobody serves"] * bool(self._unassigned))
+        return ", ".join(names or [f"{self._name}, of which none serves"] * bool(self._unassigned))
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> Iterator[BatchHandle]:
-        """Yield every requested trajectory once, in batches, in the order in which they finish; nothing else may run.
+        """Yield every requested trajectory once, in batches, as they finish; nothing else may run."""
 
-        Raises:
-            RolloutError: an engine gave up a request.
-            ActorError: an actor died, or none finished a batch in time; says which are late.
-        """
+        def waiting_for() -> str:
+            return f"a batch of trajectories from {self.late()}"
+
         self.submit(next(self._rollout_ids), requests, sampling)
         while self._awaited or self._unassigned:
-            ready = self.cluster.wait_for_any(self.maintain, self._timeouts.call_seconds, self._waited_for)
+            ready = self.cluster.wait_for_any(self.maintain, self._timeouts.call_seconds, waiting_for)
             yield from self.collect(ready)
 
     def shutdown(self) -> None:
         """End engines and actors; no process stays."""
         self._replicas.shutdown()
-
-    def _waited_for(self) -> str:
-        return f"a batch of trajectories from {self.late()}"
 
     def _take(self, reference: Any) -> BatchHandle | None:
         """Return a batch that is there, or nothing when its worker died."""
