@@ -143,6 +143,10 @@ def test_a_run_learns_from_both_answers_and_its_ledger_is_right(tmp_path: Path) 
         # Teachers and learner take the sampled tokens of both answers, and the learner computes what the engine did.
         assert record["teacher/scored_tokens"] == record["rollout/tokens"] == record["completion_tokens"]
         assert record["train/sampler_learner_gap_max"] < 1e-4
+        # Every prompt has 10 tokens, and every hint 2; most first answers of the untrained student are wrong.
+        hint_tokens = record["tokens"] - record["completion_tokens"] - 32 * 10
+        assert 2 * 8 < hint_tokens <= 2 * 32
+        assert hint_tokens % 2 == 0
     samples = [json.loads(line) for line in directory.samples.read_text().splitlines()]
-    # The hint stands between the two answers, and is no part of the completion.
-    assert any(re.search(r"= \d+ \d+ \+", sample["completion"]) for sample in samples)
+    # After its result the student ends an answer or marks a miss; anything else there begins a second answer.
+    assert any(re.search(r"= \d+ [^x]", sample["completion"]) for sample in samples)
