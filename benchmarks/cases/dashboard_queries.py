@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
+from benchmarks.harness.grafana import DASHBOARD
 from benchmarks.harness.process_trees import descendants, end
 from benchmarks.harness.prometheus import SCRAPE_SECONDS, Prometheus, prometheus
 from benchmarks.harness.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
-from cluster.monitoring.dashboard import DASHBOARD
 
 DISCOVERY = "prom_metrics_service_discovery.json"
 START_SECONDS = 200.0

@@ -29,7 +29,7 @@ class InstallError(Exception):
 
 
 def main() -> int:
-    """Installs, or explains in one sentence why it cannot."""
+    """Install, or explains in one sentence why it cannot."""
     root = Path(__file__).resolve().parents[2]
     try:
         check_python(sys.version_info[:2], platform.python_implementation())
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def install(root: Path, backend: str) -> None:
-    """Makes `.venv` under `root` hold exactly the backend's lock and the project; does nothing when it already does."""
+    """Make `.venv` under `root` hold exactly the backend's lock and the project; do nothing when it already does."""
     venv = root / ".venv"
     lock = root / "cluster" / "install" / f"{backend}.lock"
     packages_key = digest(lock.read_bytes(), str(sys.implementation.cache_tag).encode(), str(venv).encode())
@@ -63,7 +63,7 @@ def install(root: Path, backend: str) -> None:
 
 
 def check_python(version: "tuple[int, ...]", implementation: str) -> None:
-    """Refuses an interpreter that the locks were not resolved for."""
+    """Refuse an interpreter that the locks were not resolved for."""
     if implementation != "CPython" or tuple(version) not in SUPPORTED_PYTHONS:
         wanted = " or ".join("{}.{}".format(*supported) for supported in SUPPORTED_PYTHONS)
         present = f"{implementation} {version[0]}.{version[1]}"
@@ -73,7 +73,7 @@ def check_python(version: "tuple[int, ...]", implementation: str) -> None:
 
 
 def check_machine() -> None:
-    """Refuses a machine for which the locked packages have no builds."""
+    """Refuse a machine for which the locked packages have no builds."""
     system, machine = platform.system(), platform.machine()
     if (system, machine) != ("Linux", "x86_64"):
         raise InstallError(f"this is {system} on {machine}, the locked packages exist for Linux on x86_64 only")
@@ -87,7 +87,7 @@ def check_machine() -> None:
 
 
 def check_compiler(environment: "dict[str, str]") -> None:
-    """Refuses a machine without a C and a C++ compiler: DeepSpeed and vLLM compile when they first start."""
+    """Refuse a machine without a C and a C++ compiler: DeepSpeed and vLLM compile when they first start."""
     for language, variable, default in (("C", "CC", "gcc"), ("C++", "CXX", "g++")):
         compiler = environment.get(variable) or default
         if shutil.which(compiler.split()[0], path=environment.get("PATH")) is None:
@@ -98,7 +98,7 @@ def check_compiler(environment: "dict[str, str]") -> None:
 
 
 def check_disk(folder: Path, needed_gb: int) -> None:
-    """Refuses a disk that the environment would fill."""
+    """Refuse a disk that the environment would fill."""
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < needed_gb:
         raise InstallError(f"{folder} has {free_gb:.1f} GB free, the environment needs about {needed_gb} GB")
@@ -106,7 +106,7 @@ def check_disk(folder: Path, needed_gb: int) -> None:
 
 @contextlib.contextmanager
 def only_one(root: Path) -> "Iterator[None]":
-    """Waits until no other process installs into the same clone: two of them would delete each other's files."""
+    """Wait until no other process installs into the same clone: two of them would delete each other's files."""
     import fcntl  # Linux has it; other systems have to hear first that they are not supported
 
     folder = os.open(root, os.O_RDONLY)
@@ -118,7 +118,7 @@ def only_one(root: Path) -> "Iterator[None]":
 
 
 def choose_backend() -> str:
-    """Returns `cuda` where an NVIDIA driver answers, else `cpu`; `PRECEPTOR_BACKEND` overrules."""
+    """Return `cuda` where an NVIDIA driver answers, else `cpu`; `PRECEPTOR_BACKEND` overrules."""
     chosen = os.environ.get("PRECEPTOR_BACKEND", "")
     if chosen:
         if chosen not in FREE_GB:
@@ -131,7 +131,7 @@ def choose_backend() -> str:
 
 
 def create_environment(venv: Path) -> None:
-    """Replaces whatever is at `venv`: packages that were half written, or belong to another lock, never mix."""
+    """Replace whatever is at `venv`: packages that were half written, or belong to another lock, never mix."""
     print(f"Creating {venv} with Python {platform.python_version()}.", flush=True)
     # Not `sys.executable`: this may run in the very environment that is replaced.
     base = Path(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info[:2]))
@@ -142,7 +142,7 @@ def create_environment(venv: Path) -> None:
 
 
 def install_lock(venv: Path, lock: Path) -> None:
-    """Installs every pin of `lock`; torch's CPU build first, as only that may come from PyTorch's own index."""
+    """Install every pin of `lock`; torch's CPU build first, as only that may come from PyTorch's own index."""
     pins = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
     print(f"Installing {len(pins)} packages from {lock.name}; this takes minutes.", flush=True)
     torch = next(pin for pin in pins if pin.startswith("torch=="))
@@ -152,7 +152,7 @@ def install_lock(venv: Path, lock: Path) -> None:
 
 
 def install_cpu_torch(venv: Path, pin: str) -> None:
-    """Installs the CPU build from where pip looks by itself, else from PyTorch's index (PyPI has the CUDA build only).
+    """Install the CPU build from where pip looks by itself, else from PyTorch's index (PyPI has the CUDA build only).
 
     The index is named for this one package and command, so it cannot supply any other.
     """
@@ -166,7 +166,7 @@ def install_cpu_torch(venv: Path, pin: str) -> None:
 
 
 def pip(venv: Path, *arguments: str, quiet: bool = False) -> None:
-    """Runs the environment's pip, which prints errors only (none when `quiet`), and raises when it fails."""
+    """Run the environment's pip, which prints errors only (none when `quiet`); raise when it fails."""
     command = [
         str(venv / "bin" / "python"),
         "-m",
@@ -185,7 +185,7 @@ def pip(venv: Path, *arguments: str, quiet: bool = False) -> None:
 
 
 def read_stamp(venv: Path) -> "tuple[str, str]":
-    """Returns what the environment was built from: (packages, project), two empty strings without all the packages."""
+    """Return what the environment was built from: (packages, project), two empty strings without all the packages."""
     stamp = venv / STAMP
     if not stamp.exists() or not (venv / "bin" / "python").exists():
         return "", ""
@@ -194,12 +194,11 @@ def read_stamp(venv: Path) -> "tuple[str, str]":
 
 
 def write_stamp(venv: Path, packages_key: str, project_key: str) -> None:
-    """Records what the environment was built from."""
     (venv / STAMP).write_text(f"{packages_key} {project_key}\n")
 
 
 def digest(*parts: bytes) -> str:
-    """Returns one hash for several byte strings, each of which counts with its length."""
+    """Return one hash for several byte strings, each of which counts with its length."""
     return hashlib.sha256(b"".join(b"%d:%s" % (len(part), part) for part in parts)).hexdigest()
 
 

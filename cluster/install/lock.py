@@ -18,7 +18,6 @@ HEADER = "# Every package of the environment. Regenerate with `python -m cluster
 
 
 def main() -> int:
-    """Writes both locks."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--upgrade", action="store_true", help="move every pin to the newest version the inputs allow")
     upgrade = parser.parse_args().upgrade
@@ -31,7 +30,7 @@ def main() -> int:
 
 
 def resolve(backend: str, lock: Path, upgrade: bool) -> str:
-    """Returns the pins that hold for every supported Python, one a line."""
+    """Return the pins that hold for every supported Python, one a line."""
     oldest, *others = SUPPORTED_PYTHONS
     # uv takes the pins already in its output file as preferences.
     compile_pins(backend, oldest, *(["--upgrade"] if upgrade else []), "--output-file", str(lock))
@@ -45,7 +44,7 @@ def resolve(backend: str, lock: Path, upgrade: bool) -> str:
 
 
 def compile_pins(backend: str, python: "tuple[int, int]", *options: str) -> str:
-    """Asks uv for one resolution on the oldest Linux that we support."""
+    """Ask uv for one resolution on the oldest Linux that we support."""
     command = ["uv", "pip", "compile", "pyproject.toml", "--group", "dev", "--group", backend, *options]
     command += ["--python-version", "{}.{}".format(*python), "--no-header", "--no-annotate", "--quiet"]
     command += ["--python-platform", "x86_64-manylinux_{}_{}".format(*MIN_GLIBC)]

@@ -32,7 +32,6 @@ class NamedFile:
 
     @property
     def size_bytes(self) -> int:
-        """Return the size of all that it holds."""
         below = [Path(parent, name) for parent, _, names in os.walk(self.path) for name in names]
         return sum(path.stat().st_size for path in (below or [self.path]))
 

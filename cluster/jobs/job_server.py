@@ -77,7 +77,6 @@ class JobServer:
             )
 
     def submit(self, job: Job, folder: Path) -> None:
-        """Send a folder's files and start the command among them."""
         with self._in_our_words():
             self._client.submit_job(
                 submission_id=job.job_id,
@@ -229,7 +228,6 @@ def _url(address: str | None) -> str:
 
 @contextmanager
 def _without(names: tuple[str, ...]) -> Iterator[None]:
-    """Hide variables of the environment."""
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield

@@ -50,7 +50,6 @@ class LmHead:
 
     @property
     def vocabulary_size(self) -> int:
-        """Return the number of tokens of the head."""
         return self.weight.shape[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -67,7 +66,6 @@ class LmHead:
         return scale_logits(logits, self.logit_factor, self.softcap)
 
     def to(self, device: torch.device | str) -> "LmHead":
-        """Return the same head on a device."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)
 

@@ -62,7 +62,6 @@ class Alarms:
     _watches: dict[str, "_Watch"] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin without a past."""
         self._watches = {name: _Watch(config) for name, config in self.configs.items() if config.action != "off"}
 
     def check(self, record: Record) -> list[Raised]:
@@ -133,7 +132,6 @@ class LengthCap:
         self._changes.append((after_step + self.max_staleness, lowered))
 
     def at(self, step: int) -> int:
-        """Return the cap of a step, counted from 0."""
         return next((tokens for first, tokens in reversed(self._changes) if first <= step), self.max_completion_tokens)
 
     def _latest(self) -> int:

@@ -44,5 +44,4 @@ def panels() -> tuple[Panel, ...]:
 
 
 def all_metrics() -> list[Metric]:
-    """Return all metrics in the table's order."""
     return [metric for panel in panels() for metric in panel.metrics]

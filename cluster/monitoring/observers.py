@@ -28,7 +28,6 @@ class StepSample:
 
     @property
     def step(self) -> int:
-        """Return its number, from 1."""
         return int(self.record["step"])
 
 
@@ -54,11 +53,9 @@ class Observers:
             self._notify(observer, partial(observer.on_step, sample))
 
     def __enter__(self) -> Self:
-        """Change nothing."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Close every observer."""
         for observer in list(self._observers):
             self._notify(observer, partial(observer.close, ending_of(error)))
 

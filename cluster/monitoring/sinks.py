@@ -48,7 +48,6 @@ class PlainView:
     """Prints one line per step, for logs and pipes."""
 
     def say(self, line: str) -> None:
-        """Print the line at once."""
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
@@ -70,16 +69,13 @@ class LiveView:
         self._records: list[Record] = []
 
     def say(self, line: str) -> None:
-        """Print above the table."""
         self._console.print(line, highlight=False, markup=False)
 
     def show(self, record: Record) -> None:
-        """Add a row."""
         self._records = [*self._records, record][-_ROWS_SHOWN:]
         self._live.update(self._table(), refresh=True)
 
     def finish(self) -> None:
-        """Stop redrawing the table."""
         self._live.stop()
 
     def _table(self) -> Table:

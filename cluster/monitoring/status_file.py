@@ -48,7 +48,6 @@ class StatusFile:
         self._change(state="running", step=first_step)
 
     def on_step(self, sample: StepSample) -> None:
-        """Write down the step and the pools."""
         self._change(step=sample.step, pools=tuple(sample.pools))
 
     def close(self, ending: Ending) -> None:
@@ -67,13 +66,11 @@ class KeptStatus:
         self._thread = threading.Thread(target=self._give_signs_of_life, name="status", daemon=True)
 
     def __enter__(self) -> None:
-        """Say that the run starts."""
         now = time.time()
         _write(self._path, Status("starting", os.getpid(), socket.gethostname(), now, now))
         self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Say how it ended."""
         self._over.set()
         self._thread.join()
         with suppress(OSError):  # what ended the run may be a full disk, and is what the user must hear

@@ -29,7 +29,6 @@ class Trace:
         self._last: deque[list[Span]] = deque(maxlen=num_steps)
 
     def on_step(self, sample: StepSample) -> None:
-        """Keep a step's calls."""
         spans = list(sample.spans[:MOST_SPANS_PER_STEP])
         spans += [span for pool in sample.pools if pool.name == "rollout" for span in _syncs(spans, pool.serving)]
         if len(self._first) == self._num_steps:
@@ -40,7 +39,6 @@ class Trace:
             self._write()
 
     def close(self, ending: Ending) -> None:
-        """Write what was kept."""
         self._write()
 
     def _write(self) -> None:

@@ -57,7 +57,6 @@ class TensorBoardObserver:
         self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def on_step(self, sample: StepSample) -> None:
-        """Write the step's metrics and the distribution of the completions' lengths."""
         for name, value in _finite(sample.record).items():
             self._writer.add_scalar(name, value, sample.step)
         if sample.completion_lengths:
@@ -65,7 +64,6 @@ class TensorBoardObserver:
         self._writer.flush()
 
     def close(self, ending: Ending) -> None:
-        """Close the file."""
         self._writer.close()
 
 
@@ -86,11 +84,9 @@ class WandbObserver:
         )
 
     def on_step(self, sample: StepSample) -> None:
-        """Log the step's metrics."""
         self._run.log(_finite(sample.record), step=sample.step)
 
     def close(self, ending: Ending) -> None:
-        """End the W&B run."""
         self._run.finish(exit_code=1 if ending == "failed" else 0)
 
 

@@ -17,11 +17,9 @@ class StopRequest:
 
     @property
     def is_asked(self) -> bool:
-        """Return whether it was asked for."""
         return self._asked.is_set()
 
     def ask(self) -> None:
-        """Ask for it; another time changes nothing."""
         self._asked.set()
 
 

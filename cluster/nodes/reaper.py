@@ -56,7 +56,6 @@ class ProcessTree:
             self._owned |= {name for name in new if _inode(SHARED_MEMORY / name) in mapped}
 
     def shared_memory(self) -> list[Path]:
-        """Return the noted entries that are still there."""
         return [path for name in sorted(self._owned) if (path := SHARED_MEMORY / name).exists()]
 
     def _is_marked(self, pid: int) -> bool:

@@ -27,7 +27,6 @@ class NodeCapacity:
         return cls(int(cpus * CPU_UNITS + 0.5), gpus)
 
     def less(self, other: "NodeCapacity", times: int = 1) -> "NodeCapacity":
-        """Return what is left when `other` is taken so many times."""
         return NodeCapacity(self.cpu_units - times * other.cpu_units, self.gpus - times * other.gpus)
 
     def times_that_fit(self, other: "NodeCapacity") -> int:
@@ -96,7 +95,6 @@ class _Nodes:
         self.left[node] = self.left[node].less(share, times)
 
     def refuse(self, demand: Demand, worker: int) -> PlacementError:
-        """Return the error of a worker that fits nowhere."""
         share = demand.share
         most = max((capacity.gpus for capacity in self.left), default=0)
         if share.gpus > most:

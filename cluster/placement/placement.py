@@ -34,7 +34,6 @@ class NodeResources:
 
     @property
     def capacity(self) -> NodeCapacity:
-        """Return it in whole units."""
         return NodeCapacity.of(self.cpus, self.gpus)
 
 
@@ -61,7 +60,6 @@ class PoolPlacement:
         return share
 
     def options(self) -> list[dict[str, Any]]:
-        """Return Ray actor options, one per worker."""
         # Soft: a worker whose node is dead goes to any other with room; while its node lives, its share waits there.
         return [
             self.share
@@ -80,12 +78,10 @@ class Placement:
 
     @property
     def pools(self) -> list[PoolPlacement]:
-        """Return all shares in data-flow order."""
         return [self.rollout, *{share.name: share for share in self.teachers.values()}.values(), self.learner]
 
     @property
     def on_gpu(self) -> bool:
-        """Return whether the workers have GPUs."""
         return self.learner.gpus_per_worker > 0
 
 

@@ -16,7 +16,7 @@ from urllib.error import URLError
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from cluster.monitoring.dashboard import DASHBOARD, exported_name
+from benchmarks.harness.grafana import DASHBOARD, exported_name
 from cluster.monitoring.metric_table import COMPLETION_LENGTHS, EVERY_STEP, all_metrics
 from tests.end_to_end.conftest import STEPS, ShortRun
 from tests.end_to_end.runs import ENDED_SECONDS, Run, preceptor, running

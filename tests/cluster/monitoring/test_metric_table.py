@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cluster.monitoring.dashboard import DASHBOARD, dashboard, dashboard_text, exported_name, markdown_table, queries
+from benchmarks.harness.grafana import DASHBOARD, dashboard, dashboard_text, exported_name, markdown_table, queries
 from cluster.monitoring.metric_table import all_metrics, panels
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
@@ -14,7 +14,7 @@ PLACES = [panel["gridPos"] for panel in dashboard()["panels"]]
 
 
 def test_the_dashboards_file_is_made_from_the_table() -> None:
-    assert DASHBOARD.read_text() == dashboard_text(), "run python -m cluster.monitoring.dashboard"
+    assert DASHBOARD.read_text() == dashboard_text(), "run python -m benchmarks.harness.grafana"
 
 
 def test_the_documented_table_is_the_one_in_the_code() -> None:

@@ -1,6 +1,6 @@
 """Makes the Grafana dashboard and the table in docs/metrics.md from the table of metrics.
 
-`python -m cluster.monitoring.dashboard` writes the dashboard's file and prints the table.
+`python -m benchmarks.harness.grafana` writes the dashboard's file and prints the table.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from cluster.monitoring.metric_table import Metric, Panel, panels
 
-DASHBOARD = Path(__file__).parent / "dashboards" / "preceptor.json"
+DASHBOARD = Path(__file__).parents[2] / "cluster" / "monitoring" / "dashboards" / "preceptor.json"
 UID = "preceptorDashboard"  # as Ray's own dashboards: rayDefaultDashboard, rayDataDashboard, ...
 PANELS_PER_ROW, PANEL_HEIGHT, GRID_WIDTH = 2, 8, 24  # as Ray lays its panels out
 QUANTILES = (0.5, 0.95, 0.99)
