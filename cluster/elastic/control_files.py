@@ -1,7 +1,7 @@
 """Passes control requests to a running driver and its answers back: two files in the run directory.
 
 Commands that come together are answered one after the other: each leaves its request when the one that lies there is
-answered, and again when another's took its place. Who may write there may also stop the run; no port is opened for it.
+answered, and again when another's took its place. A user who may write there may also stop the run; no port is opened.
 """
 
 import time
@@ -15,7 +15,7 @@ import msgspec
 from cluster.config.run_directory import ControlFiles
 from cluster.contracts.errors import PreceptorError
 
-CHECK_SECONDS = 1.0  # between two looks of the driver
+CHECK_SECONDS = 1.0  # between two reads of the driver
 ANSWER_SECONDS = 60.0  # the driver answers between two events of the run, of which a slow step has few
 POLL_SECONDS = 0.2
 
@@ -31,16 +31,16 @@ Struct = TypeVar("Struct")
 
 
 class _Named(msgspec.Struct, frozen=True):
-    """What every message begins with."""
+    """Begins every message."""
 
     request_id: str
 
 
 class ControlRequests:
-    """The driver's side: finds requests that are new, and answers them."""
+    """Finds requests that are new, and answers them; the driver's side."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, last_request: str = "") -> None:
-        """Begin to look; the request whose id is `last_request` counts as old."""
+        """Count the request whose id is `last_request` as old."""
         self._clock = clock
         self._last_request = last_request
         self._next_poll = 0.0
@@ -58,7 +58,7 @@ class ControlRequests:
         return request
 
     def answer(self, path: Path, answer: _Message) -> None:
-        """Answer a request; the next one is not looked at before whoever waits for this answer has seen it."""
+        """Answer a request; the next one is not read before the command that waits has read this answer."""
         write_message(path, answer)
         self._next_poll = self._clock() + CHECK_SECONDS
 
@@ -69,7 +69,7 @@ def ask_driver(
     """Leave a request when no other waits for its answer, and wait for the driver's answer to it.
 
     Raises:
-        PreceptorError: nobody answered.
+        PreceptorError: no driver answered.
     """
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:

@@ -46,7 +46,7 @@ Pools = Callable[[], Mapping[str, ScalablePool]]  # by the names of the command:
 
 
 class ScaleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Asks a running driver for sizes of pools."""
+    """Requests sizes of pools from a running driver."""
 
     request_id: str
     sizes: dict[str, int]  # by pool: "rollout" or "teachers.NAME"
@@ -137,7 +137,7 @@ def ask(files: ControlFiles, sizes: Mapping[str, int], timeout_seconds: float = 
 
     Raises:
         PlacementError: it refused; says why.
-        PreceptorError: nobody answered.
+        PreceptorError: no driver answered.
     """
     answer = ask_driver(files, ScaleRequest(uuid4().hex, dict(sizes)), ScaleResponse, timeout_seconds)
     if answer.refusal is not None:
@@ -174,7 +174,7 @@ def describe(sizes: Mapping[str, int]) -> str:
 def need_of(teachers: Collection[str], config: Config, inputs: Inputs, next_step: int) -> str | None:
     """Say what a run that has `next_step` steps behind it needs one of these teachers for; None: nothing.
 
-    Example of what it says: "step 13 asks prompts that teacher math scores".
+    Example of a result: "step 13 asks prompts that teacher math scores".
     """
     served = {
         route: [name for name, _ in config.scorers(route) if name in teachers]

@@ -112,7 +112,7 @@ class WorkMeter:
 
         The seconds of a token are those of the fastest completion. Where completions had to wait, an engine's limit is
         what ran together; where it is slower when it is full, both are too small by the same factor, which leaves the
-        work as it is. Where all ran from the start, the limit is the engine's own, or what was seen when some waited.
+        work as it is. Where all ran from the start, the limit is the engine's own, or one seen before.
         """
         token_seconds = float(np.min(ended / lengths))
         together = most_at_a_time(ended - lengths * token_seconds, ended)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rollout_workers.pool import RolloutPool
     from teacher_workers.router import Chain
 
-SAMPLES_KEPT = 8  # completions per evaluation that are written out for people
+SAMPLES_KEPT = 8  # completions per evaluation that samples.jsonl shows
 
 
 @dataclass(frozen=True)
