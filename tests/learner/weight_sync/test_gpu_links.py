@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from threading import Event
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +52,10 @@ TINY = {
 PLAIN_HANDLE = {name: [0] if name in ("size", "stride") else 0 for name in HANDLE_FIELDS}
 
 
-def receiver(cls: type[VllmReceiver]) -> VllmReceiver:
+def receiver(cls: Any) -> VllmReceiver:
     """Return a receiver that joined nothing."""
-    config: Any = SimpleNamespace(parallel_config=None, model_config=None)
-    return cls(cast(Any, None), config, torch.device("cpu"), torch.nn.Module())
+    config = SimpleNamespace(parallel_config=None, model_config=None)
+    return cls(None, config, torch.device("cpu"), torch.nn.Module())
 
 
 def test_an_engines_ranks_follow_those_of_the_engine_before() -> None:
