@@ -44,7 +44,7 @@ class Payload(Protocol):
         """
 
     def decode(self, bucket: Bucket, encoded: Encoded) -> Iterator[Bytes]:
-        """Yield every tensor's bytes, which must stay as they are until the update ends; nothing is to be raised."""
+        """Yield every tensor's bytes, which must stay as they are until the update ends; an error makes it fail."""
 
 
 class FullPayload:
