@@ -169,7 +169,7 @@ def export(engine: "TrainEngine", tokenizer: "PreTrainedTokenizerBase", folder: 
 def _whole_state_dict(engine: "TrainEngine") -> dict[str, "Tensor"]:
     dtype = str(engine.student.head.weight.dtype).removeprefix("torch.")
     weights: dict[str, Tensor] = {}
-    for bucket in plan_buckets(engine.student.manifest(dtype).tensors, GATHER_BYTES):
+    for bucket in plan_buckets(engine.student.manifest(dtype), GATHER_BYTES):
         with engine.full_parameters([tensor.name for tensor in bucket]) as parameters:
             if engine.rank == 0:
                 weights |= {name: value.to("cpu", copy=True) for name, value in parameters.items()}

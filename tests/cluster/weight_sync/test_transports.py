@@ -51,6 +51,6 @@ def test_the_former_names_of_fields_still_work_with_one_warning_each(caplog: pyt
         config = make_config("weight_sync={backend='object_store',mode='delta'}")
     assert (config.weight_sync.transport, config.weight_sync.payload) == ("object_store", "delta")
     assert sorted(record.getMessage().partition(": ")[2] for record in caplog.records) == [
-        "weight_sync.backend is now weight_sync.transport",
-        "weight_sync.mode is now weight_sync.payload",
+        "weight_sync.backend is now weight_sync.transport; rename it",
+        "weight_sync.mode is now weight_sync.payload; rename it",
     ]

@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import ActorDiedError
-from cluster.weight_sync.manifest import TensorSpec, WeightManifest
+from cluster.weight_sync.manifest import Manifest, TensorSpec
 from learner.weight_sync.gpu_links import IpcLink, NcclLink
 from learner.weight_sync.gpu_sender import VllmSender
 
@@ -24,8 +24,8 @@ BUCKET_BYTES = 22
 
 
 class FakeStudent:
-    def manifest(self, dtype: str) -> WeightManifest:
-        return WeightManifest(tuple(TensorSpec(name, tuple(v.shape), dtype) for name, v in PARAMETERS.items()))
+    def manifest(self, dtype: str) -> Manifest:
+        return [TensorSpec(name, tuple(v.shape), dtype) for name, v in PARAMETERS.items()]
 
 
 class FakeEngine:

@@ -104,7 +104,7 @@ def test_a_rank_that_does_not_send_gathers_and_tells_nobody() -> None:
 
 
 def test_a_bucket_is_one_message_by_the_rule_of_vllms_receiver() -> None:
-    specs = FakeStudent().manifest("bfloat16").tensors
+    specs = FakeStudent().manifest("bfloat16")
     most = 48  # what the link names as the size: the largest tensor's, which is above the bucket
     for bucket in plan_buckets(specs, BUCKET_BYTES):
         pairs = iter([(spec.name, PARAMETERS[spec.name].to(torch.bfloat16)) for spec in bucket])
@@ -118,13 +118,13 @@ def test_a_bucket_is_one_message_by_the_rule_of_vllms_receiver() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_parameter_begins_at_a_multiple_of_its_values_width(dtype: str) -> None:
     width = 4 if dtype == "float32" else 2
-    for bucket in plan_buckets(FakeStudent().manifest(dtype).tensors, BUCKET_BYTES):
+    for bucket in plan_buckets(FakeStudent().manifest(dtype), BUCKET_BYTES):
         starts = [total_bytes(bucket[:position]) for position in range(len(bucket))]
         assert all(start % width == 0 for start in starts)
 
 
 def test_vllm_takes_the_messages_of_both_links() -> None:
-    bucket = FakeStudent().manifest("bfloat16").tensors[1:3]
+    bucket = FakeStudent().manifest("bfloat16")[1:3]
     broadcast = receiver(NcclReceiver).parse_update_info(nccl([])(torch.empty(0)).update_message(bucket))
     assert (broadcast.names, broadcast.dtype_names) == (["norm.weight", "proj.weight"], ["bfloat16", "bfloat16"])
     assert broadcast.shapes == [[3], [2, 4]]
@@ -287,6 +287,6 @@ def test_what_an_older_vllm_does_not_know_is_dropped() -> None:
 def test_a_tied_head_travels_once() -> None:
     tied = Qwen3ForCausalLM(Qwen3Config(**TINY, tie_word_embeddings=True))
     untied = Qwen3ForCausalLM(Qwen3Config(**TINY, tie_word_embeddings=False))
-    names, more = ([spec.name for spec in Student(model).manifest("bfloat16").tensors] for model in (tied, untied))
+    names, more = ([spec.name for spec in Student(model).manifest("bfloat16")] for model in (tied, untied))
     assert "lm_head.weight" not in names
     assert more == [*names, "lm_head.weight"]
