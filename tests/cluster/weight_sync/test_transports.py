@@ -42,9 +42,7 @@ class Mine:
 def test_a_payload_that_is_not_there_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"'no_such_module:Payload' as weight_sync\.payload cannot be imported"):
         choose(make_config("weight_sync.payload='no_such_module:Payload'"), on_gpu=False)
-    with pytest.raises(
-        ConfigError, match=r"payload = 'patch' is none of .'full', 'delta'. and no package"
-    ):
+    with pytest.raises(ConfigError, match=r"payload = 'patch' is none of .'full', 'delta'. and no package"):
         choose(make_config("weight_sync.payload=patch"), on_gpu=False)
 
 
