@@ -266,7 +266,7 @@ def train(stage: int, folder: Path, device: torch.device) -> list[float]:
             engine.backward(evaluation.loss, is_last=micro_batch == MICRO_BATCHES - 1)
         norms.append(engine.step(LEARNING_RATE, MICRO_BATCHES * batch.num_completion_tokens))
     engine.restore(engine.snapshot())
-    names = [tensor.name for tensor in engine.student.manifest(scale.dtype_name).tensors]
+    names = [tensor.name for tensor in engine.student.manifest(scale.dtype_name)]
     with engine.full_parameters(names) as parameters:
         squares = sum(value.double().norm().item() ** 2 for value in parameters.values())
     return [evaluation.loss.item(), *norms, squares**0.5]

@@ -31,7 +31,7 @@ from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import Dtype, EngineConfig, LearnerConfig, WeightSyncConfig
 from cluster.nodes.local_cluster import local_cluster
-from cluster.weight_sync.manifest import TensorSpec, WeightManifest, WeightSyncReport
+from cluster.weight_sync.manifest import Manifest, TensorSpec, WeightSyncReport, total_bytes
 from learner.model.student import Student, load_student
 from learner.weight_sync.object_store import ObjectStoreSender
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
@@ -66,10 +66,10 @@ class SyncEngine:
 class Synthetic:
     """A student that has a manifest and nothing else."""
 
-    def manifest(self, dtype: str) -> WeightManifest:
+    def manifest(self, dtype: str) -> Manifest:
         """Describe parameters of equal size."""
         names = [f"layer{index}" for index in range(SYNTHETIC_TENSORS)]
-        return WeightManifest(tuple(TensorSpec(name, (SYNTHETIC_VALUES,), dtype) for name in names))
+        return [TensorSpec(name, (SYNTHETIC_VALUES,), dtype) for name in names]
 
 
 def main() -> int:
@@ -109,7 +109,7 @@ def sync_cluster() -> Iterator[None]:
 
 def synthetic_engine() -> SyncEngine:
     """Return parameters that fill one bucket."""
-    names = [tensor.name for tensor in Synthetic().manifest(DTYPE).tensors]
+    names = [tensor.name for tensor in Synthetic().manifest(DTYPE)]
     return SyncEngine(Synthetic(), {name: torch.ones(SYNTHETIC_VALUES, dtype=torch.bfloat16) for name in names})
 
 
@@ -117,12 +117,12 @@ def transport_rows(name: str, engine: SyncEngine, repeats: int) -> list[Row]:
     """Time pack, put, map and check, and copying as many bytes, in turns."""
     actor = ray.remote(MappingActor).options(num_cpus=1).remote()
     publish = Publisher(engine, "full", [actor])
-    manifest: WeightManifest = engine.student.manifest(DTYPE)
-    copy = Copy(manifest.num_bytes)
+    manifest: Manifest = engine.student.manifest(DTYPE)
+    copy = Copy(total_bytes(manifest))
     reports = [publish(copy) for _ in range(repeats + 1)][1:]
     ray.kill(actor)
     transport, copying = statistics.median(found.seconds for found in reports), copy.median()
-    size = f"{name}, {manifest.num_bytes / 1e6:.1f} MB"
+    size = f"{name}, {total_bytes(manifest) / 1e6:.1f} MB"
     ratio = row("transport / memcpy", size, transport / copying, "ratio")
     if name == "synthetic":  # where bytes take the time, and not the calls
         ratio |= {"bar": f"<= {MAX_TRANSPORT:g}", "met": ratio["value"] <= MAX_TRANSPORT}

@@ -18,7 +18,7 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.wire import from_wire
-from cluster.weight_sync.manifest import TensorSpec, WeightManifest
+from cluster.weight_sync.manifest import Manifest, TensorSpec
 from learner.batching.arrivals import RankShare
 from learner.weight_sync.object_store import ObjectStoreSender
 from learner.worker import LearnerActor
@@ -55,9 +55,9 @@ class StubParameters:
         """Give whole parameters."""
         yield {name: torch.full((PARAMETER_VALUES,), float(self.num_updates)) for name in names}
 
-    def _manifest(self, dtype: str) -> WeightManifest:
+    def _manifest(self, dtype: str) -> Manifest:
         names = [f"parameter_{index}" for index in range(NUM_PARAMETERS)]
-        return WeightManifest(tuple(TensorSpec(name, (PARAMETER_VALUES,), dtype) for name in names))
+        return [TensorSpec(name, (PARAMETER_VALUES,), dtype) for name in names]
 
 
 class WaitingLearner(LearnerActor):

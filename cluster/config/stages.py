@@ -5,8 +5,6 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
-from cluster.contracts.import_path import is_import_path
-from cluster.weight_sync.transports import PAYLOADS, TRANSPORTS
 
 
 class BalanceConfig(Section, frozen=True):
@@ -147,10 +145,3 @@ class WeightSyncConfig(Section):
     payload: Text = "full"
     transport: Literal["auto", "object_store", "nccl", "ipc"] = "auto"  # auto: nccl on own GPUs, ipc on a shared one
     bucket_bytes: Count = 1 << 28
-
-    def __post_init__(self) -> None:
-        """Check that the transport takes the payload; raises ValueError, which the reader turns into a ConfigError."""
-        if self.payload not in PAYLOADS and not is_import_path(self.payload):
-            raise ValueError(f'payload = "{self.payload}" is none of {", ".join(PAYLOADS)} and no package.module:Class')
-        if self.payload != "full" and self.transport != "auto" and not TRANSPORTS[self.transport].takes_any_payload:
-            raise ValueError(f'payload = "{self.payload}" needs transport = "object_store", found "{self.transport}"')

@@ -9,8 +9,6 @@ from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import PlacementError
 from cluster.weight_sync.transports import choose
 
-SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU
-OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself; the rest is for what vLLM does not count
 PROCESS_FRACTION = 0.05  # of a shared GPU: each process has a CUDA context of its own, some 0.5 GB
 LEAST_FRACTION = 0.02  # below it an engine would not hold a model
 

@@ -16,7 +16,8 @@ from cluster.config.run_config import Config
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import PlacementError
 from cluster.placement.bin_packing import CPU_UNITS, Demand, NodeCapacity, largest_equal_share, pack
-from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE, share_gpu
+from cluster.placement.gpu_sharing import share_gpu
+from cluster.vllm.engine import SHARED_GPU_VARIABLE
 from cluster.weight_sync.transports import choose
 
 CHECK_SECONDS = 1.0  # between two checks of what is free

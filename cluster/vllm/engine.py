@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import ModelError
-from cluster.placement.gpu_sharing import OWN_GPU_FRACTION, SHARED_GPU_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
+SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU
+OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself; the rest is for what vLLM does not count
 BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.

@@ -97,15 +97,6 @@ def apply(old: Bits, encoding: str, num_values: int, part: NDArray[np.uint8]) ->
         old[np.cumsum(distances, dtype=np.int64)] = values
 
 
-def part_bytes(encoding: str, num_values: int, size: int, itemsize: int) -> int:
-    """Return the length of a part for a parameter of `size` values of `itemsize` bytes."""
-    positions = {"whole": 0, "mask": -(-size // 8)}
-    if encoding in DISTANCES:
-        positions[encoding] = num_values * np.dtype(DISTANCES[encoding]).itemsize
-    length = num_values * itemsize + positions[encoding]
-    return length + -length % ALIGNMENT
-
-
 def _pieces(distances: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
     """Return into how many distances of at most `longest` each one has to be split."""
     pieces: NDArray[np.int64] = np.maximum(-(-distances // longest), 1)
@@ -138,17 +129,15 @@ class DeltaPayload:
             kept[:] = new
         if not has_base:
             return Encoded(values)
-        joined = np.concatenate([part.to_bytes() for part in changes])
+        parts = [one.to_bytes() for one in changes]
         fields = {
-            "encodings": [part.encoding for part in changes],
-            "num_values": [len(part.values) for part in changes],
+            "encodings": [one.encoding for one in changes],
+            "num_values": [len(one.values) for one in changes],
+            "num_bytes": [len(part) for part in parts],
         }
-        # Nothing cannot be mapped, so that a bucket without changes has a few bytes.
-        return Encoded(
-            joined if joined.size else np.zeros(ALIGNMENT, np.uint8),
-            fields,
-            sum(part.num_changed for part in changes),
-        )
+        # Nothing cannot be mapped, so a bucket without changes has a few bytes.
+        joined = np.concatenate(parts) if any(map(len, parts)) else np.zeros(ALIGNMENT, np.uint8)
+        return Encoded(joined, fields, sum(one.num_changed for one in changes))
 
     def decode(self, bucket: Bucket, encoded: Encoded) -> Iterator[Bytes]:
         """Bring the kept tensors up to date in place, and yield them."""
@@ -159,14 +148,12 @@ class DeltaPayload:
                 yield kept
             return
         start = 0
-        for tensor, encoding, num_values in zip(
-            bucket, encoded.fields["encodings"], encoded.fields["num_values"], strict=True
-        ):
-            old = self._kept[tensor.name].view(BITS[tensor.dtype])
-            end = start + part_bytes(encoding, num_values, old.size, old.itemsize)
-            apply(old, encoding, num_values, encoded.memory[start:end])
-            yield self._kept[tensor.name]
-            start = end
+        columns = [encoded.fields[name] for name in ("encodings", "num_values", "num_bytes")]
+        for tensor, encoding, num_values, num_bytes in zip(bucket, *columns, strict=True):
+            kept = self._kept[tensor.name]
+            apply(kept.view(BITS[tensor.dtype]), encoding, num_values, encoded.memory[start : start + num_bytes])
+            start += num_bytes
+            yield kept
 
     def _kept_values(self, tensor: TensorSpec) -> Bytes:
         if tensor.name not in self._kept:

@@ -47,19 +47,8 @@ class TensorSpec:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-Bucket = Sequence[TensorSpec]  # consecutive tensors of a manifest, which travel together
-
-
-@dataclass(frozen=True)
-class WeightManifest:
-    """Lists every parameter of the student, in the order in which it travels."""
-
-    tensors: tuple[TensorSpec, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the size of one whole copy."""
-        return sum(tensor.num_bytes for tensor in self.tensors)
+Manifest = Sequence[TensorSpec]  # every parameter of the student, in the order in which it travels
+Bucket = Sequence[TensorSpec]  # consecutive ones, which travel together
 
 
 @dataclass(frozen=True)
@@ -74,9 +63,9 @@ class WeightSyncReport:
     changed_fraction: float | None = None  # of the values, since the last sync; None: not compared
 
 
-def total_bytes(bucket: Bucket) -> int:
-    """Return the size of a bucket's values."""
-    return sum(tensor.num_bytes for tensor in bucket)
+def total_bytes(tensors: Sequence[TensorSpec]) -> int:
+    """Return the size of their values."""
+    return sum(tensor.num_bytes for tensor in tensors)
 
 
 def places(bucket: Bucket) -> Iterator[tuple[TensorSpec, slice]]:
@@ -87,7 +76,7 @@ def places(bucket: Bucket) -> Iterator[tuple[TensorSpec, slice]]:
         start += tensor.num_bytes
 
 
-def plan_buckets(tensors: Sequence[TensorSpec], bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
+def plan_buckets(tensors: Manifest, bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
     """Yield consecutive tensors in groups of at most `bucket_bytes`; a larger tensor travels alone."""
     bucket: list[TensorSpec] = []
     filled = 0

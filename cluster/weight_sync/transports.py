@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cluster.contracts.errors import PlacementError
-from cluster.contracts.import_path import load_object
+from cluster.contracts.errors import ConfigError, PlacementError
+from cluster.contracts.import_path import is_import_path, load_object
 from cluster.weight_sync.manifest import Bucket, Bytes, places
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Payload(Protocol):
         """
 
     def decode(self, bucket: Bucket, encoded: Encoded) -> Iterator[Bytes]:
-        """Yield every tensor's bytes, which must stay as they are until the update ends; nothing is to be raised."""
+        """Yield every tensor's bytes, which must stay as they are until the update ends; an error makes it fail."""
 
 
 class FullPayload:
@@ -114,16 +114,22 @@ def choose(config: "Config", on_gpu: bool) -> tuple[str, str]:
     Choosing again from a configuration that holds the choice changes nothing.
 
     Raises:
-        ConfigError: the payload cannot be imported.
+        ConfigError: there is no such payload, or the transport does not take it.
         PlacementError: what is set cannot work there.
     """
     payload, transport, shared = config.weight_sync.payload, config.weight_sync.transport, config.ray.share_gpu
+    if payload not in PAYLOADS and not is_import_path(payload):
+        raise ConfigError(f"weight_sync.payload = '{payload}' is none of {list(PAYLOADS)} and no package.module:Class")
     make_payload(payload)
     if transport == "auto":
         fastest = "ipc" if shared else "nccl"
         return payload, fastest if on_gpu and payload == "full" else "object_store"
     if transport == "object_store":
         return payload, transport
+    if payload != "full" and not TRANSPORTS[transport].takes_any_payload:
+        raise ConfigError(
+            f"weight_sync.payload = '{payload}' needs weight_sync.transport = 'object_store', found '{transport}'"
+        )
     if not on_gpu:
         raise PlacementError(
             f"weight_sync.transport = '{transport}' needs GPUs, and the cluster has none; leave it 'auto'"

@@ -23,6 +23,7 @@ from learner.checkpointing.manifest import (
     Layout,
     WrittenShard,
     entry_of,
+    file_errors,
     write_manifest,
 )
 
@@ -75,7 +76,7 @@ def tidy(directory: Path, last_step: int) -> None:
     Raises:
         CheckpointError: the place cannot be written to.
     """
-    try:
+    with file_errors(f"{directory}: cannot be tidied up"):
         for path in sorted(directory.iterdir()) if directory.is_dir() else []:
             if _LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path)
@@ -84,8 +85,6 @@ def tidy(directory: Path, last_step: int) -> None:
                 aside = folder.with_name(folder.name + DAMAGED)
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be tidied up: {error.strerror}") from error
 
 
 def begin(folder: Path) -> Path:
@@ -95,11 +94,9 @@ def begin(folder: Path) -> Path:
         CheckpointError: the place cannot be written to.
     """
     partial = _partial(folder)
-    try:
+    with file_errors(f"checkpoint {folder}: cannot create {partial.name}"):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: cannot create {partial.name}: {error.strerror}") from error
     return partial
 
 
@@ -110,12 +107,10 @@ def commit(folder: Path, state: Mapping[str, Any], layout: Layout, shards: Seque
         CheckpointError: the disk is full or the place cannot be written to.
     """
     partial = _partial(folder)
-    try:
+    with file_errors(f"checkpoint {folder}: cannot be completed"):
         path = partial / STATE_FILE
         path.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         write_manifest(partial, layout, [*shards, entry_of(path)])
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: cannot be completed: {error.strerror}") from error
     publish(folder)
 
 
@@ -131,7 +126,7 @@ def publish(folder: Path) -> None:
         CheckpointError: the disk is full or the place cannot be written to.
     """
     partial = _partial(folder)
-    try:
+    with file_errors(f"checkpoint {folder}: cannot be completed"):
         for path in sorted(partial.rglob("*")):
             _to_disk(path)
         _to_disk(partial)
@@ -139,8 +134,6 @@ def publish(folder: Path) -> None:
             _remove(folder)
         partial.rename(folder)
         _to_disk(folder.parent)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: cannot be completed: {error.strerror}") from error
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -176,7 +169,7 @@ def export(engine: "TrainEngine", tokenizer: "PreTrainedTokenizerBase", folder: 
 def _whole_state_dict(engine: "TrainEngine") -> dict[str, "Tensor"]:
     dtype = str(engine.student.head.weight.dtype).removeprefix("torch.")
     weights: dict[str, Tensor] = {}
-    for bucket in plan_buckets(engine.student.manifest(dtype).tensors, GATHER_BYTES):
+    for bucket in plan_buckets(engine.student.manifest(dtype), GATHER_BYTES):
         with engine.full_parameters([tensor.name for tensor in bucket]) as parameters:
             if engine.rank == 0:
                 weights |= {name: value.to("cpu", copy=True) for name, value in parameters.items()}
@@ -188,12 +181,10 @@ def _whole_state_dict(engine: "TrainEngine") -> dict[str, "Tensor"]:
 def _remove(folder: Path) -> None:
     # Renamed first: a removal that is interrupted must not leave a folder that looks complete.
     doomed = folder.with_name(folder.name + REMOVED)
-    try:
+    with file_errors(f"checkpoint {folder}: cannot be removed"):
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: cannot be removed: {error.strerror}") from error
 
 
 def _partial(folder: Path) -> Path:

@@ -1,8 +1,9 @@
 """Writes and checks a checkpoint's manifest: its files with sizes and checksums, and the ranks they are of."""
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def write_manifest(folder: Path, layout: Layout, files: Iterable[FileEntry]) -> 
     (folder / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
+@contextmanager
+def file_errors(what_failed: str) -> Iterator[None]:
+    """Turn what the file system refuses into one sentence.
+
+    Raises:
+        CheckpointError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{what_failed}: {error.strerror}") from error
+
+
 def entry_of(path: Path) -> FileEntry:
     """Read a file and return what the manifest says of it.
 
@@ -116,8 +130,9 @@ def verify(folder: Path, layout: Layout) -> None:
 
 
 def _read(folder: Path) -> Manifest:
-    try:
+    with file_errors(f"checkpoint {folder}: no readable {MANIFEST_FILE} in it"):
         content = (folder / MANIFEST_FILE).read_bytes()
+    try:
         version = msgspec.json.decode(content, type=_Versioned).format_version
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -125,8 +140,6 @@ def _read(folder: Path) -> Manifest:
                 f"{FORMAT_VERSION}; resume with the release that wrote it"
             )
         return msgspec.json.decode(content, type=Manifest)
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: no readable {MANIFEST_FILE} in it: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged: {error}") from error
 
@@ -145,16 +158,12 @@ def _check_names(folder: Path, manifest: Manifest, layout: Layout) -> None:
 
 def _check_file(folder: Path, entry: FileEntry) -> None:
     path = folder / entry.name
-    try:
+    with file_errors(f"checkpoint {folder}: cannot read {entry.name}"):
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             raise CheckpointError(f"checkpoint {folder}: {entry.name} is not an ordinary file")
         if status.st_size != entry.num_bytes:
-            raise CheckpointError(
-                f"checkpoint {folder}: {entry.name} has {status.st_size} bytes where {MANIFEST_FILE} says "
-                f"{entry.num_bytes}"
-            )
+            sizes = f"{status.st_size} bytes where {MANIFEST_FILE} says {entry.num_bytes}"
+            raise CheckpointError(f"checkpoint {folder}: {entry.name} has {sizes}")
         if entry_of(path) != entry:
             raise CheckpointError(f"checkpoint {folder}: {entry.name} has another checksum than {MANIFEST_FILE} says")
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {folder}: cannot read {entry.name}: {error.strerror}") from error

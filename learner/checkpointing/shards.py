@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cluster.contracts.errors import CheckpointError
 from cluster.weight_sync.manifest import new_digest
-from learner.checkpointing.manifest import FileEntry, WrittenShard
+from learner.checkpointing.manifest import FileEntry, WrittenShard, file_errors
 
 Tensors = Mapping[str, Tensor]
 WEIGHTS = "weights"
@@ -145,10 +145,8 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         # Copied out of the file's mapping, which pruning a checkpoint may take away.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is no readable safetensors file: {reason}") from (
-            error
-        )
+        what = f"{path.name} is no readable safetensors file: {' '.join(str(error).split())}"
+        raise CheckpointError(f"checkpoint {path.parent}: {what}") from error
 
 
 class ShardWriter:
@@ -178,12 +176,8 @@ class ShardWriter:
         Raises:
             CheckpointError: the disk is full or the place cannot be written to.
         """
-        try:
+        with file_errors(f"checkpoint {self._path.parent}: cannot write {self._path.name}"):
             return self._writing.result()
-        except OSError as error:
-            raise CheckpointError(
-                f"checkpoint {self._path.parent}: cannot write {self._path.name}: {error.strerror}"
-            ) from error
 
 
 def _write_timed(path: Path, tensors: Mapping[str, Tensor]) -> WrittenShard:

@@ -15,7 +15,7 @@ from cluster.config.stages import HeadDtype, LearnerConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.lm_head import read_logit_scaling
 from cluster.models.model_files import is_local, load_model_config
-from cluster.weight_sync.manifest import TensorSpec, WeightManifest
+from cluster.weight_sync.manifest import Manifest, TensorSpec
 from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch
 from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
@@ -90,9 +90,9 @@ class Student(nn.Module):
         # ZeRO-3 leaves empty tensors in place of the parameters, so their shapes are noted before.
         self._shapes = {name: tuple(parameter.shape) for name, parameter in causal_lm.named_parameters()}
 
-    def manifest(self, dtype: str) -> WeightManifest:
+    def manifest(self, dtype: str) -> Manifest:
         """Describe every parameter as it travels in the given dtype; tied parameters appear once."""
-        return WeightManifest(tuple(TensorSpec(name, shape, dtype) for name, shape in self._shapes.items()))
+        return [TensorSpec(name, shape, dtype) for name, shape in self._shapes.items()]
 
     def forward(
         self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None

@@ -57,7 +57,7 @@ class VllmSender:
         self._engine, self._listen, self._end_process = engine, listen, end_process
         self._timeout_seconds = timeout_seconds
         self._make_link = make_link
-        self._buckets = list(plan_buckets(engine.student.manifest(dtype).tensors, config.bucket_bytes))
+        self._buckets = list(plan_buckets(engine.student.manifest(dtype), config.bucket_bytes))
         self._link: Link | None = None
         self._buffer: Tensor
         self._connected: list[ActorHandle] = []

@@ -187,7 +187,7 @@ class ObjectStoreSender:
         self._payload = config.payload
         self._encoder = make_payload(config.payload)
         self._base_version: int | None = None  # what the encoder's next values apply to
-        self._buckets = list(plan_buckets(engine.student.manifest(dtype).tensors, config.bucket_bytes))
+        self._buckets = list(plan_buckets(engine.student.manifest(dtype), config.bucket_bytes))
         largest = max(total_bytes(bucket) for bucket in self._buckets)
         # Pinned where there is a GPU: it writes into pageable memory several times slower.
         pinned = torch.cuda.is_available()

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
 
@@ -14,16 +13,21 @@ from cluster.weight_sync.ipc_handles import rebuild_arguments
 UNVERIFIED = "unverified"  # vLLM's own engines compute no checksum
 
 
-class VllmReceiver(WeightTransferEngine[Any, Any]):
-    """Reads the learner's messages, and reports an update of which nothing was checked."""
+class VllmReceiver:
+    """Adapts vLLM's engines: they read the learner's messages, and report updates of which nothing was checked."""
+
+    init_info_cls: type[Any]
+    update_info_cls: type[Any]
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
-        """Drop what this vLLM does not know: how weights are packed came with every update until 0.3x."""
-        return super().parse_init_info(taken_by(self.init_info_cls, init_dict))
+        """Drop what this vLLM does not know: 0.24 hears how weights are packed with every update, 0.3x only here."""
+        vllms: Any = super()
+        return vllms.parse_init_info(taken_by(self.init_info_cls, init_dict))
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
         """Drop what this vLLM does not know."""
-        return super().parse_update_info(taken_by(self.update_info_cls, update_dict))
+        vllms: Any = super()
+        return vllms.parse_update_info(taken_by(self.update_info_cls, update_dict))
 
     def begin(self) -> None:
         """Do nothing: vLLM's engines keep nothing of an update."""

@@ -105,7 +105,8 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
         self._received_names.update(update_info.names)
         try:
             self._loaded_names.update(self.model.load_weights(self._parameters(update_info, memory)) or ())
-        except (KeyError, ValueError, RuntimeError, AssertionError) as error:  # unknown name, or wrong shape
+        # An unknown name or a wrong shape; and what a payload of a user's own may raise.
+        except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
             self._faults.append(f"the model does not take one of {update_info.names}: {error}")
 
     def finish_weight_update(self) -> None:

@@ -101,7 +101,12 @@ NEEDS = (
     ),
     Need(f"{TRANSFER}.base", "WeightTransferInitRequest", takes=("init_info",)),
     Need(f"{TRANSFER}.base", "WeightTransferUpdateRequest", takes=("update_info",)),
-    Need(f"{TRANSFER}.base", "WeightTransferEngine", has=("model", "parse_update_info"), spare=("model_config",)),
+    Need(
+        f"{TRANSFER}.base",
+        "WeightTransferEngine",
+        has=("model", "parse_init_info", "parse_update_info"),
+        spare=("model_config",),
+    ),
     Need(f"{TRANSFER}.factory", "WeightTransferEngineFactory", has=("_registry", "register_engine")),
     Need(
         f"{TRANSFER}.nccl_engine",

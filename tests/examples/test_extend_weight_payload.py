@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cluster.actors.calls import PoolTimeouts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_file import parse_run_config
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.weight_sync.manifest import TensorSpec
@@ -105,7 +105,7 @@ def test_an_engine_runs_on_the_rounded_weights_of_the_learner(pool: RolloutPool,
     with torch.no_grad():
         for parameter in rounded.parameters():
             parameter.copy_(parameter.bfloat16().float())
-    (handle,) = pool.generate([RolloutRequest(0, 1, 0, 0)], SamplingSettings(32, 1.0), "exact")
+    (handle,) = pool.generate([RolloutRequest(0, 1, 0, 0)], SamplingSettings(32, 1.0))
     [row] = rows_of(handle.reference)
     written = np.flatnonzero(row["loss_mask"])
     gaps = {}

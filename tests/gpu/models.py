@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cluster.actors.cluster import RAY, PoolTimeouts
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import Dtype, EngineConfig, WeightSyncConfig
-from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE
+from cluster.vllm.engine import SHARED_GPU_VARIABLE
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.weight_sync.gpu_sender import VllmSender, ipc_link, nccl_link
 from rollout_workers.pool import RolloutActorSettings, RolloutPool

@@ -159,7 +159,6 @@ OVERRIDES: dict[str, tuple[str, str]] = {
     "verifier unknown": ("environment.verifier=llm", "environment.verifier: Invalid enum value 'llm'"),
     "keep none": ("checkpoint.keep_last=0", "checkpoint.keep_last: Expected `int` >= 1"),
     "offload without stage 3": ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3"),
-    "delta over nccl": ('weight_sync={transport="nccl",payload="delta"}', 'payload = "delta" needs transport'),
     "system prompt on raw": ('prompts={train="p",template="raw",system_prompt="x"}', "prompts.system_prompt is set"),
     "cut sampling of support": (
         "rollout={top_k=5}\0objective.support=student_topk",

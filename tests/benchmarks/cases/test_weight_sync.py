@@ -15,7 +15,7 @@ from benchmarks.cases.weight_sync import SyncEngine, Synthetic, take_step
 from benchmarks.harness.mapping_actor import check_buckets
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import LearnerConfig
-from cluster.weight_sync.manifest import checksum
+from cluster.weight_sync.manifest import checksum, total_bytes
 from learner.model.student import load_student
 from rollout_workers.weight_sync.shared_memory import mappable
 from tests.tiny_qwen3 import write_tiny_qwen3
@@ -52,7 +52,7 @@ def test_a_step_moves_float32_weights_by_the_learning_rate_and_few_of_them_in_bf
 
 def test_the_synthetic_parameters_are_those_of_the_manifest() -> None:
     manifest = Synthetic().manifest("bfloat16")
-    engine = SyncEngine(Synthetic(), {tensor.name: torch.zeros(1) for tensor in manifest.tensors})
-    with engine.full_parameters([manifest.tensors[0].name]) as parameters:
+    engine = SyncEngine(Synthetic(), {tensor.name: torch.zeros(1) for tensor in manifest})
+    with engine.full_parameters([manifest[0].name]) as parameters:
         assert list(parameters) == ["layer0"]
-    assert manifest.num_bytes == np.prod([32, 4 << 20, 2])
+    assert total_bytes(manifest) == np.prod([32, 4 << 20, 2])

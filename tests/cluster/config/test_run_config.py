@@ -76,10 +76,6 @@ def test_a_word_turns_the_balancer_on() -> None:
         ("learner={zero_stage=0,num_workers=2}", "learner.zero_stage = 0 is one rank"),
         ("learner.offload_parameters=cpu", "needs learner.zero_stage = 3, found 2"),
         ("learner={dtype='float32',head_dtype='bfloat16'}", "needs learner.dtype = 'bfloat16', found 'float32'"),
-        (
-            "weight_sync={transport='nccl',payload='delta'}",
-            'weight_sync: .*needs transport = "object_store", found "nc',
-        ),
         ("teachers.main.engine.sleep=true", r"teachers.main.engine.sleep is set, but only rollout engines"),
         ("rollout.engine.quantization=fp8", "is 'fp8', but a student gets new weights"),
         ("rollout.engine.gpu_memory_fraction=1.5", "gpu_memory_fraction: Expected `float` <= 1.0"),

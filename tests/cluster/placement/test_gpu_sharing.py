@@ -3,8 +3,9 @@
 import pytest
 
 from cluster.contracts.errors import PlacementError
-from cluster.placement.gpu_sharing import SHARED_GPU_VARIABLE, share_gpu, with_gpus
+from cluster.placement.gpu_sharing import share_gpu, with_gpus
 from cluster.placement.placement import NodeResources, describe, plan_placement
+from cluster.vllm.engine import SHARED_GPU_VARIABLE
 from cluster.weight_sync.transports import choose
 from tests.builders import make_config
 

@@ -1,4 +1,4 @@
-from cluster.weight_sync.manifest import TensorSpec, WeightManifest, plan_buckets
+from cluster.weight_sync.manifest import TensorSpec, plan_buckets, total_bytes
 
 
 def make_tensor(name: str, values: int) -> TensorSpec:
@@ -13,4 +13,4 @@ def test_buckets_hold_every_tensor_once_in_order_and_within_their_size() -> None
 
 def test_a_manifest_counts_the_bytes_of_one_copy() -> None:
     tensors = (TensorSpec("a", (2, 3), "float32"), TensorSpec("b", (5,), "bfloat16"))
-    assert WeightManifest(tensors).num_bytes == 2 * 3 * 4 + 5 * 2
+    assert total_bytes(tensors) == 2 * 3 * 4 + 5 * 2

@@ -42,8 +42,15 @@ class Mine:
 def test_a_payload_that_is_not_there_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"'no_such_module:Payload' as weight_sync\.payload cannot be imported"):
         choose(make_config("weight_sync.payload='no_such_module:Payload'"), on_gpu=False)
-    with pytest.raises(ConfigError, match=r'payload = "patch" is none of full, delta and no package\.module:Class'):
-        make_config("weight_sync.payload=patch")
+    with pytest.raises(ConfigError, match=r"payload = 'patch' is none of .'full', 'delta'. and no package"):
+        choose(make_config("weight_sync.payload=patch"), on_gpu=False)
+
+
+@pytest.mark.parametrize("transport", [name for name in TRANSPORTS if name != "object_store"])
+def test_only_the_object_store_takes_changes(transport: str) -> None:
+    config = make_config(f"weight_sync.transport={transport}", "weight_sync.payload=delta")
+    with pytest.raises(ConfigError, match=f"'delta' needs weight_sync.transport = 'object_store', found '{transport}'"):
+        choose(config, on_gpu=True)
 
 
 def test_the_former_names_of_fields_still_work_with_one_warning_each(caplog: pytest.LogCaptureFixture) -> None:
@@ -51,6 +58,6 @@ def test_the_former_names_of_fields_still_work_with_one_warning_each(caplog: pyt
         config = make_config("weight_sync={backend='object_store',mode='delta'}")
     assert (config.weight_sync.transport, config.weight_sync.payload) == ("object_store", "delta")
     assert sorted(record.getMessage().partition(": ")[2] for record in caplog.records) == [
-        "weight_sync.backend is now weight_sync.transport",
-        "weight_sync.mode is now weight_sync.payload",
+        "weight_sync.backend is now weight_sync.transport; rename it",
+        "weight_sync.mode is now weight_sync.payload; rename it",
     ]

@@ -115,7 +115,7 @@ def test_dropout_of_the_configuration_is_off(tmp_path):
 
 def test_the_manifest_names_tied_parameters_once(student_folder: Path):
     manifest = load_student(StudentConfig(model=str(student_folder)), FP32).manifest("bfloat16")
-    names = [tensor.name for tensor in manifest.tensors]
+    names = [tensor.name for tensor in manifest]
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
     assert len(names) == len(set(names))

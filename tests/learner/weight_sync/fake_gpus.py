@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import ActorDiedError
-from cluster.weight_sync.manifest import TensorSpec, WeightManifest
+from cluster.weight_sync.manifest import Manifest, TensorSpec
 from learner.weight_sync.gpu_links import IpcLink, NcclLink
 from learner.weight_sync.gpu_sender import VllmSender
 
@@ -24,8 +24,8 @@ BUCKET_BYTES = 22
 
 
 class FakeStudent:
-    def manifest(self, dtype: str) -> WeightManifest:
-        return WeightManifest(tuple(TensorSpec(name, tuple(v.shape), dtype) for name, v in PARAMETERS.items()))
+    def manifest(self, dtype: str) -> Manifest:
+        return [TensorSpec(name, tuple(v.shape), dtype) for name, v in PARAMETERS.items()]
 
 
 class FakeEngine:
@@ -65,13 +65,13 @@ class FakeRecipients:
 
     def __init__(self, workers: Sequence[str], crashing: Mapping[str, tuple[str, int]]) -> None:
         self.workers = dict(enumerate(workers))
-        self.told: list[tuple[str, dict[int, Any]]] = []
-        self._mortal = crashing
+        self.calls: list[tuple[str, dict[int, Any]]] = []
+        self._crashing = crashing
 
     def call(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
-        self.told.append((method, {position: arguments[position] for position in self.workers}))
-        calls = sum(verb == method for verb, _ in self.told)
-        return {position: self._mortal.get(worker) == (method, calls) for position, worker in self.workers.items()}
+        self.calls.append((method, {position: arguments[position] for position in self.workers}))
+        calls = sum(verb == method for verb, _ in self.calls)
+        return {position: self._crashing.get(worker) == (method, calls) for position, worker in self.workers.items()}
 
     def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
         self.workers = {p: w for p, w in self.workers.items() if not references.get(p, False)}
@@ -82,7 +82,7 @@ class FakeRecipients:
             raise ActorDiedError("a rollout worker died")
 
     def messages(self, method: str) -> list[dict[int, Any]]:
-        return [arguments for verb, arguments in self.told if verb == method]
+        return [arguments for verb, arguments in self.calls if verb == method]
 
 
 class Publication:
@@ -96,12 +96,12 @@ class Publication:
         end: Callable[[int], Any] | None = None,
     ) -> None:
         self.engine = FakeEngine()
-        self.audiences: list[FakeRecipients] = []
+        self.all_recipients: list[FakeRecipients] = []
         self.ends: list[int] = []
 
         def listen(workers: Sequence[Any], timeout_seconds: float) -> Any:
-            self.audiences.append(recipients(workers, crashing or {}))
-            return self.audiences[-1]
+            self.all_recipients.append(recipients(workers, crashing or {}))
+            return self.all_recipients[-1]
 
         config = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)
         engine: Any = self.engine

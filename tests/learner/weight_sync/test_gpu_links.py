@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from threading import Event
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +52,10 @@ TINY = {
 PLAIN_HANDLE = {name: [0] if name in ("size", "stride") else 0 for name in HANDLE_FIELDS}
 
 
-def receiver(cls: type[VllmReceiver]) -> VllmReceiver:
+def receiver(cls: Any) -> VllmReceiver:
     """Return a receiver that joined nothing."""
-    config: Any = SimpleNamespace(parallel_config=None, model_config=None)
-    return cls(cast(Any, None), config, torch.device("cpu"), torch.nn.Module())
+    config = SimpleNamespace(parallel_config=None, model_config=None)
+    return cls(None, config, torch.device("cpu"), torch.nn.Module())
 
 
 def test_an_engines_ranks_follow_those_of_the_engine_before() -> None:
@@ -72,14 +72,14 @@ def test_every_worker_gets_every_parameter_from_one_broadcast_per_bucket() -> No
     groups: list[FakeGroup] = []
     publication = Publication(nccl(groups))
     report = publication.publish("a", "b", "c")
-    [group], [recipients] = groups, publication.audiences
+    [group], [recipients] = groups, publication.all_recipients
     updates = recipients.messages("update_weights")
     assert [len(update) for update in updates] == [3, 3, 3]
     assert [update[0]["names"] for update in updates] == [["embed.weight"], ["norm.weight", "proj.weight"], ["scale"]]
     assert [payload.numel() for payload in group.broadcasts] == [48, 22, 2]
     assert_all_arrived(received([update[2] for update in updates], group.broadcasts))
     assert report.num_bytes == 72
-    assert [verb for verb, _ in recipients.told] == [
+    assert [verb for verb, _ in recipients.calls] == [
         "start_weight_update",
         "init_weight_transfer",
         "update_weights",
@@ -100,11 +100,11 @@ def test_a_rank_that_does_not_send_gathers_and_tells_nobody() -> None:
     publication.engine.rank = 1
     publication.publish("a")
     assert len(publication.engine.gathered) == 3
-    assert publication.audiences == []
+    assert publication.all_recipients == []
 
 
 def test_a_bucket_is_one_message_by_the_rule_of_vllms_receiver() -> None:
-    specs = FakeStudent().manifest("bfloat16").tensors
+    specs = FakeStudent().manifest("bfloat16")
     most = 48  # what the link names as the size: the largest tensor's, which is above the bucket
     for bucket in plan_buckets(specs, BUCKET_BYTES):
         pairs = iter([(spec.name, PARAMETERS[spec.name].to(torch.bfloat16)) for spec in bucket])
@@ -118,13 +118,13 @@ def test_a_bucket_is_one_message_by_the_rule_of_vllms_receiver() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_parameter_begins_at_a_multiple_of_its_values_width(dtype: str) -> None:
     width = 4 if dtype == "float32" else 2
-    for bucket in plan_buckets(FakeStudent().manifest(dtype).tensors, BUCKET_BYTES):
+    for bucket in plan_buckets(FakeStudent().manifest(dtype), BUCKET_BYTES):
         starts = [total_bytes(bucket[:position]) for position in range(len(bucket))]
         assert all(start % width == 0 for start in starts)
 
 
 def test_vllm_takes_the_messages_of_both_links() -> None:
-    bucket = FakeStudent().manifest("bfloat16").tensors[1:3]
+    bucket = FakeStudent().manifest("bfloat16")[1:3]
     broadcast = receiver(NcclReceiver).parse_update_info(nccl([])(torch.empty(0)).update_message(bucket))
     assert (broadcast.names, broadcast.dtype_names) == (["norm.weight", "proj.weight"], ["bfloat16", "bfloat16"])
     assert broadcast.shapes == [[3], [2, 4]]
@@ -143,14 +143,14 @@ def test_the_same_workers_keep_their_group_and_others_get_another_at_another_por
     assert len(groups) == 1
     publication.publish("a", "d", version=3)
     assert [group.is_destroyed for group in groups] == [True, False]
-    ports = [recipients.messages("init_weight_transfer") for recipients in publication.audiences]
+    ports = [recipients.messages("init_weight_transfer") for recipients in publication.all_recipients]
     assert [[invitation[0]["master_port"] for invitation in found] for found in ports] == [[5000], [], [5001]]
 
 
 def test_a_worker_that_dies_before_the_broadcast_is_left_out_of_the_group() -> None:
     publication = Publication(nccl([]), crashing={"b": ("start_weight_update", 1)})
     publication.publish("a", "b", "c")
-    [invitation] = publication.audiences[0].messages("init_weight_transfer")
+    [invitation] = publication.all_recipients[0].messages("init_weight_transfer")
     assert {position: message["rank_offset"] for position, message in invitation.items()} == {0: 1, 2: 2}
     assert {message["world_size"] for message in invitation.values()} == {3}
     assert publication.ends == []
@@ -196,7 +196,7 @@ def stuck_link(is_over: Event, in_opening: bool) -> Callable[[Tensor], NcclLink]
 def test_a_worker_that_fails_while_nccl_waits_for_it_is_heard(is_over: Event, verb: str, in_opening: bool) -> None:
     class Failing(FakeRecipients):
         def poll(self, references: Mapping[int, Any]) -> None:
-            if self.told[-1][0] == verb:
+            if self.calls[-1][0] == verb:
                 raise WeightSyncError("no memory is left on the GPU")
 
     publication = Publication(stuck_link(is_over, in_opening), recipients=Failing)
@@ -218,7 +218,7 @@ def test_a_death_beside_a_shared_buffer_ends_nothing() -> None:
     publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), crashing={"b": ("update_weights", 2)})
     publication.publish("a", "b")
     assert publication.ends == []
-    finished = publication.audiences[0].messages("finish_weight_update")
+    finished = publication.all_recipients[0].messages("finish_weight_update")
     assert finished == [{0: 1}]
 
 
@@ -287,6 +287,6 @@ def test_what_an_older_vllm_does_not_know_is_dropped() -> None:
 def test_a_tied_head_travels_once() -> None:
     tied = Qwen3ForCausalLM(Qwen3Config(**TINY, tie_word_embeddings=True))
     untied = Qwen3ForCausalLM(Qwen3Config(**TINY, tie_word_embeddings=False))
-    names, more = ([spec.name for spec in Student(model).manifest("bfloat16").tensors] for model in (tied, untied))
+    names, more = ([spec.name for spec in Student(model).manifest("bfloat16")] for model in (tied, untied))
     assert "lm_head.weight" not in names
     assert more == [*names, "lm_head.weight"]
