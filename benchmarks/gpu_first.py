@@ -141,7 +141,7 @@ def head_findings(device: torch.device) -> Iterator[Finding]:
         size = f"width {width}, {num_tokens} tokens"
         exact = (hidden[:64].to(device).double() @ head.weight.double().T).log_softmax(-1).cpu()
         scores = score_tokens(head, hidden, ids, ScoreRequest("teacher"))
-        off = float(np.abs(scores.logprobs[:64] - exact.numpy()[np.arange(64), ids[:64]]).max())
+        off = float(np.abs(scores["logprobs"][:64] - exact.numpy()[np.arange(64), ids[:64]]).max())
         yield Finding(f"{size}: log-probabilities off by {off:.1e} nats", off < MAX_OFF_NATS[dtype])
         yield Finding(f"{size}: product alone {milliseconds(device, _product, head, hidden):.2f} ms")
         for top_k, entropy in HEAD_SETTINGS:

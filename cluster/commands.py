@@ -25,6 +25,7 @@ from cluster.run.preflight import run_live_checks
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
 from cluster.run.supervisor import Beginning, Supervisor
 from teacher_workers.audit.runner import ScoreAudit
+from teacher_workers.backends.base import find_backend
 
 
 def start_training(config: Config) -> RunSummary:
@@ -163,7 +164,7 @@ def _measure_teachers(
         return accuracies
     for name in config.routes:
         teacher = config.teachers[name]
-        if not teacher.num_workers:  # it has no worker yet
+        if not teacher.num_workers or not find_backend(teacher).can_generate:
             continue
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
         with start_teacher_rollouts(config, inputs, placement, name) as pool:

@@ -1,26 +1,51 @@
-"""What runs in each Ray actor of teacher pools: TeacherWorkers behind calls that pass bytes and handles."""
+"""Scores batches in a Ray actor: bytes and a request in, the same rows with one more model's columns out."""
 
 import asyncio
-import logging
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from time import perf_counter
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
+from cluster.config.objective import TEACHER
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
-from cluster.contracts.metrics import Mean, Metrics
+from cluster.contracts.errors import ScoreError
+from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
 from cluster.vllm.engine import prepare_environment
-
-if TYPE_CHECKING:
-    from teacher_workers.worker import TeacherWorker
+from teacher_workers.backends.base import TeacherBackend, find_backend
 
 
-_log = logging.getLogger("preceptor")
+class TeacherWorker:
+    """Adds a backend's scores to batches, and refuses scores that cannot be a language model's."""
+
+    def __init__(self, name: str, backend: TeacherBackend) -> None:
+        """Take a backend; `name` is the teacher and replica, for errors."""
+        self._name = name
+        self.backend = backend
+
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[pa.RecordBatch, Metrics]:
+        """Score all rows.
+
+        Raises:
+            ScoreError: the backend refused, a signal is missing, a column does not have one value per sampled token
+                (WrongLengthError) or is not finite (NotFiniteError); names the teacher and the replica.
+        """
+        started = perf_counter()
+        try:
+            scores, metrics = await self.backend.score(batch, request)
+            if scores.keys() != request.signals:
+                raise ScoreError(f"the backend sent {sorted(scores)}; the request was for {sorted(request.signals)}")
+            # In a thread, for it reads every value, and the event loop must go on feeding the engine.
+            scored = await asyncio.to_thread(add_scores, batch, request.model, scores)
+        except ScoreError as error:
+            raise type(error)(f"{self._name}: {error}") from error
+        return scored, _metrics(scored, request.model, metrics, perf_counter() - started)
 
 
 class TeacherActor:
@@ -30,55 +55,56 @@ class TeacherActor:
         self._name = name
         self._teacher = teacher
         self._max_model_len = max_model_len
-        self._watching: asyncio.Task[None] | None = None  # None: there is no engine yet
+        self._worker: TeacherWorker | None = None  # None: not started
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
-        self._worker = await start_worker(self._name, self._teacher, self._max_model_len)
-        self._watching = asyncio.create_task(end_with_engine(lambda: self._worker.is_dead))
+        """Build the backend; here and not in the constructor, because its engine belongs to the event loop."""
+        worker = self._worker = start_worker(self._name, self._teacher, self._max_model_len)
+        self._watching = asyncio.create_task(end_with_engine(lambda: worker.backend.is_dead))
 
     async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
         """Score one batch; Ray has fetched its bytes to this node before the call."""
-        scored, metrics = await self._worker.score(from_wire(wire), request)
-        return _answer(wire, scored, metrics, request)
+        assert self._worker is not None, "a pool sends batches to actors that have started"
+        return pack_scored(wire, *await self._worker.score(from_wire(wire), request), request.model)
 
     async def shutdown(self) -> None:
-        """End the engine's processes."""
+        """End the backend's processes."""
         if self._watching is not None:
             self._watching.cancel()
-        if hasattr(self, "_worker"):
-            await self._worker.shutdown()
+        if self._worker is not None:
+            await self._worker.backend.shutdown()
 
 
-async def start_worker(name: str, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> "TeacherWorker":
-    """Start an engine and the worker that scores with it.
+def start_worker(name: str, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> TeacherWorker:
+    """Start a backend and the worker that scores with it; called in the event loop.
 
     Raises:
-        ModelError: vLLM cannot serve the teacher, or its LM head cannot be read.
+        PreceptorError: the backend cannot serve the teacher.
     """
-    prepare_environment(teacher.engine)
-    import torch
-
-    from cluster.models.lm_head import load_lm_head
-    from teacher_workers.backends.vllm import VllmScoringEngine
-    from teacher_workers.worker import TeacherWorker
-
-    head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype)
-    engine = VllmScoringEngine(teacher, max_model_len, sleeps)
-    # After the engine has taken its share of the GPU's memory: head and logits live in what gpu_memory_fraction
-    # leaves free.
-    return TeacherWorker(name, engine, head.to("cuda" if torch.cuda.is_available() else "cpu"))
+    prepare_environment(teacher.engine)  # before a backend loads vLLM or torch
+    return TeacherWorker(name, find_backend(teacher)(teacher, max_model_len, sleeps))
 
 
-def _tell_why(task: asyncio.Task[None]) -> None:
-    """Log what ended a task that goes on for ever; the actor ends with it."""
-    if not task.cancelled():
-        _log.error("an engine did not go to sleep or wake: %s", task.exception())
-
-
-def _answer(
-    wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, request: ScoreRequest
-) -> tuple[pa.Buffer, BatchHandle]:
+def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model: str) -> tuple[pa.Buffer, BatchHandle]:
+    """Return a scored batch's bytes and handle; `wire` is the batch as it came."""
     scored, handle = pack(batch, metrics)
     added = Mean(float(scored.size - wire.size), float(sum(handle.num_completion_tokens)))
-    return scored, replace(handle, metrics={**handle.metrics, f"{request.model}/bytes_per_token": added})
+    return scored, replace(handle, metrics={**handle.metrics, f"{model}/bytes_per_token": added})
+
+
+def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: float) -> dict[str, Metric]:
+    logprobs = ragged(scored, f"{model}_logprobs").values
+    num_tokens, num_scored = float(ragged(scored, "token_ids").offsets[-1]), float(len(logprobs))
+    metrics: dict[str, Metric] = {
+        f"{model}/tokens": Sum(num_tokens),
+        **of_backend,
+        f"{model}/scored_tokens": Sum(num_scored),
+        f"{model}/seconds": Sum(seconds),
+        f"{model}/logprob": Mean(float(logprobs.sum(dtype=np.float64)), num_scored),
+    }
+    if model == TEACHER:
+        # One-sample estimate of KL(sampler || teacher); of the student itself when it sampled at temperature 1.
+        gap = ragged(scored, "rollout_logprobs").values - logprobs
+        metrics["teacher/sampled_kl"] = Mean(float(gap.sum(dtype=np.float64)), num_scored)
+    return metrics

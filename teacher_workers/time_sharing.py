@@ -1,27 +1,30 @@
-"""Lets several teachers score in turns on the hardware of one: an engine is awake, the others sleep."""
+"""Lets several teachers score in turns on the hardware of one: one backend is awake, the others sleep."""
 
 import asyncio
+import logging
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pyarrow as pa
 
+from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.liveness import end_with_engine
+from cluster.actors.replicas import Supervision
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Sum
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.wire import from_wire
-from teacher_workers.actor import _answer, _tell_why, start_worker
+from teacher_workers.actor import TeacherWorker, pack_scored, start_worker
+from teacher_workers.backends.base import TeacherBackend
+from teacher_workers.pool import TeacherPool, TeacherReplicas
 
-if TYPE_CHECKING:
-    from teacher_workers.worker import TeacherWorker
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Protocol
+SLOT_ACTOR = "teacher_workers.time_sharing:SlotActor"
+
+_log = logging.getLogger("preceptor")
 
 # While others wait, a turn that has work goes on this long, so at most one part in eleven of a busy slot's time goes
 # into switching.
@@ -31,8 +34,26 @@ LONGEST_TURN_SWITCHES = 10.0
 PATIENCE_SWITCHES = 0.25
 
 
+def start_slot(
+    label: str,
+    teachers: Mapping[str, TeacherConfig],
+    max_model_len: int,
+    options: Sequence[Mapping[str, Any]],
+    timeouts: PoolTimeouts,
+    cluster: Cluster = RAY,
+    supervision: Supervision | None = None,
+) -> dict[str, TeacherPool]:
+    """Begin to start the replicas of several teachers, called LABEL-0, ..., and return a pool of each teacher."""
+
+    def arguments(actor_name: str) -> tuple[Any, ...]:
+        return actor_name, teachers, max_model_len
+
+    replicas = TeacherReplicas(label, SLOT_ACTOR, teachers, arguments, options, cluster, supervision)
+    return {name: TeacherPool(name, replicas, timeouts, in_slot=True) for name in teachers}
+
+
 class Turns:
-    """Requests of several teachers, of which those of one at a time run.
+    """Decides which of several teachers' requests run; those of one teacher at a time do.
 
     Example:
         >>> times = iter((0.0, 1.0, 2.0, 3.0, 4.0, 9.0, 9.0))
@@ -58,7 +79,7 @@ class Turns:
         self._began = self._idle_since = clock()
         self._rested_since = dict.fromkeys(teachers, self._began)  # when each teacher's last turn ended
         self._num_running = 0
-        self._has_run = False  # in the present turn; one in which nothing ran would be for nothing
+        self._has_run = False  # in the present turn; a turn in which nothing ran has no use
         self._switch_seconds = switch_seconds
 
     def arrive(self, teacher: str) -> None:
@@ -82,7 +103,7 @@ class Turns:
         self._idle_since = self._clock()
 
     def due(self) -> str | None:
-        """Return whose engine is to be woken now; None: nobody's."""
+        """Return the teacher whose backend is to be woken now, if any."""
         longest_waiting = self._longest_waiting()
         if self._num_running or longest_waiting is None:
             return None
@@ -124,41 +145,23 @@ class Turns:
         return self._idle_since + PATIENCE_SWITCHES * self._switch_seconds - self._clock()
 
 
-class Sleeper(Protocol):
-    """Gives the hardware back and takes it again."""
-
-    async def sleep(self) -> None:
-        """Give back what another engine needs; nothing is asked of this one until it is woken."""
-
-    async def wake(self) -> None:
-        """Take it again."""
-
-
-@dataclass
-class Woken:
-    """What the switches cost that nobody was told of yet."""
-
-    num_switches: int = 0
-    seconds: float = 0.0
-
-
 class TimeShare:
-    """Gives turns; `conduct` must run beside the requests, and what it raises ends all hope of a turn."""
+    """Gives turns; `conduct` must run beside the requests, and no turn comes after it has raised an error."""
 
     def __init__(
         self,
-        sleepers: Mapping[str, Sleeper],
+        backends: Mapping[str, TeacherBackend],
         awake: str,
         switch_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the teachers by name, of whom all but `awake` sleep; the rest is as in Turns."""
-        self._sleepers = sleepers
+        """Take the teachers by name, of which all but `awake` sleep; the rest is as in Turns."""
+        self._backends = backends
         self._clock = clock
-        self._turns = Turns(list(sleepers), awake, switch_seconds, clock)
-        self._places: dict[str, deque[asyncio.Future[None]]] = {teacher: deque() for teacher in sleepers}
+        self._turns = Turns(list(backends), awake, switch_seconds, clock)
+        self._places: dict[str, deque[asyncio.Future[None]]] = {teacher: deque() for teacher in backends}
         self._changed = asyncio.Event()
-        self._woken = {teacher: Woken() for teacher in sleepers}
+        self._woken = dict.fromkeys(backends, (0, 0.0))  # switches to each teacher that no metric has yet, and seconds
 
     @asynccontextmanager
     async def turn(self, teacher: str) -> AsyncIterator[None]:
@@ -173,13 +176,13 @@ class TimeShare:
         finally:
             self._finish()
 
-    def take_woken(self, teacher: str) -> Woken:
-        """Return, once, what the switches to a teacher cost."""
-        woken, self._woken[teacher] = self._woken[teacher], Woken()
+    def take_woken(self, teacher: str) -> tuple[int, float]:
+        """Return, once, how many switches to a teacher there were, and the seconds that they took."""
+        woken, self._woken[teacher] = self._woken[teacher], (0, 0.0)
         return woken
 
     async def conduct(self) -> None:
-        """Give turns for ever.
+        """Give turns for ever, in a task of its own.
 
         Raises:
             Exception: an engine would not sleep or wake.
@@ -205,12 +208,12 @@ class TimeShare:
 
     async def _switch(self, teacher: str) -> None:
         began = self._clock()
-        await self._sleepers[self._turns.awake].sleep()
-        await self._sleepers[teacher].wake()
+        await self._backends[self._turns.awake].sleep()
+        await self._backends[teacher].wake()
         seconds = self._clock() - began
         self._turns.switched(teacher, seconds)
-        woken = self._woken[teacher]
-        woken.num_switches, woken.seconds = woken.num_switches + 1, woken.seconds + seconds
+        num_switches, earlier_seconds = self._woken[teacher]
+        self._woken[teacher] = num_switches + 1, earlier_seconds + seconds
 
     def _finish(self) -> None:
         self._turns.finish()
@@ -233,17 +236,18 @@ class SlotActor:
         for teacher, config in self._teachers.items():
             if awake:
                 began = time.monotonic()
-                await self._workers[awake].sleep()
+                await self._workers[awake].backend.sleep()
                 sleeping_seconds = max(sleeping_seconds, time.monotonic() - began)
             name = f"{self._name}, teacher {teacher}"
-            self._workers[teacher] = await start_worker(name, config, self._max_model_len, sleeps=True)
+            self._workers[teacher] = start_worker(name, config, self._max_model_len, sleeps=True)
             awake = teacher
         # Waking is taken to cost what sleeping does, until it has been seen.
-        self._share = TimeShare(self._workers, awake, switch_seconds=2 * sleeping_seconds)
+        backends = {teacher: worker.backend for teacher, worker in self._workers.items()}
+        self._share = TimeShare(backends, awake, switch_seconds=2 * sleeping_seconds)
         conducting = asyncio.create_task(self._share.conduct())
-        conducting.add_done_callback(_tell_why)
+        conducting.add_done_callback(_log_failure)
         watching = asyncio.create_task(
-            end_with_engine(lambda: conducting.done() or any(worker.is_dead for worker in self._workers.values()))
+            end_with_engine(lambda: conducting.done() or any(backend.is_dead for backend in backends.values()))
         )
         self._tasks = [watching, conducting]
 
@@ -251,13 +255,19 @@ class SlotActor:
         """Score one batch when it is the teacher's turn."""
         async with self._share.turn(teacher):
             scored, metrics = await self._workers[teacher].score(from_wire(wire), request)
-        woken = self._share.take_woken(teacher)
-        switches = {"slot/switches": Sum(float(woken.num_switches)), "slot/switch_seconds": Sum(woken.seconds)}
-        return _answer(wire, scored, {**metrics, **switches}, request)
+        num_switches, seconds = self._share.take_woken(teacher)
+        switches = {"slot/switches": Sum(float(num_switches)), "slot/switch_seconds": Sum(seconds)}
+        return pack_scored(wire, scored, {**metrics, **switches}, request.model)
 
     async def shutdown(self) -> None:
         """End the engines' processes."""
         for task in self._tasks:
             task.cancel()
         for worker in self._workers.values():
-            await worker.shutdown()
+            await worker.backend.shutdown()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    """Log what ended the task that gives turns; the actor ends with it."""
+    if not task.cancelled():
+        _log.error("an engine did not go to sleep or wake: %s", task.exception())

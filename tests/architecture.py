@@ -61,7 +61,7 @@ DATA_PATH = (
     "teacher_workers/backends/*.py",
     "teacher_workers/pool.py",
     "teacher_workers/router.py",
-    "teacher_workers/worker.py",
+    "teacher_workers/actor.py",
     "learner/worker.py",
     "learner/train_step.py",
     "learner/batching/*.py",

@@ -7,7 +7,8 @@ import numpy as np
 
 from cluster.config.run_config import Config
 from cluster.config.run_file import parse_run_config
-from cluster.contracts.trajectory import GeneratedTrajectory, Scores
+from cluster.contracts.signals import Scores
+from cluster.contracts.trajectory import GeneratedTrajectory
 
 MINIMAL_RUN = '[student]\nmodel = "student"\n[teachers.main]\nmodel = "teacher"\n[prompts]\ntrain = "train.jsonl"\n'
 
@@ -42,6 +43,7 @@ def make_scores(completion_tokens: int, top_k: int = 0, logprob: float = -1.0) -
     """Build scores that give every token the same log-probability; the candidates are tokens 0 to top_k - 1."""
     logprobs = np.full(completion_tokens, logprob, dtype=np.float32)
     if not top_k:
-        return Scores(logprobs)
+        return {"logprobs": logprobs}
     ids = np.tile(np.arange(top_k, dtype=np.int32), (completion_tokens, 1))
-    return Scores(logprobs, ids, np.full((completion_tokens, top_k), logprob, dtype=np.float32))
+    candidate_logprobs = np.full((completion_tokens, top_k), logprob, dtype=np.float32)
+    return {"logprobs": logprobs, "candidate_ids": ids, "candidate_logprobs": candidate_logprobs}

@@ -13,7 +13,8 @@ from benchmarks.cases.wire import make_scored
 from benchmarks.harness.report import Row, at_least, row
 from cluster.actors.object_store import STORE_ENVIRONMENT, pack
 from cluster.contracts.batches import BatchHandle
-from cluster.contracts.trajectory import GeneratedTrajectory, Scores, add_scores, make_generated, ragged
+from cluster.contracts.signals import Scores
+from cluster.contracts.trajectory import GeneratedTrajectory, add_scores, make_generated, ragged
 from cluster.contracts.wire import from_wire, to_wire
 
 ROWS, COMPLETION_TOKENS, TOP_K = 800, 512, 16  # about 64 MB
@@ -106,9 +107,12 @@ def bytes_per_token() -> dict[str, float]:
     ids = np.zeros((num, SIGNAL_TOP_K), np.int32)
     hidden = np.zeros((num, SIGNAL_WIDTH), np.uint16)
     plain = _wire_bytes(None)
-    sampled = _wire_bytes(Scores(logprobs))
-    top_k = _wire_bytes(Scores(logprobs, chosen_ids=ids, candidate_logprobs=np.full(ids.shape, -1.0, np.float32)))
-    with_hidden = _wire_bytes(Scores(logprobs, hidden=hidden))
+    sampled_scores = {"logprobs": logprobs}
+    sampled = _wire_bytes(sampled_scores)
+    top_k = _wire_bytes(
+        {**sampled_scores, "candidate_ids": ids, "candidate_logprobs": np.full(ids.shape, -1.0, np.float32)}
+    )
+    with_hidden = _wire_bytes({**sampled_scores, "hidden": hidden})
     return {
         "sampled": (sampled - plain) / num,
         f"top-{SIGNAL_TOP_K}": (top_k - sampled) / num,

@@ -126,9 +126,7 @@ class Bench:
             rollout_logprobs=flat,
             candidate_ids=torch.randint(self.sizes.vocabulary, (n, k), generator=self.random, device=self.device),
             candidate_rollout_logprobs=of_candidates[:, :drawn],
-            logprobs={"teacher": flat - 1},
-            candidate_logprobs={"teacher": of_candidates - 1} if k else {},
-            teacher_entropy=nothing,
+            scores={"teacher": {"logprobs": flat - 1, **({"candidate_logprobs": of_candidates - 1} if k else {})}},
             trajectory=torch.zeros(n, dtype=torch.int64, device=self.device),
             position=torch.arange(n, device=self.device),
             length=torch.full((n,), n, device=self.device),
@@ -136,8 +134,9 @@ class Bench:
             task_advantage=torch.zeros(n, device=self.device),
         )
         places = torch.arange(n, device=self.device)
-        hidden = {"teacher": self.normal(n, case.teacher_widths * self.sizes.width)} if case.teacher_widths else {}
-        return MicroBatch(nothing, nothing, nothing, places, (n,), tokens, (RoutedTokens(ROUTE, places, hidden),))
+        wide = {"hidden": self.normal(n, case.teacher_widths * self.sizes.width)} if case.teacher_widths else {}
+        routes = (RoutedTokens(ROUTE, places, {"teacher": wide}),)
+        return MicroBatch(nothing, nothing, nothing, places, (n,), tokens, routes)
 
     def run(self, case: Case, *, plain: bool = False) -> None:
         """Run the learner's head forward and backward; plain: without kernels over the logits."""

@@ -33,7 +33,7 @@ from learner.group import LearnerGroup
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptSet, sampling_seed
 from teacher_workers.pool import start_pool
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 
 RUN = '[student]\nmodel = "stub"\n[teachers.main]\nmodel = "stub"\n[prompts]\ntrain = "stub"\n'
 SAMPLING = SamplingSettings(max_completion_tokens=800, temperature=1.0)
@@ -52,7 +52,7 @@ class StubRun:
 
     config: Config
     rollouts: RolloutPool
-    teachers: TeacherPools
+    teachers: TeacherRouter
     learner: LearnerGroup
     rows_per_step: int
 
@@ -124,7 +124,7 @@ def start_stubs(config: Config, rates: StubRates, sizes: StubSizes, prompts: Pro
         for pool in pools.values():
             pool.wait_until_ready()
         rollouts.set_prompts(prompts)
-        yield StubRun(config, rollouts, TeacherPools(pools, TIMEOUTS.call_seconds), learner, len(prompts))
+        yield StubRun(config, rollouts, TeacherRouter(pools, TIMEOUTS.call_seconds), learner, len(prompts))
 
 
 def overlap_rows(num_workers: int, steps: int) -> list[Row]:

@@ -31,8 +31,8 @@ from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
 from cluster.models.lm_head import LmHead, load_lm_head
 from cluster.vllm.engine import prepare_environment
+from teacher_workers.actor import TeacherWorker
 from teacher_workers.backends.lm_head_scores import chunk_size
-from teacher_workers.worker import TeacherWorker
 
 ROOT = Path(__file__).parents[2]
 TOP_K = 16
@@ -108,12 +108,12 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
     ours, generating = MeasuredEngine(teacher, context), build_generating_engine(teacher, context, max(plan.top_ks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = load_lm_head(teacher.model, teacher.trust_remote_code, engine.dtype).to(device)
-    worker = TeacherWorker("teacher", ours, head)
+    worker = TeacherWorker("teacher", ours)
     batches = make_batches(setting, head.vocabulary_size)
     try:
         seconds = await _interleaved(_cases(Parts(ours, generating, worker, head), batches, plan.top_ks), plan)
     finally:
-        await worker.shutdown()
+        await ours.shutdown()
         generating.shutdown()
     num_tokens = sum(int(ragged(batch, "token_ids").offsets[-1]) for batch in batches)
     return _rows_of(seconds, f"{setting.name}, {setting.num_rows} rows, {num_tokens} tokens", num_tokens, plan.top_ks)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from benchmarks.harness.report import RESULTS, Row, print_rows, row, write_rows
-from cluster.contracts.trajectory import GeneratedTrajectory, Scores, add_scores, make_generated, ragged
+from cluster.contracts.trajectory import GeneratedTrajectory, add_scores, make_generated, ragged
 from cluster.contracts.wire import from_wire, to_wire
 
 REPEATS = 15
@@ -76,11 +76,11 @@ def make_scored(rows: int, completion_tokens: int, top_k: int) -> pa.RecordBatch
         logprobs = -random.random(completion_tokens, dtype=np.float32)
         trajectories.append(GeneratedTrajectory(index, index, 0, "main", "", 0, 0, ids, mask, logprobs, "stop", None))
     total = rows * completion_tokens
-    scores = Scores(
-        -random.random(total, dtype=np.float32),
-        random.integers(0, 50_000, (total, top_k), dtype=np.int32),
-        -random.random((total, top_k), dtype=np.float32),
-    )
+    scores = {
+        "logprobs": -random.random(total, dtype=np.float32),
+        "candidate_ids": random.integers(0, 50_000, (total, top_k), dtype=np.int32),
+        "candidate_logprobs": -random.random((total, top_k), dtype=np.float32),
+    }
     return add_scores(make_generated(trajectories), "teacher", scores)
 
 

@@ -21,7 +21,7 @@ from cluster.config.run_config import StudentConfig
 from cluster.config.stages import Attention, LearnerConfig
 from cluster.contracts.errors import ModelError
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Scores, add_scores, ragged
+from cluster.contracts.trajectory import add_scores, ragged
 from cluster.models.lm_head import LmHead, load_lm_head
 from learner.batching.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.batching.plan import plan_step
@@ -146,6 +146,6 @@ def long_tailed_batch(scale: Scale) -> MicroBatch:
         setting = Setting("", "", "float32", 1, scale.prompt_tokens, int(length) + 1)
         (batch,) = make_batches(setting, scale.student.vocabulary, shortest=int(length))
         written = len(ragged(batch, "rollout_logprobs").values)
-        batches.append(add_scores(batch, "teacher", Scores(np.full(written, -3.0, np.float32))))
+        batches.append(add_scores(batch, "teacher", {"logprobs": np.full(written, -3.0, np.float32)}))
     grids = grids_of(batches, micro_batch_tokens=scale.micro_batch_tokens)
     return max(grids, key=lambda grid: sum(grid.lengths))

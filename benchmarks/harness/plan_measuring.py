@@ -24,7 +24,7 @@ from learner.group import LEARNER_ACTOR, LearnerGroup
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptSet
 from teacher_workers.pool import start_pool
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 
 MOST_SPLITS = 7  # that are measured of a workload
 
@@ -95,7 +95,7 @@ def stub_runs(workload: Workload) -> Iterator[dict[str, StubRun]]:
             for pool in pools.values():
                 pool.wait_until_ready()
             rollouts.set_prompts(prompts)
-            teachers = TeacherPools(pools, TIMEOUTS.call_seconds)
+            teachers = TeacherRouter(pools, TIMEOUTS.call_seconds)
             runs[str(split)] = StubRun(config, rollouts, teachers, learner, workload.rows_per_step)
         yield runs
 

@@ -12,10 +12,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.trajectory import Ints
 from cluster.vllm.engine import EngineRole, build_engine
-from teacher_workers.backends.vllm import VllmScoringEngine
+from teacher_workers.backends.vllm import VllmBackend
 
 
-class MeasuredEngine(VllmScoringEngine):
+class MeasuredEngine(VllmBackend):
     """The teacher's engine, which can also be asked for less."""
 
     async def prefill(self, sequences: Sequence[Ints]) -> None:

@@ -23,7 +23,7 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings, ScoreRequest
-from cluster.contracts.trajectory import Scores, add_scores, ragged
+from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
 from learner.batching.arrivals import RankShare
 from learner.group import LEARNER_ACTOR
@@ -173,7 +173,7 @@ class StubTeacherProcess:
         num_tokens = int(ragged(batch, "token_ids").offsets[-1])
         async with self._turns[worker]:
             await asyncio.sleep(num_tokens / self._rates.score_tokens_per_second)
-        scores = Scores(np.array(ragged(batch, "rollout_logprobs").values))
+        scores = {"logprobs": np.array(ragged(batch, "rollout_logprobs").values)}
         return pack(add_scores(batch, request.model, scores), {"teacher/scored_tokens": Sum(float(num_tokens))})
 
     async def shutdown(self, worker: int) -> None:

@@ -16,7 +16,7 @@ from learner.group import LearnerGroup
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptSet
 from teacher_workers.pool import start_pool
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 
 
 class StubRolloutActor:
@@ -92,4 +92,4 @@ def stub_process_run(workload: Workload, split: Split) -> Iterator[StubRun]:
         for pool in pools.values():
             pool.wait_until_ready()
         rollouts.set_prompts(prompts)
-        yield StubRun(config, rollouts, TeacherPools(pools, TIMEOUTS.call_seconds), learner, len(prompts))
+        yield StubRun(config, rollouts, TeacherRouter(pools, TIMEOUTS.call_seconds), learner, len(prompts))

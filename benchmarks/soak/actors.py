@@ -16,7 +16,7 @@ import pyarrow as pa
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
-from cluster.contracts.trajectory import Scores, add_scores, ragged
+from cluster.contracts.trajectory import add_scores, ragged
 from cluster.weight_sync.manifest import new_digest
 from rollout_workers.actor import RolloutActor
 from rollout_workers.environments.base import Services
@@ -127,7 +127,7 @@ class WaitingTeacher:
         self._num_batches += 1
         await asyncio.sleep(self._delays.seconds("score", self._index, self._num_batches))
         num_tokens = len(ragged(batch, "rollout_logprobs").values)
-        scores = Scores(np.full(num_tokens, -2, np.float32))
+        scores = {"logprobs": np.full(num_tokens, -2, np.float32)}
         return add_scores(batch, request.model, scores), {f"{request.model}/scored_tokens": Sum(float(num_tokens))}
 
     async def shutdown(self) -> None:

@@ -17,7 +17,7 @@ from learner.group import LEARNER_ACTOR, LearnerGroup
 from rollout_workers.pool import ROLLOUT_ACTOR, RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptOrder, PromptSet
 from teacher_workers.pool import TEACHER_ACTOR, start_pool
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 
 WAIT_SECONDS = 60.0  # the timeout of every wait; twenty times the longest delay
 RUN = f"""
@@ -43,7 +43,7 @@ class SoakPools:
     config: Config
     inputs: Inputs
     rollouts: RolloutPool
-    teachers: TeacherPools
+    teachers: TeacherRouter
     learner: LearnerGroup
     ranks: Sequence[ActorHandle]  # of `learner`
 
@@ -84,7 +84,7 @@ def soak_pools(delays: Delays) -> Iterator[SoakPools]:
         of_rollouts, of_teachers = [NO_CPU] * NUM_ROLLOUT_WORKERS, [NO_CPU] * NUM_TEACHER_WORKERS
         rollouts = RolloutPool(settings, of_rollouts, timeouts, cluster=cluster)
         stack.callback(rollouts.shutdown)
-        teachers = TeacherPools(
+        teachers = TeacherRouter(
             {
                 name: start_pool(name, teacher, 1, of_teachers, timeouts, cluster)
                 for name, teacher in config.teachers.items()

@@ -143,6 +143,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         sleepers = [name for name, teacher in self.teachers.items() if teacher.engine.sleep]
         if sleepers:
             raise ValueError(f"teachers.{sleepers[0]}.engine.sleep is set, but only rollout engines sleep by it")
+        if not self.rollout.engine.tensor_parallel:
+            raise ValueError("rollout.engine.tensor_parallel is 0; every rollout worker on a GPU needs one or more")
         if self.rollout.engine.quantization is not None:
             raise ValueError(
                 f"rollout.engine.quantization is '{self.rollout.engine.quantization}', but a student gets new weights "
@@ -181,6 +183,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 given_candidates=bool(needs.num_candidates) and not chooses,
                 entropy=model == TEACHER and needs.teacher_entropy,
                 hidden=needs.hidden,
+                further=self.teachers[self.scoring_teacher(model, route)].signals,
             )
             scorers.append((self.scoring_teacher(model, route), request))
         return scorers

@@ -37,7 +37,7 @@ class EngineConfig(Section):
     """Sets how one vLLM engine is built, for rollout workers and teachers."""
 
     dtype: Dtype = "bfloat16"
-    tensor_parallel: Count = 1
+    tensor_parallel: CountOrZero = 1  # GPUs of each worker; 0: a teacher whose backend needs none
     max_concurrent_sequences: Count = 256
     max_batched_tokens: Count = 8192
     gpu_memory_fraction: GpuFraction | None = None  # None: 0.9; on a shared GPU an equal part of what is left
@@ -74,6 +74,8 @@ class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
 
     model: Text
+    backend: Text = "vllm"  # what scores: a name of teacher_workers/backends/base.py, or package.module:Class
+    signals: tuple[Text, ...] = ()  # more of what it says of each token, beside what the objective needs: import paths
     trust_remote_code: bool = False
     num_workers: Annotated[int, Meta(ge=0, le=1_000_000)] = 1  # 0: its rows wait until `preceptor scale` adds some
     # Teachers that name the same slot share its workers, which reserve their GPUs once, and score in turns.

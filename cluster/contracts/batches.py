@@ -11,7 +11,7 @@ Stage = Literal["generate", "score", "learn", "sync"]
 
 @dataclass(frozen=True)
 class Span:
-    """One call to a worker, from being sent to being answered; times are on the driver's clock of `perf_counter`.
+    """Times one call to a worker, from being sent to being answered; times are on the driver's clock of `perf_counter`.
 
     Example:
         >>> Span("rollout", "rollout-0", "generate", began=1.0, ended=1.5).seconds
@@ -36,7 +36,7 @@ class Span:
 
 @dataclass(frozen=True)
 class PoolState:
-    """How one pool stands at the end of a step."""
+    """Describes one pool at the end of a step."""
 
     name: str  # rollout, teacher-NAME, learner
     serving: Sequence[str]  # names of the workers that take work
@@ -49,7 +49,7 @@ class PoolState:
 
 @dataclass(frozen=True)
 class BatchHandle:
-    """A trajectory batch as the driver sees it: where its bytes are, and counts that do not grow with its length."""
+    """Describes a trajectory batch to the driver: where its bytes are, and counts that do not grow with its length."""
 
     reference: Any  # ray.ObjectRef to the batch's wire bytes (pa.Buffer)
     teacher: str

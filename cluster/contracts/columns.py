@@ -1,6 +1,6 @@
 """Views an Arrow list column as numpy arrays, without copying its values."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,13 @@ def ragged(batch: pa.RecordBatch, name: str) -> Ragged:
     return Ragged(flat, offsets - offsets[0])
 
 
-def check_rows(batch: pa.RecordBatch, per_completion_token: Sequence[str], finish_reasons: Sequence[str]) -> None:
+def check_rows(batch: pa.RecordBatch, per_completion_token: Mapping[str, bool], finish_reasons: Sequence[str]) -> None:
     """Check what holds between the columns of every row.
 
     Args:
         batch: generated or scored.
-        per_completion_token: the columns with one entry per completion token; `*_hidden` are looked at in length only,
-            for they are most of a batch's bytes and `add_scores` has read them.
+        per_completion_token: the columns with one entry per completion token, and whether their values are read, or
+            only their lengths.
         finish_reasons: the words that `finish_reason` may hold.
 
     Raises:
@@ -65,17 +65,17 @@ def check_rows(batch: pa.RecordBatch, per_completion_token: Sequence[str], finis
     rewards = pc.is_finite(pc.fill_null(batch["reward"], 0.0)).to_numpy(zero_copy_only=False)
     _require(batch, rewards, "reward is NaN or infinity")
     completion_tokens = _check_tokens(batch)
-    for name in per_completion_token:
-        _check_completion_column(batch, name, completion_tokens)
+    for name, reads_values in per_completion_token.items():
+        _check_completion_column(batch, name, reads_values, completion_tokens)
     _check_versions(batch, completion_tokens)
 
 
-def _require(batch: pa.RecordBatch, holds: NDArray[Any], fault: str, *found: NDArray[np.int64]) -> None:
+def _require(batch: pa.RecordBatch, holds: NDArray[Any], fault: str, *counts: NDArray[np.int64]) -> None:
     """Raise for the first row that does not hold; `{}` in the fault stand for that row's values."""
     if not holds.all():
         row = int(np.argmin(holds))
         raise TrajectoryError(
-            f"trajectory {batch['trajectory_id'][row]}: {fault.format(*(int(v[row]) for v in found))}"
+            f"trajectory {batch['trajectory_id'][row]}: {fault.format(*(int(v[row]) for v in counts))}"
         )
 
 
@@ -101,15 +101,18 @@ def _check_tokens(batch: pa.RecordBatch) -> NDArray[np.int64]:
     return completion_tokens
 
 
-def _check_completion_column(batch: pa.RecordBatch, name: str, completion_tokens: NDArray[np.int64]) -> None:
+def _check_completion_column(
+    batch: pa.RecordBatch, name: str, reads_values: bool, completion_tokens: NDArray[np.int64]
+) -> None:
     column = ragged(batch, name)
     fault = f"{name} has {{}} values for {{}} completion tokens"
     _require(batch, column.lengths == completion_tokens, fault, column.lengths, completion_tokens)
-    if name.endswith("_hidden") or not column.values.size:
+    if not reads_values or not column.values.size:
         return
     values = column.values.reshape(len(column.values), -1)
-    if name == "candidate_ids":
-        _require(batch, _per_row(column, (values >= 0).all(1)), "a candidate id is negative")
+    if np.issubdtype(values.dtype, np.integer):
+        fault = "a candidate id is negative" if name == "candidate_ids" else f"{name} holds a negative number"
+        _require(batch, _per_row(column, (values >= 0).all(1)), fault)
     else:
         fault = f"{name} holds NaN or infinity; the model may have diverged"
         _require(batch, _per_row(column, np.isfinite(values).all(1)), fault)

@@ -1,10 +1,9 @@
-"""Defines what an engine must do to serve a rollout or teacher worker."""
+"""Defines what an engine must do to serve a rollout worker; `teacher_workers/backends/base.py` does for teachers."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from cluster.contracts.requests import Completion, HiddenStates, SamplingSettings
-from cluster.contracts.trajectory import Bytes, Ints
+from cluster.contracts.requests import Completion, SamplingSettings
 
 
 class RolloutEngine(Protocol):
@@ -29,26 +28,6 @@ class RolloutEngine(Protocol):
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights, drop caches computed with the old ones, resume; return the received checksum."""
-
-    async def shutdown(self) -> None:
-        """End the engine and every process it started."""
-
-
-class ScoringEngine(Protocol):
-    """Reads tokens that another model wrote."""
-
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
-        """Return the last hidden states, after the final norm, that predict the tokens whose loss_mask is 1."""
-
-    @property
-    def is_dead(self) -> bool:
-        """Return whether the engine's process is gone."""
-
-    async def sleep(self) -> None:
-        """Give the hardware back to another engine; nothing is asked until it is woken."""
-
-    async def wake(self) -> None:
-        """Take the hardware again."""
 
     async def shutdown(self) -> None:
         """End the engine and every process it started."""

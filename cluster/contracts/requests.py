@@ -1,7 +1,7 @@
-"""Defines what the driver asks of rollout and teacher workers, and what their engines answer."""
+"""Defines what the driver requests of rollout and teacher workers, and what rollout engines answer."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from cluster.contracts.trajectory import FinishReason, Floats, Ints
 
@@ -44,7 +44,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """What one scoring model adds to a batch: always the log-probabilities of the written tokens, and more if asked.
+    """Names what one scoring model adds to a batch: the log-probabilities of the sampled tokens, and more signals.
 
     Example:
         >>> ScoreRequest("teacher", top_k=16).given_candidates
@@ -56,11 +56,21 @@ class ScoreRequest:
     given_candidates: bool = False  # score the candidates that the batch already has
     entropy: bool = False  # of its distribution at every completion position
     hidden: bool = False  # its last hidden states
+    further: tuple[str, ...] = ()  # import paths of signals that contracts/signals.py does not list
 
+    @property
+    def signals(self) -> frozenset[str]:
+        """Return the keys that the answer's scores must have.
 
-@dataclass(frozen=True)
-class HiddenStates:
-    """What a scoring engine read of one trajectory."""
-
-    values: Any  # torch tensor [completion_tokens, width]: they predict the completion tokens
-    num_cached_tokens: int  # at the trajectory's beginning, that were computed for another one
+        Example:
+            >>> sorted(ScoreRequest("teacher", top_k=16).signals)
+            ['candidate_ids', 'candidate_logprobs', 'logprobs']
+        """
+        requested = {
+            "logprobs": True,
+            "candidate_ids": bool(self.top_k),
+            "candidate_logprobs": bool(self.top_k) or self.given_candidates,
+            "entropy": self.entropy,
+            "hidden": self.hidden,
+        }
+        return frozenset(name for name, is_requested in requested.items() if is_requested).union(self.further)

@@ -11,7 +11,7 @@ Candidates are further tokens per position on which models are compared, chosen 
 scoring model adds columns under its role in the objective's target: `teacher_logprobs`, `base_logprobs`, and so on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -24,6 +24,7 @@ from cluster.contracts.columns import Ragged as Ragged
 from cluster.contracts.columns import check_rows
 from cluster.contracts.columns import ragged as ragged
 from cluster.contracts.errors import NotFiniteError, ScoreError, TrajectoryError, WrongLengthError
+from cluster.contracts.signals import SIGNALS, Scores, Signal, find_signal, find_signals, is_finite
 
 Stage = Literal["generated", "scored"]
 FinishReason = Literal["stop", "length", "repetition", "abort"]
@@ -32,7 +33,6 @@ Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 
 SCHEMA_VERSION = "3"
-_BFLOAT16_EXPONENT = np.uint16(0x7F80)  # all ones in NaN and infinities
 
 _GENERATED_FIELDS = [
     pa.field("trajectory_id", pa.int64(), nullable=False),  # unique in the run
@@ -41,7 +41,7 @@ _GENERATED_FIELDS = [
     pa.field("teacher", pa.string(), nullable=False),  # route: the NAME of [teachers.NAME]
     pa.field("domain", pa.string(), nullable=False),
     pa.field("min_policy_version", pa.int64(), nullable=False),
-    pa.field("max_policy_version", pa.int64(), nullable=False),  # above min: weights changed while it was written
+    pa.field("max_policy_version", pa.int64(), nullable=False),  # above min: weights changed while it was sampled
     pa.field("version_changes", pa.list_(pa.int32()), nullable=False),  # entry i: where version min + i + 1 begins
     pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
     pa.field("loss_mask", pa.list_(pa.uint8()), nullable=False),  # 1 where the student sampled
@@ -53,7 +53,7 @@ _GENERATED_FIELDS = [
 
 @dataclass(frozen=True)
 class GeneratedTrajectory:
-    """One row of a generated batch."""
+    """Holds one row of a generated batch."""
 
     trajectory_id: int
     prompt_id: int
@@ -70,19 +70,8 @@ class GeneratedTrajectory:
     # [max - min policy version] completion tokens before each further version; one that wrote nothing has the same
     # entry as the next.
     version_changes: Ints = field(default_factory=lambda: np.empty(0, np.int32))
-    candidate_ids: Ints | None = None  # [completion_tokens, k] tokens that the student chose besides the written one
+    candidate_ids: Ints | None = None  # [completion_tokens, k] tokens that the student chose besides the sampled one
     candidate_rollout_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What one model says of all completion tokens of a batch, rows in order; natural logarithms at temperature 1."""
-
-    logprobs: Floats  # [completion_tokens] of the written tokens
-    chosen_ids: Ints | None = None  # [completion_tokens, k] candidates that this model chose, most likely first
-    candidate_logprobs: Floats | None = None  # [completion_tokens, k] of the chosen or given candidates
-    entropy: Floats | None = None  # [completion_tokens] in nats
-    hidden: NDArray[Any] | None = None  # [completion_tokens, width] float32, float16, or bfloat16's bits as uint16
 
 
 def generated_schema(num_candidates: int = 0) -> pa.Schema:
@@ -124,36 +113,43 @@ def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBa
     """
     if model in models_of(batch):
         raise ScoreError(f"the batch already has the scores of '{model}'")
-    _check_scores(batch, model, scores)
+    signals = {name: find_signal(name) for name in scores}
+    _check_scores(batch, model, {signals[name]: values for name, values in scores.items()})
     offsets = batch["rollout_logprobs"].offsets
     offsets = pc.subtract(offsets, offsets[0])  # a slice's offsets begin in the middle of its parent
     fields, columns = list(batch.schema), list(batch.columns)
-    new = {
-        f"{model}_logprobs": scores.logprobs,
-        "candidate_ids": scores.chosen_ids,
-        f"{model}_candidate_logprobs": scores.candidate_logprobs,
-        f"{model}_entropy": scores.entropy,
-        f"{model}_hidden": scores.hidden,
-    }
-    for name, values in new.items():
-        if values is not None:
-            columns.append(_list_column(offsets, values))
-            fields.append(pa.field(name, columns[-1].type, nullable=False))
+    for name in sorted(signals, key=[*SIGNALS, *signals].index):
+        columns.append(_list_column(offsets, scores[name]))
+        fields.append(pa.field(signals[name].column(model), columns[-1].type, nullable=False))
     models = ",".join([*models_of(batch), model])
     metadata = {**batch.schema.metadata, b"stage": b"scored", b"models": models.encode()}
+    further = {**dict.fromkeys(signal_paths(batch.schema)), **dict.fromkeys(signals.keys() - SIGNALS.keys())}
+    if further:
+        metadata[b"signals"] = ",".join(further).encode()
     return pa.record_batch(columns, schema=pa.schema(fields, metadata=metadata))
 
 
 def check_values(batch: pa.RecordBatch) -> None:
-    """Check what holds in every row, whoever made the batch.
+    """Check what holds in every row, generated or scored.
 
     Raises:
         TrajectoryError: a column's length does not fit its row's tokens, an id is negative, or a log-probability is not
             finite; names the first such row.
     """
-    shared = {field.name for field in _GENERATED_FIELDS} - {"rollout_logprobs"}
-    per_completion_token = [name for name in batch.schema.names if name not in shared]
-    check_rows(batch, per_completion_token, get_args(FinishReason))
+    columns = sampled_columns(batch.schema)
+    present = {name: columns[name].is_rechecked for name in batch.schema.names if name in columns}
+    check_rows(batch, present, get_args(FinishReason))
+
+
+def sampled_columns(schema: pa.Schema) -> dict[str, Signal]:
+    """Return the columns of one entry per sampled token that a batch with these models and signals may have."""
+    signals = find_signals(signal_paths(schema))
+    return {
+        "rollout_logprobs": SIGNALS["logprobs"],
+        "candidate_ids": SIGNALS["candidate_ids"],
+        "candidate_rollout_logprobs": SIGNALS["candidate_logprobs"],
+        **{signal.column(model): signal for model in models_in(schema) for signal in signals},
+    }
 
 
 def stage_of(batch: pa.RecordBatch) -> Stage:
@@ -163,8 +159,21 @@ def stage_of(batch: pa.RecordBatch) -> Stage:
 
 def models_of(batch: pa.RecordBatch) -> list[str]:
     """Return the models that have scored the batch, in that order."""
-    names: str = batch.schema.metadata[b"models"].decode()
-    return names.split(",") if names else []
+    return models_in(batch.schema)
+
+
+def models_in(schema: pa.Schema) -> list[str]:
+    """Return the models that have scored a batch of this schema, in that order."""
+    return _listed(schema, b"models")
+
+
+def signal_paths(schema: pa.Schema) -> list[str]:
+    """Return the import paths of the signals that a batch of this schema has besides those of our table."""
+    return _listed(schema, b"signals")
+
+
+def _listed(schema: pa.Schema, key: bytes) -> list[str]:
+    return [name for name in schema.metadata.get(key, b"").decode(errors="replace").split(",") if name]
 
 
 def num_candidates_of(batch: pa.RecordBatch) -> int:
@@ -172,18 +181,6 @@ def num_candidates_of(batch: pa.RecordBatch) -> int:
     if "candidate_ids" not in batch.schema.names:
         return 0
     return int(batch.schema.field("candidate_ids").type.value_type.list_size)
-
-
-def is_finite(values: NDArray[Any]) -> NDArray[np.bool_]:
-    """Tell which values of a column are finite; uint16 stands for bfloat16's bits.
-
-    Example:
-        >>> is_finite(np.array([0x3F80, 0x7F80], np.uint16)).tolist()  # 1 and infinity
-        [True, False]
-    """
-    if values.dtype == np.uint16:
-        return (values & _BFLOAT16_EXPONENT) != _BFLOAT16_EXPONENT
-    return np.isfinite(values)
 
 
 def _fixed(name: str, item: pa.DataType, width: int) -> pa.Field:
@@ -209,29 +206,30 @@ def _list_column(offsets: pa.Array, values: NDArray[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, inner)
 
 
-def _check_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> None:
-    if scores.chosen_ids is not None and num_candidates_of(batch):
+def _check_scores(batch: pa.RecordBatch, model: str, scores: Mapping[Signal, NDArray[Any]]) -> None:
+    if SIGNALS["logprobs"] not in scores:
+        raise ScoreError(f"{model} has no logprobs; every model scores the sampled tokens")
+    chosen = scores.get(SIGNALS["candidate_ids"])
+    if chosen is not None and num_candidates_of(batch):
         raise ScoreError(f"{model} chose candidates, but the batch already has some")
-    num_candidates = num_candidates_of(batch) if scores.chosen_ids is None else scores.chosen_ids.shape[1]
+    num_candidates = num_candidates_of(batch) if chosen is None else chosen.shape[1]
     total = int(ragged(batch, "rollout_logprobs").offsets[-1])
-    expected: dict[str, tuple[int, ...]] = {
-        "logprobs": (total,),
-        "chosen_ids": (total, num_candidates),
-        "candidate_logprobs": (total, num_candidates),
-        "entropy": (total,),
-        "hidden": (total, 0 if scores.hidden is None else scores.hidden.shape[-1]),
-    }
-    for name, shape in expected.items():
-        values = getattr(scores, name)
-        if values is None:
-            continue
+    for signal, values in scores.items():
+        widths = {"one": (), "candidates": (num_candidates,), "model": values.shape[1:]}
+        shape = (total, *widths[signal.width])
         if values.shape != shape:
-            raise WrongLengthError(f"{model} {name} have shape {list(values.shape)}, the batch needs {list(shape)}")
+            raise WrongLengthError(
+                f"{model} {signal.name} have shape {list(values.shape)}, the batch needs {list(shape)}"
+            )
+        if pa.from_numpy_dtype(values.dtype) not in signal.dtypes:
+            raise ScoreError(
+                f"{model} {signal.name} are {values.dtype}, expected {' or '.join(map(str, signal.dtypes))}"
+            )
         finite = is_finite(values)
         if not finite.all():
             row = _row_of(batch, int(np.argmin(finite.reshape(total, -1).all(-1))))
             trajectory_id = batch["trajectory_id"][row].as_py()
-            raise NotFiniteError(f"trajectory {trajectory_id}: {model} {name} hold NaN or infinity")
+            raise NotFiniteError(f"trajectory {trajectory_id}: {model} {signal.name} hold NaN or infinity")
 
 
 def _row_of(batch: pa.RecordBatch, completion_token: int) -> int:

@@ -1,14 +1,19 @@
-"""The wire encoding of a trajectory batch: what passes between actors, instead of pickles of Arrow objects."""
+"""Encodes a trajectory batch as the bytes that pass between actors, instead of pickles of Arrow objects."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from cluster.contracts.errors import TrajectoryError
-from cluster.contracts.trajectory import SCHEMA_VERSION, Stage, check_values, generated_schema, stage_of
-
-HIDDEN_TYPES = (pa.float32(), pa.float16(), pa.uint16())
+from cluster.contracts.errors import ConfigError, TrajectoryError
+from cluster.contracts.trajectory import (
+    SCHEMA_VERSION,
+    Stage,
+    check_values,
+    generated_schema,
+    models_in,
+    sampled_columns,
+    stage_of,
+)
 
 
 def to_wire(batch: pa.RecordBatch) -> pa.Buffer:
@@ -37,13 +42,13 @@ def from_wire(wire: pa.Buffer | bytes | memoryview, stage: Stage | None = None) 
     """Decode `to_wire`'s bytes without copying the values; the batch keeps the buffer alive.
 
     Raises:
-        TrajectoryError: the bytes are not a trajectory batch of this schema version, or not of the stage asked for.
+        TrajectoryError: the bytes are not a trajectory batch of this schema version, or not of that stage.
     """
     batch = _read_stream(wire)
-    found = batch.schema.metadata or {}
-    if found.get(b"preceptor.trajectory") != SCHEMA_VERSION.encode():
+    version = (batch.schema.metadata or {}).get(b"preceptor.trajectory")
+    if version != SCHEMA_VERSION.encode():
         raise TrajectoryError(
-            f"wire: trajectory schema version {found.get(b'preceptor.trajectory')!r}, expected {SCHEMA_VERSION}; "
+            f"wire: trajectory schema version {version!r}, expected {SCHEMA_VERSION}; "
             "run the same release on every node"
         )
     _check_schema(batch.schema)
@@ -66,7 +71,7 @@ def _read_stream(wire: pa.Buffer | bytes | memoryview) -> pa.RecordBatch:
         with pa.ipc.open_stream(pa.py_buffer(wire)) as reader:
             batch = reader.read_next_batch()
         batch.validate(full=True)
-        _ = batch.schema.names  # decodes them: Arrow leaves names as bytes until somebody asks
+        _ = batch.schema.names  # decodes them: Arrow leaves names as bytes until they are read
     except (pa.ArrowException, OSError, StopIteration, UnicodeDecodeError) as error:
         raise TrajectoryError(f"wire: not an Arrow trajectory batch: {error or 'the stream ends early'}") from error
     return batch
@@ -74,40 +79,31 @@ def _read_stream(wire: pa.Buffer | bytes | memoryview) -> pa.RecordBatch:
 
 def _check_schema(schema: pa.Schema) -> None:
     """Check that the columns are those of a trajectory, each of its type and in its place."""
-    models = [name for name in schema.metadata.get(b"models", b"").decode(errors="replace").split(",") if name]
+    models = models_in(schema)
     if schema.metadata.get(b"stage") != (b"scored" if models else b"generated"):
         raise TrajectoryError(f"wire: stage {schema.metadata.get(b'stage')!r} does not go with the scores of {models}")
     expected = generated_schema()
     for position, field in enumerate(expected):
-        found = schema.field(position) if position < len(schema) else None
-        if found is None or not found.equals(field):
-            raise TrajectoryError(f"wire: column {position} is {_describe(found)}, expected {_describe(field)}")
+        present = schema.field(position) if position < len(schema) else None
+        if present is None or not present.equals(field):
+            raise TrajectoryError(f"wire: column {position} is {_describe(present)}, expected {_describe(field)}")
+    try:
+        signals = sampled_columns(schema)
+    except ConfigError as error:
+        raise TrajectoryError(f"wire: {error}") from error
     further = list(schema)[len(expected) :]
-    known = _further_fields(models, further)
     names = [field.name for field in further]
+    num_candidates = next((_width(field) for field in further if field.name == "candidate_ids"), 0)
     for field in further:
-        if names.count(field.name) > 1 or not any(field.equals(one) for one in known.get(field.name, ())):
+        signal = signals.get(field.name)
+        types = [] if signal is None else signal.arrow_types(num_candidates, _width(field))
+        if names.count(field.name) > 1 or field.nullable or not any(field.type.equals(one) for one in types):
             raise TrajectoryError(
                 f"wire: column {_describe(field)} is unknown, of another type or width, or there twice"
             )
     missing = {f"{model}_logprobs" for model in models} - set(names)
     if missing:
         raise TrajectoryError(f"wire: column '{min(missing)}' is missing; the batch says that {models} scored it")
-
-
-def _further_fields(models: Sequence[str], found: Sequence[pa.Field]) -> dict[str, list[pa.Field]]:
-    """Return what candidates and scores may look like; the width of hidden states is the model's own."""
-    width = next((_width(field) for field in found if field.name == "candidate_ids"), 0)
-    numbers = pa.list_(pa.float32())
-    known = {f"{model}_{name}": [numbers] for model in models for name in ("logprobs", "entropy")}
-    if width:
-        candidates = pa.list_(pa.list_(pa.float32(), width))
-        known |= {"candidate_ids": [pa.list_(pa.list_(pa.int32(), width))], "candidate_rollout_logprobs": [candidates]}
-        known |= {f"{model}_candidate_logprobs": [candidates] for model in models}
-    for field in found:
-        if field.name in {f"{model}_hidden" for model in models} and _width(field):
-            known[field.name] = [pa.list_(pa.list_(dtype, _width(field))) for dtype in HIDDEN_TYPES]
-    return {name: [pa.field(name, dtype, nullable=False) for dtype in types] for name, types in known.items()}
 
 
 def _describe(field: pa.Field | None) -> str:

@@ -22,23 +22,22 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ConfigError, ModelError, PreceptorError
 from cluster.contracts.files import Record
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, ask_driver, read_message
-from cluster.elastic.teacher_log import Reign, TeacherLog, with_models
+from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
 from cluster.models.model_checks import check_tokenizers, read_model
-from cluster.models.model_files import load_tokenizer
 from cluster.placement.capacity import missing_for
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import PoolPlacement
 from cluster.run.hooks import StepHook
 from cluster.run.inputs import Inputs, check_support
-from cluster.run.pools import Pipeline, pool_timeouts
-from teacher_workers.audit.reference import fingerprint
+from cluster.run.pools import Pipeline, start_teachers
 from teacher_workers.audit.runner import ScoreAudit
-from teacher_workers.pool import Scorers, TeacherPool
-from teacher_workers.router import Successors
+from teacher_workers.backends.base import find_backend
+from teacher_workers.pool import TeacherReplicas
+from teacher_workers.replacement import Replacement
 
 
 class ReplaceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A checkpoint that somebody asked for."""
+    """Requests another checkpoint of a teacher."""
 
     request_id: str
     teacher: str
@@ -46,14 +45,14 @@ class ReplaceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReplaceResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What became of it."""
+    """Answers a ReplaceRequest."""
 
     request_id: str
     sentence: str  # what will happen, or why nothing will
     is_granted: bool
 
 
-def start_successors(config: Config, inputs: Inputs, pipeline: Pipeline, name: str) -> Successors:
+def start_replacement(config: Config, inputs: Inputs, pipeline: Pipeline, name: str) -> Replacement:
     """Begin to start, where there is room, as many workers of a teacher as serve it now.
 
     Args:
@@ -62,23 +61,20 @@ def start_successors(config: Config, inputs: Inputs, pipeline: Pipeline, name: s
         pipeline: the pools of now.
         name: of the teacher; those of its slot move with it.
     """
-    of_now = pipeline.teachers.pools[name].scorers
-    label = f"{of_now.label.partition('@')[0]}@{uuid4().hex[:6]}"  # Ray may hold a dead actor's name for a while
-    teachers = _sections(config, pipeline, of_now)
-    options = [unplanned_options(pipeline.placement.teachers[name].share)] * max(1, of_now.size)
-    scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=pipeline.supervision)
-    return Successors(
-        {
-            each: TeacherPool(each, scorers, pool_timeouts(config), fingerprint(teacher.model))
-            for each, teacher in teachers.items()
-        }
-    )
+    current = pipeline.teachers.pools[name].replicas
+    label = f"{current.label.partition('@')[0]}@{uuid4().hex[:6]}"  # Ray may hold a dead actor's name for a while
+    teachers = replacing_sections(config, pipeline, current)
+    options = [unplanned_options(pipeline.placement.teachers[name].share)] * max(1, current.size)
+    pools = start_teachers(config, inputs, label, teachers, options, pipeline.supervision)
+    for pool in pools.values():
+        pool.checkpoint = find_backend(pool.teacher).identity(pool.teacher)
+    return Replacement(pools)
 
 
-def _sections(config: Config, pipeline: Pipeline, of_now: Scorers) -> dict[str, TeacherConfig]:
-    """Return what the engines are given: as many as there are now, with the same parts of a GPU that all share."""
+def replacing_sections(config: Config, pipeline: Pipeline, current: TeacherReplicas) -> dict[str, TeacherConfig]:
+    """Return the new teachers' sections: as many engines as now, with the same parts of a GPU that all share."""
     placed = with_gpus(config, pipeline.placement.on_gpu).teachers
-    return {each: msgspec.structs.replace(placed[each], num_workers=of_now.size) for each in of_now.teachers}
+    return {name: msgspec.structs.replace(placed[name], num_workers=current.size) for name in current.teachers}
 
 
 def current_config(config: Config, pipeline: Pipeline) -> Config:
@@ -88,18 +84,18 @@ def current_config(config: Config, pipeline: Pipeline) -> Config:
 
 @dataclass(frozen=True)
 class RunParts:
-    """What is changed, and what new workers take."""
+    """Holds the run that a replacement changes."""
 
     config: Config
     inputs: Inputs
     pipeline: Pipeline
-    start: Callable[[Config, Inputs, Pipeline, str], Successors] = start_successors
+    start: Callable[[Config, Inputs, Pipeline, str], Replacement] = start_replacement
     missing: Callable[[tuple[PoolPlacement, int]], str | None] = missing_for
     clock: Callable[[], float] = time.monotonic
 
 
 class TeacherChanges(StepHook):
-    """The driver's side: starts what was asked for, and lets it take over between two steps."""
+    """Starts the requested teachers in the driver, and lets them take over between two steps."""
 
     def __init__(
         self,
@@ -129,11 +125,11 @@ class TeacherChanges(StepHook):
         return current_config(self._run.config, self._pipeline)
 
     def while_waiting(self) -> None:
-        """See whether somebody has asked for another checkpoint, and whether one that starts cannot serve."""
-        for successors in list(self._pipeline.teachers.successors):
-            error = successors.error or self._overdue(successors)
+        """Read a request for another checkpoint, and give up replacements that cannot serve."""
+        for replacement in list(self._pipeline.teachers.replacements):
+            error = replacement.error or self._overdue(replacement)
             if error is not None:
-                self._dismiss(successors, error)
+                self._cancel(replacement, error)
         request = self._requests.take(self._files.request, ReplaceRequest)
         if request is None:
             return
@@ -145,10 +141,10 @@ class TeacherChanges(StepHook):
         self._say(sentence)
 
     def before_step(self, step: int) -> None:
-        """Let those take over that can, from a step (from 0) that nothing was asked for yet."""
-        for successors in list(self._pipeline.teachers.successors):
-            if successors.error is None and (successors.scorers.serves or successors.takes_places):
-                self._succeed(successors, step)
+        """Let the replacements that can serve take over, from a step (from 0) that nothing was requested for yet."""
+        for replacement in list(self._pipeline.teachers.replacements):
+            if replacement.error is None and (replacement.replicas.serving or replacement.waits_for_place):
+                self._switch(replacement, step)
         # A teacher that takes another's place can start when that one has left, and this step's scores wait for it.
         self._pipeline.teachers.close(next_step=self._finished_step)
 
@@ -166,38 +162,39 @@ class TeacherChanges(StepHook):
         """
         config = self._checked(name, model)
         teachers = self._pipeline.teachers
-        of_now = teachers.pools[name].scorers
+        current = teachers.pools[name].replicas
         lack = self._run.missing((self._pipeline.placement.teachers[name], 1))
-        several = of_now.size > 1
-        successors = self._run.start(config, self._run.inputs, self._pipeline, name)
-        successors.takes_places = not of_now.size or (lack is not None and not several)
-        successors.num_lent = int(lack is not None and several)
-        successors.due = self._run.clock() + config.ray.start_timeout_seconds
-        teachers.prepare(successors)
-        if not of_now.size:
+        several = current.size > 1
+        replacement = self._run.start(config, self._run.inputs, self._pipeline, name)
+        replacement.waits_for_place = not current.size or (lack is not None and not several)
+        replacement.num_borrowed = int(lack is not None and several)
+        replacement.due = self._run.clock() + config.ray.start_timeout_seconds
+        teachers.prepare(replacement)
+        if not current.size:
             return f"teacher {name}: {model} takes its place at the next step, and has no worker yet either"
         if lack is None:
             return f"teacher {name}: {model} starts, and scores from the first step that is asked for when it serves"
         if several:
-            of_now.resize(of_now.size - 1)
+            current.resize(current.size - 1)
             return f"teacher {name}: {lack}, so one worker leaves for the first of {model}, which then takes over"
         return f"teacher {name}: {lack}, so {model} takes its place at the next step, whose scores wait for it"
 
     def _checked(self, name: str, model: str) -> Config:
-        """Return the configuration of now with the model, after all that can be told without starting an engine."""
+        """Return the current configuration with the model, after all checks that need no engine."""
         teachers, config = self._pipeline.teachers, self.config
         if name not in teachers.pools:
             raise ConfigError(
                 f"there is no teacher {name!r}; this run has {', '.join(teachers.pools)}, and its prompts name no other"
             )
-        if any(name in successors.pools for successors in teachers.successors):
+        if any(name in replacement.pools for replacement in teachers.replacements):
             raise ConfigError(f"teacher {name} is being replaced already; wait until the new one has taken over")
         config = with_models(config, {name: model})
-        facts = read_model(config.teachers[name], is_student=False)
-        if fingerprint(model) == teachers.pools[name].checkpoint:
+        backend, student = find_backend(config.teachers[name]), read_model(config.student, is_student=True)
+        facts = backend.check(config.teachers[name], student)
+        if backend.identity(config.teachers[name]) == teachers.pools[name].checkpoint:
             raise ConfigError(f"teacher {name} is {model} already, with these very files")
-        student = load_tokenizer(config.student.model, config.student.trust_remote_code)
-        check_tokenizers(student, {name: facts.tokenizer}, compare_templates=config.prompts.template == "chat")
+        templates = config.prompts.template == "chat"
+        check_tokenizers(student.tokenizer, {name: facts.tokenizer}, compare_templates=templates)
         check_support(config, facts.vocabulary)
         needed = self._run.inputs.max_model_len
         if facts.context_tokens < needed:
@@ -206,50 +203,51 @@ class TeacherChanges(StepHook):
             )
         return config
 
-    def _succeed(self, successors: Successors, step: int) -> None:
+    def _switch(self, replacement: Replacement, step: int) -> None:
         """Audit, and hand over."""
         teachers = self._pipeline.teachers
-        models = {name: pool.teacher.model for name, pool in successors.pools.items()}
+        models = {name: pool.teacher.model for name, pool in replacement.pools.items()}
         config = with_models(self.config, models)
         try:
-            for name, pool in successors.pools.items():
-                pool.checkpoint = fingerprint(models[name])  # once more, for a hub id's files are there now
-            of_successors = self._audit.of_successors(config, successors.pools)
-            of_successors.begin(step)
-            for fault in of_successors.finish():
+            for pool in replacement.pools.values():
+                # Once more, for a hub id's files are there now.
+                pool.checkpoint = find_backend(pool.teacher).identity(pool.teacher)
+            new_audit = self._audit.for_replacement(config, replacement.pools)
+            new_audit.begin(step)
+            for fault in new_audit.finish():
                 self._say(fault.sentence)
         except PreceptorError as error:
-            self._dismiss(successors, error)
+            self._cancel(replacement, error)
             return
-        self._audit.take_over(of_successors)
-        changed = self._changed(successors)
-        teachers.succeed(successors, step)
+        self._audit.adopt(new_audit)
+        changed = self._changed(replacement)
+        teachers.switch(replacement, step)
         self._pipeline.learner.replace_teachers(config.teachers, first_step=step)
         for name in changed:
             self._note(name, step, "replacement")
         said = ", ".join(f"teacher {name} is {models[name]}" for name in changed)
         self._say(f"{said} from step {step + 1} on")
 
-    def _overdue(self, successors: Successors) -> PreceptorError | None:
-        """Return why successors are given up that wait too long for their place."""
-        if successors.takes_places or successors.scorers.serves or self._run.clock() <= successors.due:
+    def _overdue(self, replacement: Replacement) -> PreceptorError | None:
+        """Return why a replacement is given up that waits too long for its place."""
+        if replacement.waits_for_place or replacement.replicas.serving or self._run.clock() <= replacement.due:
             return None
         limit = self._run.config.ray.start_timeout_seconds
         return ActorError(f"none of the new workers served within {limit:.0f} s; make room, and ask for it again")
 
-    def _dismiss(self, successors: Successors, error: PreceptorError) -> None:
-        changed = self._changed(successors)
-        self._pipeline.teachers.dismiss(successors)
+    def _cancel(self, replacement: Replacement, error: PreceptorError) -> None:
+        changed = self._changed(replacement)
+        self._pipeline.teachers.cancel(replacement)
         self._say(f"teacher {', '.join(changed)} stays as it is: {error}")
 
-    def _changed(self, successors: Successors) -> list[str]:
+    def _changed(self, replacement: Replacement) -> list[str]:
         """Return the teachers with another checkpoint than now; those of its slot only move."""
         pools = self._pipeline.teachers.pools
-        return [name for name, pool in successors.pools.items() if pool.checkpoint != pools[name].checkpoint]
+        return [name for name, pool in replacement.pools.items() if pool.checkpoint != pools[name].checkpoint]
 
     def _note(self, name: str, step: int, by: Literal["configuration", "replacement"]) -> None:
         pool = self._pipeline.teachers.pools[name]
-        self._log.note(Reign(step + 1, name, pool.teacher.model, pool.checkpoint, by))
+        self._log.note(TeacherVersion(step + 1, name, pool.teacher.model, pool.checkpoint, by))
 
 
 def ask_to_replace(files: ControlFiles, teacher: str, model: str, timeout_seconds: float = ANSWER_SECONDS) -> str:
@@ -257,7 +255,7 @@ def ask_to_replace(files: ControlFiles, teacher: str, model: str, timeout_second
 
     Raises:
         ConfigError: it refused; says why.
-        PreceptorError: nobody answered.
+        PreceptorError: no driver answered.
     """
     answer = ask_driver(files, ReplaceRequest(uuid4().hex, teacher, model), ReplaceResponse, timeout_seconds)
     if not answer.is_granted:

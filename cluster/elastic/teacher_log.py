@@ -11,11 +11,11 @@ from cluster.contracts.errors import CheckpointError
 from cluster.contracts.files import RecordsFile
 
 
-class Reign(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One checkpoint of a teacher.
+class TeacherVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Says which checkpoint of a teacher scores from a step on.
 
     Example:
-        >>> Reign(step=12, teacher="math", model="models/math-2", fingerprint="9f3a").teacher
+        >>> TeacherVersion(step=12, teacher="math", model="models/math-2", fingerprint="9f3a").teacher
         'math'
     """
 
@@ -36,47 +36,47 @@ class TeacherLog:
             CheckpointError: the file is damaged.
         """
         self._file = RecordsFile(path)
-        self._latest = latest_reigns(path)
-        reigns = read_reigns(path)
-        if any(reign.step > first_step + 1 for reign in reigns):
+        self._latest = latest_versions(path)
+        versions = read_versions(path)
+        if any(version.step > first_step + 1 for version in versions):
             self._file.drop_from(first_step + 2)
-            for reign in self._latest.values():
-                if reign.step > first_step + 1:
-                    self.note(msgspec.structs.replace(reign, step=first_step + 1))
+            for version in self._latest.values():
+                if version.step > first_step + 1:
+                    self.note(msgspec.structs.replace(version, step=first_step + 1))
 
-    def note(self, reign: Reign) -> None:
-        """Write down who scores from a step on, if that is new."""
-        known = self._latest.get(reign.teacher)
-        if known is not None and known.model == reign.model:
-            reign = msgspec.structs.replace(reign, by=known.by)  # a resumed run goes on with what replaced another
-        if known is None or known != msgspec.structs.replace(reign, step=known.step) or known.step > reign.step:
-            self._latest[reign.teacher] = reign
-            self._file.write(msgspec.to_builtins(reign))
+    def note(self, version: TeacherVersion) -> None:
+        """Write down which version scores from a step on, if that is new."""
+        known = self._latest.get(version.teacher)
+        if known is not None and known.model == version.model:
+            version = msgspec.structs.replace(version, by=known.by)  # a resumed run goes on with what replaced another
+        if known is None or known != msgspec.structs.replace(version, step=known.step) or known.step > version.step:
+            self._latest[version.teacher] = version
+            self._file.write(msgspec.to_builtins(version))
             self._file.sync()
 
 
-def read_reigns(path: Path) -> list[Reign]:
+def read_versions(path: Path) -> list[TeacherVersion]:
     """Return all lines of the file, none where there is none.
 
     Raises:
         CheckpointError: a line cannot be understood; names it.
     """
-    found = []
+    versions = []
     for number, line in enumerate(RecordsFile(path).lines(), start=1):
         try:
-            found.append(msgspec.json.decode(line, type=Reign))
+            versions.append(msgspec.json.decode(line, type=TeacherVersion))
         except msgspec.DecodeError as error:
             raise CheckpointError(f"{path}:{number}: says of no teacher who scores: {error}") from error
-    return found
+    return versions
 
 
-def latest_reigns(path: Path) -> dict[str, Reign]:
+def latest_versions(path: Path) -> dict[str, TeacherVersion]:
     """Return the latest line of every teacher.
 
     Raises:
         CheckpointError: the file is damaged.
     """
-    return {reign.teacher: reign for reign in read_reigns(path)}
+    return {version.teacher: version for version in read_versions(path)}
 
 
 def with_models(config: Config, models: Mapping[str, str]) -> Config:
@@ -88,27 +88,27 @@ def with_models(config: Config, models: Mapping[str, str]) -> Config:
     return msgspec.structs.replace(config, teachers=teachers)
 
 
-def in_force(path: Path, own: Config, asked: Config) -> Config:
+def in_force(path: Path, own: Config, overridden: Config) -> Config:
     """Return what a run is resumed with: its teachers as they were replaced while it went on.
 
     Args:
         path: of teachers.jsonl.
         own: the run's configuration.
-        asked: the same with what the command line changes.
+        overridden: the same with what the command line changes.
 
     Raises:
         CheckpointError: the command line names another model for a teacher that was replaced.
     """
     replaced = {}
-    for name, reign in latest_reigns(path).items():
-        teacher = asked.teachers.get(name)
-        if teacher is None or teacher.model == reign.model or reign.by == "configuration":
+    for name, version in latest_versions(path).items():
+        teacher = overridden.teachers.get(name)
+        if teacher is None or teacher.model == version.model or version.by == "configuration":
             continue
         if teacher.model != own.teachers[name].model:
             raise CheckpointError(
-                f"{path}: teacher {name} is {reign.model} since step {reign.step}, but teachers.{name}.model = "
+                f"{path}: teacher {name} is {version.model} since step {version.step}, but teachers.{name}.model = "
                 f"{teacher.model} is asked for; leave that out and replace it when the run goes on, or remove its "
                 "lines from the file"
             )
-        replaced[name] = reign.model
-    return with_models(asked, replaced)
+        replaced[name] = version.model
+    return with_models(overridden, replaced)

@@ -14,9 +14,12 @@ from transformers.utils.hub import cached_file
 
 from cluster.contracts.errors import ModelError
 from cluster.models.model_files import read_object
+from cluster.weight_sync.manifest import new_digest
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
+SAMPLED_PLACES = 64  # of each file for its fingerprint, evenly spaced; its header is the first
+SAMPLE_BYTES = 4096
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -114,3 +117,27 @@ def _instead(model: str) -> str:
     if not others:
         return "; save it as safetensors"
     return f", only {others[0]}, which is not loaded because such files can run code; save the model as safetensors"
+
+
+def fingerprint(model: str) -> str:
+    """Return a digest of the model's configuration and weights: names, sizes, headers, and samples of their bytes.
+
+    It reads at most a quarter of a megabyte per file, so it costs little whatever the model's size; another training
+    run's weights differ everywhere, so samples show them.
+
+    Raises:
+        ModelError: the model has no configuration here.
+    """
+    try:
+        folder = Path(cached_file(model, "config.json")).parent
+    except OSError as error:
+        raise ModelError(f"model '{model}': found no config.json to tell it from others by: {error}") from error
+    digest = new_digest()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.index.json")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in range(SAMPLED_PLACES):
+                file.seek(size * place // SAMPLED_PLACES)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -27,7 +27,7 @@ from cluster.run.summary import describe_evaluation
 if TYPE_CHECKING:
     from cluster.run.flow import Flow
     from rollout_workers.pool import RolloutPool
-    from teacher_workers.router import Chain
+    from teacher_workers.pool import Route
 
 SAMPLES_KEPT = 8  # completions per evaluation that samples.jsonl shows
 
@@ -67,7 +67,7 @@ class Evaluator:
         """Measure the student of a run, and how far its samples are from its teachers."""
         requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
 
-        def scorers(route: str) -> "Chain":
+        def scorers(route: str) -> "Route":
             # At another temperature the samples' log-probabilities are not those of the model itself.
             return [(route, ScoreRequest(TEACHER))] if sampling.temperature == 1 else []
 

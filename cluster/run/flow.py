@@ -28,13 +28,14 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 
 if TYPE_CHECKING:
     from rollout_workers.pool import RolloutPool
-    from teacher_workers.router import Chain, TeacherPools
+    from teacher_workers.pool import Route
+    from teacher_workers.router import TeacherRouter
 
 MAX_SPANS = 100_000  # calls that are kept until their spans are taken, if ever
 
 _log = logging.getLogger("preceptor")
 
-Scorers = Callable[[str], "Chain"]  # route -> teachers that score its batches; empty: they are given out unscored
+Scorers = Callable[[str], "Route"]  # route -> teachers that score its batches; empty: they are given out unscored
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Flow:
     def __init__(
         self,
         rollouts: "RolloutPool",
-        teachers: "TeacherPools",
+        teachers: "TeacherRouter",
         timeout_seconds: float,
         poll: Callable[[], None] = lambda: None,
     ) -> None:

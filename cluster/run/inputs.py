@@ -9,6 +9,7 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.model_checks import check_tokenizers, read_model
 from rollout_workers.environments.base import environment_named
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
+from teacher_workers.backends.base import check_signals, find_backend
 
 _TRAIN, _HELD_OUT = 0, 1  # keep the seeds of training and evaluation apart
 
@@ -32,7 +33,8 @@ def load_inputs(config: Config) -> Inputs:
         PromptError: a prompt file is missing, malformed, or has a prompt that does not fit a context.
     """
     student = read_model(config.student, is_student=True)
-    teachers = {name: read_model(teacher, is_student=False) for name, teacher in config.teachers.items()}
+    check_signals(config)
+    teachers = {name: find_backend(teacher).check(teacher, student) for name, teacher in config.teachers.items()}
     tokenizers = {name: facts.tokenizer for name, facts in teachers.items()}
     check_tokenizers(student.tokenizer, tokenizers, compare_templates=config.prompts.template == "chat")
     models = [student, *teachers.values()]

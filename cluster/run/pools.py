@@ -1,22 +1,25 @@
 """Everything a run needs, read and started in the right order: inputs first, so that bad ones cost no start-up."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
+from typing import Any
 
 from cluster.actors.cluster import PoolTimeouts
 from cluster.actors.liveness import Watch
 from cluster.actors.replicas import RestartLimit, Supervision
 from cluster.config.run_config import Config, StudentConfig
+from cluster.config.stages import TeacherConfig
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import Placement, PoolPlacement
 from cluster.run.inputs import Inputs
 from learner.group import LearnerGroup
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
-from teacher_workers.audit.reference import fingerprint
-from teacher_workers.pool import Scorers, TeacherPool
-from teacher_workers.router import TeacherPools
+from teacher_workers.backends.base import find_backend
+from teacher_workers.pool import TeacherPool, start_pool
+from teacher_workers.replacement import ReplaceableTeachers
+from teacher_workers.time_sharing import start_slot
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Pipeline:
     """The running pools."""
 
     rollouts: RolloutPool
-    teachers: TeacherPools
+    teachers: ReplaceableTeachers
     learner: LearnerGroup
     placement: Placement
     supervision: Supervision  # of the pools' workers
@@ -56,10 +59,13 @@ def start_pipeline(
         )
         stack.callback(rollouts.shutdown)
         teachers: dict[str, TeacherPool] = {}
-        for label in config.scorer_groups:
-            teachers |= start_scorers(config, inputs, placement, label, supervision)
+        for label, names in config.scorer_groups.items():
+            share = placement.teachers[names[0]]
+            sections = {name: config.teachers[name] for name in names}
+            options = share.options() or [share.share]
+            teachers |= start_teachers(config, inputs, label, sections, options, supervision)
         teachers = {name: teachers[name] for name in config.teachers}
-        pools = TeacherPools(teachers, config.ray.call_timeout_seconds)
+        pools = ReplaceableTeachers(teachers, config.ray.call_timeout_seconds)
         stack.callback(pools.shutdown)
         # Blocks until the ranks have met; the engines load their models meanwhile.
         learners = config if learner_config is None else with_gpus(learner_config, placement.on_gpu)
@@ -69,34 +75,37 @@ def start_pipeline(
         for teacher in teachers.values():
             teacher.wait_until_ready()
             # Now, for a hub id's files are there when an engine has read them.
-            teacher.checkpoint = fingerprint(teacher.teacher.model)
+            teacher.checkpoint = find_backend(teacher.teacher).identity(teacher.teacher)
         rollouts.set_prompts(inputs.prompts)
         yield Pipeline(rollouts, pools, learner, placement, supervision, start_seconds=perf_counter() - began)
 
 
 def start_student_as_teacher(mirrored: Config, inputs: Inputs, placement: PoolPlacement, name: str) -> TeacherPool:
-    """Begin to start scorers of the student that a mirrored run has for a teacher; a dead one ends the run.
+    """Begin to start replicas of the student that a mirrored run has for a teacher; a dead one ends the run.
 
     They are called student-as-teacher-0, ...: Ray may hold the names of the real teachers for a while after their end.
     """
     teacher = with_gpus(mirrored, placement.gpus_per_worker > 0).teachers[name]
-    scorers = Scorers("student-as-teacher", {name: teacher}, inputs.max_model_len, placement.options())
-    return TeacherPool(name, scorers, pool_timeouts(mirrored))
+    label, timeouts = "student-as-teacher", pool_timeouts(mirrored)
+    return start_pool(name, teacher, inputs.max_model_len, placement.options(), timeouts, label=label)
 
 
-def start_scorers(
+def start_teachers(
     config: Config,
     inputs: Inputs,
-    placement: Placement,
     label: str,
+    teachers: Mapping[str, TeacherConfig],
+    options: Sequence[Mapping[str, Any]],
     supervision: Supervision,
 ) -> dict[str, TeacherPool]:
-    """Begin to start the workers of one of `config.scorer_groups`, and return the pools of its teachers."""
-    teachers = {name: config.teachers[name] for name in config.scorer_groups[label]}
-    share = placement.teachers[next(iter(teachers))]
-    options = share.options() or [share.share]
-    scorers = Scorers(label, teachers, inputs.max_model_len, options, supervision=supervision)
-    return {name: TeacherPool(name, scorers, pool_timeouts(config)) for name in teachers}
+    """Begin to start the replicas of one of `config.scorer_groups`, and return the pools of its teachers."""
+    timeouts = pool_timeouts(config)
+    if len(teachers) > 1:
+        return start_slot(label, teachers, inputs.max_model_len, options, timeouts, supervision=supervision)
+    return {
+        name: start_pool(name, teacher, inputs.max_model_len, options, timeouts, supervision=supervision, label=label)
+        for name, teacher in teachers.items()
+    }
 
 
 @contextmanager
@@ -110,7 +119,7 @@ def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement)
 
 @contextmanager
 def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement, name: str) -> Iterator[RolloutPool]:
-    """Start generators of one teacher, on the resources of its scorers, to let it answer prompts itself."""
+    """Start generators of one teacher, on the resources of its replicas, to let it answer prompts itself."""
     teacher = with_gpus(config, placement.on_gpu).teachers[name]
     settings = RolloutActorSettings(
         StudentConfig(teacher.model, teacher.trust_remote_code),

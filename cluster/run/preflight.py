@@ -23,7 +23,7 @@ from cluster.placement.placement import Placement
 from cluster.run.inputs import Inputs, train_requests, train_sampling
 from cluster.run.pools import Pipeline, start_pipeline, start_student_as_teacher
 from teacher_workers.audit.checks import AGREEMENT_NATS
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 
 NUM_PROMPTS = 8  # enough for a few hundred tokens; the checks notice gross disagreement
 ITSELF = "student"  # the name of the teacher pool that serves the student's own weights
@@ -65,7 +65,7 @@ def mirror(config: Config) -> Config:
     teachers = {
         name: TeacherConfig(
             student.model,
-            student.trust_remote_code,
+            trust_remote_code=student.trust_remote_code,
             base=teacher.base,
             # On a shared GPU it takes the teacher's place.
             engine=msgspec.structs.replace(
@@ -99,7 +99,7 @@ def _against_itself(
     pool = start_student_as_teacher(mirrored, inputs, share, name)
     try:
         pool.wait_until_ready()
-        itself = TeacherPools({ITSELF: pool}, mirrored.ray.call_timeout_seconds)
+        itself = TeacherRouter({ITSELF: pool}, mirrored.ray.call_timeout_seconds)
         scored = list(
             itself.score(handles, lambda route: [(ITSELF, request) for _, request in mirrored.scorers(route)])
         )

@@ -26,7 +26,7 @@ from cluster.simulation.simulated_workers import (
 from learner.group import LEARNER_ACTOR, LearnerGroup
 from rollout_workers.pool import ROLLOUT_ACTOR, RolloutActorSettings, RolloutPool
 from teacher_workers.pool import TEACHER_ACTOR, start_pool
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 
 GOLDEN_RATIO = 0.618033988749895  # multiples of it, modulo 1, fill [0, 1) evenly
 STEPS_AT_ONCE = 8  # whose lengths are drawn together: a step has its share of luck, all of them have little
@@ -145,7 +145,7 @@ class SimulatedRun:
     config: Config
     time: SimulatedTime
     rollouts: RolloutPool
-    teachers: TeacherPools
+    teachers: TeacherRouter
     learner: LearnerGroup
     busy_seconds: Callable[[], Mapping[str, float]]  # of each pool's workers together
 
@@ -224,7 +224,7 @@ def build(config: Config, rates: Rates, split: Split, demand: Demand) -> Simulat
             busy[_pool_of(name).replace("teacher-", "teachers.", 1)] += worker.busy_seconds
         return busy
 
-    return SimulatedRun(config, time, rollouts, TeacherPools(pools, NO_LIMIT.call_seconds), learner, busy_seconds)
+    return SimulatedRun(config, time, rollouts, TeacherRouter(pools, NO_LIMIT.call_seconds), learner, busy_seconds)
 
 
 def _pool_of(actor_name: str) -> str:

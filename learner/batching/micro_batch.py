@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.contracts.errors import TrajectoryError
-from cluster.contracts.trajectory import Ragged, models_of, num_candidates_of, ragged
+from cluster.contracts.signals import find_signals
+from cluster.contracts.trajectory import Ragged, models_of, num_candidates_of, ragged, signal_paths
 from learner.batching.plan import Grid
 from learner.loss.tokens import CompletionTokens
 
@@ -20,29 +21,36 @@ PAD_TOKEN_ID = 0  # any id of the vocabulary: no completion token attends to it
 
 @dataclass(frozen=True)
 class RoutedTokens:
-    """Some completion tokens of one teacher, and the hidden states that the models of its target sent for them."""
+    """Holds some completion tokens of one teacher, and the signals of a width that depends on the model."""
 
     route: str  # the NAME of [teachers.NAME]
     places: Tensor  # [m] int64: which completion tokens of the micro-batch
-    hidden: Mapping[str, Tensor]  # model -> [m, width]; empty where none were asked for
+    scores: Mapping[str, Mapping[str, Tensor]]  # model -> signal -> [m, width]
+
+    @property
+    def hidden(self) -> Mapping[str, Tensor]:
+        """Return each model's hidden states, [m, width]; empty where none were requested."""
+        return {model: signals["hidden"] for model, signals in self.scores.items() if "hidden" in signals}
 
     def split(self, max_tokens: int) -> Iterator["RoutedTokens"]:
         """Cut into as few parts of at most so many tokens as can be, all of about the same size."""
         num_parts = -(-len(self.places) // max_tokens)
         for index in range(num_parts):
             part = slice(len(self.places) * index // num_parts, len(self.places) * (index + 1) // num_parts)
-            hidden = {model: states[part] for model, states in self.hidden.items()}
-            yield RoutedTokens(self.route, self.places[part], hidden)
+            yield RoutedTokens(self.route, self.places[part], _pick(self.scores, part))
 
     def to(self, device: torch.device) -> "RoutedTokens":
         """Return the same tokens on a device."""
-        hidden = {model: states.to(device) for model, states in self.hidden.items()}
-        return RoutedTokens(self.route, self.places.to(device), hidden)
+        scores = {
+            model: {name: values.to(device) for name, values in signals.items()}
+            for model, signals in self.scores.items()
+        }
+        return RoutedTokens(self.route, self.places.to(device), scores)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward and backward of one rank.
+    """Holds the tokens of one forward and backward of one rank.
 
     `position_ids` restart at 0 with every trajectory and are 0 at padding, so every pad is a segment of its own:
     transformers builds the block-causal mask from the positions when it is given no attention mask. Completion tokens
@@ -70,7 +78,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The columns of one trajectory that the learner needs, as views; models score it under their roles."""
+    """Views the columns of one trajectory that the learner needs; models score it under their roles."""
 
     trajectory_id: int
     route: str
@@ -80,10 +88,8 @@ class Trajectory:
     rollout_logprobs: NDArray[Any]  # [completion_tokens]
     candidate_ids: NDArray[Any]  # [completion_tokens, k]
     candidate_rollout_logprobs: NDArray[Any]  # [completion_tokens, k], or [completion_tokens, 0]
-    logprobs: Mapping[str, NDArray[Any]]  # model -> [completion_tokens]
-    candidate_logprobs: Mapping[str, NDArray[Any]]  # model -> [completion_tokens, k]
-    teacher_entropy: NDArray[Any]  # [completion_tokens], or [0]
-    hidden: Mapping[str, NDArray[Any]]  # model -> [completion_tokens, width], bfloat16's bits as uint16
+    scores: Mapping[str, Mapping[str, NDArray[Any]]]  # model -> signal -> [completion_tokens] or [completion_tokens, k]
+    wide_scores: Mapping[str, Mapping[str, NDArray[Any]]]  # the same of signals that have the model's own width
 
 
 def trajectories(batches: Sequence[pa.RecordBatch], task_advantages: Sequence[float] | None = None) -> list[Trajectory]:
@@ -151,8 +157,6 @@ def uniform_draws(seed: int, trajectory_id: int, count: int) -> NDArray[np.float
 
 def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTokens:
     lengths = [len(row.rollout_logprobs) for row in placed]
-    models = {model: None for row in placed for model in row.logprobs}
-    candidate_models = {model: None for row in placed for model in row.candidate_logprobs}
     num_candidates, num_drawn = (
         max((getattr(row, name).shape[1] for row in placed), default=0)
         for name in ("candidate_ids", "candidate_rollout_logprobs")
@@ -163,12 +167,7 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         rollout_logprobs=_join([row.rollout_logprobs for row in placed], np.float32),
         candidate_ids=_join([row.candidate_ids for row in placed], np.int64, num_candidates),
         candidate_rollout_logprobs=_join([row.candidate_rollout_logprobs for row in placed], np.float32, num_drawn),
-        logprobs={model: _join([row.logprobs[model] for row in placed], np.float32) for model in models},
-        candidate_logprobs={
-            model: _join([row.candidate_logprobs[model] for row in placed], np.float32, num_candidates)
-            for model in candidate_models
-        },
-        teacher_entropy=_join([row.teacher_entropy for row in placed], np.float32),
+        scores=_join_scores([row.scores for row in placed]),
         trajectory=_join([np.full(length, index) for index, length in enumerate(lengths)], np.int64),
         position=_join([np.arange(length) for length in lengths], np.int64),
         length=_join([np.full(length, length) for length in lengths], np.int64),
@@ -183,47 +182,42 @@ def _routes(placed: Sequence[Trajectory]) -> tuple[RoutedTokens, ...]:
     ends = np.cumsum([len(row.rollout_logprobs) for row in placed])
     routes = []
     for name in dict.fromkeys(row.route for row in placed):
-        found = [(row, end) for row, end in zip(placed, ends, strict=True) if row.route == name]
-        places = [np.arange(end - len(row.rollout_logprobs), end) for row, end in found]
-        hidden = {model: _floats([row.hidden[model] for row, _ in found]) for model in found[0][0].hidden}
-        routes.append(RoutedTokens(name, _join(places, np.int64), hidden))
+        routed = [(row, end) for row, end in zip(placed, ends, strict=True) if row.route == name]
+        places = [np.arange(end - len(row.rollout_logprobs), end) for row, end in routed]
+        scores = _join_scores([row.wide_scores for row, _ in routed])
+        routes.append(RoutedTokens(name, _join(places, np.int64), scores))
     return tuple(routes)
 
 
 def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Trajectory]:
-    models, length = models_of(batch), ragged(batch, "rollout_logprobs")
-    nothing = Ragged(np.empty((len(length.values), 0), np.float32), length.offsets)
-    no_entropy = Ragged(np.empty(0, np.float32), np.zeros_like(length.offsets))
+    logprobs = ragged(batch, "rollout_logprobs")
+    nothing = Ragged(np.empty((len(logprobs.values), 0), np.float32), logprobs.offsets)
     columns = {
         name: _column(batch, name, nothing)
         for name in ("token_ids", "loss_mask", "rollout_logprobs", "candidate_ids", "candidate_rollout_logprobs")
     }
-    columns["teacher_entropy"] = _column(batch, "teacher_entropy", no_entropy)
-    of_models = {
-        kind: {model: ragged(batch, f"{model}_{kind}") for model in models if f"{model}_{kind}" in batch.schema.names}
-        for kind in ("logprobs", "candidate_logprobs", "hidden")
-    }
+    scores: dict[str, dict[str, Ragged]] = {model: {} for model in models_of(batch)}
+    wide_scores: dict[str, dict[str, Ragged]] = {model: {} for model in scores}
+    for signal in find_signals(signal_paths(batch.schema)):
+        for model, signals in (wide_scores if signal.width == "model" else scores).items():
+            if not signal.is_shared and signal.column(model) in batch.schema.names:
+                signals[signal.name] = ragged(batch, signal.column(model))
     return [
         Trajectory(
             trajectory_id=batch["trajectory_id"][row].as_py(),
             route=batch["teacher"][row].as_py(),
             task_advantage=next(task_advantages),
-            token_ids=columns["token_ids"][row],
-            loss_mask=columns["loss_mask"][row],
-            rollout_logprobs=columns["rollout_logprobs"][row],
-            candidate_ids=columns["candidate_ids"][row],
-            candidate_rollout_logprobs=columns["candidate_rollout_logprobs"][row],
-            logprobs=_of_row(of_models["logprobs"], row),
-            candidate_logprobs=_of_row(of_models["candidate_logprobs"], row),
-            teacher_entropy=columns["teacher_entropy"][row],
-            hidden=_of_row(of_models["hidden"], row),
+            scores=_pick(scores, row),
+            wide_scores=_pick(wide_scores, row),
+            **{name: column[row] for name, column in columns.items()},
         )
         for row in range(batch.num_rows)
     ]
 
 
-def _of_row(columns: Mapping[str, Ragged], row: int) -> dict[str, NDArray[Any]]:
-    return {model: column[row] for model, column in columns.items()}
+def _pick(scores: Mapping[str, Mapping[str, Any]], chosen: Any) -> dict[str, dict[str, Any]]:
+    """Index the values of every signal of every model."""
+    return {model: {name: values[chosen] for name, values in signals.items()} for model, signals in scores.items()}
 
 
 def _column(batch: pa.RecordBatch, name: str, absent: Ragged) -> Ragged:
@@ -235,7 +229,17 @@ def _join(parts: Sequence[NDArray[Any]], dtype: type, width: int | None = None) 
     return torch.from_numpy(np.concatenate([empty, *parts]).astype(dtype, copy=False))
 
 
-def _floats(parts: Sequence[NDArray[Any]]) -> Tensor:
-    """Join hidden states; NumPy has no bfloat16, so its bits come as uint16."""
-    joined = torch.from_numpy(np.concatenate(parts))
+def _join_scores(rows: Sequence[Mapping[str, Mapping[str, NDArray[Any]]]]) -> dict[str, dict[str, Tensor]]:
+    """Join the signals of rows that all have the same ones."""
+    if not rows:
+        return {}
+    return {
+        model: {name: _tensor(np.concatenate([row[model][name] for row in rows])) for name in signals}
+        for model, signals in rows[0].items()
+    }
+
+
+def _tensor(values: NDArray[Any]) -> Tensor:
+    """Return the same numbers; uint16 holds bfloat16's bits, which NumPy cannot."""
+    joined = torch.from_numpy(values)
     return joined.view(torch.bfloat16) if joined.dtype == torch.uint16 else joined

@@ -21,9 +21,7 @@ class CompletionTokens:
     rollout_logprobs: Tensor  # [n]
     candidate_ids: Tensor  # [n, k] int64; k is 0 where the support lists no candidates
     candidate_rollout_logprobs: Tensor  # [n, k], or [n, 0] where the student did not choose the candidates
-    logprobs: Mapping[str, Tensor]  # model -> [n], of the sampled tokens
-    candidate_logprobs: Mapping[str, Tensor]  # model -> [n, k]; empty where there are no candidates
-    teacher_entropy: Tensor  # [n], or [0] where the objective does not need it
+    scores: Mapping[str, Mapping[str, Tensor]]  # model -> signal -> [n] or [n, k]; what contracts/signals.py lists
     trajectory: Tensor  # [n] int64: which trajectory of the micro-batch, from 0; equal values stand together
     position: Tensor  # [n] int64: place in the trajectory's completion tokens, from 0
     length: Tensor  # [n] int64: completion tokens of the trajectory
@@ -37,6 +35,25 @@ class CompletionTokens:
     def __getitem__(self, chosen: slice | Tensor) -> "CompletionTokens":
         """Return some of the tokens, chosen by slice or by index."""
         return CompletionTokens(**{field.name: _take(getattr(self, field.name), chosen) for field in fields(self)})
+
+    @property
+    def logprobs(self) -> Mapping[str, Tensor]:
+        """Return each model's log-probabilities of the sampled tokens, [n]."""
+        return self.signal("logprobs")
+
+    @property
+    def candidate_logprobs(self) -> Mapping[str, Tensor]:
+        """Return each model's log-probabilities of the candidates, [n, k]; empty where there are no candidates."""
+        return self.signal("candidate_logprobs")
+
+    @property
+    def teacher_entropy(self) -> Tensor:
+        """Return the teacher's entropy, [n]; [0] where the objective does not need it."""
+        return self.signal("entropy").get("teacher", self.rollout_logprobs[:0])
+
+    def signal(self, name: str) -> Mapping[str, Tensor]:
+        """Return one signal of every model that sent it."""
+        return {model: signals[name] for model, signals in self.scores.items() if name in signals}
 
     def to(self, device: torch.device) -> "CompletionTokens":
         """Return the same tokens on a device."""
@@ -75,10 +92,10 @@ class Evaluation:
 def _take(values: Any, chosen: slice | Tensor) -> Any:
     if isinstance(values, Tensor):
         return values[chosen] if len(values) else values
-    return {name: value[chosen] for name, value in values.items()}
+    return {name: _take(value, chosen) for name, value in values.items()}
 
 
 def _move(values: Any, device: torch.device) -> Any:
     if isinstance(values, Tensor):
         return values.to(device)
-    return {name: value.to(device) for name, value in values.items()}
+    return {name: _move(value, device) for name, value in values.items()}

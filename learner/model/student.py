@@ -149,7 +149,7 @@ def _probe_row(length: int, vocabulary: int) -> Trajectory:
     loss_mask = (torch.arange(length) > 0).numpy()
     nothing = torch.zeros(length - 1).numpy()
     no_candidates = nothing[:, None][:, :0]
-    return Trajectory(0, "", 0.0, token_ids, loss_mask, nothing, no_candidates, no_candidates, {}, {}, nothing[:0], {})
+    return Trajectory(0, "", 0.0, token_ids, loss_mask, nothing, no_candidates, no_candidates, {}, {})
 
 
 @contextmanager

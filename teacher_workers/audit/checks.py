@@ -1,9 +1,9 @@
-"""Whether a replica's answers can be a teacher's: found without a second model where possible, else by comparison.
+"""Finds out whether a replica's answers can be a teacher's: by themselves where possible, else by comparison.
 
-`judge` reads what each replica of one teacher answered to the same probes (`probes.py` says what those are and why
-their twins show a shift by one). Of each answer alone: is it there for every token, finite, not constant, does it
-change where a replaced token must change it and nowhere before, and do its columns agree with each other? Then the
-answers that pass are compared: with the reference, the run's first answers to the same probes, where there is one;
+`audit_answers` reads what each replica of one teacher answered to the same probes; `probes.py` says what those are and
+why their perturbed rows show a shift by one. Of each answer alone: is it there for every token, finite, not constant,
+does it change where a replaced token must change it and nowhere before, and do its columns agree with each other? Then
+the answers that pass are compared: with the reference, the run's first answers to the same probes, where there is one;
 otherwise with each other, and the minority is named.
 
 Answers of the same weights differ a little with the batch that they were computed in, in bfloat16 by single bits of the
@@ -27,7 +27,8 @@ from cluster.contracts.errors import (
     WrongLengthError,
 )
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import is_finite, ragged
+from cluster.contracts.signals import SIGNALS, Signal, find_signal, is_finite
+from cluster.contracts.trajectory import ragged
 from teacher_workers.audit.probes import Probes
 
 # Mean absolute difference, in nats, that two implementations of the same model may show: vLLM and transformers in bf16
@@ -40,7 +41,7 @@ FLOOR_NATS = -20.0  # below it, scores of one model in two batches differ most, 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """By how much two answers of the same weights may differ, as a mean over tokens."""
+    """Bounds how much two answers of the same weights may differ, as a mean over tokens."""
 
     nats: float
     hidden: float  # of a hidden state: length of the difference / length
@@ -48,7 +49,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one replica said of the probes: both batches, scored."""
+    """Holds both batches of the probes as one replica scored them."""
 
     rows: pa.RecordBatch
     perturbed: pa.RecordBatch
@@ -56,34 +57,26 @@ class Answer:
 
 def columns_of(request: ScoreRequest) -> list[str]:
     """Return the columns that the answer to a request must have."""
-    columns = {
-        "candidate_ids": bool(request.top_k),
-        f"{request.model}_logprobs": True,
-        f"{request.model}_candidate_logprobs": bool(request.top_k) or request.given_candidates,
-        f"{request.model}_entropy": request.entropy,
-        f"{request.model}_hidden": request.hidden,
-    }
-    return [name for name, is_asked in columns.items() if is_asked]
+    return [find_signal(name).column(request.model) for name in sorted(request.signals)]
 
 
 def differences(first: pa.RecordBatch, second: pa.RecordBatch, tolerance: Tolerance) -> tuple[NDArray[Any], ...]:
     """Return by how many tolerances two answers to rows of the same lengths differ, per scored token of all rows.
 
     Returns:
-        Of the written tokens' scores, and of what was said of the position besides (columns that only one answer has
+        Of the sampled tokens' scores, and of the other signals of their positions (columns that only one answer has
         are left out): two arrays [scored_tokens].
     """
-    written = _nats(first, second, "logprobs") / tolerance.nats
     shared = set(first.schema.names) & set(second.schema.names)
-    others = [np.zeros(len(written))]
-    for name in ("entropy", "candidate_logprobs"):
-        if f"{TEACHER}_{name}" in shared:
-            others.append(_nats(first, second, name) / tolerance.nats)
-    if f"{TEACHER}_hidden" in shared:
-        left, right = (column(answer, "hidden") for answer in (first, second))
-        lengths = np.maximum(np.linalg.norm(left, axis=-1), 1e-9)
-        others.append(np.linalg.norm(left - right, axis=-1) / lengths / tolerance.hidden)
-    return written, np.max(others, axis=0)
+    of_tokens, of_positions = (
+        [
+            _difference(first, second, signal, tolerance)
+            for signal in SIGNALS.values()
+            if signal.audited == reads and signal.column(TEACHER) in shared
+        ]
+        for reads in ("token", "position")
+    )
+    return np.max(of_tokens, axis=0), np.max([np.zeros(len(of_tokens[0])), *of_positions], axis=0)
 
 
 def gap(first: Answer, second: Answer, tolerance: Tolerance) -> float:
@@ -100,16 +93,20 @@ def column(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
     return values.astype(np.float32)
 
 
-def written_tokens(batch: pa.RecordBatch) -> NDArray[Any]:
+def sampled_tokens(batch: pa.RecordBatch) -> NDArray[Any]:
     """Return the tokens that were scored, of all rows."""
     return ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
 
 
-def _nats(first: pa.RecordBatch, second: pa.RecordBatch, name: str) -> NDArray[Any]:
-    """Return [tokens]: the absolute difference of a column in nats, averaged over candidates."""
-    left, right = (np.maximum(column(answer, name), FLOOR_NATS) for answer in (first, second))
-    found: NDArray[Any] = np.abs(left - right)
-    return found if found.ndim == 1 else found.mean(axis=1)
+def _difference(first: pa.RecordBatch, second: pa.RecordBatch, signal: Signal, tolerance: Tolerance) -> NDArray[Any]:
+    """Return [tokens]: the difference of a column in tolerances, averaged over candidates."""
+    left, right = (column(answer, signal.name) for answer in (first, second))
+    if signal.width == "model":
+        lengths = np.maximum(np.linalg.norm(left, axis=-1), 1e-9)
+        relative: NDArray[Any] = np.linalg.norm(left - right, axis=-1) / lengths / tolerance.hidden
+        return relative
+    nats: NDArray[Any] = np.abs(np.maximum(left, FLOOR_NATS) - np.maximum(right, FLOOR_NATS)) / tolerance.nats
+    return nats if nats.ndim == 1 else nats.mean(axis=1)
 
 
 Kind = Literal[
@@ -139,7 +136,7 @@ NOISE = 4.0
 
 @dataclass(frozen=True)
 class Fault:
-    """One replica whose scores cannot be training data."""
+    """Describes one replica whose scores cannot be training data."""
 
     teacher: str
     replica: str
@@ -149,7 +146,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What an audit of one teacher found."""
+    """Holds the faults of one teacher's replicas, and an answer that can be trusted."""
 
     faults: tuple[Fault, ...]
     trusted: Answer | None  # of a replica without finding
@@ -163,15 +160,15 @@ def audit_answers(
     tolerance: Tolerance,
     request: ScoreRequest,
 ) -> AuditResult:
-    """Judge what the replicas of one teacher, by name, answered to the probes.
+    """Check what the replicas of one teacher, by name, answered to the probes.
 
     Args:
         teacher: its name.
-        probes: what they were asked about.
+        probes: that they scored.
         answers: what each said, or the error that it raised instead.
         reference: what the teacher said of the same probes when the run began, if that is known.
         tolerance: how far apart answers may be.
-        request: what they were asked for.
+        request: what they were to send.
     """
     faults: dict[str, Deviation] = {}
     sound: dict[str, Answer] = {}
@@ -208,19 +205,19 @@ def find_fault(
     )
 
 
-def _wrong_length(asked: pa.RecordBatch, answer: pa.RecordBatch, request: ScoreRequest) -> Deviation | None:
-    if answer.num_rows != asked.num_rows or not np.array_equal(
-        ragged(answer, "token_ids").values, ragged(asked, "token_ids").values
+def _wrong_length(probe: pa.RecordBatch, answer: pa.RecordBatch, request: ScoreRequest) -> Deviation | None:
+    if answer.num_rows != probe.num_rows or not np.array_equal(
+        ragged(answer, "token_ids").values, ragged(probe, "token_ids").values
     ):
-        return "wrong_length", f"it answered for other rows than it was asked about ({asked.num_rows})"
-    expected = ragged(asked, "rollout_logprobs").lengths
+        return "wrong_length", f"it answered for other rows than it was asked about ({probe.num_rows})"
+    expected = ragged(probe, "rollout_logprobs").lengths
     for name in columns_of(request):
         if name not in answer.schema.names:
             return "wrong_length", f"its answer lacks the column {name}"
-        found = ragged(answer, name).lengths
-        if not np.array_equal(found, expected):
-            row = int(np.argmax(found != expected))
-            return "wrong_length", f"{name} has {found[row]} values for {expected[row]} tokens"
+        lengths = ragged(answer, name).lengths
+        if not np.array_equal(lengths, expected):
+            row = int(np.argmax(lengths != expected))
+            return "wrong_length", f"{name} has {lengths[row]} values for {expected[row]} tokens"
     return None
 
 
@@ -242,30 +239,30 @@ def _uniform(answer: Answer) -> Deviation | None:
 
 def _misaligned(probes: Probes, answer: Answer, tolerance: Tolerance) -> Deviation | None:
     """Look for the first position that a replaced token changes; `probes.py` says where it must be."""
-    written, position = differences(answer.rows, answer.perturbed, tolerance)
+    token, position = differences(answer.rows, answer.perturbed, tolerance)
     offsets = ragged(probes.rows, "rollout_logprobs").offsets
     replaced = offsets[:-1] + np.array(probes.replaced)
     # A token's own score depends on it; what is known of a position without its token does so from the next one on.
-    for changes, first, what in ((written, replaced, "scores"), (position, replaced + 1, "distributions")):
+    for changes, first, what in ((token, replaced, "scores"), (position, replaced + 1, "distributions")):
         earlier = changes[np.arange(len(changes)) < np.repeat(first, np.diff(offsets))]
         allowed = NOISE * earlier.mean()
         if earlier.mean() > 1 or changes[first - 1].mean() > max(EARLY, allowed):
             return "misaligned", f"its {what} change before the token that was replaced in its rows; {SHIFTED}"
-        if np.maximum(written, position)[first].mean() <= max(LATE, allowed):
+        if np.maximum(token, position)[first].mean() <= max(LATE, allowed):
             return "misaligned", f"its {what} do not change where a token was replaced in its rows; {SHIFTED}"
     return None
 
 
 def _contradictory(batch: pa.RecordBatch, tolerance: Tolerance, request: ScoreRequest) -> Deviation | None:
     """Look for columns that no one distribution per position can have."""
-    known = written = column(batch, "logprobs")[:, None]  # [tokens, n] scores of different tokens
-    again = written
+    known = sampled = column(batch, "logprobs")[:, None]  # [tokens, n] scores of different tokens
+    again = sampled
     if request.top_k:
         known = column(batch, "candidate_logprobs")
-        again = _among_most_likely(batch, written, known)
+        again = _among_most_likely(batch, sampled, known)
     elif request.given_candidates:
-        again = column(batch, "candidate_logprobs")[:, :1]  # the written token
-    if np.abs(written - again).mean() > tolerance.nats:
+        again = column(batch, "candidate_logprobs")[:, :1]  # the sampled token
+    if np.abs(sampled - again).mean() > tolerance.nats:
         return "contradictory", "it scored the written tokens otherwise than the same tokens among the candidates"
     if (np.diff(known, axis=1) > tolerance.nats).any():
         return "contradictory", "its most likely tokens do not come in the order of their scores"
@@ -273,23 +270,23 @@ def _contradictory(batch: pa.RecordBatch, tolerance: Tolerance, request: ScoreRe
     total = probabilities.sum(axis=1).mean()
     if total > 1 + tolerance.nats:
         return "contradictory", f"the probabilities of a position's tokens add up to {total:.3f}"
-    missing = -(probabilities * known).sum(axis=1) - column(batch, "entropy")
-    if np.maximum(missing, 0).mean() > tolerance.nats:
+    least_entropy = -(probabilities * known).sum(axis=1)
+    if request.entropy and np.maximum(least_entropy - column(batch, "entropy"), 0).mean() > tolerance.nats:
         return "contradictory", "its entropies are lower than the scores of single tokens allow"
     return None
 
 
-def _among_most_likely(batch: pa.RecordBatch, written: NDArray[Any], known: NDArray[Any]) -> NDArray[Any]:
-    """Return [tokens, 1]: what the written token's score must be, given the most likely tokens and theirs."""
-    is_written = ragged(batch, "candidate_ids").values == written_tokens(batch)[:, None]
-    found = np.where(is_written, known, -np.inf).max(axis=1, keepdims=True)
+def _among_most_likely(batch: pa.RecordBatch, sampled: NDArray[Any], known: NDArray[Any]) -> NDArray[Any]:
+    """Return [tokens, 1]: what the sampled token's score must be, given the most likely tokens and theirs."""
+    is_sampled = ragged(batch, "candidate_ids").values == sampled_tokens(batch)[:, None]
+    score = np.where(is_sampled, known, -np.inf).max(axis=1, keepdims=True)
     # A token that is not among them is no more likely than the last of them.
-    return np.where(is_written.any(axis=1, keepdims=True), found, np.minimum(written, known[:, -1:]))
+    return np.where(is_sampled.any(axis=1, keepdims=True), score, np.minimum(sampled, known[:, -1:]))
 
 
 def _against(reference: Answer, sound: Mapping[str, Answer], tolerance: Tolerance) -> dict[str, Deviation]:
     gaps = {replica: gap(reference, answer, tolerance) for replica, answer in sound.items()}
-    others = [replica for replica, found in gaps.items() if found <= 1]
+    others = [replica for replica, distance in gaps.items() if distance <= 1]
     kind: Kind = "disagreeing" if others else "replaced"
     agreeing = (
         f"{', '.join(others)} still answers as then" if others else "it is not the teacher that the run began with"
@@ -297,11 +294,11 @@ def _against(reference: Answer, sound: Mapping[str, Answer], tolerance: Toleranc
     return {
         replica: (
             kind,
-            f"its answers to the run's probes are {found:.1f} times as far from those at the beginning of the run as "
-            f"the dtype explains; {agreeing}",
+            f"its answers to the run's probes are {distance:.1f} times as far from those at the beginning of the run "
+            f"as the dtype explains; {agreeing}",
         )
-        for replica, found in gaps.items()
-        if found > 1
+        for replica, distance in gaps.items()
+        if distance > 1
     }
 
 

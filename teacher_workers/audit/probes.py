@@ -1,18 +1,18 @@
-"""What an audit asks a teacher: a few short rows of the run's own text, and a twin of each with one token replaced.
+"""Makes the probes of an audit: short rows of the run's own text, and a copy of each with one token replaced.
 
-A language model reads from left to right, so what it says of a row and of its twin must differ from a certain position
-on and be the same before it, whatever the model is. With completion token m replaced:
+A language model reads from left to right, so its answers to a row and to the perturbed copy must differ from a certain
+position on and be the same before it, whatever the model is. With completion token m replaced:
 
-- the score of the written token is the same before m and differs at m, since another token is scored there;
-- what the model knows of a position without its token (entropy, own top-k, scores of the same given candidates, hidden
-  state) is the same up to m and differs at m + 1, the first position that has read token m.
+- the score of the sampled token is the same before m and differs at m, since another token is scored there;
+- signals of a position without its token (entropy, own top-k, scores of the same given candidates, hidden state) are
+  the same up to m and differ at m + 1, the first position that has read token m.
 
-The written scores alone cannot show that hidden states lie one position off: scored too late or too early, the score of
-token m is still the first one to change. The second column kind does: read one position too late, it changes at m
-already; one too early, not before m + 2. A column shifted after scoring moves its own pattern. So every request of an
-audit asks for the entropy, and one twin per row is enough; a twin that is cut shorter would show nothing more. Token m
-is the last but one or stands before it, so that both sides have a position. Each row has another m, and rows and twins
-travel in different batches, so that answers that change places within a batch do not fit either.
+The sampled tokens' scores alone cannot show that hidden states lie one position off: scored too late or too early, the
+score of token m is still the first one to change. The second column kind does: read one position too late, it changes
+at m already; one too early, not before m + 2. A column shifted after scoring moves its own pattern. So every request of
+an audit asks for the entropy, and one perturbed copy per row is enough. Token m is the last but one or stands before
+it, so that both sides have a position. Each row has another m, and rows and copies travel in different batches, so that
+answers that change places within a batch do not fit either.
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ NUM_GIVEN = 2  # candidates of a request that scores given ones
 
 @dataclass(frozen=True)
 class Probes:
-    """Two generated batches of the same shape, row by row."""
+    """Holds two generated batches of the same shape, row by row."""
 
     rows: pa.RecordBatch
     perturbed: pa.RecordBatch
-    replaced: tuple[int, ...]  # per row: the completion token, from 0, that the twin has another one for
+    replaced: tuple[int, ...]  # per row: the completion token, from 0, that is replaced in the perturbed row
 
 
 def choose_rows(batches: Sequence[pa.RecordBatch], count: int) -> list[Ints]:
@@ -45,30 +45,30 @@ def choose_rows(batches: Sequence[pa.RecordBatch], count: int) -> list[Ints]:
 
     Rows with enough tokens to be scored come first; rows too short to be audited are never among them.
     """
-    found: dict[bytes, Ints] = {}
+    distinct: dict[bytes, Ints] = {}
     for batch in batches:
         token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
         for row in range(batch.num_rows):
             tokens = _window(token_ids[row], loss_mask[row])
             if len(tokens) >= MIN_TOKENS:
-                found.setdefault(tokens.tobytes(), tokens)
-    return sorted(found.values(), key=lambda tokens: (len(tokens) <= MIN_SCORED_TOKENS, len(tokens)))[:count]
+                distinct.setdefault(tokens.tobytes(), tokens)
+    return sorted(distinct.values(), key=lambda tokens: (len(tokens) <= MIN_SCORED_TOKENS, len(tokens)))[:count]
 
 
 def make_probes(rows: Sequence[Ints], request: ScoreRequest) -> Probes:
-    """Build rows and twins, with candidates where the request is to score given ones.
+    """Build rows and perturbed rows, with candidates where the request is to score given ones.
 
     Args:
         rows: tokens of each, at least MIN_TOKENS.
-        request: what the teacher is asked.
+        request: to the teacher.
     """
     replaced = tuple(_position(_num_scored(tokens), row) for row, tokens in enumerate(rows))
     perturbed = []
     for row, tokens in enumerate(rows):
-        twin = tokens.copy()
+        row_tokens = tokens.copy()
         position = len(tokens) - _num_scored(tokens) + replaced[row]
-        twin[position] = _other_token(rows, row, int(tokens[position]))
-        perturbed.append(twin)
+        row_tokens[position] = _other_token(rows, row, int(tokens[position]))
+        perturbed.append(row_tokens)
     given = [_candidates(tokens) if request.given_candidates else None for tokens in rows]
     return Probes(_batch(rows, given), _batch(perturbed, given), replaced)
 
@@ -81,7 +81,7 @@ def _window(token_ids: Ints, loss_mask: np.ndarray) -> Ints:
 
 
 def _num_scored(tokens: Ints) -> int:
-    """Return how many tokens at the end count as the completion: the same for a row and its twin, now and later."""
+    """Return how many tokens at the end count as the completion: the same for a row and its copy, now and later."""
     return min(len(tokens) - 1, MAX_SCORED_TOKENS)
 
 
@@ -102,9 +102,9 @@ def _other_token(rows: Sequence[Ints], row: int, token: int) -> int:
 
 
 def _candidates(tokens: Ints) -> Ints:
-    """Return [scored, 2]: the written token, whose score is known twice then, and the one before it.
+    """Return [scored, 2]: the sampled token, whose score is known twice then, and the one before it.
 
-    The twin has the same ones, also where its written token is another.
+    The perturbed row has the same ones, also where its sampled token is another.
     """
     num_scored = _num_scored(tokens)
     return np.stack([tokens[-num_scored:], tokens[-num_scored - 1 : -1]], axis=1)
@@ -114,7 +114,7 @@ def _batch(rows: Sequence[Ints], given: Sequence[Ints | None]) -> pa.RecordBatch
     trajectories = []
     for index, (tokens, candidates) in enumerate(zip(rows, given, strict=True)):
         num_scored = _num_scored(tokens)
-        unknown: Floats = np.zeros(num_scored, np.float32)  # nobody drew these tokens for the audit
+        unknown: Floats = np.zeros(num_scored, np.float32)  # no rollout worker sampled these tokens
         trajectory = GeneratedTrajectory(
             trajectory_id=index,
             prompt_id=index,

@@ -1,4 +1,4 @@
-"""A teacher's first answers to its probes, kept in the run directory: what later audits hold its replicas against."""
+"""Keeps a teacher's first answers to its probes in the run directory; later audits compare its replicas with them."""
 
 import os
 from dataclasses import dataclass
@@ -6,38 +6,36 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
-from transformers.utils.hub import cached_file
 
 from cluster.config.objective import TEACHER
-from cluster.contracts.errors import CheckpointError, ModelError
+from cluster.contracts.errors import CheckpointError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints, ragged
-from cluster.weight_sync.manifest import new_digest
 from teacher_workers.audit.checks import Answer
 
 ORIGIN_KEY = b"preceptor.score_audit"
-SAMPLED_PLACES = 64  # of each file, evenly spaced; its header is the first
-SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who gave the answers, and to what."""
+    """Says which teacher answered which request."""
 
     model: str
     dtype: str
     quantization: str | None
-    fingerprint: str  # of the model's files, as the driver's node sees them
+    fingerprint: str  # identity that the backend gave it, on the driver's node
     request: ScoreRequest
+    backend: str = "vllm"
 
     def is_same_teacher(self, other: "Origin") -> bool:
-        """Tell whether the run file means the same model as then, whatever its files hold."""
-        return (self.model, self.dtype, self.quantization) == (other.model, other.dtype, other.quantization)
+        """Tell whether the run file means the same model as then, though its files may differ."""
+        names = ("backend", "model", "dtype", "quantization")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The answers of one replica that passed its audit when the teacher began to serve the run."""
+    """Holds the answers of one replica that passed its audit when the teacher began to serve the run."""
 
     origin: Origin
     answer: Answer
@@ -49,7 +47,7 @@ class Reference:
         return [token_ids[row] for row in range(len(token_ids))]
 
     def for_request(self, request: ScoreRequest) -> Answer:
-        """Return what it says about another request: of a different one, what every request of an audit asks for."""
+        """Return the answer to another request: of a different one, the signals of every audit."""
         if request == self.origin.request:
             return self.answer
         shared = [f"{TEACHER}_logprobs", f"{TEACHER}_entropy"]
@@ -87,27 +85,3 @@ def load_reference(path: Path) -> Reference | None:
         return Reference(origin, Answer(reader.get_batch(0), reader.get_batch(1)))
     except (pa.ArrowException, KeyError, IndexError, TypeError, msgspec.MsgspecError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); delete it to take a new reference") from error
-
-
-def fingerprint(model: str) -> str:
-    """Return a digest of the model's configuration and weights: names, sizes, headers, and samples of their bytes.
-
-    It reads at most a quarter of a megabyte per file, so it costs little whatever the model's size; another training
-    run's weights differ everywhere, so samples show them.
-
-    Raises:
-        ModelError: the model has no configuration here.
-    """
-    try:
-        folder = Path(cached_file(model, "config.json")).parent
-    except OSError as error:
-        raise ModelError(f"model '{model}': found no config.json to tell it from others by: {error}") from error
-    digest = new_digest()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.index.json")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for place in range(SAMPLED_PLACES):
-                file.seek(size * place // SAMPLED_PLACES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

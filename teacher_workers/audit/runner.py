@@ -1,8 +1,8 @@
-"""Asks every replica of every teacher about a few rows of the run, beside its work, and fences those that answer wrong.
+"""Lets every replica of every teacher score a few rows of the run, beside its work, and quarantines faulty ones.
 
-At the start, every N steps, and when a replica was started again. `checks.py` is the judge; this file
-sends the probes, collects the answers as they come and keeps each teacher's first ones. Nothing here waits but
-`finish`: whoever waits for the pools waits for `outstanding` too and calls `look` with what is ready.
+Audits run at the start, every N steps, and when a replica was started again. `checks.py` finds the faults; this file
+sends the probes, collects the answers as they come and keeps each teacher's first ones. Only `finish` waits: the driver
+waits for `outstanding` beside the pools' references and calls `collect` with those that are ready.
 """
 
 import logging
@@ -20,6 +20,7 @@ from cluster.actors.cluster import RAY
 from cluster.actors.object_store import pack
 from cluster.config.objective import TEACHER
 from cluster.config.run_config import Config
+from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
@@ -27,7 +28,8 @@ from cluster.contracts.trajectory import Ints
 from cluster.contracts.wire import from_wire
 from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Fault, Tolerance, audit_answers
 from teacher_workers.audit.probes import MIN_SCORED_TOKENS, Probes, choose_rows, make_probes
-from teacher_workers.audit.reference import Origin, Reference, fingerprint, load_reference, save_reference
+from teacher_workers.audit.reference import Origin, Reference, load_reference, save_reference
+from teacher_workers.backends.base import find_backend
 
 HIDDEN_PER_NAT = 2.0  # a hidden state's tolerance: in bfloat16, two tenths of its length
 MAX_HIDDEN = 0.3  # unrelated states after the same norm are at least as far apart
@@ -36,7 +38,7 @@ _log = logging.getLogger("preceptor")
 
 
 class AuditedPool(Protocol):
-    """What an audit needs of one teacher's pool."""
+    """Gives an audit the replicas of one teacher."""
 
     def serving(self) -> Mapping[int, str]:
         """Return the replicas that serve now, and their names; one that was started again has another name."""
@@ -53,9 +55,10 @@ class AuditedPool(Protocol):
 
 @dataclass
 class AuditedTeacher:
-    """One teacher, and what is known of it."""
+    """Holds one teacher, and what earlier audits kept of it."""
 
     name: str
+    teacher: TeacherConfig
     pool: AuditedPool
     request: ScoreRequest
     tolerance: Tolerance
@@ -63,7 +66,7 @@ class AuditedTeacher:
     path: Path
     rows: list[Ints] = field(default_factory=list)
     reference: Reference | None = None
-    audited: set[str] = field(default_factory=set)  # replicas that have been asked at least once
+    audited: set[str] = field(default_factory=set)  # replicas that were audited at least once
 
 
 def audited_teacher(config: Config, name: str, pool: AuditedPool, folder: Path) -> AuditedTeacher:
@@ -71,15 +74,16 @@ def audited_teacher(config: Config, name: str, pool: AuditedPool, folder: Path) 
 
     Raises:
         CheckpointError: its reference cannot be read.
-        ModelError: its files cannot be found.
+        PreceptorError: its backend cannot read it.
     """
     teacher, request = config.teachers[name], audit_request(config, name)
     engine = teacher.engine
     # Quantised layers round what they multiply, so they are no more exact than the coarsest dtype.
     nats = config.score_audit.tolerance_nats or AGREEMENT_NATS["bfloat16" if engine.quantization else engine.dtype]
     tolerance = Tolerance(nats, min(MAX_HIDDEN, HIDDEN_PER_NAT * nats))
-    origin = Origin(teacher.model, engine.dtype, engine.quantization, fingerprint(teacher.model), request)
-    subject = AuditedTeacher(name, pool, request, tolerance, origin, folder / f"{name}.arrow")
+    identity = find_backend(teacher).identity(teacher)
+    origin = Origin(teacher.model, engine.dtype, engine.quantization, identity, request, teacher.backend)
+    subject = AuditedTeacher(name, teacher, pool, request, tolerance, origin, folder / f"{name}.arrow")
     kept = load_reference(subject.path)
     if kept is not None:
         subject.rows = kept.rows
@@ -92,15 +96,16 @@ def audited_teacher(config: Config, name: str, pool: AuditedPool, folder: Path) 
 
 
 def audit_request(config: Config, name: str) -> ScoreRequest:
-    """Return what an audit asks of a teacher: all that the run asks of it in any role, and always the entropy."""
-    asked = [request for route in config.routes for teacher, request in config.scorers(route) if teacher == name]
-    top_k = max((request.top_k for request in asked), default=0)
+    """Return what an audit requests of a teacher: all that the run does in any role, and the entropy if there is."""
+    requests = [request for route in config.routes for teacher, request in config.scorers(route) if teacher == name]
+    top_k = max((request.top_k for request in requests), default=0)
     return ScoreRequest(
         TEACHER,
         top_k=top_k,
-        given_candidates=not top_k and any(request.given_candidates for request in asked),
-        entropy=True,
-        hidden=any(request.hidden for request in asked),
+        given_candidates=not top_k and any(request.given_candidates for request in requests),
+        entropy="entropy" in find_backend(config.teachers[name]).signals,
+        hidden=any(request.hidden for request in requests),
+        further=config.teachers[name].signals,
     )
 
 
@@ -109,7 +114,7 @@ FETCH_SECONDS = 60.0  # for an answer that is there and is small
 
 @dataclass
 class _Audit:
-    """One teacher's audit that is under way."""
+    """Holds one teacher's audit that is under way."""
 
     subject: AuditedTeacher
     probes: Probes
@@ -120,14 +125,14 @@ class _Audit:
 
     @property
     def answers(self) -> dict[str, Answer | ScoreError]:
-        """Return what every replica answered that answered in full, or raised."""
-        full = {replica: Answer(**found) for replica, found in self.batches.items() if len(found) == 2}
+        """Return the full answers and the errors of the replicas."""
+        full = {replica: Answer(**halves) for replica, halves in self.batches.items() if len(halves) == 2}
         return {**full, **self.errors}
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Half of what one replica was asked."""
+    """Names half of the probes of one replica."""
 
     replica: str
     half: str
@@ -135,7 +140,7 @@ class _Part:
 
 
 class ScoreAudit:
-    """The audits of one run."""
+    """Runs the audits of one run."""
 
     def __init__(
         self,
@@ -154,7 +159,7 @@ class ScoreAudit:
 
         Raises:
             CheckpointError: a kept reference cannot be read.
-            ModelError: a teacher's files cannot be found.
+            PreceptorError: a teacher cannot be read.
         """
         self._settings = config.score_audit
         self._timeout_seconds = config.ray.call_timeout_seconds
@@ -163,9 +168,9 @@ class ScoreAudit:
         audited = pools if config.score_audit.rows else {}
         self._subjects = [audited_teacher(config, name, pool, folder) for name, pool in audited.items()]
         self._under_way: list[_Audit] = []
-        self._begun_at: int | None = None  # when everybody was asked last; None: not yet
+        self._begun_at: int | None = None  # step of the last audit of all replicas; None: none yet
 
-    def of_successors(self, config: Config, pools: Mapping[str, AuditedPool]) -> "ScoreAudit":
+    def for_replacement(self, config: Config, pools: Mapping[str, AuditedPool]) -> "ScoreAudit":
         """Return audits of pools that are to follow others, by the same rows; a new checkpoint has no reference yet.
 
         Args:
@@ -173,25 +178,25 @@ class ScoreAudit:
             pools: by teacher name.
         """
         audit = ScoreAudit(config, pools, self._folder, self._clock)
-        former = {subject.name: subject for subject in self._subjects}
+        current = {subject.name: subject for subject in self._subjects}
         for subject in audit._subjects:
-            subject.rows = former[subject.name].rows
-            if subject.origin != former[subject.name].origin:
+            subject.rows = current[subject.name].rows
+            if subject.origin != current[subject.name].origin:
                 subject.reference = None
         return audit
 
-    def take_over(self, of_successors: "ScoreAudit") -> None:
+    def adopt(self, for_replacement: "ScoreAudit") -> None:
         """Let the audits of pools that have followed others stand for the others'."""
-        new = {subject.name: subject for subject in of_successors._subjects}
+        new = {subject.name: subject for subject in for_replacement._subjects}
         self._under_way = [audit for audit in self._under_way if audit.subject.name not in new]
         self._subjects = [new.get(subject.name, subject) for subject in self._subjects]
         for subject in new.values():
-            if subject.reference is None:  # nobody serves yet, and what was kept is of another checkpoint
+            if subject.reference is None:  # the kept one is of another checkpoint
                 subject.path.unlink(missing_ok=True)
 
     @property
     def needs_rows(self) -> bool:
-        """Return whether a teacher has no rows yet to be asked about; a resumed run has kept them."""
+        """Return whether a teacher has no rows for its probes yet; a resumed run has kept them."""
         return any(not subject.rows for subject in self._subjects)
 
     def take_rows(self, handles: Sequence[BatchHandle]) -> None:
@@ -211,17 +216,17 @@ class ScoreAudit:
             subject.rows = subject.rows or rows
 
     def is_due(self, step: int) -> bool:
-        """Tell whether, after this many steps, there is somebody to ask; never while an audit is under way."""
-        return not self._under_way and any(self._whom_to_ask(subject, step) for subject in self._subjects)
+        """Tell whether, after this many steps, a replica is to be audited; never while an audit is under way."""
+        return not self._under_way and any(self._due_replicas(subject, step) for subject in self._subjects)
 
     def begin(self, step: int) -> None:
-        """Ask whoever is due after this many steps; returns at once."""
+        """Send probes to the replicas that are due after this many steps; returns at once."""
         for subject in self._subjects:
-            replicas = self._whom_to_ask(subject, step)
+            replicas = self._due_replicas(subject, step)
             if replicas:
                 self._under_way.append(_ask(subject, replicas, self._clock() + self._timeout_seconds))
                 subject.audited.update(replicas.values())
-        if self._is_everybodys_turn(step) and self._under_way:
+        if self._is_due_for_all(step) and self._under_way:
             self._begun_at = step
 
     @property
@@ -230,13 +235,13 @@ class ScoreAudit:
         return [reference for audit in self._under_way for reference in audit.waiting]
 
     def collect(self, ready: Iterable[Any]) -> list[Fault]:
-        """Take the answers that are there; when a teacher's are complete or late, judge them and fence who is wrong.
+        """Take the answers that are there; check those of a teacher when they are complete or late.
 
         Args:
             ready: references that are ready; those that are not `outstanding` here are passed over.
 
         Returns:
-            What was found; each replica is fenced already.
+            The faults; each faulty replica is quarantined already.
 
         Raises:
             ScoreError: no replica of a teacher is left that could be trusted.
@@ -251,7 +256,7 @@ class ScoreAudit:
         return faults
 
     def finish(self) -> list[Fault]:
-        """Wait for all answers, as at the start, before anything is learned from scores; returns what was found.
+        """Wait for all answers, as at the start, before anything is learned from scores; returns the faults.
 
         Raises:
             ScoreError: no replica of a teacher is left that could be trusted.
@@ -260,19 +265,19 @@ class ScoreAudit:
         while self._under_way:
             waiting = self.outstanding
             patience = max(0.0, max(audit.deadline for audit in self._under_way) - self._clock())
-            found = ray.wait(waiting, num_returns=len(waiting), timeout=patience)[0] if waiting else []
-            faults += self.collect(found)
+            ready = ray.wait(waiting, num_returns=len(waiting), timeout=patience)[0] if waiting else []
+            faults += self.collect(ready)
         return faults
 
-    def _whom_to_ask(self, subject: AuditedTeacher, step: int) -> dict[int, str]:
+    def _due_replicas(self, subject: AuditedTeacher, step: int) -> dict[int, str]:
         if not subject.rows:
             return {}
-        everybody = self._is_everybodys_turn(step)
+        all_due = self._is_due_for_all(step)
         serving = subject.pool.serving()
-        return {replica: name for replica, name in serving.items() if everybody or name not in subject.audited}
+        return {replica: name for replica, name in serving.items() if all_due or name not in subject.audited}
 
-    def _is_everybodys_turn(self, step: int) -> bool:
-        """Tell whether a multiple of `every_steps` was passed since everybody was asked."""
+    def _is_due_for_all(self, step: int) -> bool:
+        """Tell whether a multiple of `every_steps` was passed since all replicas were audited."""
         every_steps, begun_at = self._settings.every_steps, self._begun_at
         return begun_at is None or (every_steps > 0 and step // every_steps > begun_at // every_steps)
 
@@ -311,18 +316,18 @@ def _collect(audit: _Audit, reference: Any) -> None:
 
 
 def _conclude(audit: _Audit) -> list[Fault]:
-    """Judge the answers, keep the first ones that can be trusted, and fence who is wrong."""
+    """Check the answers, keep the first ones that can be trusted, and quarantine faulty replicas."""
     subject = audit.subject
     if audit.waiting:
         late = ", ".join(sorted({part.replica for part in audit.waiting.values()}))
-        _log.warning("score_audit: no answer from %s in time; they are not judged", late)
+        _log.warning("score_audit: no answer from %s in time; they are not checked", late)
     kept = subject.reference
     reference = None if kept is None else kept.for_request(subject.request)
-    verdict = audit_answers(subject.name, audit.probes, audit.answers, reference, subject.tolerance, subject.request)
-    if kept is None and verdict.trusted is not None:
-        subject.reference = Reference(subject.origin, verdict.trusted)
+    result = audit_answers(subject.name, audit.probes, audit.answers, reference, subject.tolerance, subject.request)
+    if kept is None and result.trusted is not None:
+        subject.reference = Reference(subject.origin, result.trusted)
         save_reference(subject.path, subject.reference)
-    faults = [_with_advice(subject, fault) for fault in verdict.faults]
+    faults = [_with_advice(subject, fault) for fault in result.faults]
     _quarantine(subject, faults)
     return faults
 
@@ -331,7 +336,7 @@ def _with_advice(subject: AuditedTeacher, fault: Fault) -> Fault:
     if fault.kind != "replaced" or subject.reference is None:
         return fault
     model = subject.origin.model
-    changed = fingerprint(model) != subject.reference.origin.fingerprint
+    changed = find_backend(subject.teacher).identity(subject.teacher) != subject.reference.origin.fingerprint
     files = f"the files of {model} {'are others' if changed else 'are the same'} now"
     advice = f"{files}; bring the old teacher back, or delete {subject.path} to go on with this one"
     return replace(fault, sentence=f"{fault.sentence}; {advice}")

@@ -1,20 +1,29 @@
-"""From a teacher's last hidden states to its scores; pure, and without Python work per token.
+"""Turns a teacher's last hidden states into its scores, without Python work per token.
 
 The hidden state of position t - 1 predicts the token at position t. The LM head runs over a chunk of completion tokens
 at a time, so at most one chunk of [chunk, vocabulary] logits lives at once.
 """
 
+import asyncio
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.contracts.errors import WrongLengthError
+from cluster.contracts.errors import ScoreError, UniformError, WrongLengthError
+from cluster.contracts.metrics import Mean, Metrics
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Bytes, Ints, Scores
+from cluster.contracts.signals import Scores
+from cluster.contracts.trajectory import Bytes, Floats, Ints, num_candidates_of, ragged
 from cluster.models.lm_head import LmHead
+from teacher_workers.backends.base import TeacherBackend
 
 FLOOR = -87.0  # of ids that the teacher does not have: the log of float32's smallest normal number is -87.3
 # Allocating and touching large logits costs more than computing with them; a chunk of few tokens reads the head's
@@ -22,6 +31,96 @@ FLOOR = -87.0  # of ids that the teacher does not have: the log of float32's sma
 CHUNK_LOGITS = 1 << 23
 MIN_CHUNK_TOKENS = 128
 GPU_CHUNK_LOGITS = 1 << 27  # 512 MiB: a GPU needs larger products to be busy
+
+
+UNIFORM_TOLERANCE = 1e-5  # nats; float32 log-probabilities near -12 are exact to 1e-6, no real text is this even
+
+
+class HiddenStatesBackend(TeacherBackend, ABC):
+    """Scores with an engine that returns hidden states, and the LM head of its model."""
+
+    signals = frozenset({"logprobs", "candidate_ids", "candidate_logprobs", "entropy", "hidden"})
+
+    def __init__(self, head: LmHead) -> None:
+        self._head = head
+        self._num_requests = 0
+        # The head runs beside the event loop, which goes on feeding the engine with the next batches. One thread: each
+        # thread that calls torch brings a set of OpenMP threads of its own.
+        self._head_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lm-head")
+
+    @abstractmethod
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[Tensor, int]:
+        """Return the last hidden states of one trajectory, and how many of its positions the engine had cached.
+
+        They are [sampled_tokens, width], after the final norm, and predict the tokens whose loss_mask is 1.
+        """
+
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
+        """Score all rows; the engine decides how many run together, and with rows of which batches.
+
+        Raises:
+            ScoreError: hidden states are missing or misplaced (WrongLengthError), all scores are alike (UniformError),
+                or the batch lacks the candidates that are to be scored.
+        """
+        token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
+        rows, first = range(len(token_ids)), self._num_requests
+        self._num_requests += len(token_ids)
+        states = await asyncio.gather(
+            *(self.hidden_states(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
+        )
+        hidden, cached = [values for values, _ in states], sum(num_cached for _, num_cached in states)
+        loop = asyncio.get_running_loop()
+        scores = await loop.run_in_executor(self._head_thread, self._apply_head, batch, request, hidden)
+        return scores, {f"{request.model}/prefix_hit_ratio": Mean(float(cached), float(len(token_ids.values)))}
+
+    def move_head(self, device: str) -> None:
+        """Move the LM head to a device."""
+        self._head = self._head.to(device)
+
+    async def shutdown(self) -> None:
+        """End the head's thread."""
+        self._head_thread.shutdown()
+
+    def _apply_head(self, batch: pa.RecordBatch, request: ScoreRequest, hidden: Sequence[Tensor]) -> Scores:
+        if request.given_candidates and not num_candidates_of(batch):
+            raise ScoreError(f"{request.model} is to score candidates, but the batch has none")
+        refuse_misplaced(batch, hidden, self._head.weight.shape[1])
+        sampled = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
+        candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
+        scores = score_tokens(self._head, torch.cat(list(hidden)), sampled, request, candidates)
+        refuse_uniform(scores["logprobs"], self._head.vocabulary_size)
+        return scores
+
+
+def refuse_misplaced(batch: pa.RecordBatch, hidden: Sequence[Tensor], width: int) -> None:
+    """Refuse hidden states that are not one per sampled token of each row, or not those of the head's model.
+
+    The batch's total is not enough: a row that lacks one beside a row with one too many would shift what lies between.
+
+    Raises:
+        WrongLengthError: they are not.
+    """
+    expected = ragged(batch, "rollout_logprobs").lengths
+    for row, (values, num_tokens) in enumerate(zip(hidden, expected, strict=True)):
+        if tuple(values.shape) != (num_tokens, width):
+            raise WrongLengthError(
+                f"trajectory {batch['trajectory_id'][row].as_py()}: the engine returned hidden states of shape "
+                f"{list(values.shape)}, {num_tokens} completion tokens and this LM head need {[int(num_tokens), width]}"
+            )
+
+
+def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:
+    """Refuse a batch of several tokens that were all scored -log(vocabulary size): the model's weights are not loaded.
+
+    Raises:
+        UniformError: they were.
+    """
+    uniform = -math.log(vocabulary_size)
+    if len(logprobs) > 1 and np.allclose(logprobs, uniform, rtol=0, atol=UNIFORM_TOLERANCE):
+        raise UniformError(
+            f"all {len(logprobs)} tokens were scored {uniform:.4f}, as if every token of the vocabulary were equally "
+            "likely; the teacher's weights are missing or damaged"
+        )
 
 
 def predicting_rows(hidden: Tensor, loss_mask: Bytes, num_cached: int = 0) -> Tensor:
@@ -47,12 +146,12 @@ def predicting_rows(hidden: Tensor, loss_mask: Bytes, num_cached: int = 0) -> Te
 def score_tokens(
     head: LmHead, hidden: Tensor, target_ids: Ints, request: ScoreRequest, candidate_ids: Ints | None = None
 ) -> Scores:
-    """Score the written tokens, and what else the request asks for.
+    """Score the sampled tokens, and compute the other signals of the request.
 
     Args:
         head: of the teacher.
         hidden: [completion_tokens, width] as the teacher's engine returns them.
-        target_ids: [completion_tokens] the written tokens.
+        target_ids: [completion_tokens] the sampled tokens.
         request: what to return.
         candidate_ids: [completion_tokens, k] to score, where the request has given candidates.
     """
@@ -64,14 +163,16 @@ def score_tokens(
         for chunk, chunk_ids in zip(hidden.split(chunk_tokens), ids.split(chunk_tokens), strict=True)
     ]
     logprobs, chosen, chosen_logprobs, entropy = (torch.cat(parts).cpu().numpy() for parts in zip(*chunks, strict=True))
-    candidate_logprobs = chosen_logprobs if request.top_k else logprobs[:, 1:]
-    return Scores(
-        logprobs=logprobs[:, 0],
-        chosen_ids=chosen.astype(np.int32) if request.top_k else None,
-        candidate_logprobs=candidate_logprobs if request.top_k or request.given_candidates else None,
-        entropy=entropy if request.entropy else None,
-        hidden=_to_numpy(hidden) if request.hidden else None,
-    )
+    scores: dict[str, NDArray[Any]] = {"logprobs": logprobs[:, 0]}
+    if request.top_k:
+        scores |= {"candidate_ids": chosen.astype(np.int32), "candidate_logprobs": chosen_logprobs}
+    elif request.given_candidates:
+        scores["candidate_logprobs"] = logprobs[:, 1:]
+    if request.entropy:
+        scores["entropy"] = entropy
+    if request.hidden:
+        scores["hidden"] = _to_numpy(hidden)
+    return scores
 
 
 def chunk_size(head: LmHead) -> int:
@@ -84,7 +185,7 @@ def _score_chunk(head: LmHead, hidden: Tensor, ids: Tensor, request: ScoreReques
     """Return logprobs [n, 1 + k] of the ids, ids and logprobs [n, top_k] of the most likely tokens, entropy [n]."""
     logits = head.logits(hidden)
     is_known = ids < head.vocabulary_size
-    asked = logits.gather(-1, ids.where(is_known, 0))
+    requested = logits.gather(-1, ids.where(is_known, 0))
     best, best_ids = logits.topk(request.top_k, dim=-1)
     # In place from here on: a second tensor of this size costs more than the arithmetic.
     largest = best[:, :1] if request.top_k else logits.amax(dim=-1, keepdim=True)
@@ -97,7 +198,7 @@ def _score_chunk(head: LmHead, hidden: Tensor, ids: Tensor, request: ScoreReques
     else:
         total = logits.exp_().sum(dim=-1, keepdim=True)
     normalizer = largest + total.log()
-    return (asked - normalizer).where(is_known, FLOOR), best_ids, best - normalizer, entropy
+    return (requested - normalizer).where(is_known, FLOOR), best_ids, best - normalizer, entropy
 
 
 def _to_numpy(hidden: Tensor) -> NDArray[Any]:

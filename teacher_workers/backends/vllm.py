@@ -1,37 +1,41 @@
-"""The scoring engine on vLLM: a teacher's last hidden states over given tokens."""
+"""Scores with a language model that vLLM runs: vLLM returns the last hidden states, and our LM head reads them.
+
+vLLM is imported where it is used: the driver asks the class for facts about the model and must not load it.
+"""
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm import PoolingParams
-from vllm.exceptions import VLLMValidationError
-from vllm.platforms import current_platform
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.errors import ActorDiedError, ScoreError
-from cluster.contracts.requests import HiddenStates
+from cluster.contracts.errors import ActorDiedError, ConfigError, ScoreError
 from cluster.contracts.trajectory import Bytes, Ints
+from cluster.models.lm_head import load_lm_head
+from cluster.models.model_checks import ModelFacts, read_model
+from cluster.models.weight_files import fingerprint
 from cluster.vllm.engine import EngineRole, build_engine
-from teacher_workers.backends.lm_head_scores import predicting_rows
+from teacher_workers.backends.lm_head_scores import HiddenStatesBackend, predicting_rows
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 
-class VllmScoringEngine:
-    """A ScoringEngine that runs one teacher in vLLM; build it inside a running event loop.
+class VllmBackend(HiddenStatesBackend):
+    """Runs one teacher in vLLM.
 
     Engines on GPUs sleep by vLLM's sleep mode; those on CPUs, which have none, end and start again.
     """
 
-    def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
-        """Start the engine.
+    can_generate = True
 
-        Args:
-            teacher: its model, and how it is served.
-            max_model_len: at least the tokens of the longest trajectory.
-            sleeps: whether `sleep` and `wake` will be called.
+    def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
+        """Read the LM head and start the engine.
+
+        Raises:
+            ModelError: vLLM cannot serve the teacher, or its LM head cannot be read.
         """
+        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype)
         self._teacher = teacher
         self._role = EngineRole(
             max_model_len=max_model_len,
@@ -41,6 +45,29 @@ class VllmScoringEngine:
             sleeps=sleeps,
         )
         self._engine: AsyncLLM | None = self._build()  # None: it sleeps where engines have no sleep mode
+        # After the engine has taken its share of the GPU's memory: head and logits live in what gpu_memory_fraction
+        # leaves free.
+        super().__init__(head.to("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @classmethod
+    def check(cls, teacher: TeacherConfig, student: ModelFacts) -> ModelFacts:
+        """Read the model's files.
+
+        Raises:
+            ModelError: something is missing, damaged, or does not go with the rest.
+        """
+        if not teacher.engine.tensor_parallel:
+            raise ConfigError("engine.tensor_parallel = 0 is for teachers whose backend needs no GPU; vLLM takes 1")
+        return read_model(teacher, is_student=False)
+
+    @classmethod
+    def identity(cls, teacher: TeacherConfig) -> str:
+        """Return a fingerprint of the model's files.
+
+        Raises:
+            ModelError: the model has no configuration here.
+        """
+        return fingerprint(teacher.model)
 
     @property
     def is_dead(self) -> bool:
@@ -49,6 +76,10 @@ class VllmScoringEngine:
 
     async def sleep(self) -> None:
         """Give the hardware back: weights go to host memory, the cache is dropped; without a sleep mode, all ends."""
+        from vllm.platforms import current_platform
+
+        self.move_head("cpu")
+        torch.cuda.empty_cache()  # else torch keeps the head's memory for this process; does nothing without a GPU
         if self._engine is None:
             return
         if current_platform.is_sleep_mode_available():
@@ -65,28 +96,39 @@ class VllmScoringEngine:
         """
         if self._engine is not None:
             await self._engine.wake_up()
-            return
-        # In a thread, for it takes seconds in which the actor must give signs of life.
-        self._engine = await asyncio.to_thread(self._build)
+        else:
+            # In a thread, for it takes seconds in which the actor must give signs of life.
+            self._engine = await asyncio.to_thread(self._build)
+        self.move_head("cuda" if torch.cuda.is_available() else "cpu")
 
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
         """Return the hidden states after the final norm, on CPU, in the dtype that the engine runs in.
 
         Raises:
             ScoreError: vLLM gave the request up or returned another number of positions.
             ActorDiedError: the engine's process is gone.
         """
-        first = int(loss_mask.argmax()) - 1  # the position that predicts the first completion token
-        found, num_cached = await self._read(request_id, token_ids, use_cache=True)
+        first = int(loss_mask.argmax()) - 1  # the position that predicts the first sampled token
+        states, num_cached = await self._read(request_id, token_ids, use_cache=True)
         if num_cached > first:
             # Another trajectory began with the same completion tokens, or the prompt's cached blocks end where the
             # prompt does. vLLM returns no hidden states of cached positions.
-            found, num_cached = await self._read(f"{request_id}-whole", token_ids, use_cache=False)
-        return HiddenStates(predicting_rows(found, loss_mask, num_cached), num_cached)
+            states, num_cached = await self._read(f"{request_id}-whole", token_ids, use_cache=False)
+        return predicting_rows(states, loss_mask, num_cached), num_cached
+
+    async def shutdown(self) -> None:
+        """End the engine's process."""
+        await super().shutdown()
+        if self._engine is not None:
+            self._engine.shutdown()
 
     async def _read(self, request_id: str, token_ids: Ints, use_cache: bool) -> tuple[torch.Tensor, int]:
         """Return the hidden states of the positions that vLLM computed, and how many before them it had cached."""
-        assert self._engine is not None, "a sleeping engine is asked nothing"
+        from vllm import PoolingParams
+        from vllm.exceptions import VLLMValidationError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        assert self._engine is not None, "no score is requested of a sleeping engine"
         prompt: Any = {"prompt_token_ids": token_ids.tolist()}
         params = PoolingParams(
             task="token_embed",
@@ -101,10 +143,5 @@ class VllmScoringEngine:
             raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
         return output.outputs.data, output.num_cached_tokens
 
-    async def shutdown(self) -> None:
-        """End the engine's process."""
-        if self._engine is not None:
-            self._engine.shutdown()
-
-    def _build(self) -> AsyncLLM:
+    def _build(self) -> "AsyncLLM":
         return build_engine(self._teacher.model, self._teacher.trust_remote_code, self._teacher.engine, self._role)

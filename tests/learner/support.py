@@ -16,9 +16,9 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Max, Metric
+from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import (
     GeneratedTrajectory,
-    Scores,
     add_scores,
     generated_schema,
     make_generated,
@@ -226,13 +226,14 @@ def _scores(batch: pa.RecordBatch, objective: ObjectiveConfig, model: str, logit
     elif objective.needs.num_candidates:
         given = torch.from_numpy(ragged(batch, "candidate_ids").values.astype(np.int64))
         of_candidates = logprobs.gather(-1, given).numpy()
-    return Scores(
-        logprobs=logprobs.gather(-1, targets[:, None])[:, 0].numpy(),
-        chosen_ids=chosen,
-        candidate_logprobs=of_candidates,
-        entropy=-(logprobs.exp() * logprobs).sum(-1).numpy() if objective.needs.teacher_entropy else None,
-        hidden=hidden.numpy() if objective.needs.hidden else None,
-    )
+    scores = {
+        "logprobs": logprobs.gather(-1, targets[:, None])[:, 0].numpy(),
+        "candidate_ids": chosen,
+        "candidate_logprobs": of_candidates,
+        "entropy": -(logprobs.exp() * logprobs).sum(-1).numpy() if objective.needs.teacher_entropy else None,
+        "hidden": hidden.numpy() if objective.needs.hidden else None,
+    }
+    return {name: values for name, values in scores.items() if values is not None}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cluster.contracts.trajectory import Scores, add_scores, make_generated
+from cluster.contracts.trajectory import add_scores, make_generated
 from cluster.contracts.wire import to_wire
 from tests.builders import make_scores, make_trajectory
 
@@ -19,8 +19,8 @@ def scored_batch() -> pa.RecordBatch:
         make_trajectory(trajectory_id=9, **changed),
     ]
     scores = make_scores(8, top_k=2)
-    scores = Scores(scores.logprobs, scores.chosen_ids, scores.candidate_logprobs, np.ones(8, np.float32))
-    hidden = Scores(scores.logprobs, hidden=np.ones((8, 4), np.uint16))
+    hidden = {"logprobs": scores["logprobs"], "hidden": np.ones((8, 4), np.uint16)}
+    scores = {**scores, "entropy": np.ones(8, np.float32)}
     return add_scores(add_scores(make_generated(rows), "teacher", scores), "base", hidden)
 
 

@@ -13,7 +13,7 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ModelError
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Scores, add_scores, ragged
+from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
 
 DEATH_SECONDS = 0.2  # how long a replica that is going to die keeps its batches
@@ -44,7 +44,7 @@ class ConstantTeacher:
         batch = from_wire(wire)
         score = float(Path(self._teachers[teacher].model).name)
         logprobs = np.full(len(ragged(batch, "rollout_logprobs").values), score, np.float32)
-        return pack(add_scores(batch, request.model, Scores(logprobs)), {})
+        return pack(add_scores(batch, request.model, {"logprobs": logprobs}), {})
 
     async def shutdown(self) -> None:
         """End nothing."""

@@ -11,7 +11,7 @@ from cluster.actors.object_store import pack
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Scores, add_scores, ragged
+from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
 
 DEATH_SECONDS = 0.2  # how long a replica that is going to die keeps its batches
@@ -42,7 +42,7 @@ class CrashingTeacher:
             os._exit(1)
         batch = from_wire(wire)
         logprobs = np.full(len(ragged(batch, "rollout_logprobs").values), -float(self._number), np.float32)
-        return pack(add_scores(batch, request.model, Scores(logprobs)), {})
+        return pack(add_scores(batch, request.model, {"logprobs": logprobs}), {})
 
     async def shutdown(self) -> None:
         """End nothing."""

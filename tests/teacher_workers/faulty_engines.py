@@ -1,4 +1,4 @@
-"""A small causal model as a scoring engine, and engines that are wrong in one way each.
+"""A small causal model as a teacher backend, and backends that are wrong in one way each.
 
 A module of its own, so that Ray can import it.
 """
@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from cluster.config.stages import Dtype
-from cluster.contracts.requests import HiddenStates
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.models.lm_head import LmHead
-from teacher_workers.worker import TeacherWorker
+from teacher_workers.actor import TeacherWorker
+from teacher_workers.backends.lm_head_scores import HiddenStatesBackend
 
 VOCABULARY, WIDTH = 112, 16
 
 
-class RightEngine:
+class RightEngine(HiddenStatesBackend):
     """A recurrent network with random weights: a position's state depends on all tokens up to it, and on no other."""
 
     def __init__(self, dtype: Dtype = "float32", seed: int = 0) -> None:
@@ -26,14 +26,10 @@ class RightEngine:
         self._dtype = getattr(torch, dtype)
         self._embedding = torch.randn(VOCABULARY, WIDTH, generator=draw)
         self._recurrence = 0.8 * torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=draw)).Q
-        self._head = torch.randn(VOCABULARY, WIDTH, generator=draw)
+        super().__init__(LmHead(torch.randn(VOCABULARY, WIDTH, generator=draw).to(self._dtype)))
 
-    @property
-    def head(self) -> LmHead:
-        return LmHead(self._head.to(self._dtype))
-
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
-        return HiddenStates(self.read(token_ids, loss_mask).to(self._dtype), num_cached_tokens=0)
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
+        return self.read(token_ids, loss_mask).to(self._dtype), 0
 
     def read(self, token_ids: Ints, loss_mask: Bytes) -> torch.Tensor:
         """Return the states that predict the tokens whose mask is 1."""
@@ -46,9 +42,6 @@ class RightEngine:
             state = torch.tanh(self._recurrence @ state + self._embedding[token])
             states.append(state)
         return torch.stack(states)
-
-    async def shutdown(self) -> None:
-        """End nothing."""
 
 
 class TooLate(RightEngine):
@@ -113,10 +106,10 @@ class TooLong(RightEngine):
 class OneMoreOneLess(RightEngine):
     """Gives the first row's last state to the second one: the batch has as many as it needs."""
 
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
         states = self.read(token_ids, loss_mask)
         change = {0: states[:-1], 1: torch.cat([states[:1], states])}
-        return HiddenStates(change.get(int(request_id) % 4, states), num_cached_tokens=0)
+        return change.get(int(request_id) % 4, states), 0
 
 
 class Swapped(RightEngine):
@@ -126,13 +119,13 @@ class Swapped(RightEngine):
         super().__init__(dtype, seed)
         self._together: list[torch.Tensor] = []
 
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
         together, place = self._together, len(self._together)
         together.append(self.read(token_ids, loss_mask).to(self._dtype))
         await asyncio.sleep(0)  # the batch's other rows come
         self._together = []
         alike = [index for index, states in enumerate(together) if len(states) == len(together[place])]
-        return HiddenStates(together[alike[-1 - alike.index(place)]], num_cached_tokens=0)
+        return together[alike[-1 - alike.index(place)]], 0
 
 
 class Hot(RightEngine):
@@ -156,4 +149,4 @@ class Noisy(RightEngine):
 
 
 def make_worker(name: str, engine: RightEngine) -> TeacherWorker:
-    return TeacherWorker(name, engine, engine.head)
+    return TeacherWorker(name, engine)

@@ -17,7 +17,7 @@ from cluster.contracts.errors import ActorError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated
 from teacher_workers.pool import TEACHER_ACTOR, start_pool
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
 
 NUM_BATCHES = 12
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.alone
 
 
 @contextmanager
-def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[TeacherPools]:
+def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[TeacherRouter]:
     pool = start_pool(
         "main",
         TeacherConfig(str(folder)),
@@ -39,13 +39,13 @@ def start(folder: Path, num_replicas: int, max_restarts: int) -> Iterator[Teache
     )
     try:
         pool.wait_until_ready()
-        yield TeacherPools({"main": pool}, call_seconds=60)
+        yield TeacherRouter({"main": pool}, call_seconds=60)
     finally:
         pool.shutdown()
 
 
 @pytest.fixture
-def teachers(tmp_path: Path, ray_cluster: None) -> Iterator[TeacherPools]:
+def teachers(tmp_path: Path, ray_cluster: None) -> Iterator[TeacherRouter]:
     with start(tmp_path, num_replicas=2, max_restarts=2) as pools:
         yield pools
 
@@ -58,19 +58,19 @@ def handles() -> list[BatchHandle]:
     return found
 
 
-def score(teachers: TeacherPools) -> list[int]:
+def score(teachers: TeacherRouter) -> list[int]:
     """Return the ids of all scored trajectories."""
     scored = teachers.score(handles(), lambda route: [(route, ScoreRequest("teacher"))])
     return [key for handle in scored for key in handle.trajectory_ids]
 
 
-def test_every_batch_is_scored_once_though_a_replica_dies(teachers: TeacherPools, tmp_path: Path) -> None:
+def test_every_batch_is_scored_once_though_a_replica_dies(teachers: TeacherRouter, tmp_path: Path) -> None:
     (tmp_path / "teacher-main-0").touch()
     assert sorted(score(teachers)) == list(range(NUM_BATCHES))
     assert not (tmp_path / "teacher-main-0").exists()  # it did die
 
 
-def test_a_pool_says_who_scored_and_how_often_it_started_one_again(teachers: TeacherPools, tmp_path: Path) -> None:
+def test_a_pool_says_who_scored_and_how_often_it_started_one_again(teachers: TeacherRouter, tmp_path: Path) -> None:
     (tmp_path / "teacher-main-0").touch()
     scored = teachers.score(handles(), lambda route: [(route, ScoreRequest("teacher"))])
     spans = [span for handle in scored for span in handle.spans]
@@ -81,14 +81,14 @@ def test_a_pool_says_who_scored_and_how_often_it_started_one_again(teachers: Tea
     assert (state.name, state.num_wanted, state.num_restarts, state.num_owed) == ("teacher-main", 2, 1, 0)
 
 
-def test_every_batch_is_scored_once_though_all_replicas_die(teachers: TeacherPools, tmp_path: Path) -> None:
+def test_every_batch_is_scored_once_though_all_replicas_die(teachers: TeacherRouter, tmp_path: Path) -> None:
     for replica in (0, 1):
         (tmp_path / f"teacher-main-{replica}").touch()
     assert sorted(score(teachers)) == list(range(NUM_BATCHES))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_replica_that_came_back_serves_again(teachers: TeacherPools, tmp_path: Path) -> None:
+def test_a_replica_that_came_back_serves_again(teachers: TeacherRouter, tmp_path: Path) -> None:
     (tmp_path / "teacher-main-0").touch()
     score(teachers)
     (tmp_path / "teacher-main-1").touch()

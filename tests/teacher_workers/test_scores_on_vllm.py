@@ -22,7 +22,7 @@ from cluster.contracts.trajectory import make_generated, models_of, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import load_lm_head
 from teacher_workers.pool import TeacherPool, start_pool
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
@@ -90,7 +90,7 @@ def expected_rows(model: Any, batch: pa.RecordBatch) -> Iterator[tuple[int, np.n
 
 def test_every_batch_is_scored_once_and_equals_transformers(pools: dict[str, TeacherPool], model: Any) -> None:
     request = ScoreRequest("teacher", top_k=NUM_CANDIDATES, entropy=True, hidden=True)
-    teachers = TeacherPools(pools, call_seconds=60)
+    teachers = TeacherRouter(pools, call_seconds=60)
     handles = list(teachers.score((make_handle(10 * i) for i in range(6)), lambda route: [(route, request)]))
     assert sorted(handle.trajectory_ids for handle in handles) == [(10 * i, 10 * i + 1) for i in range(6)]
     for batch in map(read, handles):
@@ -115,7 +115,7 @@ def test_a_batch_goes_through_its_chain_and_each_model_adds_its_columns(
         ("coarse", ScoreRequest("base", top_k=NUM_CANDIDATES, hidden=True)),
         ("exact", ScoreRequest("teacher", given_candidates=True)),
     ]
-    teachers = TeacherPools(pools, call_seconds=60)
+    teachers = TeacherRouter(pools, call_seconds=60)
     handles = list(teachers.score((make_handle(10 * i) for i in range(3)), lambda route: chain))
     assert sorted(handle.trajectory_ids for handle in handles) == [(0, 1), (10, 11), (20, 21)]
     assert teachers.maintain() == []
@@ -133,7 +133,7 @@ def test_a_batch_goes_through_its_chain_and_each_model_adds_its_columns(
 
 def test_bfloat16_hidden_states_give_the_scores_again(pools: dict[str, TeacherPool]) -> None:
     request = ScoreRequest("teacher", hidden=True)
-    (handle,) = TeacherPools(pools, call_seconds=60).score([make_handle(0)], lambda _: [("coarse", request)])
+    (handle,) = TeacherRouter(pools, call_seconds=60).score([make_handle(0)], lambda _: [("coarse", request)])
     batch = read(handle)
     bits = ragged(batch, "teacher_hidden").values
     assert bits.dtype == np.uint16
@@ -157,16 +157,16 @@ def test_replicas_agree_on_a_trajectory_that_fills_the_context(pools: dict[str, 
 def test_a_trajectory_beyond_the_context_is_an_error_that_names_the_replica(pools: dict[str, TeacherPool]) -> None:
     handle = make_handle(0, longest=CONTEXT_TOKENS)
     with pytest.raises(ScoreError, match=r"^teacher-coarse-0: vLLM could not score 133 tokens"):
-        list(TeacherPools(pools, call_seconds=60).score([handle], lambda _: [("coarse", ScoreRequest("teacher"))]))
+        list(TeacherRouter(pools, call_seconds=60).score([handle], lambda _: [("coarse", ScoreRequest("teacher"))]))
 
 
 def test_a_batch_for_an_unknown_teacher_is_refused(pools: dict[str, TeacherPool]) -> None:
-    teachers = TeacherPools(pools, call_seconds=60)
+    teachers = TeacherRouter(pools, call_seconds=60)
     with pytest.raises(ScoreError, match="names the teacher 'odd'; there are"):
         list(teachers.score([make_handle(0, route="odd")], lambda route: [(route, ScoreRequest("teacher"))]))
 
 
 def test_a_late_answer_is_an_error_that_names_the_replica(pools: dict[str, TeacherPool]) -> None:
-    hurried = TeacherPools(pools, call_seconds=0)
+    hurried = TeacherRouter(pools, call_seconds=0)
     with pytest.raises(ActorError, match="for scores from teacher-coarse-0"):
         list(hurried.score([make_handle(0)], lambda _: [("coarse", ScoreRequest("teacher"))]))

@@ -17,7 +17,7 @@ from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints, make_generated, ragged
 from cluster.contracts.wire import from_wire
 from teacher_workers.pool import start_pool
-from teacher_workers.router import TeacherPools
+from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
 from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
 
@@ -33,15 +33,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def teachers(folder: Path, ray_cluster: None) -> Iterator[TeacherPools]:
+def teachers(folder: Path, ray_cluster: None) -> Iterator[TeacherRouter]:
     teacher = TeacherConfig(str(folder), engine=EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1))
     pool = start_pool("main", teacher, CONTEXT_TOKENS, [{"num_cpus": 1}], PoolTimeouts(500, 120))
     pool.wait_until_ready()
-    yield TeacherPools({"main": pool}, call_seconds=120)
+    yield TeacherRouter({"main": pool}, call_seconds=120)
     pool.shutdown()
 
 
-def score(teachers: TeacherPools, prompt: Ints, completions: list[Ints]) -> tuple[BatchHandle, list[np.ndarray]]:
+def score(teachers: TeacherRouter, prompt: Ints, completions: list[Ints]) -> tuple[BatchHandle, list[np.ndarray]]:
     """Return the handle and each row's scores."""
     rows = [make_trajectory(prompt=prompt, completion=ids, teacher="main") for ids in completions]
     wire, handle = pack(make_generated(rows), {})
@@ -62,7 +62,7 @@ def draw(seed: int, count: int) -> Ints:
     return np.random.default_rng(seed).integers(4, 112, count).astype(np.int32)
 
 
-def test_the_samples_of_a_prompt_share_its_whole_blocks(teachers: TeacherPools, folder: Path) -> None:
+def test_the_samples_of_a_prompt_share_its_whole_blocks(teachers: TeacherRouter, folder: Path) -> None:
     prompt, completions = draw(0, 2 * BLOCK + 50), [draw(seed, 30) for seed in (1, 2, 3, 4)]
     scored, found = score(teachers, prompt, completions)
     assert_right(folder, prompt, completions, found)
@@ -73,7 +73,7 @@ def test_the_samples_of_a_prompt_share_its_whole_blocks(teachers: TeacherPools, 
 
 @pytest.mark.parametrize("prompt_tokens", [BLOCK, BLOCK - 20], ids=["prompt-ends-with-block", "completions-alike"])
 def test_a_cached_block_that_holds_a_needed_position_is_computed_again(
-    teachers: TeacherPools, folder: Path, prompt_tokens: int
+    teachers: TeacherRouter, folder: Path, prompt_tokens: int
 ) -> None:
     prompt, start = draw(10 + prompt_tokens, prompt_tokens), draw(5, 40)
     completions = [np.concatenate([start, draw(seed, 10)]) for seed in (6, 7)]

@@ -18,8 +18,10 @@ from cluster.contracts.metrics import Metrics, merge, report
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Floats, make_generated, ragged
 from cluster.contracts.wire import from_wire
-from teacher_workers.pool import Scorers, TeacherPool
-from teacher_workers.router import Successors, TeacherPools
+from teacher_workers.pool import TeacherPool
+from teacher_workers.replacement import ReplaceableTeachers, Replacement
+from teacher_workers.router import TeacherRouter
+from teacher_workers.time_sharing import start_slot
 from tests.builders import make_trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
@@ -33,14 +35,14 @@ REQUEST = ScoreRequest("teacher")
 
 
 @pytest.fixture(scope="module")
-def slot(ray_cluster: None) -> Iterator[Scorers]:
+def slot(ray_cluster: None) -> Iterator[dict[str, TeacherPool]]:
     """Start a worker with both engines, of which the last one is awake then."""
     engine = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1)
     teachers = {name: TeacherConfig(str(EMBEDDED / model), engine=engine) for name, model in MODELS.items()}
-    scorers = Scorers("slot-both", teachers, CONTEXT_TOKENS, [{"num_cpus": 1}])
-    scorers.wait_until_ready(TIMEOUTS.start_seconds, "the slot to start")
-    yield scorers
-    scorers.shutdown()
+    pools = start_slot("slot-both", teachers, CONTEXT_TOKENS, [{"num_cpus": 1}], TIMEOUTS)
+    pools["math"].wait_until_ready()
+    yield pools
+    pools["math"].shutdown()
 
 
 def make_batches(routes: list[str], steps: list[int]) -> list[BatchHandle]:
@@ -75,7 +77,7 @@ def expected_scores(name: str, handles: list[BatchHandle]) -> list[Floats]:
     return found
 
 
-def score(pools: TeacherPools, handles: list[BatchHandle]) -> tuple[list[Floats], Metrics]:
+def score(pools: TeacherRouter, handles: list[BatchHandle]) -> tuple[list[Floats], Metrics]:
     """Return the scores of each batch, in order, and all figures."""
     found = {handle.trajectory_ids: handle for handle in pools.score(handles, lambda route: [(route, REQUEST)])}
     ordered = [found[handle.trajectory_ids] for handle in handles]
@@ -83,8 +85,8 @@ def score(pools: TeacherPools, handles: list[BatchHandle]) -> tuple[list[Floats]
     return columns, merge(handle.metrics for handle in ordered)
 
 
-def test_two_teachers_in_one_slot_score_as_each_does_by_itself(slot: Scorers) -> None:
-    pools = TeacherPools({name: TeacherPool(name, slot, TIMEOUTS) for name in MODELS}, call_seconds=120)
+def test_two_teachers_in_one_slot_score_as_each_does_by_itself(slot: dict[str, TeacherPool]) -> None:
+    pools = TeacherRouter(slot, call_seconds=120)
     routes = ["math", "code"] * 3
     handles = make_batches(routes, steps=[-1] * 6)
     found, metrics = score(pools, handles)
@@ -96,11 +98,11 @@ def test_two_teachers_in_one_slot_score_as_each_does_by_itself(slot: Scorers) ->
     assert 0 < figures["slot/switch_seconds"] < 120
 
 
-def test_another_checkpoint_scores_from_its_step_on_and_none_before(slot: Scorers) -> None:
-    pools = TeacherPools({"main": TeacherPool("math", slot, TIMEOUTS)}, call_seconds=120)
-    successors = Successors({"main": TeacherPool("code", slot, TIMEOUTS)})
-    pools.prepare(successors)
-    pools.succeed(successors, first_step=7)
+def test_another_checkpoint_scores_from_its_step_on_and_none_before(slot: dict[str, TeacherPool]) -> None:
+    pools = ReplaceableTeachers({"main": slot["math"]}, call_seconds=120)
+    replacement = Replacement({"main": slot["code"]})
+    pools.prepare(replacement)
+    pools.switch(replacement, first_step=7)
     handles = make_batches(["main"] * 4, steps=[5, 6, 7, 8])
     old, new = (expected_scores(name, handles) for name in ("math", "code"))
     found, _ = score(pools, handles)

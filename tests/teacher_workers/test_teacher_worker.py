@@ -9,11 +9,11 @@ import torch
 
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import report
-from cluster.contracts.requests import HiddenStates, ScoreRequest
+from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Bytes, Ints, make_generated, models_of, ragged
 from cluster.models.lm_head import LmHead
-from teacher_workers.pool import least_loaded
-from teacher_workers.worker import TeacherWorker
+from teacher_workers.actor import TeacherWorker
+from teacher_workers.backends.lm_head_scores import HiddenStatesBackend
 from tests.builders import make_trajectory
 
 VOCABULARY = 112
@@ -21,21 +21,19 @@ HALF_3_QUARTER_5 = torch.full((VOCABULARY,), 0.25 / (VOCABULARY - 2)).index_fill
 HALF_3_QUARTER_5[5] = 0.25
 
 
-class ScriptedEngine:
+class ScriptedEngine(HiddenStatesBackend):
     """Gives every completion token the same hidden state, which the worker's head takes for the logits."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__(LmHead(torch.eye(VOCABULARY)))
         self._hidden = hidden
 
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> HiddenStates:
-        return HiddenStates(self._hidden.expand(int(loss_mask.sum()), VOCABULARY), num_cached_tokens=1)
-
-    async def shutdown(self) -> None:
-        """End nothing."""
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
+        return self._hidden.expand(int(loss_mask.sum()), VOCABULARY), 1
 
 
 def make_worker(probabilities: torch.Tensor) -> TeacherWorker:
-    return TeacherWorker("teacher-math-1", ScriptedEngine(probabilities.log()), LmHead(torch.eye(VOCABULARY)))
+    return TeacherWorker("teacher-math-1", ScriptedEngine(probabilities.log()))
 
 
 BATCH = make_generated([make_trajectory(completion=[3, 5]), make_trajectory(completion=[5, 3, 5])])
@@ -98,6 +96,11 @@ def test_one_token_may_be_scored_uniformly_by_chance() -> None:
     assert asyncio.run(make_worker(torch.ones(VOCABULARY)).score(batch, TEACHER))[0].num_rows == 1
 
 
-def test_the_replica_with_the_fewest_outstanding_tokens_is_next() -> None:
-    assert least_loaded([300, 20, 100]) == 1
-    assert least_loaded([5, 5]) == 0
+def test_two_sampled_spans_of_a_row_are_scored_and_what_stands_between_them_is_not() -> None:
+    mask = np.array([0, 1, 0, 0, 1, 1], np.uint8)
+    tokens = np.array([1, 3, 9, 9, 5, 3], np.int32)
+    row = make_trajectory(token_ids=tokens, loss_mask=mask, rollout_logprobs=np.full(3, -1, np.float32))
+    scored, metrics = asyncio.run(make_worker(HALF_3_QUARTER_5).score(make_generated([row]), TEACHER))
+    half, quarter = pytest.approx(math.log(0.5)), pytest.approx(math.log(0.25))
+    assert ragged(scored, "teacher_logprobs")[0].tolist() == [half, quarter, half]
+    assert report(metrics)["teacher/scored_tokens"] == 3

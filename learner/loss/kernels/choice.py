@@ -84,16 +84,14 @@ def _probe(objective: Objective, device: torch.device, dtype: torch.dtype) -> li
 
 def _probe_tokens(target_ids: Tensor) -> CompletionTokens:
     """Return the tokens of one trajectory, to which all models give the same probability."""
-    flat, nothing = torch.full((len(target_ids),), -9.0), torch.empty(0)
+    flat = torch.full((len(target_ids),), -9.0)
     no_ids = torch.empty(len(target_ids), 0)
     return CompletionTokens(
         target_ids=target_ids,
         rollout_logprobs=flat,
         candidate_ids=no_ids.long(),
         candidate_rollout_logprobs=no_ids,
-        logprobs={"teacher": flat - 1},
-        candidate_logprobs={},
-        teacher_entropy=nothing,
+        scores={"teacher": {"logprobs": flat - 1}},
         trajectory=torch.zeros_like(target_ids),
         position=torch.arange(len(target_ids)),
         length=torch.full_like(target_ids, len(target_ids)),

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from cluster.contracts.errors import ScoreError, TrajectoryError
+from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import (
-    Scores,
     add_scores,
     generated_schema,
     make_generated,
@@ -42,7 +42,7 @@ def test_ragged_views_a_slice_from_its_own_first_row() -> None:
 
 def test_candidates_keep_position_and_rank() -> None:
     scores = make_scores(3, top_k=2)
-    scores.chosen_ids[:] = [[10, 11], [20, 21], [30, 31]]
+    scores["candidate_ids"][:] = [[10, 11], [20, 21], [30, 31]]
     batch = from_wire(to_wire(add_scores(make_generated([make_trajectory()]), "teacher", scores)), "scored")
     assert num_candidates_of(batch) == 2
     assert ragged(batch, "candidate_ids")[0].tolist() == [[10, 11], [20, 21], [30, 31]]
@@ -50,20 +50,24 @@ def test_candidates_keep_position_and_rank() -> None:
 
 def test_candidates_of_a_slice_start_at_its_first_row() -> None:
     scores = make_scores(3, top_k=2)
-    scores.chosen_ids[1:] = 5
+    scores["candidate_ids"][1:] = 5
     batch = add_scores(make_generated([make_trajectory(completion=[9] * n) for n in (1, 2)]), "teacher", scores)
     assert ragged(batch.slice(1, 1), "candidate_ids")[0].tolist() == [[5, 5], [5, 5]]
 
 
 def test_a_slice_can_be_scored() -> None:
     batch = make_generated([make_trajectory(completion=[9] * n) for n in (1, 2, 3)]).slice(1, 2)
-    scored = add_scores(batch, "teacher", Scores(np.arange(5, dtype=np.float32)))
+    scored = add_scores(batch, "teacher", {"logprobs": np.arange(5, dtype=np.float32)})
     assert [ragged(scored, "teacher_logprobs")[row].tolist() for row in range(2)] == [[0, 1], [2, 3, 4]]
 
 
 def test_each_model_adds_its_own_columns() -> None:
     scored = add_scores(make_generated([make_trajectory()]), "teacher", make_scores(3, top_k=2, logprob=-1))
-    given = Scores(np.full(3, -2, np.float32), None, np.full((3, 2), -3, np.float32), np.full(3, 0.5, np.float32))
+    given = {
+        "entropy": np.full(3, 0.5, np.float32),
+        "logprobs": np.full(3, -2, np.float32),
+        "candidate_logprobs": np.full((3, 2), -3, np.float32),
+    }
     both = from_wire(to_wire(add_scores(scored, "base", given)))
     assert models_of(both) == ["teacher", "base"]
     assert ragged(both, "teacher_candidate_logprobs").values.tolist() == [[-1, -1]] * 3
@@ -78,7 +82,7 @@ def test_candidates_of_the_student_stand_until_the_teacher_scores_them() -> None
     batch = make_generated([make_trajectory(candidate_ids=ids, candidate_rollout_logprobs=logprobs)])
     with pytest.raises(ScoreError, match="teacher chose candidates, but the batch already has some"):
         add_scores(batch, "teacher", make_scores(3, top_k=2))
-    scored = add_scores(batch, "teacher", Scores(np.zeros(3, np.float32), None, logprobs - 1))
+    scored = add_scores(batch, "teacher", {"logprobs": np.zeros(3, np.float32), "candidate_logprobs": logprobs - 1})
     assert ragged(scored, "candidate_ids").values.tolist() == ids.tolist()
     assert ragged(scored, "teacher_candidate_logprobs").values.tolist() == [[-2, -2]] * 3
 
@@ -86,7 +90,8 @@ def test_candidates_of_the_student_stand_until_the_teacher_scores_them() -> None
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
 def test_hidden_states_keep_their_bits(dtype: type) -> None:
     hidden = np.arange(12).astype(dtype).reshape(3, 4)
-    scored = add_scores(make_generated([make_trajectory()]), "teacher", Scores(np.zeros(3, np.float32), hidden=hidden))
+    scores = {"logprobs": np.zeros(3, np.float32), "hidden": hidden}
+    scored = add_scores(make_generated([make_trajectory()]), "teacher", scores)
     back = ragged(from_wire(to_wire(scored)), "teacher_hidden").values
     assert back.dtype == dtype
     assert back.tolist() == hidden.tolist()
@@ -112,7 +117,7 @@ def test_bytes_of_something_else_are_refused() -> None:
     [
         (make_scores(4096), 4),
         (make_scores(4096, top_k=16), 4 + 8 * 16),
-        (Scores(np.zeros(4096, np.float32), hidden=np.zeros((4096, 64), np.uint16)), 4 + 2 * 64),
+        ({**make_scores(4096), "hidden": np.zeros((4096, 64), np.uint16)}, 4 + 2 * 64),
     ],
 )
 def test_scores_cost_these_bytes_per_token(scores: Scores, bytes_per_token: int) -> None:
@@ -153,7 +158,7 @@ def test_a_row_that_breaks_the_contract_is_named(fields: dict, sentence: str) ->
     ("scores", "sentence"),
     [
         (make_scores(2), r"teacher logprobs have shape \[2\], the batch needs \[3\]"),
-        (Scores(np.zeros(3, np.float32), None, np.zeros((3, 2), np.float32)), r"shape \[3, 2\].* needs \[3, 0\]"),
+        ({**make_scores(3), "candidate_logprobs": np.zeros((3, 2), np.float32)}, r"shape \[3, 2\].* needs \[3, 0\]"),
         (make_scores(3, logprob=float("nan")), "trajectory 7: teacher logprobs hold NaN or infinity"),
         (make_scores(3, top_k=2, logprob=float("-inf")), "NaN or infinity"),
     ],

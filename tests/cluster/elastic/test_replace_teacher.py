@@ -18,11 +18,11 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.demo import EMBEDDED, embedded_config
 from cluster.elastic.control_files import CHECK_SECONDS, read_message
-from cluster.elastic.replace_teacher import ReplaceResponse, RunParts, TeacherChanges, _sections
+from cluster.elastic.replace_teacher import ReplaceResponse, RunParts, TeacherChanges, replacing_sections
+from cluster.models.weight_files import fingerprint
 from cluster.run.inputs import Inputs, load_inputs
-from teacher_workers.audit.reference import fingerprint
 from teacher_workers.pool import TeacherPool
-from teacher_workers.router import Successors, TeacherPools
+from teacher_workers.replacement import ReplaceableTeachers, Replacement
 from tests.builders import make_config
 from tests.tiny_qwen3 import write_tiny_qwen3
 
@@ -32,12 +32,16 @@ NAME = "countdown"  # of the demo's teacher
 
 @dataclass
 class Workers:
-    """Stands for Scorers."""
+    """Stands for TeacherReplicas."""
 
     teachers: Mapping[str, TeacherConfig]
     size: int = 1
     serves: bool = True
     has_ended: bool = False
+
+    @property
+    def serving(self) -> list[int]:
+        return list(range(self.size)) if self.serves else []
 
     def resize(self, size: int) -> None:
         self.size = size
@@ -47,14 +51,14 @@ class Workers:
 
 
 class Audit:
-    """Audits whose successors say what a test wants."""
+    """Audits whose replacement say what a test wants."""
 
     def __init__(self) -> None:
         self.error: ScoreError | None = None
         self.audited: list[dict[str, str]] = []
         self.num_taken_over = 0
 
-    def of_successors(self, config: Config, pools: Mapping[str, TeacherPool]) -> "Audit":
+    def for_replacement(self, config: Config, pools: Mapping[str, TeacherPool]) -> "Audit":
         self.audited.append({name: config.teachers[name].model for name in pools})
         return self
 
@@ -66,7 +70,7 @@ class Audit:
             raise self.error
         return []
 
-    def take_over(self, of_successors: "Audit") -> None:
+    def adopt(self, for_replacement: "Audit") -> None:
         self.num_taken_over += 1
 
 
@@ -87,7 +91,7 @@ class Run:
         learner = SimpleNamespace(
             replace_teachers=lambda teachers, first_step: self.heads.append((teachers[NAME].model, first_step))
         )
-        self.teachers = TeacherPools({NAME: pool}, call_seconds=1)
+        self.teachers = ReplaceableTeachers({NAME: pool}, call_seconds=1)
         self.pipeline: Any = SimpleNamespace(
             teachers=self.teachers, learner=learner, placement=SimpleNamespace(teachers={NAME: None})
         )
@@ -106,13 +110,13 @@ class Run:
     def pool(self, config: Config, workers: Any) -> TeacherPool:
         return TeacherPool(NAME, workers, PoolTimeouts(1, 1), fingerprint(config.teachers[NAME].model))
 
-    def start(self, config: Config, inputs: Inputs, pipeline: Any, name: str) -> Successors:
+    def start(self, config: Config, inputs: Inputs, pipeline: Any, name: str) -> Replacement:
         self.started.append(Workers(config.teachers, self.workers.size, serves=False))
-        return Successors({name: self.pool(config, self.started[-1])})
+        return Replacement({name: self.pool(config, self.started[-1])})
 
     @property
     def workers(self) -> Any:
-        return self.teachers.pools[NAME].scorers
+        return self.teachers.pools[NAME].replicas
 
     def ask(self, model: str, name: str = NAME) -> ReplaceResponse:
         """Wish for a model, look, and return the answer."""
@@ -129,7 +133,7 @@ class Run:
         self.changes.before_step(step)
         return self.teachers._pool(NAME, step).teacher.model
 
-    def reigns(self) -> list[tuple[int, str]]:
+    def versions(self) -> list[tuple[int, str]]:
         lines = [json.loads(line) for line in self.directory.teachers.read_text().splitlines()]
         assert all(line["fingerprint"] == fingerprint(line["model"]) for line in lines)
         return [(line["step"], line["model"]) for line in lines]
@@ -156,7 +160,7 @@ def test_a_new_checkpoint_takes_over_at_the_first_step_after_it_serves(run: Run)
     assert run.enter(6) == STUDENT
     assert run.teachers._pool(NAME, 5).teacher.model == TEACHER
     assert run.said[-1] == f"teacher {NAME} is {STUDENT} from step 7 on"
-    assert run.reigns() == [(1, TEACHER), (7, STUDENT)]
+    assert run.versions() == [(1, TEACHER), (7, STUDENT)]
     assert run.audit.audited == [{NAME: STUDENT}]
     assert (run.audit.num_taken_over, run.heads) == (1, [(STUDENT, 6)])
     assert run.changes.config.teachers[NAME].model == STUDENT
@@ -186,7 +190,7 @@ def test_one_that_cannot_start_changes_nothing_and_is_told(tmp_path: Path, input
     run = Run(tmp_path, inputs, size=2)
     run.lack = "no room"
     run.ask(STUDENT)
-    run.teachers.successors[0].error = ActorError("vLLM cannot serve it")
+    run.teachers.replacements[0].error = ActorError("vLLM cannot serve it")
     assert run.enter(3) == TEACHER
     run.changes.while_waiting()
     assert run.said[-1] == f"teacher {NAME} stays as it is: vLLM cannot serve it"
@@ -211,7 +215,7 @@ def test_one_that_finds_no_place_in_time_is_given_up_and_may_be_tried_again(tmp_
 def test_new_workers_on_a_gpu_that_all_share_are_given_the_part_of_the_old_ones() -> None:
     config = make_config("ray.share_gpu=true", "teachers.main.num_workers=2", "learner.gpu_memory_fraction=0.35")
     pipeline: Any = SimpleNamespace(placement=SimpleNamespace(on_gpu=True))
-    found = _sections(config, pipeline, Workers(config.teachers, size=3))["main"]  # type: ignore[arg-type]
+    found = replacing_sections(config, pipeline, Workers(config.teachers, size=3))["main"]  # type: ignore[arg-type]
     assert found.num_workers == 3
     # A rollout worker and two of the teacher share what the learner and 0.05 for processes leave.
     assert found.engine.gpu_memory_fraction == pytest.approx(0.2)
@@ -224,7 +228,7 @@ def test_one_whose_scores_cannot_be_trusted_does_not_take_over(run: Run) -> None
     assert run.enter(3) == TEACHER
     assert run.said[-1].startswith(f"teacher {NAME} stays as it is: teacher countdown, replica 0: every token")
     assert run.started[0].has_ended
-    assert run.reigns() == [(1, TEACHER)]
+    assert run.versions() == [(1, TEACHER)]
 
 
 def test_a_drained_teacher_is_replaced_without_starting_anything(tmp_path: Path, inputs: Inputs) -> None:

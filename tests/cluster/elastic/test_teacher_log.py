@@ -4,11 +4,11 @@ import pytest
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import CheckpointError
-from cluster.elastic.teacher_log import Reign, TeacherLog, in_force, latest_reigns, read_reigns
+from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, in_force, latest_versions, read_versions
 from tests.builders import make_config
 
-FIRST = Reign(1, "main", "teacher", "f1")
-SECOND = Reign(6, "main", "better", "f2", by="replacement")
+FIRST = TeacherVersion(1, "main", "teacher", "f1")
+SECOND = TeacherVersion(6, "main", "better", "f2", by="replacement")
 
 
 @pytest.fixture
@@ -21,20 +21,20 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_the_latest_checkpoint_is_the_one_in_force(path: Path) -> None:
-    assert read_reigns(path) == [FIRST, SECOND]
-    assert latest_reigns(path) == {"main": SECOND}
+    assert read_versions(path) == [FIRST, SECOND]
+    assert latest_versions(path) == {"main": SECOND}
 
 
 def test_what_is_known_is_not_written_again(path: Path) -> None:
-    TeacherLog(path, first_step=8).note(Reign(9, "main", "better", "f2"))  # as the resumed run begins
-    assert read_reigns(path) == [FIRST, SECOND]
+    TeacherLog(path, first_step=8).note(TeacherVersion(9, "main", "better", "f2"))  # as the resumed run begins
+    assert read_versions(path) == [FIRST, SECOND]
 
 
 def test_a_run_that_goes_back_behind_a_replacement_keeps_the_new_teacher_from_there_on(path: Path) -> None:
     TeacherLog(path, first_step=3)
-    assert read_reigns(path) == [FIRST, Reign(4, "main", "better", "f2", by="replacement")]
+    assert read_versions(path) == [FIRST, TeacherVersion(4, "main", "better", "f2", by="replacement")]
     TeacherLog(path, first_step=3)
-    assert read_reigns(path) == [FIRST, Reign(4, "main", "better", "f2", by="replacement")]
+    assert read_versions(path) == [FIRST, TeacherVersion(4, "main", "better", "f2", by="replacement")]
 
 
 def model_in_force(path: Path, asked: Config) -> str:
@@ -51,13 +51,13 @@ def test_a_run_whose_teachers_were_never_replaced_is_resumed_with_what_is_asked_
 
 
 def test_changed_files_of_a_replaced_teacher_do_not_bring_the_first_one_back(path: Path) -> None:
-    TeacherLog(path, first_step=8).note(Reign(9, "main", "better", "f3"))
-    assert latest_reigns(path)["main"] == Reign(9, "main", "better", "f3", by="replacement")
+    TeacherLog(path, first_step=8).note(TeacherVersion(9, "main", "better", "f3"))
+    assert latest_versions(path)["main"] == TeacherVersion(9, "main", "better", "f3", by="replacement")
     assert model_in_force(path, make_config()) == "better"
 
 
 def test_a_teacher_that_a_resumed_run_was_given_once_is_not_kept(tmp_path: Path) -> None:
-    TeacherLog(tmp_path / "teachers.jsonl", first_step=3).note(Reign(4, "main", "other", "f4"))
+    TeacherLog(tmp_path / "teachers.jsonl", first_step=3).note(TeacherVersion(4, "main", "other", "f4"))
     assert model_in_force(tmp_path / "teachers.jsonl", make_config()) == "teacher"
     assert model_in_force(tmp_path / "teachers.jsonl", make_config("teachers.main.model=third")) == "third"
 
@@ -72,4 +72,4 @@ def test_a_third_teacher_is_refused_in_one_sentence(path: Path) -> None:
 def test_a_damaged_line_is_named(path: Path) -> None:
     path.write_text('{"step": 1, "teacher": 5}\n')
     with pytest.raises(CheckpointError, match=r"teachers.jsonl:1: says of no teacher who scores: "):
-        latest_reigns(path)
+        latest_versions(path)

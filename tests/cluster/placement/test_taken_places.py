@@ -7,12 +7,12 @@ import pytest
 from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_directory import RunDirectory
 from teacher_workers.pool import TeacherPool
-from teacher_workers.router import Successors
+from teacher_workers.replacement import Replacement
 from tests.cluster.run.test_hooks import config_in, finish, make_run
 
 
 class Workers:
-    """Stands for Scorers."""
+    """Stands for a pool of teacher replicas."""
 
     label = "workers"
     size = 1
@@ -31,7 +31,7 @@ def test_a_teacher_whose_place_is_taken_leaves_before_a_step_waits_for_the_new_o
     teachers, old, new = run.context.pipeline.teachers, Workers(), Workers()
     pools = [TeacherPool("main", workers, PoolTimeouts(1, 1)) for workers in (old, new)]  # type: ignore[arg-type]
     teachers._pools["main"] = pools[0]
-    teachers.prepare(successors := Successors({"main": pools[1]}, takes_places=True))
-    teachers.succeed(successors, entered)
+    teachers.prepare(replacement := Replacement({"main": pools[1]}, waits_for_place=True))
+    teachers.switch(replacement, entered)
     run.hooks.before_step(entered)  # step 3, from 0, is the next to be learned from
     assert (old.size, new.size) == (num_old, 1)

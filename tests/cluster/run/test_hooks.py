@@ -23,7 +23,7 @@ from cluster.run.step_metrics import DEFAULTS
 from cluster.run.summary import RunSummary, summary
 from cluster.weight_sync.manifest import checksum
 from learner.checkpointing.checkpoint import CheckpointSeconds
-from teacher_workers.router import TeacherPools
+from teacher_workers.replacement import ReplaceableTeachers
 from tests.builders import make_config
 from tests.cluster.run.contexts import make_run_context
 
@@ -114,7 +114,7 @@ def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tu
     pipeline: Any = SimpleNamespace(
         learner=learner,
         rollouts=rollouts,
-        teachers=TeacherPools({}, call_seconds=1),
+        teachers=ReplaceableTeachers({}, call_seconds=1),
         placement=SimpleNamespace(rollout=SimpleNamespace(gpus_per_worker=0)),
         start_seconds=1.0,
     )

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from cluster.contracts.errors import ModelError
-from cluster.contracts.trajectory import Scores, add_scores, make_generated
+from cluster.contracts.trajectory import add_scores, make_generated
 from cluster.models.model_checks import check_tokenizers
 from cluster.run.preflight import check_not_uniform, check_replicas, check_sampler_gap, check_self_kl
 from tests.builders import make_trajectory
@@ -19,7 +19,7 @@ def make_tokenizer(words: str, **special: str) -> PreTrainedTokenizerFast:
 
 def make_scored(*logprobs: float) -> pa.RecordBatch:
     batch = make_generated([make_trajectory(completion=range(len(logprobs)))])
-    return add_scores(batch, "teacher", Scores(np.array(logprobs, dtype=np.float32)))
+    return add_scores(batch, "teacher", {"logprobs": np.array(logprobs, dtype=np.float32)})
 
 
 def test_the_same_tokenizer_passes() -> None:

@@ -23,10 +23,11 @@ def trajectory(token_ids, loss_mask, route="only", **columns):
         rollout_logprobs=logprobs,
         candidate_ids=np.array(completion, np.int32)[:, None] + 1,
         candidate_rollout_logprobs=logprobs[:, None][:, :0],
-        logprobs={"teacher": logprobs / 2, "base": logprobs / 4},
-        candidate_logprobs={"teacher": logprobs[:, None] / 2, "base": logprobs[:, None] / 4},
-        teacher_entropy=logprobs[:0],
-        hidden={},
+        scores={
+            model: {"logprobs": logprobs / divisor, "candidate_logprobs": logprobs[:, None] / divisor}
+            for model, divisor in {"teacher": 2, "base": 4}.items()
+        },
+        wide_scores={},
     )
     return replace(found, **columns)
 
@@ -89,12 +90,12 @@ def test_another_seed_or_trajectory_gives_other_random_numbers_and_more_of_them_
 
 
 def test_hidden_states_of_each_route_stand_apart_with_the_places_of_their_tokens():
-    states = {"teacher": np.array([[1, 2]], np.float32)}
-    wide = {"teacher": np.array([[3, 4, 5], [6, 7, 8]], np.float32)}
+    states = {"teacher": {"hidden": np.array([[1, 2]], np.float32)}}
+    wide = {"teacher": {"hidden": np.array([[3, 4, 5], [6, 7, 8]], np.float32)}}
     rows = [
-        trajectory([20, 21], [0, 1], "narrow", hidden=states),
-        trajectory([10, 11, 12], [0, 1, 1], "wide", hidden=wide),
-        trajectory([30, 31], [0, 1], "narrow", hidden=states),
+        trajectory([20, 21], [0, 1], "narrow", wide_scores=states),
+        trajectory([10, 11, 12], [0, 1, 1], "wide", wide_scores=wide),
+        trajectory([30, 31], [0, 1], "narrow", wide_scores=states),
     ]
     narrow, wide = build_micro_batch(((0, 1), (2,)), rows, seed=0).routes
     assert (narrow.route, wide.route) == ("narrow", "wide")
@@ -113,7 +114,7 @@ def test_tokens_are_cut_into_parts_of_about_the_same_size():
 
 def test_hidden_states_that_come_as_bits_are_bfloat16():
     values = torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16)
-    row = trajectory([20, 21], [0, 1], hidden={"teacher": values.view(torch.uint16).numpy()})
+    row = trajectory([20, 21], [0, 1], wide_scores={"teacher": {"hidden": values.view(torch.uint16).numpy()}})
     (route,) = build_micro_batch(((0,),), [row], seed=0).routes
     assert route.hidden["teacher"].dtype == torch.bfloat16
     assert route.hidden["teacher"].tolist() == [[1.5, -2.0]]
@@ -132,13 +133,13 @@ def test_rows_of_several_batches_come_in_order_with_their_advantages(scored):
     assert [row.task_advantage for row in rows] == [0.5, -0.5, 0.0, 1.0, 2.0, 3.0, 4.0]
     np.testing.assert_array_equal(rows[3].candidate_ids, np.array(scored["candidate_ids"][3].as_py()))
     scores = np.array(scored["teacher_candidate_logprobs"][3].as_py(), np.float32)
-    np.testing.assert_array_equal(rows[3].candidate_logprobs["teacher"], scores)
+    np.testing.assert_array_equal(rows[3].scores["teacher"]["candidate_logprobs"], scores)
 
 
 def test_batches_of_different_teachers_may_have_hidden_states_of_different_width():
     heads = random_heads(OBJECTIVES["full"], {"narrow": 8, "wide": 12})
     batches = [make_scored(OBJECTIVES["full"], [(1, 2)], route, heads) for route in heads]
-    assert [row.hidden["teacher"].shape for row in trajectories(batches)] == [(2, 8), (2, 12)]
+    assert [row.wide_scores["teacher"]["hidden"].shape for row in trajectories(batches)] == [(2, 8), (2, 12)]
 
 
 def test_batches_with_different_numbers_of_candidates_are_refused(scored):
@@ -151,3 +152,12 @@ def test_moving_to_a_device_keeps_every_column(scored):
     moved = batch.to(torch.device("cpu"))
     assert torch.equal(moved.tokens.target_ids, batch.tokens.target_ids)
     assert torch.equal(moved.routes[0].places, batch.routes[0].places)
+
+
+def test_two_sampled_spans_of_a_row_are_predicted_from_the_places_before_their_tokens():
+    first, second = trajectory([10, 11, 12, 13, 14, 15], [0, 1, 1, 0, 0, 1]), trajectory([20, 21], [0, 1])
+    batch = build_micro_batch(((0, 1),), [first, second], seed=0)
+    assert batch.predicting.tolist() == [0, 1, 4, 6]
+    assert batch.tokens.target_ids.tolist() == [11, 12, 15, 21]
+    assert batch.tokens.position.tolist() == [0, 1, 2, 0]
+    assert batch.tokens.logprobs["teacher"].tolist() == [-5.5, -6, -7.5, -10.5]

@@ -1,6 +1,7 @@
 """Builds completion tokens from whole distributions, and evaluates an objective on them in one go."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,9 +67,14 @@ def make_tokens(
         "rollout_logprobs": written(rollout, target_ids),
         "candidate_ids": ids,
         "candidate_rollout_logprobs": rollout.gather(-1, ids) if student_chose else rollout[:, :0],
-        "logprobs": {model: written(values, target_ids) for model, values in models.items()},
-        "candidate_logprobs": {model: values.gather(-1, ids) for model, values in models.items()},
-        "teacher_entropy": entropy(models["teacher"]),
+        "scores": {
+            model: {
+                "logprobs": written(values, target_ids),
+                "candidate_logprobs": values.gather(-1, ids),
+                "entropy": entropy(values),
+            }
+            for model, values in models.items()
+        },
         "trajectory": trajectory,
         "position": torch.arange(n) - first[trajectory],
         "length": counts[trajectory],
@@ -76,6 +82,15 @@ def make_tokens(
         "task_advantage": torch.zeros(n, dtype=dtype),
     }
     return CompletionTokens(**(made | columns))
+
+
+def with_scores(tokens: CompletionTokens, **signals: Mapping[str, Tensor]) -> CompletionTokens:
+    """Replace signals of some models: signal=model -> values."""
+    scores = {
+        model: {**said, **{name: values[model] for name, values in signals.items() if model in values}}
+        for model, said in tokens.scores.items()
+    }
+    return replace(tokens, scores=scores)
 
 
 def evaluate(

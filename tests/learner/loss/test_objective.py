@@ -1,7 +1,7 @@
 """Whole objectives, from the configuration to the gradient by the logits."""
 
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from tests.learner.loss.builders import (
     random_logprobs,
     small,
     tokens_of,
+    with_scores,
     written,
 )
 
@@ -126,7 +127,7 @@ def test_impossible_tokens_give_finite_losses_and_gradients(preset: str, floor: 
     }
     lowered["logprobs"]["teacher"][:2] = floor
     lowered["candidate_logprobs"]["teacher"][:, :2] = floor
-    results = evaluate(objective, logits, replace(tokens, **lowered), models)
+    results = evaluate(objective, logits, with_scores(tokens, **lowered), models)
     assert results.losses.isfinite().all()
     assert gradient_of(results).isfinite().all()
     assert results.entropy.isfinite().all()

@@ -18,6 +18,7 @@ from tests.learner.loss.builders import (
     make_tokens,
     random_case,
     small,
+    with_scores,
     written,
 )
 
@@ -60,7 +61,8 @@ def test_a_term_counts_where_its_condition_holds(when: str, is_student_lower: bo
 
 
 def test_the_threshold_itself_counts_as_below() -> None:
-    student, tokens = one_token(teacher_entropy=torch.tensor([0.75]))
+    student, tokens = one_token()
+    tokens = with_scores(tokens, entropy={"teacher": torch.tensor([0.75])})
     assert loss_of(GENERALIZED_KL | {"when": "teacher_entropy_above", "threshold": 0.75}, tokens, student) == 0
     assert loss_of(GENERALIZED_KL | {"when": "teacher_entropy_below", "threshold": 0.75}, tokens, student) > 0
 

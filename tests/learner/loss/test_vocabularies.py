@@ -18,6 +18,7 @@ from tests.learner.loss.builders import (
     random_case,
     random_logprobs,
     small,
+    with_scores,
     written,
 )
 
@@ -104,9 +105,8 @@ def test_a_candidate_that_the_student_s_vocabulary_lacks_takes_no_part() -> None
     ids[:, 2] = VOCABULARY + 4  # a padding token of the teacher
     padded = evaluate(objective, logits, replace(tokens, candidate_ids=ids), models)
     kept = [0, 1, 3, 4, 5]
-    without = replace(
-        tokens,
-        candidate_ids=tokens.candidate_ids[:, kept],
+    without = with_scores(
+        replace(tokens, candidate_ids=tokens.candidate_ids[:, kept]),
         candidate_logprobs={model: values[:, kept] for model, values in tokens.candidate_logprobs.items()},
     )
     expected = evaluate(objective, logits, without, models)
@@ -117,9 +117,8 @@ def test_a_candidate_that_the_student_s_vocabulary_lacks_takes_no_part() -> None
 def test_no_candidates_are_no_divergence() -> None:
     for truncation in ("generalized", "renormalized", "tail"):
         _, logits, tokens, _ = random_case("tail-topk")
-        none = replace(
-            tokens,
-            candidate_ids=tokens.candidate_ids[:, :0],
+        none = with_scores(
+            replace(tokens, candidate_ids=tokens.candidate_ids[:, :0]),
             candidate_logprobs={model: values[:, :0] for model, values in tokens.candidate_logprobs.items()},
         )
         objective = make_objective(support="topk", terms={"main": {**KL, "truncation": truncation}})

@@ -249,7 +249,7 @@ def batch_of_zeros(objective, num_tokens):
     scored = make_scored(objective, [(1, num_tokens)])
     batch = build_micro_batch(((0,),), trajectories([scored]), seed=0)
     states = torch.zeros(num_tokens, WIDTH)
-    return replace(batch, routes=(replace(batch.routes[0], hidden={"teacher": states}),))
+    return replace(batch, routes=(replace(batch.routes[0], scores={"teacher": {"hidden": states}}),))
 
 
 def peak_bytes(run):
@@ -264,9 +264,9 @@ def test_hidden_states_arrive_as_the_bits_of_bfloat16():
     objective = OBJECTIVES["full"]
     heads = random_heads(objective, {ROUTE: 40})
     (row,) = trajectories([make_scored(objective, [(2, 6)], heads=heads)])
-    rounded = torch.from_numpy(row.hidden["teacher"].copy()).bfloat16()
-    bits = replace(row, hidden={"teacher": rounded.view(torch.uint16).numpy()})
-    floats = replace(row, hidden={"teacher": rounded.float().numpy()})
+    rounded = torch.from_numpy(row.wide_scores["teacher"]["hidden"].copy()).bfloat16()
+    bits = replace(row, wide_scores={"teacher": {"hidden": rounded.view(torch.uint16).numpy()}})
+    floats = replace(row, wide_scores={"teacher": {"hidden": rounded.float().numpy()}})
     head, hidden = make_head(), make_hidden(6)
     of_bits, of_floats = (
         evaluate(head, hidden, build_micro_batch(((0,),), [either], seed=0), objective, heads).losses

@@ -10,7 +10,7 @@ import pytest
 from cluster.config.stages import Dtype
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Scores, add_scores, make_generated, ragged
+from cluster.contracts.trajectory import add_scores, make_generated, ragged
 from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, AuditResult, Tolerance, audit_answers
 from teacher_workers.audit.probes import Probes, choose_rows, make_probes
 from tests.builders import make_trajectory
@@ -264,4 +264,4 @@ def test_infinite_bfloat16_states_are_refused_when_they_are_shipped() -> None:
     batch = make_generated([make_trajectory()])
     bits = np.full((3, 2), 0x7F80, np.uint16)
     with pytest.raises(ScoreError, match=r"^trajectory 0: teacher hidden hold NaN or infinity"):
-        add_scores(batch, "teacher", Scores(np.full(3, -1, np.float32), hidden=bits))
+        add_scores(batch, "teacher", {"logprobs": np.full(3, -1, np.float32), "hidden": bits})

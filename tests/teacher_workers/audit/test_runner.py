@@ -12,7 +12,8 @@ from cluster.config.run_config import Config
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from teacher_workers.audit.reference import fingerprint, load_reference
+from cluster.models.weight_files import fingerprint
+from teacher_workers.audit.reference import load_reference
 from teacher_workers.audit.runner import ScoreAudit, audit_request
 from tests.builders import make_config, make_trajectory
 from tests.teacher_workers.audit.staged_audits import ONE, TWO, ZERO, handles, right, start
@@ -139,7 +140,7 @@ def test_a_late_replica_is_said_and_does_not_keep_the_others_from_being_judged(
     now[0] = config.ray.call_timeout_seconds + 1
     assert [fault.replica for fault in audit.collect([])] == [ONE]
     assert list(pool.fenced) == [ONE]
-    assert caplog.messages[0] == "score_audit: no answer from teacher-main-0 in time; they are not judged"
+    assert caplog.messages[0] == "score_audit: no answer from teacher-main-0 in time; they are not checked"
     assert audit.outstanding == []
 
 

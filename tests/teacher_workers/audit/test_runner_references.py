@@ -26,10 +26,10 @@ def test_a_replacement_that_was_asked_for_is_no_finding_and_gets_a_reference_of_
     audit.finish()
     replaced = make_config(f"teachers.main.model={models['second']}", "objective=thinking-machines")
     pool = StagedPool(stage, {NEW: "RightEngine:7"})
-    successors = audit.of_successors(replaced, {"main": pool})
-    successors.begin(10)
-    assert successors.finish() == []
-    audit.take_over(successors)
+    replacement = audit.for_replacement(replaced, {"main": pool})
+    replacement.begin(10)
+    assert replacement.finish() == []
+    audit.adopt(replacement)
     reference = load_reference(tmp_path / "main.arrow")
     assert reference is not None
     assert reference.origin.model == str(models["second"])
@@ -47,10 +47,10 @@ def test_a_successor_that_fails_its_audit_leaves_the_reference_as_it_was(
     audit = start(config, right(stage, ZERO), tmp_path)
     audit.finish()
     replaced = make_config(f"teachers.main.model={models['second']}", "objective=thinking-machines")
-    successors = audit.of_successors(replaced, {"main": StagedPool(stage, {NEW: "Nan"})})
-    successors.begin(10)
+    replacement = audit.for_replacement(replaced, {"main": StagedPool(stage, {NEW: "Nan"})})
+    replacement.begin(10)
     with pytest.raises(ScoreError, match=f"replica {NEW}: "):
-        successors.finish()
+        replacement.finish()
     reference = load_reference(tmp_path / "main.arrow")
     assert reference is not None
     assert reference.origin.model == str(models["first"])
@@ -65,10 +65,10 @@ def test_a_successor_that_does_not_serve_yet_is_audited_when_it_does(
     audit.finish()
     replaced = make_config(f"teachers.main.model={models['second']}", "objective=thinking-machines")
     pool = StagedPool(stage, {})
-    successors = audit.of_successors(replaced, {"main": pool})
-    successors.begin(10)
-    assert successors.finish() == []
-    audit.take_over(successors)
+    replacement = audit.for_replacement(replaced, {"main": pool})
+    replacement.begin(10)
+    assert replacement.finish() == []
+    audit.adopt(replacement)
     assert not (tmp_path / "main.arrow").exists()  # a run that is resumed now knows nothing of the new one
     assert not audit.is_due(11)
     pool.engines[NEW] = "RightEngine:7"

@@ -8,7 +8,7 @@ import torch
 
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Scores
+from cluster.contracts.signals import Scores
 from cluster.models.lm_head import LmHead
 from teacher_workers.backends.lm_head_scores import FLOOR, MIN_CHUNK_TOKENS, predicting_rows, score_tokens
 
@@ -48,16 +48,16 @@ def gather(expected: torch.Tensor, ids: np.ndarray) -> np.ndarray:
 
 def test_written_tokens_get_their_log_softmax(head: LmHead, hidden: torch.Tensor, expected: torch.Tensor) -> None:
     scores, written, _ = score(head, hidden)
-    assert scores.logprobs.dtype == np.float32
+    assert scores["logprobs"].dtype == np.float32
     # float32 numbers near -12 are 1e-6 apart.
-    np.testing.assert_allclose(scores.logprobs, gather(expected, written[:, None])[:, 0], rtol=2e-7, atol=1e-6)
-    assert scores.chosen_ids is scores.candidate_logprobs is scores.entropy is scores.hidden is None
+    np.testing.assert_allclose(scores["logprobs"], gather(expected, written[:, None])[:, 0], rtol=2e-7, atol=1e-6)
+    assert list(scores) == ["logprobs"]
 
 
 def test_given_candidates_get_their_log_softmax(head: LmHead, hidden: torch.Tensor, expected: torch.Tensor) -> None:
     scores, _, candidates = score(head, hidden, given_candidates=True)
-    assert scores.chosen_ids is None
-    np.testing.assert_allclose(scores.candidate_logprobs, gather(expected, candidates), rtol=2e-7, atol=1e-6)
+    assert "candidate_ids" not in scores
+    np.testing.assert_allclose(scores["candidate_logprobs"], gather(expected, candidates), rtol=2e-7, atol=1e-6)
 
 
 def test_chosen_candidates_are_the_most_likely_first(
@@ -65,10 +65,9 @@ def test_chosen_candidates_are_the_most_likely_first(
 ) -> None:
     scores, _, _ = score(head, hidden, top_k=NUM_CANDIDATES)
     best, best_ids = expected.topk(NUM_CANDIDATES)
-    assert scores.chosen_ids is not None
-    assert scores.chosen_ids.dtype == np.int32
-    assert (scores.chosen_ids == best_ids.numpy()).all()
-    np.testing.assert_allclose(scores.candidate_logprobs, best.numpy(), rtol=2e-7, atol=1e-6)
+    assert scores["candidate_ids"].dtype == np.int32
+    assert (scores["candidate_ids"] == best_ids.numpy()).all()
+    np.testing.assert_allclose(scores["candidate_logprobs"], best.numpy(), rtol=2e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [0, 3])
@@ -77,23 +76,21 @@ def test_entropy_is_that_of_the_whole_distribution(
 ) -> None:
     scores, written, _ = score(head, hidden, entropy=True, top_k=top_k)
     entropy = -(expected.exp() * expected).sum(-1)
-    np.testing.assert_allclose(scores.entropy, entropy.numpy(), rtol=1e-6, atol=2e-6)
-    np.testing.assert_allclose(scores.logprobs, gather(expected, written[:, None])[:, 0], rtol=2e-7, atol=1e-6)
+    np.testing.assert_allclose(scores["entropy"], entropy.numpy(), rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(scores["logprobs"], gather(expected, written[:, None])[:, 0], rtol=2e-7, atol=1e-6)
 
 
 def test_the_entropy_of_equal_logits_is_the_log_of_the_vocabulary() -> None:
     scores, _, _ = score(LmHead(torch.ones(10, WIDTH)), torch.ones(2, WIDTH), entropy=True)
-    assert scores.entropy == pytest.approx(np.log([10, 10]), abs=1e-6)
+    assert scores["entropy"] == pytest.approx(np.log([10, 10]), abs=1e-6)
 
 
 def test_logits_far_from_0_stay_finite() -> None:
     head = LmHead(torch.tensor([[1.0], [0.0], [-1.0]]))
     scores = score_tokens(head, torch.tensor([[3000.0]]), np.array([1], np.int32), ScoreRequest("t", 2, entropy=True))
-    assert scores.logprobs.tolist() == [-3000.0]
-    assert scores.entropy is not None
-    assert scores.entropy.tolist() == [0.0]
-    assert scores.candidate_logprobs is not None
-    assert scores.candidate_logprobs.tolist() == [[0.0, -3000.0]]
+    assert scores["logprobs"].tolist() == [-3000.0]
+    assert scores["entropy"].tolist() == [0.0]
+    assert scores["candidate_logprobs"].tolist() == [[0.0, -3000.0]]
 
 
 def test_ids_that_the_teacher_does_not_have_get_the_floor() -> None:
@@ -102,34 +99,28 @@ def test_ids_that_the_teacher_does_not_have_get_the_floor() -> None:
     request = ScoreRequest("teacher", given_candidates=True)
     scores = score_tokens(head, torch.zeros(2, 2), np.array([4, 3], np.int32), request, candidates)
     even = pytest.approx(-np.log(4))
-    assert scores.logprobs.tolist() == [FLOOR, even]
-    assert scores.candidate_logprobs is not None
-    assert scores.candidate_logprobs.tolist() == [[even, FLOOR], [FLOOR, even]]
+    assert scores["logprobs"].tolist() == [FLOOR, even]
+    assert scores["candidate_logprobs"].tolist() == [[even, FLOOR], [FLOOR, even]]
 
 
 def test_no_completion_token_gives_columns_of_no_rows() -> None:
     scores, _, _ = score(LmHead(torch.ones(10, WIDTH)), torch.ones(0, WIDTH), top_k=3, entropy=True, hidden=True)
-    assert scores.logprobs.shape == (0,)
-    assert scores.chosen_ids is not None
-    assert scores.chosen_ids.shape == (0, 3)
-    assert scores.entropy is not None
-    assert scores.entropy.shape == (0,)
-    assert scores.hidden is not None
-    assert scores.hidden.shape == (0, WIDTH)
+    assert scores["logprobs"].shape == (0,)
+    assert scores["candidate_ids"].shape == (0, 3)
+    assert scores["entropy"].shape == (0,)
+    assert scores["hidden"].shape == (0, WIDTH)
 
 
 def test_hidden_states_travel_in_the_teachers_own_dtype() -> None:
     values = torch.tensor([[1.0, -2.5]])
     head = LmHead(torch.ones(10, 2, dtype=torch.bfloat16))
     scores, _, _ = score(head, values.bfloat16(), hidden=True)
-    assert scores.hidden is not None
-    assert scores.hidden.dtype == np.uint16
+    assert scores["hidden"].dtype == np.uint16
     # bfloat16 is the upper half of float32: 1.0 is 0x3F800000, -2.5 is 0xC0200000.
-    assert scores.hidden.tolist() == [[0x3F80, 0xC020]]
+    assert scores["hidden"].tolist() == [[0x3F80, 0xC020]]
     scores, _, _ = score(LmHead(torch.ones(10, 2)), values, hidden=True)
-    assert scores.hidden is not None
-    assert scores.hidden.dtype == np.float32
-    assert scores.hidden.tolist() == [[1.0, -2.5]]
+    assert scores["hidden"].dtype == np.float32
+    assert scores["hidden"].tolist() == [[1.0, -2.5]]
 
 
 def test_a_token_is_predicted_by_the_position_before_it() -> None:

@@ -1,4 +1,4 @@
-"""Teachers' pools that are followed by others, share their workers or have none; on actors without engines."""
+"""Teachers' pools that are replaced by others, share their workers or have none; on actors without engines."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +16,9 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated, ragged
 from cluster.contracts.wire import from_wire
-from teacher_workers.pool import SLOT_ACTOR, TEACHER_ACTOR, Scorers, TeacherPool
-from teacher_workers.router import Successors, TeacherPools
+from teacher_workers.pool import TEACHER_ACTOR, TeacherPool, TeacherReplicas, start_pool
+from teacher_workers.replacement import ReplaceableTeachers, Replacement
+from teacher_workers.time_sharing import SLOT_ACTOR, start_slot
 from tests.builders import make_trajectory
 
 CONSTANT_TEACHER = "tests.teacher_workers.constant_teacher:ConstantTeacher"
@@ -31,7 +32,7 @@ Start = Callable[..., dict[str, TeacherPool]]
 @pytest.fixture
 def start(tmp_path: Path, ray_cluster: None) -> Iterator[Start]:
     """Start the workers of some teachers, by their models, and return their pools."""
-    started: list[Scorers] = []
+    started: list[TeacherReplicas] = []
 
     def begin(label: str, num_workers: int = 1, max_restarts: int = 2, **models: str) -> dict[str, TeacherPool]:
         teachers = {
@@ -39,13 +40,20 @@ def start(tmp_path: Path, ray_cluster: None) -> Iterator[Start]:
         }
         limit = replace(LIMIT, max_restarts=max_restarts)
         options = [{"num_cpus": 0}] * max(1, num_workers)
-        scorers = Scorers(label, teachers, 512, options, CONSTANT, supervision=Supervision(limit))
-        started.append(scorers)
-        return {name: TeacherPool(name, scorers, TIMEOUTS, checkpoint=models[name]) for name in models}
+        supervision = Supervision(limit)
+        if len(teachers) > 1:
+            pools = start_slot(label, teachers, 512, options, TIMEOUTS, CONSTANT, supervision)
+        else:
+            [(name, teacher)] = teachers.items()
+            pools = {name: start_pool(name, teacher, 512, options, TIMEOUTS, CONSTANT, supervision, label)}
+        for name, pool in pools.items():
+            pool.checkpoint = models[name]
+            started.append(pool.replicas)
+        return pools
 
     yield begin
-    for scorers in started:
-        scorers.shutdown()
+    for replicas in started:
+        replicas.shutdown()
 
 
 def batch(step: int = -1, teacher: str = "main", trajectory_id: int = 0) -> BatchHandle:
@@ -53,7 +61,7 @@ def batch(step: int = -1, teacher: str = "main", trajectory_id: int = 0) -> Batc
     return replace(handle, reference=ray.put(wire), rollout=step)
 
 
-def go_on(pools: TeacherPools, until: Callable[[], bool]) -> list[BatchHandle]:
+def go_on(pools: ReplaceableTeachers, until: Callable[[], bool]) -> list[BatchHandle]:
     """Do what a driver does while it waits, and return what was scored."""
     scored = []
     deadline = time.monotonic() + 60
@@ -65,7 +73,7 @@ def go_on(pools: TeacherPools, until: Callable[[], bool]) -> list[BatchHandle]:
     return scored
 
 
-def scores(pools: TeacherPools, handles: Sequence[BatchHandle]) -> list[float]:
+def scores(pools: ReplaceableTeachers, handles: Sequence[BatchHandle]) -> list[float]:
     """Return what each batch's tokens were given, in the batches' order."""
     for handle in handles:
         pools.submit(handle, [(handle.teacher, ScoreRequest("teacher"))])
@@ -80,10 +88,10 @@ def scores(pools: TeacherPools, handles: Sequence[BatchHandle]) -> list[float]:
     return [found[handle.trajectory_ids[0]] for handle in handles]
 
 
-def succeed(pools: TeacherPools, successors: Successors, first_step: int) -> None:
-    pools.prepare(successors)
-    go_on(pools, until=lambda: successors.scorers.serves)
-    pools.succeed(successors, first_step)
+def switch(pools: ReplaceableTeachers, replacement: Replacement, first_step: int) -> None:
+    pools.prepare(replacement)
+    go_on(pools, until=lambda: bool(replacement.replicas.serving))
+    pools.switch(replacement, first_step)
 
 
 def is_alive(actor: str) -> bool:
@@ -97,11 +105,11 @@ def is_alive(actor: str) -> bool:
 def test_a_step_is_scored_by_the_checkpoint_that_it_was_asked_for_under(start: Start) -> None:
     old = start("teacher-main", main="-1")
     old["main"].wait_until_ready()
-    pools = TeacherPools(old, call_seconds=60)
+    pools = ReplaceableTeachers(old, call_seconds=60)
     steps = [2, 3, 4, -5]
     handles = [batch(step, trajectory_id=number) for number, step in enumerate(steps)]
     assert scores(pools, handles) == [-1, -1, -1, -1]
-    succeed(pools, Successors(start("teacher-main@new", main="-2")), first_step=3)
+    switch(pools, Replacement(start("teacher-main@new", main="-2")), first_step=3)
     # Batches of step 2 may come late; an evaluation, which is of no step, is for the teacher of now.
     assert scores(pools, handles) == [-1, -2, -2, -2]
     assert is_alive("teacher-main-0")
@@ -116,9 +124,9 @@ def test_a_step_is_scored_by_the_checkpoint_that_it_was_asked_for_under(start: S
 def test_two_replacements_in_a_row_keep_each_step_with_its_own(start: Start) -> None:
     old = start("teacher-main", main="-1")
     old["main"].wait_until_ready()
-    pools = TeacherPools(old, call_seconds=60)
-    succeed(pools, Successors(start("teacher-main@two", main="-2")), first_step=3)
-    succeed(pools, Successors(start("teacher-main@three", main="-3")), first_step=4)
+    pools = ReplaceableTeachers(old, call_seconds=60)
+    switch(pools, Replacement(start("teacher-main@two", main="-2")), first_step=3)
+    switch(pools, Replacement(start("teacher-main@three", main="-3")), first_step=4)
     handles = [batch(step, trajectory_id=step) for step in (2, 3, 4)]
     assert scores(pools, handles) == [-1, -2, -3]
 
@@ -126,8 +134,8 @@ def test_two_replacements_in_a_row_keep_each_step_with_its_own(start: Start) -> 
 def test_steps_that_are_done_again_are_scored_by_the_teacher_of_now(start: Start) -> None:
     old = start("teacher-main", main="-1")
     old["main"].wait_until_ready()
-    pools = TeacherPools(old, call_seconds=60)
-    succeed(pools, Successors(start("teacher-main@new", main="-2")), first_step=3)
+    pools = ReplaceableTeachers(old, call_seconds=60)
+    switch(pools, Replacement(start("teacher-main@new", main="-2")), first_step=3)
     pools.abandon()
     assert scores(pools, [batch(0)]) == [-2]
     go_on(pools, until=lambda: not is_alive("teacher-main-0"))
@@ -136,25 +144,25 @@ def test_steps_that_are_done_again_are_scored_by_the_teacher_of_now(start: Start
 def test_a_checkpoint_that_cannot_be_served_ends_nothing(start: Start) -> None:
     old = start("teacher-main", main="-1")
     old["main"].wait_until_ready()
-    pools = TeacherPools(old, call_seconds=60)
-    successors = Successors(start("teacher-main@new", max_restarts=1, main="broken"))
-    pools.prepare(successors)
-    go_on(pools, until=lambda: successors.error is not None)
-    assert "cannot serve broken" in str(successors.error)
+    pools = ReplaceableTeachers(old, call_seconds=60)
+    replacement = Replacement(start("teacher-main@new", max_restarts=1, main="broken"))
+    pools.prepare(replacement)
+    go_on(pools, until=lambda: replacement.error is not None)
+    assert "cannot serve broken" in str(replacement.error)
     assert scores(pools, [batch(0)]) == [-1]
-    pools.dismiss(successors)
-    assert pools.successors == []
+    pools.cancel(replacement)
+    assert pools.replacements == []
     assert scores(pools, [batch(1)]) == [-1]
 
 
 def test_who_lent_a_place_to_a_successor_that_failed_gets_it_back(start: Start) -> None:
     old = start("teacher-main", num_workers=2, main="-1")
     old["main"].wait_until_ready()
-    pools = TeacherPools(old, call_seconds=60)
-    successors = Successors(start("teacher-main@new", main="-2"), num_lent=1)
+    pools = ReplaceableTeachers(old, call_seconds=60)
+    replacement = Replacement(start("teacher-main@new", main="-2"), num_borrowed=1)
     pools.pools["main"].resize(1)
-    pools.prepare(successors)
-    pools.dismiss(successors)
+    pools.prepare(replacement)
+    pools.cancel(replacement)
     assert pools.pools["main"].size == 2
 
 
@@ -162,7 +170,7 @@ def test_the_teachers_of_a_slot_share_its_workers_and_score_for_themselves(start
     slot = start("slot-both", num_workers=2, math="-1", code="-2")
     for pool in slot.values():
         pool.wait_until_ready()
-    pools = TeacherPools(slot, call_seconds=60)
+    pools = ReplaceableTeachers(slot, call_seconds=60)
     handles = [batch(0, ("math", "code")[number % 2], number) for number in range(8)]
     assert scores(pools, handles) == [-1, -2] * 4
     assert [pool.state().serving for pool in slot.values()] == [["slot-both-0", "slot-both-1"]] * 2
@@ -173,7 +181,7 @@ def test_the_teachers_of_a_slot_share_its_workers_and_score_for_themselves(start
 def test_every_batch_of_a_slot_is_scored_once_though_its_workers_die(start: Start, tmp_path: Path) -> None:
     slot = start("slot-both", num_workers=2, math="-1", code="-2")
     slot["math"].wait_until_ready()
-    pools = TeacherPools(slot, call_seconds=60)
+    pools = ReplaceableTeachers(slot, call_seconds=60)
     for replica in (0, 1):
         (tmp_path / f"slot-both-{replica}").touch()
     handles = [batch(0, ("math", "code")[number % 2], number) for number in range(12)]
@@ -184,18 +192,16 @@ def test_every_batch_of_a_slot_is_scored_once_though_its_workers_die(start: Star
 
 
 def test_rows_of_a_teacher_without_workers_wait_until_some_are_added(start: Start) -> None:
-    pools = TeacherPools(start("teacher-main", num_workers=0, main="-1"), call_seconds=60)
+    pools = ReplaceableTeachers(start("teacher-main", num_workers=0, main="-1"), call_seconds=60)
     pools.pools["main"].wait_until_ready()
     pools.submit(batch(0), [("main", ScoreRequest("teacher"))])
     assert pools.collect(pools.maintain()) == []
     pools.pools["main"].resize(1)
-    assert [handle.trajectory_ids for handle in go_on(pools, until=lambda: not pools._waiting and not pools._legs)] == [
-        (0,)
-    ]
+    assert [handle.trajectory_ids for handle in go_on(pools, until=lambda: pools.is_idle)] == [(0,)]
 
 
 def test_a_drained_teacher_has_no_worker_and_can_be_brought_back(start: Start) -> None:
-    pools = TeacherPools(start("teacher-main", num_workers=2, main="-1"), call_seconds=60)
+    pools = ReplaceableTeachers(start("teacher-main", num_workers=2, main="-1"), call_seconds=60)
     pools.pools["main"].wait_until_ready()
     pools.pools["main"].resize(0)
     go_on(pools, until=lambda: not is_alive("teacher-main-0") and not is_alive("teacher-main-1"))

@@ -1,0 +1,114 @@
+"""Defines what a teacher backend must do, and finds the one that a run file names.
+
+Importing this loads no backend: the driver asks a backend's class before any actor starts, and an actor sets the
+environment of vLLM and OpenMP first.
+"""
+
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import pyarrow as pa
+
+from cluster.config.run_config import Config
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.errors import ConfigError
+from cluster.contracts.import_path import is_import_path, load_object
+from cluster.contracts.metrics import Metrics
+from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.signals import Scores
+
+if TYPE_CHECKING:
+    from cluster.models.model_checks import ModelFacts
+
+
+class TeacherBackend(Protocol):
+    """Scores the sampled tokens of trajectories with one teacher; one object per actor, made in its event loop.
+
+    The driver asks the class: `signals`, `can_generate`, `check` and `identity` need no object, and no hardware.
+    """
+
+    signals: ClassVar[frozenset[str]]  # names that requests may contain; those at import paths as the run file has them
+    can_generate: ClassVar[bool] = False  # whether vLLM can serve teachers.NAME.model, to measure the teacher itself
+
+    def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
+        """Start to serve a teacher.
+
+        Args:
+            teacher: its section of the run file; what `model` means is the backend's to say.
+            max_model_len: at least the tokens of the longest trajectory.
+            sleeps: whether `sleep` and `wake` will be called, because teachers share the hardware.
+        """
+
+    @classmethod
+    def check(cls, teacher: TeacherConfig, student: "ModelFacts") -> "ModelFacts":
+        """Return the teacher's tokenizer, context and vocabulary, and refuse what cannot work.
+
+        A teacher that has no tokenizer reads the student's token ids as they are: it returns the student's facts.
+
+        Raises:
+            PreceptorError: something is missing, damaged or does not fit.
+        """
+
+    @classmethod
+    def identity(cls, teacher: TeacherConfig) -> str:
+        """Return a fingerprint of what answers, which differs as soon as the answers may.
+
+        Raises:
+            PreceptorError: it cannot be read.
+        """
+
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
+        """Return the signals of `request.signals` for all tokens whose loss_mask is 1, and metrics of the backend.
+
+        The token at position t is predicted from those before it. Rows come one after the other, as in
+        `rollout_logprobs`; a row may have several sampled spans, or none.
+
+        Raises:
+            ScoreError: the scores cannot be training data.
+        """
+
+    @property
+    def is_dead(self) -> bool:
+        """Return whether a process of the backend is gone, so that the actor must start again."""
+        return False
+
+    async def sleep(self) -> None:
+        """Give the hardware back to another backend; no score is requested until `wake`."""
+
+    async def wake(self) -> None:
+        """Take the hardware again."""
+
+    async def shutdown(self) -> None:
+        """End every process that the backend started."""
+
+
+BACKENDS = {"vllm": "teacher_workers.backends.vllm:VllmBackend"}
+
+
+def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
+    """Return the class of `teachers.NAME.backend`: a name in BACKENDS or an import path.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = teacher.backend
+    if not is_import_path(name) and name not in BACKENDS:
+        raise ConfigError(f"there is no teacher backend '{name}'; expected one of {sorted(BACKENDS)} or an import path")
+    backend: type[TeacherBackend] = load_object(BACKENDS.get(name, name), "a teacher backend")
+    return backend
+
+
+def check_signals(config: Config) -> None:
+    """Check that every teacher's backend has the signals that the run requests of it.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    for route in config.routes:
+        for name, request in config.scorers(route):
+            teacher = config.teachers[name]
+            missing = request.signals - find_backend(teacher).signals
+            if missing:
+                raise ConfigError(
+                    f"teachers.{name}: its backend '{teacher.backend}' does not send {', '.join(sorted(missing))}, "
+                    "which the objective or teachers.NAME.signals need"
+                )
