@@ -1,9 +1,9 @@
-"""The learner as the driver sees it: one group of Ray actors that takes references to scored batches.
+"""Drives the learner's ranks: one group of actors that takes references to scored batches.
 
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -23,76 +23,18 @@ from cluster.contracts.errors import ActorDiedError, LearnerDiedError
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.trajectory import Floats
 from cluster.weight_sync.manifest import WeightSyncReport
-from learner.batching.arrivals import BatchBuffer
+from learner.batching.arrivals import BatchBuffer, RankShare
 from learner.batching.plan import Round, RoundPlanner
 from learner.checkpointing import checkpoint
 from learner.checkpointing.checkpoint import PendingCheckpoint
 from learner.checkpointing.manifest import Layout, verify
 
 LEARNER_ACTOR = "learner.worker:LearnerActor"
-
-
-class Calls:
-    """Keeps the answers of calls that every rank gets in the same order."""
-
-    def __init__(self, cluster: Cluster, names: Sequence[str], timeout_seconds: float, waiting_for: str) -> None:
-        """Take the ranks' names, how long the last answer may take, and what an error says was waited for."""
-        self._cluster = cluster
-        self._names = names
-        self._timeout_seconds = timeout_seconds
-        self._waiting_for = waiting_for
-        self._pending: list[tuple[str, Any, float]] = []  # who, reference, when it was asked
-        self._answers: list[dict[str, Metric]] = []
-        self.spans: list[Span] = []  # of the calls whose answers were taken
-
-    def add(self, references: Iterable[Any]) -> None:
-        """Take the references of one call to each rank, in their order."""
-        now = perf_counter()
-        self._pending += [(name, called, now) for name, called in zip(self._names, references, strict=True)]
-
-    @property
-    def pending(self) -> list[Any]:
-        """Return the references whose answers were not taken yet."""
-        return [reference for _, reference, _ in self._pending]
-
-    def collect(self) -> bool:
-        """Take the answers that are there, and say whether none is missing.
-
-        Raises:
-            ActorError: a rank died.
-            PreceptorError: what a rank raised.
-        """
-        if self._pending:
-            pending = self.pending
-            ready = set(self._cluster.wait(pending, len(pending), timeout_seconds=0))
-            self._take([call for call in self._pending if call[1] in ready])
-            self._pending = [call for call in self._pending if call[1] not in ready]
-        return not self._pending
-
-    def answers(self) -> list[dict[str, Metric]]:
-        """Return all answers, waiting for those that are missing.
-
-        Raises:
-            ActorError: a rank died, or did not answer in time; says which.
-            PreceptorError: what a rank raised.
-        """
-        self._take(self._pending)
-        self._pending = []
-        return self._answers
-
-    def _take(self, calls: Sequence[tuple[str, Any, float]]) -> None:
-        references = [reference for _, reference, _ in calls]
-        names = [name for name, _, _ in calls]
-        self._answers += self._cluster.get_all(references, self._timeout_seconds, self._waiting_for, names)
-        now = perf_counter()
-        self.spans += [Span("learner", name, "learn", asked_at, now) for name, _, asked_at in calls]
-
-
 SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail within this
 
 
 class LearnerGroup:
-    """N ranks that hold one student between them.
+    """Trains one student on N ranks that hold it between them.
 
     Args:
         config: the whole run.
@@ -112,7 +54,7 @@ class LearnerGroup:
         self._num_restarts = 0
         self._spans: list[Span] = []
         self._published_version = 0
-        self._heads_due: list[tuple[int, Config]] = []  # before which steps LM heads are read again, and whose
+        self._heads_due: list[tuple[int, Config]] = []  # steps before which LM heads are read again; config
         self._begin(self._names)
 
     def start_again(self) -> None:
@@ -122,13 +64,13 @@ class LearnerGroup:
             ActorError: a rank died or did not start in time.
         """
         self._cluster.shutdown(self._actors, timeout_seconds=0)
-        self._heads_due.clear()  # they are read anew, and steps that are done again have the teachers of now
+        self._heads_due.clear()  # they are read anew, and repeated steps have the present teachers
         # Ray may hold a dead actor's name for a while yet, so the next ones have a number of their own.
         self._num_restarts += 1
         self._begin([f"{name}-again-{self._num_restarts}" for name in self._names])
 
     def step(self, batches: BatchSource, step: int) -> dict[str, Metric]:
-        """Take optimizer step `step` (from 0) on scored batches and return the figures of all ranks together.
+        """Take optimizer step `step` (from 0) on scored batches and return the metrics of all ranks together.
 
         Learning begins while batches still arrive: gradients of full micro-batches, or of what there is when the ranks
         have nothing to do, are added up at once. The weights change when the last batch is in.
@@ -139,9 +81,8 @@ class LearnerGroup:
         with self._deaths_reported():
             num_tokens, parts = self._accumulate(batches, None, waiting_for=f"the learner to compute step {step}")
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}", stage="learn")
-        figures = merge([*parts, *taken])
-        busy_seconds = sum(found["busy_seconds"].value for found in (*parts, *taken)) / len(self._actors)
-        return figures | {"busy_seconds": Sum(busy_seconds)}
+        busy_seconds = sum(part["busy_seconds"].value for part in (*parts, *taken)) / len(self._actors)
+        return merge([*parts, *taken]) | {"busy_seconds": Sum(busy_seconds)}
 
     def replace_teachers(self, teachers: Mapping[str, TeacherConfig], first_step: int) -> None:
         """Read the LM heads of other teachers, where the objective needs any, before step `first_step` (from 0)."""
@@ -150,7 +91,7 @@ class LearnerGroup:
             self._heads_due.append((first_step, self._config))
 
     def measure_gradient(self, batches: BatchSource, objective: ObjectiveConfig) -> dict[str, Metric]:
-        """Return loss, gradient norm and the other figures of a step, without taking it.
+        """Return loss, gradient norm and the other metrics of a step, without taking it.
 
         The objective's support must be the run's own: it decides what the batches carry.
         """
@@ -206,11 +147,11 @@ class LearnerGroup:
         self._ask("export", folder, waiting_for=f"the learner to export to {folder}")
 
     def state(self) -> PoolState:
-        """Return who computes."""
+        """Return how the group stands."""
         return PoolState("learner", self._names, len(self._names), self._num_restarts)
 
     def take_spans(self) -> list[Span]:
-        """Return, once, when the ranks were asked to learn and to send weights."""
+        """Return, once, when the ranks were called to learn and to send weights."""
         spans, self._spans = self._spans, []
         return spans
 
@@ -234,35 +175,51 @@ class LearnerGroup:
     def _accumulate(
         self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str
     ) -> tuple[int, list[dict[str, Metric]]]:
-        """Add up the gradients of batches as they come; return their completion tokens and the ranks' figures."""
+        """Add up the gradients of batches as they come; return their completion tokens and the ranks' metrics."""
         config = self._config
         arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt)
         planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
-        calls = Calls(self._cluster, self._names, config.ray.call_timeout_seconds, waiting_for)
+        pending: dict[Any, tuple[str, float]] = {}  # reference -> rank, and when it was called
+        answers: list[dict[str, Metric]] = []
+        spans: list[Span] = []
 
         def send(rounds: Sequence[Round], completes_step: bool = False) -> None:
             for grids in rounds:
                 shares = [arrivals.share((grid,)) for grid in grids]
-                calls.add(
-                    actor.accumulate.remote(share, completes_step, objective)
-                    for actor, share in zip(self._actors, shares, strict=True)
-                )
+                pending.update(self._send_round(shares, completes_step, objective))
+
+        def collect(references: Sequence[Any]) -> None:
+            names = [pending[reference][0] for reference in references]
+            answers.extend(self._cluster.get(list(references), config.ray.call_timeout_seconds, waiting_for, names))
+            now = perf_counter()
+            for name, sent_at in map(pending.pop, references):
+                spans.append(Span("learner", name, "learn", sent_at, now))
 
         while True:
-            for handle in batches.take(wake_on=calls.pending):
+            for handle in batches.take(wake_on=list(pending)):
                 planner.add({index: arrivals.num_tokens(index) for index in arrivals.add(handle)})
             if batches.is_exhausted:
                 break
+            ready = set(self._cluster.wait(list(pending), len(pending), timeout_seconds=0))
+            collect([reference for reference in pending if reference in ready])
             # While the ranks compute, what is not enough for a round waits for more.
-            are_idle = calls.collect()
-            send(planner.full_rounds() or planner.all_rounds() if are_idle else planner.full_rounds())
+            send(planner.full_rounds() or ([] if pending else planner.all_rounds()))
         planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
         *others, last = planner.all_rounds() or [((),) * config.learner.num_workers]
         send(others)
         send([last], completes_step=True)
-        answers = calls.answers()
-        self._spans += calls.spans
+        collect(list(pending))
+        self._spans += spans
         return arrivals.num_completion_tokens, answers
+
+    def _send_round(
+        self, shares: Sequence[RankShare], completes_step: bool, objective: ObjectiveConfig | None
+    ) -> dict[Any, tuple[str, float]]:
+        """Send each rank its share; return the answers' references with the rank's name and the time of the call."""
+        return {
+            actor.accumulate.remote(share, completes_step, objective): (name, perf_counter())
+            for name, actor, share in zip(self._names, self._actors, shares, strict=True)
+        }
 
     def _ask(
         self,
@@ -289,7 +246,7 @@ class LearnerGroup:
 
     @contextmanager
     def _deaths_reported(self) -> Iterator[None]:
-        """Tell a rank's death from what else may go wrong; the others fail too then, each in its own words.
+        """Tell a rank's death from other errors; the other ranks fail too then, each with its own error.
 
         Raises:
             LearnerDiedError: a rank is gone.
@@ -303,7 +260,7 @@ class LearnerGroup:
             raise LearnerDiedError(f"{', '.join(dead)} died; the step under way is lost") from error
 
     def _dead_ranks(self) -> list[str]:
-        """Ask every rank for a sign of life; a rank that is busy for long counts as alive."""
+        """Request a sign of life from every rank; a rank that is busy for long counts as alive."""
         answers = {actor.__ray_ready__.remote(): name for actor, name in zip(self._actors, self._names, strict=True)}
         ready = self._cluster.wait(list(answers), len(answers), SIGN_OF_LIFE_SECONDS)
         return [answers[reference] for reference in ready if self._cluster.is_dead(reference)]

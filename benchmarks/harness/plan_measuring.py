@@ -1,7 +1,7 @@
 """The workloads of benchmarks/harness/workloads.py on real Ray, for `python -m benchmarks.cases.plan`."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from benchmarks.cases.streaming import SAMPLING, TIMEOUTS, StubRun
 from benchmarks.harness.stub_pools import SharedWorker, StubCluster, StubRates
 from benchmarks.harness.workloads import PROMPT_TOKENS, Split, Workload
+from cluster.actors.cluster import Arguments, Options
 from cluster.config.run_config import Config, StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import Span
@@ -48,9 +49,7 @@ class OneProcessPerPool(StubCluster):
         self._processes: dict[str, ActorHandle] = {}
         self._numbers = count()
 
-    def create(
-        self, actor_class: str, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Mapping[str, Any]]
-    ) -> list[Any]:
+    def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
         """Return one handle per name."""
         if actor_class == LEARNER_ACTOR:
             return super().create(actor_class, names, arguments, options)

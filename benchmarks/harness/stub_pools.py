@@ -7,7 +7,7 @@ stub workers share a process, since they only wait.
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
-from cluster.actors.cluster import RayCluster
+from cluster.actors.cluster import Arguments, Options, RayCluster
 from cluster.actors.object_store import pack
 from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.batches import BatchHandle
@@ -259,9 +259,7 @@ class StubCluster(RayCluster):
             LEARNER_ACTOR: ("benchmarks.harness.stub_pools:StubLearnerActor", (rates,)),
         }
 
-    def create(
-        self, actor_class: str, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Mapping[str, Any]]
-    ) -> list[Any]:
+    def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
         """Return one handle per name; `arguments` are those of the real actors, which the stubs do not need."""
         stub, own = self._stubs[actor_class]
         return super().create(stub, names, [own] * len(names), options)
@@ -279,9 +277,7 @@ class SharedProcesses(StubCluster):
         super().__init__(rates, rows_per_batch)
         self._processes: list[ActorHandle] = []
 
-    def create(
-        self, actor_class: str, names: Sequence[str], arguments: Sequence[Any], options: Sequence[Mapping[str, Any]]
-    ) -> list[Any]:
+    def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
         """Return one handle per name."""
         if actor_class == LEARNER_ACTOR:
             return super().create(actor_class, names, arguments, options)

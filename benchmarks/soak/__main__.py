@@ -121,7 +121,7 @@ class Loop:
 
     def _reports(self) -> list[RankReport]:
         references = [rank.report.remote() for rank in self.pools.ranks]
-        reports: list[RankReport] = RAY.get_all(references, WAIT_SECONDS, "the ranks to say what they did")
+        reports: list[RankReport] = RAY.get(references, WAIT_SECONDS, "the ranks to say what they did")
         return reports
 
 

@@ -31,24 +31,22 @@ class PoolTimeouts:
     call_seconds: float
 
 
+Arguments = Sequence[tuple[Any, ...]]  # of a constructor, one tuple per actor
+Options = Sequence[Mapping[str, Any]]  # Ray's actor options (num_cpus, num_gpus, ...), one mapping per actor
+
+
 class Cluster(ABC):
     """Makes actors, calls them and waits for their answers."""
 
     @abstractmethod
-    def create(
-        self,
-        actor_class: str,
-        names: Sequence[str],
-        arguments: Sequence[tuple[Any, ...]],
-        options: Sequence[Mapping[str, Any]],
-    ) -> list[ActorHandle]:
+    def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
         """Begin to start one actor per name; returns at once, before any of them runs.
 
         Args:
             actor_class: "package.module:Class" of an ordinary class, which the caller need not import.
             names: what the Ray dashboard shows; unique in the run.
-            arguments: positional constructor arguments, one tuple per actor.
-            options: Ray's actor options, one mapping per actor (num_cpus, num_gpus, scheduling_strategy, runtime_env).
+            arguments: positional ones.
+            options: where the actors run.
         """
 
     @abstractmethod
@@ -56,24 +54,15 @@ class Cluster(ABC):
         """Store a value once for all actors, and return its reference."""
 
     @abstractmethod
-    def get(self, references: Any, timeout_seconds: float, waiting_for: str) -> Any:
-        """Return the value of a reference, or those of a list.
+    def get(self, references: Any, timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()) -> Any:
+        """Return the value of a reference, or those of a list in its order.
+
+        The first error of an actor ends the wait for the others.
 
         Raises:
-            ActorError: an actor died (ActorDiedError), or the value did not come in time.
+            ActorError: an actor died (ActorDiedError), or a value did not come in time; `names` says which.
             LostBytesError: the node that held the value, or what the actor was to read, is gone.
             PreceptorError: what the actor raised.
-        """
-
-    @abstractmethod
-    def get_all(
-        self, references: Sequence[Any], timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()
-    ) -> list[Any]:
-        """Return the values of all references in their order; an actor's error ends the wait for the others.
-
-        Raises:
-            ActorError: an actor died, or did not answer in time; says which by `names`, else by position.
-            PreceptorError: what an actor raised.
         """
 
     @abstractmethod
@@ -97,9 +86,10 @@ class Cluster(ABC):
         waiting_for: str,
         names: Sequence[str] = (),
     ) -> list[Any]:
-        """Call the method on every actor at once and return the answers in the actors' order; raises as `get_all`."""
+        """Call the method on every actor at once and return the answers in the actors' order; raises as `get`."""
         references = [getattr(actor, method).remote(*args) for actor in actors]
-        return self.get_all(references, timeout_seconds, waiting_for, names)
+        answers: list[Any] = self.get(references, timeout_seconds, waiting_for, names)
+        return answers
 
     def wait_for_any(
         self, pending: Callable[[], Sequence[Any]], timeout_seconds: float, waiting_for: Callable[[], str]
@@ -131,9 +121,7 @@ class Cluster(ABC):
 
     def shutdown(self, actors: Sequence[ActorHandle], timeout_seconds: float = SHUTDOWN_TIMEOUT_SECONDS) -> None:
         """Let every actor end what it started (its `shutdown` method), then end the actors themselves."""
-        references = [actor.shutdown.remote() for actor in actors]
-        if references:
-            self.wait(references, len(references), timeout_seconds)
+        self.wait([actor.shutdown.remote() for actor in actors], len(actors), timeout_seconds)
         for actor in actors:
             self.kill(actor)
 
@@ -148,13 +136,7 @@ class RayCluster(Cluster):
     def __init__(self, stand_ins: Mapping[str, str] | None = None) -> None:
         self._stand_ins = stand_ins or {}
 
-    def create(
-        self,
-        actor_class: str,
-        names: Sequence[str],
-        arguments: Sequence[tuple[Any, ...]],
-        options: Sequence[Mapping[str, Any]],
-    ) -> list[ActorHandle]:
+    def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
         """Begin to start one actor per name."""
         # The class is imported now: a driver that only plans, checks or reports imports no torch.
         remote = ray.remote(load_object(self._stand_ins.get(actor_class, actor_class), "an actor class"))
@@ -167,32 +149,28 @@ class RayCluster(Cluster):
         """Store a value in Ray's object store."""
         return ray.put(value)
 
-    def get(self, references: Any, timeout_seconds: float, waiting_for: str) -> Any:
+    def get(self, references: Any, timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()) -> Any:
         """Return the value of a reference, or those of a list, with errors of ours in place of Ray's."""
         try:
-            return self._get(references, timeout_seconds, waiting_for)
+            return ray.get(references, timeout=timeout_seconds)
         except GetTimeoutError as error:
-            raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}") from error
-
-    def get_all(
-        self, references: Sequence[Any], timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()
-    ) -> list[Any]:
-        """Return the values of all references in their order; an error names those that are late."""
-        if not references:
-            return []
-        try:
-            values: list[Any] = self._get(list(references), timeout_seconds, waiting_for)
-            return values
-        except GetTimeoutError as error:
-            ready = self.wait(references, len(references), timeout_seconds=0)
-            labels = names or [f"actor {position} of {len(references)}" for position in range(len(references))]
-            late = ", ".join(
-                label for label, reference in zip(labels, references, strict=True) if reference not in ready
-            )
-            raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}; no answer from {late}") from error
+            late = self._late(references, names) if isinstance(references, list) else ""
+            raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}{late}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, PreceptorError):
+                raise error.cause from error
+            if isinstance(error.cause, ObjectLostError):
+                raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error.cause)}") from error
+            raise
+        except RayActorError as error:
+            raise ActorDiedError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
+        except ObjectLostError as error:
+            raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
 
     def wait(self, references: Sequence[Any], num_returns: int, timeout_seconds: float) -> list[Any]:
         """Return references that are ready."""
+        if not references:  # ray.wait refuses to wait for nothing
+            return []
         ready: list[Any] = ray.wait(list(references), num_returns=num_returns, timeout=timeout_seconds)[0]
         return ready
 
@@ -209,19 +187,11 @@ class RayCluster(Cluster):
         with suppress(RayError):  # already dead
             ray.kill(actor, no_restart=True)
 
-    def _get(self, references: Any, timeout_seconds: float, waiting_for: str) -> Any:
-        try:
-            return ray.get(references, timeout=timeout_seconds)
-        except RayTaskError as error:
-            if isinstance(error.cause, PreceptorError):
-                raise error.cause from error
-            if isinstance(error.cause, ObjectLostError):
-                raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error.cause)}") from error
-            raise
-        except RayActorError as error:
-            raise ActorDiedError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
-        except ObjectLostError as error:
-            raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
+    def _late(self, references: list[Any], names: Sequence[str]) -> str:
+        ready = self.wait(references, len(references), timeout_seconds=0)
+        labels = names or [f"actor {position} of {len(references)}" for position in range(len(references))]
+        late = (label for label, reference in zip(labels, references, strict=True) if reference not in ready)
+        return f"; no answer from {', '.join(late)}"
 
 
 RAY = RayCluster()  # it has no state: Ray itself knows what this process is connected to

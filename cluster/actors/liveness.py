@@ -1,7 +1,7 @@
-"""Notices actors that died or fell silent while nobody waits for them.
+"""Notices actors that died or fell silent while the driver waits for none of their answers.
 
-Ray reports a dead actor to whoever waits for its answer, and a stopped one to nobody. Here a thread asks every actor
-for a sign of life, and ends those that give none: silence becomes a death, and all others deal with deaths only.
+Ray reports a dead actor to a caller that waits for its answer, and a stopped one to no caller. A thread asks every
+actor for a sign of life and ends those that give none: silence becomes death, and all other code handles deaths only.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 ENGINE_CHECK_SECONDS = 1.0
+POLL_SECONDS = 1.0  # of the watch's thread
 
 _log = logging.getLogger("preceptor")
 
@@ -30,21 +31,18 @@ async def end_with_engine(is_dead: Callable[[], bool], check_seconds: float = EN
     os._exit(1)
 
 
-CHECK_SECONDS = 1.0  # between two looks at the answers
-
-
 @dataclass
 class _Watched:
     actor: ActorHandle
-    answer: Any  # reference
-    asked_at: float
+    sign_of_life: Any  # reference
+    requested_at: float
 
 
 class Watch:
-    """Asks actors for signs of life, each of which must come within `silence_seconds`."""
+    """Requests signs of life from actors, each of which must come within `silence_seconds`."""
 
     def __init__(self, silence_seconds: float) -> None:
-        """Begin with nobody to look after."""
+        """Begin with no actor."""
         self._silence_seconds = silence_seconds
         self._watched: dict[str, _Watched] = {}
         self._lost: set[str] = set()
@@ -54,12 +52,12 @@ class Watch:
         self._thread.start()
 
     def add(self, name: str, actor: ActorHandle) -> None:
-        """Look after an actor from now on."""
+        """Watch an actor from now on."""
         with self._lock:
-            self._watched[name] = _ask(actor)
+            self._watched[name] = _request(actor)
 
     def forget(self, name: str) -> None:
-        """Look after it no longer; it may have been lost or unknown."""
+        """Watch an actor no longer; it may be lost or unknown."""
         with self._lock:
             self._watched.pop(name, None)
             self._lost.discard(name)
@@ -76,30 +74,30 @@ class Watch:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._closing.wait(CHECK_SECONDS):
+        while not self._closing.wait(POLL_SECONDS):
             with self._lock:
                 watched = dict(self._watched)
             if watched:
                 self._check(watched)
 
     def _check(self, watched: dict[str, _Watched]) -> None:
-        answers = [found.answer for found in watched.values()]
-        ready = set(ray.wait(answers, num_returns=len(answers), timeout=0)[0])
-        for name, found in watched.items():
-            if found.answer in ready:
-                self._note(name, found)
-            elif time.monotonic() - found.asked_at > self._silence_seconds:
+        signs = [one.sign_of_life for one in watched.values()]
+        ready = set(ray.wait(signs, num_returns=len(signs), timeout=0)[0])
+        for name, one in watched.items():
+            if one.sign_of_life in ready:
+                self._renew(name, one)
+            elif time.monotonic() - one.requested_at > self._silence_seconds:
                 _log.warning("%s: gave no sign of life for %.0f s; its process is ended", name, self._silence_seconds)
-                ray.kill(found.actor)
+                ray.kill(one.actor)
 
-    def _note(self, name: str, found: _Watched) -> None:
+    def _renew(self, name: str, one: _Watched) -> None:
         try:
-            ray.get(found.answer)
-            renewed = _ask(found.actor)
+            ray.get(one.sign_of_life)
+            renewed = _request(one.actor)
         except RayError:
             renewed = None
         with self._lock:
-            if self._watched.get(name) is not found:  # forgotten meanwhile
+            if self._watched.get(name) is not one:  # forgotten meanwhile
                 return
             if renewed:
                 self._watched[name] = renewed
@@ -108,5 +106,5 @@ class Watch:
                 self._lost.add(name)
 
 
-def _ask(actor: ActorHandle) -> _Watched:
+def _request(actor: ActorHandle) -> _Watched:
     return _Watched(actor, actor.__ray_ready__.remote(), time.monotonic())

@@ -1,8 +1,8 @@
-"""Trajectory batches in Ray's object store: the worker that makes a batch returns it, the worker that needs it gets it.
+"""Passes trajectory batches from worker to worker through Ray's object store.
 
-A worker returns two values: the batch's wire bytes, which stay in the object store of its node, and what the driver may
-know of the batch. The driver owns both, so a finished batch outlives the worker that made it. (A reference that a
-worker itself made and yielded from a streaming generator does not: Ray loses its count, ray-project/ray#58080.)
+A worker returns two values: the batch's wire bytes, which stay in the object store of its node, and the handle, which
+is all that the driver reads. The driver owns both, so a finished batch outlives the worker that made it. (A reference
+that a worker makes and yields from a streaming generator does not: Ray loses its count, ray-project/ray#58080.)
 """
 
 from collections.abc import Mapping

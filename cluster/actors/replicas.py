@@ -27,10 +27,10 @@ class RestartLimit:
 
 
 class RestartBudget:
-    """Counts the restarts of each replica, and makes who dies again and again wait longer each time."""
+    """Counts the restarts of each replica, and delays those of a replica that dies again and again."""
 
     def __init__(self, limit: RestartLimit, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with all restarts left; `clock` tells seconds."""
+        """Begin with all restarts left; `clock` returns seconds."""
         self._limit = limit
         self._clock = clock
         self._spent: defaultdict[int, deque[float]] = defaultdict(deque)  # replica -> when it was started again
@@ -63,7 +63,7 @@ class Supervision:
     """How a pool deals with dead actors."""
 
     restarts: RestartLimit = NO_RESTARTS
-    watch: Watch | None = None  # None: a death is noticed by who waits for an answer
+    watch: Watch | None = None  # None: a caller that waits for an answer notices the death
 
 
 def unplanned_options(option: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def unplanned_options(option: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Member:
-    """A replica's present actor. It starts, is prepared, and serves; or rests before it starts again."""
+    """Holds a replica's present actor. It starts, is prepared, and serves; or rests before it starts again."""
 
     name: str
     actor: ActorHandle | None  # None: it rests
@@ -98,10 +98,10 @@ class _Member:
 
 
 class Replicas:
-    """The replicas of a pool, each with an actor that may die; replica 2 of `rollout` is called rollout-2.
+    """Keeps the actors of a pool, any of which may die; replica 2 of `rollout` is called rollout-2.
 
-    Nothing here blocks but `wait_until_ready`: a replica that is started later serves once `admit_started` has seen the
-    last of its `arriving` references.
+    Only `wait_until_ready` blocks: a replica that is started later serves once `admit_started` has seen the last of its
+    `arriving` references.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Replicas:
         }
         self._next_replica = len(names)
         self._leaving: set[int] = set()  # they take no more work
-        self._absent = set(self._members)  # they rest or start; few, so that a look at them costs little
+        self._absent = set(self._members)  # they rest or start; few, so that checking them costs little
 
     def wait_until_ready(self, timeout_seconds: float, waiting_for: str) -> None:
         """Wait for the first start of every actor.
@@ -151,12 +151,12 @@ class Replicas:
         """
         started = [reference for member in self._members.values() for reference in member.waits_for]
         names = [member.name for member in self._members.values()]
-        self._cluster.get_all(started, timeout_seconds, waiting_for, names)
+        self._cluster.get(started, timeout_seconds, waiting_for, names)
         for replica in list(self._absent):
             self._let_serve(replica)
 
     def prepare_with(self, prepare: Callable[[ActorHandle], list[Any]]) -> None:
-        """Set what an actor that was started again is brought before it serves; it returns references to wait for."""
+        """Set what is sent to a restarted actor before it serves; `prepare` returns references to wait for."""
         self._prepare = prepare
 
     @property
@@ -180,7 +180,7 @@ class Replicas:
         return len(self._members) - len(self._leaving)
 
     def state(self, pool: str, num_owed: int) -> PoolState:
-        """Return how the pool stands, which knows what its workers owe."""
+        """Return how the pool stands; the pool counts what its workers owe."""
         serving = [self.name(replica) for replica in self.serving]
         return PoolState(pool, serving, self.size, self.num_restarts, num_owed)
 
@@ -199,11 +199,11 @@ class Replicas:
     def actor(self, replica: int) -> ActorHandle:
         """Return a serving replica's actor."""
         actor = self._members[replica].actor
-        assert actor is not None, "a resting replica serves nobody"
+        assert actor is not None, "a resting replica has no actor"
         return actor
 
     def is_served_by(self, replica: int, actor_name: str) -> bool:
-        """Return whether the replica serves with this actor still."""
+        """Return whether the replica still serves with this actor."""
         member = self._members.get(replica)
         return member is not None and member.serves and member.name == actor_name
 
@@ -239,7 +239,7 @@ class Replicas:
         return arrived
 
     def maintain(self) -> list[int]:
-        """Start those that have rested, and return the serving replicas that were found dead and are started again."""
+        """Start those that have rested, and restart serving replicas that died; return the latter."""
         now = time.monotonic()
         for replica in list(self._absent):
             member = self._members[replica]
@@ -247,13 +247,13 @@ class Replicas:
                 self._start_again(replica)
         watch = self._supervision.watch
         lost = watch.lost if watch else ()
-        found = [replica for replica, member in self._members.items() if member.name in lost] if lost else []
-        for replica in found:
+        dead = [replica for replica, member in self._members.items() if member.name in lost] if lost else []
+        for replica in dead:
             self.lose(replica, ActorDiedError(f"{self._members[replica].name} died or fell silent"))
-        return found
+        return dead
 
     def lose(self, replica: int, error: PreceptorError) -> None:
-        """End a replica's actor, which failed, and start another, at once or after a rest.
+        """End a replica's actor, which failed, and start another, at once or after a delay.
 
         Raises:
             ActorError: it has failed as often as it may.
@@ -302,7 +302,7 @@ class Replicas:
         self._absent.add(replica)
 
     def _move_on(self, replica: int, member: _Member, came: Iterable[Any]) -> bool:
-        """Take what a replica was waited for, and return whether it serves now."""
+        """Take the answers that a replica waited for, and return whether it serves now."""
         assert member.actor is not None
         left = tuple(reference for reference in member.waits_for if reference not in came)
         try:

@@ -6,7 +6,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from cluster.actors.cluster import Cluster
+from cluster.actors.cluster import Arguments, Cluster, Options
 
 
 class SimulatedReference:
@@ -95,13 +95,7 @@ class SimulatedCluster(Cluster):
         self._actors = actors
         self.workers: dict[str, Any] = {}  # by the names of their actors
 
-    def create(
-        self,
-        actor_class: str,
-        names: Sequence[str],
-        arguments: Sequence[tuple[Any, ...]],
-        options: Sequence[Mapping[str, Any]],
-    ) -> list[Any]:
+    def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
         """Make one simulated worker per name."""
         for name, argument in zip(names, arguments, strict=True):
             self.workers[name] = self._actors[actor_class](name, *argument)
@@ -113,18 +107,12 @@ class SimulatedCluster(Cluster):
         reference.resolve(value)
         return reference
 
-    def get(self, references: Any, timeout_seconds: float, waiting_for: str) -> Any:
+    def get(self, references: Any, timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()) -> Any:
         """Return the value of a reference, or those of a list."""
-        if isinstance(references, SimulatedReference):
-            return self.get_all([references], timeout_seconds, waiting_for)[0]
-        return self.get_all(references, timeout_seconds, waiting_for)
-
-    def get_all(
-        self, references: Sequence[Any], timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()
-    ) -> list[Any]:
-        """Return the values of all references."""
-        self._time.run_until_ready(references, len(references))
-        return [reference.value for reference in references]
+        pending = references if isinstance(references, list) else [references]
+        self._time.run_until_ready(pending, len(pending))
+        values = [reference.value for reference in pending]
+        return values if isinstance(references, list) else values[0]
 
     def wait(self, references: Sequence[Any], num_returns: int, timeout_seconds: float) -> list[Any]:
         """Return references that are ready; with a timeout of 0 no time passes, with any other enough of it."""

@@ -63,7 +63,7 @@ def test_the_first_of_several_answers_ends_a_wait_for_any() -> None:
     time.at(40.0, early.resolve)
     time.at(90.0, lambda: late.resolve("late"))
     assert cluster.wait_for_any(lambda: [late, early], timeout_seconds=1.0, waiting_for=str) == [early]
-    assert cluster.get_all([late], 1.0, "an answer") == ["late"]
+    assert cluster.get([late], 1.0, "an answer") == ["late"]
     assert time.now == 90.0
 
 
