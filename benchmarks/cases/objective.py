@@ -110,7 +110,7 @@ class Bench:
         widths = {case.teacher_widths for case in CASES if case.teacher_widths}
         self.teacher_heads = {times: LmHead(self.normal(vocabulary, times * width, scale=0.05)) for times in widths}
         self.batches = {case.name: self.batch_of(case) for case in CASES}
-        self.kernels = choose_kernels(sizes.device, True)
+        self.kernels = choose_kernels(sizes.device, whole_vocabulary=True)
 
     def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, generator=self.random, device=self.device) * scale).to(self.dtype)

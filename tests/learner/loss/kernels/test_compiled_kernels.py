@@ -71,5 +71,6 @@ def test_a_target_in_bfloat16_compiles() -> None:
 
 
 def test_a_divergence_that_no_branch_computes_does_not_compile() -> None:
-    with pytest.raises(CompilationError, match="no branch of _value_and_slope computes this divergence"):
+    with pytest.raises(CompilationError) as raised:
         compiled(triton_kernels.gradient_kernel, "alpha", 90)
+    assert "no branch of _value_and_slope computes this divergence" in str(raised.value.__cause__)
