@@ -101,7 +101,7 @@ def describe(result: Evaluation, tokens: CompletionTokens, sampled_candidates: b
 
 
 def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Say of each item whether it is the last; looks one item ahead."""
+    """Say of each item whether it is the last; reads one item ahead."""
     iterator = iter(items)
     item = next(iterator)
     for following in iterator:

@@ -55,7 +55,7 @@ class Needs:
 
 
 class ImportanceConfig(Section, frozen=True):
-    """What becomes of the ratio student / rollout probability of a token."""
+    """Says what becomes of the ratio student / rollout probability of a token."""
 
     kind: ImportanceKind = "ratio"
     low: NonNegative = 0.5  # icepop, sequence_mask, ppo_clip
@@ -64,13 +64,13 @@ class ImportanceConfig(Section, frozen=True):
     dual_clip: Annotated[float, Meta(gt=1, le=LARGEST_FLOAT)] | None = None
 
     def __post_init__(self) -> None:
-        """Check that the bounds leave room; raises ValueError, which the reader turns into a ConfigError."""
+        """Check the bounds; raises ValueError, which the reader turns into a ConfigError."""
         if self.kind in ("icepop", "sequence_mask", "ppo_clip") and self.low >= self.high:
             raise ValueError(f"low = {self.low} is not below high = {self.high}; no ratio would be left between them")
 
 
 class TokenWeightsConfig(Section, frozen=True):
-    """How much each completion token counts; all given weights multiply. Token counts are never renormalised."""
+    """Says how much each completion token counts; all given weights multiply. Token counts are never renormalised."""
 
     first_tokens: Items | None = None  # only so many at the start of each completion
     first_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None  # only this part of each completion
@@ -94,7 +94,7 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
     """Takes the log-ratio target / student as the advantage of the tokens that the student sampled."""
 
     target: Target = field(default_factory=lambda: {TEACHER: 1.0})
-    over: Literal["sampled", "support"] = "sampled"  # the written token, or all candidates of the support
+    over: Literal["sampled", "support"] = "sampled"  # the sampled token, or all candidates of the support
     log_ratio_map: LogRatioMap = "identity"
     bound: Positive = 5.0  # clip, tanh: the largest absolute value
     scale: Positive = 1.0  # tanh: the log-ratio at which it bends, in nats
@@ -193,7 +193,7 @@ AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm
 
 
 class ObjectiveConfig(Section, frozen=True):
-    """The sum of the terms, per completion token."""
+    """Adds up the terms, per completion token."""
 
     preset: str | None = None  # a name of presets.py; whatever else is written here overrides it
     support: Support = "topk"  # the tokens per position on which models are compared

@@ -15,7 +15,7 @@ Grid = tuple[GridRow, ...]  # the rows of one micro-batch; no rows: a micro-batc
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The micro-batches of every rank, in order: `ranks[rank][position]`; every rank has the same number of them."""
+    """Holds the micro-batches of every rank, in order: `ranks[rank][position]`; every rank has as many."""
 
     ranks: tuple[tuple[Grid, ...], ...]
 
@@ -69,28 +69,28 @@ def _fill_grid(num_tokens: Sequence[int], waiting: Sequence[int], micro_batch_to
     """Place what fits by first-fit decreasing; return the grid and what did not fit."""
     row_length = max(1, num_tokens[waiting[0]])
     rows: list[list[int]] = []
-    room: list[int] = []
-    most_room = -1  # of a row that is there
+    free_tokens: list[int] = []
+    most_free = -1  # of a row that is there
     max_rows = max(1, micro_batch_tokens // row_length)
     left_over: list[int] = []
     position = 0
     while position < len(waiting):
         index = waiting[position]
         needed = num_tokens[index]
-        if needed <= most_room:
-            row = next(row for row, free in enumerate(room) if free >= needed)
+        if needed <= most_free:
+            row = next(row for row, free in enumerate(free_tokens) if free >= needed)
         elif len(rows) < max_rows:
             row = len(rows)
             rows.append([])
-            room.append(row_length)
+            free_tokens.append(row_length)
         else:  # pass over all that are too long for what is left
-            after = bisect_left(waiting, -most_room, lo=position, key=lambda index: -num_tokens[index])
+            after = bisect_left(waiting, -most_free, lo=position, key=lambda index: -num_tokens[index])
             left_over += waiting[position:after]
             position = after
             continue
         rows[row].append(index)
-        room[row] -= needed
-        most_room = max(room)
+        free_tokens[row] -= needed
+        most_free = max(free_tokens)
         position += 1
     return tuple(tuple(row) for row in rows), left_over
 

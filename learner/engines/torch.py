@@ -1,4 +1,4 @@
-"""A training engine of plain torch in one process: stage 0, and the oracle that the ZeRO engine is held against."""
+"""Trains in plain torch in one process: stage 0, and the oracle that the ZeRO engine is held against."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from learner.model.student import Student
 
 
 class ReferenceEngine:
-    """TrainEngine over one copy of the student and torch's own AdamW and clipping.
+    """Implements TrainEngine over one copy of the student and torch's own AdamW and clipping.
 
     Weights in bfloat16 have float32 masters, to which gradients are added and which the optimizer updates.
     """

@@ -1,4 +1,4 @@
-"""The training engine over DeepSpeed ZeRO stages 1, 2 and 3; no other file imports deepspeed."""
+"""Trains over DeepSpeed ZeRO stages 1, 2 and 3; no other file imports deepspeed."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ from learner.model.student import Student
 
 @dataclass(frozen=True)
 class StateKeys:
-    """Where a ZeRO optimizer's state_dict has the master weights and the state of the optimizer inside."""
+    """Says where a ZeRO optimizer's state_dict has the master weights and the state of the optimizer inside."""
 
     weights: str
     optimizer: str
@@ -53,7 +53,7 @@ class PausableCPUAdam(DeepSpeedCPUAdam):
 
 
 class ZeroEngine:
-    """TrainEngine of one rank of a DeepSpeed ZeRO group.
+    """Implements TrainEngine for one rank of a DeepSpeed ZeRO group.
 
     Args:
         student: the same weights on every rank.
@@ -124,8 +124,8 @@ class ZeroEngine:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy, in host memory, of this rank's master weights and their optimizer state."""
-        found = self._engine.optimizer.state_dict()
-        return host_copy(flatten(self._masters(), found[self._keys.optimizer]["state"]))
+        state = self._engine.optimizer.state_dict()
+        return host_copy(flatten(self._masters(), state[self._keys.optimizer]["state"]))
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot of a group with the same number of ranks and the same stage.
@@ -137,12 +137,12 @@ class ZeroEngine:
         """
         weights, values = unflatten(state, self._masters())
         optimizer = self._engine.optimizer
-        found = optimizer.state_dict()
-        found[self._keys.weights] = weights
-        found[self._keys.optimizer] = {**found[self._keys.optimizer], "state": values}
+        own_state = optimizer.state_dict()
+        own_state[self._keys.weights] = weights
+        own_state[self._keys.optimizer] = {**own_state[self._keys.optimizer], "state": values}
         if self._zero_stage == 3:
             optimizer.checkpoint_event_prologue()
-        optimizer.load_state_dict([found] * self.world_size, load_from_fp32_weights=True)
+        optimizer.load_state_dict([own_state] * self.world_size, load_from_fp32_weights=True)
         if self._zero_stage == 3:
             optimizer.checkpoint_event_epilogue()
         else:
@@ -204,7 +204,7 @@ def _skip_shared_memory_op() -> None:
     """Keep DeepSpeed from compiling its shared-memory all-reduce on CPU.
 
     Only its inference engine calls that op; building it takes a C++ compiler, and longer than a demo's training step.
-    On a GPU DeepSpeed has no such op, and looking at the list would make it try compilers for all of its CUDA ops.
+    On a GPU DeepSpeed has no such op, and reading the list would make it try compilers for all of its CUDA ops.
     """
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

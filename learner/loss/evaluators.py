@@ -126,7 +126,7 @@ def _evaluate_block(
         student, p = student.sub_(mass.log()), p.div_(mass)
 
     def compare(target: Target, divergence: Divergence, parameter: float) -> tuple[Tensor, Tensor]:
-        log_target = log_softmax(_mixture(models, target, out=spare[0]), of_target)
+        log_target = log_softmax(mixed_logits(target, models, out=spare[0]), of_target)
         return divergence.exact(student, p, log_target, parameter, spare)
 
     losses, by_logits = torch.zeros_like(entropy), logits[:, :width]
@@ -149,15 +149,6 @@ def _evaluate_block(
             p.mul_(mass)
         logits.addcmul_(probabilities, -by_sampled).scatter_add_(-1, tokens.target_ids[:, None], by_sampled)
     return losses, sampled[:, 0], entropy
-
-
-def _mixture(models: Mapping[str, Tensor], target: Target, out: Tensor) -> Tensor:
-    """Write the target's logits, not normalised."""
-    (first, share), *others = [(model, share) for model, share in target.items() if share]
-    torch.mul(models[first], share, out=out)
-    for model, share in others:
-        out.add_(models[model], alpha=share)
-    return out
 
 
 def _candidates(needs: Needs, logits: Tensor, tokens: CompletionTokens) -> tuple[Tensor, Tensor | None]:

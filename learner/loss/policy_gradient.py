@@ -18,32 +18,6 @@ LARGEST_LOG_RATIO = 20.0  # above it, in nats, a ratio of probabilities is that 
 LogRatioFunction = Callable[[Tensor, Tensor, PolicyGradientTerm], Tensor]
 
 
-def identity(log_target: Tensor, log_student: Tensor, _term: PolicyGradientTerm) -> Tensor:
-    """Return D: its expected policy gradient is that of the reverse KL."""
-    return log_target - log_student
-
-
-def clip(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
-    """Return D, at most `bound` away from 0."""
-    return (log_target - log_student).clamp(-term.bound, term.bound)
-
-
-def soft_log(log_target: Tensor, log_student: Tensor, _term: PolicyGradientTerm) -> Tensor:
-    """Return sign(D) log(1 + |D|) (arXiv 2607.13399)."""
-    log_ratio = log_target - log_student
-    return log_ratio.sign() * log_ratio.abs().log1p()
-
-
-def tanh(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
-    """Return bound tanh(D / scale)."""
-    return term.bound * ((log_target - log_student) / term.scale).tanh()
-
-
-def power(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
-    """Return target^alpha - student^alpha (PowerOPD, arXiv 2606.17199), in [-1, 1] where the target is normalised."""
-    return _exp(term.alpha * log_target) - _exp(term.alpha * log_student)
-
-
 def proximal(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
     """Return log(alpha target/student + 1 - alpha) (TOP-D, arXiv 2607.04751), at least log(1 - alpha)."""
     log_ratio = log_target - log_student
@@ -52,29 +26,21 @@ def proximal(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) 
     return torch.logaddexp(log_ratio + math.log(term.alpha), torch.full_like(log_ratio, math.log1p(-term.alpha)))
 
 
-def forward_kl(log_target: Tensor, log_student: Tensor, _term: PolicyGradientTerm) -> Tensor:
-    """Return target/student - 1: its expected policy gradient is that of the forward KL (OPD+, arXiv 2606.01039).
-
-    OPD+ has the ratio alone. The 1 is a baseline, so the expectation is the same; with it the gradient of every single
-    sample is 0 where target and student agree, and a sum over part of the vocabulary keeps that optimum.
-    """
-    return (log_target - log_student).clamp(max=LARGEST_LOG_RATIO).expm1()
-
-
-def jsd(log_target: Tensor, log_student: Tensor, _term: PolicyGradientTerm) -> Tensor:
-    """Return log((1 + target/student) / 2) / 2: its policy gradient is that of the Jensen-Shannon divergence (OPD+)."""
-    return (functional.softplus(log_target - log_student) - math.log(2)) / 2
-
-
+# Each takes log target, log student and the term.
 LOG_RATIO_MAPS: dict[str, LogRatioFunction] = {
-    "identity": identity,
-    "clip": clip,
-    "soft_log": soft_log,
-    "tanh": tanh,
-    "power": power,
+    "identity": lambda q, p, _: q - p,  # its expected policy gradient is that of the reverse KL
+    "clip": lambda q, p, term: (q - p).clamp(-term.bound, term.bound),
+    "soft_log": lambda q, p, _: (q - p).sign() * (q - p).abs().log1p(),  # arXiv 2607.13399
+    "tanh": lambda q, p, term: term.bound * ((q - p) / term.scale).tanh(),
+    # Target^alpha - student^alpha (PowerOPD, arXiv 2606.17199), in [-1, 1] where the target is normalised.
+    "power": lambda q, p, term: _exp(term.alpha * q) - _exp(term.alpha * p),
     "proximal": proximal,
-    "forward_kl": forward_kl,
-    "jsd": jsd,
+    # Target/student - 1: its expected policy gradient is that of the forward KL (OPD+, arXiv 2606.01039, which has the
+    # ratio alone). The 1 is a baseline, so the expectation is the same; with it the gradient of every single sample is
+    # 0 where target and student agree, and a sum over part of the vocabulary keeps that optimum.
+    "forward_kl": lambda q, p, _: (q - p).clamp(max=LARGEST_LOG_RATIO).expm1(),
+    # Log((1 + target/student) / 2) / 2: its policy gradient is that of the Jensen-Shannon divergence (OPD+).
+    "jsd": lambda q, p, _: (functional.softplus(q - p) - math.log(2)) / 2,
 }
 
 

@@ -1,4 +1,4 @@
-"""Passes over logits in blocks of rows, with the same scratch memory for every block.
+"""Makes its passes over logits in blocks of rows, with the same scratch memory for every block.
 
 On a CPU a block stays in the cache, and scratch that is allocated anew for every block costs more in page faults than
 the arithmetic does.

@@ -40,12 +40,13 @@ def is_one_model(target: Mapping[str, float]) -> bool:
     return [share for share in target.values() if share] == [1.0]
 
 
-def mixed_logits(target: Mapping[str, float], model_logits: Mapping[str, Tensor]) -> Tensor:
-    """Return the target's logits, not normalised: those of its one model, or a mixture in the memory of the first."""
+def mixed_logits(target: Mapping[str, float], model_logits: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+    """Return the target's logits, not normalised: those of its one model, or a mixture; out None: in its memory."""
     (first, share), *others = [(model, share) for model, share in target.items() if share]
+    logits = model_logits[first]
     if is_one_model(target):
-        return model_logits[first]
-    mixed = model_logits[first].float().mul_(share)
+        return logits
+    mixed = logits.float().mul_(share) if out is None else torch.mul(logits, share, out=out)
     for model, of_model in others:
         mixed.add_(model_logits[model], alpha=of_model)
     return mixed

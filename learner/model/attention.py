@@ -1,4 +1,4 @@
-"""Attention over trajectories packed one after the other: each token sees its own trajectory and nothing else.
+"""Computes attention over packed trajectories, one after the other: each token sees its own trajectory alone.
 
 transformers' own way with packed rows (`learner.attention = "masked"`) builds a mask of [rows, length, length], which
 keeps CUDA's flash kernels away. Here the tokens of a micro-batch stand in one row without padding, and a kernel is told
@@ -26,7 +26,7 @@ KERNEL_TOLERANCE = 0.03  # of the norm; bfloat16 makes errors of about 0.005, a 
 PROBE_LENGTHS = (5, 3)
 USUAL_WIDTH = 64  # of a head, where a model does not say
 # What some models ask of their attention that the kernels here are not told.
-UNKNOWN_WISHES = ("sliding_window", "softcap", "s_aux", "position_bias")
+UNKNOWN_REQUESTS = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Segments:
         boundaries = np.concatenate([[0], np.cumsum(lengths)])
         doublings = np.array([(length - 1).bit_length() for length in lengths])
         members = [np.flatnonzero(doublings == doubling) for doubling in np.unique(doublings)]
-        spans = [_padded(boundaries[found], np.array(lengths)[found]) for found in members]
+        spans = [_padded(boundaries[group], np.array(lengths)[group]) for group in members]
         order = np.argsort(np.concatenate([tokens.reshape(-1)[real] for tokens, real in spans]))
         return cls(
             longest=max(lengths),
@@ -98,11 +98,11 @@ def packed_attention(
     if packing is None:
         arguments = (module, query, key, value, attention_mask)
         return sdpa_attention_forward(*arguments, scaling=scaling, **requests)
-    asked = [name for name in UNKNOWN_WISHES if requests.get(name) is not None]
-    if asked:
+    unknown = [name for name in UNKNOWN_REQUESTS if requests.get(name) is not None]
+    if unknown:
         raise ModelError(
-            f"learner: {type(module).__name__} asks its attention for {asked[0]}, which packed attention does not do; "
-            'set learner.attention = "masked"'
+            f"learner: {type(module).__name__} asks its attention for {unknown[0]}, which packed attention "
+            'does not do; set learner.attention = "masked"'
         )
     rows = tuple(part[0].transpose(0, 1) for part in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -146,13 +146,15 @@ def fault_of(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[
     Flash kernels take a multiple of 8 as a head's width, and the same for its values.
     """
     try:
-        found = _probe(KERNELS[name](), device, dtype, widths)
+        attended = _probe(KERNELS[name](), device, dtype, widths)
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
         # Of torch's page about backends, the first sentence.
         return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
     expected = _probe(grouped, device, dtype, widths)
     # Not Python's `max`, which may pass over what is not a number.
-    off = torch.stack([(one - other).norm() / other.norm() for one, other in zip(found, expected, strict=True)]).max()
+    off = torch.stack(
+        [(one - other).norm() / other.norm() for one, other in zip(attended, expected, strict=True)]
+    ).max()
     return None if off <= KERNEL_TOLERANCE else f"it differs from plain attention by {off:.1%}"
 
 
@@ -165,7 +167,7 @@ def register_packed_attention() -> str:
 def grouped(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
     """Attend by torch's attention, once per group of trajectories of similar length.
 
-    Padding stands at the end, where causal attention never looks from a real token, so no mask is needed.
+    Padding stands at the end, where causal attention never reads from a real token, so no mask is needed.
     """
     share = query.shape[1] // key.shape[1]
     # The kernel for float32 wants as many heads of each; the other one, without a mask, does not.
@@ -173,8 +175,8 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale
     results = []
     for group in segments.groups:
         q, k, v = (part[group.tokens].transpose(1, 2) for part in (query, *repeated))
-        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        results.append(found.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        results.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
     return torch.cat(results).index_select(0, segments.order)
 
 
@@ -188,10 +190,10 @@ def _flash() -> Kernel:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
         bounds, longest = segments.boundaries, segments.longest
-        found: Tensor = flash_attn_varlen_func(
+        attended: Tensor = flash_attn_varlen_func(
             query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
         )
-        return found
+        return attended
 
     return attend
 
@@ -216,9 +218,9 @@ def _varlen() -> Kernel:
         elif share > 1:
             key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
         bounds, longest = segments.boundaries, segments.longest
-        found = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
-        assert isinstance(found, Tensor), "no auxiliary results are asked for"
-        return found
+        attended = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+        assert isinstance(attended, Tensor), "no auxiliary results are asked for"
+        return attended
 
     return attend
 
@@ -233,9 +235,9 @@ def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, widths: tup
     shapes = [(sum(PROBE_LENGTHS), heads, width) for heads, width in ((4, widths[0]), (2, widths[0]), (2, widths[1]))]
     rows = [torch.randn(shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes]
     with torch.enable_grad():
-        found = kernel(rows[0], rows[1], rows[2], segments, widths[0] ** -0.5)
-        gradients = torch.autograd.grad(found.square().sum() / 2, rows)
-    return [part.detach().float() for part in (found, *gradients)]
+        attended = kernel(rows[0], rows[1], rows[2], segments, widths[0] ** -0.5)
+        gradients = torch.autograd.grad(attended.square().sum() / 2, rows)
+    return [part.detach().float() for part in (attended, *gradients)]
 
 
 def _is_plain(model_config: Any) -> bool:

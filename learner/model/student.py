@@ -1,4 +1,4 @@
-"""The student as the learner runs it: packed grids in, what an objective makes of their completion tokens out."""
+"""Runs the student: packed grids in, what an objective makes of their completion tokens out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +43,7 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
     _disable_dropout(model_config)
     kernel = choose_kernel(config.attention, model_config, device, getattr(torch, config.dtype))
     try:
-        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+        causal_lm, loaded = AutoModelForCausalLM.from_pretrained(
             student.model,
             config=model_config,
             dtype=getattr(torch, config.dtype),
@@ -56,8 +56,8 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip() or type(error).__name__
         raise ModelError(f"student '{student.model}': cannot load its weights: {reason}") from error
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
+    if loaded["missing_keys"]:
+        missing = sorted(loaded["missing_keys"])
         raise ModelError(
             f"student '{student.model}': its safetensors lack {len(missing)} of its parameters, first '{missing[0]}'; "
             "random ones would take their place, so save the whole model again"

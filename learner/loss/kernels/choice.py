@@ -60,7 +60,7 @@ def fault_of(kernels: RowKernels, device: torch.device, whole_vocabulary: bool) 
 
 
 def _probes(kernels: RowKernels, whole_vocabulary: bool) -> dict[str, ObjectiveConfig]:
-    """Return objectives that need each of the kernels that may be used; what they do not know, they are not asked."""
+    """Return objectives that need each of the kernels that may be used."""
     probes = {"softmax": ObjectiveConfig(support="sampled", terms={"main": PolicyGradientTerm()})}
     if whole_vocabulary:
         for name, divergence in DIVERGENCES.items():
