@@ -50,6 +50,7 @@ ANSWER_SECONDS, STAGE_SECONDS = 60.0, 120.0
 HEAD_SETTINGS = ((0, False), (0, True), (16, False), (64, False))  # top-k, entropy
 MAX_OFF_NATS = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of a log-probability, from float64
 MAX_OFF_GRADIENT = 0.01  # of the norm; bfloat16 rounds to 0.004
+ERRORS = (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, Empty, subprocess.TimeoutExpired)
 STAGES, STEPS, MICRO_BATCHES, LEARNING_RATE = (0, 2, 3), 3, 2, 1e-4
 MAX_OFF_ZERO = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # of losses, norms and weights; relative above 1
 
