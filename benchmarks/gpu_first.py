@@ -50,8 +50,9 @@ ANSWER_SECONDS, STAGE_SECONDS = 60.0, 120.0
 HEAD_SETTINGS = ((0, False), (0, True), (16, False), (64, False))  # top-k, entropy
 MAX_OFF_NATS = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of a log-probability, from float64
 MAX_OFF_GRADIENT = 0.01  # of the norm; bfloat16 rounds to 0.004
+ERRORS = (ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError, Empty, subprocess.TimeoutExpired)
 STAGES, STEPS, MICRO_BATCHES, LEARNING_RATE = (0, 2, 3), 3, 2, 1e-4
-MAX_OFF_ZERO = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # of losses, norms and weights, relative
+MAX_OFF_ZERO = {torch.float32: 1e-4, torch.bfloat16: 0.02}  # of losses, norms and weights; relative above 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.folder is not None:
-        print(json.dumps(train(options.zero_stage, options.folder, device)))
+        outcome_of(options.zero_stage, options.folder).write_text(
+            json.dumps(train(options.zero_stage, options.folder, device))
+        )
         return 0
     is_right = True
     for part in options.parts or PARTS:
@@ -85,7 +88,16 @@ def findings_of(part: str, device: torch.device) -> Iterator[Finding]:
     """Yield a part's findings; an error is one more, so that the parts after it run."""
     try:
         yield from PARTS[part](device)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError, Empty, subprocess.TimeoutExpired) as error:
+    except (
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        Empty,
+        subprocess.TimeoutExpired,
+    ) as error:
         yield Finding(f"{type(error).__name__}: {error}", is_right=False)
 
 
@@ -210,11 +222,17 @@ def zero_findings(device: torch.device) -> Iterator[Finding]:
                 last = (child.stderr.strip() or "no message").splitlines()[-1]
                 yield Finding(f"stage {stage} ended with {child.returncode}: {last}", is_right=False)
                 continue
-            outcomes[stage] = json.loads(child.stdout.splitlines()[-1])
-            off = max(abs(one / other - 1) for one, other in zip(outcomes[stage], outcomes[STAGES[0]], strict=True))
+            outcomes[stage] = json.loads(outcome_of(stage, Path(folder)).read_text())
+            pairs = zip(outcomes[stage], outcomes[STAGES[0]], strict=True)
+            off = max(abs(one - other) / max(abs(other), 1.0) for one, other in pairs)
             loss, *norms, weights = outcomes[stage]
             numbers = f"loss {loss:.4f}, norms {' '.join(f'{norm:.5f}' for norm in norms)}, weights {weights:.6f}"
             yield Finding(f"stage {stage}: {numbers}, off by {off:.1e}", off < MAX_OFF_ZERO[zero_scale(device).dtype])
+
+
+def outcome_of(stage: int, folder: Path) -> Path:
+    """Return where a stage's process leaves its numbers; DeepSpeed writes to standard output too."""
+    return folder / f"outcome-{stage}.json"
 
 
 def zero_scale(device: torch.device) -> Scale:
