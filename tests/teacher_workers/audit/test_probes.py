@@ -1,4 +1,4 @@
-"""Which rows an audit asks about, and how their twins differ from them."""
+"""Which rows an audit asks about, and how their perturbed copies differ from them."""
 
 import numpy as np
 
@@ -44,3 +44,11 @@ def test_rows_of_one_token_each_still_have_twins() -> None:
     probes = make_probes([same], ScoreRequest("teacher", given_candidates=True))
     assert ragged(probes.perturbed, "token_ids")[0].tolist() == [7, 7, 7, 7, 0, 7]
     assert ragged(probes.perturbed, "candidate_ids")[0].tolist() == [[7, 7]] * 5
+
+
+def test_a_probe_ends_with_the_first_sampled_span() -> None:
+    mask = np.array([0, 0, 1, 1, 0, 1], np.uint8)
+    row = make_trajectory(
+        token_ids=np.arange(6, dtype=np.int32), loss_mask=mask, rollout_logprobs=-np.ones(3, np.float32)
+    )
+    assert [tokens.tolist() for tokens in choose_rows([make_generated([row])], 1)] == [[0, 1, 2, 3]]
