@@ -9,7 +9,7 @@ from tests.builders import make_trajectory
 from tests.teacher_workers.audit.test_checks import SCORES, make_rows
 
 
-def test_a_twin_differs_in_one_token_and_each_row_in_another_place() -> None:
+def test_a_perturbed_row_differs_in_one_token_and_each_row_in_another_place() -> None:
     rows = make_rows()
     probes = make_probes(rows, SCORES)
     ours, theirs = ragged(probes.rows, "token_ids"), ragged(probes.perturbed, "token_ids")
@@ -39,7 +39,7 @@ def test_the_shortest_rows_that_say_enough_are_chosen_and_long_ones_are_cut() ->
     assert [len(row) for row in choose_rows([batch], 1)] == [12]
 
 
-def test_rows_of_one_token_each_still_have_twins() -> None:
+def test_rows_of_one_token_each_can_still_be_perturbed() -> None:
     same = np.full(6, 7, np.int32)
     probes = make_probes([same], ScoreRequest("teacher", given_candidates=True))
     assert ragged(probes.perturbed, "token_ids")[0].tolist() == [7, 7, 7, 7, 0, 7]
