@@ -17,7 +17,7 @@ from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
 from cluster.actors.replicas import Replicas, Supervision
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle, PoolState, Span
-from cluster.contracts.errors import ActorDiedError, LostBytesError, PreceptorError
+from cluster.contracts.errors import ActorDiedError, LostBytesError, PreceptorError, ScoreError
 from cluster.contracts.metrics import merge
 from cluster.contracts.requests import ScoreRequest
 
@@ -255,7 +255,7 @@ class TeacherPool:
             self.replicas.lose_actor(hop.replica, hop.actor_name, error)
             self.maintain()
             return None
-        except LostBytesError:
+        except (LostBytesError, ScoreError):
             self._forget(answer)
             raise
         self._forget(answer)

@@ -74,9 +74,10 @@ def make_probes(rows: Sequence[Ints], request: ScoreRequest) -> Probes:
 
 
 def _window(token_ids: Ints, loss_mask: np.ndarray) -> Ints:
-    """Return the first scored completion tokens and as much of what stands before them as fits."""
-    first = int(loss_mask.argmax()) if loss_mask.any() else len(token_ids)
-    end = min(len(token_ids), first + MAX_SCORED_TOKENS)
+    """Return the first tokens of the first sampled span, and as much of what stands before them as fits."""
+    sampled = np.flatnonzero(loss_mask)
+    span = sampled[sampled - np.arange(len(sampled)) == sampled[:1]][:MAX_SCORED_TOKENS]
+    end = int(span[-1]) + 1 if len(span) else len(token_ids)
     return np.ascontiguousarray(token_ids[max(0, end - MAX_TOKENS) : end])
 
 

@@ -1,4 +1,4 @@
-"""Which rows an audit asks about, and how their twins differ from them."""
+"""Which rows an audit asks about, and how their perturbed copies differ from them."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from tests.builders import make_trajectory
 from tests.teacher_workers.audit.test_checks import SCORES, make_rows
 
 
-def test_a_twin_differs_in_one_token_and_each_row_in_another_place() -> None:
+def test_a_perturbed_row_differs_in_one_token_and_each_row_in_another_place() -> None:
     rows = make_rows()
     probes = make_probes(rows, SCORES)
     ours, theirs = ragged(probes.rows, "token_ids"), ragged(probes.perturbed, "token_ids")
@@ -39,8 +39,16 @@ def test_the_shortest_rows_that_say_enough_are_chosen_and_long_ones_are_cut() ->
     assert [len(row) for row in choose_rows([batch], 1)] == [12]
 
 
-def test_rows_of_one_token_each_still_have_twins() -> None:
+def test_rows_of_one_token_each_can_still_be_perturbed() -> None:
     same = np.full(6, 7, np.int32)
     probes = make_probes([same], ScoreRequest("teacher", given_candidates=True))
     assert ragged(probes.perturbed, "token_ids")[0].tolist() == [7, 7, 7, 7, 0, 7]
     assert ragged(probes.perturbed, "candidate_ids")[0].tolist() == [[7, 7]] * 5
+
+
+def test_a_probe_ends_with_the_first_sampled_span() -> None:
+    mask = np.array([0, 0, 1, 1, 0, 1], np.uint8)
+    row = make_trajectory(
+        token_ids=np.arange(6, dtype=np.int32), loss_mask=mask, rollout_logprobs=-np.ones(3, np.float32)
+    )
+    assert [tokens.tolist() for tokens in choose_rows([make_generated([row])], 1)] == [[0, 1, 2, 3]]
