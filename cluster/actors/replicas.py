@@ -186,7 +186,7 @@ class Replicas:
 
     @property
     def prepared(self) -> list[ActorHandle]:
-        """Return the actors that serve, or were asked for all that they need before they do."""
+        """Return the actors that serve, or were sent all that they need before they do."""
         return [
             member.actor for member in self._members.values() if member.actor and (member.serves or member.is_prepared)
         ]
