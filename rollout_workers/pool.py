@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 
 from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
-from cluster.actors.replicas import Replicas, Supervision
+from cluster.actors.replicas import Pool, Replicas, Supervision
 from cluster.config.run_config import EnvironmentConfig, StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle, PoolState, Span
@@ -51,7 +51,7 @@ class _Assignment:
     sent_at: float = 0.0  # on the clock of `perf_counter`
 
 
-class RolloutPool:
+class RolloutPool(Pool):
     """Spreads requests over rollout actors and hands back batches as they finish anywhere.
 
     The others take over at once what a dead worker owes; the worker is started again, gets the prompts and the current
@@ -78,12 +78,12 @@ class RolloutPool:
             cluster: makes the actors and waits for their answers.
             supervision: how often dead ones are started again; None: never.
         """
-        self._timeouts = timeouts
         self._name = name
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
         self.cluster = cluster
-        self._replicas = Replicas(name, ROLLOUT_ACTOR, lambda _name: (settings,), options, cluster, supervision)
-        self._replicas.prepare_with(self._prepare)
+        replicas = Replicas(name, ROLLOUT_ACTOR, lambda _name: (settings,), options, cluster, supervision)
+        super().__init__(f"pool {name}", replicas, timeouts)
+        replicas.prepare_with(self._prepare)
         self._lengths = ExpectedLengths(lambda prompt_id: "")
         self._prompts: Any = None  # reference to the prompts' wire bytes
         self._bring_weights: Callable[[ActorHandle], Any] | None = None
@@ -95,16 +95,7 @@ class RolloutPool:
     @property
     def actors(self) -> list[ActorHandle]:
         """Return the actors whose weights are kept current; the learner's sender calls their weight verbs."""
-        return self._replicas.prepared
-
-    def wait_until_ready(self) -> None:
-        """Wait for every engine.
-
-        Raises:
-            ModelError: vLLM cannot serve the model.
-            ActorError: an actor died or took too long; says which.
-        """
-        self._replicas.wait_until_ready(self._timeouts.start_seconds, f"pool {self._name} to start")
+        return self.replicas.prepared
 
     def set_prompts(self, prompts: PromptSet) -> None:
         """Give every actor the prompts; their bytes go into the object store once."""
@@ -115,26 +106,9 @@ class RolloutPool:
             self._prompts,
             timeout_seconds=self._timeouts.call_seconds,
             waiting_for=f"set_prompts in pool {self._name}",
-            names=[self._replicas.name(worker) for worker in self._replicas.serving],
+            names=[self.replicas.name(worker) for worker in self.replicas.serving],
         )
         self._lengths = ExpectedLengths(prompts.domain)
-
-    @property
-    def size(self) -> int:
-        """Return how many workers take requests, or will when they have started."""
-        return self._replicas.size
-
-    @property
-    def staying(self) -> list[ActorHandle]:
-        """Return the actors that serve, those first that stay when the pool shrinks."""
-        return self._replicas.staying
-
-    def resize(self, size: int) -> None:
-        """Start workers, or let some leave when they owe nothing more; returns at once.
-
-        New ones are given the prompts and the current weights, and take part in what is submitted from then on.
-        """
-        self._replicas.resize(size)
 
     def bring_weights_with(self, bring: Callable[[ActorHandle], Any]) -> None:
         """Set how a worker that was started again gets the current weights; returns a reference that is ready then."""
@@ -148,7 +122,7 @@ class RolloutPool:
             requests: the trajectories to sample.
             sampling: how to sample.
         """
-        serving = self._replicas.serving
+        serving = self.replicas.serving
         if not serving:
             self._unassigned.append((rollout, requests, sampling))
             return
@@ -164,7 +138,7 @@ class RolloutPool:
         """
         taken = (self._take(reference) for reference in ready if reference in self._awaited)
         handles = [handle for handle in taken if handle is not None]
-        if self._replicas.admit_started(ready):
+        if self.replicas.admit_started(ready):
             unassigned, self._unassigned = self._unassigned, []
             for rollout, requests, sampling in unassigned:
                 self.submit(rollout, requests, sampling)
@@ -175,35 +149,35 @@ class RolloutPool:
 
         They are of batches that are owed, and of what starting workers do; `collect` takes those that are ready.
         """
-        for worker in self._replicas.maintain():
+        for worker in self.replicas.maintain():
             self._reassign(worker)
-        for worker in self._replicas.leaving:
+        for worker in self.replicas.leaving:
             if all(awaited.worker != worker for awaited in self._awaited.values()):
-                self._replicas.retire(worker)
-        return [*self._awaited, *self._replicas.arriving]
+                self.replicas.retire(worker)
+        return [*self._awaited, *self.replicas.arriving]
 
     def abandon(self) -> None:
         """Forget all rollouts, and let weights of an earlier policy version follow."""
         self._awaited.clear()
         self._unassigned.clear()
-        for worker in self._replicas.serving:
+        for worker in self.replicas.serving:
             try:
-                answer = self._replicas.actor(worker).abandon.remote()
-                waiting_for = f"{self._replicas.name(worker)} to abandon its rollouts"
+                answer = self.replicas.actor(worker).abandon.remote()
+                waiting_for = f"{self.replicas.name(worker)} to abandon its rollouts"
                 self.cluster.get(answer, self._timeouts.call_seconds, waiting_for)
             except PreceptorError as error:  # it died, or an update of its weights never ended
-                self._replicas.lose(worker, error)
+                self.replicas.lose(worker, error)
 
     def state(self) -> PoolState:
         """Return which workers serve, and how many trajectories are owed."""
         owed = [assignment.requests for assignment in self._awaited.values()]
         owed += [requests for _, requests, _ in self._unassigned]
-        return self._replicas.state(self._name, sum(map(len, owed)))
+        return self.replicas.state(self._name, sum(map(len, owed)))
 
     def late(self) -> str:
         """Name the workers that owe a batch, or are on their way."""
         owing = sorted({awaited.worker for awaited in self._awaited.values()})
-        names = [self._replicas.name(worker) for worker in owing]
+        names = [self.replicas.name(worker) for worker in owing]
         return ", ".join(names or [f"{self._name}, of which none serves"] * bool(self._unassigned))
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> Iterator[BatchHandle]:
@@ -217,24 +191,20 @@ class RolloutPool:
             ready = self.cluster.wait_for_any(self.maintain, self._timeouts.call_seconds, waiting_for)
             yield from self.collect(ready)
 
-    def shutdown(self) -> None:
-        """End engines and actors; no process stays."""
-        self._replicas.shutdown()
-
     def _take(self, reference: Any) -> BatchHandle | None:
         """Return a batch that is there, or nothing when its worker died."""
         awaited = self._awaited.pop(reference)
-        waiting_for = f"a batch from {self._replicas.name(awaited.worker)}"
+        waiting_for = f"a batch from {self.replicas.name(awaited.worker)}"
         try:
             handle: BatchHandle = self.cluster.get(reference, self._timeouts.call_seconds, waiting_for)
         except ActorDiedError as error:
             self._awaited[reference] = awaited
-            self._replicas.lose(awaited.worker, error)
+            self.replicas.lose(awaited.worker, error)
             self._reassign(awaited.worker)
             return None
         span = Span(
             self._name,
-            self._replicas.name(awaited.worker),
+            self.replicas.name(awaited.worker),
             "generate",
             awaited.sent_at,
             perf_counter(),
@@ -255,14 +225,14 @@ class RolloutPool:
         owed = {reference: awaited for reference, awaited in self._awaited.items() if awaited.worker == worker}
         for reference in owed:
             del self._awaited[reference]
-        name = self._replicas.name(worker)
+        name = self.replicas.name(worker)
         for awaited in owed.values():
             _log.warning("%d trajectories of %s are requested again", len(awaited.requests), name)
             self.submit(awaited.rollout, awaited.requests, awaited.sampling)
 
     def _send(self, method: str, assignment: _Assignment, *args: Any) -> None:
         """Call a worker for the next batch of an assignment; the key is the reference to its handle."""
-        call = getattr(self._replicas.actor(assignment.worker), method).options(num_returns=2)
+        call = getattr(self.replicas.actor(assignment.worker), method).options(num_returns=2)
         wire, handle = call.remote(assignment.call, *args)
         self._awaited[handle] = replace(assignment, wire=wire, sent_at=perf_counter())
 

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
-from ray.actor import ActorHandle
-
 from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
-from cluster.actors.replicas import Replicas, Supervision
+from cluster.actors.replicas import Pool, Replicas, Supervision
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle, PoolState, Span
 from cluster.contracts.errors import ActorDiedError, LostBytesError, PreceptorError, ScoreError
@@ -156,11 +154,13 @@ def start_pool(
     return TeacherPool(name, replicas, timeouts)
 
 
-class TeacherPool:
+class TeacherPool(Pool):
     """Holds the batches of one teacher; each goes to the replica with the fewest tokens still to score.
 
     A replica that dies is started again; the batches that it had are lost, and are to be submitted once more.
     """
+
+    replicas: TeacherReplicas
 
     def __init__(
         self, name: str, replicas: TeacherReplicas, timeouts: PoolTimeouts, checkpoint: str = "", in_slot: bool = False
@@ -174,10 +174,9 @@ class TeacherPool:
             checkpoint: its backend's identity of it; "": not known yet.
             in_slot: whether the replicas serve other teachers too, so that they must be given the name.
         """
+        super().__init__(f"teacher {name}", replicas, timeouts)
         self.name = name
-        self.replicas = replicas
         self.checkpoint = checkpoint
-        self._timeouts = timeouts
         self._more_arguments = (name,) if in_slot else ()
         self._hops: dict[Any, Hop] = {}  # by the reference to the scored batch's handle
         self._lost: list[Hop] = []
@@ -189,32 +188,9 @@ class TeacherPool:
         return self.replicas.teachers[self.name]
 
     @property
-    def size(self) -> int:
-        """Return how many replicas take batches, or will when they have started."""
-        return self.replicas.size
-
-    @property
-    def staying(self) -> list[ActorHandle]:
-        """Return the actors that serve, those first that stay when the pool shrinks."""
-        return self.replicas.staying
-
-    @property
     def outstanding(self) -> Mapping[Any, Hop]:
         """Return the batches that replicas have, by the references to wait for."""
         return self._hops
-
-    def wait_until_ready(self) -> None:
-        """Wait for every replica.
-
-        Raises:
-            PreceptorError: a backend cannot serve the teacher.
-            ActorError: an actor died or took too long; says which.
-        """
-        self.replicas.wait_until_ready(self._timeouts.start_seconds, f"teacher {self.name} to start")
-
-    def resize(self, size: int) -> None:
-        """Start replicas, or let some leave when they have scored what they were given; returns at once."""
-        self.replicas.resize(size)
 
     def serving(self) -> dict[int, str]:
         """Return the replicas that take batches, and the names of their actors, which change when they start again."""
@@ -314,10 +290,6 @@ class TeacherPool:
         if not late and not self.replicas.serving:
             return f"teacher {self.name}, of which no replica serves"
         return ", ".join(self.replicas.name(replica) for replica in late)
-
-    def shutdown(self) -> None:
-        """End engines and actors; no process stays."""
-        self.replicas.shutdown()
 
     def _span(self, hop: Hop) -> Span:
         worker, num_rows = self.replicas.name(hop.replica), len(hop.handle.trajectory_ids)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from cluster.actors.cluster import Cluster
+from cluster.actors.cluster import Cluster, PoolTimeouts
 from cluster.actors.liveness import Watch
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
@@ -186,7 +186,7 @@ class Replicas:
 
     @property
     def prepared(self) -> list[ActorHandle]:
-        """Return the actors that serve, or were asked for all that they need before they do."""
+        """Return the actors that serve, or were sent all that they need before they do."""
         return [
             member.actor for member in self._members.values() if member.actor and (member.serves or member.is_prepared)
         ]
@@ -334,3 +334,38 @@ class Replicas:
     def _forget(self, member: _Member) -> None:
         if self._supervision.watch:
             self._supervision.watch.forget(member.name)
+
+
+class Pool:
+    """Holds what is common to the pools of rollout and teacher workers."""
+
+    def __init__(self, label: str, replicas: Replicas, timeouts: PoolTimeouts) -> None:
+        """Take the replicas, the name that errors have for them, and how long to wait for them."""
+        self._label, self.replicas, self._timeouts = label, replicas, timeouts
+
+    def wait_until_ready(self) -> None:
+        """Wait for every replica.
+
+        Raises:
+            PreceptorError: what an actor raised, such as ModelError.
+            ActorError: an actor died or took too long; says which.
+        """
+        self.replicas.wait_until_ready(self._timeouts.start_seconds, f"{self._label} to start")
+
+    @property
+    def size(self) -> int:
+        """Return how many replicas take work, or will when they have started."""
+        return self.replicas.size
+
+    @property
+    def staying(self) -> list[ActorHandle]:
+        """Return the actors that serve, those first that stay when the pool shrinks."""
+        return self.replicas.staying
+
+    def resize(self, size: int) -> None:
+        """Start replicas, or let some leave when they have done what they were given; returns at once."""
+        self.replicas.resize(size)
+
+    def shutdown(self) -> None:
+        """End engines and actors; no process stays."""
+        self.replicas.shutdown()

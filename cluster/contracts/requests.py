@@ -1,9 +1,10 @@
 """Defines what the driver requests of rollout and teacher workers, and what rollout engines answer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from cluster.contracts.trajectory import FinishReason, Floats, Ints
+if TYPE_CHECKING:  # the run file's types need no schema
+    from cluster.contracts.trajectory import FinishReason, Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class RolloutRequest:
 class Completion:
     """Holds what an engine sampled in one turn of a trajectory."""
 
-    token_ids: Ints  # [completion_tokens], the EOS token included when it was sampled
-    logprobs: Floats  # [completion_tokens] under the sampling distribution
-    finish_reason: FinishReason
-    policy_versions: Ints  # [completion_tokens] that sampled each token; 0: the weights that the engine started with
-    candidate_ids: Ints | None = None  # [completion_tokens, k] as the sampling settings ask
-    candidate_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
+    token_ids: "Ints"  # [completion_tokens], the EOS token included when it was sampled
+    logprobs: "Floats"  # [completion_tokens] under the sampling distribution
+    finish_reason: "FinishReason"
+    policy_versions: "Ints"  # [completion_tokens] that sampled each token; 0: the weights that the engine started with
+    candidate_ids: "Ints | None" = None  # [completion_tokens, k] as the sampling settings ask
+    candidate_logprobs: "Floats | None" = None  # [completion_tokens, k] under the sampling distribution
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`preceptor plan`: how long a run's steps are going to take on how many GPUs, before anything is bought or started."""
+"""Predicts for `preceptor plan` how long a run's steps take on how many GPUs, before any is bought or started."""
 
 import json
 import sys
@@ -17,13 +17,13 @@ from cluster.simulation.search import PREDICTED_STEPS, Plan, Widths, find_split
 from cluster.simulation.simulated_run import Demand, Prediction, Split, simulate
 
 SHOWN_ALTERNATIVES = 5
-COLORS = ("#4477aa", "#ee6677", "#228833")  # told apart by colour-blind readers too
+COLORS = ("#4477aa", "#ee6677", "#228833")  # distinct for colour-blind readers too
 INCHES, DOTS_PER_INCH = (9.0, 3.6), 120
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is shown of a plan."""
+    """Shows a plan as text, JSON or picture."""
 
     widths: Widths
     as_written: Prediction  # the sizes of the run file
@@ -31,37 +31,37 @@ class Report:
 
     @property
     def named(self) -> dict[str, Prediction]:
-        """Return what is predicted of the whole run, by what it is called."""
+        """Return what is predicted of the whole run, by the name that is shown."""
         return {"run file": self.as_written} | ({"best": self.plan.best} if self.plan else {})
 
     def lines(self) -> list[str]:
         """Return the table, line by line."""
         lines = []
-        for name, found in self.named.items():
-            num_gpus = sum(self.widths.gpus_of(found.split).values())
-            lines.append(f"{name}: {found.split} ({num_gpus} GPUs)")
-            lines.append(
-                f"  step {found.mean_step_seconds:.4g} s, {found.completion_tokens_per_second:,.0f} completion tokens/s"
-            )
-            idle = (f"{pool} {share:.0%}" for pool, share in found.idle_shares.items())
+        for name, predicted in self.named.items():
+            num_gpus = sum(self.widths.gpus_of(predicted.split).values())
+            lines.append(f"{name}: {predicted.split} ({num_gpus} GPUs)")
+            tokens_per_second = f"{predicted.completion_tokens_per_second:,.0f} completion tokens/s"
+            lines.append(f"  step {predicted.mean_step_seconds:.4g} s, {tokens_per_second}")
+            idle = (f"{pool} {share:.0%}" for pool, share in predicted.idle_shares.items())
             lines.append(f"  idle: {', '.join(idle)}")
         if self.plan:
             scale = "" if self.plan.scale == 1 else f", in runs {self.plan.scale} times smaller"
             lines.append(f"splits tried: {len(self.plan.tried)}{scale}; the best of them:")
-            lines += [f"  {found.mean_step_seconds:10.4g} s  {found.split}" for found in self._alternatives()]
+            best = sorted(self.plan.tried, key=lambda predicted: predicted.mean_step_seconds)[:SHOWN_ALTERNATIVES]
+            lines += [f"  {predicted.mean_step_seconds:10.4g} s  {predicted.split}" for predicted in best]
         return lines
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as JSON values."""
         return {
             name.replace(" ", "_"): {
-                "workers": found.split.sizes,
-                "gpus": self.widths.gpus_of(found.split),
-                "step_seconds": found.mean_step_seconds,
-                "completion_tokens_per_second": found.completion_tokens_per_second,
-                "idle_shares": dict(found.idle_shares),
+                "workers": predicted.split.sizes,
+                "gpus": self.widths.gpus_of(predicted.split),
+                "step_seconds": predicted.mean_step_seconds,
+                "completion_tokens_per_second": predicted.completion_tokens_per_second,
+                "idle_shares": dict(predicted.idle_shares),
             }
-            for name, found in self.named.items()
+            for name, predicted in self.named.items()
         }
 
     def draw(self, output: Path) -> None:
@@ -88,10 +88,10 @@ class Report:
     def _draw_idle(self, axes: Any) -> None:
         pools = list(self.as_written.idle_shares)
         width = 0.8 / len(self.named)
-        for position, (name, found) in enumerate(self.named.items()):
+        for position, (name, predicted) in enumerate(self.named.items()):
             at = [index + position * width for index in range(len(pools))]
-            shares = [100 * found.idle_shares[pool] for pool in pools]
-            label = f"{name}: {found.mean_step_seconds:.3g} s per step"
+            shares = [100 * predicted.idle_shares[pool] for pool in pools]
+            label = f"{name}: {predicted.mean_step_seconds:.3g} s per step"
             axes.bar(at, shares, width, color=COLORS[position], label=label)
         axes.set_xticks([index + 0.4 - width / 2 for index in range(len(pools))], pools, fontsize=8)
         axes.set(ylabel="idle (%)", ylim=(0, 100))
@@ -107,19 +107,15 @@ class Report:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=7)
 
-    def _scatter(self, axes: Any, found: Sequence[Prediction], color: str, label: str) -> None:
-        gpus = [self.widths.gpus_of(one.split) for one in found]
+    def _scatter(self, axes: Any, predictions: Sequence[Prediction], color: str, label: str) -> None:
+        gpus = [self.widths.gpus_of(one.split) for one in predictions]
         shares = [100 * of_pools["rollout"] / sum(of_pools.values()) for of_pools in gpus]
-        axes.plot(shares, [one.mean_step_seconds for one in found], "o", color=color, markersize=4, label=label)
-
-    def _alternatives(self) -> list[Prediction]:
-        assert self.plan is not None
-        return sorted(self.plan.tried, key=lambda found: found.mean_step_seconds)[:SHOWN_ALTERNATIVES]
+        axes.plot(shares, [one.mean_step_seconds for one in predictions], "o", color=color, markersize=4, label=label)
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the command line asks for."""
+    """Holds the options of the command line."""
 
     rates: Path  # a rates file, or the directory of a run that is over
     num_gpus: int | None  # None: predict the run file's own sizes only
@@ -129,7 +125,7 @@ class PlanOptions:
 
 
 def print_plan(config: Config, options: PlanOptions) -> None:
-    """Predict the run file's sizes, look for better ones, and print what was found.
+    """Predict the run file's sizes, look for better ones, and print both.
 
     Raises:
         ConfigError: the rates are missing, malformed or of another run, or the GPUs are too few.
@@ -164,7 +160,7 @@ def check_pools(config: Config) -> None:
         if others:
             raise ConfigError(
                 f"teachers.{first} and teachers.{others[0]} take turns in the slot '{config.teachers[first].slot}', "
-                f"which a plan knows nothing of; plan with teachers.{others[0]}.slot of another name"
+                f"which a plan does not simulate; plan with teachers.{others[0]}.slot of another name"
             )
     if config.ray.share_gpu:
         raise ConfigError("ray.share_gpu: a plan gives every pool GPUs of its own; plan with ray.share_gpu=false")

@@ -1,4 +1,4 @@
-"""How fast each stage is: what `preceptor plan` is told, as JSON, or reads from a run that is over."""
+"""Reads how fast each stage is: from a JSON file for `preceptor plan`; measured_rates.py reads a finished run."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from cluster.contracts.files import read_text
 
 MAX_RATES_BYTES = 1 << 24
 STANDARD_NORMAL = NormalDist()
-SMALLEST_PART = 1e-12  # of the lengths below which none is asked for: at 0 the normal distribution has no value
+SMALLEST_PART = 1e-12  # of the lengths; at 0 the normal distribution has no value
 Lengths = Annotated[tuple[Positive, ...], Meta(min_length=1, max_length=100_000)]
 
 
 class LogNormal(Section, frozen=True):
-    """Lengths whose logarithms are normally distributed, cut off at the longest."""
+    """Describes lengths whose logarithms are normally distributed, cut off at the longest."""
 
     median: Positive
     sigma: NonNegative
@@ -31,7 +31,7 @@ class LogNormal(Section, frozen=True):
 
 
 class RolloutRates(Section, frozen=True):
-    """One rollout worker.
+    """Describes one rollout worker.
 
     `seconds_per_token` are points [sequences that run together, seconds in which each of them gets a token], with the
     number of sequences rising. Between two points it is on the line through them, beyond the last one on the line
@@ -53,7 +53,7 @@ class RolloutRates(Section, frozen=True):
 
 
 class TeacherRates(Section, frozen=True):
-    """One replica of a teacher."""
+    """Describes one replica of a teacher."""
 
     tokens_per_second: Positive  # prompt and completion
     seconds_per_pass: NonNegative = 0.0  # of the batches that it reads together, however few tokens they have
@@ -61,7 +61,7 @@ class TeacherRates(Section, frozen=True):
 
 
 class LearnerRates(Section, frozen=True):
-    """One rank of the learner."""
+    """Describes one rank of the learner."""
 
     tokens_per_second: Positive  # prompt and completion, forward and backward
     seconds_per_micro_batch: NonNegative = 0.0
@@ -69,14 +69,14 @@ class LearnerRates(Section, frozen=True):
 
 
 class Rates(Section, frozen=True):
-    """All stages of a run on its hardware."""
+    """Describes all stages of a run on its hardware."""
 
     rollout: RolloutRates
     teachers: Annotated[dict[str, TeacherRates], Meta(min_length=1)]
     learner: LearnerRates
     sync_seconds: NonNegative = 0.0  # of bringing new weights to all rollout workers, which write nothing meanwhile
     seconds_per_call: NonNegative = 0.0005  # of the driver's own time, for each call to a worker
-    source: str = field(default="")  # where the figures are from
+    source: str = field(default="")  # where they are from
 
 
 def read_rates(path: Path, config: Config) -> Rates:
@@ -103,17 +103,17 @@ def check_rates(rates: Rates, config: Config, source: str) -> None:
     missing = [name for name in config.teachers if name not in rates.teachers]
     if missing:
         raise ConfigError(
-            f"{source}: teachers has no rates of {missing[0]!r}, which the run names; found {sorted(rates.teachers)}"
+            f"{source}: teachers has no rates of {missing[0]!r}, which the run names; it has {sorted(rates.teachers)}"
         )
     if not any(rates.teachers[name].share for name in config.routes):
         raise ConfigError(f"{source}: teachers: share is 0 for all of {config.routes}; set the shares of trajectories")
 
 
-def pace(points: Sequence[tuple[int, float]], running: int) -> float:
+def seconds_per_token(points: Sequence[tuple[int, float]], running: int) -> float:
     """Return the seconds per token of each of so many sequences.
 
     Example:
-        >>> [pace([(1, 2.0), (3, 4.0)], running) for running in (1, 2, 5)]
+        >>> [seconds_per_token([(1, 2.0), (3, 4.0)], running) for running in (1, 2, 5)]
         [2.0, 3.0, 6.0]
     """
     if running <= points[0][0] or len(points) == 1:
@@ -123,7 +123,7 @@ def pace(points: Sequence[tuple[int, float]], running: int) -> float:
     return max(low + (high - low) * (running - left) / (right - left), 1e-12)
 
 
-def draw(lengths: Sequence[float] | LogNormal, num: int, random: np.random.Generator) -> list[int]:
+def sample_lengths(lengths: Sequence[float] | LogNormal, num: int, random: np.random.Generator) -> list[int]:
     """Return so many lengths, of at least 1 token, in any order: one from each of as many equal parts of them all.
 
     Their mean is then nearly that of the distribution, where as many independent ones would miss it by percents.

@@ -1,8 +1,8 @@
 """Looks for the split of a number of GPUs whose steps are the shortest, in simulated time.
 
 From the split that gives every pool its share of the work, GPUs are moved from pool to pool, many at a time at first,
-as long as that makes steps shorter. A large run is searched as a small one with the same ratios of everything; what is
-found is then simulated in full.
+as long as that makes steps shorter. A large run is searched as a small one with the same ratios of everything; the best
+is then simulated in full.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,11 +12,11 @@ import msgspec
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError
-from cluster.simulation.rates import Rates, pace
+from cluster.simulation.rates import Rates, seconds_per_token
 from cluster.simulation.simulated_run import Demand, Prediction, Split, simulate
 
-ROWS_OF_A_SMALL_RUN = 256  # per step; the search's time grows with them, what it finds hardly changes
-SEARCHED_STEPS, PREDICTED_STEPS = 3, 6  # that are simulated of each split; of the one that was found, and its like
+ROWS_OF_A_SMALL_RUN = 256  # per step; the search's time grows with them, its result hardly changes
+SEARCHED_STEPS, PREDICTED_STEPS = 3, 6  # simulated of each split; of the best one
 FINER = 4  # times as large is the second run that is searched
 LEAST_GAIN = 0.005  # of a step's seconds; below it a move is not worth while
 
@@ -25,7 +25,7 @@ Gpus = dict[str, int]  # of each pool, by its name on the command line
 
 @dataclass(frozen=True)
 class Widths:
-    """How many GPUs one worker of each pool takes, and the fewest workers it can have."""
+    """Says how many GPUs one worker of each pool takes, and the fewest workers it can have."""
 
     gpus: Mapping[str, int]
     fewest: Mapping[str, int]
@@ -56,7 +56,7 @@ class Widths:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the search found."""
+    """Holds the best split that the search tried."""
 
     best: Prediction
     tried: tuple[Prediction, ...]  # in the order in which they were tried, of the last run that was searched
@@ -65,7 +65,7 @@ class Plan:
 
 @dataclass
 class _Search:
-    """Splits of one run that were tried, so that none is simulated twice."""
+    """Tries splits of one run, and simulates none twice."""
 
     config: Config
     rates: Rates
@@ -91,12 +91,9 @@ class _Search:
         """Return the best split that one move leads to, if it is better."""
         now = self.predict(self.widths.split(gpus)).mean_step_seconds
         moves = {str(self.widths.split(other)): other for other in self._moves(gpus, moved)}
-        found = min(
-            moves.values(), key=lambda other: self.predict(self.widths.split(other)).mean_step_seconds, default=None
-        )
-        if found is None or self.predict(self.widths.split(found)).mean_step_seconds > now * (1 - LEAST_GAIN):
-            return None
-        return found
+        seconds = {name: self.predict(self.widths.split(other)).mean_step_seconds for name, other in moves.items()}
+        best = min(seconds, key=seconds.__getitem__, default=None)
+        return moves[best] if best is not None and seconds[best] <= now * (1 - LEAST_GAIN) else None
 
     def _moves(self, gpus: Gpus, moved: int) -> Iterator[Gpus]:
         for giver in gpus:
@@ -110,7 +107,7 @@ class _Search:
 
 
 def find_split(config: Config, rates: Rates, num_gpus: int) -> Plan:
-    """Return the split of so many GPUs whose steps are the shortest, as far as the search sees.
+    """Return the split of so many GPUs whose steps are the shortest, as far as the search goes.
 
     Raises:
         ConfigError: so few GPUs do not hold one worker of each pool and the learner's ranks.
@@ -125,7 +122,7 @@ def find_split(config: Config, rates: Rates, num_gpus: int) -> Plan:
     search = _Search(*_scaled(config, rates, scale), SEARCHED_STEPS)
     gpus = shares(search.config, rates, search.widths, num_gpus // scale)
     gpus = search.descend(gpus, most_moved=max(1, num_gpus // scale // 8))
-    if scale >= 2 * FINER:  # another search, of a larger run, around what was found
+    if scale >= 2 * FINER:  # another search, of a larger run, around the first's best
         scale //= FINER
         search = _Search(*_scaled(config, rates, scale), SEARCHED_STEPS)
         gpus = {name: num * FINER for name, num in gpus.items()}
@@ -151,8 +148,8 @@ def shares(config: Config, rates: Rates, widths: Widths, num_gpus: int) -> Gpus:
     gpus = {name: widths.gpus[name] * widths.fewest[name] for name in work}
     while True:
         # The next worker goes where the work of a GPU is the longest.
-        room = num_gpus - sum(gpus.values())
-        fitting = [name for name in work if widths.gpus[name] <= room]
+        left = num_gpus - sum(gpus.values())
+        fitting = [name for name in work if widths.gpus[name] <= left]
         if not fitting:
             return gpus
         needy = max(fitting, key=lambda name: work[name] / gpus[name])
@@ -164,7 +161,7 @@ def work_seconds(config: Config, rates: Rates, widths: Widths) -> dict[str, floa
     prompt_tokens, completion_tokens = Demand(config, rates).tokens_per_step()
     tokens = prompt_tokens + completion_tokens
     points, most = rates.rollout.seconds_per_token, config.rollout.engine.max_concurrent_sequences
-    rollout = completion_tokens * min(pace(points, running) / running for running in (1, most))
+    rollout = completion_tokens * min(seconds_per_token(points, running) / running for running in (1, most))
     work = {"rollout": rollout * widths.gpus["rollout"]}
     shares_of_routes = sum(rates.teachers[route].share for route in config.routes)
     for name in config.teachers:

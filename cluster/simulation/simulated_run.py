@@ -1,4 +1,4 @@
-"""A run in simulated time: the real flow, permits, pools and learner group over workers that only take their time."""
+"""Runs steps in simulated time: the real flow, permits, pools and learner group over workers that only take time."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ from cluster.config.run_config import Config
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.run.driver import Permits
 from cluster.run.flow import Flow, StepBatches
-from cluster.simulation.rates import Rates, draw
+from cluster.simulation.rates import Rates, sample_lengths
 from cluster.simulation.simulated_cluster import SimulatedCluster, SimulatedTime
 from cluster.simulation.simulated_workers import (
     LearnerClock,
-    Row,
     SimulatedRank,
     SimulatedRolloutWorker,
     SimulatedTeacherWorker,
+    Trajectory,
 )
 from learner.group import LEARNER_ACTOR, LearnerGroup
 from rollout_workers.pool import ROLLOUT_ACTOR, RolloutActorSettings, RolloutPool
@@ -29,66 +29,66 @@ from teacher_workers.pool import TEACHER_ACTOR, start_pool
 from teacher_workers.router import TeacherRouter
 
 GOLDEN_RATIO = 0.618033988749895  # multiples of it, modulo 1, fill [0, 1) evenly
-STEPS_AT_ONCE = 8  # whose lengths are drawn together: a step has its share of luck, all of them have little
+STEPS_AT_ONCE = (
+    8  # whose lengths are sampled together: their mean is close to the distribution's, that of one step is not
+)
 
 
 class Demand:
-    """Draws the trajectories of some steps when one of them is first asked for, from the run's seed alone."""
+    """Samples the trajectories of some steps when the first of them is requested, from the run's seed alone."""
 
     def __init__(self, config: Config, rates: Rates, num_prompts: int | None = None) -> None:
-        """Take the run, its rates, and how many prompts there are; None: none is asked twice."""
+        """Take the run, its rates, and how many prompts there are; None: none is repeated."""
         self._config, self._rates, self._num_prompts = config, rates, num_prompts
         self._rows_per_step = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
-        self._steps: dict[int, list[Row]] = {}
+        self._steps: dict[int, list[Trajectory]] = {}
         shares = [rates.teachers[name].share for name in config.routes]
         self._until = [share / sum(shares) for share in accumulate(shares)]
 
     def requests(self, step: int) -> list[RolloutRequest]:
-        """Return what a step asks for."""
+        """Return the requests of a step."""
         samples = self._config.rollout.samples_per_prompt
         return [
             RolloutRequest(row.trajectory_id, row.prompt_id, index % samples, seed=0)
-            for index, row in enumerate(self._rows(step))
+            for index, row in enumerate(self._trajectories(step))
         ]
 
-    def row(self, request: RolloutRequest) -> Row:
-        """Return what becomes of a request."""
+    def trajectory(self, request: RolloutRequest) -> Trajectory:
+        """Return the trajectory that answers a request."""
         step, index = divmod(request.trajectory_id, self._rows_per_step)
-        return self._rows(step)[index]
+        return self._trajectories(step)[index]
 
     def tokens_per_step(self) -> tuple[float, float]:
         """Return the mean prompt and completion tokens of a step."""
-        rows = [row for step in range(STEPS_AT_ONCE) for row in self._rows(step)]
+        rows = [row for step in range(STEPS_AT_ONCE) for row in self._trajectories(step)]
         tokens = sum(row.prompt_tokens for row in rows), sum(row.completion_tokens for row in rows)
         return tokens[0] / STEPS_AT_ONCE, tokens[1] / STEPS_AT_ONCE
 
-    def _rows(self, step: int) -> list[Row]:
+    def _trajectories(self, step: int) -> list[Trajectory]:
         if step not in self._steps:
-            self._draw(step // STEPS_AT_ONCE)
+            self._sample(step // STEPS_AT_ONCE)
         return self._steps[step]
 
-    def _draw(self, block: int) -> None:
+    def _sample(self, block: int) -> None:
         random = np.random.default_rng([self._config.run.seed, block])
         num_prompts, num_rows = self._config.prompts.prompts_per_step, self._rows_per_step
-        prompts = draw(self._rates.rollout.prompt_tokens, STEPS_AT_ONCE * num_prompts, random)
-        completions = draw(self._rates.rollout.completion_tokens, STEPS_AT_ONCE * num_rows, random)
+        prompts = sample_lengths(self._rates.rollout.prompt_tokens, STEPS_AT_ONCE * num_prompts, random)
+        completions = sample_lengths(self._rates.rollout.completion_tokens, STEPS_AT_ONCE * num_rows, random)
         for index in range(STEPS_AT_ONCE):
             step = block * STEPS_AT_ONCE + index
             of_step = slice(index * num_prompts, (index + 1) * num_prompts)
             self._steps[step] = self._step(step, prompts[of_step], completions[index * num_rows :][:num_rows])
 
-    def _step(self, step: int, prompts: Sequence[int], completions: Sequence[int]) -> list[Row]:
+    def _step(self, step: int, prompts: Sequence[int], completions: Sequence[int]) -> list[Trajectory]:
         samples, longest = self._config.rollout.samples_per_prompt, self._config.rollout.max_completion_tokens
-        rows = []
-        for index, completion_tokens in enumerate(completions):
+        trajectories = []
+        for index, length in enumerate(completions):
             prompt = step * len(prompts) + index // samples
             prompt_id = prompt % self._num_prompts if self._num_prompts else prompt
-            trajectory_id = step * self._rows_per_step + index
             teacher = self._teacher(prompt_id)
-            rows.append(
-                Row(trajectory_id, prompt_id, prompts[index // samples], min(completion_tokens, longest), teacher)
-            )
-        return rows
+            trajectory_id, prompt_tokens = step * self._rows_per_step + index, prompts[index // samples]
+            trajectories.append(Trajectory(trajectory_id, prompt_id, prompt_tokens, min(length, longest), teacher))
+        return trajectories
 
     def _teacher(self, prompt_id: int) -> str:
         position = (prompt_id * GOLDEN_RATIO) % 1.0
@@ -101,7 +101,7 @@ NO_LIMIT = PoolTimeouts(start_seconds=1e9, call_seconds=1e9)  # simulated actors
 
 @dataclass(frozen=True)
 class Split:
-    """How many workers each pool has.
+    """Counts the workers of each pool.
 
     Example:
         >>> str(Split(6, {"main": 2}, 1))
@@ -125,7 +125,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a split is going to do."""
+    """Predicts the steps of a split."""
 
     split: Split
     step_seconds: tuple[float, ...]
@@ -140,7 +140,7 @@ class Prediction:
 
 @dataclass
 class SimulatedRun:
-    """Simulated pools of one split, and the steps that they are asked for."""
+    """Drives simulated pools of one split."""
 
     config: Config
     time: SimulatedTime
@@ -160,7 +160,7 @@ class SimulatedRun:
         flow = Flow(self.rollouts, self.teachers, NO_LIMIT.call_seconds)
         first, after = max_staleness + 1, max_staleness + 1 + num_steps
         permits = Permits(0, after + max_staleness, max_staleness)  # of a run that goes on
-        asked: dict[int, StepBatches] = {}
+        under_way: dict[int, StepBatches] = {}
         seconds: list[float] = []
         busy_before: Mapping[str, float] = {}
         for step in range(after):
@@ -169,8 +169,8 @@ class SimulatedRun:
             began = self.time.now
             for admitted in permits.admit(step):
                 requests = demand.requests(admitted)
-                asked[admitted] = flow.admit(admitted, requests, sampling, self.config.scorers)
-            self.learner.step(asked.pop(step), step)
+                under_way[admitted] = flow.admit(admitted, requests, sampling, self.config.scorers)
+            self.learner.step(under_way.pop(step), step)
             self.learner.publish_weights(self.rollouts.actors, policy_version=step + 1)
             seconds.append(self.time.now - began)
         busy = {name: value - busy_before[name] for name, value in self.busy_seconds().items()}
@@ -184,7 +184,7 @@ def simulate(config: Config, rates: Rates, split: Split, demand: Demand, num_ste
     idle = {name: max(0.0, 1 - busy[name] / size / whole) for name, size in split.sizes.items()}
     first = config.rollout.max_staleness + 1
     tokens = sum(
-        demand.row(request).completion_tokens
+        demand.trajectory(request).completion_tokens
         for step in range(first, first + num_steps)
         for request in demand.requests(step)
     )
@@ -199,7 +199,9 @@ def build(config: Config, rates: Rates, split: Split, demand: Demand) -> Simulat
         time,
         rates.seconds_per_call,
         {
-            ROLLOUT_ACTOR: lambda _name, settings: SimulatedRolloutWorker(time, rates.rollout, settings, demand.row),
+            ROLLOUT_ACTOR: lambda _name, settings: SimulatedRolloutWorker(
+                time, rates.rollout, settings, demand.trajectory
+            ),
             TEACHER_ACTOR: lambda name, _name, teacher, _max_model_len: SimulatedTeacherWorker(
                 time, rates.teachers[_pool_of(name).removeprefix("teacher-")], teacher.engine.max_batched_tokens
             ),

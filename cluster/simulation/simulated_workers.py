@@ -1,7 +1,6 @@
-"""Workers that do nothing but take their time, called as Ray actors are.
+"""Simulates the actors of a run: workers that only take their time.
 
-They have the methods of the real actors that training calls. What lies in the object store is, for each batch, its
-handle: there are no bytes.
+They have the methods of the real actors that training calls. The object store holds each batch's handle, and no bytes.
 """
 
 import heapq
@@ -16,7 +15,7 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Sum
 from cluster.contracts.requests import RolloutRequest, SamplingSettings, ScoreRequest
-from cluster.simulation.rates import LearnerRates, RolloutRates, TeacherRates, pace
+from cluster.simulation.rates import LearnerRates, RolloutRates, TeacherRates, seconds_per_token
 from cluster.simulation.simulated_cluster import SimulatedReference, SimulatedTime
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.arrivals import RankShare
@@ -24,12 +23,6 @@ from rollout_workers.batching import Filling
 from rollout_workers.pool import RolloutActorSettings
 
 ROUNDING_TOKENS = 1e-6  # by which sums of fractions of tokens may be off
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    num_tokens: int
-    done: Callable[[], None]
 
 
 class Decoding:
@@ -44,8 +37,8 @@ class Decoding:
         self._time = time
         self._points = points
         self._most_running = most_running
-        self._running: list[tuple[float, int, _Sequence]] = []  # by the progress at which they finish
-        self._waiting: list[tuple[int, int, _Sequence]] = []  # by priority, then arrival
+        self._running: list[tuple[float, int, Callable[[], None]]] = []  # progress at which it finishes, order, done
+        self._waiting: list[tuple[int, int, int, Callable[[], None]]] = []  # priority, order, tokens, done
         self._order = count()
         self._progress = 0.0  # tokens of a sequence that has run since the beginning
         self._observed_at = 0.0
@@ -54,9 +47,9 @@ class Decoding:
         self.busy_seconds = 0.0  # in which something was written
 
     def write(self, num_tokens: int, priority: int, done: Callable[[], None]) -> None:
-        """Begin a sequence, now or when there is room; `done` is called when it is finished."""
+        """Begin a sequence, now or when a place is free; `done` is called when it is finished."""
         self._advance()
-        heapq.heappush(self._waiting, (priority, next(self._order), _Sequence(num_tokens, done)))
+        heapq.heappush(self._waiting, (priority, next(self._order), num_tokens, done))
         self._go_on()
 
     def pause(self, seconds: float) -> None:
@@ -66,21 +59,21 @@ class Decoding:
         self._go_on()
 
     def _advance(self) -> None:
-        """Add what was written since the last look."""
+        """Add what was written since the last event."""
         seconds = max(0.0, self._time.now - self._observed_at)
         if self._running:
-            self._progress += seconds / pace(self._points, len(self._running))
+            self._progress += seconds / seconds_per_token(self._points, len(self._running))
             self.busy_seconds += seconds
         self._observed_at = max(self._observed_at, self._time.now)
 
     def _go_on(self) -> None:
-        """Let in what fits, and plan for the next sequence to finish."""
+        """Begin what fits, and plan for the next sequence to finish."""
         while self._waiting and len(self._running) < self._most_running:
-            _, order, sequence = heapq.heappop(self._waiting)
-            heapq.heappush(self._running, (self._progress + sequence.num_tokens, order, sequence))
+            _, order, num_tokens, done = heapq.heappop(self._waiting)
+            heapq.heappush(self._running, (self._progress + num_tokens, order, done))
         if self._running:
             self._num_plans += 1
-            seconds = (self._running[0][0] - self._progress) * pace(self._points, len(self._running))
+            seconds = (self._running[0][0] - self._progress) * seconds_per_token(self._points, len(self._running))
             at = max(self._time.now, self._paused_until) + max(0.0, seconds)
             self._time.at(at, partial(self._finish, self._num_plans))
 
@@ -94,13 +87,13 @@ class Decoding:
         while self._running and self._running[0][0] <= self._progress + ROUNDING_TOKENS:
             finished.append(heapq.heappop(self._running)[2])
         self._go_on()
-        for sequence in finished:
-            sequence.done()
+        for done in finished:
+            done()
 
 
 @dataclass(frozen=True)
-class Row:
-    """One trajectory that a simulated worker is going to write."""
+class Trajectory:
+    """Counts the tokens of one trajectory that a simulated worker is going to write."""
 
     trajectory_id: int
     prompt_id: int
@@ -110,7 +103,7 @@ class Row:
 
 
 class _Worker:
-    """What every worker answers at once."""
+    """Starts at once."""
 
     def __init__(self, time: SimulatedTime) -> None:
         self._time = time
@@ -125,6 +118,9 @@ class _Worker:
         return reference
 
 
+Batch = tuple[SimulatedReference, SimulatedReference]  # bytes and handle; one reference stands for both
+
+
 class SimulatedRolloutWorker(_Worker):
     """Writes completions of known lengths, and sends them on in batches as the real worker does."""
 
@@ -133,28 +129,28 @@ class SimulatedRolloutWorker(_Worker):
         time: SimulatedTime,
         rates: RolloutRates,
         settings: RolloutActorSettings,
-        row_of: Callable[[RolloutRequest], Row],
+        trajectory_of: Callable[[RolloutRequest], Trajectory],
     ) -> None:
         """Take the clock, the engine's rates, what the real actor gets, and the trajectory that answers a request."""
         super().__init__(time)
         self.decoding = Decoding(time, rates.seconds_per_token, settings.engine.max_concurrent_sequences)
         self._rows_per_batch = settings.rows_per_batch
-        self._row_of = row_of
+        self._trajectory_of = trajectory_of
         self._rollouts: dict[int, _Rollout] = {}
 
     def start_rollout(
         self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
-    ) -> tuple[SimulatedReference, SimulatedReference]:
-        """Begin to write, and promise the first batch."""
+    ) -> Batch:
+        """Begin to write, and return a reference to the first batch."""
         rollout = self._rollouts[call] = _Rollout(self._time, len(requests), self._rows_per_batch)
-        answer = rollout.next_batch()
+        batch = rollout.next_batch()
         for request in requests:
-            row = self._row_of(request)
-            self.decoding.write(row.completion_tokens, priority, partial(rollout.take, row))
-        return answer
+            trajectory = self._trajectory_of(request)
+            self.decoding.write(trajectory.completion_tokens, priority, partial(rollout.add, trajectory))
+        return batch
 
-    def next_batch(self, call: int) -> tuple[SimulatedReference, SimulatedReference]:
-        """Promise the next batch."""
+    def next_batch(self, call: int) -> Batch:
+        """Return a reference to the next batch."""
         return self._rollouts[call].next_batch()
 
     @property
@@ -164,65 +160,58 @@ class SimulatedRolloutWorker(_Worker):
 
 
 class _Rollout:
-    """One call's finished rows on their way into batches; they are only looked at while somebody asks for a batch."""
+    """Puts one call's finished trajectories into batches, while a batch is requested."""
 
-    def __init__(self, time: SimulatedTime, num_rows: int, rows_per_batch: int) -> None:
+    def __init__(self, time: SimulatedTime, num_trajectories: int, rows_per_batch: int) -> None:
         self._time = time
-        self._filling = Filling[Row](num_rows, rows_per_batch, time.now)
-        self._finished: deque[Row] = deque()
-        self._last: deque[list[Row]] = deque()  # batches of the end
-        self._asked: tuple[SimulatedReference, SimulatedReference] | None = None
+        self._filling = Filling[Trajectory](num_trajectories, rows_per_batch, time.now)
+        self._finished: deque[Trajectory] = deque()
+        self._last: deque[list[Trajectory]] = deque()  # batches of the end
+        self._requested: SimulatedReference | None = None
 
-    def take(self, row: Row) -> None:
-        self._finished.append(row)
-        # Rows that finish at the same moment are all there before the first of them is looked at.
-        self._time.at(self._time.now, self._look)
+    def add(self, trajectory: Trajectory) -> None:
+        self._finished.append(trajectory)
+        # Trajectories that finish at the same moment are all there before the first of them enters a batch.
+        self._time.at(self._time.now, self._answer)
 
-    def next_batch(self) -> tuple[SimulatedReference, SimulatedReference]:
-        self._asked = asked = (self._time.reference(), self._time.reference())
-        self._look()
-        return asked
+    def next_batch(self) -> Batch:
+        self._requested = requested = self._time.reference()
+        self._answer()
+        return requested, requested
 
-    def _look(self) -> None:
-        """Answer who asked, if there is a batch."""
-        if self._asked is None:
-            return
-        rows = self._next_rows()
-        if rows is None:
-            return
-        wire, answer = self._asked
-        self._asked = None
-        handle = _handle(rows, is_last=not self._filling.missing and not self._last)
-        wire.resolve(handle)
-        answer.resolve(handle)
+    def _answer(self) -> None:
+        """Resolve the requested reference, if there is a batch."""
+        trajectories = self._next() if self._requested else None
+        if self._requested and trajectories:
+            self._requested.resolve(_handle(trajectories, is_last=not self._filling.missing and not self._last))
+            self._requested = None
 
-    def _next_rows(self) -> list[Row] | None:
+    def _next(self) -> list[Trajectory] | None:
         while self._finished:
-            row = self._finished.popleft()
-            full = self._filling.add(row.teacher, row, self._time.now)
+            trajectory = self._finished.popleft()
+            full = self._filling.add(trajectory.teacher, trajectory, self._time.now)
             if full is not None:
                 return full
         if not self._filling.missing:
             self._last = self._last or deque(self._filling.rest())
             return self._last.popleft()
         due_at = self._filling.due_at
-        if due_at is None:
-            return None
-        if due_at <= self._time.now:
+        if due_at is not None and due_at <= self._time.now:
             return self._filling.overdue()
-        self._time.at(due_at, self._look)
+        if due_at is not None:
+            self._time.at(due_at, self._answer)
         return None
 
 
-def _handle(rows: Sequence[Row], is_last: bool) -> BatchHandle:
+def _handle(trajectories: Sequence[Trajectory], is_last: bool) -> BatchHandle:
     return BatchHandle(
         reference=None,
-        teacher=rows[0].teacher,
-        trajectory_ids=tuple(row.trajectory_id for row in rows),
-        num_tokens=tuple(row.prompt_tokens + row.completion_tokens for row in rows),
-        num_completion_tokens=tuple(row.completion_tokens for row in rows),
-        prompt_ids=tuple(row.prompt_id for row in rows),
-        rewards=(0.0,) * len(rows),
+        teacher=trajectories[0].teacher,
+        trajectory_ids=tuple(one.trajectory_id for one in trajectories),
+        num_tokens=tuple(one.prompt_tokens + one.completion_tokens for one in trajectories),
+        num_completion_tokens=tuple(one.completion_tokens for one in trajectories),
+        prompt_ids=tuple(one.prompt_id for one in trajectories),
+        rewards=(0.0,) * len(trajectories),
         is_last=is_last,
     )
 
@@ -233,18 +222,18 @@ class SimulatedTeacherWorker(_Worker):
     def __init__(self, time: SimulatedTime, rates: TeacherRates, budget_tokens: int) -> None:
         super().__init__(time)
         self._rates, self._budget_tokens = rates, budget_tokens
-        self._queue: deque[tuple[BatchHandle, SimulatedReference, SimulatedReference]] = deque()
+        self._queue: deque[tuple[BatchHandle, SimulatedReference]] = deque()
         self._is_busy = False
         self.busy_seconds = 0.0
 
-    def score(self, wire: SimulatedReference, request: ScoreRequest) -> tuple[SimulatedReference, SimulatedReference]:
-        """Promise the scored batch."""
-        scored, answer = self._time.reference(), self._time.reference()
-        self._queue.append((wire.value, scored, answer))
+    def score(self, wire: SimulatedReference, request: ScoreRequest) -> Batch:
+        """Return a reference to the scored batch."""
+        scored = self._time.reference()
+        self._queue.append((wire.value, scored))
         if not self._is_busy:
             self._is_busy = True
             self._time.at(self._time.now, self._begin)
-        return scored, answer
+        return scored, scored
 
     def _begin(self) -> None:
         """Read what fits into the budget, at least one batch."""
@@ -257,10 +246,9 @@ class SimulatedTeacherWorker(_Worker):
         self.busy_seconds += seconds
         self._time.at(self._time.now + seconds, partial(self._end, batches))
 
-    def _end(self, batches: Sequence[tuple[BatchHandle, SimulatedReference, SimulatedReference]]) -> None:
-        for handle, scored, answer in batches:
-            scored.resolve(handle)
-            answer.resolve(replace(handle, metrics={}))
+    def _end(self, batches: Sequence[tuple[BatchHandle, SimulatedReference]]) -> None:
+        for handle, scored in batches:
+            scored.resolve(replace(handle, metrics={}))
         self._is_busy = bool(self._queue)
         if self._queue:
             self._begin()
@@ -268,10 +256,7 @@ class SimulatedTeacherWorker(_Worker):
 
 @dataclass
 class LearnerClock:
-    """What the ranks have in common: no rank begins a micro-batch before all have ended the one before.
-
-    ZeRO's collectives make them wait for each other.
-    """
+    """Lets no rank begin a micro-batch before all have ended the one before: ZeRO's collectives wait for each other."""
 
     time: SimulatedTime
     rates: LearnerRates
@@ -279,24 +264,23 @@ class LearnerClock:
     sync_seconds: float
     free_at: float = 0.0
     busy_seconds: float = 0.0  # mean over ranks, without the time in which a rank waits for a slower one
-    asked: list[tuple[float, SimulatedReference]] = field(default_factory=list)  # of the call that not all ranks have
+    calls: list[tuple[float, SimulatedReference]] = field(default_factory=list)  # until all ranks have theirs
 
     def compute(self, seconds: float) -> SimulatedReference:
-        """Promise the end of what one rank does for so long, and the others beside it."""
-        promise = self.time.reference()
-        self.asked.append((seconds, promise))
-        if len(self.asked) == self.num_ranks:
-            together, self.asked = self.asked, []
-            slowest = max(seconds for seconds, _ in together)
-            self.free_at = max(self.free_at, self.time.now) + slowest
-            self.busy_seconds += sum(seconds for seconds, _ in together) / self.num_ranks
-            for seconds, promise_of_rank in together:
-                self.time.at(self.free_at, partial(promise_of_rank.resolve, {"busy_seconds": Sum(seconds)}))
-        return promise
+        """Return a reference to the end of what one rank computes for so long, and the others beside it."""
+        reference = self.time.reference()
+        self.calls.append((seconds, reference))
+        if len(self.calls) == self.num_ranks:
+            self.free_at = max(self.free_at, self.time.now) + max(seconds for seconds, _ in self.calls)
+            self.busy_seconds += sum(seconds for seconds, _ in self.calls) / self.num_ranks
+            for of_rank, answer in self.calls:
+                self.time.at(self.free_at, partial(answer.resolve, {"busy_seconds": Sum(of_rank)}))
+            self.calls = []
+        return reference
 
 
 class SimulatedRank(_Worker):
-    """A rank of the learner."""
+    """Takes the time of one rank of the learner."""
 
     def __init__(self, clock: LearnerClock) -> None:
         super().__init__(clock.time)
@@ -330,7 +314,7 @@ class SimulatedRank(_Worker):
         seconds = self._clock.sync_seconds
         for handle in workers:
             handle.worker.decoding.pause(seconds)
-        promise = self._time.reference()
+        reference = self._time.reference()
         report = WeightSyncReport(policy_version, "", 0, seconds)
-        self._time.at(self._time.now + seconds, partial(promise.resolve, report))
-        return promise
+        self._time.at(self._time.now + seconds, partial(reference.resolve, report))
+        return reference

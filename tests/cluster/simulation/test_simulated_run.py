@@ -96,7 +96,9 @@ def test_every_row_is_learned_from_exactly_once() -> None:
     )
     assert learned == Counter(range(3 * 80))
     tokens = sum(
-        row.prompt_tokens + row.completion_tokens for step in range(3) for row in map(demand.row, demand.requests(step))
+        row.prompt_tokens + row.completion_tokens
+        for step in range(3)
+        for row in map(demand.trajectory, demand.requests(step))
     )
     assert run.busy_seconds()["learner"] == pytest.approx(tokens / 10_000)
     assert run.busy_seconds()["teachers.main"] == pytest.approx(tokens / 1000)
@@ -106,7 +108,7 @@ def test_the_teachers_get_their_shares_of_the_rows() -> None:
     config = make_config("teachers.second.model=x", "prompts.prompts_per_step=400")
     rates = make_rates(teachers={"main": TeacherRates(1.0, share=0.75), "second": TeacherRates(1.0, share=0.25)})
     demand = Demand(config, rates)
-    rows = Counter(demand.row(request).teacher for request in demand.requests(0))
+    rows = Counter(demand.trajectory(request).teacher for request in demand.requests(0))
     assert rows["main"] == pytest.approx(300, abs=2)
     assert rows["second"] == 400 - rows["main"]
 
@@ -132,4 +134,6 @@ def test_calls_to_rollout_workers_say_how_long_each_completion_was() -> None:
         for found in handles
         for row, length in zip(found.trajectory_ids, found.spans[0].lengths, strict=True)
     }
-    assert said == {request.trajectory_id: demand.row(request).completion_tokens for request in demand.requests(0)}
+    assert said == {
+        request.trajectory_id: demand.trajectory(request).completion_tokens for request in demand.requests(0)
+    }
