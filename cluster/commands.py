@@ -14,7 +14,7 @@ from cluster.monitoring.trackers import check_trackers
 from cluster.nodes.interruption import stop_on_signals
 from cluster.nodes.ray_session import RaySession, ray_session
 from cluster.placement.placement import Placement, await_placement, describe
-from cluster.run.checkpoints import Checkpoints, StepEnd, find_resume_point
+from cluster.run.checkpoints import Checkpoints, ResumePoint, StepEnd, find_resume_point
 from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_samples
 from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
@@ -41,9 +41,7 @@ def start_training(config: Config) -> RunSummary:
         placement = await_placement(config, view.say)
         directory = RunDirectory.create(config)
         _announce(view, session, placement, directory)
-        with KeptStatus(directory.status):
-            history = RunSummary(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
-            return _train(config, inputs, placement, view, Beginning(directory, history))
+        return _train(config, inputs, placement, view, directory)
 
 
 def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
@@ -68,14 +66,12 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
         _announce(view, session, placement, directory)
         for warning in warnings:
             view.say(warning)
-        with KeptStatus(directory.status):
-            if point is not None:
-                view.say(f"resuming after step {point.state.step}")
-                return _train(config, inputs, placement, view, Beginning(directory, point.state.history, point))
+        if point is not None:
+            view.say(f"resuming after step {point.state.step}")
+        else:
             view.say("resuming from the beginning: the run wrote no checkpoint")
             directory.samples.unlink(missing_ok=True)
-            history = RunSummary(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
-            return _train(config, inputs, placement, view, Beginning(directory, history))
+        return _train(config, inputs, placement, view, directory, point)
 
 
 def evaluate_models(config: Config) -> None:
@@ -122,10 +118,21 @@ def verify_run(directory: RunDirectory) -> str:
 
 
 def _train(
-    config: Config, inputs: Inputs, placement: Placement, view: TerminalView, beginning: Beginning
+    config: Config,
+    inputs: Inputs,
+    placement: Placement,
+    view: TerminalView,
+    directory: RunDirectory,
+    point: ResumePoint | None = None,
 ) -> RunSummary:
-    with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
-        return Supervisor(config, inputs, pipeline, view, stop, step_hooks).train(beginning)
+    with KeptStatus(directory.status):
+        if point is None:
+            history = RunSummary(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
+        else:
+            history = point.state.history
+        with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
+            supervisor = Supervisor(config, inputs, pipeline, view, stop, step_hooks)
+            return supervisor.train(Beginning(directory, history, point))
 
 
 def step_hooks(run: RunContext) -> list[StepHook]:

@@ -8,7 +8,7 @@ driver sees.
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -24,7 +24,7 @@ from cluster.config.stages import BalanceConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.files import Record, RecordsFile
 from cluster.elastic.balance_policy import Balance, Horizon
-from cluster.elastic.balancer import Announcements, Balancer
+from cluster.elastic.balancer import Balancer
 from cluster.elastic.scale import ScalablePool
 from cluster.elastic.splits import ROLLOUT, PoolRule, Sizes, Space
 from cluster.elastic.step_cost import WorkMeter
@@ -80,7 +80,7 @@ class Steps:
         """Let the balancer move workers until it moves no more."""
         sentences: list[str] = []
         balance = self._balance()
-        balancer = self._balancer(balance, Announcements(sentences.append, RecordsFile(folder / "moves.jsonl")))
+        balancer = self._balancer(balance, RecordsFile(folder / "moves.jsonl"), sentences.append)
         last = step = 0
         for step in range(1, MOST_STEPS + 1):
             record, batches = next(self._done)
@@ -98,11 +98,11 @@ class Steps:
         horizon = Horizon(self._workload.max_staleness, START_SECONDS, TIMEOUTS.start_seconds)
         return Balance(space, BalanceConfig(mode="auto"), horizon)
 
-    def _balancer(self, balance: Balance, announcements: Announcements) -> Balancer:
+    def _balancer(self, balance: Balance, moves: RecordsFile, say: Callable[[str], None]) -> Balancer:
         places = self._workload.config.rollout.engine.max_concurrent_sequences
         meter = WorkMeter(places, self._workload.max_staleness)
         return Balancer(
-            balance, meter, lambda: self.pools, SplitCapacity(dict.fromkeys(self.pools, 0)), announcements, ENDLESS
+            balance, meter, lambda: self.pools, SplitCapacity(dict.fromkeys(self.pools, 0)), moves, say, ENDLESS
         )
 
     def _forever(self) -> Iterator[tuple[Record, list[BatchHandle]]]:

@@ -1,7 +1,6 @@
 """Resizes the pools of a run with `balance = "auto"` as the balance policy decides after each step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter
 
 from cluster.contracts.batches import BatchHandle, PoolState
@@ -16,14 +15,6 @@ from cluster.run.hooks import RunContext, StepHook
 MOVES = "balance/moves"  # metric: how often workers moved so far
 
 
-@dataclass(frozen=True)
-class Announcements:
-    """Passes every decision on: to the terminal, and to the run directory."""
-
-    say: Callable[[str], None]
-    notes: RecordsFile
-
-
 class Balancer(StepHook):
     """Moves workers between the pools of a run, after any of its steps."""
 
@@ -33,13 +24,13 @@ class Balancer(StepHook):
         meter: WorkMeter,
         pools: Pools,
         capacity: SplitCapacity,
-        announcements: Announcements,
+        moves: RecordsFile,
+        say: Callable[[str], None],
         last_step: int,
     ) -> None:
         """Take the run's pools by the names that `preceptor scale` gives them; `balance` asks `capacity` what fits."""
         self._balance, self._meter, self._pools, self._capacity = balance, meter, pools, capacity
-        self._last_step = last_step
-        self._announcements = announcements
+        self._moves, self._say, self._last_step = moves, say, last_step
         self._states: list[PoolState] = []  # after the step before
         self._num_steady = 0  # steps in a row with the same workers
         self.num_moves = 0
@@ -70,9 +61,9 @@ class Balancer(StepHook):
         decision = self._balance.decide(sample)
         if decision is None:
             return
-        self._announcements.say(f"balance: {decision.sentence}")
+        self._say(f"balance: {decision.sentence}")
         has_moved = decision.sizes is not None
-        self._announcements.notes.write({"step": step, "sentence": decision.sentence, "moved": has_moved})
+        self._moves.write({"step": step, "sentence": decision.sentence, "moved": has_moved})
         for name, size in (decision.sizes or {}).items():
             pools[name].resize(size)
         self.num_moves += has_moved
@@ -103,6 +94,7 @@ def make_balancer(run: RunContext) -> Balancer | None:
         WorkMeter(config.rollout.engine.max_concurrent_sequences, ahead),
         lambda: pools_of(pipeline),
         capacity,
-        Announcements(run.view.say, moves),
+        moves,
+        run.view.say,
         last_step=config.run.steps,
     )

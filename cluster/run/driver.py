@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cluster.run.flow import Flow, StepBatches
 from cluster.run.hooks import Hooks, RunContext
-from cluster.run.inputs import train_requests
+from cluster.run.inputs import train_requests, train_sampling
 from cluster.run.step_metrics import Stopwatch, step_record
 
 
@@ -62,7 +62,8 @@ def train(run: RunContext, hooks: Hooks) -> None:
         for admitted in permits.admit(step):
             hooks.before_step(admitted)
             requests = train_requests(config, run.inputs, admitted)
-            under_way[admitted] = flow.admit(admitted, requests, run.sampling(admitted), config.scorers)
+            sampling = train_sampling(config, run.length_cap.at(admitted))
+            under_way[admitted] = flow.admit(admitted, requests, sampling, config.scorers)
             ledger.admit(admitted + 1, requests)
         batches = under_way.pop(step)
         with watch.measure("step"):

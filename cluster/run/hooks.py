@@ -2,23 +2,22 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cluster.config.run_config import Config
-from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import PreceptorError
 from cluster.contracts.files import Record
 from cluster.contracts.import_path import load_object
-from cluster.contracts.requests import SamplingSettings
-from cluster.run.inputs import Inputs, train_sampling
 
 if TYPE_CHECKING:
+    from cluster.config.run_directory import RunDirectory
     from cluster.monitoring.alarms import LengthCap
     from cluster.monitoring.sinks import TerminalView
     from cluster.nodes.interruption import StopRequest
     from cluster.run.flow import Flow
+    from cluster.run.inputs import Inputs
     from cluster.run.ledger import Ledger
     from cluster.run.pools import Pipeline
     from cluster.run.summary import RunSummary
@@ -29,14 +28,14 @@ class RunContext:
     """Holds what the loop and the hooks share in one attempt at a run."""
 
     config: Config
-    inputs: Inputs
+    inputs: "Inputs"
     pipeline: "Pipeline"
-    directory: RunDirectory
+    directory: "RunDirectory"
     view: "TerminalView"
     first_step: int  # steps that were completed before this attempt
     history: "RunSummary"
     ledger: "Ledger"
-    length_cap: "LengthCap"
+    length_cap: "LengthCap"  # alarms lower it
     stop: "StopRequest"  # from outside: the run stops after its step, with a checkpoint
     is_first_attempt: bool = True  # of this driver process: else the pools have run before
     error: PreceptorError | None = None  # set by a hook: the run stops after its step in the same way, and raises it
@@ -46,10 +45,6 @@ class RunContext:
     def is_over(self) -> bool:
         """Return whether the last step is finished."""
         return self.ledger.finished_step == self.config.run.steps
-
-    def sampling(self, step: int) -> SamplingSettings:
-        """Return how the completions of a step, from 0, are sampled."""
-        return replace(train_sampling(self.config), max_completion_tokens=self.length_cap.at(step))
 
 
 class StepHook:

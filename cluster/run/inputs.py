@@ -101,11 +101,11 @@ def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:
     ]
 
 
-def train_sampling(config: Config) -> SamplingSettings:
-    """Return how training completions are sampled."""
+def train_sampling(config: Config, max_completion_tokens: int | None = None) -> SamplingSettings:
+    """Return how training completions are sampled; without a length, up to the run file's."""
     rollout, needs = config.rollout, config.objective.needs
     return SamplingSettings(
-        rollout.max_completion_tokens,
+        rollout.max_completion_tokens if max_completion_tokens is None else max_completion_tokens,
         rollout.temperature,
         rollout.top_p,
         rollout.top_k,

@@ -1,7 +1,6 @@
 """Observes each step: measures the pools, records metrics, audits teachers and raises alarms."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import ray
 
@@ -15,7 +14,7 @@ from cluster.monitoring.status_file import StatusFile
 from cluster.monitoring.trace import Trace
 from cluster.monitoring.trackers import open_trackers
 from cluster.run.hooks import RunContext, StepHook
-from cluster.run.inputs import train_requests
+from cluster.run.inputs import train_requests, train_sampling
 from teacher_workers.audit.checks import Fault
 from teacher_workers.audit.runner import ScoreAudit
 
@@ -96,8 +95,7 @@ class ScoreAudits(StepHook):
         run, step = self.run, self.run.first_step
         if self._audit.needs_rows:
             requests = train_requests(run.config, run.inputs, step)[:AUDIT_REQUESTS]
-            sampling = run.sampling(step)
-            short = replace(sampling, max_completion_tokens=min(AUDIT_TOKENS, sampling.max_completion_tokens))
+            short = train_sampling(run.config, min(AUDIT_TOKENS, run.length_cap.at(step)))
             self._audit.take_rows(run.flow.run(requests, short, scorers=lambda route: []))
         self._audit.begin(step)
         self._report(self._audit.finish())

@@ -166,7 +166,7 @@ def test_an_alarm_that_shortens_lowers_the_cap_of_the_steps_that_are_not_under_w
     config = config_in(tmp_path, "alarms.truncation.action=shorten")
     run, _ = make_run(RunDirectory.create(config), config)
     finish(run, range(1, 3), truncated_ratio=0.9)
-    assert [run.context.sampling(step).max_completion_tokens for step in (2, 3, 4)] == [40, 30, 30]
+    assert [run.context.length_cap.at(step) for step in (2, 3, 4)] == [40, 30, 30]
 
 
 def test_a_resumed_run_has_the_cap_of_the_steps_that_it_keeps(tmp_path: Path) -> None:
@@ -177,9 +177,9 @@ def test_a_resumed_run_has_the_cap_of_the_steps_that_it_keeps(tmp_path: Path) ->
     finish(run, range(3, 4), truncated_ratio=0.1)
     finish(run, range(4, 6), truncated_ratio=0.9)  # a second alarm, at a step that is done again
     resumed, _ = make_run(directory, config, first_step=3)
-    assert [resumed.context.sampling(step).max_completion_tokens for step in (3, 6, 9)] == [30, 30, 30]
+    assert [resumed.context.length_cap.at(step) for step in (3, 6, 9)] == [30, 30, 30]
     assert [json.loads(line)["step"] for line in directory.alarms.read_text().splitlines()] == [2]
-    assert run.context.sampling(6).max_completion_tokens == 22
+    assert run.context.length_cap.at(6) == 22
 
 
 def test_a_run_that_is_asked_to_stop_finishes_its_step_and_leaves_a_checkpoint(tmp_path: Path) -> None:
