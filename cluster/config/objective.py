@@ -55,7 +55,7 @@ class Needs:
 
 
 class ImportanceConfig(Section, frozen=True):
-    """What becomes of the ratio student / rollout probability of a token."""
+    """Sets what becomes of the ratio student / rollout probability of a token."""
 
     kind: ImportanceKind = "ratio"
     low: NonNegative = 0.5  # icepop, sequence_mask, ppo_clip
@@ -70,7 +70,7 @@ class ImportanceConfig(Section, frozen=True):
 
 
 class TokenWeightsConfig(Section, frozen=True):
-    """How much each completion token counts; all given weights multiply. Token counts are never renormalised."""
+    """Sets how much each completion token counts; all given weights multiply. Token counts are never renormalised."""
 
     first_tokens: Items | None = None  # only so many at the start of each completion
     first_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None  # only this part of each completion

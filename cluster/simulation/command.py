@@ -23,7 +23,7 @@ INCHES, DOTS_PER_INCH = (9.0, 3.6), 120
 
 @dataclass(frozen=True)
 class Report:
-    """What is shown of a plan."""
+    """Shows a plan."""
 
     widths: Widths
     as_written: Prediction  # the sizes of the run file
@@ -37,31 +37,34 @@ class Report:
     def lines(self) -> list[str]:
         """Return the table, line by line."""
         lines = []
-        for name, found in self.named.items():
-            num_gpus = sum(self.widths.gpus_of(found.split).values())
-            lines.append(f"{name}: {found.split} ({num_gpus} GPUs)")
+        for name, prediction in self.named.items():
+            num_gpus = sum(self.widths.gpus_of(prediction.split).values())
+            lines.append(f"{name}: {prediction.split} ({num_gpus} GPUs)")
             lines.append(
-                f"  step {found.mean_step_seconds:.4g} s, {found.completion_tokens_per_second:,.0f} completion tokens/s"
+                f"  step {prediction.mean_step_seconds:.4g} s, "
+                f"{prediction.completion_tokens_per_second:,.0f} completion tokens/s"
             )
-            idle = (f"{pool} {share:.0%}" for pool, share in found.idle_shares.items())
+            idle = (f"{pool} {share:.0%}" for pool, share in prediction.idle_shares.items())
             lines.append(f"  idle: {', '.join(idle)}")
         if self.plan:
             scale = "" if self.plan.scale == 1 else f", in runs {self.plan.scale} times smaller"
             lines.append(f"splits tried: {len(self.plan.tried)}{scale}; the best of them:")
-            lines += [f"  {found.mean_step_seconds:10.4g} s  {found.split}" for found in self._alternatives()]
+            lines += [
+                f"  {prediction.mean_step_seconds:10.4g} s  {prediction.split}" for prediction in self._alternatives()
+            ]
         return lines
 
     def as_json(self) -> dict[str, Any]:
         """Return the same as JSON values."""
         return {
             name.replace(" ", "_"): {
-                "workers": found.split.sizes,
-                "gpus": self.widths.gpus_of(found.split),
-                "step_seconds": found.mean_step_seconds,
-                "completion_tokens_per_second": found.completion_tokens_per_second,
-                "idle_shares": dict(found.idle_shares),
+                "workers": prediction.split.sizes,
+                "gpus": self.widths.gpus_of(prediction.split),
+                "step_seconds": prediction.mean_step_seconds,
+                "completion_tokens_per_second": prediction.completion_tokens_per_second,
+                "idle_shares": dict(prediction.idle_shares),
             }
-            for name, found in self.named.items()
+            for name, prediction in self.named.items()
         }
 
     def draw(self, output: Path) -> None:
@@ -74,24 +77,24 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ConfigError(f"--picture {output}: drawing needs matplotlib; pip install matplotlib") from error
-        figure = Figure(figsize=INCHES, layout="constrained")
-        left, right = figure.subplots(1, 2)
+        picture = Figure(figsize=INCHES, layout="constrained")
+        left, right = picture.subplots(1, 2)
         self._draw_idle(left)
         self._draw_tried(right)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
         try:
-            figure.savefig(output, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+            picture.savefig(output, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
         except OSError as error:
             raise ConfigError(f"--picture {output}: cannot write the picture: {error.strerror}") from error
 
     def _draw_idle(self, axes: Any) -> None:
         pools = list(self.as_written.idle_shares)
         width = 0.8 / len(self.named)
-        for position, (name, found) in enumerate(self.named.items()):
+        for position, (name, prediction) in enumerate(self.named.items()):
             at = [index + position * width for index in range(len(pools))]
-            shares = [100 * found.idle_shares[pool] for pool in pools]
-            label = f"{name}: {found.mean_step_seconds:.3g} s per step"
+            shares = [100 * prediction.idle_shares[pool] for pool in pools]
+            label = f"{name}: {prediction.mean_step_seconds:.3g} s per step"
             axes.bar(at, shares, width, color=COLORS[position], label=label)
         axes.set_xticks([index + 0.4 - width / 2 for index in range(len(pools))], pools, fontsize=8)
         axes.set(ylabel="idle (%)", ylim=(0, 100))
@@ -107,19 +110,19 @@ class Report:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=7)
 
-    def _scatter(self, axes: Any, found: Sequence[Prediction], color: str, label: str) -> None:
-        gpus = [self.widths.gpus_of(one.split) for one in found]
+    def _scatter(self, axes: Any, predictions: Sequence[Prediction], color: str, label: str) -> None:
+        gpus = [self.widths.gpus_of(one.split) for one in predictions]
         shares = [100 * of_pools["rollout"] / sum(of_pools.values()) for of_pools in gpus]
-        axes.plot(shares, [one.mean_step_seconds for one in found], "o", color=color, markersize=4, label=label)
+        axes.plot(shares, [one.mean_step_seconds for one in predictions], "o", color=color, markersize=4, label=label)
 
     def _alternatives(self) -> list[Prediction]:
         assert self.plan is not None
-        return sorted(self.plan.tried, key=lambda found: found.mean_step_seconds)[:SHOWN_ALTERNATIVES]
+        return sorted(self.plan.tried, key=lambda prediction: prediction.mean_step_seconds)[:SHOWN_ALTERNATIVES]
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the command line asks for."""
+    """Holds the arguments of `preceptor plan`."""
 
     rates: Path  # a rates file, or the directory of a run that is over
     num_gpus: int | None  # None: predict the run file's own sizes only
@@ -129,7 +132,7 @@ class PlanOptions:
 
 
 def print_plan(config: Config, options: PlanOptions) -> None:
-    """Predict the run file's sizes, look for better ones, and print what was found.
+    """Predict the run file's sizes, look for better ones, and print what was prediction.
 
     Raises:
         ConfigError: the rates are missing, malformed or of another run, or the GPUs are too few.

@@ -1,4 +1,4 @@
-"""Reads the rates of every stage off a run that is over: from its figures and from the calls that its trace kept.
+"""Reads the rates of every stage off a run that is over: from its metrics and from the calls that its trace kept.
 
 What is derived:
 
@@ -32,11 +32,11 @@ from cluster.contracts.files import read_text
 from cluster.simulation.rates import LearnerRates, Rates, RolloutRates, TeacherRates
 
 ORDERS = 8  # in which sequences may have been begun that are averaged over
-LEAST_PACE_SECONDS = 1e-7  # per token: faster than any engine, so that a fit through noise stays above 0
+LEAST_TOKEN_SECONDS = 1e-7  # per token: faster than any engine, so that a fit through noise stays above 0
 
 
 @dataclass(frozen=True)
-class Chain:
+class Rollout:
     """One rollout of one worker: its batches in the order in which they came back."""
 
     batches: tuple[Span, ...]
@@ -59,37 +59,39 @@ class Chain:
     def equations(self, rows_per_batch: int) -> list[tuple[float, float, float]]:
         """Return (L, sum of min(length, L), seconds) at moments when a completion of L tokens was finished."""
         lengths = np.array(self.lengths)
-        found: list[tuple[float, float, float]] = []
+        equations: list[tuple[float, float, float]] = []
         for index, span in enumerate(self.batches):
             is_last = index == len(self.batches) - 1
             if is_last or span.num_rows >= rows_per_batch:  # others leave when they have waited, not when one is done
                 length = max(span.lengths)  # rows finish in the order of their lengths
-                found.append((length, float(np.minimum(lengths, length).sum()), span.ended - self.batches[0].began))
-        return found
+                equations.append((length, float(np.minimum(lengths, length).sum()), span.ended - self.batches[0].began))
+        return equations
 
 
-def chains_of(spans: Iterable[Span]) -> list[Chain]:
+def rollouts_of(spans: Iterable[Span]) -> list[Rollout]:
     """Put the calls of each worker together that belong to one rollout."""
-    chains: dict[tuple[str, int | None], list[Span]] = defaultdict(list)
+    rollouts: dict[tuple[str, int | None], list[Span]] = defaultdict(list)
     for span in sorted(spans, key=lambda span: span.began):
-        chains[span.worker, span.rollout].append(span)
-    return [Chain(tuple(chain)) for chain in chains.values()]
+        rollouts[span.worker, span.rollout].append(span)
+    return [Rollout(tuple(rollout)) for rollout in rollouts.values()]
 
 
-def pace_of(chains: Sequence[Chain], config: Config) -> tuple[tuple[int, float], ...]:
+def decode_rate_of(rollouts: Sequence[Rollout], config: Config) -> tuple[tuple[int, float], ...]:
     """Return seconds per token by the number of running sequences: two points, or one where engines were full."""
     most = config.rollout.engine.max_concurrent_sequences
-    fitting = [chain for chain in chains if chain.num_rows <= most]
+    fitting = [rollout for rollout in rollouts if rollout.num_rows <= most]
     if not fitting:
         random = np.random.default_rng(0)
-        paces = [chain.seconds / makespan(chain.lengths, most, random) for chain in chains]
-        return ((most, max(median(paces), LEAST_PACE_SECONDS)),)
-    equations = np.array([found for chain in fitting for found in chain.equations(config.rollout.rows_per_batch)])
+        rates = [rollout.seconds / makespan(rollout.lengths, most, random) for rollout in rollouts]
+        return ((most, max(median(rates), LEAST_TOKEN_SECONDS)),)
+    equations = np.array(
+        [equation for rollout in fitting for equation in rollout.equations(config.rollout.rows_per_batch)]
+    )
     alone, per_running = least_squares(equations[:, :2], equations[:, 2])
-    largest = max(2, *(chain.num_rows for chain in fitting))
+    largest = max(2, *(rollout.num_rows for rollout in fitting))
     return (
-        (1, max(alone + per_running, LEAST_PACE_SECONDS)),
-        (largest, max(alone + per_running * largest, LEAST_PACE_SECONDS)),
+        (1, max(alone + per_running, LEAST_TOKEN_SECONDS)),
+        (largest, max(alone + per_running * largest, LEAST_TOKEN_SECONDS)),
     )
 
 
@@ -139,7 +141,7 @@ _Decoded = TypeVar("_Decoded")
 
 
 class RunStep(msgspec.Struct, frozen=True, kw_only=True):
-    """What is read of a step's line in metrics.jsonl."""
+    """Holds what is read of a step's line in metrics.jsonl."""
 
     step: int
     tokens: Positive
@@ -151,7 +153,7 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Arguments(msgspec.Struct, frozen=True):
-    """What an entry of a trace file says besides its time; as in `Span`."""
+    """Holds what an entry of a trace file says besides its time; as in `Span`."""
 
     name: str = ""  # of a worker
     rows: CountOrZero = 0
@@ -181,7 +183,7 @@ def rates_of_run(path: Path) -> Rates:
 
     Raises:
         CheckpointError: the folder holds no run.
-        ConfigError: its figures or its trace are missing or damaged, or too few steps are in them.
+        ConfigError: its metrics or its trace are missing or damaged, or too few steps are in them.
     """
     directory = RunDirectory.open(path)
     config = directory.read_config()
@@ -211,18 +213,18 @@ def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], 
         )
     later = [step for step in steps if step.step >= FIRST_STEP]
     of_batches = [span for span in spans if span.num_rows and span.num_tokens]
-    chains = chains_of([span for span in of_batches if span.stage == "generate" and span.lengths])
-    if not later or not chains:
+    rollouts = rollouts_of([span for span in of_batches if span.stage == "generate" and span.lengths])
+    if not later or not rollouts:
         raise ConfigError(
-            f"{source}: {len(steps)} steps and {len(chains)} traced rollouts are too few to read rates off; "
+            f"{source}: {len(steps)} steps and {len(rollouts)} traced rollouts are too few to read rates off; "
             f"run {FIRST_STEP} steps or more, with logging.trace_steps above 0"
         )
     num_completions = sum(step.completion_tokens / step.completion_length for step in later)
     prompt_tokens = sum(step.tokens - step.completion_tokens for step in later) / num_completions
     rollout = RolloutRates(
-        seconds_per_token=pace_of(chains, config),
+        seconds_per_token=decode_rate_of(rollouts, config),
         prompt_tokens=(max(1.0, prompt_tokens),),
-        completion_tokens=_quantiles(chains, max(step.completion_length_max for step in later)),
+        completion_tokens=_quantiles(rollouts, max(step.completion_length_max for step in later)),
     )
     return Rates(
         rollout=rollout,
@@ -243,7 +245,7 @@ def _teachers(spans: Sequence[Span], config: Config, source: str) -> dict[str, T
         rows[name] = sum(span.num_rows for span in own)
         rates[name] = _teacher(own)
     total = sum(rows[name] for name in config.routes)
-    return {name: msgspec.structs.replace(found, share=min(1.0, rows[name] / total)) for name, found in rates.items()}
+    return {name: msgspec.structs.replace(rate, share=min(1.0, rows[name] / total)) for name, rate in rates.items()}
 
 
 def _teacher(spans: Sequence[Span]) -> TeacherRates:
@@ -275,13 +277,13 @@ def _learner(steps: Sequence[RunStep], spans: Sequence[Span], num_ranks: int) ->
     return LearnerRates(median(rates), optimizer_seconds=optimizer)
 
 
-def _quantiles(chains: Sequence[Chain], longest: float) -> tuple[float, ...]:
-    lengths = sorted(length for chain in chains for length in chain.lengths)
+def _quantiles(rollouts: Sequence[Rollout], longest: float) -> tuple[float, ...]:
+    lengths = sorted(length for rollout in rollouts for length in rollout.lengths)
     num = min(MOST_QUANTILES, len(lengths))
-    found = [max(1.0, float(value)) for value in np.quantile(lengths, np.linspace(0, 1, num))]
-    found[-1] = max(found[-1], longest)
-    assert all(low <= high for low, high in pairwise(found))
-    return tuple(found)
+    quantiles = [max(1.0, float(value)) for value in np.quantile(lengths, np.linspace(0, 1, num))]
+    quantiles[-1] = max(quantiles[-1], longest)
+    assert all(low <= high for low, high in pairwise(quantiles))
+    return tuple(quantiles)
 
 
 def _spans_of(events: Sequence[_Event]) -> list[Span]:

@@ -69,28 +69,28 @@ def _fill_grid(num_tokens: Sequence[int], waiting: Sequence[int], micro_batch_to
     """Place what fits by first-fit decreasing; return the grid and what did not fit."""
     row_length = max(1, num_tokens[waiting[0]])
     rows: list[list[int]] = []
-    room: list[int] = []
-    most_room = -1  # of a row that is there
+    capacity: list[int] = []
+    most_capacity = -1  # of a row that is there
     max_rows = max(1, micro_batch_tokens // row_length)
     left_over: list[int] = []
     position = 0
     while position < len(waiting):
         index = waiting[position]
         needed = num_tokens[index]
-        if needed <= most_room:
-            row = next(row for row, free in enumerate(room) if free >= needed)
+        if needed <= most_capacity:
+            row = next(row for row, free in enumerate(capacity) if free >= needed)
         elif len(rows) < max_rows:
             row = len(rows)
             rows.append([])
-            room.append(row_length)
+            capacity.append(row_length)
         else:  # pass over all that are too long for what is left
-            after = bisect_left(waiting, -most_room, lo=position, key=lambda index: -num_tokens[index])
+            after = bisect_left(waiting, -most_capacity, lo=position, key=lambda index: -num_tokens[index])
             left_over += waiting[position:after]
             position = after
             continue
         rows[row].append(index)
-        room[row] -= needed
-        most_room = max(room)
+        capacity[row] -= needed
+        most_capacity = max(capacity)
         position += 1
     return tuple(tuple(row) for row in rows), left_over
 

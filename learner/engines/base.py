@@ -1,4 +1,4 @@
-"""What a training engine does for one rank, whatever shards the model underneath."""
+"""Trains one rank, however the model is sharded underneath."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager

@@ -29,7 +29,7 @@ from learner.model.student import Student
 
 @dataclass(frozen=True)
 class StateKeys:
-    """Where a ZeRO optimizer's state_dict has the master weights and the state of the optimizer inside."""
+    """Names where a ZeRO optimizer's state_dict has the master weights and the state of the optimizer inside."""
 
     weights: str
     optimizer: str
@@ -124,8 +124,8 @@ class ZeroEngine:
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy, in host memory, of this rank's master weights and their optimizer state."""
-        found = self._engine.optimizer.state_dict()
-        return host_copy(flatten(self._masters(), found[self._keys.optimizer]["state"]))
+        state = self._engine.optimizer.state_dict()
+        return host_copy(flatten(self._masters(), state[self._keys.optimizer]["state"]))
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot of a group with the same number of ranks and the same stage.
@@ -137,12 +137,12 @@ class ZeroEngine:
         """
         weights, values = unflatten(state, self._masters())
         optimizer = self._engine.optimizer
-        found = optimizer.state_dict()
-        found[self._keys.weights] = weights
-        found[self._keys.optimizer] = {**found[self._keys.optimizer], "state": values}
+        own = optimizer.state_dict()
+        own[self._keys.weights] = weights
+        own[self._keys.optimizer] = {**own[self._keys.optimizer], "state": values}
         if self._zero_stage == 3:
             optimizer.checkpoint_event_prologue()
-        optimizer.load_state_dict([found] * self.world_size, load_from_fp32_weights=True)
+        optimizer.load_state_dict([own] * self.world_size, load_from_fp32_weights=True)
         if self._zero_stage == 3:
             optimizer.checkpoint_event_epilogue()
         else:
@@ -167,7 +167,7 @@ def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | P
 def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's own configuration for the learner's section.
 
-    The micro-batch counts are placeholders: batches come already cut, and the engine is told which one is the last.
+    The micro-batch counts are placeholders: batches come already cut, and the engine receives which one is the last.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer == "cpu":

@@ -1,4 +1,4 @@
-"""What needs a whole trajectory at once: returns-to-go, sequence masks, token weights.
+"""Computes what needs a whole trajectory at once: returns-to-go, sequence masks, token weights.
 
 All arguments cover the completion tokens of whole trajectories, those of one trajectory together and in order. Sums are
 taken in float64 and trajectory by trajectory, so other trajectories in the batch never change a result.

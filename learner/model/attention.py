@@ -1,7 +1,7 @@
 """Attention over trajectories packed one after the other: each token sees its own trajectory and nothing else.
 
 transformers' own way with packed rows (`learner.attention = "masked"`) builds a mask of [rows, length, length], which
-keeps CUDA's flash kernels away. Here the tokens of a micro-batch stand in one row without padding, and a kernel is told
+keeps CUDA's flash kernels away. Here the tokens of a micro-batch stand in one row without padding, and a kernel knows
 where the trajectories begin; memory grows with the tokens, not with their square.
 """
 
@@ -25,8 +25,8 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)  # what the flash kernels take
 KERNEL_TOLERANCE = 0.03  # of the norm; bfloat16 makes errors of about 0.005, a wrong mask of more than 0.1
 PROBE_LENGTHS = (5, 3)
 USUAL_WIDTH = 64  # of a head, where a model does not say
-# What some models ask of their attention that the kernels here are not told.
-UNKNOWN_WISHES = ("sliding_window", "softcap", "s_aux", "position_bias")
+# Options of some models' attention that the kernels here do not have.
+UNKNOWN_OPTIONS = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LengthGroup:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the trajectories of a packed row begin.
+    """Holds where the trajectories of a packed row begin.
 
     Example:
         >>> Segments.of([2, 3], torch.device("cpu")).boundaries.tolist()
@@ -57,7 +57,7 @@ class Segments:
         boundaries = np.concatenate([[0], np.cumsum(lengths)])
         doublings = np.array([(length - 1).bit_length() for length in lengths])
         members = [np.flatnonzero(doublings == doubling) for doubling in np.unique(doublings)]
-        spans = [_padded(boundaries[found], np.array(lengths)[found]) for found in members]
+        spans = [_padded(boundaries[member], np.array(lengths)[member]) for member in members]
         order = np.argsort(np.concatenate([tokens.reshape(-1)[real] for tokens, real in spans]))
         return cls(
             longest=max(lengths),
@@ -74,7 +74,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 
 @dataclass(frozen=True)
 class Packing:
-    """What the attention of every layer is told of a micro-batch."""
+    """Holds what the attention of every layer needs of a micro-batch."""
 
     segments: Segments
     kernel: Kernel
@@ -98,7 +98,7 @@ def packed_attention(
     if packing is None:
         arguments = (module, query, key, value, attention_mask)
         return sdpa_attention_forward(*arguments, scaling=scaling, **requests)
-    asked = [name for name in UNKNOWN_WISHES if requests.get(name) is not None]
+    asked = [name for name in UNKNOWN_OPTIONS if requests.get(name) is not None]
     if asked:
         raise ModelError(
             f"learner: {type(module).__name__} asks its attention for {asked[0]}, which packed attention does not do; "
@@ -146,13 +146,13 @@ def fault_of(name: str, device: torch.device, dtype: torch.dtype, widths: tuple[
     Flash kernels take a multiple of 8 as a head's width, and the same for its values.
     """
     try:
-        found = _probe(KERNELS[name](), device, dtype, widths)
+        output = _probe(KERNELS[name](), device, dtype, widths)
     except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
         # Of torch's page about backends, the first sentence.
         return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
     expected = _probe(grouped, device, dtype, widths)
     # Not Python's `max`, which may pass over what is not a number.
-    off = torch.stack([(one - other).norm() / other.norm() for one, other in zip(found, expected, strict=True)]).max()
+    off = torch.stack([(one - other).norm() / other.norm() for one, other in zip(output, expected, strict=True)]).max()
     return None if off <= KERNEL_TOLERANCE else f"it differs from plain attention by {off:.1%}"
 
 
@@ -173,8 +173,8 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale
     results = []
     for group in segments.groups:
         q, k, v = (part[group.tokens].transpose(1, 2) for part in (query, *repeated))
-        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        results.append(found.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
+        output = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        results.append(output.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
     return torch.cat(results).index_select(0, segments.order)
 
 
@@ -188,10 +188,10 @@ def _flash() -> Kernel:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
         bounds, longest = segments.boundaries, segments.longest
-        found: Tensor = flash_attn_varlen_func(
+        output: Tensor = flash_attn_varlen_func(
             query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
         )
-        return found
+        return output
 
     return attend
 
@@ -216,9 +216,9 @@ def _varlen() -> Kernel:
         elif share > 1:
             key, value = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1)
         bounds, longest = segments.boundaries, segments.longest
-        found = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
-        assert isinstance(found, Tensor), "no auxiliary results are asked for"
-        return found
+        output = varlen_attn(query, key, value, bounds, bounds, longest, longest, **options)
+        assert isinstance(output, Tensor), "no auxiliary results are asked for"
+        return output
 
     return attend
 
@@ -233,9 +233,9 @@ def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, widths: tup
     shapes = [(sum(PROBE_LENGTHS), heads, width) for heads, width in ((4, widths[0]), (2, widths[0]), (2, widths[1]))]
     rows = [torch.randn(shape, generator=random).to(device, dtype).requires_grad_() for shape in shapes]
     with torch.enable_grad():
-        found = kernel(rows[0], rows[1], rows[2], segments, widths[0] ** -0.5)
-        gradients = torch.autograd.grad(found.square().sum() / 2, rows)
-    return [part.detach().float() for part in (found, *gradients)]
+        output = kernel(rows[0], rows[1], rows[2], segments, widths[0] ** -0.5)
+        gradients = torch.autograd.grad(output.square().sum() / 2, rows)
+    return [part.detach().float() for part in (output, *gradients)]
 
 
 def _is_plain(model_config: Any) -> bool:

@@ -9,7 +9,7 @@ from cluster.config.run_file import dump_run_config
 from cluster.contracts.batches import Span
 from cluster.contracts.errors import ConfigError
 from cluster.monitoring.trace import timeline
-from cluster.simulation.measured_rates import chains_of, makespan, rates_from, rates_of_run
+from cluster.simulation.measured_rates import makespan, rates_from, rates_of_run, rollouts_of
 from cluster.simulation.rates import Rates
 from tests.builders import make_config
 
@@ -87,7 +87,7 @@ def test_the_other_rates_are_read_off_too(tmp_path: Path) -> None:
 def test_calls_of_one_rollout_belong_together_however_late_the_next_one_was_asked() -> None:
     calls = [("rollout-0", 7, 0, 1), ("rollout-0", 8, 0.5, 2), ("rollout-0", 7, 1.3, 3), ("rollout-1", 7, 3, 4)]
     spans = [Span("rollout", worker, "generate", began, ended, 1, 10, step) for worker, step, began, ended in calls]
-    assert [[span.began for span in chain.batches] for chain in chains_of(spans)] == [[0, 1.3], [0.5], [3]]
+    assert [[span.began for span in chain.batches] for chain in rollouts_of(spans)] == [[0, 1.3], [0.5], [3]]
 
 
 def test_full_engines_give_the_pace_at_their_limit(tmp_path: Path) -> None:
