@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.contracts.trajectory import FinishReason, Floats, Ints
+from cluster.contracts.columns import Floats, Ints
+
+FinishReason = Literal["stop", "length", "repetition", "abort"]
 
 
 @dataclass(frozen=True)
