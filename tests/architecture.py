@@ -73,6 +73,7 @@ DATA_PATH = (
 NOT_DATA = {
     "Asked": "a request as the ledger's state keeps it",
     "AuditedRun": "a run's verification",
+    "Divergence": "a formula",
     "LengthGroup": "a shape of attention",
     "LogitScaling": "a setting of the model",
     "MapShape": "a setting of the objective",

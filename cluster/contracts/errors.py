@@ -102,4 +102,4 @@ class TrainingError(PreceptorError, RuntimeError):
 
 
 class RunStopped(PreceptorError):
-    """The run ended in order before its last step, because somebody asked for it."""
+    """The run ended in order before its last step, because a user or Ray asked for it."""

@@ -18,7 +18,7 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-Record = Mapping[str, float]  # one step's figures by name
+Record = Mapping[str, float]  # one step's metrics by name
 
 
 class RecordsFile:
@@ -35,8 +35,8 @@ class RecordsFile:
         return [line for line, _ in self._parsed()]
 
     def read(self) -> list[dict[str, Any]]:
-        """Return what was written so far, without the figures that were not finite."""
-        return [{name: value for name, value in found.items() if value is not None} for _, found in self._parsed()]
+        """Return what was written so far, without the values that were not finite."""
+        return [{name: value for name, value in record.items() if value is not None} for _, record in self._parsed()]
 
     def drop_from(self, step: int) -> None:
         """Forget `step` and what followed: a resumed run does those steps again."""
@@ -54,7 +54,7 @@ class RecordsFile:
         shortened.replace(self.path)
 
     def write(self, record: Mapping[str, Any]) -> str:
-        """Append one object and return its line; a figure that is not finite becomes null."""
+        """Append one object and return its line; a value that is not finite becomes null."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
@@ -72,22 +72,22 @@ class RecordsFile:
 
     def _parsed(self) -> list[tuple[str, dict[str, Any]]]:
         *complete, _torn = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        found = []
+        records = []
         for number, line in enumerate(complete, start=1):
             try:
-                found.append((line.decode(), _record(line)))
+                records.append((line.decode(), _record(line)))
             except ValueError as error:
                 if number == len(complete):  # a crash of the whole machine can leave zeros in the place of a line
                     break
                 raise CheckpointError(f"{self.path}:{number}: not a record of a step; restore the line") from error
-        return found
+        return records
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    found = json.loads(line)
-    if not isinstance(found, dict) or type(found.get("step")) is not int:
+    record = json.loads(line)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise ValueError("no object with a step")
-    return found
+    return record
 
 
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)

@@ -44,7 +44,7 @@ def start_pipeline(
         config: the run.
         inputs: its prompts.
         placement: where the actors go.
-        learner_config: what the learner is told instead, for checks against other teachers.
+        learner_config: the learner's own configuration, for checks against other teachers.
     """
     began = perf_counter()
     config = with_gpus(config, placement.on_gpu)

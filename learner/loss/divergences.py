@@ -34,7 +34,7 @@ class Divergence:
             phi(d) - phi'(d), which may be off by a constant. It may overwrite d, and its third argument, two spare
             tensors like d: on a CPU, fresh memory costs as much as the arithmetic. None: autograd.
         parameter: the field of a run file's term that holds the parameter.
-        kernel: the name of its twin among the Triton kernels; None: plain torch computes it everywhere.
+        kernel: its name among the Triton kernels; None: plain torch computes it everywhere.
         ends: which divergence of the table it is at which parameter, where phi would be 0 or a slower way to say so.
 
     Example:
