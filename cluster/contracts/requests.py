@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # the run file's types need no schema
-    from cluster.contracts.trajectory import FinishReason, Floats, Ints
+    from cluster.contracts.columns import Floats, Ints
+
+FinishReason = Literal["stop", "length", "repetition", "abort"]
 
 
 @dataclass(frozen=True)
