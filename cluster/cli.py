@@ -25,7 +25,7 @@ def report_errors(command: Callable[[], int], debug: bool) -> int:
     """Run a command; say in one line what ended it, and return its exit code.
 
     Raises:
-        Exception: with `debug`, what the command raised, for its trace to be seen.
+        Exception: with `debug`, what the command raised, so that Python prints its trace.
     """
     try:
         return command()

@@ -35,7 +35,7 @@ MAX_SPANS = 100_000  # calls that are kept until their spans are taken, if ever
 
 _log = logging.getLogger("preceptor")
 
-RouteOf = Callable[[str], "Route"]  # route -> teachers that score its batches; empty: they are given out unscored
+ScoringPlan = Callable[[str], "Route"]  # route -> teachers that score its batches; empty: they are given out unscored
 
 
 @dataclass
@@ -44,7 +44,7 @@ class StepBatches:
 
     requests: Sequence[RolloutRequest]
     sampling: SamplingSettings
-    scorers: RouteOf
+    scorers: ScoringPlan
     advance: Callable[[Sequence[Any]], bool]  # moves the flow on by at least one event
     missing: int  # trajectories that are still generated or scored
     admitted_at: float
@@ -106,7 +106,7 @@ class Flow:
         step: int,
         requests: Sequence[RolloutRequest],
         sampling: SamplingSettings,
-        scorers: RouteOf,
+        scorers: ScoringPlan,
     ) -> StepBatches:
         """Hand a step's requests to the rollout workers, and return at once what gives its batches out."""
         now = perf_counter()
@@ -117,7 +117,7 @@ class Flow:
         return batches
 
     def run(
-        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, scorers: RouteOf
+        self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, scorers: ScoringPlan
     ) -> list[BatchHandle]:
         """Return the batches of requests that belong to no step, ahead of those that do."""
         batches, handles = self.admit(next(self._extra_ids), requests, sampling, scorers), []

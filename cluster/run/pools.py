@@ -1,4 +1,4 @@
-"""Everything a run needs, read and started in the right order: inputs first, so that bad ones cost no start-up."""
+"""Starts the pools of a run, all at once, and ends them with every process of theirs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -24,7 +24,7 @@ from teacher_workers.time_sharing import start_slot
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The running pools."""
+    """Holds the running pools."""
 
     rollouts: RolloutPool
     teachers: ReplaceableTeachers
@@ -44,13 +44,14 @@ def start_pipeline(
         config: the run.
         inputs: its prompts.
         placement: where the actors go.
-        learner_config: the learner's own configuration, for checks against other teachers.
+        learner_config: replaces `config` for the learner, for checks against other teachers.
     """
     began = perf_counter()
     config = with_gpus(config, placement.on_gpu)
     with ExitStack() as stack:
         watch = stack.enter_context(closing(Watch(config.ray.silence_seconds)))
-        supervision = Supervision(restart_limit(config), watch)
+        limit = RestartLimit(config.ray.max_restarts, config.ray.restart_window_seconds)
+        supervision = Supervision(limit, watch)
         rollouts = RolloutPool(
             _rollout_settings(config, inputs),
             placement.rollout.options(),
@@ -154,11 +155,6 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         environment=config.environment,
         sampled_candidates=config.objective.needs.sampled_candidates,
     )
-
-
-def restart_limit(config: Config) -> RestartLimit:
-    """Return how often each worker, and the learner, may be started again."""
-    return RestartLimit(config.ray.max_restarts, config.ray.restart_window_seconds)
 
 
 def pool_timeouts(config: Config) -> PoolTimeouts:

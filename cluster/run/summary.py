@@ -61,7 +61,7 @@ class RunResult(StepHook):
         if run.config.checkpoint.export:
             run.pipeline.learner.export(run.directory.export)
             run.view.say(f"student: {run.directory.export}")
-        run.view.say(f"figures: {run.directory.metrics}")
+        run.view.say(f"metrics: {run.directory.metrics}")
         for line in summary(run.config, run.history, seconds, steps=run.config.run.steps - run.first_step):
             run.view.say(line)
 
