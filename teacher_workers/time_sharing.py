@@ -52,12 +52,12 @@ def start_slot(
     return {name: TeacherPool(name, replicas, timeouts, in_slot=True) for name in teachers}
 
 
-class Turns:
+class TurnOrder:
     """Decides which of several teachers' requests run; those of one teacher at a time do.
 
     Example:
         >>> times = iter((0.0, 1.0, 2.0, 3.0, 4.0, 9.0, 9.0))
-        >>> turns = Turns(["math", "code"], awake="math", switch_seconds=2.0, clock=lambda: next(times))
+        >>> turns = TurnOrder(["math", "code"], awake="math", switch_seconds=2.0, clock=lambda: next(times))
         >>> turns.arrive("math"), turns.arrive("code"), turns.admit(), turns.due()
         (None, None, 1, None)
         >>> turns.finish(), turns.due()
@@ -145,7 +145,7 @@ class Turns:
         return self._idle_since + PATIENCE_SWITCHES * self._switch_seconds - self._clock()
 
 
-class TimeShare:
+class TimeSharing:
     """Gives turns; `conduct` must run beside the requests, and no turn comes after it has raised an error."""
 
     def __init__(
@@ -155,10 +155,10 @@ class TimeShare:
         switch_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the teachers by name, of which all but `awake` sleep; the rest is as in Turns."""
+        """Take the teachers by name, of which all but `awake` sleep; the rest is as in TurnOrder."""
         self._backends = backends
         self._clock = clock
-        self._turns = Turns(list(backends), awake, switch_seconds, clock)
+        self._turns = TurnOrder(list(backends), awake, switch_seconds, clock)
         self._places: dict[str, deque[asyncio.Future[None]]] = {teacher: deque() for teacher in backends}
         self._changed = asyncio.Event()
         self._woken = dict.fromkeys(backends, (0, 0.0))  # switches to each teacher that no metric has yet, and seconds
@@ -243,7 +243,7 @@ class SlotActor:
             awake = teacher
         # Waking is taken to cost what sleeping does, until it has been seen.
         backends = {teacher: worker.backend for teacher, worker in self._workers.items()}
-        self._share = TimeShare(backends, awake, switch_seconds=2 * sleeping_seconds)
+        self._share = TimeSharing(backends, awake, switch_seconds=2 * sleeping_seconds)
         conducting = asyncio.create_task(self._share.conduct())
         conducting.add_done_callback(_log_failure)
         watching = asyncio.create_task(

@@ -1,10 +1,9 @@
 """Defines what the driver requests of rollout and teacher workers, and what rollout engines answer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # the run file's types need no schema
-    from cluster.contracts.trajectory import FinishReason, Floats, Ints
+from cluster.contracts.columns import FinishReason, Floats, Ints
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.contracts.errors import ModelError
-from teacher_workers.time_sharing import TimeShare
+from teacher_workers.time_sharing import TimeSharing
 
 
 class Engine:
@@ -36,7 +36,7 @@ class Slot:
         self.events: list[str] = []
         self.engines = {"math": Engine("math", self.events), "code": Engine("code", self.events, code_wakes)}
         self.engines["math"].is_awake = True
-        self.share = TimeShare(self.engines, "math", switch_seconds=0.001)
+        self.share = TimeSharing(self.engines, "math", switch_seconds=0.001)
 
     async def score(self, teacher: str, label: str = "") -> None:
         async with self.share.turn(teacher):
