@@ -52,12 +52,12 @@ def start_slot(
     return {name: TeacherPool(name, replicas, timeouts, in_slot=True) for name in teachers}
 
 
-class TurnSchedule:
+class TurnOrder:
     """Decides which of several teachers' requests run; those of one teacher at a time do.
 
     Example:
         >>> times = iter((0.0, 1.0, 2.0, 3.0, 4.0, 9.0, 9.0))
-        >>> turns = TurnSchedule(["math", "code"], awake="math", switch_seconds=2.0, clock=lambda: next(times))
+        >>> turns = TurnOrder(["math", "code"], awake="math", switch_seconds=2.0, clock=lambda: next(times))
         >>> turns.arrive("math"), turns.arrive("code"), turns.admit(), turns.due()
         (None, None, 1, None)
         >>> turns.finish(), turns.due()
@@ -155,10 +155,10 @@ class TimeSharing:
         switch_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take the teachers by name, of which all but `awake` sleep; the rest is as in TurnSchedule."""
+        """Take the teachers by name, of which all but `awake` sleep; the rest is as in TurnOrder."""
         self._backends = backends
         self._clock = clock
-        self._turns = TurnSchedule(list(backends), awake, switch_seconds, clock)
+        self._turns = TurnOrder(list(backends), awake, switch_seconds, clock)
         self._places: dict[str, deque[asyncio.Future[None]]] = {teacher: deque() for teacher in backends}
         self._changed = asyncio.Event()
         self._woken = dict.fromkeys(backends, (0, 0.0))  # switches to each teacher that no metric has yet, and seconds

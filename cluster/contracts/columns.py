@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,8 @@ from cluster.contracts.errors import TrajectoryError
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
+Bytes = NDArray[np.uint8]
+FinishReason = Literal["stop", "length", "repetition", "abort"]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,9 @@
 """Defines what the driver requests of rollout and teacher workers, and what rollout engines answer."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:  # the run file's types need no Arrow
-    from cluster.contracts.columns import Floats, Ints
-
-FinishReason = Literal["stop", "length", "repetition", "abort"]
+from cluster.contracts.columns import FinishReason, Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Completion:
 
     token_ids: "Ints"  # [completion_tokens], the EOS token included when it was sampled
     logprobs: "Floats"  # [completion_tokens] under the sampling distribution
-    finish_reason: FinishReason
+    finish_reason: "FinishReason"
     policy_versions: "Ints"  # [completion_tokens] that sampled each token; 0: the weights that the engine started with
     candidate_ids: "Ints | None" = None  # [completion_tokens, k] as the sampling settings ask
     candidate_logprobs: "Floats | None" = None  # [completion_tokens, k] under the sampling distribution

@@ -146,7 +146,7 @@ def build_micro_batch(grid: Grid, rows: Sequence[Trajectory], seed: int) -> Micr
     )
 
 
-def uniform_samples(seed: int, trajectory_id: int, count: int) -> NDArray[np.float32]:
+def uniform_numbers(seed: int, trajectory_id: int, count: int) -> NDArray[np.float32]:
     """Return numbers in [0, 1) that belong to a trajectory's tokens, whatever micro-batch they are in.
 
     Philox is a counter-based generator: a key names a stream of its own.
@@ -161,7 +161,7 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         max((getattr(row, name).shape[1] for row in placed), default=0)
         for name in ("candidate_ids", "candidate_rollout_logprobs")
     )
-    uniform = [uniform_samples(seed, row.trajectory_id, length) for row, length in zip(placed, lengths, strict=True)]
+    uniform = [uniform_numbers(seed, row.trajectory_id, length) for row, length in zip(placed, lengths, strict=True)]
     return CompletionTokens(
         target_ids=_join([row.token_ids[row.loss_mask != 0] for row in placed], np.int64),
         rollout_logprobs=_join([row.rollout_logprobs for row in placed], np.float32),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from teacher_workers.time_sharing import LONGEST_TURN_SWITCHES, PATIENCE_SWITCHES, TurnSchedule
+from teacher_workers.time_sharing import LONGEST_TURN_SWITCHES, PATIENCE_SWITCHES, TurnOrder
 
 TEACHERS = ("math", "code", "prose")
 
@@ -22,7 +22,7 @@ class Request:
 
 @dataclass
 class Slot:
-    """Does what TurnSchedule decides, and writes down when each request began and who was woken when."""
+    """Does what TurnOrder decides, and writes down when each request began and who was woken when."""
 
     requests: Sequence[Request]
     switch_seconds: float
@@ -31,7 +31,7 @@ class Slot:
     woken: list[tuple[float, str]] = field(default_factory=list)
 
     def run(self) -> "Slot":
-        turns = TurnSchedule(TEACHERS, TEACHERS[0], self.switch_seconds, lambda: self.now)
+        turns = TurnOrder(TEACHERS, TEACHERS[0], self.switch_seconds, lambda: self.now)
         coming = sorted(range(len(self.requests)), key=lambda index: self.requests[index].arrives)
         waiting: dict[str, list[int]] = {teacher: [] for teacher in TEACHERS}
         running: list[tuple[float, int]] = []  # end, request

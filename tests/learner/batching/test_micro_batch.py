@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.contracts.errors import TrajectoryError
-from learner.batching.micro_batch import Trajectory, build_micro_batch, trajectories, uniform_samples
+from learner.batching.micro_batch import Trajectory, build_micro_batch, trajectories, uniform_numbers
 from tests.learner.support import OBJECTIVES, make_scored, random_heads
 
 
@@ -83,10 +83,10 @@ def test_random_numbers_belong_to_the_trajectory_not_to_the_micro_batch(rows):
 
 
 def test_another_seed_or_trajectory_gives_other_random_numbers_and_more_of_them_begin_alike():
-    numbers = uniform_samples(seed=3, trajectory_id=7, count=4).tolist()
-    assert uniform_samples(3, 7, 6)[:4].tolist() == numbers
-    assert uniform_samples(4, 7, 4).tolist() != numbers
-    assert uniform_samples(3, 8, 4).tolist() != numbers
+    numbers = uniform_numbers(seed=3, trajectory_id=7, count=4).tolist()
+    assert uniform_numbers(3, 7, 6)[:4].tolist() == numbers
+    assert uniform_numbers(4, 7, 4).tolist() != numbers
+    assert uniform_numbers(3, 8, 4).tolist() != numbers
 
 
 def test_hidden_states_of_each_route_stand_apart_with_the_places_of_their_tokens():
