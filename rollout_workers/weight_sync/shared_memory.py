@@ -11,7 +11,7 @@ bytes are copied into an anonymous memory file of the actor.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,7 @@ class Region:
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class _MappedFile:
-    device: int
-    inode: int
-    offset: int  # where in the file the address lies
+FileId = tuple[int, int]  # device and inode
 
 
 @contextmanager
@@ -50,8 +46,8 @@ def mappable(buffer: pa.Buffer) -> Iterator[Region]:
 def region_in_store(buffer: pa.Buffer) -> Region | None:
     """Return where the buffer lies in the node's object store; None if it does not, or the store cannot be reached."""
     mapped = _mapped_file(buffer.address)
-    path = _open_by_parent(mapped) if mapped else None
-    return Region(path, mapped.offset, buffer.size) if mapped and path else None
+    path = _open_by_parent(mapped[0]) if mapped else None
+    return Region(path, mapped[1], buffer.size) if mapped and path else None
 
 
 @contextmanager
@@ -70,8 +66,8 @@ def shared_memory(buffer: pa.Buffer | bytes) -> Iterator[str]:
         os.close(descriptor)
 
 
-def _mapped_file(address: int) -> _MappedFile | None:
-    """Return the store's mapping that an address lies in; the format is that of proc(5)."""
+def _mapped_file(address: int) -> tuple[FileId, int] | None:
+    """Return the store's file that an address lies in, and where in it; the format is that of proc(5)."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         if STORE_FILE not in line:
             continue
@@ -79,23 +75,17 @@ def _mapped_file(address: int) -> _MappedFile | None:
         first, last = (int(bound, 16) for bound in addresses.split("-"))
         if first <= address < last:
             major, minor = (int(number, 16) for number in device.split(":"))
-            mapped = _MappedFile(os.makedev(major, minor), int(inode), int(offset, 16) + address - first)
-            return mapped if permissions.endswith("s") else None
+            file_id = os.makedev(major, minor), int(inode)
+            return (file_id, int(offset, 16) + address - first) if permissions.endswith("s") else None
     return None
 
 
-def _open_by_parent(mapped: _MappedFile) -> str | None:
+def _open_by_parent(file_id: FileId) -> str | None:
     """Return a path of the file that the parent process, for a Ray worker its raylet, has open."""
-    try:
-        descriptors = list(Path(f"/proc/{os.getppid()}/fd").iterdir())
-    except OSError:
-        return None
-    return next((str(path) for path in descriptors if _is_file(path, mapped)), None)
-
-
-def _is_file(path: Path, mapped: _MappedFile) -> bool:
-    try:
-        status = path.stat()
-        return (status.st_dev, status.st_ino) == (mapped.device, mapped.inode) and os.access(path, os.R_OK)
-    except OSError:  # closed meanwhile, or not ours to see
-        return False
+    with suppress(OSError):
+        for path in Path(f"/proc/{os.getppid()}/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile, or not readable by this user
+                status = path.stat()
+                if (status.st_dev, status.st_ino) == file_id and os.access(path, os.R_OK):
+                    return str(path)
+    return None
