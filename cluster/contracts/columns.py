@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from cluster.contracts.errors import TrajectoryError
 
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
+
 
 @dataclass(frozen=True)
 class Ragged:

@@ -20,16 +20,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from cluster.contracts.columns import Floats as Floats
+from cluster.contracts.columns import Ints as Ints
 from cluster.contracts.columns import Ragged as Ragged
 from cluster.contracts.columns import check_rows
 from cluster.contracts.columns import ragged as ragged
 from cluster.contracts.errors import NotFiniteError, ScoreError, TrajectoryError, WrongLengthError
+from cluster.contracts.requests import FinishReason as FinishReason
 from cluster.contracts.signals import SIGNALS, Scores, Signal, find_signal, find_signals, is_finite
 
 Stage = Literal["generated", "scored"]
-FinishReason = Literal["stop", "length", "repetition", "abort"]
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
 
 SCHEMA_VERSION = "3"
