@@ -25,7 +25,7 @@ POLL_SECONDS = 1.0  # a longer wait asks again, so often, what it waits for
 
 @dataclass(frozen=True)
 class PoolTimeouts:
-    """How long the driver waits for the actors of a pool."""
+    """Sets how long the driver waits for the actors of a pool."""
 
     start_seconds: float
     call_seconds: float

@@ -60,7 +60,7 @@ _log = logging.getLogger("preceptor")
 
 @dataclass(frozen=True)
 class Supervision:
-    """How a pool deals with dead actors."""
+    """Sets how a pool deals with dead actors."""
 
     restarts: RestartLimit = NO_RESTARTS
     watch: Watch | None = None  # None: a caller that waits for an answer notices the death

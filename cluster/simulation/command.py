@@ -74,14 +74,14 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ConfigError(f"--picture {output}: drawing needs matplotlib; pip install matplotlib") from error
-        figure = Figure(figsize=INCHES, layout="constrained")
-        left, right = figure.subplots(1, 2)
+        picture = Figure(figsize=INCHES, layout="constrained")
+        left, right = picture.subplots(1, 2)
         self._draw_idle(left)
         self._draw_tried(right)
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
         try:
-            figure.savefig(output, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+            picture.savefig(output, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
         except OSError as error:
             raise ConfigError(f"--picture {output}: cannot write the picture: {error.strerror}") from error
 

@@ -167,7 +167,7 @@ def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | P
 def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's own configuration for the learner's section.
 
-    The micro-batch counts are placeholders: batches come already cut, and the engine is told which one is the last.
+    The micro-batch counts are placeholders: batches come already cut, and the engine receives which one is the last.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload_optimizer == "cpu":

@@ -1,7 +1,7 @@
 """Computes attention over packed trajectories, one after the other: each token sees its own trajectory alone.
 
 transformers' own way with packed rows (`learner.attention = "masked"`) builds a mask of [rows, length, length], which
-keeps CUDA's flash kernels away. Here the tokens of a micro-batch stand in one row without padding, and a kernel is told
+keeps CUDA's flash kernels away. Here the tokens of a micro-batch stand in one row without padding, and a kernel knows
 where the trajectories begin; memory grows with the tokens, not with their square.
 """
 
@@ -39,7 +39,7 @@ class LengthGroup:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the trajectories of a packed row begin.
+    """Holds where the trajectories of a packed row begin.
 
     Example:
         >>> Segments.of([2, 3], torch.device("cpu")).boundaries.tolist()
@@ -74,7 +74,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 
 @dataclass(frozen=True)
 class Packing:
-    """What the attention of every layer is told of a micro-batch."""
+    """Holds what the attention of every layer needs of a micro-batch."""
 
     segments: Segments
     kernel: Kernel
