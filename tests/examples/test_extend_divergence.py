@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from cluster.config.objective import ObjectiveConfig
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError
+from cluster.contracts.metrics import report
+from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.plan import plan_step
+from learner.engines.torch import ReferenceEngine
 from learner.loss.objective import Objective
+from learner.model.student import load_student
 from tests.end_to_end.conftest import records_of
 from tests.end_to_end.runs import SMALL, preceptor
+from tests.learner.conftest import write_model
 from tests.learner.loss.builders import divergence, evaluate, gradient_of, make_objective, make_tokens, random_logprobs
+from tests.learner.support import ROUTE, WholeStep, completion_tokens, make_scored, random_heads, train_step
 
 ALPHA = "examples.extend.divergence:ALPHA"
 P, Q = (torch.tensor([values], dtype=torch.float64).log() for values in ((0.25, 0.75), (0.5, 0.5)))
@@ -82,6 +91,23 @@ def test_what_is_no_divergence_is_refused_in_a_sentence(name: str, says: str) ->
     config = msgspec.convert({"terms": {"main": {"loss": "divergence", "divergence": name}}}, ObjectiveConfig)
     with pytest.raises(ConfigError, match=says):
         Objective(config)
+
+
+def test_steps_of_the_learner_bring_the_student_closer_by_it(tmp_path: Path) -> None:
+    config = LearnerConfig(dtype="float32", learning_rate=3e-3)
+    engine = ReferenceEngine(load_student(StudentConfig(str(write_model(tmp_path, width=64))), config), config)
+    term = {"loss": "divergence", "divergence": ALPHA, "parameter": 0.5}
+    objective = msgspec.convert({"support": "full", "terms": {"main": term}}, ObjectiveConfig)
+    heads = random_heads(objective, {ROUTE: 48})
+    batch = make_scored(objective, heads=heads)
+    rows = trajectories([batch])
+    (grids,) = plan_step([len(row.token_ids) for row in rows], 1, 128).ranks
+    step = WholeStep(Objective(objective), completion_tokens(batch), heads)
+    losses = []
+    for _ in range(8):
+        micro_batches = [build_micro_batch(grid, rows, seed=0) for grid in grids]
+        losses.append(report(train_step(engine, micro_batches, step, 3e-3))["loss"])
+    assert 0 < losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.slow
