@@ -147,7 +147,6 @@ class LearnerGroup:
         self._ask("export", folder, waiting_for=f"the learner to export to {folder}")
 
     def state(self) -> PoolState:
-        """Return how the group stands."""
         return PoolState("learner", self._names, len(self._names), self._num_restarts)
 
     def take_spans(self) -> list[Span]:
@@ -156,7 +155,6 @@ class LearnerGroup:
         return spans
 
     def shutdown(self) -> None:
-        """End all ranks."""
         self._cluster.shutdown(self._actors)
 
     def _begin(self, names: Sequence[str]) -> None:

@@ -123,7 +123,6 @@ class RolloutActor:
         self._worker.forget_version()
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        """Open the receiving end of the weight sync."""
         await self._worker.engine.init_weight_transfer(init_info)
 
     async def held_version(self) -> int | None:
@@ -155,7 +154,6 @@ class RolloutActor:
         return checksum
 
     async def shutdown(self) -> None:
-        """End the engine's processes."""
         if self._watching is not None:
             self._watching.cancel()
         if hasattr(self, "_worker"):

@@ -29,7 +29,6 @@ class Filling(Generic[Row]):
     """
 
     def __init__(self, num_rows: int, rows_per_batch: int, started: float) -> None:
-        """Take the rollout's rows, the most of a batch, and when the rollout began."""
         self.missing = num_rows
         self._rows_per_batch = rows_per_batch
         self._started = started
@@ -53,7 +52,6 @@ class Filling(Generic[Row]):
         return self._pending.pop(teacher)
 
     def overdue(self) -> list[Row]:
-        """Return the rows that are due first."""
         teacher = min(self._due, key=self._due.__getitem__)
         del self._due[teacher]
         return self._pending.pop(teacher)

@@ -169,13 +169,11 @@ class RolloutPool(Pool):
                 self.replicas.lose(worker, error)
 
     def state(self) -> PoolState:
-        """Return which workers serve, and how many trajectories are owed."""
         owed = [assignment.requests for assignment in self._awaited.values()]
         owed += [requests for _, requests, _ in self._unassigned]
         return self.replicas.state(self._name, sum(map(len, owed)))
 
     def late(self) -> str:
-        """Name the workers that owe a batch, or are on their way."""
         owing = sorted({awaited.worker for awaited in self._awaited.values()})
         names = [self.replicas.name(worker) for worker in owing]
         return ", ".join(names or [f"{self._name}, of which none serves"] * bool(self._unassigned))
@@ -221,7 +219,6 @@ class RolloutPool(Pool):
         return replace(handle, reference=awaited.wire, rollout=awaited.rollout, spans=(span,))
 
     def _reassign(self, worker: int) -> None:
-        """Submit again what a lost worker owes."""
         owed = {reference: awaited for reference, awaited in self._awaited.items() if awaited.worker == worker}
         for reference in owed:
             del self._awaited[reference]

@@ -63,7 +63,6 @@ class PromptSet:
         self._token_ids = ragged(table, "token_ids")
 
     def __len__(self) -> int:
-        """Return the number of prompts."""
         return int(self._table.num_rows)
 
     @property
@@ -89,7 +88,6 @@ class PromptSet:
         return Prompt(self._token_ids[prompt_id], *(self._table[name][prompt_id].as_py() for name in columns))
 
     def to_wire(self) -> pa.Buffer:
-        """Encode as Arrow IPC."""
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, _SCHEMA) as writer:
             writer.write_batch(self._table)

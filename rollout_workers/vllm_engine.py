@@ -38,7 +38,6 @@ class SleepWhenIdle:
         self._lock = asyncio.Lock()  # an engine on its way to sleep, or not quite awake, has no users
 
     async def begin(self) -> None:
-        """Add a user; returns when the engine is awake."""
         async with self._lock:
             if self._is_asleep:
                 await self._wake()
@@ -46,7 +45,6 @@ class SleepWhenIdle:
             self._num_users += 1
 
     async def end(self) -> None:
-        """Remove a user."""
         async with self._lock:
             self._num_users -= 1
             if self._num_users == 0:
@@ -141,11 +139,9 @@ class VllmRolloutEngine:
 
     @property
     def is_dead(self) -> bool:
-        """Return whether the engine's process is gone."""
         return bool(self._engine.errored)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        """Open the receiving end of the transport."""
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
@@ -190,7 +186,6 @@ class VllmRolloutEngine:
         return checksum
 
     async def shutdown(self) -> None:
-        """End the engine's process."""
         self._engine.shutdown()
 
     async def _sleep(self) -> None:

@@ -52,7 +52,6 @@ class RolloutWorker:
         self._num_requests = 0
 
     def set_prompts(self, prompts: PromptSet) -> None:
-        """Replace the prompts that requests name by id."""
         self._prompts = prompts
 
     async def generate(
@@ -99,7 +98,6 @@ class RolloutWorker:
         self._policy_version = None
 
     async def shutdown(self) -> None:
-        """End the engine and the verifier."""
         self._services.verifier.close()
         await self.engine.shutdown()
 

@@ -25,7 +25,6 @@ class TeacherWorker:
     """Adds a backend's scores to batches, and refuses scores that cannot be a language model's."""
 
     def __init__(self, name: str, backend: TeacherBackend) -> None:
-        """Take a backend; `name` is the teacher and replica, for errors."""
         self._name = name
         self.backend = backend
 
@@ -69,7 +68,6 @@ class TeacherActor:
         return pack_scored(wire, *await self._worker.score(from_wire(wire), request), request.model)
 
     async def shutdown(self) -> None:
-        """End the backend's processes."""
         if self._watching is not None:
             self._watching.cancel()
         if self._worker is not None:

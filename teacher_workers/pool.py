@@ -84,7 +84,6 @@ class TeacherReplicas(Replicas):
             self.lose(replica, error)
 
     def quarantine(self, replica: int, reason: str) -> None:
-        """End a replica whose scores are wrong, for good."""
         _log.warning("%s; %s is ended", reason, self.name(replica))
         self.num_gone += 1
         self.retire(replica)
@@ -103,7 +102,6 @@ class TeacherReplicas(Replicas):
         return gone
 
     def forget_loads(self) -> None:
-        """Count as if nothing were to be scored."""
         self._loads.clear()
 
     def end(self) -> None:
@@ -246,7 +244,6 @@ class TeacherPool(Pool):
         )
 
     def maintain(self) -> None:
-        """Make lost what replicas had that are gone."""
         if self._gone_seen == self.replicas.num_gone:
             return
         self._gone_seen = self.replicas.num_gone
@@ -261,7 +258,6 @@ class TeacherPool(Pool):
         return lost
 
     def abandon(self) -> None:
-        """Forget all batches that are being scored."""
         self._hops.clear()
         self._lost.clear()
         self.replicas.forget_loads()
@@ -285,7 +281,6 @@ class TeacherPool(Pool):
         return replace(state, model=self.teacher.model, checkpoint=self.checkpoint)
 
     def late(self) -> str:
-        """Name the replicas that have batches, or say that none serves."""
         late = sorted({hop.replica for hop in self._hops.values()})
         if not late and not self.replicas.serving:
             return f"teacher {self.name}, of which no replica serves"

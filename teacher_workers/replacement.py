@@ -28,7 +28,6 @@ class Replacement:
 
     @property
     def replicas(self) -> TeacherReplicas:
-        """Return the replicas of the pools."""
         return next(iter(self.pools.values())).replicas
 
 
@@ -36,7 +35,6 @@ class ReplaceableTeachers(TeacherRouter):
     """Routes the batches of each step to the pools that score it."""
 
     def __init__(self, pools: Mapping[str, TeacherPool], call_seconds: float) -> None:
-        """Take the pools as TeacherRouter does."""
         super().__init__(pools, call_seconds)
         self._retired: list[Replacement] = []  # in the order in which they were replaced
         self._replacements: list[Replacement] = []
@@ -104,7 +102,6 @@ class ReplaceableTeachers(TeacherRouter):
         self.close(next_step=0)
 
     def shutdown(self) -> None:
-        """End every pool."""
         for replacement in self._replacements:
             replacement.replicas.end()
         super().shutdown()

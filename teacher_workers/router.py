@@ -120,18 +120,15 @@ class TeacherRouter:
         return lost
 
     def abandon(self) -> None:
-        """Forget all batches that are being scored."""
         self._waiting.clear()
         self._lost.clear()
         for pool in self._all_pools():
             pool.abandon()
 
     def late(self) -> str:
-        """Name the replicas that have batches."""
         return ", ".join(names for pool in self._all_pools() if (names := pool.late()))
 
     def shutdown(self) -> None:
-        """End every pool."""
         for replicas in self._all_replicas():
             replicas.shutdown()
 
@@ -153,7 +150,6 @@ class TeacherRouter:
             self._waiting.append((pool, hop))
 
     def _send_again(self) -> None:
-        """Send what waited for a replica, or lost its own."""
         lost = [(pool, hop) for pool in self._all_pools() for hop in pool.take_lost()]
         waiting, self._waiting = [*self._waiting, *lost], []
         for pool, hop in waiting:

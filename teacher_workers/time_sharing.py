@@ -83,7 +83,6 @@ class TurnOrder:
         self._switch_seconds = switch_seconds
 
     def arrive(self, teacher: str) -> None:
-        """Take in a request."""
         self._waiting[teacher].append(self._clock())
 
     def admit(self) -> int:
@@ -98,7 +97,6 @@ class TurnOrder:
         return count
 
     def finish(self) -> None:
-        """Note that a running request is done."""
         self._num_running -= 1
         self._idle_since = self._clock()
 
@@ -252,7 +250,6 @@ class SlotActor:
         self._tasks = [watching, conducting]
 
     async def score(self, wire: pa.Buffer, request: ScoreRequest, teacher: str) -> tuple[pa.Buffer, BatchHandle]:
-        """Score one batch when it is the teacher's turn."""
         async with self._share.turn(teacher):
             scored, metrics = await self._workers[teacher].score(from_wire(wire), request)
         num_switches, seconds = self._share.take_woken(teacher)
@@ -260,7 +257,6 @@ class SlotActor:
         return pack_scored(wire, scored, {**metrics, **switches}, request.model)
 
     async def shutdown(self) -> None:
-        """End the engines' processes."""
         for task in self._tasks:
             task.cancel()
         for worker in self._workers.values():

@@ -137,7 +137,6 @@ class RayCluster(Cluster):
         self._stand_ins = stand_ins or {}
 
     def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
-        """Begin to start one actor per name."""
         # The class is imported now: a driver that only plans, checks or reports imports no torch.
         remote = ray.remote(load_object(self._stand_ins.get(actor_class, actor_class), "an actor class"))
         return [
@@ -146,7 +145,6 @@ class RayCluster(Cluster):
         ]
 
     def put(self, value: Any) -> Any:
-        """Store a value in Ray's object store."""
         return ray.put(value)
 
     def get(self, references: Any, timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()) -> Any:
@@ -168,7 +166,6 @@ class RayCluster(Cluster):
             raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
 
     def wait(self, references: Sequence[Any], num_returns: int, timeout_seconds: float) -> list[Any]:
-        """Return references that are ready."""
         if not references:  # ray.wait refuses to wait for nothing
             return []
         ready: list[Any] = ray.wait(list(references), num_returns=num_returns, timeout=timeout_seconds)[0]
@@ -183,7 +180,6 @@ class RayCluster(Cluster):
         return False
 
     def kill(self, actor: ActorHandle) -> None:
-        """End an actor; Ray starts it no more."""
         with suppress(RayError):  # already dead
             ray.kill(actor, no_restart=True)
 

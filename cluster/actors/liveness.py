@@ -42,7 +42,6 @@ class Watch:
     """Requests signs of life from actors, each of which must come within `silence_seconds`."""
 
     def __init__(self, silence_seconds: float) -> None:
-        """Begin with no actor."""
         self._silence_seconds = silence_seconds
         self._watched: dict[str, _Watched] = {}
         self._lost: set[str] = set()
@@ -52,7 +51,6 @@ class Watch:
         self._thread.start()
 
     def add(self, name: str, actor: ActorHandle) -> None:
-        """Watch an actor from now on."""
         with self._lock:
             self._watched[name] = _request(actor)
 
@@ -69,7 +67,6 @@ class Watch:
             return frozenset(self._lost)
 
     def close(self) -> None:
-        """End the thread."""
         self._closing.set()
         self._thread.join()
 

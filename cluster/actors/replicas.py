@@ -30,7 +30,6 @@ class RestartBudget:
     """Counts the restarts of each replica, and delays those of a replica that dies again and again."""
 
     def __init__(self, limit: RestartLimit, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with all restarts left; `clock` returns seconds."""
         self._limit = limit
         self._clock = clock
         self._spent: defaultdict[int, deque[float]] = defaultdict(deque)  # replica -> when it was started again
@@ -161,7 +160,6 @@ class Replicas:
 
     @property
     def serving(self) -> list[int]:
-        """Return the replicas that take work."""
         return [replica for replica, member in self._members.items() if member.serves and replica not in self._leaving]
 
     @property
@@ -180,7 +178,6 @@ class Replicas:
         return len(self._members) - len(self._leaving)
 
     def state(self, pool: str, num_owed: int) -> PoolState:
-        """Return how the pool stands; the pool counts what its workers owe."""
         serving = [self.name(replica) for replica in self.serving]
         return PoolState(pool, serving, self.size, self.num_restarts, num_owed)
 
@@ -197,7 +194,6 @@ class Replicas:
         return [reference for replica in self._absent for reference in self._members[replica].waits_for]
 
     def actor(self, replica: int) -> ActorHandle:
-        """Return a serving replica's actor."""
         actor = self._members[replica].actor
         assert actor is not None, "a resting replica has no actor"
         return actor
@@ -277,14 +273,12 @@ class Replicas:
             self._start_again(replica)
 
     def retire(self, replica: int) -> None:
-        """End a replica's actor and start no other."""
         self._end(replica)
         del self._members[replica]
         self._leaving.discard(replica)
         self._absent.discard(replica)
 
     def shutdown(self) -> None:
-        """End engines and actors; no process stays."""
         for member in self._members.values():
             self._forget(member)
         self._cluster.shutdown([member.actor for member in self._members.values() if member.actor])
@@ -340,7 +334,6 @@ class Pool:
     """Holds what is common to the pools of rollout and teacher workers."""
 
     def __init__(self, label: str, replicas: Replicas, timeouts: PoolTimeouts) -> None:
-        """Take the replicas, the name that errors have for them, and how long to wait for them."""
         self._label, self.replicas, self._timeouts = label, replicas, timeouts
 
     def wait_until_ready(self) -> None:
@@ -354,7 +347,6 @@ class Pool:
 
     @property
     def size(self) -> int:
-        """Return how many replicas take work, or will when they have started."""
         return self.replicas.size
 
     @property
@@ -367,5 +359,4 @@ class Pool:
         self.replicas.resize(size)
 
     def shutdown(self) -> None:
-        """End engines and actors; no process stays."""
         self.replicas.shutdown()

@@ -25,7 +25,6 @@ class AlarmConfig(Section, frozen=True):
     action: Action = "warn"
 
     def __post_init__(self) -> None:
-        """Check that there is a limit; raises ValueError, which the reader turns into a ConfigError."""
         if (self.above is None) == (self.below is None):
             raise ValueError("an alarm has one limit, 'above' or 'below'")
 

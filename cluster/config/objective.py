@@ -64,7 +64,6 @@ class ImportanceConfig(Section, frozen=True):
     dual_clip: Annotated[float, Meta(gt=1, le=LARGEST_FLOAT)] | None = None
 
     def __post_init__(self) -> None:
-        """Check the bounds; raises ValueError, which the reader turns into a ConfigError."""
         if self.kind in ("icepop", "sequence_mask", "ppo_clip") and self.low >= self.high:
             raise ValueError(f"low = {self.low} is not below high = {self.high}; no ratio would be left between them")
 
@@ -202,7 +201,6 @@ class ObjectiveConfig(Section, frozen=True):
     token_weights: TokenWeightsConfig = TokenWeightsConfig()
 
     def __post_init__(self) -> None:
-        """Check each term against the support; raises ValueError, which the reader turns into a ConfigError."""
         if self.support == "samples" and self.support_size < 2:
             raise ValueError("objective.support = 'samples' needs support_size = 2 or more; one draw is 'sampled'")
         if len(self._normalisations()) > 1:

@@ -129,7 +129,6 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ray: RayConfig = RayConfig()
 
     def __post_init__(self) -> None:
-        """Check the rules that span sections; raises ValueError, which the reader turns into a ConfigError."""
         _check_targets(self)
         _check_slots(self)
         _check_balance(self)

@@ -191,7 +191,6 @@ def _check_names(tree: dict[str, Any], source: str) -> None:
 
 
 def _entries(tree: Any, table: str) -> dict[str, Any]:
-    """Return a table of the tree, empty where there is none."""
     for key in table.split("."):
         tree = tree.get(key) if isinstance(tree, dict) else None
     return tree if isinstance(tree, dict) else {}

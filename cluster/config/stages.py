@@ -66,7 +66,6 @@ class RolloutConfig(Section):
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        """Check the balancer's limits; raises ValueError, which the reader turns into a ConfigError."""
         check_limits(self.num_workers, self.min_workers, self.max_workers)
 
 
@@ -86,7 +85,6 @@ class TeacherConfig(Section):
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        """Check the balancer's limits; raises ValueError, which the reader turns into a ConfigError."""
         if self.num_workers:
             check_limits(self.num_workers, self.min_workers, self.max_workers)
 
@@ -122,7 +120,6 @@ class LearnerConfig(Section):
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
 
     def __post_init__(self) -> None:
-        """Check what cannot go together; raises ValueError, which the reader turns into a ConfigError."""
         if self.offload_parameters == "cpu" and self.zero_stage != 3:
             raise ValueError(
                 f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.zero_stage}"

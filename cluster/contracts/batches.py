@@ -86,10 +86,8 @@ class ReadyBatches:
 
     @property
     def is_exhausted(self) -> bool:
-        """Return whether the batches were given out."""
         return not self._handles
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
-        """Return all."""
         handles, self._handles = self._handles, []
         return handles

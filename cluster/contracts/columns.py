@@ -25,16 +25,13 @@ class Ragged:
     offsets: NDArray[np.int64]  # [rows + 1], first is 0
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> NDArray[Any]:
-        """Return a view of one row's values."""
         return self.values[self.offsets[row] : self.offsets[row + 1]]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Return the number of values per row."""
         return np.diff(self.offsets)
 
 
@@ -85,7 +82,6 @@ def _require(batch: pa.RecordBatch, holds: NDArray[Any], fault: str, *counts: ND
 
 
 def _per_row(column: Ragged, holds: Any) -> NDArray[Any]:
-    """Return whether all values of each row hold."""
     faults = np.concatenate([[0], np.cumsum(~holds)])
     return faults[column.offsets[1:]] == faults[column.offsets[:-1]]
 

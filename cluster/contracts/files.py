@@ -65,7 +65,6 @@ class RecordsFile:
         return line
 
     def sync(self) -> None:
-        """Bring what was written to disk."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 os.fsync(file.fileno())

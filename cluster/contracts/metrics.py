@@ -18,12 +18,10 @@ class Sum:
     total: float
 
     def merge(self, other: Self) -> Self:
-        """Return both together."""
         return type(self)(self.total + other.total)
 
     @property
     def value(self) -> float:
-        """Return the total."""
         return self.total
 
 
@@ -35,7 +33,6 @@ class Mean:
     weight: float
 
     def merge(self, other: Self) -> Self:
-        """Return both together."""
         return type(self)(self.total + other.total, self.weight + other.weight)
 
     @property
@@ -51,12 +48,10 @@ class Max:
     largest: float
 
     def merge(self, other: Self) -> Self:
-        """Return both together."""
         return type(self)(max(self.largest, other.largest))
 
     @property
     def value(self) -> float:
-        """Return the largest value."""
         return self.largest
 
 
@@ -73,7 +68,6 @@ class Quantile:
 
     @classmethod
     def of(cls, fraction: float, values: Iterable[float]) -> Self:
-        """Sketch the given values."""
         counts: dict[int, int] = {}
         for value in values:
             bucket = _bucket(value)
@@ -81,7 +75,6 @@ class Quantile:
         return cls(fraction, counts)
 
     def merge(self, other: Self) -> Self:
-        """Return both together."""
         counts = dict(self.counts)
         for bucket, count in other.counts.items():
             counts[bucket] = counts.get(bucket, 0) + count

@@ -38,7 +38,6 @@ class Signal:
     audited: Reads | None = None  # how an audit compares the signal, in nats or as vectors; None: only checked
 
     def column(self, model: str) -> str:
-        """Return the name of the column."""
         return self.name if self.is_shared else f"{model}_{self.name}"
 
     def arrow_types(self, num_candidates: int, width: int) -> list[pa.DataType]:

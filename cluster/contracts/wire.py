@@ -117,6 +117,5 @@ def _width(field: pa.Field) -> int:
 
 
 def _num_nulls(column: pa.Array) -> int:
-    """Count the nulls of a column and of the lists in it."""
     inner = column.values if isinstance(column, pa.ListArray | pa.FixedSizeListArray) else None
     return int(column.null_count) + (0 if inner is None else _num_nulls(inner))

@@ -101,13 +101,11 @@ class Balance:
     _backs_off: bool = False  # after a move that was taken back, and until one is kept
 
     def __post_init__(self) -> None:
-        """Begin to observe."""
         self._start_seconds = self.horizon.start_seconds
         self._works: deque[StepWork] = deque(maxlen=WINDOW * self.config.observe_steps)
 
     @property
     def is_trying(self) -> bool:
-        """Return whether a move is not rated yet."""
         return self._trial is not None
 
     def decide(self, sample: BalanceSample) -> Decision | None:
@@ -166,7 +164,6 @@ class Balance:
         return Decision(sentence, trial.before)
 
     def _consider(self, sample: BalanceSample) -> Decision | None:
-        """Move if another split pays."""
         cooldown = self.config.cooldown_steps * 2**self._num_returns
         if len(self._works) < self.config.observe_steps or self._steps_here < cooldown:
             return None

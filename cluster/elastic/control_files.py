@@ -40,7 +40,6 @@ class ControlRequests:
     """Finds requests that are new, and answers them; the driver's side."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, last_request: str = "") -> None:
-        """Count the request whose id is `last_request` as old."""
         self._clock = clock
         self._last_request = last_request
         self._next_poll = 0.0

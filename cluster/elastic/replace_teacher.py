@@ -149,7 +149,6 @@ class TeacherChanges(StepHook):
         self._pipeline.teachers.close(next_step=self._finished_step)
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
-        """Let the workers leave that only this step needed."""
         self._finished_step = step
         self._pipeline.teachers.close(next_step=step)
         return {}
@@ -204,7 +203,6 @@ class TeacherChanges(StepHook):
         return config
 
     def _switch(self, replacement: Replacement, step: int) -> None:
-        """Audit, and hand over."""
         teachers = self._pipeline.teachers
         models = {name: pool.teacher.model for name, pool in replacement.pools.items()}
         config = with_models(self.config, models)

@@ -28,7 +28,6 @@ class Generation:
     tail_seconds: float  # beyond what full workers take
 
     def seconds(self, num_workers: int) -> float:
-        """Return how long so many workers take."""
         return max(self.longest_seconds, self.full_seconds / num_workers + self.tail_seconds)
 
     def optimistic(self, num_workers: int) -> "Generation":

@@ -193,7 +193,6 @@ class _Output:
     _open: str = field(default="", init=False)  # of the line that has not ended
 
     def take(self, text: str, position: int) -> None:
-        """Take text that begins at a position of the whole output."""
         new = text[max(0, self._shown - position) :]
         if not new:
             return

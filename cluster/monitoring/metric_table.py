@@ -23,7 +23,6 @@ class Metric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def is_per_pool(self) -> bool:
-        """Return whether every pool has one."""
         return POOL in self.source
 
 

@@ -96,13 +96,11 @@ class PoolMetrics:
     """
 
     def __init__(self, clock: Callable[[], float] = perf_counter) -> None:
-        """Begin to measure; the clock is the one of the spans."""
         self._clock = clock
         self._measured_at = clock()
         self._counted_until: dict[tuple[str, str], float] = {}  # of each worker in each pool; slots share theirs
 
     def measure(self, spans: Sequence[Span], pools: Iterable[PoolState]) -> dict[str, float]:
-        """Return every pool's metrics as pool/NAME/..."""
         now = self._clock()
         window, self._measured_at = now - self._measured_at, now
         metrics: dict[str, float] = {}

@@ -52,7 +52,6 @@ class PlainView:
         sys.stdout.flush()
 
     def show(self, record: Record) -> None:
-        """Print the step's metrics as `label value` pairs."""
         self.say("  ".join(f"{label} {text}" for label, text in _cells(record)))
 
     def finish(self) -> None:

@@ -43,7 +43,6 @@ class StatusFile:
     """Writes every step into the file."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Say that the run goes on after `first_step`."""
         self._path = path
         self._change(state="running", step=first_step)
 

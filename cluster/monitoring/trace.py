@@ -22,7 +22,6 @@ class Trace:
     """Keeps the calls of the first and the last steps, and writes them when the first are over and at the end."""
 
     def __init__(self, path: Path, num_steps: int) -> None:
-        """Keep up to `num_steps` at either end."""
         self._path = path
         self._num_steps = num_steps
         self._first: list[list[Span]] = []

@@ -50,7 +50,6 @@ class TensorBoardObserver:
     """Writes event files; each start of the run adds one to the folder."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Begin a file; TensorBoard then hides what earlier files say of steps after `first_step`."""
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -71,7 +70,6 @@ class WandbObserver:
     """Logs to one W&B run, which a resumed run continues."""
 
     def __init__(self, config: Config, directory: RunDirectory) -> None:
-        """Open the W&B run; the key is the user's, where wandb keeps it."""
         import wandb  # type: ignore[import-not-found]  # not among the dependencies
 
         self._run: Any = wandb.init(

@@ -38,7 +38,6 @@ class ProcessTree:
         self._owned: set[str] = set()
 
     def count(self) -> set[ProcessKey]:
-        """Return the members that run now."""
         table = {pid: stat for pid in _process_ids() if (stat := _stat(pid)) is not None}
         self._members &= {(pid, start) for pid, (_, start) in table.items()}
         pids = {pid for pid, _ in self._members} | {pid for pid in table if self._is_marked(pid)}
@@ -96,7 +95,6 @@ def _process_ids() -> Iterator[int]:
 
 
 def _stat(pid: int) -> tuple[int, int] | None:
-    """Return parent and start time of a process that runs."""
     fields = _read(pid, "stat").rpartition(b")")[2].split()
     return None if not fields or fields[0] in (b"Z", b"X") else (int(fields[1]), int(fields[19]))
 

@@ -23,7 +23,6 @@ class NodeCapacity:
 
     @classmethod
     def of(cls, cpus: float, gpus: int) -> "NodeCapacity":
-        """Return the capacity of so many CPUs, which may be a fraction, and GPUs."""
         return cls(int(cpus * CPU_UNITS + 0.5), gpus)
 
     def less(self, other: "NodeCapacity", times: int = 1) -> "NodeCapacity":

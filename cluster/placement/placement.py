@@ -203,7 +203,6 @@ def _on_one_gpu(config: Config, nodes: Sequence[NodeResources], free: Sequence[N
 
 
 def _demands(config: Config, nodes: Sequence[NodeResources]) -> list[Demand]:
-    """Return every pool's demand, in data-flow order."""
     engines = {"rollout": (config.rollout.num_workers, config.rollout.engine.tensor_parallel)}
     for label, (first, *_) in config.scorer_groups.items():
         engines[label] = (config.teachers[first].num_workers, config.teachers[first].engine.tensor_parallel)
@@ -219,7 +218,6 @@ def _demands(config: Config, nodes: Sequence[NodeResources]) -> list[Demand]:
 
 
 def _where(demands: Sequence[Demand], nodes: Sequence[NodeResources], free: Sequence[NodeResources] | None) -> str:
-    """Say what the run needs and the cluster has."""
     on_gpu = any(node.gpus for node in nodes)
     needed = sum(demand.num_workers * (demand.share.gpus or demand.share.cpu_units / CPU_UNITS) for demand in demands)
     total, left = (sum(node.gpus if on_gpu else node.cpus for node in some) for some in (nodes, free or ()))

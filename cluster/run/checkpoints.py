@@ -49,7 +49,6 @@ class Checkpoints(StepHook):
     """Writes one checkpoint at a time beside training, and returns as a step's metrics what a complete one cost."""
 
     def __init__(self, run: RunContext) -> None:
-        """Remove checkpoints of later steps and half-written ones."""
         super().__init__(run)
         self._directory = run.directory.checkpoints
         tidy(self._directory, run.first_step)
@@ -106,7 +105,6 @@ class StepEnd(StepHook):
     """Begins a checkpoint where one is due, and stops the run when a signal or a hook requested it."""
 
     def __init__(self, run: RunContext, checkpoints: Checkpoints) -> None:
-        """Take what writes the checkpoints."""
         super().__init__(run)
         self._checkpoints = checkpoints
 

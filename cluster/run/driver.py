@@ -31,7 +31,6 @@ class Permits:
     _next: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin with the first step."""
         self._next = self.first_step
 
     def admit(self, step: int) -> range:

@@ -59,7 +59,6 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
 
     def evaluate_pool(self, pool: "RolloutPool") -> Evaluation:
-        """Measure the model that a pool serves."""
         requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)
         return self._describe(list(pool.generate(requests, sampling)))
 
@@ -107,7 +106,6 @@ class Evaluations(StepHook):
     """Evaluates the student before training, every so many steps and after the last."""
 
     def __init__(self, run: RunContext) -> None:
-        """Forget the samples of steps that are done again."""
         super().__init__(run)
         forget_samples(run.directory.samples, run.first_step)
         student = run.config.student
@@ -115,7 +113,6 @@ class Evaluations(StepHook):
         self._evaluator = Evaluator(run.config, run.inputs, tokenizer)
 
     def begin(self) -> None:
-        """Measure the untrained student, unless the run is resumed."""
         if self.run.first_step == 0 and self.run.inputs.held_out_ids:
             self.run.view.say(f"held-out before training: {describe_evaluation(self._evaluate(step=0))}")
 

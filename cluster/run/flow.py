@@ -55,7 +55,6 @@ class StepBatches:
 
     @property
     def is_exhausted(self) -> bool:
-        """Return whether every batch was given out."""
         return not self.missing and self._num_given == len(self.finished)
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:

@@ -43,7 +43,6 @@ class RunContext:
 
     @property
     def is_over(self) -> bool:
-        """Return whether the last step is finished."""
         return self.ledger.finished_step == self.config.run.steps
 
 
@@ -87,17 +86,14 @@ class Hooks:
         self._hooks = hooks
 
     def begin(self) -> None:
-        """Begin with the first hook."""
         for hook in self._hooks:
             hook.begin()
 
     def before_step(self, step: int) -> None:
-        """Call before the requests of a step, from 0, go out."""
         for hook in self._hooks:
             hook.before_step(step)
 
     def while_waiting(self) -> None:
-        """Call while the driver waits."""
         for hook in self._hooks:
             hook.while_waiting()
 

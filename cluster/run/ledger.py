@@ -39,7 +39,6 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, step: int, requests: Sequence[RolloutRequest], versions: tuple[int, int]) -> "LedgerRecord":
-        """Return the record of a step that consumed just what it requested."""
         return cls(
             step,
             ranges(request.trajectory_id for request in requests),
@@ -74,7 +73,6 @@ class Ledger(StepHook):
         self._under_way: dict[int, CheckedBatches] = {}
 
     def admit(self, step: int, requests: Sequence[RolloutRequest]) -> None:
-        """Note what a step, from 1, requests."""
         self._under_way[step] = CheckedBatches(step, requests)
 
     def watch(self, step: int, batches: BatchSource) -> BatchSource:
@@ -116,7 +114,6 @@ class CheckedBatches:
     """Counts one step's trajectories before the learner receives them; a BatchSource."""
 
     def __init__(self, step: int, requests: Sequence[RolloutRequest]) -> None:
-        """Take the step, from 1, and its requests; `batches` follow."""
         self.batches: BatchSource = ReadyBatches([])
         self._step, self._requests = step, requests
         self._missing = {request.trajectory_id: request.prompt_id for request in requests}

@@ -32,12 +32,10 @@ class PoolObservation(StepHook):
         self._metrics = PoolMetrics()
 
     def before_step(self, step: int) -> None:
-        """Forget what the pools did before the first step."""
         if step == self.run.first_step:
             self._measure()
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
-        """Return every pool's metrics since the step before."""
         return self._measure()
 
     def _measure(self) -> Record:
@@ -52,7 +50,6 @@ class StepRecords(StepHook):
     """Writes each step's metrics to metrics.jsonl, the terminal and the observers; later metrics are not recorded."""
 
     def __init__(self, run: RunContext, observation: PoolObservation) -> None:
-        """Forget the records of steps that are done again."""
         super().__init__(run)
         self._observation = observation
         self._file = RecordsFile(run.directory.metrics)
@@ -60,7 +57,6 @@ class StepRecords(StepHook):
         self._observers = open_observers(run)
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
-        """Record the step."""
         self._file.write(metrics)
         self.run.view.show(metrics)
         lengths = [length for handle in batches for length in handle.num_completion_tokens]
@@ -68,7 +64,6 @@ class StepRecords(StepHook):
         return {}
 
     def end(self, error: BaseException | None) -> None:
-        """Close the observers."""
         self._observers.__exit__(type(error) if error else None, error, None)
 
 
@@ -86,12 +81,10 @@ class ScoreAudits(StepHook):
     """Audits all teachers before anything is learned from them, and again while they work."""
 
     def __init__(self, run: RunContext, audit: ScoreAudit) -> None:
-        """Take the audit, which teachers that are replaced share."""
         super().__init__(run)
         self._audit = audit
 
     def begin(self) -> None:
-        """Audit every replica, and wait for the results."""
         run, step = self.run, self.run.first_step
         if self._audit.needs_rows:
             requests = train_requests(run.config, run.inputs, step)[:AUDIT_REQUESTS]
@@ -128,7 +121,6 @@ class AlarmActions(StepHook):
                 self._shorten(self._alarms.check(record))
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
-        """Report the alarms that go off."""
         raised = self._alarms.check(metrics)
         for alarm in raised:
             self.run.view.say(str(alarm))

@@ -114,7 +114,6 @@ def _against_itself(
 
 
 def _read(config: Config, handles: Sequence[BatchHandle]) -> pa.RecordBatch:
-    """Fetch batches and join them in the order given."""
     timeout_seconds = config.ray.call_timeout_seconds
     batches = [from_wire(RAY.get(handle.reference, timeout_seconds, "a checked batch")) for handle in handles]
     return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]

@@ -22,13 +22,11 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
-        """Measure the body of a `with` statement."""
         self.started[stage] = time.perf_counter()
         yield
         self.ended[stage] = time.perf_counter()
 
     def seconds(self, stage: str) -> float:
-        """Return how long the stage took."""
         return self.ended[stage] - self.started[stage]
 
 

@@ -49,11 +49,9 @@ class RunResult(StepHook):
         self._began = time.perf_counter()
 
     def begin(self) -> None:
-        """Count the seconds of the steps alone."""
         self._began = time.perf_counter()
 
     def end(self, error: BaseException | None) -> None:
-        """Export and sum up, unless an error ended the run."""
         if error is not None:
             return
         run, seconds = self.run, time.perf_counter() - self._began

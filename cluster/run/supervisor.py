@@ -48,7 +48,6 @@ class Supervisor:
         stop: "StopRequest",
         make_hooks: Callable[[RunContext], Sequence[StepHook]],
     ) -> None:
-        """Take what a run needs besides its beginning; `make_hooks` is called for every attempt."""
         self._config = config
         self._inputs = inputs
         self._pipeline = pipeline

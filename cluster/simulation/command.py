@@ -35,7 +35,6 @@ class Report:
         return {"run file": self.as_written} | ({"best": self.plan.best} if self.plan else {})
 
     def lines(self) -> list[str]:
-        """Return the table, line by line."""
         lines = []
         for name, predicted in self.named.items():
             num_gpus = sum(self.widths.gpus_of(predicted.split).values())
@@ -52,7 +51,6 @@ class Report:
         return lines
 
     def as_json(self) -> dict[str, Any]:
-        """Return the same as JSON values."""
         return {
             name.replace(" ", "_"): {
                 "workers": predicted.split.sizes,

@@ -41,17 +41,14 @@ class WorkerRollout:
 
     @property
     def num_rows(self) -> int:
-        """Return its completions."""
         return sum(span.num_rows for span in self.batches)
 
     @property
     def seconds(self) -> float:
-        """Return how long it took."""
         return self.batches[-1].ended - self.batches[0].began
 
     @property
     def lengths(self) -> list[int]:
-        """Return how long each completion was."""
         return [length for span in self.batches for length in span.lengths]
 
     def equations(self, rows_per_batch: int) -> list[tuple[float, float, float]]:
@@ -285,7 +282,6 @@ def _quantiles(rollouts: Sequence[WorkerRollout], longest: float) -> tuple[float
 
 
 def _spans_of(events: Sequence[_Event]) -> list[Span]:
-    """Return the calls of a trace."""
     workers = {event.pid: event.args.name for event in events if event.name == "process_name"}
     return [_span_of(event, workers.get(event.pid, "")) for event in events if event.ph == "X"]
 

@@ -43,7 +43,6 @@ class RolloutRates(Section, frozen=True):
     completion_tokens: Lengths | LogNormal  # the same
 
     def __post_init__(self) -> None:
-        """Check the order of the points; raises ValueError, which the reader turns into a ConfigError."""
         running = [point[0] for point in self.seconds_per_token]
         if any(first >= second for first, second in pairwise(running)):
             raise ValueError(f"seconds_per_token: numbers of sequences must rise, found {running}")

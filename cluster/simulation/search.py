@@ -40,7 +40,6 @@ class Widths:
 
     @property
     def fewest_gpus(self) -> int:
-        """Return the GPUs of the smallest pools."""
         return sum(self.gpus[name] * self.fewest[name] for name in self.gpus)
 
     def split(self, gpus: Gpus) -> Split:
@@ -50,7 +49,6 @@ class Widths:
         return Split(sizes["rollout"], teachers, sizes["learner"])
 
     def gpus_of(self, split: Split) -> Gpus:
-        """Return the GPUs that a split takes."""
         return {name: size * self.gpus[name] for name, size in split.sizes.items()}
 
 

@@ -13,13 +13,11 @@ class SimulatedReference:
     """Stands for an answer that a simulated actor gives at some simulated time."""
 
     def __init__(self, time: "SimulatedTime") -> None:
-        """Begin without an answer."""
         self._time = time
         self.is_ready = False
         self.value: Any = None
 
     def resolve(self, value: Any = None) -> None:
-        """Give the answer."""
         self.value, self.is_ready = value, True
         self._time.num_resolved += 1
 
@@ -39,18 +37,15 @@ class SimulatedTime:
     """
 
     def __init__(self) -> None:
-        """Begin at 0 seconds, with no event."""
         self.now = 0.0
         self.num_resolved = 0  # references, in all
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
 
     def at(self, moment: float, event: Callable[[], None]) -> None:
-        """Plan an event, now or later."""
         heapq.heappush(self._events, (max(moment, self.now), next(self._order), event))
 
     def reference(self) -> SimulatedReference:
-        """Return a reference to be resolved later."""
         return SimulatedReference(self)
 
     def spend(self, seconds: float) -> None:
@@ -96,19 +91,16 @@ class SimulatedCluster(Cluster):
         self.workers: dict[str, Any] = {}  # by the names of their actors
 
     def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
-        """Make one simulated worker per name."""
         for name, argument in zip(names, arguments, strict=True):
             self.workers[name] = self._actors[actor_class](name, *argument)
         return [SimulatedHandle(self._time, self.workers[name], self._seconds_per_call) for name in names]
 
     def put(self, value: Any) -> SimulatedReference:
-        """Return a reference to the value."""
         reference = self._time.reference()
         reference.resolve(value)
         return reference
 
     def get(self, references: Any, timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()) -> Any:
-        """Return the value of a reference, or those of a list."""
         pending = references if isinstance(references, list) else [references]
         self._time.run_until_ready(pending, len(pending))
         values = [reference.value for reference in pending]
@@ -134,7 +126,6 @@ class SimulatedHandle:
         self.worker = worker
 
     def __getattr__(self, method: str) -> "_Method":
-        """Return a method as Ray's actor handles do."""
         return _Method(partial(self._call, getattr(self.worker, method)))
 
     def _call(self, method: Callable[..., Any], *args: Any) -> Any:

@@ -38,7 +38,6 @@ class Demand:
     """Samples the trajectories of some steps when the first of them is requested, from the run's seed alone."""
 
     def __init__(self, config: Config, rates: Rates, num_prompts: int | None = None) -> None:
-        """Take the run, its rates, and how many prompts there are; None: none is repeated."""
         self._config, self._rates, self._num_prompts = config, rates, num_prompts
         self._rows_per_step = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
         self._steps: dict[int, list[Trajectory]] = {}
@@ -46,7 +45,6 @@ class Demand:
         self._until = [share / sum(shares) for share in accumulate(shares)]
 
     def requests(self, step: int) -> list[RolloutRequest]:
-        """Return the requests of a step."""
         samples = self._config.rollout.samples_per_prompt
         return [
             RolloutRequest(row.trajectory_id, row.prompt_id, index % samples, seed=0)
@@ -119,7 +117,6 @@ class Split:
         return {"rollout": self.rollout, **teachers, "learner": self.learner}
 
     def __str__(self) -> str:
-        """Write the pools as `preceptor scale` does, and the ranks."""
         return " ".join(f"{name}={size}" for name, size in self.sizes.items())
 
 
@@ -134,7 +131,6 @@ class Prediction:
 
     @property
     def mean_step_seconds(self) -> float:
-        """Return the seconds of a step."""
         return mean(self.step_seconds)
 
 

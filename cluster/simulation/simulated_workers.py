@@ -53,13 +53,11 @@ class Decoding:
         self._go_on()
 
     def pause(self, seconds: float) -> None:
-        """Write nothing for a while."""
         self._advance()
         self._paused_until = self._observed_at = self._time.now + seconds
         self._go_on()
 
     def _advance(self) -> None:
-        """Add what was written since the last event."""
         seconds = max(0.0, self._time.now - self._observed_at)
         if self._running:
             self._progress += seconds / seconds_per_token(self._points, len(self._running))
@@ -109,7 +107,6 @@ class _Worker:
         self._time = time
 
     def start(self, *args: Any) -> SimulatedReference:
-        """Load nothing."""
         return self._resolved()
 
     def _resolved(self, value: Any = None) -> SimulatedReference:
@@ -150,12 +147,10 @@ class SimulatedRolloutWorker(_Worker):
         return batch
 
     def next_batch(self, call: int) -> Batch:
-        """Return a reference to the next batch."""
         return self._rollouts[call].next_batch()
 
     @property
     def busy_seconds(self) -> float:
-        """Return the seconds in which it wrote."""
         return self.decoding.busy_seconds
 
 
@@ -180,7 +175,6 @@ class _Rollout:
         return requested, requested
 
     def _answer(self) -> None:
-        """Resolve the requested reference, if there is a batch."""
         trajectories = self._next() if self._requested else None
         if self._requested and trajectories:
             self._requested.resolve(_handle(trajectories, is_last=not self._filling.missing and not self._last))
@@ -227,7 +221,6 @@ class SimulatedTeacherWorker(_Worker):
         self.busy_seconds = 0.0
 
     def score(self, wire: SimulatedReference, request: ScoreRequest) -> Batch:
-        """Return a reference to the scored batch."""
         scored = self._time.reference()
         self._queue.append((wire.value, scored))
         if not self._is_busy:
@@ -292,7 +285,6 @@ class SimulatedRank(_Worker):
         return self._clock.busy_seconds
 
     def address(self) -> SimulatedReference:
-        """Return where the group would meet."""
         return self._resolved("nowhere")
 
     def accumulate(
@@ -306,7 +298,6 @@ class SimulatedRank(_Worker):
         return self._clock.compute(seconds)
 
     def take_step(self, num_tokens: int, step: int) -> SimulatedReference:
-        """Take the time of the optimizer."""
         return self._clock.compute(self._clock.rates.optimizer_seconds)
 
     def publish_weights(self, workers: Sequence[Any], policy_version: int) -> SimulatedReference:

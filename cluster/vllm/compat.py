@@ -50,7 +50,6 @@ class TokenVersions:
         self._seen: list[tuple[int, int]] = []  # (tokens so far, current policy version)
 
     def add(self, output: CompletionOutput, policy_version: int) -> None:
-        """Take note of an output that holds all tokens so far."""
         if not LABELS_TOKENS:
             self._seen.append((len(output.token_ids), policy_version))
 

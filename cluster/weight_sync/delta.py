@@ -120,7 +120,6 @@ class DeltaPayload:
         self._kept: dict[str, Bytes] = {}  # as of the last update; on the receiving end after this one's decoding
 
     def encode(self, bucket: Bucket, values: Bytes, has_base: bool) -> Encoded:
-        """Return the changes of each tensor, and keep the new values."""
         changes = []
         for tensor, place in places(bucket):
             kept, new, bits = self._kept_values(tensor), values[place], BITS[tensor.dtype]

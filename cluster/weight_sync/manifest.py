@@ -43,7 +43,6 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """Return the size of the values."""
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 

@@ -53,11 +53,9 @@ class FullPayload:
     is_incremental = False
 
     def encode(self, bucket: Bucket, values: Bytes, has_base: bool) -> Encoded:
-        """Return the values."""
         return Encoded(values)
 
     def decode(self, bucket: Bucket, encoded: Encoded) -> Iterator[Bytes]:
-        """Yield each tensor's part."""
         return (encoded.memory[place] for _, place in places(bucket))
 
 

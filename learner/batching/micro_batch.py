@@ -40,7 +40,6 @@ class RoutedTokens:
             yield RoutedTokens(self.route, self.places[part], _pick(self.scores, part))
 
     def to(self, device: torch.device) -> "RoutedTokens":
-        """Return the same tokens on a device."""
         scores = {
             model: {name: values.to(device) for name, values in signals.items()}
             for model, signals in self.scores.items()
@@ -71,7 +70,6 @@ class MicroBatch:
         return len(self.tokens)
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Return the same micro-batch on a device."""
         moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("routes", "lengths")}
         return replace(self, **moved, routes=tuple(route.to(device) for route in self.routes))
 
@@ -216,7 +214,6 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Traje
 
 
 def _pick(scores: Mapping[str, Mapping[str, Any]], chosen: Any) -> dict[str, dict[str, Any]]:
-    """Index the values of every signal of every model."""
     return {model: {name: values[chosen] for name, values in signals.items()} for model, signals in scores.items()}
 
 
@@ -230,7 +227,6 @@ def _join(parts: Sequence[NDArray[Any]], dtype: type, width: int | None = None) 
 
 
 def _join_scores(rows: Sequence[Mapping[str, Mapping[str, NDArray[Any]]]]) -> dict[str, dict[str, Tensor]]:
-    """Join the signals of rows that all have the same ones."""
     if not rows:
         return {}
     return {

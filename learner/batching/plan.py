@@ -123,7 +123,6 @@ class RoundPlanner:
     _waiting: dict[int, int] = field(default_factory=dict)  # trajectories in no round yet, and their tokens
 
     def add(self, num_tokens: Mapping[int, int]) -> None:
-        """Take in trajectories: index -> prompt and completion tokens."""
         self._waiting |= num_tokens
 
     def full_rounds(self) -> list[Round]:

@@ -46,12 +46,10 @@ class Layout:
 
     @classmethod
     def of(cls, config: LearnerConfig) -> "Layout":
-        """Return the layout of a learner section."""
         return cls(config.num_workers, config.zero_stage)
 
     @property
     def shard_names(self) -> list[str]:
-        """Return the ranks' files."""
         return [shard_name(rank) for rank in range(self.num_ranks)]
 
 

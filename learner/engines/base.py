@@ -62,7 +62,6 @@ class PausableAdamW(torch.optim.AdamW):
     paused = False
 
     def step(self, closure: Any = None) -> Any:
-        """Update the weights unless paused."""
         return None if self.paused else super().step(closure)
 
 

@@ -41,7 +41,6 @@ class ReferenceEngine:
         return Evaluation(*self.student(batch.to(self._device), objective, teacher_heads))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add one micro-batch's part of the step's summed loss."""
         torch.autograd.backward(loss)
 
     def step(self, learning_rate: float, num_tokens: int) -> float:
@@ -58,22 +57,18 @@ class ReferenceEngine:
         return float(gradient_norm)
 
     def discard(self, num_tokens: int) -> float:
-        """Do as `step` does, but leave the weights as they are."""
         with paused(self._optimizer):
             return self.step(0.0, num_tokens)
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Give parameters by Hugging Face name."""
         parameters = dict(self.student.causal_lm.named_parameters())
         yield {name: parameters[name].detach() for name in names}
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Return a copy of weights and optimizer state."""
         return host_copy(flatten(self._masters, self._optimizer.state_dict()["state"]))
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to a snapshot."""
         weights, optimizer = unflatten(state, self._masters)
         with torch.no_grad():
             for master, saved in zip(self._masters, weights, strict=True):
@@ -83,7 +78,6 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def _update_weights(self) -> None:
-        """Bring the masters' values to the weights that compute."""
         for weight, master in zip(self._weights, self._masters, strict=True):
             if weight is not master:
                 weight.copy_(master)

@@ -48,7 +48,6 @@ class PausableCPUAdam(DeepSpeedCPUAdam):
     paused = False
 
     def step(self, closure: Any = None, **kwargs: Any) -> Any:
-        """Update the weights unless paused."""
         return None if self.paused else super().step(closure, **kwargs)
 
 
@@ -110,7 +109,6 @@ class ZeroEngine:
         return float(self._engine.get_global_grad_norm())
 
     def discard(self, num_tokens: int) -> float:
-        """Do as `step` does, but leave the weights as they are."""
         with paused(self._optimizer):
             return self.step(0.0, num_tokens)
 

@@ -80,11 +80,9 @@ class DivergenceLoss(LossTerm):
 
     @property
     def divergence(self) -> tuple[Divergence, float]:
-        """Return the configured divergence and its parameter."""
         return self._divergence
 
     def losses(self, chunk: Chunk) -> Tensor:
-        """Return the divergence over the candidates."""
         return chunk.compare(*self._divergence, self.config.target, self.config.truncation)
 
 
@@ -117,7 +115,6 @@ class TaskRewardLoss(AdvantageLoss):
     """Takes the reward within the group of the prompt's samples as the advantage of every token."""
 
     def losses(self, chunk: Chunk) -> Tensor:
-        """Return the surrogate of the sampled tokens."""
         return self.surrogate(chunk, chunk.tokens.task_advantage[:, None], slice(0, 1)).sum(-1)
 
 
@@ -127,7 +124,6 @@ class PolicyGradientLoss(AdvantageLoss):
     config: PolicyGradientTerm
 
     def losses(self, chunk: Chunk) -> Tensor:
-        """Return the surrogate of the sampled tokens, or summed over candidates."""
         term, tokens = self.config, chunk.tokens
         log_target = log_linear(term.target, tokens.logprobs)[:, None]
         if term.over == "sampled":

@@ -90,6 +90,5 @@ def _share_of_largest(entropy: Tensor, trajectory: Tensor) -> Tensor:
 
 
 def _zeros(values: Tensor, trajectory: Tensor) -> Tensor:
-    """Return one float64 zero per trajectory."""
     count = int(trajectory.max()) + 1 if len(trajectory) else 0
     return values.new_zeros(count, dtype=torch.float64)

@@ -29,11 +29,9 @@ class CompletionTokens:
     task_advantage: Tensor  # [n]: of the trajectory's reward within its group; 0 without a reward
 
     def __len__(self) -> int:
-        """Return n."""
         return len(self.target_ids)
 
     def __getitem__(self, chosen: slice | Tensor) -> "CompletionTokens":
-        """Return some of the tokens, chosen by slice or by index."""
         return CompletionTokens(**{field.name: _take(getattr(self, field.name), chosen) for field in fields(self)})
 
     @property
@@ -56,7 +54,6 @@ class CompletionTokens:
         return {model: signals[name] for model, signals in self.scores.items() if name in signals}
 
     def to(self, device: torch.device) -> "CompletionTokens":
-        """Return the same tokens on a device."""
         return CompletionTokens(**{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
 
 
@@ -69,11 +66,9 @@ class TokenPlan:
     trusted_trajectory: Mapping[str, Tensor]  # term -> [n] whether the trajectory's importance ratio is within bounds
 
     def __len__(self) -> int:
-        """Return n."""
         return len(self.weights)
 
     def __getitem__(self, chosen: slice | Tensor) -> "TokenPlan":
-        """Return the plan of some of the tokens, chosen by slice or by index."""
         return TokenPlan(**{field.name: _take(getattr(self, field.name), chosen) for field in fields(self)})
 
 

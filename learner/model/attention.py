@@ -249,7 +249,6 @@ def _is_plain(model_config: Any) -> bool:
 
 
 def _padded(starts: Any, lengths: Any) -> tuple[Any, Any]:
-    """Return a group's `tokens` and `real`."""
     steps = np.arange(lengths.max())
     tokens = starts[:, None] + np.minimum(steps, lengths[:, None] - 1)
     return tokens, np.flatnonzero(steps < lengths[:, None])

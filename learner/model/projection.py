@@ -73,7 +73,6 @@ class Projection:
             of_weight.add_(gradient.t() @ self._hidden[chosen])
 
     def _multiply_wide(self, hidden: Tensor, logits: Tensor) -> None:
-        """Write the product in float32."""
         if self._wide is None:
             torch.mm(hidden, self._weight.t(), out_dtype=torch.float32, out=logits)
         else:
@@ -93,7 +92,6 @@ class Projection:
 
 
 def _multiply_rounded(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:
-    """Write the product as it comes in the weight's dtype."""
     if weight.dtype == torch.float32 and bias is None:
         torch.mm(hidden, weight.t(), out=logits)
     else:

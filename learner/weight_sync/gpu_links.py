@@ -144,7 +144,6 @@ class IpcLink:
             self._handles |= of_rank
 
     def invite(self, num_workers: int) -> list[dict[str, Any]]:
-        """Say that several parameters come in one buffer."""
         return [{"packed": True}] * num_workers
 
     def open(self) -> None:
@@ -156,7 +155,6 @@ class IpcLink:
         return describe(bucket) | {"ipc_handles": self._handles, "tensor_sizes": sizes, "packed": True}
 
     def settle(self) -> None:
-        """Wait for this rank's copying, then for all ranks."""
         self._synchronize()
         self._all_gather(None)
 

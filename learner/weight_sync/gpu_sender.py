@@ -97,7 +97,6 @@ class VllmSender:
                 fill(bucket, parameters, self._buffer)
 
     def _begin(self, link: Link, workers: Sequence[ActorHandle]) -> "GpuUpdate":
-        """Pause the workers, find out which live, and connect with them."""
         recipients = self._listen(workers, self._timeout_seconds)
         update = GpuUpdate(link, recipients, self._thread, self._end_process)
         living = update.start()
@@ -128,7 +127,6 @@ class GpuUpdate:
         self._num_workers = 0
 
     def start(self) -> list[ActorHandle]:
-        """Pause the workers and return those that live."""
         self._ask("start_weight_update", ())
         self._num_workers = len(self._recipients.workers)
         return list(self._recipients.workers.values())

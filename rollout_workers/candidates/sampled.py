@@ -81,7 +81,6 @@ class CandidateLog:
         self._on_device: list[Step] = []
 
     def __len__(self) -> int:
-        """Return how many requests have candidates here."""
         return len(self._requests)
 
     def open(self, request: CandidateRequest) -> SampledCandidates:
@@ -107,7 +106,6 @@ class CandidateLog:
         return None if candidates is None else candidates.gather(num_tokens)
 
     def drop(self, keys: Iterable[str]) -> None:
-        """Forget requests that were given up."""
         for key in keys:
             self._requests.pop(key, None)
 

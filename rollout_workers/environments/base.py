@@ -83,7 +83,6 @@ class SingleTurn:
         self._services = services
 
     async def start(self, prompt: Prompt, seed: int) -> TokenIds:
-        """Return the prompt."""
         self._prompt = prompt
         return prompt.token_ids
 

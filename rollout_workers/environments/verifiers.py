@@ -75,7 +75,6 @@ class VerifierProcess:
     """Verifies completions off the event loop; owns at most one process, which starts with the first slow check."""
 
     def __init__(self, kind: str = "exact") -> None:
-        """Take a key of VERIFIERS."""
         self._kind = kind
         self._process: ProcessPoolExecutor | None = None
 
@@ -89,6 +88,5 @@ class VerifierProcess:
         return await loop.run_in_executor(self._process, verify, self._kind, completion, answer, finish_reason)
 
     def close(self) -> None:
-        """End the process."""
         if self._process is not None:
             self._process.shutdown(wait=False, cancel_futures=True)

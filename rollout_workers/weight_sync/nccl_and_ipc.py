@@ -25,7 +25,6 @@ class VllmReceiver:
         return vllms.parse_init_info(taken_by(self.init_info_cls, init_dict))
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
-        """Drop what this vLLM does not know."""
         vllms: Any = super()
         return vllms.parse_update_info(taken_by(self.update_info_cls, update_dict))
 
@@ -41,7 +40,6 @@ class IpcReceiver(VllmReceiver, IPCWeightTransferEngine):
     """Loads parameters from a buffer in the learner's memory on the same GPU."""
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
-        """Put the classes back into the handles."""
         handles = {gpu: rebuild_arguments(plain) for gpu, plain in update_dict["ipc_handles"].items()}
         return super().parse_update_info(update_dict | {"ipc_handles": handles})
 

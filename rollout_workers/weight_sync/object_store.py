@@ -53,7 +53,6 @@ class BucketMessage(WeightTransferUpdateInfo):
 
     @property
     def bucket(self) -> Bucket:
-        """Return the tensors."""
         described = zip(self.names, self.shapes, self.dtypes, strict=True)
         return [TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in described]
 
@@ -77,7 +76,6 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
         """Do nothing: every bucket says where it is."""
 
     def begin(self) -> None:
-        """Forget the update before."""
         self._digest = new_digest()
         self._faults: list[str] = []
         self._received_names: set[str] = set()  # Hugging Face names
@@ -110,7 +108,6 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
             self._faults.append(f"the model does not take one of {update_info.names}: {error}")
 
     def finish_weight_update(self) -> None:
-        """Repack the layers for the kernels."""
         finalize_layerwise_reload(self.model, self.model_config)
 
     def end(self) -> dict[str, Any]:
@@ -164,7 +161,6 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
         return self._digest.hexdigest()
 
     def _parameters(self, message: BucketMessage, memory: Bytes) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the bucket's parameters whole."""
         bucket = message.bucket
         decoder = self._decoders.get(message.payload) or make_payload(message.payload)
         self._decoders[message.payload] = decoder

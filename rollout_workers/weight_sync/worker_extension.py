@@ -25,7 +25,6 @@ class WeightReport:
     finish_weight_update: Callable[[], None]
 
     def begin_update(self) -> None:
-        """Start an update."""
         self.weight_transfer_engine.begin()
         self.start_weight_update()
 

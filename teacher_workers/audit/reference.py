@@ -42,7 +42,6 @@ class Reference:
 
     @property
     def rows(self) -> list[Ints]:
-        """Return the tokens of each row."""
         token_ids = ragged(self.answer.rows, "token_ids")
         return [token_ids[row] for row in range(len(token_ids))]
 

@@ -299,7 +299,6 @@ def _ask(subject: AuditedTeacher, replicas: Mapping[int, str], deadline: float) 
 
 
 def _collect(audit: _Audit, reference: Any) -> None:
-    """Take one half of a replica's answer."""
     part = audit.waiting.pop(reference, None)
     if part is None:  # its replica died
         return

@@ -74,11 +74,9 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         return scores, {f"{request.model}/prefix_hit_ratio": Mean(float(cached), float(len(token_ids.values)))}
 
     def move_head(self, device: str) -> None:
-        """Move the LM head to a device."""
         self._head = self._head.to(device)
 
     async def shutdown(self) -> None:
-        """End the head's thread."""
         self._head_thread.shutdown()
 
     def _apply_head(self, batch: pa.RecordBatch, request: ScoreRequest, hidden: Sequence[Tensor]) -> Scores:

@@ -117,7 +117,6 @@ class VllmBackend(HiddenStatesBackend):
         return predicting_rows(states, loss_mask, num_cached), num_cached
 
     async def shutdown(self) -> None:
-        """End the engine's process."""
         await super().shutdown()
         if self._engine is not None:
             self._engine.shutdown()

@@ -231,7 +231,6 @@ def _read_on(
     energy: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tuple:
-    """Take further logits of one row into its running sums."""
     for start in range(first, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         peak, rise, below = _advance(peak, _load(logits + columns, columns < end))
@@ -280,7 +279,6 @@ def _logprobs(values: tl.tensor, peak: tl.tensor, log_sum: tl.tensor) -> tl.tens
 
 @triton.jit
 def _store_statistics(table: tl.tensor, count: tl.tensor, peak: tl.tensor, total: tl.tensor, energy: tl.tensor) -> None:
-    """Write the normaliser and the entropy of running sums."""
     log_sum = tl.log(tl.sum(total, 0))
     _store_pair(table, PEAK, count, peak, log_sum)
     tl.store(table + ENTROPY * count, log_sum - tl.sum(energy, 0) / tl.sum(total, 0))
@@ -288,6 +286,5 @@ def _store_statistics(table: tl.tensor, count: tl.tensor, peak: tl.tensor, total
 
 @triton.jit
 def _store_pair(table: tl.tensor, field: tl.tensor, count: tl.tensor, first: tl.tensor, second: tl.tensor) -> None:
-    """Write two fields that follow one another."""
     tl.store(table + field * count, first)
     tl.store(table + (field + 1) * count, second)

@@ -44,16 +44,13 @@ class TritonKernels:
     num_warps: int = NUM_WARPS
 
     def knows(self, divergence: str | None) -> bool:
-        """Return whether a branch of the kernels computes the divergence."""
         return divergence in KNOWN
 
     def takes(self, logits: Tensor) -> bool:
-        """Return whether the kernels can work on these logits."""
         is_here = logits.device.type == self.device_type and logits.dtype == torch.float32
         return is_here and len(logits) > 0 and logits.stride(-1) == 1
 
     def statistics(self, logits: Tensor) -> RowStatistics:
-        """Read each row once."""
         count, vocabulary = logits.shape
         table = logits.new_empty(STATISTICS_FIELDS, count)
         statistics_kernel[(count,)](
