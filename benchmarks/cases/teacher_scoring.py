@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -31,8 +31,10 @@ from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
 from cluster.models.lm_head import LmHead, load_lm_head
 from cluster.vllm.engine import prepare_environment
-from teacher_workers.actor import TeacherWorker
 from teacher_workers.backends.lm_head_scores import chunk_size
+
+if TYPE_CHECKING:
+    from teacher_workers.actor import TeacherWorker
 
 ROOT = Path(__file__).parents[2]
 TOP_K = 16
@@ -102,6 +104,7 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
     prepare_environment(engine)
     torch.set_num_threads(plan.threads or torch.get_num_threads())
     from benchmarks.harness.scoring_engines import MeasuredEngine, build_generating_engine
+    from teacher_workers.actor import TeacherWorker  # Ray, which the batches of `benchmarks.gpu` need not have
 
     context = setting.longest_tokens + 1  # vLLM's own scoring must generate a token
     teacher = TeacherConfig(model=setting.model, engine=engine)
@@ -125,7 +128,7 @@ class Parts:
 
     ours: Any
     generating: Any
-    worker: TeacherWorker
+    worker: "TeacherWorker"
     head: LmHead
 
 

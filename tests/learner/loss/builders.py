@@ -81,6 +81,8 @@ def make_tokens(
         "uniform": torch.full((n,), 0.5, dtype=dtype),
         "task_advantage": torch.zeros(n, dtype=dtype),
     }
+    for model, values in columns.pop("logprobs", {}).items():
+        made["scores"][model]["logprobs"] = values
     return CompletionTokens(**(made | columns))
 
 
