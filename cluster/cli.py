@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
     options = _parser().parse_args(arguments)
+    with suppress(FileNotFoundError):  # the current folder was removed
+        # A console script, unlike `python -m`, does not look there for what a run file names by its import path. At the
+        # end it shadows nothing; Ray passes the folder on to the workers.
+        if (folder := str(Path.cwd())) not in sys.path:
+            sys.path.append(folder)
     command: Callable[[argparse.Namespace], int] = options.command
     return report_errors(lambda: command(options), options.debug)
 

@@ -34,3 +34,15 @@ def test_help_names_every_command() -> None:
         [sys.executable, "-m", "cluster.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout
     assert all(command in output for command in ("train", "eval", "check", "demo", "submit", "follow", "stop"))
+
+
+def test_the_console_script_finds_what_a_run_file_names_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "my_hooks.py").write_text("class Mine: ...\n")
+    (tmp_path / "run.toml").write_text(
+        'student.model = "./absent"\nteachers.t.model = "./absent"\nprompts.train = "absent.jsonl"\n'
+        'run.hooks = ["my_hooks:Mine"]\n'
+    )
+    script = Path(sys.executable).with_name("preceptor")
+    run = subprocess.run([script, "train", "run.toml"], capture_output=True, text=True, cwd=tmp_path)
+    assert "my_hooks" not in run.stderr
+    assert "absent" in run.stderr  # hooks are imported first, then the inputs are read
