@@ -80,8 +80,9 @@ class TokenWeightsConfig(Section, frozen=True):
 class Term(Section, frozen=True):
     """Holds what all terms have: how much they count, and at which tokens.
 
-    Besides, each kind of term says of itself whether it `needs_first_pass`, whether its gradient
-    `is_zero_at_the_student`, when all models of its target are the student, and its `fault` under a support.
+    Besides, each kind of term says of itself whether it `needs_first_pass` of whole trajectories under the current
+    student, whether its gradient `is_zero_at_the_student`, when all models of its target are the student, and its
+    `fault`: what it cannot have together under a support.
     """
 
     weight: Finite = 1.0
@@ -105,16 +106,14 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
 
     @property
     def needs_first_pass(self) -> bool:
-        """Return whether whole trajectories under the current student count: later advantages, or a masked sequence."""
+        # Later advantages, or a masked sequence.
         return self.importance.kind == "sequence_mask" or (self.discount > 0 and self.student == "current")
 
     @property
     def is_zero_at_the_student(self) -> bool:
-        """Return whether the advantages are 0 there."""
         return math.isclose(sum(self.target.values()), 0.0 if self.student == "none" else 1.0)
 
     def fault(self, support: Support) -> str | None:
-        """Say what the term cannot have together; None if all is well."""
         if not any(self.target.values()):
             return NO_TARGET
         if self.over == "support" and support not in ("samples", "student_topk"):
@@ -149,11 +148,9 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
 
     @property
     def is_zero_at_the_student(self) -> bool:
-        """Return whether the target is the student there."""
         return math.isclose(sum(self.target.values()), 1.0)
 
     def fault(self, support: Support) -> str | None:
-        """Say what the term cannot have together; None if all is well."""
         if not any(self.target.values()):
             return NO_TARGET
         if self.divergence not in DIVERGENCE_NAMES and not is_import_path(self.divergence):
@@ -180,12 +177,10 @@ class TaskRewardTerm(Term, tag_field="loss", tag="task_reward", frozen=True):
 
     @property
     def needs_first_pass(self) -> bool:
-        """Return whether whole trajectories under the current student count: for a masked sequence."""
         return self.importance.kind == "sequence_mask"
 
     def fault(self, _support: Support) -> str | None:
-        """Return None: a reward goes with every support."""
-        return None
+        return None  # a reward goes with every support
 
 
 AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm
@@ -211,17 +206,14 @@ class ObjectiveConfig(Section, frozen=True):
 
     @property
     def needs(self) -> Needs:
-        """Return what must be sampled, scored and read for the terms on this support."""
         terms, weights, sampled_candidates = self.terms.values(), self.token_weights, self.support == "samples"
         num_candidates = 0 if self.support in ("sampled", "full") else self.support_size - sampled_candidates
-        chooser: Literal["student", "teacher"] = (
-            "student" if sampled_candidates or self.support == "student_topk" else "teacher"
-        )
+        of_student = sampled_candidates or self.support == "student_topk"
         of_entropy = ("teacher_entropy_above", "teacher_entropy_below")
         return Needs(
             models=tuple(dict.fromkeys([TEACHER, *(model for term in terms for model in term.target)])),
             num_candidates=num_candidates,
-            candidates_from=chooser if num_candidates else None,
+            candidates_from=None if not num_candidates else "student" if of_student else "teacher",
             sampled_candidates=sampled_candidates,
             intersection=self.support == "intersection",
             hidden=self.support == "full",

@@ -76,27 +76,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 def expand_preset(written: Any) -> Any:
     """Return the [objective] table with its preset's fields filled in under what is written.
 
-    Args:
-        written: the table, or the name of a preset alone. Anything else is returned for the type check to refuse.
+    What is no table is returned for the type check to refuse.
 
     Raises:
         ConfigError: no preset has this name.
 
     Example:
-        >>> expand_preset("thinking-machines")["support"]
+        >>> expand_preset({"preset": "thinking-machines"})["support"]
         'sampled'
     """
-    if isinstance(written, str):
-        written = {"preset": written}
-    if not isinstance(written, dict):
+    name = written.get("preset") if isinstance(written, dict) else None
+    if not isinstance(name, str):
         return written
-    name = written.get("preset")
-    preset: dict[str, Any] = {}
-    if isinstance(name, str):
-        if name not in PRESETS:
-            raise ConfigError(f"objective.preset: no preset is called '{name}'; there are {', '.join(PRESETS)}")
-        preset = PRESETS[name]
-    return _merged(preset, written)
+    if name not in PRESETS:
+        raise ConfigError(f"objective.preset: no preset is called '{name}'; there are {', '.join(PRESETS)}")
+    return _merged(PRESETS[name], written)
 
 
 def _merged(below: Any, above: Any) -> Any:

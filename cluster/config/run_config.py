@@ -132,8 +132,13 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_targets(self)
         _check_slots(self)
         _check_balance(self)
-        _check_student_candidates(self)
-        completions = self.prompts.prompts_per_step * self.rollout.samples_per_prompt
+        rollout = self.rollout
+        if self.objective.needs.candidates_from == "student" and (rollout.top_p, rollout.top_k) != (1.0, 0):
+            raise ValueError(
+                f"objective.support = '{self.objective.support}' compares tokens of the student's whole distribution; "
+                f"set rollout.top_p = 1 and rollout.top_k = 0, found {rollout.top_p} and {rollout.top_k}"
+            )
+        completions = self.prompts.prompts_per_step * rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
             raise ValueError(
                 f"prompts.prompts_per_step times rollout.samples_per_prompt is {completions}; "
@@ -142,11 +147,11 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         sleepers = [name for name, teacher in self.teachers.items() if teacher.engine.sleep]
         if sleepers:
             raise ValueError(f"teachers.{sleepers[0]}.engine.sleep is set, but only rollout engines sleep by it")
-        if not self.rollout.engine.tensor_parallel:
+        if not rollout.engine.tensor_parallel:
             raise ValueError("rollout.engine.tensor_parallel is 0; every rollout worker on a GPU needs one or more")
-        if self.rollout.engine.quantization is not None:
+        if rollout.engine.quantization is not None:
             raise ValueError(
-                f"rollout.engine.quantization is '{self.rollout.engine.quantization}', but a student gets new weights "
+                f"rollout.engine.quantization is '{rollout.engine.quantization}', but a student gets new weights "
                 "after every step, in its own dtype; only teachers are quantised"
             )
         if self.prompts.system_prompt is not None and self.prompts.template == "raw":
@@ -223,14 +228,14 @@ def _check_slots(config: Config) -> None:
     """Check that the teachers of a slot ask for the same workers, which are theirs together."""
     for first, *others in config.scorer_groups.values():
         teacher = config.teachers[first]
-        first_pair = (teacher.num_workers, teacher.engine.tensor_parallel)
-        for other in others:
-            pair = (config.teachers[other].num_workers, config.teachers[other].engine.tensor_parallel)
-            if pair != first_pair:
+        workers, gpus = teacher.num_workers, teacher.engine.tensor_parallel
+        for name in others:
+            other = config.teachers[name]
+            if (other.num_workers, other.engine.tensor_parallel) != (workers, gpus):
                 raise ValueError(
-                    f"teachers.{other}: num_workers and engine.tensor_parallel are {pair[0]} and {pair[1]}, but "
-                    f"{first_pair[0]} and {first_pair[1]} of teachers.{first}, which has the same slot; they share the "
-                    "workers"
+                    f"teachers.{name}: num_workers and engine.tensor_parallel are {other.num_workers} and "
+                    f"{other.engine.tensor_parallel}, but {workers} and {gpus} of teachers.{first}, which has the same "
+                    "slot; they share the workers"
                 )
 
 
@@ -246,12 +251,3 @@ def _check_balance(config: Config) -> None:
             )
     if config.ray.share_gpu:
         raise ValueError("ray.share_gpu leaves nothing to balance; turn balance off")
-
-
-def _check_student_candidates(config: Config) -> None:
-    rollout = config.rollout
-    if config.objective.needs.candidates_from == "student" and (rollout.top_p, rollout.top_k) != (1.0, 0):
-        raise ValueError(
-            f"objective.support = '{config.objective.support}' compares tokens of the student's whole distribution; "
-            f"set rollout.top_p = 1 and rollout.top_k = 0, found {rollout.top_p} and {rollout.top_k}"
-        )

@@ -50,7 +50,9 @@ class RunDirectory:
                 f"{directory.path}: holds a run already; continue it with --resume {directory.path} "
                 "or choose another run.name"
             )
-        _make_private(directory.path)
+        for folder in reversed([directory.path, *directory.path.parents]):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        directory.path.chmod(0o700)  # it may have been there already
         directory.config.touch(mode=0o600)
         directory.config.write_text(dump_run_config(config), encoding="utf-8")
         return directory
@@ -75,11 +77,3 @@ class RunDirectory:
         """Return the configuration that the run was started with, changed by `section.field=value` overrides."""
         text = read_text(self.config, "run's configuration", ConfigError, MAX_RUN_FILE_BYTES)
         return config_from_json(text, overrides, source=str(self.config))
-
-
-def _make_private(path: Path) -> None:
-    """Make a folder and those above it that are missing, for their owner only, and close one that is there already."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    for folder in reversed(missing):
-        folder.mkdir(mode=0o700, exist_ok=True)
-    path.chmod(0o700)

@@ -27,6 +27,7 @@ from cluster.contracts.files import read_text
 _log = logging.getLogger("preceptor")
 
 MAX_RUN_FILE_BYTES = 1 << 20
+_SHORT_FORMS = {"objective": "preset", "balance": "mode"}  # a text in place of the section is this field's
 # Names that fields had in the last release, which still work in this one: their present names.
 _RENAMED_FIELDS = {
     "weight_sync.mode": "weight_sync.payload",
@@ -79,14 +80,10 @@ def config_from_json(text: str, overrides: Sequence[str] = (), source: str = "co
 
 
 def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Config:
-    if isinstance(tree.get("objective"), str):
-        tree["objective"] = {"preset": tree["objective"]}
-    _spell_out_balance(tree)
-    _rename_fields(tree, source)
+    _spell_out(tree, source)
     for override in overrides:
         _apply_override(tree, override)
-        _spell_out_balance(tree)
-        _rename_fields(tree, f"override '{override}'")
+        _spell_out(tree, f"override '{override}'")
     _check_texts(tree, source)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
@@ -98,14 +95,11 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
         raise ConfigError(f"{source}: {_in_our_words(error, tree)}") from error
 
 
-def _spell_out_balance(tree: dict[str, Any]) -> None:
-    """Make a table of `balance = "auto"`, so that overrides can name its fields."""
-    if isinstance(tree.get("balance"), str):
-        tree["balance"] = {"mode": tree["balance"]}
-
-
-def _rename_fields(tree: dict[str, Any], source: str) -> None:
-    """Give fields under a name of the last release their present name, with a warning."""
+def _spell_out(tree: dict[str, Any], source: str) -> None:
+    """Make tables of short forms, so that overrides can name their fields, and rename fields of the last release."""
+    for section, field in _SHORT_FORMS.items():
+        if isinstance(tree.get(section), str):
+            tree[section] = {field: tree[section]}
     for old, new in _RENAMED_FIELDS.items():
         (section, field), (new_section, new_field) = old.split("."), new.split(".")
         fields = _entries(tree, section)

@@ -98,7 +98,6 @@ def check_compiler(environment: "dict[str, str]") -> None:
 
 
 def check_disk(folder: Path, needed_gb: int) -> None:
-    """Refuse a disk that the environment would fill."""
     free_gb = shutil.disk_usage(folder).free / 1e9
     if free_gb < needed_gb:
         raise InstallError(f"{folder} has {free_gb:.1f} GB free, the environment needs about {needed_gb} GB")
@@ -167,15 +166,8 @@ def install_cpu_torch(venv: Path, pin: str) -> None:
 
 def pip(venv: Path, *arguments: str, quiet: bool = False) -> None:
     """Run the environment's pip, which prints errors only (none when `quiet`); raise when it fails."""
-    command = [
-        str(venv / "bin" / "python"),
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--no-input",
-        "-qq",
-        *arguments,
-    ]
+    python = str(venv / "bin" / "python")
+    command = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "-qq", *arguments]
     errors = subprocess.DEVNULL if quiet else None
     code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors).returncode
     if code != 0:

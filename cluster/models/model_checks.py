@@ -23,7 +23,7 @@ def check_tokenizers(
         ModelError: a teacher reads the student's token ids as other tokens; names the first difference.
     """
     for name, teacher in teachers.items():
-        difference = _vocabulary_difference(student, teacher) or _special_difference(student, teacher)
+        difference = _difference(student, teacher)
         if difference is None and compare_templates and student.chat_template != teacher.chat_template:
             difference = "their chat templates differ"
         if difference is not None:
@@ -33,7 +33,7 @@ def check_tokenizers(
             )
 
 
-def _vocabulary_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+def _difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token) != token_id:
@@ -41,14 +41,10 @@ def _vocabulary_difference(student: PreTrainedTokenizerBase, teacher: PreTrained
     if len(theirs) != len(ours):
         extra = sorted(theirs.keys() - ours.keys())[0]
         return f"token {extra!r} exists for the teacher only"
-    return None
-
-
-def _special_difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
     for kind in ("bos_token", "eos_token", "unk_token"):
-        ours, theirs = getattr(student, kind), getattr(teacher, kind)
-        if ours != theirs:
-            return f"{kind} is {ours!r} for the student and {theirs!r} for the teacher"
+        students, teachers = getattr(student, kind), getattr(teacher, kind)
+        if students != teachers:
+            return f"{kind} is {students!r} for the student and {teachers!r} for the teacher"
     return None
 
 

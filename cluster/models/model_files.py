@@ -43,32 +43,21 @@ TOKENIZER_FILES = (
 
 
 def load_model_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Return the model's configuration.
-
-    Raises:
-        ModelError: the directory or hub id does not exist or cannot be read.
-    """
+    """Read a model's configuration; raises ModelError, like the tokenizer's reader, where it cannot."""
     return _read(AutoConfig, model, "model configuration", trust_remote_code)
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer.
-
-    Raises:
-        ModelError: the directory or hub id does not exist or cannot be read.
-    """
     # Without one, transformers makes up an empty tokenizer of the family.
-    if _is(model, Path.is_dir) and not _has_tokenizer(Path(model)):
-        raise ModelError(f"model '{model}': has no tokenizer; copy its {TOKENIZER_FILES[0]} there")
+    if _is(model, Path.is_dir):
+        names = {path.name for path in Path(model).iterdir()}
+        if names.isdisjoint(TOKENIZER_FILES) and not any(name.endswith(".tiktoken") for name in names):
+            raise ModelError(f"model '{model}': has no tokenizer; copy its {TOKENIZER_FILES[0]} there")
     return _read(AutoTokenizer, model, "tokenizer", trust_remote_code)
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Return how many tokens the model can attend to.
-
-    Raises:
-        ModelError: its configuration does not say.
-    """
+    """Return how many tokens the model can attend to; raises ModelError where its configuration does not say."""
     tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(tokens, int) or tokens < 1:
         raise ModelError(
@@ -100,11 +89,6 @@ def _read(loader: Any, model: str, what: str, trust_remote_code: bool) -> Any:
         raise ModelError(f"model '{model}': cannot read its {what}: {reason}") from error
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    names = {path.name for path in folder.iterdir()}
-    return not names.isdisjoint(TOKENIZER_FILES) or any(name.endswith(".tiktoken") for name in names)
-
-
 def _check_folder(model: str, trust_remote_code: bool) -> None:
     """Check what transformers would answer with a trace, a guess or a warning."""
     folder = Path(model)
@@ -114,25 +98,21 @@ def _check_folder(model: str, trust_remote_code: bool) -> None:
     for name in JSON_FILES:
         if (folder / name).exists() or (folder / name).is_symlink():
             read_object(folder / name, model)
-    _check_layers(model, config)
-    _check_kind(model, config, trust_remote_code)
-
-
-def _check_layers(model: str, config: dict[str, Any]) -> None:
     for part in (config, config.get("text_config")):
         layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
         if isinstance(layers, int) and layers > MAX_LAYERS:
             raise ModelError(f"model '{model}': num_hidden_layers in its config.json is {layers}; is it damaged?")
+    _check_kind(model, config, trust_remote_code)
 
 
 def _check_kind(model: str, config: dict[str, Any], trust_remote_code: bool) -> None:
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return
-    if "auto_map" in config and not trust_remote_code:
+    if "auto_map" not in config:
+        raise ModelError(f"model '{model}': model_type in config.json is {kind!r}, which transformers does not know")
+    if not trust_remote_code:
         raise ModelError(
             f"model '{model}': runs code of its own (auto_map in config.json); if you trust it, set "
             "trust_remote_code = true in its section of the run file"
         )
-    if "auto_map" not in config:
-        raise ModelError(f"model '{model}': model_type in config.json is {kind!r}, which transformers does not know")

@@ -34,7 +34,14 @@ def weight_files(model: str) -> dict[str, Path]:
         return {name: index.parent / shard for name, shard in _weight_map(model, index).items()}
     single = find_file(model, SINGLE_FILE)
     if single is None:
-        raise ModelError(f"model '{model}': found neither {SINGLE_FILE} nor {INDEX_FILE}{_instead(model)}")
+        folder = Path(model)
+        others = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)) if folder.is_dir() else []
+        instead = (
+            f", only {others[0]}, which is not loaded because such files can run code; save the model as safetensors"
+            if others
+            else "; save it as safetensors"
+        )
+        raise ModelError(f"model '{model}': found neither {SINGLE_FILE} nor {INDEX_FILE}{instead}")
     with open_weights(model, single) as tensors:
         return dict.fromkeys(tensors.keys(), single)
 
@@ -107,16 +114,6 @@ def _weight_map(model: str, index: Path) -> Mapping[str, str]:
     if outside is not None:
         raise ModelError(f"model '{model}': {index.name} names {outside!r}, which is no file of its own folder")
     return weight_map
-
-
-def _instead(model: str) -> str:
-    """Say what stands there in the place of safetensors."""
-    others = (
-        sorted(path.name for pattern in PICKLES for path in Path(model).glob(pattern)) if Path(model).is_dir() else []
-    )
-    if not others:
-        return "; save it as safetensors"
-    return f", only {others[0]}, which is not loaded because such files can run code; save the model as safetensors"
 
 
 def fingerprint(model: str) -> str:

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.config.alarms import AlarmConfig
+from cluster.contracts.files import Record
 
 FIRST_STEPS = 10  # whose mean is a metric's first level
 RECENT_STEPS = 20  # whose median is its recent level
 MIN_RECENT_STEPS = 5
 SHORTER = 0.75
 SHORTEST_TOKENS = 16
-
-Record = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ class Alarms:
         raised = []
         for name, watch in self._watches.items():
             value = record.get(watch.config.metric)
-            limit = None if value is None else watch.take(value)
-            if value is not None and limit is not None:
+            if value is not None and (limit := watch.take(value)) is not None:
                 raised.append(Raised(name, int(record["step"]), value, limit, watch.config))
         return raised
 
@@ -85,7 +83,9 @@ class _Watch:
     def take(self, value: float) -> float | None:
         """Return the limit when the rule has held for just as many steps as it takes."""
         limit = self._limit()
-        self._remember(value)
+        if len(self._first) < FIRST_STEPS:
+            self._first.append(value)
+        self._recent.append(value)
         above = self.config.above is not None
         holds = limit is not None and (value > limit if above else value < limit)
         self._steps_in_a_row = self._steps_in_a_row + 1 if holds else 0
@@ -100,11 +100,6 @@ class _Watch:
         if self.config.relative_to == "first":
             return limit * statistics.mean(self._first) if len(self._first) == FIRST_STEPS else None
         return limit * statistics.median(self._recent) if len(self._recent) >= MIN_RECENT_STEPS else None
-
-    def _remember(self, value: float) -> None:
-        if len(self._first) < FIRST_STEPS:
-            self._first.append(value)
-        self._recent.append(value)
 
 
 @dataclass
@@ -128,11 +123,9 @@ class LengthCap:
     def lower(self, after_step: int) -> None:
         """Lower the cap by a quarter, once `after_step` steps are done."""
         shortest = min(SHORTEST_TOKENS, self.max_completion_tokens)
-        lowered = max(shortest, int(SHORTER * self._latest()))
+        latest = self._changes[-1][1] if self._changes else self.max_completion_tokens
+        lowered = max(shortest, int(SHORTER * latest))
         self._changes.append((after_step + self.max_staleness, lowered))
 
     def at(self, step: int) -> int:
         return next((tokens for first, tokens in reversed(self._changes) if first <= step), self.max_completion_tokens)
-
-    def _latest(self) -> int:
-        return self._changes[-1][1] if self._changes else self.max_completion_tokens

@@ -58,11 +58,7 @@ class RunReport(msgspec.Struct, frozen=True):
 
 
 def read_report(path: Path) -> RunReport:
-    """Read a run's directory.
-
-    Raises:
-        CheckpointError: the folder holds no run, or a file in it is damaged.
-    """
+    """Read a run's directory; raises CheckpointError where it holds no run, or a file in it is damaged."""
     directory = RunDirectory.open(path)
     config = directory.read_config()
     status = read_status(directory.status)

@@ -44,16 +44,13 @@ class StatusFile:
 
     def __init__(self, path: Path, first_step: int) -> None:
         self._path = path
-        self._change(state="running", step=first_step)
+        change_status(path, state="running", step=first_step)
 
     def on_step(self, sample: StepSample) -> None:
-        self._change(step=sample.step, pools=tuple(sample.pools))
+        change_status(self._path, step=sample.step, pools=tuple(sample.pools))
 
     def close(self, ending: Ending) -> None:
         """Do nothing: the command itself knows how it ends."""
-
-    def _change(self, **fields: Any) -> None:
-        change_status(self._path, **fields)
 
 
 class KeptStatus:
@@ -88,22 +85,15 @@ def change_status(path: Path, **fields: Any) -> None:
 
 
 def read_status(path: Path) -> Status | None:
-    """Return how the run stands; None when it never wrote it.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Return how the run stands; None when it never wrote it."""
     if not path.exists():
         return None
     status = _read(path)
-    is_over = status.state in ("ended", "stopped", "failed")
-    return status if is_over or _lives(status, path) else msgspec.structs.replace(status, state="lost")
-
-
-def _lives(status: Status, path: Path) -> bool:
-    if status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists():
-        return False
-    return time.time() - path.stat().st_mtime < SILENCE_SECONDS
+    if status.state in ("ended", "stopped", "failed"):
+        return status
+    is_gone = status.host == socket.gethostname() and not Path(f"/proc/{status.pid}").exists()
+    is_silent = time.time() - path.stat().st_mtime >= SILENCE_SECONDS
+    return msgspec.structs.replace(status, state="lost") if is_gone or is_silent else status
 
 
 def _read(path: Path) -> Status:

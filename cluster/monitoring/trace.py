@@ -16,6 +16,7 @@ from cluster.contracts.files import write_atomically
 from cluster.monitoring.observers import Ending, StepSample
 
 MOST_SPANS_PER_STEP = 20_000  # the rest of a step is left out; such a file has about 4 MB per step
+FLOW = {"rollout": 0, "learner": 2}  # where pools stand in the flow of data; the teachers at 1
 
 
 class Trace:
@@ -54,7 +55,7 @@ def timeline(spans: Sequence[Span]) -> dict[str, Any]:
         ('generate', 0.0, 500000.0, {'rows': 2, 'tokens': 90, 'lengths': (30, 60)})
     """
     by_worker: dict[str, list[Span]] = {}  # teachers of a slot have the same workers
-    for span in sorted(spans, key=lambda span: (_order(span), span.pool, span.worker)):
+    for span in sorted(spans, key=lambda span: (FLOW.get(span.pool, 1), span.pool, span.worker)):
         by_worker.setdefault(span.worker, []).append(span)
     start = min((span.began for span in spans), default=0.0)
     events: list[dict[str, Any]] = []
@@ -105,8 +106,3 @@ def _syncs(spans: Sequence[Span], workers: Iterable[str]) -> list[Span]:
     rank = next((span.worker for span in spans if span.stage == "sync"), None)
     synced = [span for span in spans if span.stage == "sync" and span.worker == rank]
     return [Span("rollout", worker, "sync", span.began, span.ended) for worker in workers for span in synced]
-
-
-def _order(span: Span) -> int:
-    """Return where a pool stands in the flow of data: rollouts, teachers, learner."""
-    return {"rollout": 0, "learner": 2}.get(span.pool, 1)

@@ -38,8 +38,8 @@ def check_trackers(config: Config) -> None:
 def open_trackers(config: Config, directory: RunDirectory, first_step: int) -> list[StepObserver]:
     """Return the trackers of the run file; TensorBoard also without being named, where its package is installed."""
     trackers: list[StepObserver] = []
-    wants_tensorboard = config.logging.tensorboard
-    if _is_installed("tensorboard") if wants_tensorboard is None else wants_tensorboard:
+    wanted = config.logging.tensorboard
+    if wanted or (wanted is None and _is_installed("tensorboard")):
         trackers.append(TensorBoardObserver(directory.tensorboard, first_step))
     if config.logging.wandb_project is not None:
         trackers.append(WandbObserver(config, directory))
@@ -72,10 +72,12 @@ class WandbObserver:
     def __init__(self, config: Config, directory: RunDirectory) -> None:
         import wandb  # type: ignore[import-not-found]  # not among the dependencies
 
+        # A resumed run has this id again, and another run of the same name elsewhere has not.
+        folder_digest = hashlib.sha256(str(directory.path.resolve()).encode()).hexdigest()
         self._run: Any = wandb.init(
             project=config.logging.wandb_project,
             name=config.run.name,
-            id=_run_id(config.run.name, directory.path),
+            id=f"{config.run.name}-{folder_digest[:8]}",
             resume="allow",
             dir=directory.path,
             config=msgspec.to_builtins(config),
@@ -94,8 +96,3 @@ def _is_installed(package: str) -> bool:
 
 def _finite(record: Record) -> dict[str, float]:
     return {name: value for name, value in record.items() if math.isfinite(value)}
-
-
-def _run_id(name: str, folder: Path) -> str:
-    """Return an id that a resumed run has again, and another run of the same name elsewhere has not."""
-    return f"{name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"

@@ -48,11 +48,7 @@ def interrupt_on_sigterm() -> Iterator[None]:
 
     Ray's own handler aborts the process, so nothing that was begun would be undone.
     """
-
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    with _handling((signal.SIGTERM,), handle):
+    with _handling((signal.SIGTERM,), signal.default_int_handler):
         yield
 
 

@@ -143,7 +143,7 @@ def first_gpu(environment: Mapping[str, str]) -> str:
 
 
 def _variables(folder: Path) -> dict[str, str]:
-    """Return the environment of the cluster's processes, except what the user has set."""
+    """Return the environment of the cluster's processes, a fresh token included, except what the user has set."""
     wanted = {
         "RAY_AUTH_MODE": "token",
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
@@ -154,16 +154,11 @@ def _variables(folder: Path) -> dict[str, str]:
     }
     variables = {name: value for name, value in wanted.items() if name not in os.environ}
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(name in os.environ for name in TOKEN_VARIABLES):
-        variables["RAY_AUTH_TOKEN_PATH"] = str(_write_token(folder))
+        token = folder / TOKEN_FILE  # a file, because environments are printed, logged and handed on
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        variables["RAY_AUTH_TOKEN_PATH"] = str(token)
     return variables | {reaper.MARK: str(folder), "TMPDIR": str(folder)}
-
-
-def _write_token(folder: Path) -> Path:
-    """Write a fresh token; in a file, because environments are printed, logged and handed on."""
-    path = folder / TOKEN_FILE
-    path.touch(mode=0o600)
-    path.write_text(secrets.token_hex(32))
-    return path
 
 
 @contextmanager

@@ -40,12 +40,9 @@ class Patience:
 
 @contextmanager
 def watch_head(address: str, give_up: Callable[[float], None], patience: Patience | None = None) -> Iterator[None]:
-    """Check in a thread that the head's address takes connections, while the context lasts.
+    """Check in a thread that the address of Ray's GCS takes connections, while the context lasts.
 
-    Args:
-        address: host:port of Ray's GCS.
-        give_up: called once, in the thread, with the seconds of silence.
-        patience: how long to wait.
+    The thread calls `give_up` once, with the seconds of silence.
     """
     over = threading.Event()
     arguments = (address, give_up, patience or Patience(), over)
@@ -78,20 +75,18 @@ def end_run(config: Config, address: str, silent_seconds: float) -> None:
 def _watch(address: str, give_up: Callable[[float], None], patience: Patience, over: threading.Event) -> None:
     heard = time.monotonic()
     while not over.wait(patience.check_seconds):
-        if _answers(address, patience.check_seconds):
+        try:
+            _connect(address, patience.check_seconds)
             heard = time.monotonic()
-        elif (silent := time.monotonic() - heard) >= patience.silent_seconds and not over.is_set():
-            give_up(silent)
-            return
+        except OSError:
+            if (silent := time.monotonic() - heard) >= patience.silent_seconds and not over.is_set():
+                give_up(silent)
+                return
 
 
-def _answers(address: str, seconds: float) -> bool:
+def _connect(address: str, seconds: float) -> None:
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
-    except OSError:
-        return False
-    return True
+    socket.create_connection((host.strip("[]"), int(port)), seconds).close()
 
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # a step's trajectories and one copy of the weights; Ray spills the rest to disk
@@ -144,7 +139,9 @@ def ray_session(config: Config) -> Iterator[RaySession]:
         ):
             yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
     except AuthenticationError as error:
-        raise PlacementError(f"the token for the local Ray cluster cannot be used: {_first_sentence(error)}") from error
+        raise PlacementError(
+            f"the token for the local Ray cluster cannot be used: {str(error).split('. ')[0]}"
+        ) from error
 
 
 def _watched_head(config: Config) -> AbstractContextManager[None]:
@@ -177,17 +174,11 @@ def _joined(address: str, arguments: dict[str, Any]) -> Iterator[RaySession]:
 
 
 def _lives_on_loopback(address: str) -> bool:
-    """Ask the cluster where its nodes are; `ray.init` would try for 20 s, and then not say what is wrong.
-
-    Raises:
-        AuthenticationError: the token is missing or not the cluster's.
-        ConnectionError: no answer comes.
-    """
+    """Ask the cluster where its nodes are; `ray.init` would try for 20 s, and then not say what is wrong."""
     if ":" not in address or "://" in address:  # "auto", or Ray's client protocol, which has its own answer
         return False
-    host, port = address.rsplit(":", 1)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        _connect(address, CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise ConnectionError(str(error)) from error
     ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one, the client would end this process
@@ -199,7 +190,3 @@ def _sides(mismatch: str) -> str:
     """Shorten Ray's paragraph about two versions of Ray and two of Python to half a line."""
     sides = re.findall(r"(?:Ray|Python): (\S+)", mismatch)
     return "the cluster has Ray {} with Python {}, this process Ray {} with Python {}".format(*sides)
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).split(". ")[0]

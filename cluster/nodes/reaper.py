@@ -34,7 +34,7 @@ class ProcessTree:
     def __init__(self, variable: str, value: str) -> None:
         self._mark = f"{variable}={value}".encode()
         self._members: set[ProcessKey] = set()
-        self._seen = _shared_memory()
+        self._seen = _shared_memory().keys()
         self._owned: set[str] = set()
 
     def count(self) -> set[ProcessKey]:
@@ -49,10 +49,10 @@ class ProcessTree:
     def note_shared_memory(self) -> None:
         """Note which of the entries that are new since the last call a member has mapped."""
         entries = _shared_memory()
-        new, self._seen = entries - self._seen, entries
+        new, self._seen = entries.keys() - self._seen, entries.keys()
         if new:
             mapped = {inode for pid, _ in self.count() for inode in _mapped_inodes(pid)}
-            self._owned |= {name for name in new if _inode(SHARED_MEMORY / name) in mapped}
+            self._owned |= {name for name in new if entries[name] in mapped}
 
     def shared_memory(self) -> list[Path]:
         return [path for name in sorted(self._owned) if (path := SHARED_MEMORY / name).exists()]
@@ -114,15 +114,9 @@ def _mapped_inodes(pid: int) -> Iterator[int]:
             yield int(fields[4])
 
 
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None
-
-
-def _shared_memory() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir()} if SHARED_MEMORY.is_dir() else set()
+def _shared_memory() -> dict[str, int]:
+    """Return the inode of every entry."""
+    return {entry.name: entry.inode() for entry in os.scandir(SHARED_MEMORY)} if SHARED_MEMORY.is_dir() else {}
 
 
 if __name__ == "__main__":

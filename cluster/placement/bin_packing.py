@@ -64,13 +64,8 @@ def pack(demands: Sequence[Demand], capacities: Sequence[NodeCapacity], where: s
     First the groups are put on as few nodes as can be and the pools spread over what is left. Where that leaves no room
     for a worker, everything goes as close together as it can, widest workers first.
 
-    Args:
-        demands: the pools.
-        capacities: of the nodes.
-        where: the cluster and what it has, as the end of the error's sentence.
-
     Raises:
-        PlacementError: a worker fits nowhere; says which, and what it needs.
+        PlacementError: a worker fits nowhere; says which, what it needs, and `where`, the cluster and what it has.
     """
     groups_first = sorted(demands, key=lambda demand: (not demand.together, -demand.share.gpus))
     try:
@@ -105,13 +100,10 @@ class _Nodes:
 
 
 def _arrange(demands: Sequence[Demand], nodes: _Nodes, tightly: bool) -> dict[str, tuple[int, ...]]:
-    places: dict[str, tuple[int, ...]] = {}
-    for demand in demands:
-        if demand.together:
-            places[demand.pool] = _together(demand, nodes)
-        else:
-            places[demand.pool] = _one_by_one(demand, nodes, tightly)
-    return places
+    return {
+        demand.pool: _together(demand, nodes) if demand.together else _one_by_one(demand, nodes, tightly)
+        for demand in demands
+    }
 
 
 def _together(demand: Demand, nodes: _Nodes) -> tuple[int, ...]:

@@ -50,11 +50,7 @@ def share_gpu(config: Config) -> GpuShares:
 
 
 def with_gpus(config: Config, on_gpu: bool) -> Config:
-    """Return the run with every choice made that depends on where it runs.
-
-    Raises:
-        PlacementError: what is set cannot work there.
-    """
+    """Return the run with every choice made that depends on where it runs."""
     payload, transport = choose(config, on_gpu)
     sync = replace(config.weight_sync, payload=payload, transport=transport)
     if not (on_gpu and config.ray.share_gpu):

@@ -141,12 +141,7 @@ def plan_placement(
 
     With GPUs, each worker reserves whole ones, or its part of the one that all share. Without, the pools take turns on
     the same cores: each engine gets the node's cores divided by the number of its engines, and the learner all of them,
-    since it works while engines wait.
-
-    Args:
-        config: the run.
-        nodes: the cluster.
-        free: what others leave of the same nodes; None: all of it.
+    since it works while engines wait. `free` is what others leave of the same nodes; None: all of it.
 
     Raises:
         PlacementError: what the run needs is not there; says how much is needed and there, and for which pool.
@@ -167,7 +162,7 @@ def plan_placement(
 
 
 def describe(placement: Placement) -> list[tuple[str, str]]:
-    """Return one (pool, share) line per pool, for people."""
+    """Return a line per pool, (pool, share), for people."""
     lines = []
     for pool in placement.pools:
         kind = f"{pool.gpus_per_worker:.2g} GPU" if pool.gpus_per_worker else f"{pool.cpu_threads} CPU threads"
@@ -222,14 +217,12 @@ def _where(demands: Sequence[Demand], nodes: Sequence[NodeResources], free: Sequ
     needed = sum(demand.num_workers * (demand.share.gpus or demand.share.cpu_units / CPU_UNITS) for demand in demands)
     total, left = (sum(node.gpus if on_gpu else node.cpus for node in some) for some in (nodes, free or ()))
     has = f"the cluster has {total:g}" if free is None else f"{left:g} of the cluster's {total:g} are free"
-    could_share = on_gpu and needed > total and all(_could_share(demand) for demand in demands)
+    could_share = on_gpu and needed > total  # the workers would do with a part of one GPU
+    could_share &= all(
+        demand.share.gpus == 1 and not (demand.together and demand.num_workers > 1) for demand in demands
+    )
     advice = "; ray.share_gpu = true puts all of it on one GPU" if could_share else ""
     return f"the run needs {needed:g} {'GPUs' if on_gpu else 'CPUs'} and {has} on {len(nodes)} nodes{advice}"
-
-
-def _could_share(demand: Demand) -> bool:
-    """Return whether the workers would do with a part of one GPU."""
-    return demand.share.gpus == 1 and (demand.num_workers == 1 or not demand.together)
 
 
 def _placed(demand: Demand, nodes: Sequence[NodeResources], places: Sequence[int], threads: int) -> PoolPlacement:

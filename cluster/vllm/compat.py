@@ -73,9 +73,7 @@ async def label_weights(engine: Any, policy_version: int) -> None:
 
 def early_logits_processors(classes: tuple[str, str] | None) -> dict[str, Any]:
     """Return the engine arguments that name the logits processors, for model runners V1 and V2, if those decide."""
-    if classes is None or HAS_LOGITS_PROCESSORS_V2:
-        return {}
-    return {"logits_processors": [classes[0]]}
+    return {} if classes is None or HAS_LOGITS_PROCESSORS_V2 else {"logits_processors": [classes[0]]}
 
 
 def late_logits_processors(config: Any, classes: tuple[str, str] | None) -> None:
@@ -94,10 +92,7 @@ def taken_by(message: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_nccl_group(master_address: str, master_port: int, world_size: int) -> Any:
-    """Join the rollout engines' ranks as rank 0; returns a communicator with `broadcast(tensor, src)`.
-
-    It waits for all of them.
-    """
+    """Wait for the rollout engines' ranks and join them as rank 0; returns what has `broadcast(tensor, src)`."""
     try:
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
     except ImportError:  # 0.24

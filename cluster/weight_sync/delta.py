@@ -21,11 +21,7 @@ from cluster.weight_sync.transports import Encoded
 Bits = NDArray[Any]  # [values] uint16 or uint32: what the values look like in memory
 Encoding = Literal["distances8", "distances16", "mask", "whole"]
 DISTANCES: Mapping[str, type[np.unsignedinteger[Any]]] = {"distances8": np.uint8, "distances16": np.uint16}
-BITS: Mapping[str, type[np.unsignedinteger[Any]]] = {
-    "float32": np.uint32,
-    "bfloat16": np.uint16,
-    "float16": np.uint16,
-}
+BITS: Mapping[str, type[np.unsignedinteger[Any]]] = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16}
 ALIGNMENT = 4  # bytes; of every tensor's part of what travels, so that its values can be read in place
 
 
@@ -58,7 +54,6 @@ class Changes:
 def encode(old: Bits, new: Bits) -> Changes:
     """Describe the new values by the old ones, or, where that takes no less bytes, by themselves."""
     changed = np.flatnonzero(old != new)
-    nothing = np.empty(0, np.uint8)
     sizes: dict[Encoding, int] = {"whole": new.nbytes, "mask": -(-new.size // 8) + changed.size * new.itemsize}
     distances = np.empty(0, np.int64)
     if changed.size < new.size // 8:  # else a distance of 8 bits per value takes more than a bit per value
@@ -69,7 +64,7 @@ def encode(old: Bits, new: Bits) -> Changes:
             sizes[encoding] = num_values * (width.itemsize + new.itemsize)
     encoding = min(sizes, key=lambda name: sizes[name])
     if encoding == "whole":
-        return Changes(encoding, new, nothing, changed.size)
+        return Changes(encoding, new, np.empty(0, np.uint8), changed.size)
     if encoding == "mask":
         return Changes(encoding, new[changed], np.packbits(old != new), changed.size)
     positions = _split(distances, DISTANCES[encoding])
@@ -77,14 +72,7 @@ def encode(old: Bits, new: Bits) -> Changes:
 
 
 def apply(old: Bits, encoding: str, num_values: int, part: NDArray[np.uint8]) -> None:
-    """Turn old values into new ones in place.
-
-    Args:
-        old: the values to change.
-        encoding: an Encoding.
-        num_values: how many values stand in the part.
-        part: as `to_bytes` makes it.
-    """
+    """Turn old values into new ones in place; `part`, as `to_bytes` makes it, holds `num_values` new ones."""
     end = num_values * old.itemsize
     values = part[:end].view(old.dtype)
     if encoding == "whole":

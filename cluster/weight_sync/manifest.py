@@ -63,7 +63,6 @@ class WeightSyncReport:
 
 
 def total_bytes(tensors: Sequence[TensorSpec]) -> int:
-    """Return the size of their values."""
     return sum(tensor.num_bytes for tensor in tensors)
 
 

@@ -71,14 +71,12 @@ class Transport:
 
     sender: str  # function of a TrainEngine and the Config that returns a WeightSender, in each rank of the learner
     receiver: str  # WeightTransferEngine with `begin` and `end`, which vLLM loads in each rank of a rollout engine
-    takes_any_payload: bool = False  # else "full" alone
 
 
 TRANSPORTS: dict[str, Transport] = {
     "object_store": Transport(
         sender="learner.weight_sync.object_store:make_sender",
         receiver="rollout_workers.weight_sync.object_store:ObjectStoreReceiver",
-        takes_any_payload=True,
     ),
     "nccl": Transport(
         sender="learner.weight_sync.gpu_sender:make_nccl_sender",
@@ -97,11 +95,7 @@ def vllm_backend(transport: str) -> str:
 
 
 def make_payload(name: str) -> Payload:
-    """Build one end of a payload.
-
-    Raises:
-        ConfigError: its class cannot be imported.
-    """
+    """Build one end of a payload."""
     payload: Payload = load_object(PAYLOADS.get(name, name), "weight_sync.payload")()
     return payload
 
@@ -124,7 +118,7 @@ def choose(config: "Config", on_gpu: bool) -> tuple[str, str]:
         return payload, fastest if on_gpu and payload == "full" else "object_store"
     if transport == "object_store":
         return payload, transport
-    if payload != "full" and not TRANSPORTS[transport].takes_any_payload:
+    if payload != "full":
         raise ConfigError(
             f"weight_sync.payload = '{payload}' needs weight_sync.transport = 'object_store', found '{transport}'"
         )
