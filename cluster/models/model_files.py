@@ -43,7 +43,7 @@ TOKENIZER_FILES = (
 
 
 def load_model_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Read a model's configuration; raises ModelError, like the tokenizer's reader, where it cannot."""
+    """Read a model's configuration; raises ModelError where it cannot, like `load_tokenizer`."""
     return _read(AutoConfig, model, "model configuration", trust_remote_code)
 
 

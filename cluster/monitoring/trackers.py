@@ -17,11 +17,7 @@ from cluster.monitoring.observers import Ending, StepObserver, StepSample
 
 
 def check_trackers(config: Config) -> None:
-    """Check, before anything starts, that the packages of the trackers in the run file are installed.
-
-    Raises:
-        ConfigError: one is not.
-    """
+    """Raise ConfigError, before anything starts, where the package of a tracker in the run file is not installed."""
     logging = config.logging
     wanted = {
         "tensorboard": ("logging.tensorboard is true", logging.tensorboard),

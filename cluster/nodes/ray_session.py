@@ -139,9 +139,8 @@ def ray_session(config: Config) -> Iterator[RaySession]:
         ):
             yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
     except AuthenticationError as error:
-        raise PlacementError(
-            f"the token for the local Ray cluster cannot be used: {str(error).split('. ')[0]}"
-        ) from error
+        reason = str(error).split(". ")[0]
+        raise PlacementError(f"the token for the local Ray cluster cannot be used: {reason}") from error
 
 
 def _watched_head(config: Config) -> AbstractContextManager[None]:

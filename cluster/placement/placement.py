@@ -217,11 +217,9 @@ def _where(demands: Sequence[Demand], nodes: Sequence[NodeResources], free: Sequ
     needed = sum(demand.num_workers * (demand.share.gpus or demand.share.cpu_units / CPU_UNITS) for demand in demands)
     total, left = (sum(node.gpus if on_gpu else node.cpus for node in some) for some in (nodes, free or ()))
     has = f"the cluster has {total:g}" if free is None else f"{left:g} of the cluster's {total:g} are free"
-    could_share = on_gpu and needed > total  # the workers would do with a part of one GPU
-    could_share &= all(
-        demand.share.gpus == 1 and not (demand.together and demand.num_workers > 1) for demand in demands
-    )
-    advice = "; ray.share_gpu = true puts all of it on one GPU" if could_share else ""
+    # Workers with one GPU each would do with a part of it, except the ranks of a group.
+    parts_do = all(demand.share.gpus == 1 and (demand.num_workers == 1 or not demand.together) for demand in demands)
+    advice = "; ray.share_gpu = true puts all of it on one GPU" if on_gpu and needed > total and parts_do else ""
     return f"the run needs {needed:g} {'GPUs' if on_gpu else 'CPUs'} and {has} on {len(nodes)} nodes{advice}"
 
 
