@@ -23,7 +23,7 @@ from cluster.contracts.errors import ActorDiedError, LearnerDiedError
 from cluster.contracts.metrics import Metric, Sum, merge
 from cluster.contracts.trajectory import Floats
 from cluster.weight_sync.manifest import WeightSyncReport
-from learner.batching.arrivals import BatchBuffer, RankShare
+from learner.batching.arrivals import BatchBuffer
 from learner.batching.plan import Round, RoundPlanner
 from learner.checkpointing import checkpoint
 from learner.checkpointing.checkpoint import PendingCheckpoint
@@ -58,11 +58,7 @@ class LearnerGroup:
         self._begin(self._names)
 
     def start_again(self) -> None:
-        """End all ranks and start others, with the student as its files are.
-
-        Raises:
-            ActorError: a rank died or did not start in time.
-        """
+        """End all ranks and start others, with the student as its files are."""
         self._cluster.shutdown(self._actors, timeout_seconds=0)
         self._heads_due.clear()  # they are read anew, and repeated steps have the present teachers
         # Ray may hold a dead actor's name for a while yet, so the next ones have a number of their own.
@@ -101,19 +97,15 @@ class LearnerGroup:
 
     def student_logprobs(self, handle: BatchHandle) -> Floats:
         """Return the current student's log-probability of every completion token of the batch, rows in order."""
-        answers = self._ask("student_logprobs", [handle.reference], waiting_for="the student's log-probabilities")
-        logprobs: Floats = answers[0]
-        return logprobs
+        return self._ask("student_logprobs", [handle.reference], waiting_for="the student's log-probabilities")[0]
 
     def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
         """Bring the current weights, as `policy_version`, to every rollout worker."""
-        workers = list(rollout_workers)
         waiting_for = f"the learner to publish policy version {policy_version}"
-        reports: list[WeightSyncReport] = self._ask(
-            "publish_weights", workers, policy_version, waiting_for=waiting_for, stage="sync"
-        )
+        arguments = (list(rollout_workers), policy_version)
+        report, *_ = self._ask("publish_weights", *arguments, waiting_for=waiting_for, stage="sync")
         self._published_version = policy_version
-        return reports[0]
+        return report
 
     def bring_weights(self, rollout_worker: ActorHandle) -> Any:
         """Begin to send one rollout worker the weights that the others have; return a reference that is ready then.
@@ -158,17 +150,14 @@ class LearnerGroup:
         self._cluster.shutdown(self._actors)
 
     def _begin(self, names: Sequence[str]) -> None:
-        world_size = len(names)
+        world_size, timeout = len(names), self._config.ray.start_timeout_seconds
         arguments = [(self._config, rank, world_size) for rank in range(world_size)]
         self._actors = self._cluster.create(LEARNER_ACTOR, names, arguments, self._options)
         with ExitStack() as undo:
             undo.callback(self.shutdown)
-            self._start(self._config.ray.start_timeout_seconds)
+            address = self._cluster.get(self._actors[0].address.remote(), timeout, "learner-0 to start")
+            self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout)
             undo.pop_all()
-
-    def _start(self, timeout_seconds: float) -> None:
-        address = self._cluster.get(self._actors[0].address.remote(), timeout_seconds, "learner-0 to start")
-        self._ask("start", address, waiting_for="the learner to load the student", timeout_seconds=timeout_seconds)
 
     def _accumulate(
         self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str
@@ -184,7 +173,11 @@ class LearnerGroup:
         def send(rounds: Sequence[Round], completes_step: bool = False) -> None:
             for grids in rounds:
                 shares = [arrivals.share((grid,)) for grid in grids]
-                pending.update(self._send_round(shares, completes_step, objective))
+                called = {
+                    actor.accumulate.remote(share, completes_step, objective): (name, perf_counter())
+                    for name, actor, share in zip(self._names, self._actors, shares, strict=True)
+                }
+                pending.update(called)
 
         def collect(references: Sequence[Any]) -> None:
             names = [pending[reference][0] for reference in references]
@@ -209,15 +202,6 @@ class LearnerGroup:
         collect(list(pending))
         self._spans += spans
         return arrivals.num_completion_tokens, answers
-
-    def _send_round(
-        self, shares: Sequence[RankShare], completes_step: bool, objective: ObjectiveConfig | None
-    ) -> dict[Any, tuple[str, float]]:
-        """Send each rank its share; return the answers' references with the rank's name and the time of the call."""
-        return {
-            actor.accumulate.remote(share, completes_step, objective): (name, perf_counter())
-            for name, actor, share in zip(self._names, self._actors, shares, strict=True)
-        }
 
     def _ask(
         self,
@@ -244,11 +228,7 @@ class LearnerGroup:
 
     @contextmanager
     def _deaths_reported(self) -> Iterator[None]:
-        """Tell a rank's death from other errors; the other ranks fail too then, each with its own error.
-
-        Raises:
-            LearnerDiedError: a rank is gone.
-        """
+        """Raise a rank's death as LearnerDiedError; the other ranks fail too then, each with its own error."""
         try:
             yield
         except (ActorDiedError, RayTaskError) as error:

@@ -52,12 +52,7 @@ def accumulate(
 ) -> dict[str, Metric]:
     """Run forward and backward over some of a step's micro-batches; the gradients' sums stay in the engine.
 
-    Args:
-        engine: holds the weights.
-        batches: this rank's micro-batches, at least one and as many as every other rank has in this call.
-        objective: what to minimise.
-        teacher_heads: of the models that sent hidden states.
-        completes_step: whether these are the last micro-batches of the step.
+    Every rank has as many micro-batches in this call, at least one; `completes_step` says that no others follow.
     """
     parts: list[dict[str, Metric]] = []
     for batch, is_last in _with_last(batches):
@@ -74,10 +69,7 @@ def accumulate(
 def describe(result: Evaluation, tokens: CompletionTokens, sampled_candidates: bool) -> dict[str, Metric]:
     """Return one micro-batch's metrics per completion token; none where there are no completion tokens.
 
-    Args:
-        result: the micro-batch's evaluation.
-        tokens: its data.
-        sampled_candidates: whether the candidates are independent draws: one may stand there twice.
+    `sampled_candidates`: whether the candidates are independent draws, one of which may stand there twice.
     """
     if not len(tokens):
         return {}

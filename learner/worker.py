@@ -45,8 +45,7 @@ class LearnerActor:
 
     Args:
         config: the whole run.
-        rank: of this worker.
-        world_size: ranks of the group.
+        rank, world_size: of this worker in its group.
         fetch: returns what references point to; None: from Ray's object store.
     """
 
@@ -66,11 +65,7 @@ class LearnerActor:
         return free_address()
 
     def start(self, address: str) -> None:
-        """Load the student, and join the group at `tcp://host:port` unless it is of stage 0.
-
-        Raises:
-            ModelError: the student is missing or cannot be trained, or a teacher's LM head cannot be read.
-        """
+        """Load the student, and join the group at `tcp://host:port` unless it is of stage 0."""
         config, device = self._config, _device()
         transformers.utils.logging.disable_progress_bar()
         if device.type == "cpu":
@@ -79,10 +74,10 @@ class LearnerActor:
         teacher_heads = load_teacher_heads(config, device)
         if config.learner.zero_stage == 0:
             self.use(ReferenceEngine(student, config.learner), teacher_heads)
-            return
-        from learner.engines.zero import ZeroEngine  # picks its accelerator as it is imported
+        else:
+            from learner.engines.zero import ZeroEngine  # picks its accelerator as it is imported
 
-        self.use(ZeroEngine(student, config.learner, self._rank, self._world_size, address), teacher_heads)
+            self.use(ZeroEngine(student, config.learner, self._rank, self._world_size, address), teacher_heads)
 
     def use(self, engine: TrainEngine, teacher_heads: TeacherHeads) -> None:
         """Train the engine's weights; the heads are for objectives over the whole vocabulary."""
@@ -94,11 +89,7 @@ class LearnerActor:
         self._sender: WeightSender = make_sender(engine, self._config)
 
     def read_teacher_heads(self, config: Config) -> None:
-        """Read the LM heads of a configuration's teachers in place of those before; not collective.
-
-        Raises:
-            ModelError: a head cannot be read.
-        """
+        """Read the LM heads of a configuration's teachers in place of those before; not collective."""
         self._teacher_heads = {}  # two sets of heads may be more than there is memory for
         self._teacher_heads = load_teacher_heads(config, _device())
 
@@ -173,19 +164,11 @@ class LearnerActor:
         return self._writer.is_done
 
     def finish_shard(self) -> WrittenShard:
-        """Wait for the file that `begin_shard` began; not collective.
-
-        Raises:
-            CheckpointError: the disk is full or the place cannot be written to.
-        """
+        """Wait for the file that `begin_shard` began; not collective."""
         return self._writer.finish()
 
     def load_shard(self, folder: Path) -> None:
-        """Restore this rank's part of a checkpoint.
-
-        Raises:
-            CheckpointError: the file cannot be read, or is of another model.
-        """
+        """Restore this rank's part of a checkpoint."""
         generators, state = split_random_state(read_shard(folder / shard_name(self._engine.rank)))
         self._engine.restore(state)
         set_random_state(generators)
@@ -199,8 +182,7 @@ class LearnerActor:
         """End nothing: a rank starts no process of its own."""
 
     def _fetch_from_ray(self, references: Sequence[Any]) -> list[Any]:
-        fetched: list[Any] = ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
-        return fetched
+        return ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
 
 
 def _device() -> torch.device:

@@ -14,7 +14,7 @@ from cluster.contracts.errors import TrajectoryError
 from cluster.contracts.signals import find_signals
 from cluster.contracts.trajectory import Ragged, models_of, num_candidates_of, ragged, signal_paths
 from learner.batching.plan import Grid
-from learner.loss.tokens import CompletionTokens
+from learner.loss.tokens import CompletionTokens, map_tensors
 
 PAD_TOKEN_ID = 0  # any id of the vocabulary: no completion token attends to it
 
@@ -40,11 +40,7 @@ class RoutedTokens:
             yield RoutedTokens(self.route, self.places[part], _pick(self.scores, part))
 
     def to(self, device: torch.device) -> "RoutedTokens":
-        scores = {
-            model: {name: values.to(device) for name, values in signals.items()}
-            for model, signals in self.scores.items()
-        }
-        return RoutedTokens(self.route, self.places.to(device), scores)
+        return RoutedTokens(self.route, self.places.to(device), map_tensors(self.scores, lambda one: one.to(device)))
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,7 @@ class Trajectory:
 
 
 def trajectories(batches: Sequence[pa.RecordBatch], task_advantages: Sequence[float] | None = None) -> list[Trajectory]:
-    """View all rows of batches, in order.
-
-    Args:
-        batches: generated or scored.
-        task_advantages: of each row of all batches; None: 0.
+    """View all rows of generated or scored batches, in order; without advantages, these are 0.
 
     Raises:
         TrajectoryError: the batches differ in their columns, or in how many candidates they have.
@@ -112,10 +104,7 @@ def trajectories(batches: Sequence[pa.RecordBatch], task_advantages: Sequence[fl
 def build_micro_batch(grid: Grid, rows: Sequence[Trajectory], seed: int) -> MicroBatch:
     """Lay the grid's trajectories out; an empty grid becomes one pad token and no completion tokens.
 
-    Args:
-        grid: indices of rows.
-        rows: of all batches.
-        seed: the run's; what is random about a token depends on it and on the trajectory's id alone.
+    What is random about a token depends on the run's seed and on the trajectory's id alone.
     """
     row_length = max([1, *(sum(len(rows[index].token_ids) for index in grid_row) for grid_row in grid)])
     shape = (max(1, len(grid)), row_length)
@@ -191,7 +180,7 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Traje
     logprobs = ragged(batch, "rollout_logprobs")
     nothing = Ragged(np.empty((len(logprobs.values), 0), np.float32), logprobs.offsets)
     columns = {
-        name: _column(batch, name, nothing)
+        name: ragged(batch, name) if name in batch.schema.names else nothing
         for name in ("token_ids", "loss_mask", "rollout_logprobs", "candidate_ids", "candidate_rollout_logprobs")
     }
     scores: dict[str, dict[str, Ragged]] = {model: {} for model in models_of(batch)}
@@ -215,10 +204,6 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Traje
 
 def _pick(scores: Mapping[str, Mapping[str, Any]], chosen: Any) -> dict[str, dict[str, Any]]:
     return {model: {name: values[chosen] for name, values in signals.items()} for model, signals in scores.items()}
-
-
-def _column(batch: pa.RecordBatch, name: str, absent: Ragged) -> Ragged:
-    return ragged(batch, name) if name in batch.schema.names else absent
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: type, width: int | None = None) -> Tensor:

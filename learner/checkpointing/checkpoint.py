@@ -2,7 +2,7 @@
 
 Everything is written into `NAME.partial`, brought to disk, and renamed to `NAME` as the last act; whatever stops the
 writing leaves only a partial folder, which the next attempt replaces. All ranks and the driver must see the same file
-system under these paths.
+system under these paths. What the file system refuses is a CheckpointError.
 """
 
 import json
@@ -57,11 +57,7 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the `keep_last` latest complete checkpoints.
-
-    Raises:
-        CheckpointError: the place cannot be written to.
-    """
+    """Remove all but the `keep_last` latest complete checkpoints."""
     complete = [folder for folder in checkpoints(directory) if (folder / MANIFEST_FILE).is_file()]
     for folder in complete[:-keep_last]:
         _remove(folder)
@@ -72,9 +68,6 @@ def tidy(directory: Path, last_step: int) -> None:
 
     What a killed run left half-written or half-removed goes. Checkpoints of later steps, which were passed over since
     they are damaged, are set aside as NAME.damaged, so that they neither count nor are taken up again.
-
-    Raises:
-        CheckpointError: the place cannot be written to.
     """
     with file_errors(f"{directory}: cannot be tidied up"):
         for path in sorted(directory.iterdir()) if directory.is_dir() else []:
@@ -88,11 +81,7 @@ def tidy(directory: Path, last_step: int) -> None:
 
 
 def begin(folder: Path) -> Path:
-    """Return an empty partial folder for `commit`, replacing what an earlier attempt left.
-
-    Raises:
-        CheckpointError: the place cannot be written to.
-    """
+    """Return an empty partial folder for `commit`, replacing what an earlier attempt left."""
     partial = _partial(folder)
     with file_errors(f"checkpoint {folder}: cannot create {partial.name}"):
         shutil.rmtree(partial, ignore_errors=True)
@@ -101,11 +90,7 @@ def begin(folder: Path) -> Path:
 
 
 def commit(folder: Path, state: Mapping[str, Any], layout: Layout, shards: Sequence[FileEntry]) -> None:
-    """Complete a checkpoint whose shards are written: add the driver's state and the manifest, and publish it.
-
-    Raises:
-        CheckpointError: the disk is full or the place cannot be written to.
-    """
+    """Complete a checkpoint whose shards are written: add the driver's state and the manifest, and publish it."""
     partial = _partial(folder)
     with file_errors(f"checkpoint {folder}: cannot be completed"):
         path = partial / STATE_FILE
@@ -120,11 +105,7 @@ def discard(folder: Path) -> None:
 
 
 def publish(folder: Path) -> None:
-    """Bring the partial folder to disk and give it its name; a folder of that name is replaced.
-
-    Raises:
-        CheckpointError: the disk is full or the place cannot be written to.
-    """
+    """Bring the partial folder to disk and give it its name; a folder of that name is replaced."""
     partial = _partial(folder)
     with file_errors(f"checkpoint {folder}: cannot be completed"):
         for path in sorted(partial.rglob("*")):
@@ -137,11 +118,7 @@ def publish(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the driver's part of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is missing or holds no JSON object.
-    """
+    """Return the driver's part of a checkpoint; raise CheckpointError if it is missing or no JSON object."""
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -160,8 +137,7 @@ def export(engine: "TrainEngine", tokenizer: "PreTrainedTokenizerBase", folder: 
     if engine.rank != 0:
         return
     partial = begin(folder)
-    causal_lm = engine.student.causal_lm
-    causal_lm.save_pretrained(partial, state_dict=weights)
+    engine.student.causal_lm.save_pretrained(partial, state_dict=weights)
     tokenizer.save_pretrained(partial)
     publish(folder)
 
@@ -222,10 +198,8 @@ class PendingCheckpoint:
             layout: of the ranks.
             ask: calls a method of every rank, as `LearnerGroup` does.
         """
-        self.folder = folder
-        self._state, self._layout, self._ask = state, layout, ask
-        partial = begin(folder)
-        self._held_seconds = max(self._ask_or_discard("begin_shard", partial))
+        self.folder, self._state, self._layout, self._ask = folder, state, layout, ask
+        self._held_seconds = max(self._ask_or_discard("begin_shard", begin(folder)))
 
     @property
     def is_written(self) -> bool:

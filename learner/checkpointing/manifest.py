@@ -48,10 +48,6 @@ class Layout:
     def of(cls, config: LearnerConfig) -> "Layout":
         return cls(config.num_workers, config.zero_stage)
 
-    @property
-    def shard_names(self) -> list[str]:
-        return [shard_name(rank) for rank in range(self.num_ranks)]
-
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Is the contents of manifest.json."""
@@ -72,22 +68,14 @@ def shard_name(rank: int) -> str:
 
 
 def write_manifest(folder: Path, layout: Layout, files: Iterable[FileEntry]) -> None:
-    """Write manifest.json into a folder that holds all other files already.
-
-    Raises:
-        OSError: the disk is full or the place cannot be written to.
-    """
+    """Write manifest.json into a folder that holds all other files already."""
     manifest = Manifest(FORMAT_VERSION, layout.num_ranks, layout.zero_stage, list(files))
     (folder / MANIFEST_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
 
 
 @contextmanager
 def file_errors(what_failed: str) -> Iterator[None]:
-    """Turn what the file system refuses into one sentence.
-
-    Raises:
-        CheckpointError: in place of an OSError.
-    """
+    """Turn an OSError into a CheckpointError of one sentence."""
     try:
         yield
     except OSError as error:
@@ -95,11 +83,7 @@ def file_errors(what_failed: str) -> Iterator[None]:
 
 
 def entry_of(path: Path) -> FileEntry:
-    """Read a file and return what the manifest says of it.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Read a file and return what the manifest says of it."""
     digest, num_bytes = new_digest(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(READ_BYTES):
@@ -115,11 +99,10 @@ def verify(folder: Path, layout: Layout) -> None:
         CheckpointError: it is damaged, incomplete, or of another format or layout; names the file.
     """
     manifest = _read(folder)
-    of_files = Layout(manifest.num_ranks, manifest.zero_stage)
-    if of_files != layout:
+    if (manifest.num_ranks, manifest.zero_stage) != (layout.num_ranks, layout.zero_stage):
         raise CheckpointError(
-            f"checkpoint {folder}: {MANIFEST_FILE} is of learner.num_workers = {of_files.num_ranks} and "
-            f"learner.zero_stage = {of_files.zero_stage}, but the run has {layout.num_ranks} and {layout.zero_stage}"
+            f"checkpoint {folder}: {MANIFEST_FILE} is of learner.num_workers = {manifest.num_ranks} and "
+            f"learner.zero_stage = {manifest.zero_stage}, but the run has {layout.num_ranks} and {layout.zero_stage}"
         )
     _check_names(folder, manifest, layout)
     with ThreadPoolExecutor(READERS) as readers:
@@ -143,7 +126,7 @@ def _read(folder: Path) -> Manifest:
 
 
 def _check_names(folder: Path, manifest: Manifest, layout: Layout) -> None:
-    expected = sorted([STATE_FILE, *layout.shard_names])
+    expected = sorted([STATE_FILE, *map(shard_name, range(layout.num_ranks))])
     if sorted(entry.name for entry in manifest.files) != expected:
         raise CheckpointError(f"checkpoint {folder}: {MANIFEST_FILE} does not list exactly {', '.join(expected)}")
     present = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}

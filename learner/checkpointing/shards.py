@@ -36,11 +36,7 @@ def flatten(weights: Sequence[Tensor], optimizer: Mapping[int, Mapping[str, Any]
 
 
 def unflatten(state: Tensors, weights: Sequence[Tensor]) -> tuple[list[Tensor], OptimizerState]:
-    """Return what `flatten` was given.
-
-    Args:
-        state: named tensors.
-        weights: those that the state is for; its own must have the same shapes.
+    """Return what `flatten` was given; `weights` are those that the state is for, of the same shapes.
 
     Raises:
         CheckpointError: the state is of another model or optimizer.
@@ -65,11 +61,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def split_random_state(state: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the generators' state, checked, and the rest.
-
-    Raises:
-        CheckpointError: a generator's state is missing or is none.
-    """
+    """Return the generators' state, checked, and the rest."""
     generators = {name: _checked(state, name, current) for name, current in random_state().items()}
     return generators, {name: tensor for name, tensor in state.items() if name not in generators}
 
@@ -121,9 +113,6 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
     """Write host tensors to a new safetensors file, bring it to disk, and return what the manifest says of it.
 
     safetensors' own writer keeps Python's lock for much of the time, and training would wait for it.
-
-    Raises:
-        OSError: the disk is full or the place cannot be written to.
     """
     digest, num_bytes = new_digest(), 0
     with path.open("xb") as file:

@@ -28,23 +28,20 @@ class ReferenceEngine:
     def __init__(self, student: Student, config: LearnerConfig) -> None:
         self.student = student
         self._device = student.head.weight.device
-        is_fused = self._device.type == "cuda"
         self._weights = list(student.parameters())
         self._masters = [_master_of(weight) for weight in self._weights]
-        self._optimizer = PausableAdamW(self._masters, fused=is_fused, **adamw_settings(config))
+        self._optimizer = PausableAdamW(self._masters, fused=self._device.type == "cuda", **adamw_settings(config))
         self._max_gradient_norm = config.max_gradient_norm
 
     def forward(
         self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
     ) -> Evaluation:
-        """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
         return Evaluation(*self.student(batch.to(self._device), objective, teacher_heads))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         torch.autograd.backward(loss)
 
     def step(self, learning_rate: float, num_tokens: int) -> float:
-        """Divide by the tokens, clip, update the weights, clear the gradients; return the norm before clipping."""
         for master in self._masters:
             if master.grad is not None:
                 master.grad /= max(1, num_tokens)

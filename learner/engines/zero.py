@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -27,21 +26,6 @@ from learner.model.completion_head import TeacherHeads
 from learner.model.student import Student
 
 
-@dataclass(frozen=True)
-class StateKeys:
-    """Says where a ZeRO optimizer's state_dict has the master weights and the state of the optimizer inside."""
-
-    weights: str
-    optimizer: str
-
-
-STATE_KEYS = {
-    1: StateKeys(SINGLE_PARTITION_OF_FP32_GROUPS, BASE_OPTIMIZER_STATE),
-    2: StateKeys(SINGLE_PARTITION_OF_FP32_GROUPS, BASE_OPTIMIZER_STATE),
-    3: StateKeys(FP32_FLAT_GROUPS, OPTIMIZER_STATE_DICT),
-}
-
-
 class PausableCPUAdam(DeepSpeedCPUAdam):
     """DeepSpeed's AdamW for optimizer state in host memory, which can sit out a step."""
 
@@ -52,21 +36,19 @@ class PausableCPUAdam(DeepSpeedCPUAdam):
 
 
 class ZeroEngine:
-    """Implements TrainEngine for one rank of a DeepSpeed ZeRO group.
+    """Implements TrainEngine for one rank of a DeepSpeed ZeRO group, which meets at `tcp://host:port` of rank 0.
 
-    Args:
-        student: the same weights on every rank.
-        config: the learner's section.
-        rank: this process's place in the group.
-        world_size: processes of the group.
-        address: `tcp://host:port` of rank 0.
+    The student has the same weights on every rank.
     """
 
     def __init__(self, student: Student, config: LearnerConfig, rank: int, world_size: int, address: str) -> None:
         self.student = student
         self.rank, self.world_size = rank, world_size
         self._parameters = dict(student.causal_lm.named_parameters())
-        self._zero_stage, self._keys = config.zero_stage, STATE_KEYS[config.zero_stage]
+        self._is_sharded = config.zero_stage == 3
+        # Where the state_dict of ZeRO's optimizer has the master weights, and the state of the optimizer inside.
+        self._weights_key = FP32_FLAT_GROUPS if self._is_sharded else SINGLE_PARTITION_OF_FP32_GROUPS
+        self._optimizer_key = OPTIMIZER_STATE_DICT if self._is_sharded else BASE_OPTIMIZER_STATE
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings doubt the optimizer subclass
         _skip_shared_memory_op()
         deepspeed.init_distributed(
@@ -77,7 +59,7 @@ class ZeroEngine:
             world_size=world_size,
         )
         zero = zero_settings(config, world_size)
-        if config.zero_stage == 3:
+        if self._is_sharded:
             _shard(student, zero)
         self._optimizer = make_optimizer(student, config)
         self._engine, *_ = deepspeed.initialize(
@@ -87,17 +69,14 @@ class ZeroEngine:
     def forward(
         self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
     ) -> Evaluation:
-        """Evaluate the completion tokens under the current weights; without an objective, the losses are 0."""
         return Evaluation(*self._engine(batch.to(self._engine.device), objective, teacher_heads))
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add this rank's part of the step's summed loss; gradients of all parts and ranks add up."""
         self._engine.set_gradient_accumulation_boundary(is_last)
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
         self._engine.backward(loss * self.world_size)
 
     def step(self, learning_rate: float, num_tokens: int) -> float:
-        """Divide by the tokens, clip, update the weights, clear the gradients; return the norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         # How many tokens a step has is known only when all have been added up. A loss scale is what DeepSpeed divides
@@ -114,34 +93,29 @@ class ZeroEngine:
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        """Give whole parameters by Hugging Face name; under ZeRO-3 they are gathered while the context lasts."""
         chosen = {name: self._parameters[name] for name in names}
-        is_sharded = self._zero_stage == 3
-        with deepspeed.zero.GatheredParameters(list(chosen.values())) if is_sharded else nullcontext():
+        with deepspeed.zero.GatheredParameters(list(chosen.values())) if self._is_sharded else nullcontext():
             yield {name: parameter.detach() for name, parameter in chosen.items()}
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy, in host memory, of this rank's master weights and their optimizer state."""
         state = self._engine.optimizer.state_dict()
-        return host_copy(flatten(self._masters(), state[self._keys.optimizer]["state"]))
+        return host_copy(flatten(self._masters(), state[self._optimizer_key]["state"]))
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot of a group with the same number of ranks and the same stage.
 
         What is no tensor in DeepSpeed's own state (loss scaler, slices, settings) stays that of this engine.
-
-        Raises:
-            CheckpointError: it is of another model or optimizer.
         """
         weights, values = unflatten(state, self._masters())
         optimizer = self._engine.optimizer
         own_state = optimizer.state_dict()
-        own_state[self._keys.weights] = weights
-        own_state[self._keys.optimizer] = {**own_state[self._keys.optimizer], "state": values}
-        if self._zero_stage == 3:
+        own_state[self._weights_key] = weights
+        own_state[self._optimizer_key] = {**own_state[self._optimizer_key], "state": values}
+        if self._is_sharded:
             optimizer.checkpoint_event_prologue()
         optimizer.load_state_dict([own_state] * self.world_size, load_from_fp32_weights=True)
-        if self._zero_stage == 3:
+        if self._is_sharded:
             optimizer.checkpoint_event_epilogue()
         else:
             optimizer.update_lp_params()  # the weights that compute, from the masters of all ranks
@@ -149,9 +123,9 @@ class ZeroEngine:
     def _masters(self) -> list[Tensor]:
         """Return the fp32 weights that this rank's optimizer updates, with the padding of their partition."""
         optimizer = self._engine.optimizer
-        is_sharded = self._zero_stage == 3
-        masters = optimizer.fp32_partitioned_groups_flat if is_sharded else optimizer.single_partition_of_fp32_groups
-        return list(masters)
+        if self._is_sharded:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
 
 
 def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | PausableCPUAdam:

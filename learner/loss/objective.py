@@ -67,8 +67,7 @@ class Objective:
 
         Args:
             logits: the current student's, [n, vocabulary], in float32 or float64 overwritten; others are converted.
-            tokens: the n tokens, or any part of those that `plan` was made for.
-            plan: of the same tokens.
+            tokens, plan: the n tokens, or any part of those that `plan` was called with, and what it returned for them.
             model_logits: if `needs.hidden`: model -> [n, its vocabulary], overwritten. Where vocabularies differ in
                 size, divergences compare both models on the tokens that they share, renormalised.
             with_gradient: whether to compute `logits_gradient`.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learner.loss.divergences import LOWEST_LOGPROB
-from learner.loss.kernels.interface import RowKernels, RowStatistics
+from learner.loss.kernels.interface import Normaliser, RowKernels
 
 CPU_BLOCK_ELEMENTS = 1 << 19  # 2 MiB of float32: a few blocks fit the shared cache, and every thread has a row
 GPU_BLOCK_ELEMENTS = 1 << 27  # 512 MiB of float32: bounds the scratch; launches no longer matter
@@ -39,17 +39,13 @@ class FusedSoftmax:
 
     kernels: RowKernels
     logits: Tensor  # [n, vocabulary]
-    statistics: RowStatistics
+    whole: Normaliser
     logprobs: Tensor  # [n, ids] of the tokens asked for
-
-    @property
-    def entropy(self) -> Tensor:
-        """Return the entropy of each row, [n], in nats."""
-        return self.statistics.entropy
+    entropy: Tensor  # [n] in nats
 
     def gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
         """Turn the gradient by log-probabilities of ids [n, m] into that by all logits, in their memory."""
-        self.kernels.write_probabilities(self.logits, self.statistics.whole, -gradient.sum(-1))
+        self.kernels.write_probabilities(self.logits, self.whole, -gradient.sum(-1))
         return self.logits.scatter_add_(-1, ids, gradient)
 
 
@@ -71,7 +67,8 @@ def any_softmax(logits: Tensor, ids: Tensor, kernels: RowKernels | None) -> Soft
     if kernels is None or not kernels.takes(logits):
         return softmax_of(logits, ids)
     statistics = kernels.statistics(logits)
-    return FusedSoftmax(kernels, logits, statistics, statistics.whole.logprobs(logits.gather(-1, ids)))
+    whole = statistics.whole
+    return FusedSoftmax(kernels, logits, whole, whole.logprobs(logits.gather(-1, ids)), statistics.entropy)
 
 
 def read_tokens(logits: Tensor, target_ids: Tensor, kernels: RowKernels | None = None) -> tuple[Tensor, Tensor]:

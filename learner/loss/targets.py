@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from learner.loss.divergences import EXCLUDED, LOWEST_LOGPROB, to_buckets, with_tail
+from learner.loss.divergences import LOWEST_LOGPROB, to_buckets
 
 
 def log_linear(target: Mapping[str, float], logprobs: Mapping[str, Tensor]) -> Tensor:
@@ -30,8 +30,9 @@ def target_buckets(
     mixed = log_linear(target, logprobs)
     if truncation == "renormalized" or is_one_model(target):
         return to_buckets(mixed, inside, truncation)
-    tails = {model: with_tail(_kept(logprobs[model].clamp(min=LOWEST_LOGPROB), inside))[..., -1:] for model in target}
-    buckets = torch.cat([_kept(mixed, inside), log_linear(target, tails)], dim=-1).log_softmax(-1)
+    tails = {model: to_buckets(logprobs[model].clamp(min=LOWEST_LOGPROB), inside, "tail")[..., -1:] for model in target}
+    candidates = to_buckets(mixed, inside, "generalized")
+    buckets = torch.cat([candidates, log_linear(target, tails)], dim=-1).log_softmax(-1)
     return buckets if truncation == "tail" else buckets[..., :-1]
 
 
@@ -50,7 +51,3 @@ def mixed_logits(target: Mapping[str, float], model_logits: Mapping[str, Tensor]
     for model, of_model in others:
         mixed.add_(model_logits[model], alpha=of_model)
     return mixed
-
-
-def _kept(logprobs: Tensor, inside: Tensor | None) -> Tensor:
-    return logprobs if inside is None else logprobs.masked_fill(~inside, EXCLUDED)

@@ -5,8 +5,8 @@ are float32 natural logarithms at temperature 1, except those of the rollout wor
 distribution.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class CompletionTokens:
         return len(self.target_ids)
 
     def __getitem__(self, chosen: slice | Tensor) -> "CompletionTokens":
-        return CompletionTokens(**{field.name: _take(getattr(self, field.name), chosen) for field in fields(self)})
+        return CompletionTokens(**_take(vars(self), chosen))
 
     @property
     def logprobs(self) -> Mapping[str, Tensor]:
@@ -54,7 +54,7 @@ class CompletionTokens:
         return {model: signals[name] for model, signals in self.scores.items() if name in signals}
 
     def to(self, device: torch.device) -> "CompletionTokens":
-        return CompletionTokens(**{field.name: _move(getattr(self, field.name), device) for field in fields(self)})
+        return CompletionTokens(**map_tensors(vars(self), lambda values: values.to(device)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class TokenPlan:
         return len(self.weights)
 
     def __getitem__(self, chosen: slice | Tensor) -> "TokenPlan":
-        return TokenPlan(**{field.name: _take(getattr(self, field.name), chosen) for field in fields(self)})
+        return TokenPlan(**_take(vars(self), chosen))
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,12 @@ class Evaluation:
     logits_gradient: Tensor | None = None  # of a chunk: [n, vocabulary], of the loss by the student's logits
 
 
-def _take(values: Any, chosen: slice | Tensor) -> Any:
+def map_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change a tensor, or every one in mappings of mappings."""
     if isinstance(values, Tensor):
-        return values[chosen] if len(values) else values
-    return {name: _take(value, chosen) for name, value in values.items()}
+        return change(values)
+    return {name: map_tensors(value, change) for name, value in values.items()}
 
 
-def _move(values: Any, device: torch.device) -> Any:
-    if isinstance(values, Tensor):
-        return values.to(device)
-    return {name: _move(value, device) for name, value in values.items()}
+def _take(columns: Mapping[str, Any], chosen: slice | Tensor) -> Any:
+    return map_tensors(columns, lambda values: values[chosen] if len(values) else values)

@@ -96,8 +96,7 @@ def packed_attention(
         ModelError: the model asks for something that the kernels do not do.
     """
     if packing is None:
-        arguments = (module, query, key, value, attention_mask)
-        return sdpa_attention_forward(*arguments, scaling=scaling, **requests)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **requests)
     unknown = [name for name in UNKNOWN_REQUESTS if requests.get(name) is not None]
     if unknown:
         raise ModelError(
@@ -181,29 +180,19 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale
 
 
 def _flash() -> Kernel:
-    """Return FlashAttention's own kernel.
-
-    Raises:
-        ImportError: flash-attn is not installed, or was built for another torch.
-    """
+    """Return FlashAttention's own kernel, if flash-attn is installed and was built for this torch."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
         bounds, longest = segments.boundaries, segments.longest
-        attended: Tensor = flash_attn_varlen_func(
-            query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True
-        )
-        return attended
+        arguments = (query, key, value, bounds, bounds, longest, longest)
+        return flash_attn_varlen_func(*arguments, softmax_scale=scale, causal=True)
 
     return attend
 
 
 def _varlen() -> Kernel:
-    """Return the kernel that comes with torch.
-
-    Raises:
-        ImportError: this torch has none that takes a scale.
-    """
+    """Return the kernel that comes with torch; raise ImportError if it takes no scale."""
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters

@@ -27,11 +27,7 @@ TeacherHeads = Mapping[str, Mapping[str, LmHead]]  # route -> model of the objec
 
 
 def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
-    """Read the heads that the run's objective needs, each once; none unless it compares whole distributions.
-
-    Raises:
-        ModelError: a teacher's head cannot be read.
-    """
+    """Read the heads that the run's objective needs, each once; none unless it compares whole distributions."""
     needs = config.objective.needs
     if not needs.hidden:
         return {}
@@ -39,8 +35,7 @@ def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
     loaded = {}
     for name in sorted({name for of_route in names.values() for name in of_route.values()}):
         teacher = config.teachers[name]
-        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype)
-        loaded[name] = head.to(device)
+        loaded[name] = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype).to(device)
     return {route: {model: loaded[name] for model, name in of_route.items()} for route, of_route in names.items()}
 
 
@@ -77,11 +72,8 @@ class CompletionHead(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return Evaluation's fields as a plain tuple, which DeepSpeed's hooks can look into.
 
-        Args:
-            hidden: [completion_tokens, width] of the places that predict the completion tokens.
-            batch: the micro-batch, on the same device.
-            objective: what to minimise; None: the losses are 0.
-            teacher_heads: of the batch's routes, where hidden states were shipped.
+        `hidden` is [completion_tokens, width], of the places that predict the completion tokens. Without an objective,
+        the losses are 0.
         """
         with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         chunk_tokens = self.chunk_tokens or chunk_size(len(self.weight), hidden.device)
@@ -159,8 +151,8 @@ def run_first_pass(
     losses, logprobs, entropy, mass = (torch.zeros_like(batch.tokens.rollout_logprobs) for _ in range(4))
     for chunk in _chunks(batch, chunk_tokens):
         places = chunk.places
-        said = read_tokens(projection.logits(places), batch.tokens.target_ids[places], kernels)
-        logprobs[places], entropy[places] = said
+        target_ids = batch.tokens.target_ids[places]
+        logprobs[places], entropy[places] = read_tokens(projection.logits(places), target_ids, kernels)
     return Evaluation(losses.sum(), losses, logprobs, entropy, mass)
 
 

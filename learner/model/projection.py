@@ -19,12 +19,7 @@ class LogitScaling:
 class Projection:
     """Computes logits in a buffer that every chunk uses again: a CPU spends as long on fresh memory as on a softmax.
 
-    Args:
-        hidden: [tokens, width].
-        weight: [vocabulary, width].
-        bias: [vocabulary].
-        scaling: what the logits are.
-        with_gradient: whether `backward` will be called.
+    Hidden states are [tokens, width], the weight is [vocabulary, width]. `with_gradient`: `backward` will be called.
     """
 
     def __init__(
@@ -53,7 +48,14 @@ class Projection:
             _multiply_rounded(hidden, self._weight, self._bias, logits)
         else:
             self._multiply_wide(hidden, logits)
-        return self._scale(logits)
+        if self._scaling.factor != 1.0:
+            logits *= self._scaling.factor
+        softcap = self._scaling.softcap
+        if softcap is not None:
+            logits.div_(softcap).tanh_()
+            self._slope = None if self.gradients is None else 1 - logits.square()
+            logits *= softcap
+        return logits
 
     def backward(self, chosen: Tensor, gradient: Tensor) -> None:
         """Take in the gradient [n, vocabulary] by the latest logits, which were those of the same tokens."""
@@ -79,16 +81,6 @@ class Projection:
             torch.mm(hidden.float(), self._wide.t(), out=logits)
         if self._bias is not None:
             logits += self._bias
-
-    def _scale(self, logits: Tensor) -> Tensor:
-        if self._scaling.factor != 1.0:
-            logits *= self._scaling.factor
-        softcap = self._scaling.softcap
-        if softcap is not None:
-            logits.div_(softcap).tanh_()
-            self._slope = None if self.gradients is None else 1 - logits.square()
-            logits *= softcap
-        return logits
 
 
 def _multiply_rounded(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:

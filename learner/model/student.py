@@ -1,7 +1,5 @@
 """Runs the student: packed grids in, what an objective makes of their completion tokens out."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probab
 
 
 def load_student(student: StudentConfig, config: LearnerConfig, device: torch.device = HOST) -> "Student":
-    """Read the model that learns.
-
-    Args:
-        student: the model.
-        config: how it learns.
-        device: where it will compute. Under ZeRO stage 3 it stays in host memory, until it is sharded.
+    """Read the model that learns; under ZeRO stage 3 it stays in host memory until it is sharded.
 
     Raises:
         ModelError: it is missing or unreadable, or its forward is not one that the learner computes faithfully.
@@ -99,8 +92,7 @@ class Student(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Return Evaluation's fields as a plain tuple; without an objective, the losses are 0."""
         hidden = self._masked(batch) if self.kernel is None else self._packed(batch, self.kernel)
-        results: tuple[Tensor, ...] = self.head(hidden, batch, objective, teacher_heads or {})
-        return results
+        return self.head(hidden, batch, objective, teacher_heads or {})
 
     def _masked(self, batch: MicroBatch) -> Tensor:
         """Return the hidden states that predict completion tokens, from the whole grid."""
@@ -121,12 +113,15 @@ class Student(nn.Module):
 def check_forward(student: Student, name: str) -> None:
     """Compare log-probabilities of two packed sequences with those of the model's own forward on each alone.
 
+    Leaves the student in evaluation mode.
+
     Raises:
         ModelError: they differ: packed sequences see each other, or the model treats its logits in an unknown way.
     """
     rows = [_probe_row(length, len(student.head.weight)) for length in PROBE_LENGTHS]
     device = student.head.weight.device
-    with torch.no_grad(), _in_eval_mode(student):
+    student.eval()
+    with torch.no_grad():
         packed = Evaluation(*student(build_micro_batch(((0, 1),), rows, seed=0).to(device))).logprobs
         sequences = [torch.from_numpy(row.token_ids).to(device) for row in rows]
         alone = torch.cat([_logprobs_alone(student.causal_lm, token_ids) for token_ids in sequences])
@@ -150,14 +145,6 @@ def _probe_row(length: int, vocabulary: int) -> Trajectory:
     nothing = torch.zeros(length - 1).numpy()
     no_candidates = nothing[:, None][:, :0]
     return Trajectory(0, "", 0.0, token_ids, loss_mask, nothing, no_candidates, no_candidates, {}, {})
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    was_training = module.training
-    module.eval()
-    yield
-    module.train(was_training)
 
 
 def _disable_dropout(model_config: Any) -> None:

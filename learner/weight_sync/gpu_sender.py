@@ -54,9 +54,8 @@ class VllmSender:
         listen: Callable[[Sequence[ActorHandle], float], Recipients] = Recipients,
         end_process: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._engine, self._listen, self._end_process = engine, listen, end_process
+        self._engine, self._make_link, self._listen, self._end_process = engine, make_link, listen, end_process
         self._timeout_seconds = timeout_seconds
-        self._make_link = make_link
         self._buckets = list(plan_buckets(engine.student.manifest(dtype), config.bucket_bytes))
         self._link: Link | None = None
         self._buffer: Tensor
@@ -168,11 +167,7 @@ class GpuUpdate:
             self._end()
 
     def _beside(self, act: Callable[[], None]) -> None:
-        """Do what may wait for the workers for ever, as NCCL does, and poll their answers meanwhile.
-
-        Raises:
-            PreceptorError: what went wrong, at either end.
-        """
+        """Do what may wait for the workers for ever, as NCCL does, and poll their answers for errors meanwhile."""
         acting = self._thread.submit(_on_this_stream(act))
         while not wait([acting], CHECK_SECONDS).done:
             try:
@@ -191,8 +186,8 @@ class GpuUpdate:
 
 def make_nccl_sender(engine: TrainEngine, config: Config) -> WeightSender:
     """Build the sender of a run whose workers have GPUs of their own."""
-    sync = config.weight_sync
-    return _make_sender(engine, config, nccl_link(engine, config.rollout.engine.tensor_parallel, sync.bucket_bytes))
+    tensor_parallel, bucket_bytes = config.rollout.engine.tensor_parallel, config.weight_sync.bucket_bytes
+    return _make_sender(engine, config, nccl_link(engine, tensor_parallel, bucket_bytes))
 
 
 def make_ipc_sender(engine: TrainEngine, config: Config) -> WeightSender:
@@ -211,18 +206,11 @@ def nccl_link(engine: TrainEngine, tensor_parallel: int, bucket_bytes: int) -> C
     def choose_address() -> tuple[str, int]:
         return ray.util.get_node_ip_address(), free_port()
 
-    def make(buffer: Tensor) -> Link:
-        return NcclLink(engine.rank == 0, choose_address, tensor_parallel, max(bucket_bytes, buffer.numel()))
-
-    return make
+    return lambda buffer: NcclLink(engine.rank == 0, choose_address, tensor_parallel, max(bucket_bytes, buffer.numel()))
 
 
 def ipc_link(buffer: Tensor) -> Link:
-    """Make an IpcLink.
-
-    Raises:
-        WeightSyncError: the buffer is not on a GPU.
-    """
+    """Make an IpcLink; raise WeightSyncError if the buffer is not on a GPU."""
     if not buffer.is_cuda:
         raise WeightSyncError('weight_sync.transport = "ipc" shares memory of a GPU, and the learner has none')
     return IpcLink(buffer, str(torch.cuda.get_device_properties(buffer.device).uuid), gather_from_ranks)

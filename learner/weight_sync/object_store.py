@@ -54,8 +54,7 @@ class WeightUpdate:
         Args:
             workers: the rollout actors.
             policy_version: what they will run on.
-            payload: the name of what travels.
-            encoder: this end of it.
+            payload, encoder: the name of what travels, and this end of it.
             base_version: of an incremental payload, what was sent before; None: nothing, or that update failed.
             timeout_seconds: for each answer of the workers.
         """
@@ -80,11 +79,7 @@ class WeightUpdate:
         self._receiving = self._recipients.call("update_weights", messages)
 
     def finish(self) -> WeightSyncReport:
-        """Wait until every worker runs on the new weights.
-
-        Raises:
-            WeightSyncError: a worker received other bytes than were sent.
-        """
+        """Wait until every worker runs on the new weights; compare their checksums."""
         self._recipients.answers(self._receiving, "receive the last bucket of weights")
         versions = dict.fromkeys(self._recipients.workers, self._policy_version)
         received = self._recipients.answers(

@@ -2,7 +2,7 @@
 
 import subprocess
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import triton
@@ -59,7 +59,6 @@ class TritonKernels:
         return RowStatistics(Normaliser(table[0], table[1]), table[2])
 
     def write_probabilities(self, logits: Tensor, whole: Normaliser, factors: Tensor) -> None:
-        """Overwrite the logits by their probabilities times a factor per row, [n]."""
         count, vocabulary = logits.shape
         tiles = triton.cdiv(vocabulary, self.block)
         probabilities_kernel[(count * tiles,)](
@@ -74,47 +73,24 @@ class TritonKernels:
         )
 
     def compare(self, logits: Tensor, target: Tensor, divergence: str, parameter: float) -> Comparison:
-        """Compare with a target's logits [n, width], float32 or bfloat16, over the student's first tokens."""
         assert target.stride(-1) == 1, "a head's logits lie row by row"
-        count, vocabulary = logits.shape
-        table = logits.new_empty(COMPARISON_FIELDS, count)
-        compare_kernel[(count,)](
-            logits,
-            target,
-            table,
-            logits.stride(0),
-            target.stride(0),
-            count,
-            vocabulary,
-            target.shape[-1],
-            parameter,
-            NAME=divergence,
-            BLOCK=self.block,
-            num_warps=self.num_warps,
-        )
+        table = logits.new_empty(COMPARISON_FIELDS, len(logits))
+        arguments = _arguments(logits, target, table, parameter)
+        compare_kernel[(len(logits),)](*arguments, NAME=divergence, BLOCK=self.block, num_warps=self.num_warps)
         student, shared, goal = (Normaliser(table[row], table[row + 1]) for row in (0, 3, 5))
         return Comparison(RowStatistics(student, table[2]), shared, goal, table[7], table[8])
 
     def write_gradient(
         self, logits: Tensor, target: Tensor, divergence: str, parameter: float, comparison: Comparison, weights: Tensor
     ) -> None:
-        """Overwrite the logits by the weighted divergences' gradient; weights are [n]."""
-        count, vocabulary = logits.shape
-        tiles = triton.cdiv(vocabulary, self.block)
+        tiles = triton.cdiv(logits.shape[-1], self.block)
         shared, goal = comparison.shared, comparison.target
         table = torch.stack([shared.peak, shared.log_sum, goal.peak, goal.log_sum, comparison.mean, weights])
-        gradient_kernel[(count * tiles,)](
-            logits,
-            target,
-            table,
-            logits.stride(0),
-            target.stride(0),
-            count,
-            vocabulary,
-            target.shape[-1],
-            parameter,
-            tiles,
-            NAME=divergence,
-            BLOCK=self.block,
-            num_warps=self.num_warps,
-        )
+        arguments = (*_arguments(logits, target, table, parameter), tiles)
+        gradient_kernel[(len(logits) * tiles,)](*arguments, NAME=divergence, BLOCK=self.block, num_warps=self.num_warps)
+
+
+def _arguments(logits: Tensor, target: Tensor, table: Tensor, parameter: float) -> tuple[Any, ...]:
+    """Return the arguments with which `compare_kernel` and `gradient_kernel` begin."""
+    (count, vocabulary), width = logits.shape, target.shape[-1]
+    return logits, target, table, logits.stride(0), target.stride(0), count, vocabulary, width, parameter
