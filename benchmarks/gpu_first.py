@@ -282,7 +282,7 @@ def train(stage: int, folder: Path, device: torch.device) -> list[float]:
         for micro_batch in range(MICRO_BATCHES):
             evaluation = engine.forward(batch, objective)
             engine.backward(evaluation.loss, is_last=micro_batch == MICRO_BATCHES - 1)
-        norms.append(engine.step(LEARNING_RATE, MICRO_BATCHES * batch.num_completion_tokens))
+        norms.append(engine.step(LEARNING_RATE, MICRO_BATCHES * len(batch.tokens)))
     engine.restore(engine.snapshot())
     names = [tensor.name for tensor in engine.student.manifest(scale.dtype_name)]
     with engine.full_parameters(names) as parameters:

@@ -119,10 +119,6 @@ class LearnerGroup:
         """Begin to write the whole training state and the driver's own `state` (JSON values); one at a time."""
         return PendingCheckpoint(folder, state, Layout.of(self._config.learner), self._ask)
 
-    def save_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint and wait for it; complete or absent."""
-        self.begin_checkpoint(folder, state).complete()
-
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Restore the training state, after every file's checksum, and return the driver's own.
 

@@ -133,11 +133,11 @@ class LearnerActor:
         (wire,) = self._fetch(references)
         batch = from_wire(wire)
         lengths = ragged(batch, "token_ids").lengths.tolist()
-        plan = plan_step(lengths, num_ranks=1, micro_batch_tokens=self._config.learner.micro_batch_tokens)
+        (grids,) = plan_step(lengths, num_ranks=1, micro_batch_tokens=self._config.learner.micro_batch_tokens)
         completion_lengths = ragged(batch, "rollout_logprobs").lengths
         of_rows: dict[int, Floats] = {}
         rows = trajectories([batch])
-        for grid in plan.ranks[0]:
+        for grid in grids:
             with torch.no_grad():
                 micro_batch = build_micro_batch(grid, rows, self._config.run.seed)
                 logprobs = self._engine.forward(micro_batch).logprobs.cpu().numpy()

@@ -101,7 +101,7 @@ def evaluate_on(
 def grids_of(batches: Sequence[pa.RecordBatch], micro_batch_tokens: int) -> list[MicroBatch]:
     """Cut trajectories into micro-batches."""
     found = trajectories(batches)
-    (grids,) = plan_step([len(one.token_ids) for one in found], 1, micro_batch_tokens).ranks
+    (grids,) = plan_step([len(one.token_ids) for one in found], 1, micro_batch_tokens)
     return [build_micro_batch(grid, found, seed=0) for grid in grids]
 
 
@@ -133,7 +133,7 @@ def engine_with(scale: Scale, student: Path, attention: Attention) -> ReferenceE
 def train_on(engine: ReferenceEngine, batch: MicroBatch, objective: Objective) -> None:
     """Do one optimizer step."""
     engine.backward(engine.forward(batch, objective).loss, is_last=True)
-    engine.step(1e-6, batch.num_completion_tokens)
+    engine.step(1e-6, len(batch.tokens))
 
 
 def long_tailed_batch(scale: Scale) -> MicroBatch:

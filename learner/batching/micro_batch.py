@@ -60,11 +60,6 @@ class MicroBatch:
     tokens: CompletionTokens
     routes: tuple[RoutedTokens, ...]  # every completion token is in one of them
 
-    @property
-    def num_completion_tokens(self) -> int:
-        """Return how many tokens the student sampled."""
-        return len(self.tokens)
-
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("routes", "lengths")}
         return replace(self, **moved, routes=tuple(route.to(device) for route in self.routes))

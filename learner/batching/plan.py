@@ -13,20 +13,8 @@ GridRow = tuple[int, ...]  # indices of trajectories, one after the other
 Grid = tuple[GridRow, ...]  # the rows of one micro-batch; no rows: a micro-batch of padding alone
 
 
-@dataclass(frozen=True)
-class StepPlan:
-    """Holds the micro-batches of every rank, in order: `ranks[rank][position]`; every rank has as many."""
-
-    ranks: tuple[tuple[Grid, ...], ...]
-
-    @property
-    def micro_batches(self) -> int:
-        """Return how many micro-batches each rank runs."""
-        return len(self.ranks[0])
-
-
-def plan_step(num_tokens: Sequence[int], num_ranks: int, micro_batch_tokens: int) -> StepPlan:
-    """Share the trajectories out over ranks and micro-batches.
+def plan_step(num_tokens: Sequence[int], num_ranks: int, micro_batch_tokens: int) -> tuple[tuple[Grid, ...], ...]:
+    """Share the trajectories out over ranks and micro-batches; return the micro-batches of each rank, in order.
 
     Ranks that would run fewer micro-batches get empty ones, because the collectives of ZeRO wait for every rank.
 
@@ -36,13 +24,13 @@ def plan_step(num_tokens: Sequence[int], num_ranks: int, micro_batch_tokens: int
         micro_batch_tokens: the largest grid, padding included; a longer trajectory gets a grid of its own.
 
     Example:
-        >>> plan_step([4, 3, 2], num_ranks=1, micro_batch_tokens=6).ranks
+        >>> plan_step([4, 3, 2], num_ranks=1, micro_batch_tokens=6)
         ((((0,),), ((1,), (2,))),)
     """
     shares = balance(num_tokens, num_ranks)
     grids = [_plan_grids(num_tokens, share, micro_batch_tokens) for share in shares]
     most = max(1, *(len(of_rank) for of_rank in grids))
-    return StepPlan(tuple((*of_rank, *[()] * (most - len(of_rank))) for of_rank in grids))
+    return tuple((*of_rank, *[()] * (most - len(of_rank))) for of_rank in grids)
 
 
 def balance(num_tokens: Sequence[int], num_ranks: int) -> list[list[int]]:
@@ -137,7 +125,7 @@ class RoundPlanner:
         if not self._waiting:
             return []
         indices = list(self._waiting)
-        ranks = plan_step(list(self._waiting.values()), self.num_ranks, self.micro_batch_tokens).ranks
+        ranks = plan_step(list(self._waiting.values()), self.num_ranks, self.micro_batch_tokens)
         return [tuple(_named(grid, indices) for grid in grids) for grids in zip(*ranks, strict=True)]
 
     def _take(self, rounds: list[Round]) -> list[Round]:

@@ -45,7 +45,6 @@ def step_folder(directory: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """Return the step of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 

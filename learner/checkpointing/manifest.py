@@ -63,7 +63,6 @@ class _Versioned(msgspec.Struct):
 
 
 def shard_name(rank: int) -> str:
-    """Return the name of one rank's file."""
     return f"rank-{rank}.safetensors"
 
 

@@ -67,7 +67,6 @@ def split_random_state(state: Tensors) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def set_random_state(generators: Tensors) -> None:
-    """Put torch's generators where they were."""
     torch.set_rng_state(generators["random.cpu"])
     if "random.cuda" in generators:
         torch.cuda.set_rng_state(generators["random.cuda"])

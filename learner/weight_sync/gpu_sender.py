@@ -63,11 +63,6 @@ class VllmSender:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpu-link")  # of what may wait for ever
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
-        """Send everything and return when every worker runs on it; all ranks call this together.
-
-        Raises:
-            WeightSyncError: the connection cannot be made.
-        """
         started = time.perf_counter()
         if self._link is None:
             # Here and not before: the GPU has the least memory left while the engines start.

@@ -160,7 +160,11 @@ class WeightSender(Protocol):
     """Brings the engine's current weights to every rollout worker; the learner's end of a transport."""
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
-        """Send everything and return when every worker runs on it; all ranks call this together."""
+        """Send everything and return when every worker runs on it; all ranks call this together.
+
+        Raises:
+            WeightSyncError: the connection cannot be made, or a worker received other bytes than were sent.
+        """
 
 
 class ObjectStoreSender:
@@ -191,11 +195,6 @@ class ObjectStoreSender:
         ).numpy()
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
-        """Send everything and return when every worker runs on it; all ranks call this together.
-
-        Raises:
-            WeightSyncError: a worker received other bytes than were sent.
-        """
         if self._engine.rank != 0:
             return self._take_part(policy_version)
         base_version, self._base_version = self._base_version, None  # until this update has succeeded

@@ -104,7 +104,7 @@ def two_ways(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dic
     found: dict[str, Any] = {}
     with start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as pipeline:
         recorder = Recorder(pipeline.learner)
-        pipeline.learner.save_checkpoint(folder / "start", {})
+        pipeline.learner.begin_checkpoint(folder / "start", {}).complete()
         pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=0)
         one_stage_after_the_other(config, inputs, pipeline, recorder)
         found["apart"] = recorder, weights(pipeline.learner, folder / "apart")

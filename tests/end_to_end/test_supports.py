@@ -78,7 +78,7 @@ def gradients_of_learner(config: Config, batches: Sequence[pa.RecordBatch], num_
     """Return what the learner's own code computes of batches as they arrived, in one process of plain torch."""
     student = load_student(config.student, config.learner)
     rows = trajectories(batches, [0.0] * sum(batch.num_rows for batch in batches))
-    ((grid,),) = plan_step([len(row.token_ids) for row in rows], num_ranks=1, micro_batch_tokens=1 << 20).ranks
+    ((grid,),) = plan_step([len(row.token_ids) for row in rows], num_ranks=1, micro_batch_tokens=1 << 20)
     micro_batch = build_micro_batch(grid, rows, config.run.seed)
     heads = load_teacher_heads(config, torch.device("cpu"))
     evaluated = ReferenceEngine(student, config.learner).forward(micro_batch, Objective(config.objective), heads)

@@ -101,7 +101,7 @@ def test_steps_of_the_learner_bring_the_student_closer_by_it(tmp_path: Path) -> 
     heads = random_heads(objective, {ROUTE: 48})
     batch = make_scored(objective, heads=heads)
     rows = trajectories([batch])
-    (grids,) = plan_step([len(row.token_ids) for row in rows], 1, 128).ranks
+    (grids,) = plan_step([len(row.token_ids) for row in rows], 1, 128)
     step = WholeStep(Objective(objective), completion_tokens(batch), heads)
     losses = []
     for _ in range(8):

@@ -157,7 +157,7 @@ def tell(group, told, handles):
     with pytest.raises(WeightSyncError) as refused:
         group.publish_weights([receiver, deaf], policy_version=4)
     told.deaf_worker_error = refused.value
-    group.save_checkpoint(told.checkpoint, {"step": 3})
+    group.begin_checkpoint(told.checkpoint, {"step": 3}).complete()
     told.next_step = report(group.step(ReadyBatches(handles), STEPS - 1))
     told.restored_state = group.load_checkpoint(told.checkpoint)
     told.next_step_after_load = report(group.step(ReadyBatches(handles), STEPS - 1))
@@ -186,14 +186,14 @@ def reference(config, batches, heads):
 def in_one_micro_batch(found):
     """Return all trajectories of a step in one micro-batch, and the number of their completion tokens."""
     rows = trajectories(found, advantages_of(found))
-    ((grid,),) = plan_step([len(row.token_ids) for row in rows], 1, 1000).ranks
+    ((grid,),) = plan_step([len(row.token_ids) for row in rows], 1, 1000)
     return build_micro_batch(grid, rows, seed=0), sum(completion_tokens(batch) for batch in found)
 
 
 def test_ranks_run_equally_many_micro_batches_though_their_shares_differ(story, scored):
     lengths = ragged(scored, "token_ids").lengths.tolist()
     plan = plan_step(lengths, 2, 48)
-    assert sorted(sum(bool(grid) for grid in grids) for grids in plan.ranks) == [2, 3]
+    assert sorted(sum(bool(grid) for grid in grids) for grids in plan) == [2, 3]
     assert story.steps[0]["micro_batches"] == 2 * 3  # of both ranks
 
 

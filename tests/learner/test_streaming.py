@@ -68,7 +68,7 @@ def step(request, make_config):
     objective = STREAMED[request.param]
     scored = make_scored(objective)
     rows = trajectories([scored], advantages_of([scored]))
-    ((grid,),) = plan_step([len(row.token_ids) for row in rows], 1, 1000).ranks
+    ((grid,),) = plan_step([len(row.token_ids) for row in rows], 1, 1000)
     whole = WholeStep(Objective(objective), completion_tokens(scored))
     accumulate_all(engines[0], [build_micro_batch(grid, rows, config.run.seed)], whole)
     at_once = gradients_of(engines[:1], completion_tokens(scored))

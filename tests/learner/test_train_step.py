@@ -40,7 +40,7 @@ def make_engine(config):
 def plan_batches(batches, micro_batch_tokens, ranks=1):
     rows = trajectories(batches, advantages_of(batches))
     plan = plan_step([len(row.token_ids) for row in rows], ranks, micro_batch_tokens)
-    return [[build_micro_batch(grid, rows, seed=0) for grid in grids] for grids in plan.ranks]
+    return [[build_micro_batch(grid, rows, seed=0) for grid in grids] for grids in plan]
 
 
 def task_of(name, num_tokens, heads=None):

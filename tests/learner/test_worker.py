@@ -44,7 +44,7 @@ def test_student_logprobs_of_no_trajectories_are_empty(make_config, make_worker,
 
 
 def test_a_step_without_any_trajectory_reports_no_loss(make_config, make_worker):
-    grids = plan_step([], 1, 64).ranks[0]
+    grids = plan_step([], 1, 64)[0]
     worker = make_worker(make_config())
     assert "loss" not in report(worker.accumulate(RankShare((), (), grids), completes_step=True))
     assert report(worker.take_step(num_tokens=0, step=0))["gradient_norm"] == 0
@@ -65,7 +65,7 @@ def test_measuring_uses_the_objective_asked_for(make_config, make_worker, scored
     config = make_config("objective.support_size=8")
     worker = make_worker(config)
     lengths = ragged(scored, "token_ids").lengths.tolist()
-    rows = RankShare((scored,), (0.0,) * len(lengths), plan_step(lengths, 1, 64).ranks[0])
+    rows = RankShare((scored,), (0.0,) * len(lengths), plan_step(lengths, 1, 64)[0])
     losses = set()
     for divergence in ("reverse_kl", "forward_kl", "jsd"):
         terms = {"main": DivergenceTerm(divergence=divergence)}

@@ -59,7 +59,7 @@ def story(make_config: Any, ray_cluster: None, tmp_path_factory: pytest.TempPath
         told.names_on_full_disk = sorted(path.name for path in folder.iterdir())
 
         ray.get(ranks[1].limit_file_bytes.remote(None))
-        group.save_checkpoint(folder / "step-2", {"step": 2})
+        group.begin_checkpoint(folder / "step-2", {"step": 2}).complete()
         group.load_checkpoint(folder / "step-0")
         told.logprobs_restored = group.student_logprobs(batch)
     finally:

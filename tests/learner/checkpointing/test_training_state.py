@@ -116,7 +116,7 @@ def case(request: pytest.FixtureRequest, make_config: Any, ray_cluster: None, tm
 
 
 def snapshots(group: LearnerGroup, folder: Path, ranks: int) -> list[dict[str, Tensor]]:
-    group.save_checkpoint(folder, {"step": 0})
+    group.begin_checkpoint(folder, {"step": 0}).complete()
     return [load_file(folder / shard_name(rank)) for rank in range(ranks)]
 
 

@@ -74,7 +74,7 @@ def test_no_gradient_passes_from_one_sequence_to_another():
 
 def grids_of(scored):
     found = trajectories([scored])
-    (grids,) = plan_step([len(row.token_ids) for row in found], 1, micro_batch_tokens=96).ranks
+    (grids,) = plan_step([len(row.token_ids) for row in found], 1, micro_batch_tokens=96)
     return found, grids
 
 

@@ -44,7 +44,7 @@ def test_no_trajectory_sees_another_of_its_grid(student_folder, scored, is_train
     student.train(is_training)
     reference = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32)
     rows = trajectories([scored])
-    (grids,) = plan_step([len(row.token_ids) for row in rows], 1, micro_batch_tokens=96).ranks
+    (grids,) = plan_step([len(row.token_ids) for row in rows], 1, micro_batch_tokens=96)
     assert max(len(row) for grid in grids for row in grid) > 1, "the plan must pack several trajectories into a row"
     for grid in grids:
         batch = build_micro_batch(grid, rows, seed=0)
