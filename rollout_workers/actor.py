@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
@@ -22,16 +22,13 @@ from rollout_workers.pool import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
-if TYPE_CHECKING:
-    from rollout_workers.pool import RolloutActorSettings
-
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
 
 class RolloutActor:
     """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
 
-    def __init__(self, settings: "RolloutActorSettings") -> None:
+    def __init__(self, settings: RolloutActorSettings) -> None:
         self._settings = settings
         self._rollouts: dict[int, AsyncGenerator[RolloutBatch]] = {}
         self._running: dict[int, asyncio.Task[RolloutBatch]] = {}  # waits for the next batch of a call
@@ -44,21 +41,15 @@ class RolloutActor:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
         from cluster.vllm.engine import prepare_environment
 
-        settings = self._settings
+        settings, student = self._settings, self._settings.student
         prepare_environment(settings.engine)
         from transformers import AutoTokenizer
 
         from rollout_workers.vllm_engine import VllmRolloutEngine
 
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.student.model, trust_remote_code=settings.student.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(student.model, trust_remote_code=student.trust_remote_code)
         engine = VllmRolloutEngine(
-            settings.student,
-            settings.engine,
-            settings.max_model_len,
-            settings.weight_transport,
-            settings.sampled_candidates,
+            student, settings.engine, settings.max_model_len, settings.weight_transport, settings.sampled_candidates
         )
         self._worker = RolloutWorker(
             engine,
@@ -88,11 +79,7 @@ class RolloutActor:
         return await self.next_batch(call)
 
     async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
-        """Return the call's next batch, waiting for it; after the last one there is none.
-
-        Raises:
-            RolloutError: the engine gave up a request, or all rollouts were abandoned.
-        """
+        """Return the call's next batch, waiting for it; none follows the last. After `abandon`, raise RolloutError."""
         self._running[call] = asyncio.create_task(anext(self._rollouts[call]))
         try:
             rows, metrics, is_last = await self._running[call]
@@ -106,11 +93,7 @@ class RolloutActor:
         return wire, replace(handle, is_last=is_last)
 
     async def abandon(self) -> None:
-        """Give up all rollouts, and be ready for weights of any policy version.
-
-        Raises:
-            WeightSyncError: an update has begun and not ended, so that the engine's weights are of no version.
-        """
+        """Give up all rollouts, and be ready for weights of any policy version; during an update this is refused."""
         if self._is_updating:
             raise WeightSyncError("an update of the weights was begun and never ended; the engine must be started anew")
         running = list(self._running.values())

@@ -37,7 +37,7 @@ class Filling(Generic[Row]):
 
     @property
     def due_at(self) -> float | None:
-        """Return when the first rows leave though they are few; None where none wait."""
+        """Return when the first rows leave, few as they are; None where none wait."""
         return min(self._due.values(), default=None)
 
     def add(self, teacher: str, row: Row, now: float) -> list[Row] | None:
@@ -64,11 +64,9 @@ class Filling(Generic[Row]):
 async def in_batches(
     tasks: Sequence[Task], rows_per_batch: int
 ) -> AsyncIterator[tuple[list[GeneratedTrajectory], bool]]:
-    """Yield what the tasks return, in the order in which they finish, and whether nothing follows.
+    """Yield what the tasks, at least one, return, in the order in which they finish, and whether nothing follows.
 
-    Args:
-        tasks: at least one.
-        rows_per_batch: the most rows of a batch; all of them are for the same teacher.
+    All rows of a batch are for the same teacher.
     """
     finished: asyncio.Queue[Task] = asyncio.Queue()
     for task in tasks:
@@ -78,10 +76,7 @@ async def in_batches(
         done = await _next(finished, filling.due_at)
         if done is None:
             yield filling.overdue(), False
-            continue
-        row = done.result()
-        full = filling.add(row.teacher, row, perf_counter())
-        if full is not None:
+        elif full := filling.add(done.result().teacher, done.result(), perf_counter()):
             yield full, False
     *others, last = filling.rest()
     for rows in others:

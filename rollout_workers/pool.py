@@ -44,7 +44,7 @@ class _Assignment:
 
     worker: int
     call: int  # names the rollout to the worker
-    rollout: int  # in training the step; a worker that cannot run all at once runs those of the lowest number first
+    rollout: int  # as in `RolloutPool.submit`
     requests: Sequence[RolloutRequest]  # without those whose trajectories came back
     sampling: SamplingSettings
     wire: Any = None  # reference to the next batch's bytes
@@ -68,15 +68,9 @@ class RolloutPool(Pool):
         cluster: Cluster = RAY,
         supervision: Supervision | None = None,
     ) -> None:
-        """Begin to start the actors.
+        """Begin to start the actors, one per entry of Ray's `options`, called `name`-0, `name`-1, ...
 
-        Args:
-            settings: what each is given.
-            options: Ray's actor options, one entry per actor.
-            timeouts: how long to wait for them.
-            name: they are called `name`-0, `name`-1, ...
-            cluster: makes the actors and waits for their answers.
-            supervision: how often dead ones are started again; None: never.
+        Without `supervision`, dead ones are never started again.
         """
         self._name = name
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
@@ -117,10 +111,7 @@ class RolloutPool(Pool):
     def submit(self, rollout: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> None:
         """Hand requests to the workers that serve, those expected to be long first, and return at once.
 
-        Args:
-            rollout: in training the step; a worker that cannot run all at once runs those of the lowest number first.
-            requests: the trajectories to sample.
-            sampling: how to sample.
+        `rollout` is the step, in training; a worker that cannot run all at once runs those of the lowest number first.
         """
         serving = self.replicas.serving
         if not serving:
@@ -132,10 +123,7 @@ class RolloutPool(Pool):
                 self._send("start_rollout", assignment, share, sampling, rollout)
 
     def collect(self, ready: Collection[Any]) -> list[BatchHandle]:
-        """Return the batches among references that are ready, and ask their workers for the next ones, if any.
-
-        References that are not of this pool are passed over.
-        """
+        """Return the batches that are ready, and ask their workers for the next ones; `ready` may hold other things."""
         taken = (self._take(reference) for reference in ready if reference in self._awaited)
         handles = [handle for handle in taken if handle is not None]
         if self.replicas.admit_started(ready):
@@ -180,13 +168,11 @@ class RolloutPool(Pool):
 
     def generate(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> Iterator[BatchHandle]:
         """Yield every requested trajectory once, in batches, as they finish; nothing else may run."""
-
-        def waiting_for() -> str:
-            return f"a batch of trajectories from {self.late()}"
-
         self.submit(next(self._rollout_ids), requests, sampling)
         while self._awaited or self._unassigned:
-            ready = self.cluster.wait_for_any(self.maintain, self._timeouts.call_seconds, waiting_for)
+            ready = self.cluster.wait_for_any(
+                self.maintain, self._timeouts.call_seconds, lambda: f"a batch of trajectories from {self.late()}"
+            )
             yield from self.collect(ready)
 
     def _take(self, reference: Any) -> BatchHandle | None:
@@ -219,13 +205,12 @@ class RolloutPool(Pool):
         return replace(handle, reference=awaited.wire, rollout=awaited.rollout, spans=(span,))
 
     def _reassign(self, worker: int) -> None:
-        owed = {reference: awaited for reference, awaited in self._awaited.items() if awaited.worker == worker}
-        for reference in owed:
-            del self._awaited[reference]
-        name = self.replicas.name(worker)
-        for awaited in owed.values():
-            _log.warning("%d trajectories of %s are requested again", len(awaited.requests), name)
-            self.submit(awaited.rollout, awaited.requests, awaited.sampling)
+        for reference, owed in list(self._awaited.items()):
+            if owed.worker == worker:
+                del self._awaited[reference]
+                name = self.replicas.name(worker)
+                _log.warning("%d trajectories of %s are requested again", len(owed.requests), name)
+                self.submit(owed.rollout, owed.requests, owed.sampling)
 
     def _send(self, method: str, assignment: _Assignment, *args: Any) -> None:
         """Call a worker for the next batch of an assignment; the key is the reference to its handle."""

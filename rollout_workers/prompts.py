@@ -5,7 +5,7 @@ A prompt file is JSONL, one object per line: `prompt` (a text, or a list of chat
 """
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -26,15 +26,7 @@ from rollout_workers.environments.verifiers import check_answer
 
 MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
 # A chat template is a program of the model's author, and what it does to messages can fail in as many ways.
-_TEMPLATE_ERRORS = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _SCHEMA = pa.schema(
     [
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
@@ -67,7 +59,6 @@ class PromptSet:
 
     @property
     def longest_tokens(self) -> int:
-        """Return the token count of the longest prompt."""
         return int(self._token_ids.lengths.max(initial=0))
 
     def text(self, prompt_id: int) -> str:
@@ -83,7 +74,6 @@ class PromptSet:
         return str(self._table["teacher"][prompt_id].as_py())
 
     def prompt(self, prompt_id: int) -> Prompt:
-        """Return one prompt as environments read it."""
         columns = ("text", "teacher", "domain", "answer")
         return Prompt(self._token_ids[prompt_id], *(self._table[name][prompt_id].as_py() for name in columns))
 
@@ -147,40 +137,31 @@ def turn_seed(seed: int, turn: int) -> int:
 
 
 def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config, context_tokens: int) -> PromptSet:
-    """Read and tokenise a prompt file.
-
-    Args:
-        path: the JSONL file.
-        tokenizer: the student's.
-        config: says how to apply the chat template, which teachers exist, and how long a completion may be.
-        context_tokens: the shortest context among all engines of the run.
+    """Read a prompt file and tokenise it; `context_tokens` is the shortest context among all engines of the run.
 
     Raises:
         PromptError: the file is missing or empty, or a line is malformed or does not fit; names file and line.
     """
-    lines = [(where, _parse(where, line, config.environment.verifier)) for where, line in _lines(path)]
-    if not lines:
+    content = read_file(path, "prompt file", PromptError)
+    if not content:
         raise PromptError(f"{path}: the file holds no prompt")
+    lines: list[tuple[str, PromptLine]] = []  # and where each stands
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
+        where = f"{path}:{number}"
+        lines.append((where, _parse(where, line, config.environment.verifier)))
     # One call for all of them: called once per prompt, a tokenizer spends its time in Python.
-    texts = [_render(where, line, tokenizer, config) for where, line in lines]
+    texts = [_render(where, parsed, tokenizer, config) for where, parsed in lines]
     token_ids = tokenizer(texts, add_special_tokens=config.prompts.template == "raw")["input_ids"]
     for (where, _), ids in zip(lines, token_ids, strict=True):
         _check_length(where, len(ids), config, context_tokens)
     columns = {
         "token_ids": token_ids,
-        "text": [_last_message(line) for _, line in lines],
-        "answer": [line.answer for _, line in lines],
-        "domain": [line.domain for _, line in lines],
-        "teacher": [_route(where, line.teacher, config.routes) for where, line in lines],
+        "text": [_last_message(parsed) for _, parsed in lines],
+        "answer": [parsed.answer for _, parsed in lines],
+        "domain": [parsed.domain for _, parsed in lines],
+        "teacher": [_route(where, parsed.teacher, config.routes) for where, parsed in lines],
     }
     return PromptSet(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
-
-
-def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    content = read_file(path, "prompt file", PromptError)
-    lines = content.removesuffix(b"\n").split(b"\n") if content else []
-    for number, line in enumerate(lines, start=1):
-        yield f"{path}:{number}", line
 
 
 def _parse(where: str, line: bytes, verifier: str) -> PromptLine:

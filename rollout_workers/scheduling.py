@@ -40,7 +40,6 @@ class ExpectedLengths:
     _overall: Average = field(default_factory=Average)
 
     def observe(self, handle: BatchHandle) -> None:
-        """Learn from a batch how long its completions were."""
         for prompt_id, num_tokens in zip(handle.prompt_ids, handle.num_completion_tokens, strict=True):
             self._by_prompt[prompt_id].add(num_tokens, PROMPT_MEMORY)
             self._by_domain[self.domain_of(prompt_id)].add(num_tokens, DOMAIN_MEMORY)
@@ -55,14 +54,10 @@ class ExpectedLengths:
 def spread(
     requests: Iterable[RolloutRequest], num_workers: int, expect: Callable[[int], float]
 ) -> list[list[RolloutRequest]]:
-    """Deal requests to workers, the longest first, so that each has about as many tokens to sample.
+    """Deal a step's requests to workers, the longest first, so that each has about as many tokens to sample.
 
-    A prompt's samples stay together, to share its prefix. Among equals the given order is kept.
-
-    Args:
-        requests: of one step.
-        num_workers: how many shares to make.
-        expect: tokens of one completion, by prompt id.
+    `expect` gives the tokens of one completion, by prompt id. A prompt's samples stay together, to share its prefix.
+    Among equals the given order is kept.
 
     Example:
         >>> requests = [RolloutRequest(trajectory, trajectory, 0, seed=0) for trajectory in range(4)]

@@ -21,14 +21,9 @@ def build_trajectory(
 ) -> GeneratedTrajectory:
     """Join the segments of a trajectory into one row.
 
-    Args:
-        request: what the row answers.
-        prompt: names teacher and domain.
-        segments: in order, token ids that the student read and completions that it sampled, at least one of these.
-            `loss_mask` is 1 on completions, their EOS included; the columns per completion token hold their values
-            one completion after the other.
-        finish_reason: why the trajectory ended.
-        reward: of the whole trajectory.
+    Segments are, in order, token ids that the student read and completions that it sampled, at least one of these.
+    `loss_mask` is 1 on completions, their EOS included; the columns per completion token hold their values one
+    completion after the other.
     """
     completions = [segment for segment in segments if isinstance(segment, Completion)]
     oldest, newest, changes = policy_versions(np.concatenate([part.policy_versions for part in completions]))
@@ -55,7 +50,6 @@ def build_trajectory(
 
 
 def token_ids_of(segment: Ints | Completion) -> Ints:
-    """Return the token ids of a segment."""
     return segment.token_ids if isinstance(segment, Completion) else segment
 
 
@@ -83,12 +77,9 @@ def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
 def rollout_metrics(
     rows: Sequence[GeneratedTrajectory], seconds: float, stops_repetition: bool = False
 ) -> dict[str, Metric]:
-    """Measure a batch.
+    """Measure a batch of at least one row; without `stops_repetition`, the share of repetition is unknown.
 
-    Args:
-        rows: at least one.
-        seconds: the worker's time since its previous batch, so that a worker's sum is its time.
-        stops_repetition: whether the engine looked for repetition; otherwise its share is unknown.
+    `seconds` is the worker's time since its previous batch, so that a worker's sum is its time.
     """
     lengths = [len(row.rollout_logprobs) for row in rows]
     rewards = [row.reward for row in rows if row.reward is not None]

@@ -72,14 +72,9 @@ class VllmRolloutEngine:
         transport: str | None,
         sampled_candidates: bool = False,
     ) -> None:
-        """Start the engine.
+        """Start the engine; the arguments are as in RolloutActorSettings.
 
-        Args:
-            student: the model.
-            engine: how it is served.
-            max_model_len: tokens of the longest trajectory, plus 1.
-            transport: how new weights arrive, a key of TRANSPORTS; None: never.
-            sampled_candidates: whether requests may want them, which costs time at every decoding step.
+        With `sampled_candidates`, requests may want them, which costs time at every decoding step.
         """
         self._policy_version = 0  # of the weights that sample; 0: those that vLLM loaded
         self._buffers: list[pa.Buffer] = []  # of the update under way
@@ -157,10 +152,10 @@ class VllmRolloutEngine:
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one bucket; where `update_info["buffer"]` holds its bytes, vLLM's processes map them."""
-        if "buffer" not in update_info:
+        buffer = update_info.get("buffer")
+        if buffer is None:
             await self._update_weights(update_info)
             return
-        buffer = update_info["buffer"]
         # Until the update ends: vLLM may read a bucket once more when a later one completes a packed layer.
         self._buffers.append(buffer)
         with mappable(buffer) as region:
@@ -210,11 +205,7 @@ class VllmRolloutEngine:
 
 @contextmanager
 def _raised_as_death() -> Iterator[None]:
-    """Raise for a dead engine what calls to a dead actor raise.
-
-    Raises:
-        ActorDiedError: the engine's process is gone.
-    """
+    """Raise ActorDiedError, as calls to a dead actor do, where the engine's process is gone."""
     try:
         yield
     except EngineDeadError as error:
@@ -232,11 +223,7 @@ async def _with_candidates(
 
 
 def common_checksum(reports: Sequence[dict[str, Any]], policy_version: int) -> str:
-    """Return the checksum that all tensor-parallel workers report.
-
-    Raises:
-        WeightSyncError: a worker reports a fault, or they received different bytes.
-    """
+    """Return the checksum that all tensor-parallel workers report; raise WeightSyncError for a fault of one."""
     for rank, report in enumerate(reports):
         if report["fault"] is not None:
             raise WeightSyncError(f"weights of policy version {policy_version}, engine rank {rank}: {report['fault']}")

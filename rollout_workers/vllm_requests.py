@@ -1,5 +1,7 @@
 """Translates one completion's request and answer between our contracts and vLLM."""
 
+from typing import get_args
+
 import numpy as np
 from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
@@ -13,17 +15,11 @@ from cluster.vllm.compat import OUTPUT_KIND
 from rollout_workers.candidates.sampled import CandidateRequest
 from rollout_workers.candidates.vllm_processor import request_candidates
 
-FINISH_REASONS: dict[str, FinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "repetition": "repetition",
-    "abort": "abort",
-}
+FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}  # vLLM's are the same
 REPETITIONS = 4  # of a passage, one after the other, that end a completion
 
 
 def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> SamplingParams:
-    """Return the request; a stop string's own tokens stay, for the student sampled them."""
     count, is_sampled = sampling.num_candidates, sampling.candidates == "sampled"
     return SamplingParams(
         temperature=sampling.temperature,
@@ -53,11 +49,7 @@ def _repetition_detection(longest: int) -> RepetitionDetectionParams | None:
 def read_completion(
     request_id: str, output: CompletionOutput, policy_versions: Ints, sampling: SamplingSettings
 ) -> Completion:
-    """Return the completion that vLLM sampled.
-
-    Raises:
-        RolloutError: vLLM ended the request for a reason that is none of ours.
-    """
+    """Return the completion that vLLM sampled; raise RolloutError if it ended for a reason that is none of ours."""
     if output.finish_reason not in FINISH_REASONS:
         raise RolloutError(f"request {request_id}: vLLM ended it for the reason {output.finish_reason!r}")
     assert isinstance(output.logprobs, FlatLogprobs)

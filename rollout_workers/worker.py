@@ -33,14 +33,9 @@ class RolloutWorker:
         environment: NewEnvironment = SingleTurn,
         max_observation_tokens: int = 0,
     ) -> None:
-        """Take the engine.
+        """Take the engine, and what makes the environment of each trajectory.
 
-        Args:
-            engine: samples completions.
-            services: what environments may use.
-            rows_per_batch: the most trajectories of a batch.
-            environment: makes the environment of each trajectory.
-            max_observation_tokens: how many tokens an environment may add to one prompt; the context is that long.
+        `max_observation_tokens` are what an environment may add to one prompt; the context is that much longer.
         """
         self.engine = engine  # also for the weight sync
         self._services = services
@@ -59,10 +54,8 @@ class RolloutWorker:
     ) -> AsyncGenerator[RolloutBatch]:
         """Yield trajectories as they are done, up to `rows_per_batch` for the same teacher at a time.
 
-        Args:
-            requests: all are handed to the engine at once, in this order; it decides how many run together.
-            sampling: how to sample; its `max_completion_tokens` bounds the sampled tokens of a whole trajectory.
-            priority: requests of a call with a lower one run first.
+        The engine gets all requests at once, in this order, and decides how many run together; those of a call with a
+        lower `priority` run first. `sampling.max_completion_tokens` bounds the sampled tokens of a whole trajectory.
 
         Raises:
             RolloutError: the prompts were never set, the engine gave up a request, or an environment failed.
@@ -156,11 +149,7 @@ def _as_ids(token_ids: TokenIds) -> Ints:
 
 @contextmanager
 def _failures_of_environment(request: RolloutRequest) -> Iterator[None]:
-    """Name the trajectory in which the user's code failed.
-
-    Raises:
-        RolloutError: the code raised anything that is not ours.
-    """
+    """Raise RolloutError, which names the trajectory, for whatever the user's code raises."""
     try:
         yield
     except PreceptorError:

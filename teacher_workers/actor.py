@@ -75,11 +75,7 @@ class TeacherActor:
 
 
 def start_worker(name: str, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> TeacherWorker:
-    """Start a backend and the worker that scores with it; called in the event loop.
-
-    Raises:
-        PreceptorError: the backend cannot serve the teacher.
-    """
+    """Start a backend and the worker that scores with it; called in the event loop."""
     prepare_environment(teacher.engine)  # before a backend loads vLLM or torch
     return TeacherWorker(name, find_backend(teacher)(teacher, max_model_len, sleeps))
 

@@ -42,16 +42,11 @@ class TeacherReplicas(Replicas):
         cluster: Cluster = RAY,
         supervision: Supervision | None = None,
     ) -> None:
-        """Begin to start the actors, called LABEL-0, LABEL-1, ...
+        """Begin to start the actors, called LABEL-0, LABEL-1, ...; the arguments are as in Replicas, and:
 
         Args:
-            label: of the replicas.
-            actor_class: "package.module:Class".
             teachers: that every replica serves, by name: one, or those of a slot.
-            arguments: returns those of the actor's constructor, by the actor's name.
             options: Ray's actor options, one entry per actor; where the teachers are to have none yet, one for later.
-            cluster: makes the actors and waits for their answers.
-            supervision: how often dead actors are started again; None: never.
         """
         self.label, self.teachers, self.cluster = label, dict(teachers), cluster
         self.num_gone = 0  # actors that took their batches with them
@@ -74,11 +69,7 @@ class TeacherReplicas(Replicas):
         self._loads[replica] += num_tokens
 
     def lose_actor(self, replica: int, actor_name: str, error: PreceptorError) -> None:
-        """Replace a dead actor, unless another pool noticed the death before.
-
-        Raises:
-            ActorError: the replica died more often than it may.
-        """
+        """Replace a dead actor, unless another pool noticed the death before."""
         self.num_gone += 1
         if self.is_served_by(replica, actor_name):
             self.lose(replica, error)
@@ -89,11 +80,7 @@ class TeacherReplicas(Replicas):
         self.retire(replica)
 
     def maintain(self) -> list[int]:
-        """Replace replicas that died unnoticed, start those whose rest is over, and let unloaded ones leave.
-
-        Raises:
-            ActorError: a replica died more often than it may.
-        """
+        """Replace replicas that died unnoticed, start those whose rest is over, and let unloaded ones leave."""
         gone = super().maintain()
         self.num_gone += len(gone)
         for replica in self.leaving:
@@ -125,7 +112,6 @@ class Hop:
 
     @property
     def num_tokens(self) -> int:
-        """Return the tokens of the batch, prompts included."""
         return sum(self.handle.num_tokens)
 
 
@@ -165,30 +151,20 @@ class TeacherPool(Pool):
     ) -> None:
         """Take the replicas of a teacher.
 
-        Args:
-            name: of the teacher.
-            replicas: serve it.
-            timeouts: how long to wait for them.
-            checkpoint: its backend's identity of it; "": not known yet.
-            in_slot: whether the replicas serve other teachers too, so that they must be given the name.
+        `checkpoint` is the backend's identity of the teacher; "": not known yet. Replicas `in_slot` serve other
+        teachers too, so that they must be given the name.
         """
         super().__init__(f"teacher {name}", replicas, timeouts)
         self.name = name
         self.checkpoint = checkpoint
         self._more_arguments = (name,) if in_slot else ()
-        self._hops: dict[Any, Hop] = {}  # by the reference to the scored batch's handle
+        self.outstanding: dict[Any, Hop] = {}  # which replicas have, by the reference to the scored batch's handle
         self._lost: list[Hop] = []
         self._gone_seen = 0
 
     @property
     def teacher(self) -> TeacherConfig:
-        """Return the teacher's section of the run file."""
         return self.replicas.teachers[self.name]
-
-    @property
-    def outstanding(self) -> Mapping[Any, Hop]:
-        """Return the batches that replicas have, by the references to wait for."""
-        return self._hops
 
     def serving(self) -> dict[int, str]:
         """Return the replicas that take batches, and the names of their actors, which change when they start again."""
@@ -210,7 +186,8 @@ class TeacherPool(Pool):
         replica = self.replicas.least_loaded()
         wire, answer = self.ask(replica, hop.handle, hop.request)
         actor_name = self.replicas.actor_name(replica)
-        self._hops[answer] = replace(hop, replica=replica, actor_name=actor_name, wire=wire, sent_at=perf_counter())
+        sent = replace(hop, replica=replica, actor_name=actor_name, wire=wire, sent_at=perf_counter())
+        self.outstanding[answer] = sent
         self.replicas.load(replica, hop.num_tokens)
 
     def collect(self, answer: Any) -> BatchHandle | None:
@@ -221,7 +198,8 @@ class TeacherPool(Pool):
             ScoreError: scores cannot be training data; names teacher and replica.
             ActorError: the replica died more often than it may.
         """
-        hop = self._hops[answer]
+        hop = self.outstanding[answer]
+        sent = hop.handle
         waiting_for = f"scores from {self.replicas.name(hop.replica)}"
         try:
             scored: BatchHandle = self.replicas.cluster.get(answer, self._timeouts.call_seconds, waiting_for)
@@ -233,7 +211,6 @@ class TeacherPool(Pool):
             self._forget(answer)
             raise
         self._forget(answer)
-        sent = hop.handle
         return replace(
             scored,
             reference=hop.wire,
@@ -247,7 +224,7 @@ class TeacherPool(Pool):
         if self._gone_seen == self.replicas.num_gone:
             return
         self._gone_seen = self.replicas.num_gone
-        for answer, hop in list(self._hops.items()):
+        for answer, hop in list(self.outstanding.items()):
             if not self.replicas.is_served_by(hop.replica, hop.actor_name):
                 self._forget(answer)
                 self._lost.append(hop)
@@ -258,7 +235,7 @@ class TeacherPool(Pool):
         return lost
 
     def abandon(self) -> None:
-        self._hops.clear()
+        self.outstanding.clear()
         self._lost.clear()
         self.replicas.forget_loads()
 
@@ -268,20 +245,19 @@ class TeacherPool(Pool):
         for replica in self.replicas.serving:
             answers = [self.ask(replica, handle, request) for handle in handles]
             waiting_for = f"scores from {self.replicas.name(replica)}"
-            get, seconds = self.replicas.cluster.get, self._timeouts.call_seconds
-            scored = get([answer for _, answer in answers], seconds, waiting_for)
-            everywhere.append(
-                [replace(handle, reference=wire) for handle, (wire, _) in zip(scored, answers, strict=True)]
-            )
+            seconds = self._timeouts.call_seconds
+            scored = self.replicas.cluster.get([answer for _, answer in answers], seconds, waiting_for)
+            pairs = zip(scored, answers, strict=True)
+            everywhere.append([replace(handle, reference=wire) for handle, (wire, _) in pairs])
         return everywhere
 
     def state(self) -> PoolState:
         """Return which replicas serve, with which model, and how many batches are being scored."""
-        state = self.replicas.state(f"teacher-{self.name}", len(self._hops))
+        state = self.replicas.state(f"teacher-{self.name}", len(self.outstanding))
         return replace(state, model=self.teacher.model, checkpoint=self.checkpoint)
 
     def late(self) -> str:
-        late = sorted({hop.replica for hop in self._hops.values()})
+        late = sorted({hop.replica for hop in self.outstanding.values()})
         if not late and not self.replicas.serving:
             return f"teacher {self.name}, of which no replica serves"
         return ", ".join(self.replicas.name(replica) for replica in late)
@@ -291,5 +267,5 @@ class TeacherPool(Pool):
         return Span(f"teacher-{self.name}", worker, "score", hop.sent_at, perf_counter(), num_rows, hop.num_tokens)
 
     def _forget(self, answer: Any) -> None:
-        hop = self._hops.pop(answer)
+        hop = self.outstanding.pop(answer)
         self.replicas.load(hop.replica, -hop.num_tokens)

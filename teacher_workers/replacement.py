@@ -37,32 +37,27 @@ class ReplaceableTeachers(TeacherRouter):
     def __init__(self, pools: Mapping[str, TeacherPool], call_seconds: float) -> None:
         super().__init__(pools, call_seconds)
         self._retired: list[Replacement] = []  # in the order in which they were replaced
-        self._replacements: list[Replacement] = []
-
-    @property
-    def replacements(self) -> list[Replacement]:
-        """Return the pools that are to replace others."""
-        return list(self._replacements)
+        self.replacements: list[Replacement] = []  # prepared, neither cancelled nor switched to
 
     def prepare(self, replacement: Replacement) -> None:
         """Start to maintain pools that are to replace others; their failure is noted there and ends nothing."""
-        self._replacements.append(replacement)
+        self.replacements.append(replacement)
 
     def cancel(self, replacement: Replacement) -> None:
         """End pools that were to replace others, which get back the workers that they gave."""
-        self._replacements.remove(replacement)
+        self.replacements.remove(replacement)
         replacement.replicas.end()
-        current = self._pools[next(iter(replacement.pools))]
+        current = self.pools[next(iter(replacement.pools))]
         current.resize(current.size + replacement.num_borrowed)
 
     def switch(self, replacement: Replacement, first_step: int) -> None:
         """Let pools replace those of the same names, from a step on that nothing was requested for yet."""
-        retired = Replacement({name: self._pools[name] for name in replacement.pools}, until_step=first_step)
+        retired = Replacement({name: self.pools[name] for name in replacement.pools}, until_step=first_step)
         self._retired.append(retired)
         # The pools may have been scaled meanwhile.
         replacement.replicas.resize(retired.replicas.size + replacement.num_borrowed)
-        self._pools.update(replacement.pools)
-        self._replacements.remove(replacement)
+        self.pools.update(replacement.pools)
+        self.replacements.remove(replacement)
 
     def close(self, next_step: int) -> None:
         """Let the replicas leave that only steps before `next_step` may need, which are learned from."""
@@ -73,7 +68,7 @@ class ReplaceableTeachers(TeacherRouter):
     def maintain(self) -> list[Any]:
         """Do as TeacherRouter does, and maintain the pools that are to replace others."""
         references = super().maintain()
-        for replacement in self._replacements:
+        for replacement in self.replacements:
             try:
                 if not replacement.error:
                     replacement.replicas.maintain()
@@ -86,7 +81,7 @@ class ReplaceableTeachers(TeacherRouter):
     def collect(self, ready: Collection[Any]) -> list[BatchHandle]:
         """Do as TeacherRouter does, and let the replicas serve that have started."""
         finished = super().collect(ready)
-        for replacement in self._replacements:
+        for replacement in self.replacements:
             try:
                 if not replacement.error:
                     replacement.replicas.admit_started(ready)
@@ -102,7 +97,7 @@ class ReplaceableTeachers(TeacherRouter):
         self.close(next_step=0)
 
     def shutdown(self) -> None:
-        for replacement in self._replacements:
+        for replacement in self.replacements:
             replacement.replicas.end()
         super().shutdown()
 
@@ -110,7 +105,7 @@ class ReplaceableTeachers(TeacherRouter):
         for retired in self._retired:
             if name in retired.pools and 0 <= step < retired.until_step:
                 return retired.pools[name]
-        return self._pools[name]
+        return self.pools[name]
 
     def _all_pools(self) -> list[TeacherPool]:
-        return [*self._pools.values(), *(pool for retired in self._retired for pool in retired.pools.values())]
+        return [*self.pools.values(), *(pool for retired in self._retired for pool in retired.pools.values())]

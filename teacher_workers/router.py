@@ -18,15 +18,10 @@ class TeacherRouter:
 
     def __init__(self, pools: Mapping[str, TeacherPool], call_seconds: float) -> None:
         """Take the pools by teacher name; `call_seconds` bounds the wait for the next answer."""
-        self._pools = dict(pools)
+        self.pools = dict(pools)  # by teacher name, as they are now
         self._call_seconds = call_seconds
         self._waiting: list[tuple[TeacherPool, Hop]] = []  # no replica of the pool serves
         self._lost: list[BatchHandle] = []
-
-    @property
-    def pools(self) -> Mapping[str, TeacherPool]:
-        """Return the pools by teacher name, as they are now."""
-        return self._pools
 
     @property
     def is_idle(self) -> bool:
@@ -34,11 +29,9 @@ class TeacherRouter:
         return not self._waiting and not any(pool.outstanding for pool in self._all_pools())
 
     def score(self, handles: Iterable[BatchHandle], plan: Callable[[str], Route]) -> Iterator[BatchHandle]:
-        """Submit each batch as it comes and yield those whose route is done, in any order.
+        """Submit each generated batch as it comes and yield those whose route is done, in any order.
 
-        Args:
-            handles: generated batches.
-            plan: returns the route of the batches of a teacher, `handle.teacher`.
+        `plan` returns the route of the batches of a teacher, `handle.teacher`.
 
         Raises:
             ScoreError: a route names an unknown teacher, or scores cannot be training data.
@@ -48,30 +41,21 @@ class TeacherRouter:
         for handle in handles:
             self.submit(handle, plan(handle.teacher))
         while not self.is_idle:
-            yield from self.collect(
-                RAY.wait_for_any(self.maintain, self._call_seconds, lambda: f"scores from {self.late()}")
-            )
+            ready = RAY.wait_for_any(self.maintain, self._call_seconds, lambda: f"scores from {self.late()}")
+            yield from self.collect(ready)
             if self._lost:
                 raise LostBytesError(f"trajectories {self._lost[0].trajectory_ids} are gone with their node")
 
     def submit(self, handle: BatchHandle, route: Route) -> None:
-        """Send a batch to the first pool of its route, of at least one; returns at once.
-
-        Raises:
-            ScoreError: the route names an unknown teacher.
-        """
+        """Send a batch to the first pool of its route, of at least one; returns at once."""
         for name, _ in route:
-            if name not in self._pools:
-                raise ScoreError(f"a batch names the teacher {name!r}; there are {sorted(self._pools)}")
+            if name not in self.pools:
+                raise ScoreError(f"a batch names the teacher {name!r}; there are {sorted(self.pools)}")
         (name, request), *rest = route
         self._send(self._pool(name, handle.rollout), Hop(handle, request, rest))
 
     def maintain(self) -> list[Any]:
-        """Deal with replicas that died unnoticed, and return references to wait for; `collect` takes those ready.
-
-        Raises:
-            ActorError: replicas died more often than they may.
-        """
+        """Deal with replicas that died unnoticed, and return references to wait for; `collect` takes those ready."""
         arriving = []
         for replicas in self._all_replicas():
             replicas.maintain()
@@ -82,14 +66,9 @@ class TeacherRouter:
         return [*(answer for pool in self._all_pools() for answer in pool.outstanding), *arriving]
 
     def collect(self, ready: Collection[Any]) -> list[BatchHandle]:
-        """Return the batches whose route is done, and send the others on.
+        """Return the batches whose route is done, and send the others on; the errors are those of `score`.
 
-        Args:
-            ready: references that are ready; those that are not of these pools are passed over.
-
-        Raises:
-            ScoreError: scores cannot be training data; names teacher and replica.
-            ActorError: replicas died more often than they may.
+        `ready` may hold other things than references of these pools.
         """
         finished = []
         pools = {answer: pool for pool in self._all_pools() for answer in pool.outstanding}
@@ -134,10 +113,10 @@ class TeacherRouter:
 
     def _pool(self, name: str, step: int) -> TeacherPool:
         """Return the pool that scores for a teacher in a step; a step below 0 is an evaluation's."""
-        return self._pools[name]
+        return self.pools[name]
 
     def _all_pools(self) -> list[TeacherPool]:
-        return list(self._pools.values())
+        return list(self.pools.values())
 
     def _all_replicas(self) -> list[TeacherReplicas]:
         """Return the replicas of all pools, each once: those of a slot are of several pools."""

@@ -65,14 +65,7 @@ class TurnOrder:
     """
 
     def __init__(self, teachers: Sequence[str], awake: str, switch_seconds: float, clock: Callable[[], float]) -> None:
-        """Begin with the turn of `awake`, whose engine runs.
-
-        Args:
-            teachers: all names.
-            awake: one of them.
-            switch_seconds: what a switch will take, until one has been seen.
-            clock: seconds.
-        """
+        """Begin with the turn of `awake`, whose engine runs; `switch_seconds` are expected until a switch was seen."""
         self.awake = awake
         self._clock = clock
         self._waiting: dict[str, deque[float]] = {teacher: deque() for teacher in teachers}  # times of arrival
@@ -180,11 +173,7 @@ class TimeSharing:
         return woken
 
     async def conduct(self) -> None:
-        """Give turns for ever, in a task of its own.
-
-        Raises:
-            Exception: an engine would not sleep or wake.
-        """
+        """Give turns for ever, in a task of its own, until an engine would not sleep or wake, and raises its error."""
         while True:
             self._changed.clear()
             self._admit()

@@ -56,8 +56,7 @@ class SampledCandidates:
 
     def gather(self, num_tokens: int) -> tuple[Ints, Floats]:
         """Return ids and log-probabilities [tokens, count], as far as no position is missing."""
-        positions = takewhile(self.places.__contains__, range(num_tokens))
-        places = [self.places[position] for position in positions]
+        places = [self.places[position] for position in takewhile(self.places.__contains__, range(num_tokens))]
         none = np.empty((0, self.request.count))
         ids = np.vstack([none, *(step.ids[row, : self.request.count] for step, row in places)])
         logprobs = np.vstack([none, *(step.logprobs[row, : self.request.count] for step, row in places)])

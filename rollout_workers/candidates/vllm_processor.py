@@ -82,13 +82,11 @@ class CandidateProcessor(LogitsProcessor):
         process_dict_updates(self._requests, batch_update, self._new_request)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Sample for the requests that want candidates."""
-        if self._requests:
-            rows = [
-                LogitsRow(candidates, index, len(sampled), temperature=1.0)
-                for index, (candidates, sampled) in self._requests.items()
-            ]
-            self.log.record(rows, logits)
+        rows = [
+            LogitsRow(candidates, index, len(sampled), temperature=1.0)
+            for index, (candidates, sampled) in self._requests.items()
+        ]
+        self.log.record(rows, logits)
         return logits
 
     def _new_request(
@@ -125,8 +123,7 @@ class CandidateProcessorV2(LogitsProcessorV2):
                 candidates, temperature = self._requests[slot]
                 position = seen_tokens - int(self._states.prompt_len.np[slot])
                 rows.append(LogitsRow(candidates, index, position, temperature))
-        if rows:
-            self.log.record(rows, logits)
+        self.log.record(rows, logits)
         return logits
 
 
@@ -139,11 +136,8 @@ class CandidateCalls:
     def take_candidates(self, wanted: Mapping[str, int], given_up: Sequence[str]) -> dict[str, tuple[bytes, bytes]]:
         """Return finished requests' ids and log-probabilities, as `candidates_from_bytes` reads them, and forget them.
 
-        Bytes, because vLLM passes arrays between processes only where a setting lets it unpickle what comes.
-
-        Args:
-            wanted: from key to the number of tokens that were kept.
-            given_up: keys of requests that ended without a completion.
+        Bytes, because vLLM passes arrays between processes only where a setting lets it unpickle what comes. `wanted`
+        maps keys to the number of tokens that were kept; requests that were given up ended without a completion.
         """
         runner = self.model_runner
         processors = (
@@ -161,20 +155,14 @@ def candidates_from_bytes(ids: bytes, logprobs: bytes, count: int) -> tuple[Ints
 
 
 def request_in(params: SamplingParams) -> CandidateRequest | None:
-    """Return the candidates that a request wants; None if it wants none."""
     entry = (params.extra_args or {}).get(ENTRY)
     return None if entry is None else CandidateRequest(*entry)
 
 
 def check_params(params: SamplingParams) -> None:
-    """Refuse what would make candidates come from another distribution than the sampled token.
-
-    Raises:
-        ValueError: the request is greedy, or truncates the distribution.
-    """
-    if request_in(params) is None:
-        return
-    if params.temperature == 0 or params.top_p != 1 or params.top_k > 0 or params.min_p > 0:
+    """Refuse by ValueError what would make candidates come from another distribution than the sampled token."""
+    is_changed = params.temperature == 0 or params.top_p != 1 or params.top_k > 0 or params.min_p > 0
+    if is_changed and request_in(params) is not None:
         raise ValueError(
             "sampled candidates come from the whole distribution, so they need temperature above 0, top_p = 1, "
             f"top_k = 0 and min_p = 0; found {params.temperature}, {params.top_p}, {params.top_k} and {params.min_p}"

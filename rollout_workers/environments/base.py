@@ -87,7 +87,6 @@ class SingleTurn:
         return prompt.token_ids
 
     async def step(self, completion: Completion) -> Outcome:
-        """Verify the completion."""
         return Outcome(await self._services.reward(self._prompt, completion))
 
 

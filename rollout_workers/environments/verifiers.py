@@ -21,9 +21,7 @@ def verify(kind: str, completion: str, answer: str, finish_reason: str) -> float
         answer: what the prompt file gives: a text, a regular expression, or a mathematical expression.
         finish_reason: why the completion ended; only "stop" can be right.
     """
-    if finish_reason != "stop":
-        return 0.0
-    return float(VERIFIERS[kind](completion.strip(), answer))
+    return float(finish_reason == "stop" and VERIFIERS[kind](completion.strip(), answer))
 
 
 def check_answer(kind: str, answer: str) -> None:
@@ -79,7 +77,6 @@ class VerifierProcess:
         self._process: ProcessPoolExecutor | None = None
 
     async def reward(self, completion: str, answer: str, finish_reason: str) -> float:
-        """Return `verify`'s reward without holding up the event loop."""
         if self._kind not in SLOW_VERIFIERS:
             return verify(self._kind, completion, answer, finish_reason)
         if self._process is None:

@@ -5,7 +5,7 @@ the receiver maps it, checks it, decodes it by the payload, and loads whole para
 weights for its kernels, so nothing can be changed in place there.
 
 A fault is recorded instead of raised: an exception here would reach the actor as text without a class, and would leave
-vLLM's update half open. `WeightReport.finish_and_report` passes the outcome to the actor.
+vLLM's update half open. `WorkerExtension.finish_and_report` passes the outcome to the actor.
 """
 
 import mmap
@@ -16,11 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -89,9 +85,7 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
     def receive_weights(self, update_info: BucketMessage, load_weights: Callable[..., Any] | None = None) -> None:
         """Check one bucket and load it; after a fault, leave the rest of the update alone.
 
-        Args:
-            update_info: the bucket.
-            load_weights: the model's own; only vLLM 0.24 passes it.
+        `load_weights` is the model's own; only vLLM 0.24 passes it.
         """
         memory = map_memory(update_info)
         fault = self._fault_of(update_info, memory)
@@ -117,19 +111,13 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
             "checksum" of all values of all parameters, in order; "fault": a sentence, or None when all arrived intact.
         """
         if not self._faults:
-            missing = missing_parameters(
-                self._model_names,
-                self._loaded_names,
-                self._received_names,
-                getattr(self.model, "packed_modules_mapping", {}),
-            )
+            packed = getattr(self.model, "packed_modules_mapping", {})
+            missing = missing_parameters(self._model_names, self._loaded_names, self._received_names, packed)
             if missing:
                 self._faults.append(f"the update lacks {', '.join(missing)}")
-        if self._faults or self._arriving_version is None:
+        self._kept_version = None if self._faults else self._arriving_version
+        if self._kept_version is None:
             self._decoders.clear()
-            self._kept_version = None
-        else:
-            self._kept_version = self._arriving_version
         for layer in self._tied_layers:
             # On CPU a tied lm_head multiplies with a packed copy of the embedding. No weights arrive under its own
             # name, so vLLM 0.32 leaves the copy as it was, and the model goes on answering with the old lm_head.
@@ -147,18 +135,17 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
         raise NotImplementedError
 
     def _fault_of(self, message: BucketMessage, memory: Bytes) -> str | None:
-        if self._checksum(message, memory) != message.checksum:
+        if message.fields:
+            received = checksum([memory])
+        else:  # of values as they are one digest says both: no byte is read twice
+            self._digest.update(memory.data)
+            received = self._digest.hexdigest()
+        if received != message.checksum:
             return f"the bucket that starts with {message.names[0]} was damaged on its way"
         if message.base_version is not None and message.base_version != self._kept_version:
             held = "none" if self._kept_version is None else f"version {self._kept_version}"
             return f"changes since policy version {message.base_version} arrived where {held} is kept"
         return None
-
-    def _checksum(self, message: BucketMessage, memory: Bytes) -> str:
-        if message.fields:
-            return checksum([memory])
-        self._digest.update(memory.data)  # of values as they are one digest says both: no byte is read twice
-        return self._digest.hexdigest()
 
     def _parameters(self, message: BucketMessage, memory: Bytes) -> Iterator[tuple[str, torch.Tensor]]:
         bucket = message.bucket
@@ -189,17 +176,12 @@ def missing_parameters(
     vLLM packs some parameters into one (`qkv_proj` from `q_proj`, `k_proj`, `v_proj`) and reports the packed one as
     loaded when any part came; the parts are therefore checked one by one.
 
-    Args:
-        model_names: vLLM's names of all parameters.
-        loaded_names: vLLM's names of those that `load_weights` touched.
-        received_names: Hugging Face names of what came.
-        packed: from the last name of a packed module to its parts.
+    `received_names` are Hugging Face's, the others vLLM's; `packed` maps the last name of a packed module to its parts.
     """
     missing = sorted(model_names - loaded_names)
     for name in sorted(loaded_names):
         parts = _parts(name, packed)
-        arrived = [part for part in parts if part in received_names]
-        if arrived:
+        if not received_names.isdisjoint(parts):
             missing.extend(part for part in parts if part not in received_names)
     return missing
 

@@ -17,8 +17,11 @@ def register() -> None:
             WeightTransferEngineFactory.register_engine(vllm_backend(name), module, receiver)
 
 
-class WeightReport:
-    """Starts and finishes updates, with what the receivers of `TRANSPORTS` add to vLLM's own steps."""
+class WorkerExtension(CandidateCalls):
+    """Adds the calls that `collective_rpc` makes by name to vLLM's worker class.
+
+    They start and finish updates, with what the receivers of `TRANSPORTS` add to vLLM's own steps.
+    """
 
     weight_transfer_engine: Any  # one of TRANSPORTS' receivers
     start_weight_update: Callable[[], None]
@@ -33,7 +36,3 @@ class WeightReport:
         self.finish_weight_update()
         report: dict[str, Any] = self.weight_transfer_engine.end()
         return report
-
-
-class WorkerExtension(WeightReport, CandidateCalls):
-    """Composes all calls that vLLM's worker class gets, for `collective_rpc` to make by name."""

@@ -20,12 +20,7 @@ from numpy.typing import NDArray
 
 from cluster.config.objective import TEACHER
 from cluster.config.stages import Dtype
-from cluster.contracts.errors import (
-    NotFiniteError,
-    ScoreError,
-    UniformError,
-    WrongLengthError,
-)
+from cluster.contracts.errors import NotFiniteError, ScoreError, UniformError, WrongLengthError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.signals import SIGNALS, Signal, find_signal, is_finite
 from cluster.contracts.trajectory import ragged
@@ -34,8 +29,6 @@ from teacher_workers.audit.probes import Probes
 # Mean absolute difference, in nats, that two implementations of the same model may show: vLLM and transformers in bf16
 # differ by 0.05 on a 99M-parameter student whose text is still poor; a shift by one token shows as several nats.
 AGREEMENT_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
-
-
 FLOOR_NATS = -20.0  # below it, scores of one model in two batches differ most, and training least
 
 
@@ -56,7 +49,6 @@ class Answer:
 
 
 def columns_of(request: ScoreRequest) -> list[str]:
-    """Return the columns that the answer to a request must have."""
     return [find_signal(name).column(request.model) for name in sorted(request.signals)]
 
 
@@ -91,11 +83,6 @@ def column(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
-
-
-def sampled_tokens(batch: pa.RecordBatch) -> NDArray[Any]:
-    """Return the tokens that were scored, of all rows."""
-    return ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
 
 
 def _difference(first: pa.RecordBatch, second: pa.RecordBatch, signal: Signal, tolerance: Tolerance) -> NDArray[Any]:
@@ -160,15 +147,9 @@ def audit_answers(
     tolerance: Tolerance,
     request: ScoreRequest,
 ) -> AuditResult:
-    """Check what the replicas of one teacher, by name, answered to the probes.
+    """Check what the replicas of one teacher, by name, answered to a request for the probes' scores, or raised instead.
 
-    Args:
-        teacher: its name.
-        probes: that they scored.
-        answers: what each said, or the error that it raised instead.
-        reference: what the teacher said of the same probes when the run began, if that is known.
-        tolerance: how far apart answers may be.
-        request: what they were to send.
+    `reference` is the teacher's answer to the same probes when the run began, if that is known.
     """
     faults: dict[str, Deviation] = {}
     sound: dict[str, Answer] = {}
@@ -278,7 +259,8 @@ def _contradictory(batch: pa.RecordBatch, tolerance: Tolerance, request: ScoreRe
 
 def _among_most_likely(batch: pa.RecordBatch, sampled: NDArray[Any], known: NDArray[Any]) -> NDArray[Any]:
     """Return [tokens, 1]: what the sampled token's score must be, given the most likely tokens and theirs."""
-    is_sampled = ragged(batch, "candidate_ids").values == sampled_tokens(batch)[:, None]
+    sampled_ids = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
+    is_sampled = ragged(batch, "candidate_ids").values == sampled_ids[:, None]
     score = np.where(is_sampled, known, -np.inf).max(axis=1, keepdims=True)
     # A token that is not among them is no more likely than the last of them.
     return np.where(is_sampled.any(axis=1, keepdims=True), score, np.minimum(sampled, known[:, -1:]))
@@ -286,11 +268,9 @@ def _among_most_likely(batch: pa.RecordBatch, sampled: NDArray[Any], known: NDAr
 
 def _against(reference: Answer, sound: Mapping[str, Answer], tolerance: Tolerance) -> dict[str, Deviation]:
     gaps = {replica: gap(reference, answer, tolerance) for replica, answer in sound.items()}
-    others = [replica for replica, distance in gaps.items() if distance <= 1]
+    others = ", ".join(replica for replica, distance in gaps.items() if distance <= 1)
     kind: Kind = "disagreeing" if others else "replaced"
-    agreeing = (
-        f"{', '.join(others)} still answers as then" if others else "it is not the teacher that the run began with"
-    )
+    agreeing = f"{others} still answers as then" if others else "it is not the teacher that the run began with"
     return {
         replica: (
             kind,

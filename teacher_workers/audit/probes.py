@@ -56,12 +56,7 @@ def choose_rows(batches: Sequence[pa.RecordBatch], count: int) -> list[Ints]:
 
 
 def make_probes(rows: Sequence[Ints], request: ScoreRequest) -> Probes:
-    """Build rows and perturbed rows, with candidates where the request is to score given ones.
-
-    Args:
-        rows: tokens of each, at least MIN_TOKENS.
-        request: to the teacher.
-    """
+    """Build rows, of at least MIN_TOKENS each, and perturbed rows; with candidates if the request gives them."""
     replaced = tuple(_position(_num_scored(tokens), row) for row, tokens in enumerate(rows))
     perturbed = []
     for row, tokens in enumerate(rows):

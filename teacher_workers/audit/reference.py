@@ -71,11 +71,7 @@ def save_reference(path: Path, reference: Reference) -> None:
 
 
 def load_reference(path: Path) -> Reference | None:
-    """Read a reference; None where there is none.
-
-    Raises:
-        CheckpointError: the file is not one that `save_reference` wrote.
-    """
+    """Read what `save_reference` wrote; None where there is none. Raise CheckpointError for another file."""
     if not path.exists():
         return None
     try:

@@ -70,12 +70,7 @@ class AuditedTeacher:
 
 
 def audited_teacher(config: Config, name: str, pool: AuditedPool, folder: Path) -> AuditedTeacher:
-    """Describe a teacher of the run, with what earlier parts of the run kept of it.
-
-    Raises:
-        CheckpointError: its reference cannot be read.
-        PreceptorError: its backend cannot read it.
-    """
+    """Describe a teacher of the run, with what earlier parts of the run kept of it."""
     teacher, request = config.teachers[name], audit_request(config, name)
     engine = teacher.engine
     # Quantised layers round what they multiply, so they are no more exact than the coarsest dtype.
@@ -123,12 +118,6 @@ class _Audit:
     batches: dict[str, dict[str, pa.RecordBatch]] = field(default_factory=dict)  # of each replica: "rows", "perturbed"
     errors: dict[str, ScoreError] = field(default_factory=dict)
 
-    @property
-    def answers(self) -> dict[str, Answer | ScoreError]:
-        """Return the full answers and the errors of the replicas."""
-        full = {replica: Answer(**halves) for replica, halves in self.batches.items() if len(halves) == 2}
-        return {**full, **self.errors}
-
 
 @dataclass(frozen=True)
 class _Part:
@@ -149,13 +138,7 @@ class ScoreAudit:
         folder: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Read what earlier parts of the run kept.
-
-        Args:
-            config: the run.
-            pools: of every teacher, by name.
-            folder: of the references, in the run directory.
-            clock: seconds, for the timeout.
+        """Read what earlier parts of the run kept in `folder`; `pools` has every teacher's, by name.
 
         Raises:
             CheckpointError: a kept reference cannot be read.
@@ -173,9 +156,7 @@ class ScoreAudit:
     def for_replacement(self, config: Config, pools: Mapping[str, AuditedPool]) -> "ScoreAudit":
         """Return audits of pools that are to follow others, by the same rows; a new checkpoint has no reference yet.
 
-        Args:
-            config: with the models that the pools serve.
-            pools: by teacher name.
+        `config` names the models that the new pools serve.
         """
         audit = ScoreAudit(config, pools, self._folder, self._clock)
         current = {subject.name: subject for subject in self._subjects}
@@ -200,15 +181,10 @@ class ScoreAudit:
         return any(not subject.rows for subject in self._subjects)
 
     def take_rows(self, handles: Sequence[BatchHandle]) -> None:
-        """Choose the rows of the run's audits among generated or scored batches, which it fetches.
-
-        Raises:
-            ActorError: a batch cannot be fetched.
-        """
+        """Choose the rows of the run's audits among generated or scored batches, which it fetches."""
         shortest = sorted(handles, key=_shortest_row)[: self._settings.rows]
-        wires = [
-            RAY.get(handle.reference, self._timeout_seconds, "rows for the audit of scores") for handle in shortest
-        ]
+        references, waiting_for = [handle.reference for handle in shortest], "rows for the audit of scores"
+        wires = [RAY.get(reference, self._timeout_seconds, waiting_for) for reference in references]
         rows = choose_rows([from_wire(wire) for wire in wires], self._settings.rows)
         if not rows:
             _log.warning("score_audit: no row is long enough to audit teachers with; their scores are not audited")
@@ -237,11 +213,7 @@ class ScoreAudit:
     def collect(self, ready: Iterable[Any]) -> list[Fault]:
         """Take the answers that are there; check those of a teacher when they are complete or late.
 
-        Args:
-            ready: references that are ready; those that are not `outstanding` here are passed over.
-
-        Returns:
-            The faults; each faulty replica is quarantined already.
+        `ready` may hold other things than what is `outstanding` here. Each replica at fault is quarantined already.
 
         Raises:
             ScoreError: no replica of a teacher is left that could be trusted.
@@ -256,11 +228,7 @@ class ScoreAudit:
         return faults
 
     def finish(self) -> list[Fault]:
-        """Wait for all answers, as at the start, before anything is learned from scores; returns the faults.
-
-        Raises:
-            ScoreError: no replica of a teacher is left that could be trusted.
-        """
+        """Wait for all answers, as at the start, before anything is learned from scores, and `collect` them."""
         faults = []
         while self._under_way:
             waiting = self.outstanding
@@ -322,7 +290,11 @@ def _conclude(audit: _Audit) -> list[Fault]:
         _log.warning("score_audit: no answer from %s in time; they are not checked", late)
     kept = subject.reference
     reference = None if kept is None else kept.for_request(subject.request)
-    result = audit_answers(subject.name, audit.probes, audit.answers, reference, subject.tolerance, subject.request)
+    answers: dict[str, Answer | ScoreError] = {
+        replica: Answer(**halves) for replica, halves in audit.batches.items() if len(halves) == 2
+    }
+    answers |= audit.errors
+    result = audit_answers(subject.name, audit.probes, answers, reference, subject.tolerance, subject.request)
     if kept is None and result.trusted is not None:
         subject.reference = Reference(subject.origin, result.trusted)
         save_reference(subject.path, subject.reference)

@@ -32,7 +32,6 @@ CHUNK_LOGITS = 1 << 23
 MIN_CHUNK_TOKENS = 128
 GPU_CHUNK_LOGITS = 1 << 27  # 512 MiB: a GPU needs larger products to be busy
 
-
 UNIFORM_TOLERANCE = 1e-5  # nats; float32 log-probabilities near -12 are exact to 1e-6, no real text is this even
 
 
@@ -94,9 +93,6 @@ def refuse_misplaced(batch: pa.RecordBatch, hidden: Sequence[Tensor], width: int
     """Refuse hidden states that are not one per sampled token of each row, or not those of the head's model.
 
     The batch's total is not enough: a row that lacks one beside a row with one too many would shift what lies between.
-
-    Raises:
-        WrongLengthError: they are not.
     """
     expected = ragged(batch, "rollout_logprobs").lengths
     for row, (values, num_tokens) in enumerate(zip(hidden, expected, strict=True)):
@@ -108,11 +104,7 @@ def refuse_misplaced(batch: pa.RecordBatch, hidden: Sequence[Tensor], width: int
 
 
 def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:
-    """Refuse a batch of several tokens that were all scored -log(vocabulary size): the model's weights are not loaded.
-
-    Raises:
-        UniformError: they were.
-    """
+    """Refuse several tokens that were all scored -log(vocabulary size): the model's weights are not loaded."""
     uniform = -math.log(vocabulary_size)
     if len(logprobs) > 1 and np.allclose(logprobs, uniform, rtol=0, atol=UNIFORM_TOLERANCE):
         raise UniformError(

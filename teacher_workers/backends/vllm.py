@@ -51,22 +51,12 @@ class VllmBackend(HiddenStatesBackend):
 
     @classmethod
     def check(cls, teacher: TeacherConfig, student: ModelFacts) -> ModelFacts:
-        """Read the model's files.
-
-        Raises:
-            ModelError: something is missing, damaged, or does not go with the rest.
-        """
         if not teacher.engine.tensor_parallel:
             raise ConfigError("engine.tensor_parallel = 0 is for teachers whose backend needs no GPU; vLLM takes 1")
         return read_model(teacher, is_student=False)
 
     @classmethod
     def identity(cls, teacher: TeacherConfig) -> str:
-        """Return a fingerprint of the model's files.
-
-        Raises:
-            ModelError: the model has no configuration here.
-        """
         return fingerprint(teacher.model)
 
     @property
@@ -89,11 +79,6 @@ class VllmBackend(HiddenStatesBackend):
             self._engine = None
 
     async def wake(self) -> None:
-        """Take the hardware again.
-
-        Raises:
-            ModelError: the engine does not start again.
-        """
         if self._engine is not None:
             await self._engine.wake_up()
         else:

@@ -30,7 +30,7 @@ def test_a_teacher_whose_place_is_taken_leaves_before_a_step_waits_for_the_new_o
     finish(run, range(1, 4), truncated_ratio=0.0)
     teachers, old, new = run.context.pipeline.teachers, Workers(), Workers()
     pools = [TeacherPool("main", workers, PoolTimeouts(1, 1)) for workers in (old, new)]  # type: ignore[arg-type]
-    teachers._pools["main"] = pools[0]
+    teachers.pools["main"] = pools[0]
     teachers.prepare(replacement := Replacement({"main": pools[1]}, waits_for_place=True))
     teachers.switch(replacement, entered)
     run.hooks.before_step(entered)  # step 3, from 0, is the next to be learned from
