@@ -91,10 +91,11 @@ def check(options: argparse.Namespace) -> int:
 
 def scale(options: argparse.Namespace) -> int:
     """Change how many workers the pools of a running run have."""
-    from cluster.elastic.scale import ask, describe, parse_sizes
+    from cluster.elastic.scale import ask, parse_sizes
+    from cluster.elastic.splits import describe_sizes
 
     answer = ask(RunDirectory.open(options.run).scaling, parse_sizes(options.sizes))
-    sys.stdout.write(f"{describe(answer.sizes)}\n")
+    sys.stdout.write(f"{describe_sizes(answer.sizes)}\n")
     return 0
 
 

@@ -4,7 +4,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError
 from cluster.elastic.balancer import make_balancer
-from cluster.elastic.replace_teacher import RunParts, TeacherChanges, current_config
+from cluster.elastic.replace_teacher import TeacherChanges, current_config
 from cluster.elastic.scale import make_scaling
 from cluster.elastic.teacher_log import in_force
 from cluster.models.model_files import load_tokenizer
@@ -143,12 +143,11 @@ def step_hooks(run: RunContext) -> list[StepHook]:
     which writes the checkpoint and then stops the run. All end in the opposite order.
     """
     audit = ScoreAudit(current_config(run.config, run.pipeline), run.pipeline.teachers.pools, run.directory.score_audit)
-    parts = RunParts(run.config, run.inputs, run.pipeline)
     observation, checkpoints, balancer = PoolObservation(run), Checkpoints(run), make_balancer(run)
     return [
         run.ledger,
         make_scaling(run),
-        TeacherChanges(parts, run.directory, run.first_step, run.view.say, audit),
+        TeacherChanges(run, audit),
         observation,
         checkpoints,
         *([] if balancer is None else [balancer]),

@@ -18,12 +18,13 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.demo import EMBEDDED, embedded_config
 from cluster.elastic.control_files import CHECK_SECONDS, read_message
-from cluster.elastic.replace_teacher import ReplaceResponse, RunParts, TeacherChanges, replacing_sections
+from cluster.elastic.replace_teacher import ReplaceResponse, TeacherChanges, replacing_sections
 from cluster.models.weight_files import fingerprint
 from cluster.run.inputs import Inputs, load_inputs
 from teacher_workers.pool import TeacherPool
 from teacher_workers.replacement import ReplaceableTeachers, Replacement
 from tests.builders import make_config
+from tests.cluster.run.contexts import make_run_context
 from tests.tiny_qwen3 import write_tiny_qwen3
 
 TEACHER, STUDENT = str(EMBEDDED / "teacher"), str(EMBEDDED / "student")
@@ -99,8 +100,9 @@ class Run:
 
     def open(self, first_step: int) -> None:
         audit: Any = self.audit
-        parts = RunParts(self.config, self.inputs, self.pipeline, self.start, lambda change: self.lack, self.tick)
-        self.changes = TeacherChanges(parts, self.directory, first_step, self.said.append, audit)
+        run = make_run_context(self.config, self.inputs, self.pipeline, self.directory, first_step)
+        run.view = SimpleNamespace(say=self.said.append)  # type: ignore[assignment]
+        self.changes = TeacherChanges(run, audit, self.start, lambda change: self.lack, self.tick)
 
     def tick(self) -> float:
         """Let a look be due each time that the clock is read."""
