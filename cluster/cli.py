@@ -120,7 +120,7 @@ def status(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Prove from a run's ledger that every trajectory was learned from exactly once."""
-    from cluster.commands import verify_run
+    from cluster.run.ledger import verify_run
 
     sys.stdout.write(f"{verify_run(RunDirectory.open(options.run))}\n")
     return 0

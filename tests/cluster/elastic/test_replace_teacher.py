@@ -18,7 +18,7 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.demo import EMBEDDED, embedded_config
 from cluster.elastic.control_files import CHECK_SECONDS, read_message
-from cluster.elastic.replace_teacher import ReplaceResponse, TeacherChanges, replacing_sections
+from cluster.elastic.replace_teacher import ReplaceResponse, TeacherChanges, current_config, replacing_sections
 from cluster.models.weight_files import fingerprint
 from cluster.run.inputs import Inputs, load_inputs
 from teacher_workers.pool import TeacherPool
@@ -165,7 +165,7 @@ def test_a_new_checkpoint_takes_over_at_the_first_step_after_it_serves(run: Run)
     assert run.versions() == [(1, TEACHER), (7, STUDENT)]
     assert run.audit.audited == [{NAME: STUDENT}]
     assert (run.audit.num_taken_over, run.heads) == (1, [(STUDENT, 6)])
-    assert run.changes.config.teachers[NAME].model == STUDENT
+    assert current_config(run.config, run.pipeline).teachers[NAME].model == STUDENT
 
 
 def test_without_room_one_of_several_workers_makes_place_for_the_first_new_one(tmp_path: Path, inputs: Inputs) -> None:
