@@ -91,10 +91,11 @@ def check(options: argparse.Namespace) -> int:
 
 def scale(options: argparse.Namespace) -> int:
     """Change how many workers the pools of a running run have."""
-    from cluster.elastic.scale import ask, describe, parse_sizes
+    from cluster.elastic.scale import ask, parse_sizes
+    from cluster.elastic.splits import describe_sizes
 
     answer = ask(RunDirectory.open(options.run).scaling, parse_sizes(options.sizes))
-    sys.stdout.write(f"{describe(answer.sizes)}\n")
+    sys.stdout.write(f"{describe_sizes(answer.sizes)}\n")
     return 0
 
 
@@ -119,7 +120,7 @@ def status(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Prove from a run's ledger that every trajectory was learned from exactly once."""
-    from cluster.commands import verify_run
+    from cluster.run.ledger import verify_run
 
     sys.stdout.write(f"{verify_run(RunDirectory.open(options.run))}\n")
     return 0

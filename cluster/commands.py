@@ -4,7 +4,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError
 from cluster.elastic.balancer import make_balancer
-from cluster.elastic.replace_teacher import RunParts, TeacherChanges, current_config
+from cluster.elastic.replace_teacher import TeacherChanges, current_config
 from cluster.elastic.scale import make_scaling
 from cluster.elastic.teacher_log import in_force
 from cluster.models.model_files import load_tokenizer
@@ -14,16 +14,15 @@ from cluster.monitoring.trackers import check_trackers
 from cluster.nodes.interruption import stop_on_signals
 from cluster.nodes.ray_session import RaySession, ray_session
 from cluster.placement.placement import Placement, await_placement, describe
-from cluster.run.checkpoints import Checkpoints, ResumePoint, StepEnd, find_resume_point
+from cluster.run.checkpoints import Checkpoints, RunState, StepEnd, find_resume_point
 from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_samples
 from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
-from cluster.run.ledger import verify
 from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
-from cluster.run.supervisor import Beginning, Supervisor
+from cluster.run.supervisor import Supervisor
 from teacher_workers.audit.runner import ScoreAudit
 from teacher_workers.backends.base import find_backend
 
@@ -54,11 +53,11 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
     load_hooks(config)
     config = in_force(directory.teachers, directory.read_config(), config)
     warnings: list[str] = []
-    point = find_resume_point(directory, config, warnings.append)
-    if point is not None and point.state.step >= config.run.steps:
+    state = find_resume_point(directory, config, warnings.append)
+    if state is not None and state.step >= config.run.steps:
         raise CheckpointError(
-            f"{directory.path}: step {point.state.step} of {config.run.steps} is done; "
-            f"to go on, resume with run.steps above {point.state.step}"
+            f"{directory.path}: step {state.step} of {config.run.steps} is done; "
+            f"to go on, resume with run.steps above {state.step}"
         )
     inputs = load_inputs(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
@@ -66,12 +65,12 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
         _announce(view, session, placement, directory)
         for warning in warnings:
             view.say(warning)
-        if point is not None:
-            view.say(f"resuming after step {point.state.step}")
+        if state is not None:
+            view.say(f"resuming after step {state.step}")
         else:
             view.say("resuming from the beginning: the run wrote no checkpoint")
             directory.samples.unlink(missing_ok=True)
-        return _train(config, inputs, placement, view, directory, point)
+        return _train(config, inputs, placement, view, directory, state)
 
 
 def evaluate_models(config: Config) -> None:
@@ -107,32 +106,18 @@ def check_run(config: Config) -> bool:
         return all(result.passed for result in results)
 
 
-def verify_run(directory: RunDirectory) -> str:
-    """Audit a run's ledger, and say in one line what it proves.
-
-    Raises:
-        PreceptorError: a trajectory was not learned from exactly once, or the ledger cannot show it.
-    """
-    config = directory.read_config()
-    return verify(directory, config, load_inputs(config))
-
-
 def _train(
     config: Config,
     inputs: Inputs,
     placement: Placement,
     view: TerminalView,
     directory: RunDirectory,
-    point: ResumePoint | None = None,
+    state: RunState | None = None,
 ) -> RunSummary:
     with KeptStatus(directory.status):
-        if point is None:
-            history = RunSummary(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
-        else:
-            history = point.state.history
+        beginning = state or RunSummary(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
         with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
-            supervisor = Supervisor(config, inputs, pipeline, view, stop, step_hooks)
-            return supervisor.train(Beginning(directory, history, point))
+            return Supervisor(config, inputs, pipeline, directory, view, stop, step_hooks).train(beginning)
 
 
 def step_hooks(run: RunContext) -> list[StepHook]:
@@ -143,12 +128,11 @@ def step_hooks(run: RunContext) -> list[StepHook]:
     which writes the checkpoint and then stops the run. All end in the opposite order.
     """
     audit = ScoreAudit(current_config(run.config, run.pipeline), run.pipeline.teachers.pools, run.directory.score_audit)
-    parts = RunParts(run.config, run.inputs, run.pipeline)
     observation, checkpoints, balancer = PoolObservation(run), Checkpoints(run), make_balancer(run)
     return [
         run.ledger,
         make_scaling(run),
-        TeacherChanges(parts, run.directory, run.first_step, run.view.say, audit),
+        TeacherChanges(run, audit),
         observation,
         checkpoints,
         *([] if balancer is None else [balancer]),

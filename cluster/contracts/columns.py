@@ -48,13 +48,10 @@ def ragged(batch: pa.RecordBatch, name: str) -> Ragged:
 
 
 def check_rows(batch: pa.RecordBatch, per_completion_token: Mapping[str, bool], finish_reasons: Sequence[str]) -> None:
-    """Check what holds between the columns of every row.
+    """Check what holds between the columns of every row of a batch, generated or scored.
 
-    Args:
-        batch: generated or scored.
-        per_completion_token: the columns with one entry per completion token, and whether their values are read, or
-            only their lengths.
-        finish_reasons: the words that `finish_reason` may hold.
+    `per_completion_token` names the columns with one entry per completion token, and says whether their values are
+    read, or only their lengths.
 
     Raises:
         TrajectoryError: a column's length does not fit its row's tokens, an id or a count is negative, or a

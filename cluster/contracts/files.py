@@ -6,7 +6,9 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from cluster.contracts.errors import CheckpointError, PreceptorError
 
@@ -19,6 +21,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 Record = Mapping[str, float]  # one step's metrics by name
+Struct = TypeVar("Struct", bound=msgspec.Struct)
 
 
 class RecordsFile:
@@ -37,6 +40,20 @@ class RecordsFile:
     def read(self) -> list[dict[str, Any]]:
         """Return what was written so far, without the values that were not finite."""
         return [{name: value for name, value in record.items() if value is not None} for _, record in self._parsed()]
+
+    def decode(self, kind: type[Struct], fault: str) -> list[Struct]:
+        """Return the lines that were written completely; `fault` says what is wrong with one that is of another kind.
+
+        Raises:
+            CheckpointError: a line is; names it.
+        """
+        records = []
+        for number, line in enumerate(self.lines(), start=1):
+            try:
+                records.append(msgspec.json.decode(line, type=kind))
+            except msgspec.DecodeError as error:
+                raise CheckpointError(f"{self.path}:{number}: {fault}: {error}") from error
+        return records
 
     def drop_from(self, step: int) -> None:
         """Forget `step` and what followed: a resumed run does those steps again."""

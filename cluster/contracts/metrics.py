@@ -6,6 +6,7 @@ Example:
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Self
@@ -68,17 +69,10 @@ class Quantile:
 
     @classmethod
     def of(cls, fraction: float, values: Iterable[float]) -> Self:
-        counts: dict[int, int] = {}
-        for value in values:
-            bucket = _bucket(value)
-            counts[bucket] = counts.get(bucket, 0) + 1
-        return cls(fraction, counts)
+        return cls(fraction, Counter(map(_bucket, values)))
 
     def merge(self, other: Self) -> Self:
-        counts = dict(self.counts)
-        for bucket, count in other.counts.items():
-            counts[bucket] = counts.get(bucket, 0) + count
-        return type(self)(self.fraction, counts)
+        return type(self)(self.fraction, Counter(self.counts) + Counter(other.counts))
 
     @property
     def value(self) -> float:

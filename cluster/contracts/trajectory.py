@@ -78,8 +78,8 @@ def generated_schema(num_candidates: int = 0) -> pa.Schema:
     """Return the schema of a batch that no model has scored, with so many candidates chosen by the student."""
     fields = list(_GENERATED_FIELDS)
     if num_candidates:
-        fields.append(_fixed("candidate_ids", pa.int32(), num_candidates))
-        fields.append(_fixed("candidate_rollout_logprobs", pa.float32(), num_candidates))
+        for name, item in (("candidate_ids", pa.int32()), ("candidate_rollout_logprobs", pa.float32())):
+            fields.append(pa.field(name, pa.list_(pa.list_(item, num_candidates)), nullable=False))
     return pa.schema(fields, metadata={"preceptor.trajectory": SCHEMA_VERSION, "stage": "generated", "models": ""})
 
 
@@ -130,12 +130,7 @@ def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBa
 
 
 def check_values(batch: pa.RecordBatch) -> None:
-    """Check what holds in every row, generated or scored.
-
-    Raises:
-        TrajectoryError: a column's length does not fit its row's tokens, an id is negative, or a log-probability is not
-            finite; names the first such row.
-    """
+    """Check what holds in every row, generated or scored, with `check_rows`."""
     columns = sampled_columns(batch.schema)
     present = {name: columns[name].is_rechecked for name in batch.schema.names if name in columns}
     check_rows(batch, present, get_args(FinishReason))
@@ -183,10 +178,6 @@ def num_candidates_of(batch: pa.RecordBatch) -> int:
     return int(batch.schema.field("candidate_ids").type.value_type.list_size)
 
 
-def _fixed(name: str, item: pa.DataType, width: int) -> pa.Field:
-    return pa.field(name, pa.list_(pa.list_(item, width)), nullable=False)
-
-
 def _column(field: pa.Field, values: list[Any]) -> pa.Array:
     if not pa.types.is_list(field.type):
         return pa.array(values, type=field.type)
@@ -213,7 +204,8 @@ def _check_scores(batch: pa.RecordBatch, model: str, scores: Mapping[Signal, NDA
     if chosen is not None and num_candidates_of(batch):
         raise ScoreError(f"{model} chose candidates, but the batch already has some")
     num_candidates = num_candidates_of(batch) if chosen is None else chosen.shape[1]
-    total = int(ragged(batch, "rollout_logprobs").offsets[-1])
+    offsets = ragged(batch, "rollout_logprobs").offsets
+    total = int(offsets[-1])
     for signal, values in scores.items():
         widths = {"one": (), "candidates": (num_candidates,), "model": values.shape[1:]}
         shape = (total, *widths[signal.width])
@@ -227,11 +219,7 @@ def _check_scores(batch: pa.RecordBatch, model: str, scores: Mapping[Signal, NDA
             )
         finite = is_finite(values)
         if not finite.all():
-            row = _row_of(batch, int(np.argmin(finite.reshape(total, -1).all(-1))))
+            first = np.argmin(finite.reshape(total, -1).all(-1))  # completion token
+            row = int(np.searchsorted(offsets, first, side="right")) - 1
             trajectory_id = batch["trajectory_id"][row].as_py()
             raise NotFiniteError(f"trajectory {trajectory_id}: {model} {signal.name} hold NaN or infinity")
-
-
-def _row_of(batch: pa.RecordBatch, completion_token: int) -> int:
-    offsets = ragged(batch, "rollout_logprobs").offsets
-    return int(np.searchsorted(offsets, completion_token, side="right")) - 1

@@ -18,6 +18,7 @@ from cluster.elastic.splits import (
     ROLLOUT,
     Sizes,
     Space,
+    describe_sizes,
     mean_seconds,
     path_to_better,
     stage_seconds,
@@ -82,13 +83,7 @@ Load = Mapping[str, float]  # each pool's part of all work
 
 @dataclass
 class Balance:
-    """Takes in every step, and says what changes.
-
-    Args:
-        space: the splits that are allowed.
-        config: when to move.
-        horizon: what a move costs.
-    """
+    """Takes in every step, and says what changes."""
 
     space: Space
     config: BalanceConfig
@@ -246,11 +241,6 @@ def is_alike(one: Load, other: Load) -> bool:
         False
     """
     return all(abs(one[name] - other[name]) <= max(SMALL, ALIKE * max(one[name], other[name])) for name in one)
-
-
-def describe_sizes(sizes: Sizes) -> str:
-    """Say a split as `preceptor scale` takes it."""
-    return " ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def describe_move(before: Sizes, after: Sizes) -> str:

@@ -7,7 +7,7 @@ answered, and again when another's took its place. A user who may write there ma
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -20,51 +20,45 @@ ANSWER_SECONDS = 60.0  # the driver answers between two events of the run, of wh
 POLL_SECONDS = 0.2
 
 
-class _Message(Protocol):
-    @property
-    def request_id(self) -> str: ...
-
-
-Request = TypeVar("Request", bound=_Message)
-Response = TypeVar("Response", bound=_Message)
-Struct = TypeVar("Struct")
-
-
-class _Named(msgspec.Struct, frozen=True):
-    """Begins every message."""
+class Message(msgspec.Struct, frozen=True):
+    """Begins every request and every answer."""
 
     request_id: str
+
+
+AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 
 class ControlRequests:
     """Finds requests that are new, and answers them; the driver's side."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, last_request: str = "") -> None:
-        self._clock = clock
-        self._last_request = last_request
+    def __init__(self, files: ControlFiles, clock: Callable[[], float] = time.monotonic) -> None:
+        self._files, self._clock = files, clock
+        answered = read_message(files.answer, Message)
+        self._last_request = answered.request_id if answered else ""
         self._next_poll = 0.0
 
-    def take(self, path: Path, kind: type[Request]) -> Request | None:
+    def take(self, kind: type[AnyMessage]) -> AnyMessage | None:
         """Return a request that is new; most calls return at once."""
         now = self._clock()
         if now < self._next_poll:
             return None
         self._next_poll = now + CHECK_SECONDS
-        request = read_message(path, kind)
+        request = read_message(self._files.request, kind)
         if request is None or request.request_id == self._last_request:
             return None
         self._last_request = request.request_id
         return request
 
-    def answer(self, path: Path, answer: _Message) -> None:
+    def answer(self, answer: Message) -> None:
         """Answer a request; the next one is not read before the command that waits has read this answer."""
-        write_message(path, answer)
+        write_message(self._files.answer, answer)
         self._next_poll = self._clock() + CHECK_SECONDS
 
 
 def ask_driver(
-    files: ControlFiles, request: _Message, kind: type[Response], timeout_seconds: float = ANSWER_SECONDS
-) -> Response:
+    files: ControlFiles, request: Message, kind: type[AnyMessage], timeout_seconds: float = ANSWER_SECONDS
+) -> AnyMessage:
     """Leave a request when no other waits for its answer, and wait for the driver's answer to it.
 
     Raises:
@@ -75,11 +69,11 @@ def ask_driver(
         answer = read_message(files.answer, kind)
         if answer is not None and answer.request_id == request.request_id:
             return answer
-        waiting = read_message(files.request, _Named)
+        waiting = read_message(files.request, Message)
         if waiting is None or (answer is not None and waiting.request_id == answer.request_id):
             write_message(files.request, request)
         time.sleep(POLL_SECONDS)
-    waiting = read_message(files.request, _Named)
+    waiting = read_message(files.request, Message)
     if waiting is not None and waiting.request_id == request.request_id:
         files.request.unlink(missing_ok=True)
     raise PreceptorError(
@@ -94,7 +88,7 @@ def write_message(path: Path, value: object) -> None:
     partial.replace(path)
 
 
-def read_message(path: Path, kind: type[Struct]) -> Struct | None:
+def read_message(path: Path, kind: type[AnyMessage]) -> AnyMessage | None:
     """Return what lies there; None when nothing does, or nothing that can be understood."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)

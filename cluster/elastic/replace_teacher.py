@@ -8,7 +8,6 @@ the next step on scoring waits for them, or for the first of them where the old 
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 from uuid import uuid4
 
@@ -16,18 +15,18 @@ import msgspec
 
 from cluster.actors.replicas import unplanned_options
 from cluster.config.run_config import Config
-from cluster.config.run_directory import ControlFiles, RunDirectory
+from cluster.config.run_directory import ControlFiles
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ConfigError, ModelError, PreceptorError
 from cluster.contracts.files import Record
-from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, ask_driver, read_message
+from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
 from cluster.models.model_checks import check_tokenizers, read_model
 from cluster.placement.capacity import missing_for
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import PoolPlacement
-from cluster.run.hooks import StepHook
+from cluster.run.hooks import RunContext, StepHook
 from cluster.run.inputs import Inputs, check_support
 from cluster.run.pools import Pipeline, start_teachers
 from teacher_workers.audit.runner import ScoreAudit
@@ -36,30 +35,24 @@ from teacher_workers.pool import TeacherReplicas
 from teacher_workers.replacement import Replacement
 
 
-class ReplaceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ReplaceRequest(Message, frozen=True, forbid_unknown_fields=True):
     """Requests another checkpoint of a teacher."""
 
-    request_id: str
     teacher: str
     model: str
 
 
-class ReplaceResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ReplaceResponse(Message, frozen=True, forbid_unknown_fields=True):
     """Answers a ReplaceRequest."""
 
-    request_id: str
     sentence: str  # what will happen, or why nothing will
     is_granted: bool
 
 
 def start_replacement(config: Config, inputs: Inputs, pipeline: Pipeline, name: str) -> Replacement:
-    """Begin to start, where there is room, as many workers of a teacher as serve it now.
+    """Begin to start, where there is room, as many workers of a teacher as serve it now; its slot moves with it.
 
-    Args:
-        config: with the teacher's new model.
-        inputs: the run's prompts.
-        pipeline: the pools of now.
-        name: of the teacher; those of its slot move with it.
+    `config` has the teacher's new model.
     """
     current = pipeline.teachers.pools[name].replicas
     label = f"{current.label.partition('@')[0]}@{uuid4().hex[:6]}"  # Ray may hold a dead actor's name for a while
@@ -82,47 +75,26 @@ def current_config(config: Config, pipeline: Pipeline) -> Config:
     return with_models(config, {name: pool.teacher.model for name, pool in pipeline.teachers.pools.items()})
 
 
-@dataclass(frozen=True)
-class RunParts:
-    """Holds the run that a replacement changes."""
-
-    config: Config
-    inputs: Inputs
-    pipeline: Pipeline
-    start: Callable[[Config, Inputs, Pipeline, str], Replacement] = start_replacement
-    missing: Callable[[tuple[PoolPlacement, int]], str | None] = missing_for
-    clock: Callable[[], float] = time.monotonic
-
-
 class TeacherChanges(StepHook):
     """Starts the requested teachers in the driver, and lets them take over between two steps."""
 
     def __init__(
         self,
-        run: RunParts,
-        directory: RunDirectory,
-        first_step: int,
-        say: Callable[[str], None],
+        run: RunContext,
         audit: ScoreAudit,
+        start: Callable[[Config, Inputs, Pipeline, str], Replacement] = start_replacement,
+        missing: Callable[[tuple[PoolPlacement, int]], str | None] = missing_for,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Note which checkpoints score from the step after `first_step` on.
-
-        Raises:
-            CheckpointError: the file of the teachers is damaged.
-        """
-        self._run, self._pipeline, self._say, self._audit = run, run.pipeline, say, audit
-        self._finished_step = first_step
-        self._files = directory.replacing
-        answered = read_message(self._files.answer, ReplaceResponse)
-        self._requests = ControlRequests(run.clock, last_request=answered.request_id if answered else "")
-        self._log = TeacherLog(directory.teachers, first_step)
+        """Note which checkpoints score from the step after `run.first_step` on."""
+        super().__init__(run)
+        self._audit, self._start, self._missing, self._clock = audit, start, missing, clock
+        self._pipeline, self._say = run.pipeline, run.view.say
+        self._finished_step = run.first_step
+        self._requests = ControlRequests(run.directory.replacing, clock)
+        self._log = TeacherLog(run.directory.teachers, run.first_step)
         for name in run.pipeline.teachers.pools:
-            self._note(name, first_step, "configuration")
-
-    @property
-    def config(self) -> Config:
-        """Return the run's configuration with the models that score now."""
-        return current_config(self._run.config, self._pipeline)
+            self._note(name, run.first_step, "configuration")
 
     def while_waiting(self) -> None:
         """Read a request for another checkpoint, and give up replacements that cannot serve."""
@@ -130,14 +102,14 @@ class TeacherChanges(StepHook):
             error = replacement.error or self._overdue(replacement)
             if error is not None:
                 self._cancel(replacement, error)
-        request = self._requests.take(self._files.request, ReplaceRequest)
+        request = self._requests.take(ReplaceRequest)
         if request is None:
             return
         try:
             sentence, is_granted = self._begin(request.teacher, request.model), True
         except PreceptorError as error:
             sentence, is_granted = str(error), False
-        self._requests.answer(self._files.answer, ReplaceResponse(request.request_id, sentence, is_granted))
+        self._requests.answer(ReplaceResponse(request.request_id, sentence, is_granted))
         self._say(sentence)
 
     def before_step(self, step: int) -> None:
@@ -154,20 +126,16 @@ class TeacherChanges(StepHook):
         return {}
 
     def _begin(self, name: str, model: str) -> str:
-        """Check the model, begin to start its workers, and say what will happen.
-
-        Raises:
-            PreceptorError: it cannot be; nothing has changed.
-        """
+        """Check the model, begin to start its workers, and say what will happen; an error has changed nothing."""
         config = self._checked(name, model)
         teachers = self._pipeline.teachers
         current = teachers.pools[name].replicas
-        lack = self._run.missing((self._pipeline.placement.teachers[name], 1))
+        lack = self._missing((self._pipeline.placement.teachers[name], 1))
         several = current.size > 1
-        replacement = self._run.start(config, self._run.inputs, self._pipeline, name)
+        replacement = self._start(config, self.run.inputs, self._pipeline, name)
         replacement.waits_for_place = not current.size or (lack is not None and not several)
         replacement.num_borrowed = int(lack is not None and several)
-        replacement.due = self._run.clock() + config.ray.start_timeout_seconds
+        replacement.due = self._clock() + config.ray.start_timeout_seconds
         teachers.prepare(replacement)
         if not current.size:
             return f"teacher {name}: {model} takes its place at the next step, and has no worker yet either"
@@ -180,7 +148,7 @@ class TeacherChanges(StepHook):
 
     def _checked(self, name: str, model: str) -> Config:
         """Return the current configuration with the model, after all checks that need no engine."""
-        teachers, config = self._pipeline.teachers, self.config
+        teachers, config = self._pipeline.teachers, current_config(self.run.config, self._pipeline)
         if name not in teachers.pools:
             raise ConfigError(
                 f"there is no teacher {name!r}; this run has {', '.join(teachers.pools)}, and its prompts name no other"
@@ -195,7 +163,7 @@ class TeacherChanges(StepHook):
         templates = config.prompts.template == "chat"
         check_tokenizers(student.tokenizer, {name: facts.tokenizer}, compare_templates=templates)
         check_support(config, facts.vocabulary)
-        needed = self._run.inputs.max_model_len
+        needed = self.run.inputs.max_model_len
         if facts.context_tokens < needed:
             raise ModelError(
                 f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"
@@ -205,7 +173,7 @@ class TeacherChanges(StepHook):
     def _switch(self, replacement: Replacement, step: int) -> None:
         teachers = self._pipeline.teachers
         models = {name: pool.teacher.model for name, pool in replacement.pools.items()}
-        config = with_models(self.config, models)
+        config = with_models(current_config(self.run.config, self._pipeline), models)
         try:
             for pool in replacement.pools.values():
                 # Once more, for a hub id's files are there now.
@@ -228,9 +196,9 @@ class TeacherChanges(StepHook):
 
     def _overdue(self, replacement: Replacement) -> PreceptorError | None:
         """Return why a replacement is given up that waits too long for its place."""
-        if replacement.waits_for_place or replacement.replicas.serving or self._run.clock() <= replacement.due:
+        if replacement.waits_for_place or replacement.replicas.serving or self._clock() <= replacement.due:
             return None
-        limit = self._run.config.ray.start_timeout_seconds
+        limit = self.run.config.ray.start_timeout_seconds
         return ActorError(f"none of the new workers served within {limit:.0f} s; make room, and ask for it again")
 
     def _cancel(self, replacement: Replacement, error: PreceptorError) -> None:
@@ -253,7 +221,6 @@ def ask_to_replace(files: ControlFiles, teacher: str, model: str, timeout_second
 
     Raises:
         ConfigError: it refused; says why.
-        PreceptorError: no driver answered.
     """
     answer = ask_driver(files, ReplaceRequest(uuid4().hex, teacher, model), ReplaceResponse, timeout_seconds)
     if not answer.is_granted:

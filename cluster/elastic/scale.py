@@ -5,14 +5,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
-import msgspec
 from ray.actor import ActorHandle
 
 from cluster.config.run_config import Config
 from cluster.config.run_directory import ControlFiles
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ConfigError, PlacementError
-from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, ask_driver, read_message
+from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver, read_message
+from cluster.elastic.splits import ROLLOUT, describe_sizes
 from cluster.placement.capacity import missing_for
 from cluster.placement.placement import PoolPlacement
 from cluster.run.hooks import RunContext, StepHook
@@ -45,17 +45,15 @@ class ScalablePool(Protocol):
 Pools = Callable[[], Mapping[str, ScalablePool]]  # by the names of the command: a replaced teacher has another pool
 
 
-class ScaleRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ScaleRequest(Message, frozen=True, forbid_unknown_fields=True):
     """Requests sizes of pools from a running driver."""
 
-    request_id: str
     sizes: dict[str, int]  # by pool: "rollout" or "teachers.NAME"
 
 
-class ScaleResponse(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Answers a request."""
+class ScaleResponse(Message, frozen=True, forbid_unknown_fields=True):
+    """Answers a ScaleRequest."""
 
-    request_id: str
     sizes: dict[str, int]  # of all pools, afterwards
     refusal: str | None  # a sentence; None: it was granted
 
@@ -74,18 +72,11 @@ class Scaling(StepHook):
     ) -> None:
         """Take the run's pools.
 
-        Args:
-            files: in the run directory.
-            pools: returns them, by the name that a request gives them.
-            missing: says what the cluster lacks for so many more or fewer workers of pools; None: nothing.
-            say: tells people.
-            clock: seconds.
-            needed: says why a pool cannot be without workers; None: it can.
+        `missing` says what the cluster lacks for so many more or fewer workers of pools, and `needed` why a pool cannot
+        be without workers; None: nothing, and it can.
         """
-        self._files, self._pools, self._missing, self._say = files, pools, missing, say
-        self._needed = needed
-        answered = read_message(files.answer, ScaleResponse)
-        self._requests = ControlRequests(clock, last_request=answered.request_id if answered else "")
+        self._pools, self._missing, self._say, self._needed = pools, missing, say, needed
+        self._files, self._requests = files, ControlRequests(files, clock)
 
     def restore(self) -> None:
         """Give pools that have just started the sizes that the last request before the resume set."""
@@ -100,17 +91,17 @@ class Scaling(StepHook):
         }
         if sizes:
             refusal = self._grant(sizes)
-            self._say(f"as asked before the run was resumed: {refusal or describe(sizes)}")
+            self._say(f"as asked before the run was resumed: {refusal or describe_sizes(sizes)}")
 
     def while_waiting(self) -> None:
         """Grant or refuse a new request; most calls find none and return at once."""
-        request = self._requests.take(self._files.request, ScaleRequest)
+        request = self._requests.take(ScaleRequest)
         if request is None:
             return
         refusal = self._grant(request.sizes)
         sizes = {name: pool.size for name, pool in self._pools().items()}
-        self._requests.answer(self._files.answer, ScaleResponse(request.request_id, sizes, refusal))
-        self._say(refusal or f"scaled: {describe(sizes)}")
+        self._requests.answer(ScaleResponse(request.request_id, sizes, refusal))
+        self._say(refusal or f"scaled: {describe_sizes(sizes)}")
 
     def _grant(self, sizes: Mapping[str, int]) -> str | None:
         pools = self._pools()
@@ -126,7 +117,7 @@ class Scaling(StepHook):
         growing = {name: sizes[name] for name, change in changes.items() if change > 0}
         lack = self._missing(changes) if growing else None
         if lack is not None:
-            return f"{describe(growing)}: {lack}"
+            return f"{describe_sizes(growing)}: {lack}"
         for name, size in sizes.items():
             pools[name].resize(size)
         return None
@@ -137,7 +128,6 @@ def ask(files: ControlFiles, sizes: Mapping[str, int], timeout_seconds: float = 
 
     Raises:
         PlacementError: it refused; says why.
-        PreceptorError: no driver answered.
     """
     answer = ask_driver(files, ScaleRequest(uuid4().hex, dict(sizes)), ScaleResponse, timeout_seconds)
     if answer.refusal is not None:
@@ -166,38 +156,27 @@ def parse_sizes(arguments: list[str]) -> dict[str, int]:
     return sizes
 
 
-def describe(sizes: Mapping[str, int]) -> str:
-    """Say sizes as the command takes them."""
-    return " ".join(f"{name}={size}" for name, size in sizes.items())
-
-
 def need_of(teachers: Collection[str], config: Config, inputs: Inputs, next_step: int) -> str | None:
     """Say what a run that has `next_step` steps behind it needs one of these teachers for; None: nothing.
 
     Example of a result: "step 13 asks prompts that teacher math scores".
     """
-    served = {
-        route: [name for name, _ in config.scorers(route) if name in teachers]
-        for route in config.routes
-        if any(name in teachers for name, _ in config.scorers(route))
-    }
+    scorers = {route: [name for name, _ in config.scorers(route)] for route in config.routes}
+    served = {route: name for route, names in scorers.items() for name in reversed(names) if name in teachers}
     per_step = config.prompts.prompts_per_step
     left = (config.run.steps - next_step) * per_step
     # Two epochs' worth holds a whole one, and that every prompt.
     asked = inputs.train.take(next_step * per_step, max(0, min(left, 2 * len(inputs.prompts))))
     for position, prompt_id in enumerate(asked):
-        names = served.get(inputs.prompts.teacher(prompt_id))
-        if names:
+        name = served.get(inputs.prompts.teacher(prompt_id))
+        if name is not None:
             step = next_step + position // per_step + 1
-            return f"step {step} asks prompts that teacher {names[0]} scores"
+            return f"step {step} asks prompts that teacher {name} scores"
     for prompt_id in inputs.held_out_ids:
-        names = served.get(inputs.prompts.teacher(prompt_id))
-        if names:
-            return f"held-out prompts are scored by teacher {names[0]}"
+        name = served.get(inputs.prompts.teacher(prompt_id))
+        if name is not None:
+            return f"held-out prompts are scored by teacher {name}"
     return None
-
-
-ROLLOUT = "rollout"
 
 
 def pools_of(pipeline: "Pipeline") -> dict[str, ScalablePool]:

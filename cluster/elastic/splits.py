@@ -64,6 +64,11 @@ class Space:
                 yield split
 
 
+def describe_sizes(sizes: Sizes) -> str:
+    """Say a split as `preceptor scale` takes it."""
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
+
+
 def step_seconds(work: StepWork, sizes: Sizes, steps_ahead: int) -> float:
     """Return how long a step takes by what was measured of it; overheads that no split changes are left out.
 

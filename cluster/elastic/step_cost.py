@@ -63,27 +63,16 @@ class StepWork:
 
 @dataclass
 class WorkMeter:
-    """Measures steps, one after the other.
+    """Measures steps, one after the other."""
 
-    Args:
-        max_concurrent: completions that a rollout worker can run at a time, as far as is known.
-        steps_ahead: that generation runs ahead of learning.
-    """
-
-    max_concurrent: float
-    steps_ahead: int
+    max_concurrent: float  # completions that a rollout worker can run at a time, as far as is known
+    steps_ahead: int  # of generation before learning
     _counted_until: dict[str, float] = field(default_factory=dict)  # of each teacher worker: steps overlap
 
     def measure(
         self, record: Mapping[str, float], batches: Sequence[BatchHandle], num_rollout_workers: int
     ) -> StepWork | None:
-        """Return what a step took; None when its batches do not say.
-
-        Args:
-            record: the step's metrics.
-            batches: that the step learned from.
-            num_rollout_workers: that generated them.
-        """
+        """Return what a step took, from its metrics and the batches that it learned from; None: they do not say."""
         calls = [(handle, span) for handle in batches for span in handle.spans if span.stage == "generate"]
         if not calls:
             return None

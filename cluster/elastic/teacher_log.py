@@ -30,11 +30,7 @@ class TeacherLog:
     """Keeps the file of one run."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Go on after `first_step` completed steps; what is done again is scored by the checkpoints of now.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """Go on after `first_step` completed steps; what is done again is scored by the checkpoints of now."""
         self._file = RecordsFile(path)
         self._latest = latest_versions(path)
         versions = read_versions(path)
@@ -56,26 +52,12 @@ class TeacherLog:
 
 
 def read_versions(path: Path) -> list[TeacherVersion]:
-    """Return all lines of the file, none where there is none.
-
-    Raises:
-        CheckpointError: a line cannot be understood; names it.
-    """
-    versions = []
-    for number, line in enumerate(RecordsFile(path).lines(), start=1):
-        try:
-            versions.append(msgspec.json.decode(line, type=TeacherVersion))
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"{path}:{number}: says of no teacher who scores: {error}") from error
-    return versions
+    """Return all lines of the file, none where there is none."""
+    return RecordsFile(path).decode(TeacherVersion, "says of no teacher who scores")
 
 
 def latest_versions(path: Path) -> dict[str, TeacherVersion]:
-    """Return the latest line of every teacher.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
+    """Return the latest line of every teacher."""
     return {version.teacher: version for version in read_versions(path)}
 
 
@@ -89,12 +71,7 @@ def with_models(config: Config, models: Mapping[str, str]) -> Config:
 
 
 def in_force(path: Path, own: Config, overridden: Config) -> Config:
-    """Return what a run is resumed with: its teachers as they were replaced while it went on.
-
-    Args:
-        path: of teachers.jsonl.
-        own: the run's configuration.
-        overridden: the same with what the command line changes.
+    """Return what a run is resumed with, which the command line may have `overridden`: its teachers as last replaced.
 
     Raises:
         CheckpointError: the command line names another model for a teacher that was replaced.

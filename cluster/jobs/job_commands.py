@@ -17,9 +17,11 @@ from ray.job_submission import JobStatus
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, JobError, in_one_line
-from cluster.jobs.job_server import STOP_WAIT_VARIABLE, Ending, Job, JobServer
+from cluster.jobs.job_server import STOP_WAIT_VARIABLE, Job, JobServer
 
 MAX_BYTES = 100 << 20  # the head keeps it in memory, and every node fetches it
+STOPPED = 130  # as a run that ends on Ctrl-C
+AFTER_KILL_SECONDS = 30.0  # until Ray notes that a job which it killed has ended
 SHARED = "put it on storage that all nodes share and give its absolute path"
 
 
@@ -37,11 +39,7 @@ class NamedFile:
 
 
 def check_for_cluster(config: Config) -> None:
-    """Check that a run can be a job.
-
-    Raises:
-        ConfigError: it names a cluster of its own, or would write to a folder that Ray deletes.
-    """
+    """Refuse a run that names a cluster of its own, or that would write to a folder which Ray deletes."""
     if config.ray.address is not None:
         raise ConfigError(
             f"ray.address is '{config.ray.address}', but a submitted run uses the cluster that it is submitted to; "
@@ -72,7 +70,14 @@ def files_to_send(config: Config) -> list[NamedFile]:
             raise ConfigError(f"{file.field}: '{file.path}' leads out of the current folder; {SHARED}")
         if not file.path.exists():
             raise ConfigError(f"{file.field}: '{file.path}' is not in the current folder")
-    _check_size(files)
+    sizes = {file.path: file.size_bytes for file in files}
+    if sum(sizes.values()) > MAX_BYTES:
+        largest = max(files, key=lambda file: sizes[file.path])
+        raise ConfigError(
+            f"{largest.field}: '{largest.path}' has {sizes[largest.path] / 1e6:.1f} MB of the "
+            f"{sum(sizes.values()) / 1e6:.1f} MB that would travel with the run, and up to {MAX_BYTES / 1e6:.1f} MB "
+            f"do; {SHARED}"
+        )
     return files
 
 
@@ -97,21 +102,6 @@ def _named(config: Config) -> Iterator[tuple[str, str, bool]]:
     yield "prompts.train", config.prompts.train, False
     if config.prompts.held_out is not None:
         yield "prompts.held_out", config.prompts.held_out, False
-
-
-def _check_size(files: list[NamedFile]) -> None:
-    sizes = {file.path: file.size_bytes for file in files}
-    if sum(sizes.values()) > MAX_BYTES:
-        largest = max(files, key=lambda file: sizes[file.path])
-        raise ConfigError(
-            f"{largest.field}: '{largest.path}' has {sizes[largest.path] / 1e6:.1f} MB of the "
-            f"{sum(sizes.values()) / 1e6:.1f} MB that would travel with the run, and up to {MAX_BYTES / 1e6:.1f} MB "
-            f"do; {SHARED}"
-        )
-
-
-STOPPED = 130  # as a run that ends on Ctrl-C
-AFTER_KILL_SECONDS = 30.0  # until Ray notes that a job which it killed has ended
 
 
 @dataclass(frozen=True)
@@ -183,11 +173,7 @@ def make_job(submission: Submission, config: Config, run_file: Path) -> Job:
 
 
 def parse_variables(texts: Sequence[str]) -> dict[str, str]:
-    """Read NAME=VALUE texts.
-
-    Raises:
-        ConfigError: one is something else.
-    """
+    """Read NAME=VALUE texts; one that is something else is a ConfigError."""
     for text in texts:
         if not re.match(r"[A-Za-z_][A-Za-z0-9_]*=", text):
             raise ConfigError(f"--env '{text}': expected NAME=VALUE, for example --env HF_HOME=/shared/hf")
@@ -201,10 +187,6 @@ def _follow(server: JobServer, job_id: str) -> int:
         where = f"{job_id} --address {server.address}"
         _say(f"{job_id} goes on; preceptor follow {where} shows it again, preceptor stop {where} ends it in order")
         return STOPPED
-    return _exit_code(job_id, ending)
-
-
-def _exit_code(job_id: str, ending: Ending) -> int:
     if ending.status == JobStatus.SUCCEEDED:
         return 0
     if ending.status == JobStatus.STOPPED:

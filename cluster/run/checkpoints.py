@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,16 +36,11 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ledger: LedgerState
 
 
-@dataclass(frozen=True)
-class ResumePoint:
-    """Names an intact checkpoint."""
-
-    folder: Path
-    state: RunState
-
-
 class Checkpoints(StepHook):
-    """Writes one checkpoint at a time beside training, and returns as a step's metrics what a complete one cost."""
+    """Writes one checkpoint at a time beside training, and returns as a step's metrics what a complete one cost.
+
+    What cannot be written is a CheckpointError of this call or of a later one.
+    """
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
@@ -56,19 +50,11 @@ class Checkpoints(StepHook):
         self._saved_step = run.first_step
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
-        """Complete the checkpoint that is being written if that takes no waiting.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Complete the checkpoint that is being written if that takes no waiting."""
         return self.complete() if self._pending is not None and self._pending.is_written else {}
 
     def save(self) -> None:
-        """Begin to write a checkpoint of the last finished step, when the one before is complete.
-
-        Raises:
-            CheckpointError: one of them cannot be written.
-        """
+        """Begin to write a checkpoint of the last finished step, when the one before is complete."""
         run = self.run
         step = self._saved_step = run.ledger.finished_step
         RecordsFile(run.directory.metrics).sync()  # a resumed run reads it again
@@ -78,11 +64,7 @@ class Checkpoints(StepHook):
         self._pending = run.pipeline.learner.begin_checkpoint(folder, msgspec.to_builtins(state))
 
     def complete(self) -> Record:
-        """Wait for the checkpoint that is being written, if one is, and return what it cost.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
+        """Wait for the checkpoint that is being written, if one is, and return what it cost."""
         if self._pending is None:
             return {}
         pending, self._pending = self._pending, None
@@ -112,7 +94,6 @@ class StepEnd(StepHook):
         """Save and stop as it is due.
 
         Raises:
-            CheckpointError: a checkpoint cannot be written; those before it stay.
             PreceptorError: a hook set it as the run's error; a checkpoint of the step is written.
             RunStopped: a signal requested it; a checkpoint of the step is written.
         """
@@ -135,8 +116,8 @@ def is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def find_resume_point(directory: RunDirectory, config: Config, say: Callable[[str], None]) -> ResumePoint | None:
-    """Return the latest intact checkpoint, None when none was written; a damaged one is passed over with a warning.
+def find_resume_point(directory: RunDirectory, config: Config, say: Callable[[str], None]) -> RunState | None:
+    """Return the state of the latest intact checkpoint, None when none was written; warn of damaged ones.
 
     Raises:
         CheckpointError: all are damaged; says what is wrong with the latest.
@@ -145,7 +126,7 @@ def find_resume_point(directory: RunDirectory, config: Config, say: Callable[[st
     for folder in reversed(checkpoints(directory.checkpoints)):
         try:
             verify(folder, Layout.of(config.learner))
-            return ResumePoint(folder, read_run_state(folder))
+            return read_run_state(folder)
         except CheckpointError as error:
             errors.append(error)
             say(f"warning: passing over a damaged checkpoint: {error}")

@@ -36,17 +36,17 @@ SAMPLES_KEPT = 8  # completions per evaluation that samples.jsonl shows
 class Evaluation:
     """Holds what one model did on the held-out prompts."""
 
+    # accuracy: the share of right completions, absent when no prompt has an answer; kl: KL(model || its teachers) per
+    # token, estimated from the samples, absent when no teacher scored them.
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # a few prompts with their completions
 
     @property
     def accuracy(self) -> float | None:
-        """Return the share of right completions; None when no prompt has an answer."""
         return self.metrics.get("accuracy")
 
     @property
     def kl(self) -> float | None:
-        """Return KL(model || its teachers) per token, estimated from the samples; None when no teacher scored them."""
         return self.metrics.get("kl")
 
 
@@ -78,12 +78,10 @@ class Evaluator:
 
     def read_samples(self, handles: Iterable[BatchHandle]) -> list[dict[str, Any]]:
         """Fetch the completions of the first few held-out prompts and decode them for people."""
-        wanted = set(
-            range(min(SAMPLES_KEPT, len(self.inputs.held_out_ids)) * self.config.evaluation.samples_per_prompt)
-        )
+        wanted = range(min(SAMPLES_KEPT, len(self.inputs.held_out_ids)) * self.config.evaluation.samples_per_prompt)
         samples = []
         for handle in handles:
-            if wanted.isdisjoint(handle.trajectory_ids):
+            if not any(chosen in wanted for chosen in handle.trajectory_ids):
                 continue
             timeout_seconds = self.config.ray.call_timeout_seconds
             batch = from_wire(RAY.get(handle.reference, timeout_seconds, "held-out completions"))
@@ -148,9 +146,8 @@ def forget_samples(path: Path, last_step: int) -> None:
 def _held_out_names(metrics: dict[str, float]) -> dict[str, float]:
     """Name the metrics after what they mean here: a mean reward over all held-out prompts is an accuracy."""
     renamed = {"rollout/reward": "accuracy", "teacher/sampled_kl": "kl"}
-    kept = {
-        name: renamed.get(name, name.removeprefix("rollout/"))
-        for name in metrics
+    return {
+        renamed.get(name, name.removeprefix("rollout/")): value
+        for name, value in metrics.items()
         if name in renamed or "rollout/" in name
     }
-    return {new: metrics[old] for old, new in kept.items()}

@@ -83,18 +83,9 @@ class Flow:
         timeout_seconds: float,
         poll: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take the pools.
-
-        Args:
-            rollouts: generate.
-            teachers: score.
-            timeout_seconds: how long to wait for anything to finish.
-            poll: called before each wait, and at least every second of it.
-        """
-        self._poll = poll
-        self._rollouts = rollouts
-        self._teachers = teachers
-        self._timeout_seconds = timeout_seconds
+        """Take the pools; `poll` is called before each wait for them, and at least every second of it."""
+        self._rollouts, self._teachers = rollouts, teachers
+        self._timeout_seconds, self._poll = timeout_seconds, poll
         self._under_way: dict[int, StepBatches] = {}
         self._spans: deque[Span] = deque(maxlen=MAX_SPANS)
         # Below every step, so that an extra rollout does not wait behind a step's.

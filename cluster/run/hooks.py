@@ -112,9 +112,5 @@ class Hooks:
 
 
 def load_hooks(config: Config) -> list[Callable[[RunContext], StepHook]]:
-    """Import the hooks that the run file names.
-
-    Raises:
-        ConfigError: one cannot be imported.
-    """
+    """Import the hooks that the run file names."""
     return [load_object(path, "a step hook") for path in config.run.hooks]

@@ -1,5 +1,6 @@
 """Reads the prompts of a run, and makes the requests of each step from them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +26,7 @@ class Inputs:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Read models' configurations, tokenizers and prompt files, and check that they fit each other.
-
-    Raises:
-        ConfigError: the environment cannot be imported.
-        ModelError: a model is missing, or a teacher's tokenizer is not the student's.
-        PromptError: a prompt file is missing, malformed, or has a prompt that does not fit a context.
-    """
+    """Read models' configurations, tokenizers and prompt files, and check that they fit each other."""
     student = read_model(config.student, is_student=True)
     check_signals(config)
     teachers = {name: find_backend(teacher).check(teacher, student) for name, teacher in config.teachers.items()}
@@ -42,10 +37,10 @@ def load_inputs(config: Config) -> Inputs:
     environment_named(config.environment.kind)  # refuses a wrong name before anything starts
     context = min(model.context_tokens for model in models)
     train = load_prompts(Path(config.prompts.train), student.tokenizer, config, context)
-    parts = [train]
+    prompts = train
     if config.prompts.held_out is not None:
-        parts.append(load_prompts(Path(config.prompts.held_out), student.tokenizer, config, context))
-    prompts = PromptSet.join(parts)
+        held_out = load_prompts(Path(config.prompts.held_out), student.tokenizer, config, context)
+        prompts = PromptSet.join([train, held_out])
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -72,31 +67,22 @@ def check_support(config: Config, vocabulary: int) -> None:
 
 def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:
     """Return the requests of one step, from 0: the same ones whenever the step is done again."""
-    count, samples = config.prompts.prompts_per_step, config.rollout.samples_per_prompt
+    count = config.prompts.prompts_per_step
     first = step * count
-    return [
-        RolloutRequest(
-            trajectory_id=(first + position) * samples + sample,
-            prompt_id=prompt_id,
-            sample_index=sample,
-            seed=sampling_seed(config.run.seed, _TRAIN, step, prompt_id, sample),
-        )
-        for position, prompt_id in enumerate(inputs.train.take(first, count))
-        for sample in range(samples)
-    ]
+    samples = config.rollout.samples_per_prompt
+    return _requests(inputs.train.take(first, count), first, samples, (config.run.seed, _TRAIN, step))
 
 
 def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:
     """Return the requests of one evaluation; every evaluation of a run has the same seeds."""
     samples = config.evaluation.samples_per_prompt
+    return _requests(inputs.held_out_ids, 0, samples, (config.run.seed, _HELD_OUT, 0))
+
+
+def _requests(prompt_ids: Iterable[int], first: int, samples: int, seed: tuple[int, int, int]) -> list[RolloutRequest]:
     return [
-        RolloutRequest(
-            trajectory_id=position * samples + sample,
-            prompt_id=prompt_id,
-            sample_index=sample,
-            seed=sampling_seed(config.run.seed, _HELD_OUT, 0, prompt_id, sample),
-        )
-        for position, prompt_id in enumerate(inputs.held_out_ids)
+        RolloutRequest(position * samples + sample, prompt_id, sample, sampling_seed(*seed, prompt_id, sample))
+        for position, prompt_id in enumerate(prompt_ids, start=first)
         for sample in range(samples)
     ]
 

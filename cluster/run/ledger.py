@@ -17,7 +17,7 @@ from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.files import Record, RecordsFile
 from cluster.contracts.requests import RolloutRequest
 from cluster.run.hooks import StepHook
-from cluster.run.inputs import Inputs, train_requests
+from cluster.run.inputs import Inputs, load_inputs, train_requests
 from cluster.weight_sync.manifest import checksum, new_digest
 
 
@@ -59,11 +59,7 @@ class Ledger(StepHook):
     """Checks what goes to the learner, and writes a record after each step."""
 
     def __init__(self, path: Path, first_step: int) -> None:
-        """Go on after `first_step` completed steps; the file's records of later ones are dropped.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
+        """Go on after `first_step` completed steps; the file's records of later ones are dropped."""
         self.finished_step = first_step
         self._file = RecordsFile(path)
         self._file.drop_from(first_step + 1)
@@ -82,11 +78,6 @@ class Ledger(StepHook):
         return checked
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
-        """Write the record of a step.
-
-        Raises:
-            TrainingError: the learner did not take all of it.
-        """
         line = self._file.write(msgspec.to_builtins(self._under_way.pop(step).record()))
         self._digest.update(line.encode() + b"\n")
         self.finished_step = step
@@ -111,7 +102,11 @@ class Ledger(StepHook):
 
 
 class CheckedBatches:
-    """Counts one step's trajectories before the learner receives them; a BatchSource."""
+    """Counts one step's trajectories before the learner receives them; a BatchSource.
+
+    A TrainingError ends the step when one comes a second time, was not requested or never comes, or when two
+    checkpoints of a teacher scored the step.
+    """
 
     def __init__(self, step: int, requests: Sequence[RolloutRequest]) -> None:
         self.batches: BatchSource = ReadyBatches([])
@@ -123,34 +118,19 @@ class CheckedBatches:
 
     @property
     def is_exhausted(self) -> bool:
-        """Return whether every batch was given out.
-
-        Raises:
-            TrainingError: that was not all that the step requested.
-        """
         if not self.batches.is_exhausted:
             return False
         self._check_complete()
         return True
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
-        """Pass on the batches that were not given out yet.
-
-        Raises:
-            TrainingError: a trajectory comes a second time, the step did not request it, or another checkpoint of a
-                teacher scored it than those before.
-        """
         handles = self.batches.take(wake_on)
         for handle in handles:
             self._count(handle)
         return handles
 
     def record(self) -> LedgerRecord:
-        """Return what was consumed.
-
-        Raises:
-            TrainingError: that is not all that the step requested.
-        """
+        """Return what was consumed, which must be all that the step requested."""
         self._check_complete()
         record = LedgerRecord.of(self._step, self._requests, (min(self._versions), max(self._versions)))
         return msgspec.structs.replace(record, teachers=self._teachers)
@@ -206,13 +186,7 @@ def read_ledger(path: Path) -> list[LedgerRecord]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no ledger")
-    records = []
-    for number, line in enumerate(RecordsFile(path).lines(), start=1):
-        try:
-            records.append(msgspec.json.decode(line, type=LedgerRecord))
-        except msgspec.DecodeError as error:
-            raise CheckpointError(f"{path}:{number}: no ledger record: {error}") from error
-    return records
+    return RecordsFile(path).decode(LedgerRecord, "no ledger record")
 
 
 def audit(records: Sequence[LedgerRecord], config: Config, inputs: Inputs) -> int:
@@ -223,26 +197,25 @@ def audit(records: Sequence[LedgerRecord], config: Config, inputs: Inputs) -> in
     """
     for index, record in enumerate(records):
         expected = LedgerRecord.of(index + 1, train_requests(config, inputs, index), record.policy_versions)
-        for name in ("step", "trajectory_ids", "prompt_ids", "seeds_checksum"):
-            if getattr(record, name) != getattr(expected, name):
-                _differs(index, name)
+        names = ("step", "trajectory_ids", "prompt_ids", "seeds_checksum")
+        wrong = [name for name in names if getattr(record, name) != getattr(expected, name)]
         lowest, highest = record.policy_versions
         if not index - config.rollout.max_staleness <= lowest <= highest <= index:
-            _differs(index, "policy_versions")
+            wrong.append("policy_versions")
+        if wrong:
+            raise TrainingError(f"ledger record {index + 1}: {wrong[0]} is not what the run asks for in this step")
     return len(records) * config.prompts.prompts_per_step
 
 
-def _differs(index: int, name: str) -> None:
-    raise TrainingError(f"ledger record {index + 1}: {name} is not what the run asks for in this step")
-
-
-def verify(directory: RunDirectory, config: Config, inputs: Inputs) -> str:
+def verify_run(directory: RunDirectory) -> str:
     """Audit the ledger of a run, and say in one line what it proves.
 
     Raises:
         CheckpointError: the ledger is missing or damaged, or lacks a step that metrics.jsonl has.
         TrainingError: a trajectory was not learned from exactly once.
     """
+    config = directory.read_config()
+    inputs = load_inputs(config)
     records = read_ledger(directory.ledger)
     num_prompts = audit(records, config, inputs)
     last = max((record["step"] for record in RecordsFile(directory.metrics).read()), default=0)

@@ -54,7 +54,12 @@ class StepRecords(StepHook):
         self._observation = observation
         self._file = RecordsFile(run.directory.metrics)
         self._file.drop_from(run.first_step + 1)
-        self._observers = open_observers(run)
+        config, directory, logging = run.config, run.directory, run.config.logging
+        observers: list[StepObserver] = [StatusFile(directory.status, run.first_step), RayMetrics(config.run.name)]
+        observers += open_trackers(config, directory, run.first_step)
+        if logging.trace_steps:
+            observers.append(Trace(directory.trace, logging.trace_steps))
+        self._observers = Observers(observers)
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         self._file.write(metrics)
@@ -65,16 +70,6 @@ class StepRecords(StepHook):
 
     def end(self, error: BaseException | None) -> None:
         self._observers.__exit__(type(error) if error else None, error, None)
-
-
-def open_observers(run: RunContext) -> Observers:
-    """Return the observers that the run file selects."""
-    config, directory, logging = run.config, run.directory, run.config.logging
-    observers: list[StepObserver] = [StatusFile(directory.status, run.first_step), RayMetrics(config.run.name)]
-    observers += open_trackers(config, directory, run.first_step)
-    if logging.trace_steps:
-        observers.append(Trace(directory.trace, logging.trace_steps))
-    return Observers(observers)
 
 
 class ScoreAudits(StepHook):

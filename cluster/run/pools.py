@@ -1,7 +1,7 @@
 """Starts the pools of a run, all at once, and ends them with every process of theirs."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -40,11 +40,7 @@ def start_pipeline(
 ) -> Iterator[Pipeline]:
     """Start all pools at once; with the `with` statement, they and every process of theirs end.
 
-    Args:
-        config: the run.
-        inputs: its prompts.
-        placement: where the actors go.
-        learner_config: replaces `config` for the learner, for checks against other teachers.
+    `learner_config` replaces `config` for the learner, for checks against other teachers.
     """
     began = perf_counter()
     config = with_gpus(config, placement.on_gpu)
@@ -109,34 +105,30 @@ def start_teachers(
     }
 
 
-@contextmanager
-def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement) -> Iterator[RolloutPool]:
+def start_student_rollouts(config: Config, inputs: Inputs, placement: Placement) -> AbstractContextManager[RolloutPool]:
     """Start generators of the student as its files are, without a learner."""
-    config = with_gpus(config, placement.on_gpu)
-    settings = replace(_rollout_settings(config, inputs), weight_transport=None)
-    with _ready_rollouts(RolloutPool(settings, placement.rollout.options(), pool_timeouts(config)), inputs) as pool:
-        yield pool
+    settings = _rollout_settings(with_gpus(config, placement.on_gpu), inputs)
+    return _start_rollouts(config, inputs, settings, placement.rollout, "rollout")
 
 
-@contextmanager
-def start_teacher_rollouts(config: Config, inputs: Inputs, placement: Placement, name: str) -> Iterator[RolloutPool]:
+def start_teacher_rollouts(
+    config: Config, inputs: Inputs, placement: Placement, name: str
+) -> AbstractContextManager[RolloutPool]:
     """Start generators of one teacher, on the resources of its replicas, to let it answer prompts itself."""
     teacher = with_gpus(config, placement.on_gpu).teachers[name]
-    settings = RolloutActorSettings(
-        StudentConfig(teacher.model, teacher.trust_remote_code),
-        teacher.engine,
-        inputs.max_model_len,
-        config.rollout.rows_per_batch,
-        weight_transport=None,
-        environment=config.environment,
+    student = StudentConfig(teacher.model, teacher.trust_remote_code)
+    settings = replace(
+        _rollout_settings(config, inputs), student=student, engine=teacher.engine, sampled_candidates=False
     )
-    pool = RolloutPool(settings, placement.teachers[name].options(), pool_timeouts(config), f"rollout-of-{name}")
-    with _ready_rollouts(pool, inputs):
-        yield pool
+    return _start_rollouts(config, inputs, settings, placement.teachers[name], f"rollout-of-{name}")
 
 
 @contextmanager
-def _ready_rollouts(pool: RolloutPool, inputs: Inputs) -> Iterator[RolloutPool]:
+def _start_rollouts(
+    config: Config, inputs: Inputs, settings: RolloutActorSettings, placement: PoolPlacement, name: str
+) -> Iterator[RolloutPool]:
+    settings = replace(settings, weight_transport=None)
+    pool = RolloutPool(settings, placement.options(), pool_timeouts(config), name)
     try:
         pool.wait_until_ready()
         pool.set_prompts(inputs.prompts)

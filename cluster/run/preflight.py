@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.actors.cluster import RAY
-from cluster.config.objective import TEACHER, AnyTerm, ObjectiveConfig
+from cluster.config.objective import TEACHER
 from cluster.config.run_config import Config
 from cluster.config.stages import Dtype, TeacherConfig
 from cluster.contracts.batches import BatchHandle, ReadyBatches
@@ -50,7 +50,9 @@ def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> lis
         pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=0)
         requests = train_requests(config, inputs, step=0)[:NUM_PROMPTS]
         handles = list(pipeline.rollouts.generate(requests, train_sampling(config)))
-        results = [_sampler_gap(config, pipeline, handles)]
+        student = np.concatenate([pipeline.learner.student_logprobs(handle) for handle in handles])
+        looser = max(config.rollout.engine.dtype, config.learner.dtype, key=["float32", "float16", "bfloat16"].index)
+        results = [check_sampler_gap(_read(config, handles), student, looser)]
         for name, pool in pipeline.teachers.pools.items():
             replicas = [_read(config, scored) for scored in pool.score_everywhere(handles, ScoreRequest(TEACHER))]
             dtype = config.teachers[name].engine.dtype
@@ -77,17 +79,6 @@ def mirror(config: Config) -> Config:
     return msgspec.structs.replace(config, teachers=teachers)
 
 
-def terms_with_optimum_at_the_student(objective: ObjectiveConfig) -> dict[str, AnyTerm]:
-    """Return the terms whose gradient is 0 when every model of their target is the student."""
-    return {name: term for name, term in objective.terms.items() if term.is_zero_at_the_student}
-
-
-def _sampler_gap(config: Config, pipeline: Pipeline, handles: Sequence[BatchHandle]) -> CheckResult:
-    student = np.concatenate([pipeline.learner.student_logprobs(handle) for handle in handles])
-    looser = max(config.rollout.engine.dtype, config.learner.dtype, key=["float32", "float16", "bfloat16"].index)
-    return check_sampler_gap(_read(config, handles), student, looser)
-
-
 def _against_itself(
     mirrored: Config, inputs: Inputs, placement: Placement, pipeline: Pipeline, handles: Sequence[BatchHandle]
 ) -> list[CheckResult]:
@@ -104,7 +95,9 @@ def _against_itself(
             itself.score(handles, lambda route: [(ITSELF, request) for _, request in mirrored.scorers(route)])
         )
         results = [check_self_kl(_read(mirrored, scored), mirrored.rollout.engine.dtype)]
-        for term_name, term in terms_with_optimum_at_the_student(mirrored.objective).items():
+        for term_name, term in mirrored.objective.terms.items():
+            if not term.is_zero_at_the_student:
+                continue
             objective = msgspec.structs.replace(mirrored.objective, terms={term_name: term})
             gradient = report(pipeline.learner.measure_gradient(ReadyBatches(scored), objective))
             results.append(check_gradient_at_optimum(term_name, gradient["gradient_norm"], mirrored.learner.dtype))

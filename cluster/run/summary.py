@@ -27,7 +27,6 @@ class RunSummary:
     last_sample: dict[str, Any] = field(default_factory=dict)
 
     def note_evaluation(self, evaluation: "Evaluation") -> None:
-        """Keep what the first and the latest evaluation of the student evaluation."""
         sample = evaluation.samples[0] if evaluation.samples else {}
         if not self.first_sample:
             self.first_accuracy, self.first_sample = evaluation.accuracy, sample
@@ -36,7 +35,6 @@ class RunSummary:
             self.note_kl(evaluation.kl)
 
     def note_kl(self, kl: float) -> None:
-        """Keep the first and the latest KL per token."""
         self.first_kl = kl if self.first_kl is None else self.first_kl
         self.last_kl = kl
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.actors.replicas import RestartBudget, RestartLimit
@@ -11,26 +10,18 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import ActorDiedError, ActorError, LearnerDiedError, LostBytesError, PreceptorError
 from cluster.monitoring.alarms import LengthCap
-from cluster.run.checkpoints import ResumePoint, find_resume_point
+from cluster.run.checkpoints import RunState, find_resume_point
 from cluster.run.driver import train
 from cluster.run.hooks import Hooks, RunContext, StepHook
 from cluster.run.inputs import Inputs
 from cluster.run.ledger import Ledger
 from cluster.run.summary import RunSummary
+from learner.checkpointing.checkpoint import step_folder
 
 if TYPE_CHECKING:
     from cluster.monitoring.sinks import TerminalView
     from cluster.nodes.interruption import StopRequest
     from cluster.run.pools import Pipeline
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Says where a training run begins."""
-
-    directory: RunDirectory
-    history: RunSummary
-    point: ResumePoint | None = None  # None: at the first step
 
 
 class Supervisor:
@@ -44,6 +35,7 @@ class Supervisor:
         config: Config,
         inputs: Inputs,
         pipeline: "Pipeline",
+        directory: RunDirectory,
         view: "TerminalView",
         stop: "StopRequest",
         make_hooks: Callable[[RunContext], Sequence[StepHook]],
@@ -51,6 +43,7 @@ class Supervisor:
         self._config = config
         self._inputs = inputs
         self._pipeline = pipeline
+        self._directory = directory
         self._view = view
         self._stop = stop
         self._make_hooks = make_hooks
@@ -58,8 +51,8 @@ class Supervisor:
         self._budget = RestartBudget(self._limit)
         self._is_first_attempt = True
 
-    def train(self, beginning: Beginning) -> RunSummary:
-        """Do the run's steps, and return what it achieved.
+    def train(self, beginning: RunState | RunSummary) -> RunSummary:
+        """Do the run's steps after a checkpoint's, or all with the summary so far, and return what it achieved.
 
         Raises:
             RunStopped: a signal requested it; a checkpoint is written.
@@ -70,43 +63,42 @@ class Supervisor:
             try:
                 return self._attempt(start)
             except (LearnerDiedError, LostBytesError) as error:
-                start = self._rewind(beginning, error)
+                start = self._rewind(error) or beginning
 
-    def _attempt(self, start: Beginning) -> RunSummary:
+    def _attempt(self, start: RunState | RunSummary) -> RunSummary:
         """Bring the run's files, and the learner if it has done anything yet, to where the run begins; then train."""
-        step = start.point.state.step if start.point else 0
-        rollout = self._config.rollout
+        step, history = (start.step, start.history) if isinstance(start, RunState) else (0, start)
+        directory, rollout = self._directory, self._config.rollout
         run = RunContext(
             self._config,
             self._inputs,
             self._pipeline,
-            start.directory,
+            directory,
             self._view,
             first_step=step,
-            history=deepcopy(start.history),
-            ledger=Ledger(start.directory.ledger, step),
+            history=deepcopy(history),
+            ledger=Ledger(directory.ledger, step),
             length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness),
             stop=self._stop,
             is_first_attempt=self._is_first_attempt,
         )
         self._is_first_attempt = False
         hooks = Hooks(self._make_hooks(run))
-        if start.point:
-            run.ledger.check(start.point.state.ledger)
-            self._pipeline.learner.load_checkpoint(start.point.folder)
+        if isinstance(start, RunState):
+            run.ledger.check(start.ledger)
+            self._pipeline.learner.load_checkpoint(step_folder(directory.checkpoints, step))
         with hooks.ending():
             train(run, hooks)
         return run.history
 
-    def _rewind(self, beginning: Beginning, error: PreceptorError) -> Beginning:
+    def _rewind(self, error: PreceptorError) -> RunState | None:
         """Start the learner again, let the pools forget what they do, and find the last intact checkpoint."""
-        directory = beginning.directory
         delay = self._budget.spend(0)
         if delay is None:
             raise ActorError(
                 f"{error}; the learner has no restart left of the {self._limit.max_restarts} that ray.max_restarts "
                 f"allows within {self._limit.window_seconds:.0f} s; "
-                f"go on with preceptor train --resume {directory.path}"
+                f"go on with preceptor train --resume {self._directory.path}"
             ) from error
         self._view.say(f"{error}; the learner is started again, and the run goes back to its last checkpoint")
         time.sleep(delay)
@@ -115,6 +107,5 @@ class Supervisor:
             self._pipeline.learner.start_again()
             self._pipeline.rollouts.abandon()
         except ActorDiedError as another:
-            return self._rewind(beginning, another)
-        point = find_resume_point(directory, self._config, self._view.say)
-        return beginning if point is None else Beginning(directory, point.state.history, point)
+            return self._rewind(another)
+        return find_resume_point(self._directory, self._config, self._view.say)

@@ -15,7 +15,8 @@ from benchmarks.cases.chaos import DISTURBED, last_record
 from cluster.commands import start_training
 from cluster.config.run_directory import RunDirectory
 from cluster.demo import embedded_config
-from cluster.elastic.scale import ask, describe
+from cluster.elastic.scale import ask
+from cluster.elastic.splits import describe_sizes
 
 NUM_NODES = 3  # besides the head, which holds the driver only
 STEPS = 60
@@ -50,12 +51,12 @@ def main() -> None:
 def disturb(cluster: Cluster, node: object, run: Path, step: int) -> None:
     """Change the sizes of the pools, kill a node once a step is done, and change the sizes back."""
     wait_for(run, 2)
-    report(describe(ask(RunDirectory(run).scaling, {"rollout": 3, "teachers.countdown": 1}).sizes))
+    report(describe_sizes(ask(RunDirectory(run).scaling, {"rollout": 3, "teachers.countdown": 1}).sizes))
     wait_for(run, step)
     cluster.remove_node(node, allow_graceful=False)
     report(f"node lost after step {step}")
     wait_for(run, step + 2)
-    report(describe(ask(RunDirectory(run).scaling, {"rollout": 2, "teachers.countdown": 2}).sizes))
+    report(describe_sizes(ask(RunDirectory(run).scaling, {"rollout": 2, "teachers.countdown": 2}).sizes))
 
 
 def wait_for(run: Path, step: int) -> None:

@@ -42,8 +42,8 @@ def test_a_full_disk_ends_the_run_in_one_sentence_and_leaves_the_earlier_checkpo
     assert "Traceback" not in found.stderr
     run = RunDirectory.open(kept / "run")
     warnings: list[str] = []
-    point = find_resume_point(run, run.read_config(), warnings.append)
-    assert point is not None
+    state = find_resume_point(run, run.read_config(), warnings.append)
+    assert state is not None
     assert warnings == []
     names = sorted(path.name for path in run.checkpoints.iterdir())
-    assert names == sorted(f"step-{step}" for step in range(1, point.state.step + 1))
+    assert names == sorted(f"step-{step}" for step in range(1, state.step + 1))

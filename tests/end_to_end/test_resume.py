@@ -19,6 +19,7 @@ from cluster.run.hooks import Hooks
 from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.ledger import LedgerRecord, audit, read_ledger
 from cluster.run.pools import Pipeline, start_pipeline
+from learner.checkpointing.checkpoint import step_folder
 from learner.group import LearnerGroup
 from tests.cluster.run.contexts import make_run_context
 
@@ -60,12 +61,11 @@ class LaterVersions:
 
 def resume(config: Config, inputs: Inputs, pipeline: Pipeline, directory: RunDirectory) -> None:
     """Do as `preceptor train --resume` does, in pools that run already."""
-    point = find_resume_point(directory, config, pytest.fail)
-    state = point.state
+    state = find_resume_point(directory, config, pytest.fail)
     run = make_run_context(config, inputs, pipeline, directory, state.step, state.history)
     hooks = Hooks(step_hooks(run))
     run.ledger.check(state.ledger)
-    pipeline.learner.load_checkpoint(point.folder)
+    pipeline.learner.load_checkpoint(step_folder(directory.checkpoints, state.step))
     train(run, hooks)
 
 

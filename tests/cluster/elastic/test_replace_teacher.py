@@ -18,12 +18,13 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.demo import EMBEDDED, embedded_config
 from cluster.elastic.control_files import CHECK_SECONDS, read_message
-from cluster.elastic.replace_teacher import ReplaceResponse, RunParts, TeacherChanges, replacing_sections
+from cluster.elastic.replace_teacher import ReplaceResponse, TeacherChanges, current_config, replacing_sections
 from cluster.models.weight_files import fingerprint
 from cluster.run.inputs import Inputs, load_inputs
 from teacher_workers.pool import TeacherPool
 from teacher_workers.replacement import ReplaceableTeachers, Replacement
 from tests.builders import make_config
+from tests.cluster.run.contexts import make_run_context
 from tests.tiny_qwen3 import write_tiny_qwen3
 
 TEACHER, STUDENT = str(EMBEDDED / "teacher"), str(EMBEDDED / "student")
@@ -99,8 +100,9 @@ class Run:
 
     def open(self, first_step: int) -> None:
         audit: Any = self.audit
-        parts = RunParts(self.config, self.inputs, self.pipeline, self.start, lambda change: self.lack, self.tick)
-        self.changes = TeacherChanges(parts, self.directory, first_step, self.said.append, audit)
+        run = make_run_context(self.config, self.inputs, self.pipeline, self.directory, first_step)
+        run.view = SimpleNamespace(say=self.said.append)  # type: ignore[assignment]
+        self.changes = TeacherChanges(run, audit, self.start, lambda change: self.lack, self.tick)
 
     def tick(self) -> float:
         """Let a look be due each time that the clock is read."""
@@ -163,7 +165,7 @@ def test_a_new_checkpoint_takes_over_at_the_first_step_after_it_serves(run: Run)
     assert run.versions() == [(1, TEACHER), (7, STUDENT)]
     assert run.audit.audited == [{NAME: STUDENT}]
     assert (run.audit.num_taken_over, run.heads) == (1, [(STUDENT, 6)])
-    assert run.changes.config.teachers[NAME].model == STUDENT
+    assert current_config(run.config, run.pipeline).teachers[NAME].model == STUDENT
 
 
 def test_without_room_one_of_several_workers_makes_place_for_the_first_new_one(tmp_path: Path, inputs: Inputs) -> None:

@@ -130,16 +130,16 @@ def test_who_gives_up_takes_nobody_elses_request_back(tmp_path: Path) -> None:
 def test_an_answer_stays_for_a_second_however_long_the_driver_took_to_give_it(tmp_path: Path) -> None:
     files = ControlFiles(tmp_path / "request.json", tmp_path / "answer.json")
     moment = 0.0
-    reader = ControlRequests(clock=lambda: moment)
+    reader = ControlRequests(files, clock=lambda: moment)
     write_message(files.request, ScaleRequest("first", {}))
-    assert reader.take(files.request, ScaleRequest) == ScaleRequest("first", {})
+    assert reader.take(ScaleRequest) == ScaleRequest("first", {})
     moment = 5.0
-    reader.answer(files.answer, ScaleResponse("first", {}, None))
+    reader.answer(ScaleResponse("first", {}, None))
     write_message(files.request, ScaleRequest("second", {}))
     moment = 5.9
-    assert reader.take(files.request, ScaleRequest) is None
+    assert reader.take(ScaleRequest) is None
     moment = 6.0
-    assert reader.take(files.request, ScaleRequest) == ScaleRequest("second", {})
+    assert reader.take(ScaleRequest) == ScaleRequest("second", {})
 
 
 def scaled(folder: Path) -> None:

@@ -11,7 +11,7 @@ from cluster.nodes.interruption import StopRequest
 from cluster.run import supervisor
 from cluster.run.hooks import Hooks, RunContext, StepHook
 from cluster.run.summary import RunSummary
-from cluster.run.supervisor import Beginning, Supervisor
+from cluster.run.supervisor import Supervisor
 from tests.builders import make_config
 
 DEATHS = 2
@@ -35,6 +35,6 @@ def test_every_attempt_has_hooks_of_its_own_and_only_the_first_restores_sizes(
     pipeline: Any = SimpleNamespace(teachers=pool, learner=pool, rollouts=pool)
     config = make_config(f"ray.max_restarts={DEATHS}")
     inputs: Any = None
-    beginning = Beginning(RunDirectory(tmp_path), RunSummary())
-    Supervisor(config, inputs, pipeline, PlainView(), StopRequest(), make_hooks).train(beginning)
+    directory = RunDirectory(tmp_path)
+    Supervisor(config, inputs, pipeline, directory, PlainView(), StopRequest(), make_hooks).train(RunSummary())
     assert [run.is_first_attempt for run in attempts] == [True, False, False]
