@@ -17,7 +17,7 @@ def first(*parts: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_what_a_cpu_can_check_is_right() -> None:
     done = first("ipc", "heads", "gradients", "zero")
-    lines = done.stdout.splitlines()
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[")]  # DeepSpeed logs there
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WRONG" not in done.stdout
     assert {line.split(":")[0] for line in lines} == {"ipc", "heads", "gradients", "zero"}
