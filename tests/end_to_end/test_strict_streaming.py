@@ -17,7 +17,7 @@ from cluster.contracts.batches import BatchHandle, BatchSource, ReadyBatches
 from cluster.contracts.metrics import Metric
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
-from cluster.demo import embedded_config
+from cluster.demo import EMBEDDED, embedded_config
 from cluster.placement.placement import cluster_nodes, plan_placement
 from cluster.run.driver import train
 from cluster.run.hooks import Hooks
@@ -149,7 +149,14 @@ def test_streaming_learns_before_the_last_row_has_come(two_ways: dict[str, Any])
 
 def test_streaming_leads_to_the_same_weights(two_ways: dict[str, Any]) -> None:
     apart, streamed = two_ways["apart"][1], two_ways["streamed"][1]
+    before = load_file(EMBEDDED / "student" / "model.safetensors")
     assert set(apart) == set(streamed)
-    for name, expected in apart.items():
-        # AdamW's first steps divide each gradient by its own size: what rounds to 0 in one order may move in the other.
-        torch.testing.assert_close(streamed[name], expected, rtol=1e-4, atol=1e-5)
+    # Gradients are added up in another order, and AdamW's first steps divide each by its own size: an element whose
+    # gradient rounds to 0 in one order may move by the learning rate in the other. So all elements count together: the
+    # order of summation gives about 1e-5 of the way, and a row that is lost changes a thirty-second of each gradient.
+    way = distance(apart, before)
+    assert distance(streamed, apart) < 1e-3 * way
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return sum(float((one[name].double() - other[name].double()).square().sum()) for name in one) ** 0.5

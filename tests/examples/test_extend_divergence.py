@@ -120,5 +120,5 @@ def test_a_run_learns_by_it(tmp_path: Path) -> None:
     )
     assert run.code == 0, run.error
     records = records_of(tmp_path / "alpha")
-    assert [record["step"] for record in records] == [0, 1]
+    assert [record["step"] for record in records] == [1, 2]
     assert all(record["train/loss"] > 0 and record["train/gradient_norm"] > 0 for record in records)

@@ -13,7 +13,7 @@ STARTS_SHARDED = """
 import sys, torch
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import LearnerConfig
-from learner.model import load_student
+from learner.model.student import load_student
 from learner.engines.zero import ZeroEngine
 
 config = LearnerConfig(zero_stage=3, dtype="float32")
