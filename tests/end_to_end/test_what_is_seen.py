@@ -1,6 +1,5 @@
 """What a person is shown of a real run: Ray's metrics and `status` while it lives, its files after."""
 
-import importlib.util
 import json
 import math
 import re
@@ -141,7 +140,6 @@ def test_the_timeline_shows_every_stage_on_every_worker(short_run: ShortRun) -> 
     assert sum(written) == learned + held_out - last
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard_has_one_event_per_step(short_run: ShortRun) -> None:
     [path] = (short_run.path / "tensorboard").iterdir()
     assert path.read_bytes().count(b"train/kl") == STEPS
