@@ -1,11 +1,14 @@
 """A learner rank that only waits; a module of its own, so that Ray can import it."""
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import Max, Metric, Sum
+from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.arrivals import RankShare
 
 
@@ -42,7 +45,11 @@ class StubRank:
         }
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
-        return {"busy_seconds": Sum(0.0), "teacher_head": Max(self._head)}
+        return {"busy_seconds": Sum(0.0), "teacher_head": Max(self._head), "step": Max(float(step))}
+
+    def publish_weights(self, workers: Sequence[Any], policy_version: int) -> WeightSyncReport:
+        """Send nothing."""
+        return WeightSyncReport(policy_version, "", 0, 0.0)
 
     def shutdown(self) -> None:
         """End nothing."""

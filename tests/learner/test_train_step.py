@@ -15,6 +15,7 @@ from learner.batching.plan import plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.loss.objective import Objective
 from learner.model.student import load_student
+from learner.train_step import accumulate
 from tests.learner.support import (
     LENGTHS,
     OBJECTIVES,
@@ -182,14 +183,15 @@ def test_figures_of_two_ranks_merge_into_those_of_one(make_config, scored):
         assert merged[name] == pytest.approx(of_one[name], abs=1e-5), name
 
 
-def test_micro_batches_may_come_one_by_one_and_the_last_is_marked(make_config, scored):
+@pytest.mark.parametrize("completes_step", [False, True])
+def test_micro_batches_may_come_one_by_one_and_the_last_of_the_step_is_marked(make_config, scored, completes_step):
     (batches,) = plan_batches([scored], 50)
     engine = make_engine(make_config())
     marks = []
     backward = engine.backward
     engine.backward = lambda loss, is_last: (marks.append(is_last), backward(loss, is_last))
-    accumulate_all(engine, iter(batches), task_of("topk", completion_tokens(scored)))
-    assert marks == [False, False, False, False, True]
+    accumulate(engine, iter(batches), Objective(OBJECTIVES["topk"]), {}, completes_step)
+    assert marks == [False, False, False, False, completes_step]
 
 
 def test_a_step_without_completion_tokens_changes_no_weight(make_config):
@@ -211,6 +213,16 @@ def test_a_gradient_above_the_limit_is_scaled_down_to_it(make_config, scored):
     # With epsilon 1 far above the gradient, AdamW's first step is the clipped gradient itself.
     moved = torch.cat([(parameter - old).flatten() for parameter, old in zip(parameters, before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=0.01)
+
+
+def test_the_moments_of_the_optimizer_decay_as_the_run_file_says(make_config, scored):
+    engine = make_engine(make_config("learner.betas=[0.5, 0.75]"))
+    (batches,) = plan_batches([scored], 1000)
+    train_step(engine, batches, task_of("topk", completion_tokens(scored)), 1e-3)
+    first, second = (engine.snapshot()[f"0.{name}"] for name in ("exp_avg", "exp_avg_sq"))
+    assert first.abs().max() > 0
+    # After one step they are (1 - 0.5) g and (1 - 0.75) g squared, so the first one squared is the second.
+    torch.testing.assert_close(first.square(), second)
 
 
 def test_bfloat16_weights_learn_in_steps_that_bfloat16_cannot_show(make_config, scored):

@@ -1,3 +1,4 @@
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,10 +32,16 @@ def test_every_attempt_has_hooks_of_its_own_and_only_the_first_restores_sizes(
         return []
 
     monkeypatch.setattr(supervisor, "train", train)
-    pool = SimpleNamespace(abandon=lambda: None, start_again=lambda: None)
-    pipeline: Any = SimpleNamespace(teachers=pool, learner=pool, rollouts=pool)
+    calls = Counter[str]()
+    pipeline: Any = SimpleNamespace(
+        teachers=SimpleNamespace(abandon=lambda: calls.update(["teachers abandon"])),
+        learner=SimpleNamespace(start_again=lambda: calls.update(["learner starts again"])),
+        rollouts=SimpleNamespace(abandon=lambda: calls.update(["rollouts abandon"])),
+    )
     config = make_config(f"ray.max_restarts={DEATHS}")
     inputs: Any = None
     directory = RunDirectory(tmp_path)
     Supervisor(config, inputs, pipeline, directory, PlainView(), StopRequest(), make_hooks).train(RunSummary())
     assert [run.is_first_attempt for run in attempts] == [True, False, False]
+    # Else trajectories of the steps that are done again would come twice.
+    assert calls == dict.fromkeys(["teachers abandon", "learner starts again", "rollouts abandon"], DEATHS)

@@ -8,9 +8,10 @@ REWARDED = ObjectiveConfig(support="sampled", terms={"reward": TaskRewardTerm(di
 
 
 def handle(name, trajectory_ids, rewards=None):
+    """Describe rows of a prompt of ten tokens and a completion of as many as the trajectory's id."""
     lengths = tuple(10 + trajectory_id for trajectory_id in trajectory_ids)
     given = tuple(rewards or [None] * len(trajectory_ids))
-    return BatchHandle(name, "only", tuple(trajectory_ids), lengths, lengths, rewards=given)
+    return BatchHandle(name, "only", tuple(trajectory_ids), lengths, tuple(trajectory_ids), rewards=given)
 
 
 def test_without_a_task_reward_every_trajectory_is_released_as_it_comes():
@@ -18,7 +19,7 @@ def test_without_a_task_reward_every_trajectory_is_released_as_it_comes():
     assert arrivals.add(handle("a", [4, 1])) == [0, 1]
     assert arrivals.add(handle("b", [9])) == [2]
     assert [arrivals.num_tokens(index) for index in range(3)] == [14, 11, 19]
-    assert arrivals.num_completion_tokens == 44
+    assert arrivals.num_completion_tokens == 4 + 1 + 9
 
 
 def test_a_task_reward_holds_trajectories_back_until_all_samples_of_their_prompt_are_there():

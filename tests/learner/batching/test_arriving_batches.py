@@ -86,8 +86,16 @@ def test_what_arrives_while_the_rank_is_busy_is_computed_together(group) -> None
 
 def test_only_the_last_round_completes_the_step(group) -> None:
     source = Scripted([(0.0, handle_of(20)), (0.5, handle_of(10))])
-    figures = report(group.step(source, 0))
+    figures = report(group.step(source, 4))
     assert (figures["rounds"], figures["completing_rounds"], figures["tokens"]) == (2, 1, 30)
+    assert figures["step"] == 4  # whose learning rate the ranks take
+
+
+def test_a_worker_that_comes_late_gets_the_version_that_the_others_have(group) -> None:
+    worker: Any = None
+    for version in (5, 6):
+        assert group.publish_weights([], version).policy_version == version
+        assert ray.get(group.bring_weights(worker)).policy_version == version
 
 
 def test_a_rank_that_fails_is_noticed_before_the_last_batch_comes(group) -> None:

@@ -45,6 +45,16 @@ def test_the_head_hands_back_gradients_in_the_weights_dtype_whatever_its_logits_
     assert hidden.grad.isfinite().all()
 
 
+def test_gradients_of_more_chunks_than_bfloat16_can_count_add_up():
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    projection = Projection(one.repeat(300, 1), one, None, LogitScaling(), with_gradient=True)
+    for place in range(300):
+        projection.logits(torch.tensor([place]))
+        projection.backward(torch.tensor([place]), torch.ones(1, 1))
+    _, of_weight, _ = projection.gradients
+    assert of_weight.item() == 300  # in bfloat16, 256 + 1 is 256
+
+
 def test_a_gpu_multiplies_into_float32_without_a_copy_of_the_weight():
     """On the meta device torch checks the call and works out shape and dtype, as it would on CUDA."""
     weight, hidden = (torch.empty(rows, WIDTH, dtype=torch.bfloat16, device="meta") for rows in (VOCABULARY, 5))
