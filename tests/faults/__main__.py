@@ -88,7 +88,9 @@ def try_fault(fault: Fault, whole: Path) -> Outcome:
     path.write_text(text, encoding="utf-8")
     outcome = run_tests(tree, fault.tests, "-x", "-n0")
     shutil.rmtree(tree)
-    caught = f"caught by {outcome.caught_by}" if outcome.caught_by else f"NOT CAUGHT: {outcome.remark or 'its tests pass'}"
+    caught = (
+        f"caught by {outcome.caught_by}" if outcome.caught_by else f"NOT CAUGHT: {outcome.remark or 'its tests pass'}"
+    )
     print(f"{fault.name:<44} {outcome.seconds:5.0f} s  {caught}", flush=True)
     return outcome
 

@@ -50,6 +50,31 @@ def test_a_step_without_any_trajectory_reports_no_loss(make_config, make_worker)
     assert report(worker.take_step(num_tokens=0, step=0))["gradient_norm"] == 0
 
 
+class SecondRank(ReferenceEngine):
+    """Is plain torch under the number of another rank."""
+
+    rank = 1
+
+
+def test_a_rank_restores_its_own_shard_and_its_random_state(make_config, tmp_path):
+    config = make_config()
+    engines = [
+        kind(load_student(config.student, config.learner), config.learner) for kind in (ReferenceEngine, SecondRank)
+    ]
+    workers = [LearnerActor(config) for _ in engines]
+    for worker, engine, value in zip(workers, engines, (6.0, 7.0), strict=True):
+        worker.use(engine, {})
+        torch.nn.init.constant_(engine.student.head.weight, value)
+        worker.begin_shard(tmp_path)
+        worker.finish_shard()
+    expected = torch.rand(3)  # after the checkpoint
+    for worker, engine in zip(workers, engines, strict=True):
+        torch.nn.init.constant_(engine.student.head.weight, 0.0)
+        worker.load_shard(tmp_path)
+    assert [engine.student.head.weight.unique().tolist() for engine in engines] == [[6.0], [7.0]]
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_another_teachers_heads_take_the_place_of_those_before(make_config, make_worker):
     before, after = (
         make_config("objective=exact-reverse-kl", f"teachers.only.engine.dtype={dtype}")

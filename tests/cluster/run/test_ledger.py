@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.contracts.batches import BatchHandle, ReadyBatches
+from cluster.contracts.batches import BatchHandle, BatchSource, ReadyBatches
 from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.requests import RolloutRequest
 from cluster.run.inputs import Inputs, train_requests
@@ -46,9 +46,13 @@ def consume(ledger: Ledger, step: int, handles: list[BatchHandle] | None = None)
     """Do as the driver and the learner do; `step` from 1."""
     ledger.admit(step, requests_of(step - 1))
     batches = ledger.watch(step, ReadyBatches([batch_of(requests_of(step - 1))] if handles is None else handles))
+    take_all(batches)
+    ledger.after_step(step, {}, [])
+
+
+def take_all(batches: BatchSource) -> None:
     while not batches.is_exhausted:
         batches.take()
-    ledger.after_step(step, {}, [])
 
 
 def make_ledger(path: Path, steps: int) -> Ledger:
@@ -103,8 +107,7 @@ def test_what_is_not_exactly_what_was_asked_for_ends_the_step(tmp_path: Path, gi
     batches = ledger.watch(1, ReadyBatches(given(requests_of(0))))
     # Before the learner knows that it has all batches, upon which it changes the weights.
     with pytest.raises(TrainingError, match=found):
-        while not batches.is_exhausted:
-            batches.take()
+        take_all(batches)
     assert not (tmp_path / "ledger.jsonl").exists()
 
 
