@@ -506,6 +506,13 @@ FAULTS = (
         ),
     ),
     Fault(
+        "trajectory ids in 32 bits",
+        "cluster/contracts/trajectory.py",
+        'pa.field("trajectory_id", pa.int64(), nullable=False)',
+        'pa.field("trajectory_id", pa.int32(), nullable=False)',
+        ("tests/cluster/contracts/test_trajectory.py",),
+    ),
+    Fault(
         "log-probabilities in half precision",
         "cluster/contracts/trajectory.py",
         'pa.field("rollout_logprobs", pa.list_(pa.float32()), nullable=False)',

@@ -90,6 +90,9 @@ def config(stage, make_config, wide_folder):
         "learner.gradient_checkpointing=true",
         f"learner.attention={'masked' if stage == 1 else 'grouped'}",
         f"run.steps={STEPS}",
+        # So small that clipping decides how far a step goes, beside an epsilon that lets AdamW show it.
+        "learner.max_gradient_norm=1e-3",
+        "learner.epsilon=1e-5",
         "weight_sync.bucket_bytes=30000",
     )
 

@@ -23,6 +23,14 @@ def test_the_wire_returns_every_value() -> None:
     assert from_wire(to_wire(batch), "generated").equals(batch)
 
 
+def test_a_row_keeps_large_ids_and_the_bits_of_its_log_probabilities() -> None:
+    logprobs = np.array([-1e-6, -12.345678], np.float32)  # neither fits 16 bits
+    row = make_trajectory(completion=(3, 4), trajectory_id=2**40, prompt_id=2**40, rollout_logprobs=logprobs)
+    batch = from_wire(to_wire(make_generated([row])))
+    assert ragged(batch, "rollout_logprobs").values.tobytes() == logprobs.tobytes()
+    assert (batch["trajectory_id"][0].as_py(), batch["prompt_id"][0].as_py()) == (2**40, 2**40)
+
+
 def test_a_slice_travels_alone() -> None:
     big = make_generated([make_trajectory(completion=range(1000))] * 1000)
     assert to_wire(big.slice(0, 1)).size < 20_000

@@ -15,12 +15,13 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    LlavaConfig,
     PhiConfig,
     PretrainedConfig,
 )
 
 from cluster.contracts.errors import ModelError
-from cluster.models.lm_head import LmHead, load_lm_head, read_logit_scaling
+from cluster.models.lm_head import LmHead, check_lm_head, load_lm_head, read_logit_scaling
 
 VOCABULARY = 50
 SIZES: dict[str, Any] = {
@@ -131,3 +132,9 @@ def test_a_gpu_multiplies_bfloat16_into_float32(bias):
     head = LmHead(torch.empty(VOCABULARY, 16, dtype=torch.bfloat16, device="meta"), bias)
     logits = head.logits(torch.empty(5, 16, device="meta"))
     assert (logits.shape, logits.dtype) == ((5, VOCABULARY), torch.float32)
+
+
+def test_of_a_model_of_several_parts_the_outer_configuration_says_whether_the_head_is_tied() -> None:
+    config = LlavaConfig(text_config=LlamaConfig(**SIZES, tie_word_embeddings=False), tie_word_embeddings=True)
+    # Raises if it looks for a head of its own.
+    check_lm_head("model", config, {"language_model.model.embed_tokens.weight": (VOCABULARY, SIZES["hidden_size"])})
