@@ -423,6 +423,27 @@ FAULTS = (
         ("tests/cluster/run/test_inputs.py",),
     ),
     Fault(
+        "evaluation at the training temperature",
+        "cluster/run/inputs.py",
+        "config.evaluation.temperature, stop=rollout.stop",
+        "rollout.temperature, stop=rollout.stop",
+        ("tests/cluster/run/test_inputs.py",),
+    ),
+    Fault(
+        "special tokens twice in a chat prompt",
+        "rollout_workers/prompts.py",
+        'add_special_tokens=config.prompts.template == "raw"',
+        "add_special_tokens=True",
+        ("tests/rollout_workers/test_prompts.py",),
+    ),
+    Fault(
+        "context a token too long",
+        "rollout_workers/prompts.py",
+        "longest = context_tokens - completion - observations - 1  #",
+        "longest = context_tokens - completion - observations  #",
+        ("tests/rollout_workers/test_prompts.py",),
+    ),
+    Fault(
         "order of prompts starts anew after an epoch",
         "rollout_workers/prompts.py",
         "default_rng([self.seed, epoch])",
@@ -600,6 +621,13 @@ FAULTS = (
         "if replacement.error is None:",
         ("tests/cluster/elastic/test_replace_teacher.py",),
     ),
+    Fault(
+        "teacher needed from the wrong prompt on",
+        "cluster/elastic/scale.py",
+        "inputs.train.take(next_step * per_step,",
+        "inputs.train.take(next_step,",
+        ("tests/cluster/elastic/test_teacher_needs.py",),
+    ),
     # The run.
     Fault(
         "one step more in flight than allowed",
@@ -614,6 +642,29 @@ FAULTS = (
         "given = self.finished[self._num_given :]",
         "given = self.finished[:]",
         ("tests/cluster/simulation/test_simulated_run.py",),
+    ),
+    Fault(
+        "whole step sampled again for a lost batch",
+        "cluster/run/flow.py",
+        "lost = [request for request in batches.requests if request.trajectory_id in handle.trajectory_ids]",
+        "lost = list(batches.requests)",
+        ("tests/cluster/run/test_flow.py",),
+    ),
+    Fault(
+        "scoring checkpoint not recorded",
+        "teacher_workers/pool.py",
+        "scored_by={**sent.scored_by, **({self.name: self.checkpoint} if self.checkpoint else {})},",
+        "scored_by=sent.scored_by,",
+        (
+            "tests/teacher_workers/test_replacement.py::test_a_step_is_scored_by_the_checkpoint_that_it_was_asked_for_under",
+        ),
+    ),
+    Fault(
+        "checkpoint a step late",
+        "cluster/run/checkpoints.py",
+        "return every_steps > 0 and step % every_steps == 0",
+        "return every_steps > 0 and (step - 1) % every_steps == 0",
+        ("tests/cluster/run/test_hooks.py",),
     ),
     Fault(
         "repeated row not noticed",

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from cluster.config.run_file import parse_run_config
-from cluster.run.inputs import Inputs, held_out_requests, load_inputs, train_requests, train_sampling
+from cluster.run.inputs import Inputs, held_out_requests, held_out_sampling, load_inputs, train_requests, train_sampling
 from rollout_workers.prompts import PromptOrder, PromptSet
 from tests.builders import make_config
 
@@ -50,8 +50,11 @@ def test_held_out_prompts_follow_the_training_prompts_and_are_never_trained_on(t
     assert sorted(inputs.train.take(0, 6)) == [0, 0, 1, 1, 2, 2]
 
 
-def test_training_samples_as_the_run_file_says() -> None:
-    config = make_config("rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=5", "objective=ppo-k1")
+def test_training_and_evaluation_sample_as_the_run_file_says() -> None:
+    rollout = ("rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=5")
+    config = make_config(*rollout, "evaluation.temperature=0.5", "objective=ppo-k1")
     sampling = train_sampling(config)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.9, 5)
     assert train_sampling(config, max_completion_tokens=7).max_completion_tokens == 7
+    evaluation = held_out_sampling(config)
+    assert (evaluation.temperature, evaluation.top_p, evaluation.top_k) == (0.5, 1.0, 0)
