@@ -128,6 +128,7 @@ def test_the_embedded_pair_passes_every_self_check() -> None:
         "teachers.countdown.num_workers=2",
         f"objective={{support = 'topk', support_size = 16, terms = {{{terms}}}}}",
         *SHORT,
+        "learner.num_workers=1",
     )
     assert found.code == 0, found.output + found.error
     assert "FAIL" not in found.output
