@@ -22,6 +22,8 @@ SHORT = (
     "evaluation.num_prompts=64",
     "evaluation.every_steps=3",
     "checkpoint.every_steps=3",
+    "learner.lr_schedule=constant",  # so that more steps change nothing in those that were planned
+    "rollout.stop_repetition=8",
     "ray.dashboard=false",
 )
 # Values that must appear nowhere but in the environment that they were given in.
