@@ -1,4 +1,4 @@
-"""A payload of a user's own reaches a real vLLM engine from a real learner, in half the bytes."""
+"""A payload of a user's own reaches real vLLM engines, in half the bytes."""
 
 import struct
 from pathlib import Path
@@ -14,8 +14,8 @@ from cluster.contracts.requests import SamplingSettings
 from cluster.weight_sync.manifest import TensorSpec
 from cluster.weight_sync.transports import choose, make_payload
 from examples.extend.weight_payload import HalvesPayload, to_bfloat16
-from learner.group import LearnerGroup
-from tests.rollout_workers.deployment import RolloutDeployment
+from learner.weight_sync.object_store import ObjectStoreSender
+from tests.rollout_workers.deployment import FrozenEngine, RolloutDeployment
 from tests.tiny_qwen3 import expected_logprobs, load
 
 PATH = "examples.extend.weight_payload:HalvesPayload"
@@ -59,22 +59,19 @@ def test_the_receiver_has_the_rounded_values_and_other_dtypes_as_they_were() -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_engines_run_on_the_rounded_weights_of_the_learner(rollouts: RolloutDeployment, tiny_student: Path) -> None:
+def test_engines_run_on_the_rounded_weights_of_the_sender(rollouts: RolloutDeployment, tiny_student: Path) -> None:
     sent = {}
+    original = load(tiny_student)
     for payload in ("full", PATH):
         config = parse_run_config(RUN.format(student=tiny_student, payload=payload))
         assert choose(config, on_gpu=False) == (payload, "object_store")
-        group = LearnerGroup(config, [{"num_cpus": 1}])
+        sender = ObjectStoreSender(FrozenEngine(original), config.weight_sync, "float32", 60)
         rollouts.policy_version += 1
-        try:
-            # The engines' ranks and the learner's rank compute the checksum of what arrived; other bytes would raise.
-            sent[payload] = group.publish_weights(rollouts.pool.actors, rollouts.policy_version)
-        finally:
-            group.shutdown()
+        # The engines' ranks and the sender compute the checksum of what arrived; other bytes would raise.
+        sent[payload] = sender.publish(rollouts.pool.actors, rollouts.policy_version)
     assert make_payload(PATH).is_incremental is False
     assert sent[PATH].num_bytes == sent["full"].num_bytes / 2
     assert sent[PATH].checksum != sent["full"].checksum
-    original = load(tiny_student)
     rounded = rollouts.student  # what others find in the engines afterwards
     with torch.no_grad():
         for parameter, whole in zip(rounded.parameters(), original.parameters(), strict=True):
