@@ -4,11 +4,10 @@ BIN := .venv/bin
 
 .PHONY: install demo test test-all chaos check bench
 
-# Tests that compare timings have the machine for themselves. What every process would compile anew is compiled once.
+# What every process would compile anew is compiled once. The scheduler (tests/xdist_scheduler.py) keeps its own order.
 define run-tests
 @$(BIN)/python -m compileall -q cluster learner rollout_workers teacher_workers
-@$(BIN)/python -m pytest --ignore tests/chaos -m "alone$(1)" --durations 20 --durations-min 5
-@$(BIN)/python -m pytest --ignore tests/chaos -m "not alone$(1)" -n 2 --no-loadscope-reorder --durations 40 --durations-min 5
+@$(BIN)/python -m pytest --ignore tests/chaos $(1) -n 2 --no-loadscope-reorder --durations 40 --durations-min 5
 endef
 
 install:
@@ -18,7 +17,7 @@ demo: install
 	@$(BIN)/preceptor demo
 
 test: install
-	$(call run-tests, and not exhaustive)
+	$(call run-tests,-m "not exhaustive")
 
 test-all: install
 	$(call run-tests)

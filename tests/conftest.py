@@ -3,14 +3,19 @@
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from cluster.nodes.local_cluster import local_cluster
 from tests.leak_check import Watch
-from tests.xdist_scheduler import ByFile
+from tests.xdist_scheduler import ByFile, place
+
+if TYPE_CHECKING:
+    from tests.rollout_workers.deployment import RolloutDeployment
 
 WATCH = pytest.StashKey[Watch]()
 LEFT = pytest.StashKey[list[str]]()
@@ -52,7 +57,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs more GPUs than there are."""
+    """Put what takes long first, and skip what needs more GPUs than there are."""
+    items.sort(key=lambda item: place(item.nodeid))
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         needed = max((mark.kwargs.get("gpus", 1) for mark in item.iter_markers("gpu")), default=0)
@@ -65,11 +71,52 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_cluster() -> Iterator[None]:
     """Start one local Ray cluster for all tests that talk to actors themselves."""
     variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    with local_cluster(
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": variables},
-    ):
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as environment:
+            # Ray would start a Python process for each CPU at once, and use none: they lack the variables above.
+            environment.setenv("RAY_prestart_worker_first_driver", "0")
+            cluster = local_cluster(
+                num_cpus=8,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": variables},
+            )
+            stack.enter_context(cluster)
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the model that the rollout actors serve."""
+    from tests.tiny_qwen3 import write_tiny_qwen3
+
+    return write_tiny_qwen3(tmp_path_factory.mktemp("student"))
+
+
+@pytest.fixture(scope="session")
+def rollouts(ray_cluster: None, tiny_student: Path) -> "Iterator[RolloutDeployment]":
+    """Start two real rollout actors, which several files share."""
+    # Here, for what they import takes seconds, and most tests do without.
+    from cluster.actors.cluster import PoolTimeouts
+    from cluster.config.run_config import StudentConfig
+    from cluster.config.stages import EngineConfig
+    from rollout_workers.pool import RolloutActorSettings, RolloutPool
+    from tests.rollout_workers.deployment import RolloutDeployment, make_prompts
+    from tests.tiny_qwen3 import CONTEXT_TOKENS, load
+
+    engine = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1)
+    settings = RolloutActorSettings(
+        student=StudentConfig(str(tiny_student)),
+        engine=engine,
+        max_model_len=CONTEXT_TOKENS,
+        rows_per_batch=4,
+        weight_transport="object_store",
+        sampled_candidates=True,
+    )
+    pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=500, call_seconds=120), "shared")
+    pool.wait_until_ready()
+    prompts = make_prompts()
+    pool.set_prompts(prompts)
+    yield RolloutDeployment(pool, prompts, load(tiny_student))
+    pool.shutdown()

@@ -81,13 +81,15 @@ def short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
 
 
-def wait_until(is_true: Callable[[], bool], seconds: float = SETTLE_SECONDS) -> bool:
+def wait_until(
+    is_true: Callable[[], bool], seconds: float = SETTLE_SECONDS, poll_seconds: float = POLL_SECONDS
+) -> bool:
     """Wait until something is true; return whether it became so in time."""
     deadline = time.monotonic() + seconds
     while not is_true():
         if time.monotonic() > deadline:
             return False
-        time.sleep(POLL_SECONDS)
+        time.sleep(poll_seconds)
     return True
 
 

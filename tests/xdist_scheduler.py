@@ -1,9 +1,50 @@
-"""How `pytest -n` spreads tests over processes."""
+"""How `pytest -n` spreads tests over processes: by file, those that take long first."""
 
 from xdist.scheduler import LoadFileScheduling
 
-# They look at one and the same run, which takes a minute; a process that has it does all of them.
-OF_THE_SHORT_RUN = ("end_to_end/test_training.py", "end_to_end/test_what_is_seen.py", "end_to_end/test_endings.py")
+# Files that share what takes long to start: the process that has it does all of them.
+TOGETHER = {
+    # One run of the embedded models.
+    "the short run": (
+        "end_to_end/test_training.py",
+        "end_to_end/test_what_is_seen.py",
+        "end_to_end/test_endings.py",
+        "end_to_end/test_verify.py",
+    ),
+    # The pools of one run.
+    "the pipeline": ("end_to_end/test_strict_streaming.py", "end_to_end/test_supports.py"),
+    # Three teachers.
+    "the teachers": (
+        "teacher_workers/audit/test_runner_on_vllm.py",
+        "teacher_workers/test_shared_prompts_on_vllm.py",
+        "teacher_workers/test_scores_on_vllm.py",
+    ),
+    # One pool of two rollout actors.
+    "the rollouts": (
+        "rollout_workers/test_rollouts_on_vllm.py",
+        "rollout_workers/candidates/test_candidates_on_vllm.py",
+        "examples/test_extend_weight_payload.py",
+    ),
+}
+# What starts engines or clusters, the longest first, so that no process is left with one at the end; then all others,
+# in the order in which they were collected.
+FIRST = (
+    *TOGETHER["the short run"],
+    "learner/test_group.py",
+    "learner/checkpointing/test_training_state.py",
+    "cluster/jobs/test_submit.py",
+    *TOGETHER["the rollouts"],
+    *TOGETHER["the teachers"],
+    "end_to_end/",
+    "examples/test_extend_in_a_run.py",
+    "_on_vllm.py",
+    "examples/test_extend_environment.py",
+    "cluster/placement/test_placed_actors.py",
+    "benchmarks/test_gpu_first.py",
+    "rollout_workers/test_failover.py",
+    "rollout_workers/test_resize.py",
+    "teacher_workers/test_failover.py",
+)
 
 
 class ByFile(LoadFileScheduling):
@@ -11,4 +52,10 @@ class ByFile(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return "the short run" if file.endswith(OF_THE_SHORT_RUN) else str(file)
+        return next((scope for scope, files in TOGETHER.items() if file.endswith(files)), str(file))
+
+
+def place(nodeid: str) -> int:
+    """Return how early a test is begun: the lower, the earlier."""
+    file = nodeid.split("::", maxsplit=1)[0]
+    return next((number for number, part in enumerate(FIRST) if part in file), len(FIRST))

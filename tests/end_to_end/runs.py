@@ -55,7 +55,7 @@ def preceptor(*arguments: str) -> Finished:
 
 @dataclass
 class Run:
-    """A `preceptor demo` under way."""
+    """A run under way."""
 
     process: "subprocess.Popen[str]"
     watch: Watch
@@ -85,11 +85,20 @@ class Run:
 
 
 @contextmanager
-def running(directory: Path, *overrides: str, **variables: str) -> Iterator[Run]:
+def running(directory: Path, *overrides: str, command: Sequence[str] = ("demo",), **variables: str) -> Iterator[Run]:
     """Start a run in a session of its own; kill it at the end if it still runs."""
     watch = Watch(short_folder())
     process = subprocess.Popen(
-        [sys.executable, "-m", "cluster.cli", "demo", f"run.directory={directory}", "run.name=run", *SMALL, *overrides],
+        [
+            sys.executable,
+            "-m",
+            "cluster.cli",
+            *command,
+            f"run.directory={directory}",
+            "run.name=run",
+            *SMALL,
+            *overrides,
+        ],
         env={**without_ray(os.environ), **watch.environment, **variables},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -103,7 +103,8 @@ def test_a_teacher_that_returns_nan_is_named_and_nothing_is_learned_from_it(file
     path = files["teacher"] / "model.safetensors"
     weights = {name: torch.full_like(value, torch.nan) for name, value in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
-    found = preceptor("train", *arguments(files), "evaluation.teacher_too=false")
+    few = ("prompts.prompts_per_step=8", "evaluation.num_prompts=4", "learner.num_workers=1")
+    found = preceptor("train", *arguments(files), "evaluation.teacher_too=false", *few)
     assert found.code == 1
     assert "teacher-countdown-0: trajectory" in found.error
     assert "NaN" in found.error

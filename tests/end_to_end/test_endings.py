@@ -35,13 +35,13 @@ def killing(run: Run) -> int:
     return run.process.wait(ENDED_SECONDS)
 
 
-# One interrupt in the middle of a run: tests/end_to_end/test_what_is_seen.py. What `preceptor stop` sends there:
-# tests/cluster/jobs/test_submit.py.
+# In the middle of a run: one interrupt in tests/end_to_end/test_what_is_seen.py, a kill in test_two_teachers.py, what
+# `preceptor stop` sends in tests/cluster/jobs/test_submit.py.
 ENDINGS = [
     pytest.param(two_interrupts, "step 2 ", 130, marks=pytest.mark.exhaustive),
     (one_interrupt, "run: ", 130),  # while engines start
     pytest.param(termination, "run: ", 130, marks=pytest.mark.exhaustive),
-    (killing, "step 2 ", -signal.SIGKILL),
+    pytest.param(killing, "step 2 ", -signal.SIGKILL, marks=pytest.mark.exhaustive),
 ]
 
 

@@ -18,11 +18,10 @@ from cluster.contracts.metrics import Metric
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import EMBEDDED, embedded_config
-from cluster.placement.placement import cluster_nodes, plan_placement
 from cluster.run.driver import train
 from cluster.run.hooks import Hooks
 from cluster.run.inputs import Inputs, load_inputs, train_requests, train_sampling
-from cluster.run.pools import Pipeline, start_pipeline
+from cluster.run.pools import Pipeline
 from learner.group import LearnerGroup
 from tests.cluster.run.contexts import make_run_context
 
@@ -32,10 +31,9 @@ STEPS = 3
 SETTINGS = (
     f"run.steps={STEPS}",
     "run.name=strict",
+    "objective.preset=gkd",
     "prompts.prompts_per_step=32",
     "rollout.rows_per_batch=4",
-    "learner.micro_batch_tokens=256",
-    "learner.warmup_steps=0",
     "evaluation.num_prompts=4",
     "checkpoint.export=false",
     "ray.dashboard=false",
@@ -96,25 +94,27 @@ def one_stage_after_the_other(config: Config, inputs: Inputs, pipeline: Pipeline
 
 
 @pytest.fixture(scope="module")
-def two_ways(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two_ways(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Train twice from the same weights; return what each learned from, and the weights that it led to."""
     folder = tmp_path_factory.mktemp("strict")
     config = embedded_config([*SETTINGS, f"run.directory={folder}"])
     inputs = load_inputs(config)
     found: dict[str, Any] = {}
-    with start_pipeline(config, inputs, plan_placement(config, cluster_nodes())) as pipeline:
-        recorder = Recorder(pipeline.learner)
-        pipeline.learner.begin_checkpoint(folder / "start", {}).complete()
-        pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=0)
-        one_stage_after_the_other(config, inputs, pipeline, recorder)
-        found["apart"] = recorder, weights(pipeline.learner, folder / "apart")
+    recorder = Recorder(pipeline.learner)
+    pipeline.learner.begin_checkpoint(folder / "start", {}).complete()
+    pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=0)
+    one_stage_after_the_other(config, inputs, pipeline, recorder)
+    found["apart"] = recorder, weights(pipeline.learner, folder / "apart")
 
-        pipeline.learner.load_checkpoint(folder / "start")
-        recorder = Recorder(LaterVersions(pipeline.learner))
-        streamed = replace(pipeline, learner=recorder)
-        run = make_run_context(config, inputs, streamed, RunDirectory.create(config))
-        train(run, Hooks(step_hooks(run)))
-        found["streamed"] = recorder, weights(pipeline.learner, folder / "streamed")
+    pipeline.learner.load_checkpoint(folder / "start")
+    recorder = Recorder(LaterVersions(pipeline.learner))
+    streamed = replace(pipeline, learner=recorder)
+    run = make_run_context(config, inputs, streamed, RunDirectory.create(config))
+    train(run, Hooks(step_hooks(run)))
+    found["streamed"] = recorder, weights(pipeline.learner, folder / "streamed")
+
+    pipeline.learner.load_checkpoint(folder / "start")  # others look at the untrained student
+    pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=2 * STEPS + 2)
     return found
 
 

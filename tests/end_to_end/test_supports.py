@@ -1,6 +1,6 @@
 """Every support of the objective through real pools: what arrives at the learner against transformers alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,8 @@ from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import EMBEDDED, embedded_config
-from cluster.placement.placement import cluster_nodes, plan_placement
 from cluster.run.inputs import load_inputs, train_requests, train_sampling
-from cluster.run.pools import Pipeline, start_pipeline
+from cluster.run.pools import Pipeline
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step
 from learner.engines.torch import ReferenceEngine
@@ -32,15 +31,6 @@ SMALL = ("prompts.prompts_per_step=8", "evaluation.num_prompts=8", "ray.dashboar
 
 def config_of(*overrides: str) -> Config:
     return embedded_config([*SMALL, *overrides])
-
-
-@pytest.fixture(scope="module")
-def pipeline(ray_cluster: None) -> Iterator[Pipeline]:
-    """Run real pools that serve every support."""
-    draws, exact = config_of("objective.preset=async-opd"), config_of("objective.preset=gkd")
-    inputs = load_inputs(draws)
-    with start_pipeline(draws, inputs, plan_placement(draws, cluster_nodes()), learner_config=exact) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
-"""Prompts of two domains, each scored by its own teacher, in one step of one student; ZeRO stage 3 underneath."""
+"""Prompts of two domains, each scored by its own teacher, in one step of one student; ZeRO stage 3; then a kill."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from cluster.demo import EMBEDDED
-from tests.end_to_end.conftest import SHORT
-from tests.end_to_end.runs import preceptor
+from tests.end_to_end.runs import ENDED_SECONDS, running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,16 +38,19 @@ verifier = "regex"
 """
 
 
-def test_each_prompt_is_scored_by_the_teacher_that_it_names(tmp_path: Path) -> None:
+def test_each_prompt_is_scored_by_the_teacher_that_it_names_and_nothing_stays_of_a_killed_run(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (EMBEDDED / "train.jsonl").read_text().splitlines()[:64]]
     routed = [{**line, "teacher": ("better", "itself")[i % 2]} for i, line in enumerate(lines)]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in routed))
     run_file = tmp_path / "run.toml"
     run_file.write_text(RUN_FILE.replace("TRAIN", str(tmp_path / "train.jsonl")))
-    short = [setting for setting in SHORT if not setting.startswith(("run.steps", "evaluation"))]
-    found = preceptor("train", str(run_file), f"run.directory={tmp_path}", "run.name=two", "run.steps=2", *short)
-    assert found.code == 0, found.error
-    first = json.loads((tmp_path / "two/metrics.jsonl").read_text().splitlines()[0])
+    command = ("train", str(run_file))
+    with running(tmp_path, "run.steps=100000", "ray.dashboard=false", command=command) as run:
+        run.wait_for("step 2 ")
+        run.process.kill()
+        assert run.process.wait(ENDED_SECONDS) == -signal.SIGKILL
+        assert run.left() == []
+    first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert first["teacher/better/sampled_kl"] > 0.5
     # On the first step the student still is its second teacher.
     assert abs(first["teacher/itself/sampled_kl"]) < 1e-3

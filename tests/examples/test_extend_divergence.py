@@ -1,4 +1,4 @@
-"""The alpha-divergence of examples/extend: its value by hand, its gradient, and a run that learns by it."""
+"""The alpha-divergence of examples/extend: its value by hand, its gradient, and steps that learn by it."""
 
 import math
 from pathlib import Path
@@ -19,8 +19,6 @@ from learner.batching.plan import plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.loss.objective import Objective
 from learner.model.student import load_student
-from tests.end_to_end.conftest import records_of
-from tests.end_to_end.runs import SMALL, preceptor
 from tests.learner.conftest import write_model
 from tests.learner.loss.builders import divergence, evaluate, gradient_of, make_objective, make_tokens, random_logprobs
 from tests.learner.support import ROUTE, WholeStep, completion_tokens, make_scored, random_heads, train_step
@@ -108,17 +106,3 @@ def test_steps_of_the_learner_bring_the_student_closer_by_it(tmp_path: Path) -> 
         micro_batches = [build_micro_batch(grid, rows, seed=0) for grid in grids]
         losses.append(report(train_step(engine, micro_batches, step, 3e-3))["loss"])
     assert 0 < losses[-1] < 0.8 * losses[0]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_run_learns_by_it(tmp_path: Path) -> None:
-    term = ("loss=divergence", f"divergence={ALPHA}", "parameter=0.5")
-    settings = [*SMALL, "objective.support=full", *(f"objective.terms.main.{field}" for field in term)]
-    run = preceptor(
-        "demo", f"run.directory={tmp_path}", "run.name=alpha", *settings, "run.steps=2", "ray.dashboard=false"
-    )
-    assert run.code == 0, run.error
-    records = records_of(tmp_path / "alpha")
-    assert [record["step"] for record in records] == [1, 2]
-    assert all(record["train/loss"] > 0 and record["train/gradient_norm"] > 0 for record in records)

@@ -1,9 +1,6 @@
-"""The environment of two turns: on a real rollout actor against transformers, and in a run of the embedded models."""
+"""The environment of two turns on a real rollout actor against transformers."""
 
-import json
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +9,9 @@ import torch
 
 from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_config import EnvironmentConfig, StudentConfig
-from cluster.config.run_directory import RunDirectory
 from cluster.config.stages import EngineConfig
 from cluster.contracts.requests import SamplingSettings
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
-from tests.end_to_end.conftest import records_of
-from tests.end_to_end.runs import SMALL, preceptor
 from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, make_prompts, rows_of
 from tests.tiny_qwen3 import CONTEXT_TOKENS, EOS, HALT, expected_logprobs, load, write_tiny_qwen3
 
@@ -125,28 +119,3 @@ def test_each_token_names_the_version_that_sampled_it_across_the_hint(rollouts: 
         rollouts.student.load_state_dict(kept)
         for row, by_token in zip(rows, versions, strict=True):
             assert (gaps(rollouts, row)[by_token == version] < 1e-4).all()
-
-
-def test_a_run_learns_from_both_answers_and_its_ledger_is_right(tmp_path: Path) -> None:
-    settings = (f"environment.kind={KIND}", "environment.max_observation_tokens=2", "evaluation.num_prompts=16")
-    found = preceptor(
-        "demo", f"run.directory={tmp_path}", "run.name=two", *SMALL, *settings, "run.steps=2", "ray.dashboard=false"
-    )
-    assert found.code == 0, found.error
-    directory = RunDirectory(tmp_path / "two")
-    verified = preceptor("verify", str(directory.path))
-    assert (verified.code, verified.output) == (
-        0,
-        "2 steps, 64 trajectories: each was learned from exactly once, in order\n",
-    )
-    for record in records_of(directory.path):
-        # Teachers and learner take the sampled tokens of both answers, and the learner computes what the engine did.
-        assert record["teacher/scored_tokens"] == record["rollout/tokens"] == record["completion_tokens"]
-        assert record["train/sampler_learner_gap_max"] < 1e-4
-        # Every prompt has 10 tokens, and every hint 2; most first answers of the untrained student are wrong.
-        hint_tokens = record["tokens"] - record["completion_tokens"] - 32 * 10
-        assert 2 * 8 < hint_tokens <= 2 * 32
-        assert hint_tokens % 2 == 0
-    samples = [json.loads(line) for line in directory.samples.read_text().splitlines()]
-    # After its result the student ends an answer or marks a miss; anything else there begins a second answer.
-    assert any(re.search(r"= \d+ [^x]", sample["completion"]) for sample in samples)

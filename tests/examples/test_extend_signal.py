@@ -22,7 +22,7 @@ from teacher_workers.router import TeacherRouter
 from tests.builders import make_config, make_scores, make_trajectory
 
 BACKEND = "examples.extend.signal:BigramsWithMargin"
-TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
+TIMEOUTS = PoolTimeouts(start_seconds=300, call_seconds=120)
 
 
 @pytest.mark.slow

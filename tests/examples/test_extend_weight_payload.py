@@ -1,7 +1,6 @@
-"""A payload of a user's own reaches a real vLLM engine from a real learner, in half the bytes."""
+"""A payload of a user's own reaches real vLLM engines, in half the bytes."""
 
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.actors.cluster import PoolTimeouts
 from cluster.config.run_file import parse_run_config
-from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.contracts.requests import SamplingSettings
 from cluster.weight_sync.manifest import TensorSpec
 from cluster.weight_sync.transports import choose, make_payload
 from examples.extend.weight_payload import HalvesPayload, to_bfloat16
-from learner.group import LearnerGroup
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
-from tests.rollout_workers.deployment import make_prompts, rows_of
-from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
+from learner.weight_sync.object_store import ObjectStoreSender
+from tests.rollout_workers.deployment import FrozenEngine, RolloutDeployment
+from tests.tiny_qwen3 import expected_logprobs, load
 
 PATH = "examples.extend.weight_payload:HalvesPayload"
 RUN = """
@@ -29,8 +26,6 @@ model = "{student}"
 train = "unused.jsonl"
 [rollout.engine]
 dtype = "float32"
-kv_cache_gib = 0.1
-cpu_threads = 1
 [teachers.only]
 model = "unused"
 [learner]
@@ -62,55 +57,31 @@ def test_the_receiver_has_the_rounded_values_and_other_dtypes_as_they_were() -> 
     np.testing.assert_array_equal(values, arrived)  # what the checksum is of
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_qwen3(tmp_path_factory.mktemp("student"))
-
-
-@pytest.fixture(scope="module")
-def pool(ray_cluster: None, student: Path) -> Iterator[RolloutPool]:
-    config = parse_run_config(RUN.format(student=student, payload=PATH))
-    assert choose(config, on_gpu=False) == (PATH, "object_store")
-    settings = RolloutActorSettings(
-        student=config.student,
-        engine=config.rollout.engine,
-        max_model_len=CONTEXT_TOKENS,
-        rows_per_batch=4,
-        weight_transport="object_store",
-    )
-    pool = RolloutPool(settings, [{"num_cpus": 1}], PoolTimeouts(start_seconds=500, call_seconds=120))
-    try:
-        pool.wait_until_ready()
-        pool.set_prompts(make_prompts())
-        yield pool
-    finally:
-        pool.shutdown()
-
-
 @pytest.mark.slow
-def test_an_engine_runs_on_the_rounded_weights_of_the_learner(pool: RolloutPool, student: Path) -> None:
+@pytest.mark.timeout(600)
+def test_engines_run_on_the_rounded_weights_of_the_sender(rollouts: RolloutDeployment, tiny_student: Path) -> None:
     sent = {}
-    for version, payload in enumerate(("full", PATH), start=1):
-        config = parse_run_config(RUN.format(student=student, payload=payload))
-        group = LearnerGroup(config, [{"num_cpus": 1}])
-        try:
-            # The engine's ranks and the learner's rank compute the checksum of what arrived; other bytes would raise.
-            sent[payload] = group.publish_weights(pool.actors, version)
-        finally:
-            group.shutdown()
+    original = load(tiny_student)
+    for payload in ("full", PATH):
+        config = parse_run_config(RUN.format(student=tiny_student, payload=payload))
+        assert choose(config, on_gpu=False) == (payload, "object_store")
+        sender = ObjectStoreSender(FrozenEngine(original), config.weight_sync, "float32", 60)
+        rollouts.policy_version += 1
+        # The engines' ranks and the sender compute the checksum of what arrived; other bytes would raise.
+        sent[payload] = sender.publish(rollouts.pool.actors, rollouts.policy_version)
     assert make_payload(PATH).is_incremental is False
     assert sent[PATH].num_bytes == sent["full"].num_bytes / 2
     assert sent[PATH].checksum != sent["full"].checksum
-    original, rounded = load(student), load(student)
+    rounded = rollouts.student  # what others find in the engines afterwards
     with torch.no_grad():
-        for parameter in rounded.parameters():
-            parameter.copy_(parameter.bfloat16().float())
-    (handle,) = pool.generate([RolloutRequest(0, 1, 0, 0)], SamplingSettings(32, 1.0))
-    [row] = rows_of(handle.reference)
-    written = np.flatnonzero(row["loss_mask"])
-    gaps = {}
-    for name, model in (("rounded", rounded), ("original", original)):
-        logprobs = expected_logprobs(model, row["token_ids"].tolist()).numpy()
-        gaps[name] = np.abs(logprobs[written - 1, row["token_ids"][written]] - row["rollout_logprobs"]).max()
-    assert gaps["rounded"] < SAME
-    assert gaps["original"] > OTHER
+        for parameter, whole in zip(rounded.parameters(), original.parameters(), strict=True):
+            parameter.copy_(whole.bfloat16().float())
+    rows = rollouts.generate(rollouts.requests([1, 2]), SamplingSettings(32, 1.0))  # one of each engine
+    for row in rows:
+        written = np.flatnonzero(row["loss_mask"])
+        gaps = {}
+        for name, model in (("rounded", rounded), ("original", original)):
+            logprobs = expected_logprobs(model, row["token_ids"].tolist()).numpy()
+            gaps[name] = np.abs(logprobs[written - 1, row["token_ids"][written]] - row["rollout_logprobs"]).max()
+        assert gaps["rounded"] < SAME
+        assert gaps["original"] > OTHER

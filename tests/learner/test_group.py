@@ -70,7 +70,15 @@ class Story:
     checkpoint: Path = Path()
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=["zero1", "zero2", "zero3"])
+# DeepSpeed serves stages 1 and 2 with the same class, and our code does not tell them apart.
+STAGES = [
+    pytest.param(1, id="zero1", marks=pytest.mark.exhaustive),
+    pytest.param(2, id="zero2"),
+    pytest.param(3, id="zero3"),
+]
+
+
+@pytest.fixture(scope="module", params=STAGES)
 def stage(request):
     return request.param
 
@@ -88,7 +96,7 @@ def config(stage, make_config, wide_folder):
         "learner.micro_batch_tokens=48",
         "learner.lr_schedule=linear",
         "learner.gradient_checkpointing=true",
-        f"learner.attention={'masked' if stage == 1 else 'grouped'}",
+        f"learner.attention={'grouped' if stage == 3 else 'masked'}",
         f"run.steps={STEPS}",
         # So small that clipping decides how far a step goes, beside an epsilon that lets AdamW show it.
         "learner.max_gradient_norm=1e-3",

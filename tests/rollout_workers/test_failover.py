@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,13 +21,15 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.pool import ROLLOUT_ACTOR, RolloutActorSettings, RolloutPool
+from tests.rollout_workers.crashing_rollout import START_AGAIN_SECONDS
 from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts
 
 NUM_ROWS = 24
 CRASHING = RayCluster({ROLLOUT_ACTOR: "tests.rollout_workers.crashing_rollout:CrashingRollout"})
 SAMPLING = SamplingSettings(64, 1.0)
-SILENCE_SECONDS = 2.0
-pytestmark = pytest.mark.alone
+SILENCE_SECONDS = 5.0  # a worker that lives answers within it, however busy the machine
+CALL_SECONDS = 120
+NOTICED_SECONDS = CALL_SECONDS / 2  # a death or silence that only a late answer shows takes CALL_SECONDS
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def start(folder: Path, num_workers: int, max_restarts: int = 3) -> Iterator[Rol
         pool = RolloutPool(
             settings,
             [{"num_cpus": 0}] * num_workers,
-            PoolTimeouts(300, 120),
+            PoolTimeouts(300, CALL_SECONDS),
             name="writer",
             cluster=CRASHING,
             supervision=Supervision(RestartLimit(max_restarts, window_seconds=600), watch),
@@ -73,9 +75,9 @@ def pids(pool: RolloutPool) -> list[int]:
     return found
 
 
-def wait_until(pool: RolloutPool, num_workers: int, seconds: float) -> None:
+def wait_until(pool: RolloutPool, num_workers: int) -> None:
     """Look after an idle pool until so many workers take part."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + NOTICED_SECONDS
     while len(pool.actors) != num_workers:
         assert time.monotonic() < deadline
         references = pool.maintain()
@@ -116,28 +118,28 @@ def test_a_worker_that_came_back_writes_with_the_weights_it_was_brought(pool: Ro
     for worker in ("writer-0", "writer-1"):
         (tmp_path / worker).touch()
     generate(pool)
-    wait_until(pool, num_workers=2, seconds=30)
+    wait_until(pool, num_workers=2)
     assert {handle.min_policy_versions for handle in generate(pool)} == {(7,)}
 
 
 def test_a_worker_that_died_while_it_had_nothing_to_do_is_replaced(pool: RolloutPool) -> None:
     before = pids(pool)
     os.kill(before[0], signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + NOTICED_SECONDS
     while len(pool.actors) == 2:  # until it is noticed
         assert time.monotonic() < deadline
         pool.maintain()
         time.sleep(0.1)
-    wait_until(pool, num_workers=2, seconds=30)
+    wait_until(pool, num_workers=2)
     assert before[0] not in pids(pool)
     assert before[1] in pids(pool)
 
 
-def test_a_silent_worker_is_ended_within_seconds_and_its_work_done_by_others(pool: RolloutPool) -> None:
+def test_a_silent_worker_is_ended_before_its_answer_is_late_and_its_work_done_by_others(pool: RolloutPool) -> None:
     started = time.monotonic()
     os.kill(pids(pool)[0], signal.SIGSTOP)
     assert ids(generate(pool)) == list(range(NUM_ROWS))
-    assert time.monotonic() - started < SILENCE_SECONDS + 10
+    assert time.monotonic() - started < NOTICED_SECONDS
 
 
 def test_without_restarts_left_the_death_is_one_sentence(tmp_path: Path, ray_cluster: None) -> None:
@@ -164,15 +166,24 @@ def test_nothing_is_owed_after_abandoning_and_the_same_ids_can_be_asked_anew(poo
     assert ids(generate(pool)) == list(range(NUM_ROWS))
 
 
-def test_the_others_write_as_fast_while_one_of_eight_is_away(tmp_path: Path, ray_cluster: None) -> None:
+def test_the_others_write_on_while_one_of_eight_is_away(tmp_path: Path, ray_cluster: None) -> None:
     with start(tmp_path, num_workers=8) as pool:
-        finished: list[tuple[float, str]] = []
-        for handle in pool.generate(requests(400), SAMPLING):
-            finished.append((time.monotonic(), str(handle.teacher)))
-            if len(finished) == 180:
+        moments: dict[str, list[float]] = defaultdict(list)  # worker -> when its rows came
+        died_at = 0.0
+        for number, handle in enumerate(pool.generate(requests(400), SAMPLING)):
+            moments[handle.spans[0].worker].append(time.monotonic())
+            if number == 180:
                 (tmp_path / "writer-3").touch()
-        times = np.array([moment for moment, _ in finished])
-        # Rows of 8 workers, then of the 7 that are left while the eighth starts again, which takes over a second.
-        before = 100 / (times[170] - times[70]) / 8
-        away = 100 / (times[300] - times[200]) / 7
-        assert away > 0.9 * before
+                died_at = time.monotonic()
+    del moments["writer-3"]
+    assert len(moments) == 7
+    before, away = [], []  # seconds between two rows of a worker
+    for of_worker in moments.values():
+        gaps, at = np.diff(of_worker), np.array(of_worker[1:])
+        before += gaps[at < died_at].tolist()
+        away += gaps[(at > died_at) & (at < died_at + START_AGAIN_SECONDS)].tolist()
+    # A pool that waited for the eighth would pause until it has started again.
+    assert len(away) > 7 * 5
+    assert max(away) < START_AGAIN_SECONDS
+    # Each takes its next row when it has written one, which takes 0.1 seconds; a busy machine adds some.
+    assert np.median(away) < 1.5 * np.median(before)

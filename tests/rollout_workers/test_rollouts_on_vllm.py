@@ -16,6 +16,8 @@ from tests.tiny_qwen3 import HALT, expected_logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
 
+MAX_TRIES = 5  # to update weights while rows are under way; on a busy machine all may have been written before
+
 
 def gaps(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> np.ndarray:
     """Return [completion_tokens]: how far a row's log-probabilities are from the reference's at the same tokens."""
@@ -93,18 +95,21 @@ def test_a_stop_string_ends_a_completion_and_its_tokens_stay(rollouts: RolloutDe
 
 
 def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: RolloutDeployment) -> None:
-    rollouts.generate(rollouts.requests([LONG_PROMPT]), SamplingSettings(1, 1.0))  # now its blocks are cached
-    before = rollouts.policy_version
-    stream = rollouts.pool.generate(
-        rollouts.requests([index % NUM_PROMPTS for index in range(64)]), SamplingSettings(400, 1.0)
-    )
-    versions = [version for _ in range(2) for version in versions_of(next(stream))]  # on their way
-    rollouts.change_weights()
-    rollouts.publish(before + 1)
-    versions += [version for handle in stream for version in versions_of(handle)]
-    assert len(versions) == 64
-    # Whole rows under the new weights are of requests that a busy machine had not begun before.
-    assert set(versions) <= {(before, before), (before, before + 1), (before + 1, before + 1)}
+    for _ in range(MAX_TRIES):
+        rollouts.generate(rollouts.requests([LONG_PROMPT]), SamplingSettings(1, 1.0))  # now its blocks are cached
+        before = rollouts.policy_version
+        stream = rollouts.pool.generate(
+            rollouts.requests([index % NUM_PROMPTS for index in range(64)]), SamplingSettings(400, 1.0)
+        )
+        versions = [version for _ in range(2) for version in versions_of(next(stream))]  # on their way
+        rollouts.change_weights()
+        rollouts.publish(before + 1)
+        versions += [version for handle in stream for version in versions_of(handle)]
+        assert len(versions) == 64
+        # Whole rows under the new weights are of requests that a busy machine had not begun before.
+        assert set(versions) <= {(before, before), (before, before + 1), (before + 1, before + 1)}
+        if (before, before + 1) in versions:
+            break
     assert (before, before + 1) in versions
     # Asked alone, the long prompt goes to the worker that had it before.
     asked = (rollouts.requests([LONG_PROMPT]), rollouts.requests([2, 3]))
@@ -114,6 +119,26 @@ def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: 
 
 
 def test_a_row_says_which_of_its_tokens_each_version_wrote(rollouts: RolloutDeployment) -> None:
+    for _ in range(MAX_TRIES):
+        first = rollouts.policy_version
+        weights, rows = generate_across_two_updates(rollouts)
+        by_row = [first + np.searchsorted(row["version_changes"], positions(row), side="right") for row in rows]
+        num_both = sum(set(versions) == set(weights) for versions in by_row)  # rows that saw both updates
+        if num_both > 10:
+            break
+    assert num_both > 10
+    by_token = np.concatenate(by_row)
+    for version, kept in weights.items():
+        rollouts.student.load_state_dict(kept)
+        gap = np.concatenate([gaps(rollouts, row) for row in rows])
+        assert gap[by_token == version].max() < 1e-4
+        assert np.median(gap[by_token != version]) > 1e-2
+
+
+def generate_across_two_updates(
+    rollouts: RolloutDeployment,
+) -> tuple[dict[int, dict[str, torch.Tensor]], list[dict[str, Any]]]:
+    """Return the weights of each version, and all rows."""
     first = rollouts.policy_version
     stream = rollouts.pool.generate(
         rollouts.requests([index % NUM_PROMPTS for index in range(48)]), SamplingSettings(400, 1.0)
@@ -125,15 +150,7 @@ def test_a_row_says_which_of_its_tokens_each_version_wrote(rollouts: RolloutDepl
         rollouts.publish(version)
         weights[version] = copy_weights(rollouts)
         handles.append(next(stream))
-    rows = [row for handle in [*handles, *stream] for row in rows_of(handle.reference)]
-    by_row = [first + np.searchsorted(row["version_changes"], positions(row), side="right") for row in rows]
-    assert sum(set(versions) == set(weights) for versions in by_row) > 10  # rows that saw both updates
-    by_token = np.concatenate(by_row)
-    for version, kept in weights.items():
-        rollouts.student.load_state_dict(kept)
-        gap = np.concatenate([gaps(rollouts, row) for row in rows])
-        assert gap[by_token == version].max() < 1e-4
-        assert np.median(gap[by_token != version]) > 1e-2
+    return weights, [row for handle in [*handles, *stream] for row in rows_of(handle.reference)]
 
 
 def test_an_incomplete_update_names_what_is_missing_and_a_complete_one_repairs_it(rollouts: RolloutDeployment) -> None:

@@ -22,9 +22,9 @@ LONGEST_LOOP = 6
 
 
 @pytest.fixture(scope="module")
-def pool(ray_cluster: None, student_folder: Path) -> Iterator[RolloutPool]:
+def pool(ray_cluster: None, tiny_student: Path) -> Iterator[RolloutPool]:
     engine = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1, max_concurrent_sequences=2)
-    settings = RolloutActorSettings(StudentConfig(str(student_folder)), engine, CONTEXT_TOKENS, 1, None)
+    settings = RolloutActorSettings(StudentConfig(str(tiny_student)), engine, CONTEXT_TOKENS, 1, None)
     pool = RolloutPool(settings, [{"num_cpus": 1}], PoolTimeouts(start_seconds=500, call_seconds=120), "narrow")
     pool.wait_until_ready()
     pool.set_prompts(make_prompts())

@@ -53,21 +53,3 @@ class StagedPool:
 
     def quarantine(self, replica: int, reason: str) -> None:
         self.fenced[self.serving()[replica]] = reason
-
-
-class ActorsPool:
-    """An AuditedPool of actors with TeacherActor's methods."""
-
-    def __init__(self, actors: Mapping[str, Any]) -> None:
-        self._actors = actors
-
-    def serving(self) -> Mapping[int, str]:
-        return dict(enumerate(self._actors))
-
-    def ask(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Any]:
-        actor = self._actors[self.serving()[replica]]
-        wire, answer = actor.score.options(num_returns=2).remote(handle.reference, request)
-        return wire, answer
-
-    def quarantine(self, replica: int, reason: str) -> None:
-        raise AssertionError(reason)

@@ -22,8 +22,7 @@ from tests.builders import make_trajectory
 
 NUM_BATCHES = 12
 CRASHING = RayCluster({TEACHER_ACTOR: "tests.teacher_workers.crashing_teacher:CrashingTeacher"})
-TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
-pytestmark = pytest.mark.alone
+TIMEOUTS = PoolTimeouts(start_seconds=300, call_seconds=120)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tests.builders import make_trajectory
 
 CONSTANT_TEACHER = "tests.teacher_workers.constant_teacher:ConstantTeacher"
 CONSTANT = RayCluster({TEACHER_ACTOR: CONSTANT_TEACHER, SLOT_ACTOR: CONSTANT_TEACHER})
-TIMEOUTS = PoolTimeouts(start_seconds=60, call_seconds=60)
+TIMEOUTS = PoolTimeouts(start_seconds=300, call_seconds=120)
 LIMIT = RestartLimit(max_restarts=2, window_seconds=600)
 
 Start = Callable[..., dict[str, TeacherPool]]
@@ -64,7 +64,7 @@ def batch(step: int = -1, teacher: str = "main", trajectory_id: int = 0) -> Batc
 def go_on(pools: ReplaceableTeachers, until: Callable[[], bool]) -> list[BatchHandle]:
     """Do what a driver does while it waits, and return what was scored."""
     scored = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not until():
         assert time.monotonic() < deadline, "it took too long"
         references = pools.maintain()

@@ -1,6 +1,5 @@
 """A real vLLM teacher reads a prompt that several trajectories share once, and scores them as if it had not."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,18 +7,16 @@ import numpy as np
 import pytest
 import ray
 
-from cluster.actors.cluster import PoolTimeouts
 from cluster.actors.object_store import pack
-from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints, make_generated, ragged
 from cluster.contracts.wire import from_wire
-from teacher_workers.pool import start_pool
+from teacher_workers.pool import TeacherPool
 from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
-from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
+from tests.tiny_qwen3 import expected_logprobs, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -27,18 +24,9 @@ BLOCK = 128  # tokens of vLLM's cache block on CPU
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_qwen3(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
-def teachers(folder: Path, ray_cluster: None) -> Iterator[TeacherRouter]:
-    teacher = TeacherConfig(str(folder), engine=EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1))
-    pool = start_pool("main", teacher, CONTEXT_TOKENS, [{"num_cpus": 1}], PoolTimeouts(500, 120))
-    pool.wait_until_ready()
-    yield TeacherRouter({"main": pool}, call_seconds=120)
-    pool.shutdown()
+@pytest.fixture
+def teachers(pools: dict[str, TeacherPool]) -> TeacherRouter:
+    return TeacherRouter({"main": pools["exact"]}, call_seconds=120)
 
 
 def score(teachers: TeacherRouter, prompt: Ints, completions: list[Ints]) -> tuple[BatchHandle, list[np.ndarray]]:
@@ -51,8 +39,8 @@ def score(teachers: TeacherRouter, prompt: Ints, completions: list[Ints]) -> tup
     return scored, [logprobs[row] for row in range(len(completions))]
 
 
-def assert_right(folder: Path, prompt: Ints, completions: list[Ints], scores: list[np.ndarray]) -> None:
-    model = load(folder)
+def assert_right(tiny_teacher: Path, prompt: Ints, completions: list[Ints], scores: list[np.ndarray]) -> None:
+    model = load(tiny_teacher)
     for ids, found in zip(completions, scores, strict=True):
         logprobs = expected_logprobs(model, [*prompt.tolist(), *ids.tolist()])[len(prompt) - 1 :].numpy()
         assert np.abs(found - logprobs[np.arange(len(ids)), ids]).max() < TOLERANCE
@@ -62,10 +50,10 @@ def draw(seed: int, count: int) -> Ints:
     return np.random.default_rng(seed).integers(4, 112, count).astype(np.int32)
 
 
-def test_the_samples_of_a_prompt_share_its_whole_blocks(teachers: TeacherRouter, folder: Path) -> None:
+def test_the_samples_of_a_prompt_share_its_whole_blocks(teachers: TeacherRouter, tiny_teacher: Path) -> None:
     prompt, completions = draw(0, 2 * BLOCK + 50), [draw(seed, 30) for seed in (1, 2, 3, 4)]
     scored, found = score(teachers, prompt, completions)
-    assert_right(folder, prompt, completions, found)
+    assert_right(tiny_teacher, prompt, completions, found)
     # All but the first sample found two blocks.
     expected = 3 * 2 * BLOCK / (4 * (len(prompt) + 30))
     assert report(scored.metrics)["teacher/prefix_hit_ratio"] == pytest.approx(expected)
@@ -73,10 +61,10 @@ def test_the_samples_of_a_prompt_share_its_whole_blocks(teachers: TeacherRouter,
 
 @pytest.mark.parametrize("prompt_tokens", [BLOCK, BLOCK - 20], ids=["prompt-ends-with-block", "completions-alike"])
 def test_a_cached_block_that_holds_a_needed_position_is_computed_again(
-    teachers: TeacherRouter, folder: Path, prompt_tokens: int
+    teachers: TeacherRouter, tiny_teacher: Path, prompt_tokens: int
 ) -> None:
     prompt, start = draw(10 + prompt_tokens, prompt_tokens), draw(5, 40)
     completions = [np.concatenate([start, draw(seed, 10)]) for seed in (6, 7)]
     scored, found = score(teachers, prompt, completions)
-    assert_right(folder, prompt, completions, found)
+    assert_right(tiny_teacher, prompt, completions, found)
     assert report(scored.metrics)["teacher/prefix_hit_ratio"] == 0

@@ -98,6 +98,7 @@ def test_two_teachers_in_one_slot_score_as_each_does_by_itself(slot: dict[str, T
     assert 0 < figures["slot/switch_seconds"] < 120
 
 
+@pytest.mark.exhaustive  # without engines: test_replacement.py
 def test_another_checkpoint_scores_from_its_step_on_and_none_before(slot: dict[str, TeacherPool]) -> None:
     pools = ReplaceableTeachers({"main": slot["math"]}, call_seconds=120)
     replacement = Replacement({"main": slot["code"]})

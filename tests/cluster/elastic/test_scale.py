@@ -111,7 +111,7 @@ def test_commands_that_come_together_are_all_granted(tmp_path: Path) -> None:
     driver = Driver(tmp_path)
     requests = [{"rollout": 6}, {"teachers.math": 3}]
     with ThreadPoolExecutor() as commands:
-        answers = [commands.submit(ask, driver.files, request, 10.0) for request in requests]
+        answers = [commands.submit(ask, driver.files, request, 60.0) for request in requests]
         time.sleep(2 * POLL_SECONDS)  # both have left their requests before the driver looks
         with driver:
             found = [answer.result().refusal for answer in answers]

@@ -14,8 +14,9 @@ import pytest
 from cluster.monitoring.status_file import read_status
 from cluster.nodes.ray_session import Patience, watch_head
 
-PATIENCE = Patience(check_seconds=0.05, silent_seconds=1.0)
-SOON = 10.0
+PATIENCE = Patience(check_seconds=0.05, silent_seconds=2.0)
+SILENCE_AND_MORE = PATIENCE.silent_seconds + 0.5
+SOON = 60.0  # the machine may be busy
 
 
 @contextmanager
@@ -31,11 +32,11 @@ def test_a_head_that_is_gone_is_given_up_once() -> None:
         watch = watch_head(address, silent.put, PATIENCE)
         watch.__enter__()
         with pytest.raises(Empty):
-            silent.get(timeout=1.5)  # it answers
+            silent.get(timeout=SILENCE_AND_MORE)  # it answers
     try:
         assert silent.get(timeout=SOON) >= PATIENCE.silent_seconds
         with pytest.raises(Empty):
-            silent.get(timeout=1.5)
+            silent.get(timeout=SILENCE_AND_MORE)
     finally:
         watch.__exit__(None, None, None)
 
@@ -46,9 +47,9 @@ def test_a_head_that_comes_back_in_time_is_not_given_up() -> None:
         port = int(address.rpartition(":")[2])
     with watch_head(address, silent.put, PATIENCE):
         with pytest.raises(Empty):
-            silent.get(timeout=0.5)
+            silent.get(timeout=PATIENCE.silent_seconds / 10)
         with head(port), pytest.raises(Empty):
-            silent.get(timeout=1.5)
+            silent.get(timeout=SILENCE_AND_MORE)
 
 
 def test_nobody_is_looked_after_when_the_session_is_over() -> None:
@@ -56,7 +57,7 @@ def test_nobody_is_looked_after_when_the_session_is_over() -> None:
     with head() as address, watch_head(address, silent.put, PATIENCE):
         pass
     with pytest.raises(Empty):
-        silent.get(timeout=1.5)
+        silent.get(timeout=SILENCE_AND_MORE)
 
 
 TRAINING = """

@@ -186,7 +186,7 @@ def test_an_intact_checkpoint_is_taken_without_a_word(run: tuple[RunDirectory, C
     assert said == []
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_one_sentence_that_names_it(run: tuple[RunDirectory, Config], name: str) -> None:
     directory, config = run
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_it(run: tuple[RunDirect
     assert len(str(refused.value)) < len(str(folder)) + 300
 
 
-@pytest.mark.timeout(10)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", list(DAMAGES)[::7])
 def test_the_newest_intact_checkpoint_is_taken_and_the_damaged_one_named(
     run: tuple[RunDirectory, Config], name: str

@@ -1,5 +1,6 @@
 import json
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from cluster.monitoring.status import read_report
 from cluster.monitoring.status_file import KeptStatus
 from cluster.run.evaluation import Evaluation, write_samples
 from cluster.run.hooks import Hooks, RunContext
-from cluster.run.inputs import load_inputs
+from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.step_metrics import DEFAULTS
 from cluster.run.summary import RunSummary, summary
 from cluster.weight_sync.manifest import checksum
@@ -107,6 +108,12 @@ class Run:
     hooks: Hooks
 
 
+@cache
+def embedded_inputs() -> Inputs:
+    """Read the embedded pair and its prompts once; what the runs here set besides changes nothing in them."""
+    return load_inputs(embedded_config(["rollout.max_completion_tokens=40"]))
+
+
 def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tuple[Run, ScriptedLearner]:
     """Return a run of the embedded pair without pools and held-out prompts."""
     learner = ScriptedLearner()
@@ -118,7 +125,7 @@ def make_run(directory: RunDirectory, config: Config, first_step: int = 0) -> tu
         placement=SimpleNamespace(rollout=SimpleNamespace(gpus_per_worker=0)),
         start_seconds=1.0,
     )
-    inputs = replace(load_inputs(config), held_out_ids=())
+    inputs = replace(embedded_inputs(), held_out_ids=())
     context = make_run_context(config, inputs, pipeline, directory, first_step)
     flow: Any = SimpleNamespace(take_spans=list)
     context.flow = flow

@@ -11,6 +11,8 @@ def test_a_stage_is_measured_from_its_beginning_to_its_end() -> None:
         time.sleep(0.02)
         with watch.measure("sync"):
             time.sleep(0.05)
-    assert watch.seconds("sync") == pytest.approx(0.05, abs=0.02)
-    assert watch.seconds("learn") >= 0.07
+    # A busy machine sleeps longer, never shorter.
+    assert watch.seconds("sync") >= 0.05
+    assert watch.seconds("sync") == pytest.approx(watch.ended["sync"] - watch.started["sync"])
+    assert watch.seconds("learn") >= watch.seconds("sync") + 0.02
     assert watch.started["learn"] < watch.started["sync"] < watch.ended["sync"] <= watch.ended["learn"]

@@ -14,7 +14,7 @@ from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import report
 from learner.group import LEARNER_ACTOR, LearnerGroup
 
-SLOW_TOKENS = 300  # the stub rank computes one token per millisecond
+SHORTEST_UNIT_SECONDS = 0.1
 
 
 class Scripted:
@@ -52,7 +52,7 @@ def start(make_config, ray_cluster) -> Iterator[Callable[..., LearnerGroup]]:
 
     def begin(*overrides: str) -> LearnerGroup:
         group = LearnerGroup(
-            make_config("learner.num_workers=1", "learner.micro_batch_tokens=1000", *overrides),
+            make_config("learner.num_workers=1", "learner.micro_batch_tokens=1000000", *overrides),
             [{"num_cpus": 0}],
             RayCluster({LEARNER_ACTOR: "tests.learner.stub_rank:StubRank"}),
         )
@@ -69,23 +69,42 @@ def group(start) -> LearnerGroup:
     return start()
 
 
-def test_batches_that_came_while_the_rank_was_busy_are_sent_when_it_is_idle_though_nothing_else_comes(group) -> None:
-    source = Scripted([(0.0, handle_of(SLOW_TOKENS)), (0.1, handle_of(20)), (3.0, handle_of(10))])
+@pytest.fixture
+def unit(group) -> float:
+    """Return seconds that are long beside what the group itself takes for a step on this machine now."""
+    took = []
+    for _ in range(5):
+        began = time.perf_counter()
+        group.step(ReadyBatches([handle_of(1)]), 0)
+        took.append(time.perf_counter() - began)
+    return max(SHORTEST_UNIT_SECONDS, 3 * max(took))
+
+
+def slow_tokens(unit: float) -> int:
+    """Return how many tokens the stub rank computes in three units; it takes a millisecond for each."""
+    return round(3 * 1000 * unit)
+
+
+def test_batches_that_came_while_the_rank_was_busy_are_sent_when_it_is_idle_though_nothing_else_comes(
+    group, unit: float
+) -> None:
+    slow = slow_tokens(unit)
+    source = Scripted([(0.0, handle_of(slow)), (unit, handle_of(20)), (9 * unit, handle_of(10))])
     figures = report(group.step(source, 0))
     assert source.num_woken >= 1
     # The second batch was computed long before the last one came.
-    assert figures["largest_round_tokens"] == SLOW_TOKENS
+    assert figures["largest_round_tokens"] == slow
     assert figures["rounds"] == 3
 
 
-def test_what_arrives_while_the_rank_is_busy_is_computed_together(group) -> None:
-    handles = [handle_of(SLOW_TOKENS), handle_of(20), handle_of(30), handle_of(40)]
-    source = Scripted([(0.02 * index, handle) for index, handle in enumerate(handles)])
+def test_what_arrives_while_the_rank_is_busy_is_computed_together(group, unit: float) -> None:
+    handles = [handle_of(slow_tokens(unit)), handle_of(20), handle_of(30), handle_of(40)]
+    source = Scripted([(0.2 * unit * index, handle) for index, handle in enumerate(handles)])
     assert report(group.step(source, 0))["rounds"] == 2
 
 
-def test_only_the_last_round_completes_the_step(group) -> None:
-    source = Scripted([(0.0, handle_of(20)), (0.5, handle_of(10))])
+def test_only_the_last_round_completes_the_step(group, unit: float) -> None:
+    source = Scripted([(0.0, handle_of(20)), (5 * unit, handle_of(10))])
     figures = report(group.step(source, 4))
     assert (figures["rounds"], figures["completing_rounds"], figures["tokens"]) == (2, 1, 30)
     assert figures["step"] == 4  # whose learning rate the ranks take

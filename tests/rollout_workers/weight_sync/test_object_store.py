@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pyarrow as pa
@@ -50,26 +51,28 @@ def test_bytes_outlive_the_senders_descriptor() -> None:
 READ = """
 import hashlib, sys
 from rollout_workers.weight_sync.object_store import BucketMessage, map_memory
-message = BucketMessage([""], [""], [], "", sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
-print(hashlib.md5(map_memory(message)).hexdigest())
+for path, num_bytes, offset in zip(*[iter(sys.argv[1:])] * 3):
+    message = BucketMessage([""], [""], [], "", path, int(num_bytes), int(offset))
+    print(hashlib.md5(map_memory(message)).hexdigest())
 """
 
 
-def read_in_another_process(buffer: pa.Buffer) -> tuple[bool, str]:
-    """Return whether the buffer is mapped from the store itself, and what a child process reads there."""
-    with mappable(buffer) as region:
-        arguments = [sys.executable, "-c", READ, region.path, str(region.num_bytes), str(region.offset)]
-        read = subprocess.run(arguments, capture_output=True, text=True, check=True)
-    return region_in_store(buffer) == region, read.stdout.strip()
+def read_in_another_process(*buffers: pa.Buffer) -> list[tuple[bool, str]]:
+    """Return whether each buffer is mapped from the store itself, and what a child process reads there."""
+    with ExitStack() as stack:
+        regions = [stack.enter_context(mappable(buffer)) for buffer in buffers]
+        arguments = [str(value) for region in regions for value in (region.path, region.num_bytes, region.offset)]
+        read = subprocess.run([sys.executable, "-c", READ, *arguments], capture_output=True, text=True, check=True)
+    in_place = [region_in_store(buffer) == region for buffer, region in zip(buffers, regions, strict=True)]
+    return list(zip(in_place, read.stdout.split(), strict=True))
 
 
 @pytest.mark.slow
 def test_a_process_beside_an_actor_reads_the_object_store_in_place(ray_cluster: None) -> None:
     first, second = (np.random.default_rng(seed).integers(0, 256, 300_001, np.uint8) for seed in (0, 1))
     references = [ray.put(pa.py_buffer(array)) for array in (first, second)]
-    read = ray.remote(read_in_another_process)
-    for array, reference in zip((first, second), references, strict=True):
-        assert ray.get(read.remote(reference)) == (True, hashlib.md5(array).hexdigest())
+    found = ray.get(ray.remote(read_in_another_process).remote(*references))
+    assert found == [(True, hashlib.md5(array).hexdigest()) for array in (first, second)]
 
 
 def test_bytes_outside_the_object_store_are_copied_for_the_other_process() -> None:
