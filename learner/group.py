@@ -33,6 +33,7 @@ LEARNER_ACTOR = "learner.worker:LearnerActor"
 # A grid's trajectories come from as many batches as there are, and each reference in a call costs the driver and Ray
 # about as much as the call. Rounds in one call share their references.
 ROUNDS_PER_CALL = 8
+CALLS_IN_FLIGHT = 2  # per rank: one is computed, and one waits, so that no rank waits for the driver
 SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail within this
 
 
@@ -194,8 +195,10 @@ class LearnerGroup:
                 break
             ready = set(self._cluster.wait(list(pending), len(pending), timeout_seconds=0))
             collect([reference for reference in pending if reference in ready])
-            # While the ranks compute, what is not enough for a round waits for more.
-            send(planner.full_rounds() or ([] if pending else planner.all_rounds()))
+            # While the ranks compute, what is not enough for a round waits for more; and while they have more to compute
+            # than the present round, full rounds wait too, and go in fewer calls.
+            if len(pending) < CALLS_IN_FLIGHT * len(self._actors):
+                send(planner.full_rounds() or ([] if pending else planner.all_rounds()))
         planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
         send(planner.all_rounds() or [((),) * config.learner.num_workers], completes_step=True)
         collect(list(pending))
