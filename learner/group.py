@@ -195,15 +195,22 @@ class LearnerGroup:
                 break
             ready = set(self._cluster.wait(list(pending), len(pending), timeout_seconds=0))
             collect([reference for reference in pending if reference in ready])
-            # While the ranks compute, what is not enough for a round waits for more; and while they have more to compute
-            # than the present round, full rounds wait too, and go in fewer calls.
-            if len(pending) < CALLS_IN_FLIGHT * len(self._actors):
-                send(planner.full_rounds() or ([] if pending else planner.all_rounds()))
+            send(self._due_rounds(planner, len(pending)))
         planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
         send(planner.all_rounds() or [((),) * config.learner.num_workers], completes_step=True)
         collect(list(pending))
         self._spans += spans
         return arrivals.num_completion_tokens, answers
+
+    def _due_rounds(self, planner: RoundPlanner, num_pending: int) -> Sequence[Round]:
+        """Return the rounds to send while batches still arrive.
+
+        While the ranks compute, what is not enough for a round waits for more; and while they have more to compute than
+        one call, full rounds wait too, and go in fewer calls.
+        """
+        if num_pending >= CALLS_IN_FLIGHT * len(self._actors):
+            return []
+        return planner.full_rounds() or ([] if num_pending else planner.all_rounds())
 
     def _ask(
         self,

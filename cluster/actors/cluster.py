@@ -113,7 +113,8 @@ class Cluster(ABC):
         while True:
             references = list(pending())
             if references:
-                time.sleep(0.0 if wait_seconds else len(references) * self.pause_seconds_per_reference)
+                if not wait_seconds:
+                    time.sleep(len(references) * self.pause_seconds_per_reference)
                 ready = self.wait(references, 1 if wait_seconds else len(references), wait_seconds)
                 if ready:
                     return ready

@@ -78,8 +78,8 @@ def _require(batch: pa.RecordBatch, holds: NDArray[Any], fault: str, *counts: ND
         )
 
 
-def _require_of_values(batch: pa.RecordBatch, column: Ragged, holds: NDArray[Any], fault: str) -> None:
-    """Raise for the first row with a value that does not hold."""
+def _require_of_values(batch: pa.RecordBatch, column: Ragged, holds: Any, fault: str) -> None:
+    """Raise for the first row with a value for which `holds` is False; it has an entry for each value."""
     _require(batch, _sums(column, ~holds) == 0, fault)
 
 
