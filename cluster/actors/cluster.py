@@ -20,6 +20,7 @@ from cluster.contracts.errors import ActorDiedError, ActorError, LostBytesError,
 from cluster.contracts.import_path import load_object
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
+GET_SECONDS = 60.0  # for values that are there, which Ray may still have to look up
 POLL_SECONDS = 1.0  # a longer wait asks again, so often, what it waits for
 
 
@@ -68,6 +69,23 @@ class Cluster(ABC):
             LostBytesError: the node that held the value, or what the actor was to read, is gone.
             PreceptorError: what the actor raised.
         """
+
+    def get_each(self, references: Sequence[Any], waiting_for: Callable[[Any], str]) -> list[Any]:
+        """Return the values of references that are ready; where `get` raises an error of ours, the error itself.
+
+        One call of `get` fetches all, for each costs as much as a few values. `waiting_for` describes one reference.
+        """
+        try:
+            values: list[Any] = self.get(list(references), GET_SECONDS, "answers that are there") if references else []
+            return values
+        except PreceptorError:
+            return [self._value_or_error(reference, waiting_for(reference)) for reference in references]
+
+    def _value_or_error(self, reference: Any, waiting_for: str) -> Any:
+        try:
+            return self.get(reference, GET_SECONDS, waiting_for)
+        except PreceptorError as error:
+            return error
 
     @abstractmethod
     def wait(self, references: Sequence[Any], num_returns: int, timeout_seconds: float) -> list[Any]:
