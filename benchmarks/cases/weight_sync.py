@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = {"embedded": ROOT / "cluster/embedded/student", "smollm2": ROOT / "models/smollm2-student"}
 DTYPE: Dtype = "bfloat16"
 ENGINE = EngineConfig(dtype=DTYPE, kv_cache_gib=0.1, cpu_threads=1)
-MAX_TRANSPORT = 3.0  # of a copy of the bytes
+MAX_TRANSPORT = 2.0  # of a copy of the bytes
 LEARNING_RATES = (1e-6, 1e-5)
 BATCH, LENGTH = 2, 32  # tokens of the gradients
 SYNTHETIC_TENSORS, SYNTHETIC_VALUES = 32, 4 << 20  # 256 MiB: one bucket

@@ -34,6 +34,8 @@ from cluster.weight_sync.transports import Encoded, Payload, make_payload
 from learner.engines.base import TrainEngine
 from learner.weight_sync.recipients import Recipients
 
+# The workers read one object while the next one is put. What is put is still in the processor's cache when it is read.
+MAX_OBJECT_BYTES = 64 << 20
 AS_IT_IS = Encoded(np.empty(0, np.uint8))
 
 
@@ -206,7 +208,8 @@ class ObjectStoreSender:
         self._payload = config.payload
         self._encoder = make_payload(config.payload)
         self._base_version: int | None = None  # what the encoder's next values apply to
-        self._buckets = list(plan_buckets(engine.student.manifest(dtype), config.bucket_bytes))
+        bucket_bytes = min(config.bucket_bytes, MAX_OBJECT_BYTES)
+        self._buckets = list(plan_buckets(engine.student.manifest(dtype), bucket_bytes))
         largest = max(total_bytes(bucket) for bucket in self._buckets)
         # Pinned where there is a GPU: it writes into pageable memory several times slower.
         pinned = torch.cuda.is_available()
