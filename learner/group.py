@@ -30,6 +30,10 @@ from learner.checkpointing.checkpoint import PendingCheckpoint
 from learner.checkpointing.manifest import Layout, verify
 
 LEARNER_ACTOR = "learner.worker:LearnerActor"
+# A grid's trajectories come from as many batches as there are, and each reference in a call costs the driver and Ray
+# about as much as the call. Rounds in one call share their references.
+ROUNDS_PER_CALL = 8
+CALLS_IN_FLIGHT = 2  # per rank: one is computed, and one waits, so that no rank waits for the driver
 SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail within this
 
 
@@ -167,10 +171,12 @@ class LearnerGroup:
         spans: list[Span] = []
 
         def send(rounds: Sequence[Round], completes_step: bool = False) -> None:
-            for grids in rounds:
-                shares = [arrivals.share((grid,)) for grid in grids]
+            for first in range(0, len(rounds), ROUNDS_PER_CALL):
+                of_call = rounds[first : first + ROUNDS_PER_CALL]
+                is_last = completes_step and first + len(of_call) == len(rounds)
+                shares = map(arrivals.share, zip(*of_call, strict=True))
                 called = {
-                    actor.accumulate.remote(share, completes_step, objective): (name, perf_counter())
+                    actor.accumulate.remote(share, is_last, objective): (name, perf_counter())
                     for name, actor, share in zip(self._names, self._actors, shares, strict=True)
                 }
                 pending.update(called)
@@ -189,15 +195,22 @@ class LearnerGroup:
                 break
             ready = set(self._cluster.wait(list(pending), len(pending), timeout_seconds=0))
             collect([reference for reference in pending if reference in ready])
-            # While the ranks compute, what is not enough for a round waits for more.
-            send(planner.full_rounds() or ([] if pending else planner.all_rounds()))
+            send(self._due_rounds(planner, len(pending)))
         planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
-        *others, last = planner.all_rounds() or [((),) * config.learner.num_workers]
-        send(others)
-        send([last], completes_step=True)
+        send(planner.all_rounds() or [((),) * config.learner.num_workers], completes_step=True)
         collect(list(pending))
         self._spans += spans
         return arrivals.num_completion_tokens, answers
+
+    def _due_rounds(self, planner: RoundPlanner, num_pending: int) -> Sequence[Round]:
+        """Return the rounds to send while batches still arrive.
+
+        While the ranks compute, what is not enough for a round waits for more; and while they have more to compute than
+        one call, full rounds wait too, and go in fewer calls.
+        """
+        if num_pending >= CALLS_IN_FLIGHT * len(self._actors):
+            return []
+        return planner.full_rounds() or ([] if num_pending else planner.all_rounds())
 
     def _ask(
         self,

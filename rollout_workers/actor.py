@@ -15,6 +15,7 @@ from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError, WeightSyncError
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifiers import VerifierProcess
@@ -70,7 +71,7 @@ class RolloutActor:
 
     async def start_rollout(
         self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
-    ) -> tuple[pa.Buffer, BatchHandle]:
+    ) -> tuple[Pieces, BatchHandle]:
         """Start to sample all requests, at least one, and return the first batch, as `next_batch` does.
 
         `call` names the rollout in `next_batch`; no two are equal.
@@ -78,7 +79,7 @@ class RolloutActor:
         self._rollouts[call] = self._worker.generate(requests, sampling, priority)
         return await self.next_batch(call)
 
-    async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
+    async def next_batch(self, call: int) -> tuple[Pieces, BatchHandle]:
         """Return the call's next batch, waiting for it; none follows the last. After `abandon`, raise RolloutError."""
         self._running[call] = asyncio.create_task(anext(self._rollouts[call]))
         try:

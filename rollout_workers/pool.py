@@ -124,7 +124,13 @@ class RolloutPool(Pool):
 
     def collect(self, ready: Collection[Any]) -> list[BatchHandle]:
         """Return the batches that are ready, and ask their workers for the next ones; `ready` may hold other things."""
-        taken = (self._take(reference) for reference in ready if reference in self._awaited)
+        came = [reference for reference in ready if reference in self._awaited]
+        answers = self.cluster.get_each(came, lambda came: f"a batch from {self._worker_of(came)}")
+        taken = (
+            self._take(reference, answer)
+            for reference, answer in zip(came, answers, strict=True)
+            if reference in self._awaited  # else its worker died meanwhile
+        )
         handles = [handle for handle in taken if handle is not None]
         if self.replicas.admit_started(ready):
             unassigned, self._unassigned = self._unassigned, []
@@ -175,17 +181,19 @@ class RolloutPool(Pool):
             )
             yield from self.collect(ready)
 
-    def _take(self, reference: Any) -> BatchHandle | None:
+    def _worker_of(self, reference: Any) -> str:
+        return self.replicas.name(self._awaited[reference].worker)
+
+    def _take(self, reference: Any, handle: BatchHandle | PreceptorError) -> BatchHandle | None:
         """Return a batch that is there, or nothing when its worker died."""
-        awaited = self._awaited.pop(reference)
-        waiting_for = f"a batch from {self.replicas.name(awaited.worker)}"
-        try:
-            handle: BatchHandle = self.cluster.get(reference, self._timeouts.call_seconds, waiting_for)
-        except ActorDiedError as error:
-            self._awaited[reference] = awaited
-            self.replicas.lose(awaited.worker, error)
+        awaited = self._awaited[reference]
+        if isinstance(handle, ActorDiedError):
+            self.replicas.lose(awaited.worker, handle)
             self._reassign(awaited.worker)
             return None
+        del self._awaited[reference]
+        if isinstance(handle, PreceptorError):
+            raise handle
         span = Span(
             self._name,
             self.replicas.name(awaited.worker),

@@ -14,6 +14,7 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
@@ -62,7 +63,7 @@ class TeacherActor:
         worker = self._worker = start_worker(self._name, self._teacher, self._max_model_len)
         self._watching = asyncio.create_task(end_with_engine(lambda: worker.backend.is_dead))
 
-    async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
+    async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[Pieces, BatchHandle]:
         """Score one batch; Ray has fetched its bytes to this node before the call."""
         assert self._worker is not None, "a pool sends batches to actors that have started"
         return pack_scored(wire, *await self._worker.score(from_wire(wire), request), request.model)
@@ -80,7 +81,7 @@ def start_worker(name: str, teacher: TeacherConfig, max_model_len: int, sleeps: 
     return TeacherWorker(name, find_backend(teacher)(teacher, max_model_len, sleeps))
 
 
-def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model: str) -> tuple[pa.Buffer, BatchHandle]:
+def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model: str) -> tuple[Pieces, BatchHandle]:
     """Return a scored batch's bytes and handle; `wire` is the batch as it came."""
     scored, handle = pack(batch, metrics)
     added = Mean(float(scored.size - wire.size), float(sum(handle.num_completion_tokens)))

@@ -5,7 +5,7 @@ Importing this loads neither vLLM nor torch: the driver needs none, and an actor
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -190,7 +190,13 @@ class TeacherPool(Pool):
         self.outstanding[answer] = sent
         self.replicas.load(replica, hop.num_tokens)
 
-    def collect(self, answer: Any) -> BatchHandle | None:
+    def fetch(self, ready: Collection[Any]) -> dict[Any, BatchHandle | PreceptorError]:
+        """Return what came, handles or errors, by outstanding references; `ready` may hold other things."""
+        came = [answer for answer in ready if answer in self.outstanding]
+        answers = self.replicas.cluster.get_each(came, lambda answer: f"scores from {self._replica_of(answer)}")
+        return dict(zip(came, answers, strict=True))
+
+    def collect(self, answer: Any, scored: BatchHandle | PreceptorError) -> BatchHandle | None:
         """Return the scored batch of an outstanding reference; None: its replica is gone, and the batch is lost.
 
         Raises:
@@ -200,16 +206,14 @@ class TeacherPool(Pool):
         """
         hop = self.outstanding[answer]
         sent = hop.handle
-        waiting_for = f"scores from {self.replicas.name(hop.replica)}"
-        try:
-            scored: BatchHandle = self.replicas.cluster.get(answer, self._timeouts.call_seconds, waiting_for)
-        except ActorDiedError as error:
-            self.replicas.lose_actor(hop.replica, hop.actor_name, error)
+        if isinstance(scored, ActorDiedError):
+            self.replicas.lose_actor(hop.replica, hop.actor_name, scored)
             self.maintain()
             return None
-        except (LostBytesError, ScoreError):
+        if isinstance(scored, LostBytesError | ScoreError):
             self._forget(answer)
-            raise
+        if isinstance(scored, PreceptorError):
+            raise scored
         self._forget(answer)
         return replace(
             scored,
@@ -261,6 +265,9 @@ class TeacherPool(Pool):
         if not late and not self.replicas.serving:
             return f"teacher {self.name}, of which no replica serves"
         return ", ".join(self.replicas.name(replica) for replica in late)
+
+    def _replica_of(self, answer: Any) -> str:
+        return self.replicas.name(self.outstanding[answer].replica)
 
     def _span(self, hop: Hop) -> Span:
         worker, num_rows = self.replicas.name(hop.replica), len(hop.handle.trajectory_ids)

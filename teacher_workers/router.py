@@ -71,14 +71,13 @@ class TeacherRouter:
         `ready` may hold other things than references of these pools.
         """
         finished = []
-        pools = {answer: pool for pool in self._all_pools() for answer in pool.outstanding}
-        for answer in ready:
-            pool = pools.get(answer)
-            if pool is None or answer not in pool.outstanding:  # its replica died meanwhile
+        came = [(pool, answer, scored) for pool in self._all_pools() for answer, scored in pool.fetch(ready).items()]
+        for pool, answer, scored in came:
+            if answer not in pool.outstanding:  # its replica died meanwhile
                 continue
             hop = pool.outstanding[answer]
             try:
-                handle = pool.collect(answer)
+                handle = pool.collect(answer, scored)
             except LostBytesError:
                 self._lost.append(hop.handle)
                 continue

@@ -16,6 +16,7 @@ from cluster.actors.replicas import Supervision
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Sum
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.wire import from_wire
 from teacher_workers.actor import TeacherWorker, pack_scored, start_worker
@@ -238,7 +239,7 @@ class SlotActor:
         )
         self._tasks = [watching, conducting]
 
-    async def score(self, wire: pa.Buffer, request: ScoreRequest, teacher: str) -> tuple[pa.Buffer, BatchHandle]:
+    async def score(self, wire: pa.Buffer, request: ScoreRequest, teacher: str) -> tuple[Pieces, BatchHandle]:
         async with self._share.turn(teacher):
             scored, metrics = await self._workers[teacher].score(from_wire(wire), request)
         num_switches, seconds = self._share.take_woken(teacher)

@@ -13,6 +13,7 @@ from benchmarks.cases.wire import make_scored
 from benchmarks.harness.report import Row, at_least, row
 from cluster.actors.object_store import STORE_ENVIRONMENT, pack
 from cluster.contracts.batches import BatchHandle
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import GeneratedTrajectory, add_scores, make_generated, ragged
 from cluster.contracts.wire import from_wire, to_wire
@@ -30,7 +31,7 @@ class Scorer:
     def __init__(self) -> None:
         self._batch = make_scored(ROWS, COMPLETION_TOKENS, TOP_K)
 
-    def score(self) -> tuple[pa.Buffer, BatchHandle]:
+    def score(self) -> tuple[Pieces, BatchHandle]:
         """Return the batch's bytes and handle."""
         return pack(self._batch, {})
 

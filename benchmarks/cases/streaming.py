@@ -167,7 +167,7 @@ def driver_rows(num_workers: int, steps: int) -> list[Row]:
     found = row("driver and all stages, trajectories", size, rows_per_step / seconds, "1/s")
     # The workers' processes share these cores; in a cluster they do not share the driver's.
     of_driver = row("driver, trajectories per CPU-second", size, rows_per_step / cpu_seconds, "1/s")
-    return [found, with_bar(of_driver, 2000)]
+    return [found, with_bar(of_driver, 3000)]
 
 
 def balanced_rates(rows_per_step: int, num_teachers: int) -> StubRates:

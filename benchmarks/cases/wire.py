@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from benchmarks.harness.report import RESULTS, Row, print_rows, row, write_rows
 from cluster.contracts.trajectory import GeneratedTrajectory, add_scores, make_generated, ragged
-from cluster.contracts.wire import from_wire, to_wire
+from cluster.contracts.wire import from_wire, to_wire, wire_pieces
 
 REPEATS = 15
 ROWS, PROMPT_TOKENS, COMPLETION_TOKENS, TOP_K = 256, 64, 512, 16
@@ -41,6 +41,7 @@ def wire_rows() -> list[Row]:
         {
             "memcpy": lambda: np.copyto(target, source),
             "to_wire": lambda: to_wire(batch),
+            "wire_pieces": lambda: wire_pieces(batch),
             "from_wire": lambda: ragged(from_wire(wire, "scored"), "teacher_candidate_logprobs"),
         }
     )
@@ -50,6 +51,7 @@ def wire_rows() -> list[Row]:
         row("wire: memcpy", size, bandwidth["memcpy"], "GB/s"),
         row("wire: encode", size, bandwidth["to_wire"], "GB/s"),
         row("wire: encode / memcpy", size, bandwidth["to_wire"] / bandwidth["memcpy"], "ratio"),
+        row("wire: encode in pieces, as actors do", size, 1e6 * seconds["wire_pieces"], "us"),
         row("wire: decode", size, 1e6 * seconds["from_wire"], "us"),
         row("wire: bytes per completion token", size, wire.size / (ROWS * COMPLETION_TOKENS), "bytes"),
     ]

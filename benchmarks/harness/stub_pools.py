@@ -21,6 +21,7 @@ from cluster.actors.object_store import pack
 from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Metric, Sum
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings, ScoreRequest
 from cluster.contracts.trajectory import add_scores, ragged
@@ -140,12 +141,12 @@ class StubRolloutProcess:
         requests: Sequence[RolloutRequest],
         sampling: SamplingSettings,
         priority: int,
-    ) -> tuple[pa.Buffer, BatchHandle]:
+    ) -> tuple[Pieces, BatchHandle]:
         """Begin a rollout and return its first batch."""
         self._rollouts[worker, call] = self._workers[worker].generate(requests, sampling, priority)
         return await self.next_batch(worker, call)
 
-    async def next_batch(self, worker: int, call: int) -> tuple[pa.Buffer, BatchHandle]:
+    async def next_batch(self, worker: int, call: int) -> tuple[Pieces, BatchHandle]:
         """Return the rollout's next batch."""
         rows, metrics, is_last = await anext(self._rollouts[worker, call])
         wire, handle = pack(rows, metrics)
@@ -167,7 +168,7 @@ class StubTeacherProcess:
         """Build a worker."""
         self._turns[worker] = asyncio.Lock()
 
-    async def score(self, worker: int, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
+    async def score(self, worker: int, wire: pa.Buffer, request: ScoreRequest) -> tuple[Pieces, BatchHandle]:
         """Score every token as the student did."""
         batch = from_wire(wire)
         num_tokens = int(ragged(batch, "token_ids").offsets[-1])

@@ -11,6 +11,7 @@ from benchmarks.harness.workloads import PROMPT_TOKENS, Split, Workload
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import RolloutRequest, SamplingSettings, ScoreRequest
 from learner.group import LearnerGroup
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
@@ -35,11 +36,11 @@ class StubRolloutActor:
 
     async def start_rollout(
         self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
-    ) -> tuple[pa.Buffer, BatchHandle]:
+    ) -> tuple[Pieces, BatchHandle]:
         """Begin a rollout and return its first batch."""
         return await self._process.start_rollout(0, call, requests, sampling, priority)
 
-    async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
+    async def next_batch(self, call: int) -> tuple[Pieces, BatchHandle]:
         """Return the rollout's next batch."""
         return await self._process.next_batch(0, call)
 
@@ -58,7 +59,7 @@ class StubTeacherActor:
         """Build the worker."""
         await self._process.start(0)
 
-    async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
+    async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[Pieces, BatchHandle]:
         """Score every token as the student did."""
         return await self._process.score(0, wire, request)
 

@@ -20,6 +20,7 @@ from cluster.contracts.errors import ActorDiedError, ActorError, LostBytesError,
 from cluster.contracts.import_path import load_object
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
+GET_SECONDS = 60.0  # for values that are there, which Ray may still have to look up
 POLL_SECONDS = 1.0  # a longer wait asks again, so often, what it waits for
 
 
@@ -37,6 +38,10 @@ Options = Sequence[Mapping[str, Any]]  # Ray's actor options (num_cpus, num_gpus
 
 class Cluster(ABC):
     """Makes actors, calls them and waits for their answers."""
+
+    # What `wait_for_any` lets pass before it looks at so many references. A look costs by the reference, and so takes a
+    # small part of this; what came meanwhile is seen at one look, so an answer costs the same however many are awaited.
+    pause_seconds_per_reference = 0.0
 
     @abstractmethod
     def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
@@ -64,6 +69,23 @@ class Cluster(ABC):
             LostBytesError: the node that held the value, or what the actor was to read, is gone.
             PreceptorError: what the actor raised.
         """
+
+    def get_each(self, references: Sequence[Any], waiting_for: Callable[[Any], str]) -> list[Any]:
+        """Return the values of references that are ready; where `get` raises an error of ours, the error itself.
+
+        One call of `get` fetches all, for each costs as much as a few values. `waiting_for` describes one reference.
+        """
+        try:
+            values: list[Any] = self.get(list(references), GET_SECONDS, "answers that are there") if references else []
+            return values
+        except PreceptorError:
+            return [self._value_or_error(reference, waiting_for(reference)) for reference in references]
+
+    def _value_or_error(self, reference: Any, waiting_for: str) -> Any:
+        try:
+            return self.get(reference, GET_SECONDS, waiting_for)
+        except PreceptorError as error:
+            return error
 
     @abstractmethod
     def wait(self, references: Sequence[Any], num_returns: int, timeout_seconds: float) -> list[Any]:
@@ -109,6 +131,8 @@ class Cluster(ABC):
         while True:
             references = list(pending())
             if references:
+                if not wait_seconds:
+                    time.sleep(len(references) * self.pause_seconds_per_reference)
                 ready = self.wait(references, 1 if wait_seconds else len(references), wait_seconds)
                 if ready:
                     return ready
@@ -132,6 +156,8 @@ class RayCluster(Cluster):
     Args:
         stand_ins: actor class -> actor class to run in its place, for tests without engines.
     """
+
+    pause_seconds_per_reference = 10e-6  # `ray.wait` takes 0.5 microseconds of CPU for each
 
     def __init__(self, stand_ins: Mapping[str, str] | None = None) -> None:
         self._stand_ins = stand_ins or {}

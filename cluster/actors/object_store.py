@@ -12,16 +12,17 @@ import pyarrow as pa
 
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Metrics
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.trajectory import ragged
-from cluster.contracts.wire import to_wire
+from cluster.contracts.wire import wire_pieces
 
 # Ray sends return values below 100 kB inside its reply to the caller: small batches would pass through the driver.
 INLINED_BYTES = 2048
 STORE_ENVIRONMENT: Mapping[str, str] = {"RAY_max_direct_call_object_size": str(INLINED_BYTES)}
 
 
-def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[pa.Buffer, BatchHandle]:
-    """Return a batch's bytes and its handle, whose reference the driver fills in.
+def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[Pieces, BatchHandle]:
+    """Return a batch's bytes, which arrive as one `pa.Buffer`, and its handle, whose reference the driver fills in.
 
     Args:
         batch: at least one row, all of one teacher.
@@ -39,7 +40,7 @@ def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[pa.Buffer, BatchHandl
         max_policy_versions=tuple(batch["max_policy_version"].to_pylist()),
         metrics=metrics,
     )
-    return to_wire(batch), handle
+    return wire_pieces(batch), handle
 
 
 def add_environment(option: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:

@@ -160,7 +160,8 @@ class Replicas:
 
     @property
     def serving(self) -> list[int]:
-        return [replica for replica, member in self._members.items() if member.serves and replica not in self._leaving]
+        away = self._absent | self._leaving
+        return [replica for replica in self._members if replica not in away] if away else list(self._members)
 
     @property
     def staying(self) -> list[ActorHandle]:

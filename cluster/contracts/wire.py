@@ -5,6 +5,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.contracts.errors import ConfigError, TrajectoryError
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.trajectory import (
     SCHEMA_VERSION,
     Stage,
@@ -17,25 +18,38 @@ from cluster.contracts.trajectory import (
 
 
 def to_wire(batch: pa.RecordBatch) -> pa.Buffer:
-    """Encode as Arrow IPC. IPC drops what a slice does not show; pickling the slice would ship its whole parent.
+    """Encode as Arrow IPC in one buffer; `wire_pieces` does so without copying the values.
 
     Example:
         >>> from cluster.contracts.trajectory import make_generated
         >>> from_wire(to_wire(make_generated([]))).num_rows
         0
     """
-    # A buffer that grows while it is written is copied several times; the first pass only counts.
-    counted = pa.MockOutputStream()
-    _write_stream(counted, batch)
-    wire: pa.Buffer = pa.allocate_buffer(counted.size())
-    with pa.FixedSizeBufferWriter(wire) as sink:
-        _write_stream(sink, batch)
-    return wire
+    return wire_pieces(batch).joined()
 
 
-def _write_stream(sink: Any, batch: pa.RecordBatch) -> None:
+def wire_pieces(batch: pa.RecordBatch) -> Pieces:
+    """Encode as Arrow IPC. IPC drops what a slice does not show; pickling the slice would ship its whole parent."""
+    sink = _Sink()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
+    return Pieces(sink.written)
+
+
+class _Sink:
+    """Collects what Arrow writes to a file, which are views of the batch's columns and a few bytes between them."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.written: list[Any] = []
+
+    def write(self, buffer: Any) -> int:
+        self.written.append(buffer)
+        return len(buffer)
+
+    def flush(self) -> None:
+        """Do nothing: what was written is there."""
 
 
 def from_wire(wire: pa.Buffer | bytes | memoryview, stage: Stage | None = None) -> pa.RecordBatch:

@@ -294,7 +294,8 @@ class SimulatedRank(_Worker):
         lengths = [tokens for wire in share.references for tokens in wire.value.num_tokens]
         tokens = sum(lengths[index] for grid in share.grids for row in grid for index in row)
         rates = self._clock.rates
-        seconds = tokens / rates.tokens_per_second + (rates.seconds_per_micro_batch if tokens else 0.0)
+        num_micro_batches = sum(bool(grid) for grid in share.grids)
+        seconds = tokens / rates.tokens_per_second + rates.seconds_per_micro_batch * num_micro_batches
         return self._clock.compute(seconds)
 
     def take_step(self, num_tokens: int, step: int) -> SimulatedReference:

@@ -6,9 +6,10 @@ per bucket, `finish_weight_update(policy_version)`. All ranks take part in gathe
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
-import pyarrow as pa
+import numpy as np
 import ray
 import torch
 from ray.actor import ActorHandle
@@ -17,6 +18,7 @@ from torch import Tensor
 from cluster.config.run_config import Config
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import WeightSyncError
+from cluster.contracts.pieces import Pieces
 from cluster.weight_sync.manifest import (
     DTYPE_BYTES,
     Bucket,
@@ -31,6 +33,10 @@ from cluster.weight_sync.manifest import (
 from cluster.weight_sync.transports import Encoded, Payload, make_payload
 from learner.engines.base import TrainEngine
 from learner.weight_sync.recipients import Recipients
+
+# The workers read one object while the next one is put. What is put is still in the processor's cache when it is read.
+MAX_OBJECT_BYTES = 64 << 20
+AS_IT_IS = Encoded(np.empty(0, np.uint8))
 
 
 class WeightUpdate:
@@ -66,13 +72,42 @@ class WeightUpdate:
         self._common = {"payload": payload, "kept_as": policy_version if encoder.is_incremental else None}
         self._can_decode = self._compare_versions()
         self._receiving: dict[int, Any] = {}  # worker -> reference
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
         self._digest = new_digest()
         self._num_bytes = self._num_values = 0
         self._num_changed: int | None = 0  # None: not known
 
-    def send(self, bucket: Bucket, values: Bytes) -> None:
-        """Put a bucket into the object store and let the workers read it while the next one is made."""
-        messages = self._put(bucket, values)
+    def put(self, bucket: Bucket, values: Sequence[Bytes]) -> dict[int, dict[str, Any]]:
+        """Put what is needed of a bucket into the object store, encoded or as it is or both.
+
+        Args:
+            bucket: the tensors.
+            values: theirs, in pieces one after the other; in one piece if the payload is any but `full`.
+
+        Returns:
+            each worker's message, which says what it reads and how.
+        """
+        encoded = AS_IT_IS
+        if self._common["payload"] != "full":
+            encoded = self._encoder.encode(bucket, values[0], self._base_version is not None)
+        self._num_values += sum(tensor.num_bytes // DTYPE_BYTES[tensor.dtype] for tensor in bucket)
+        if self._num_changed is not None:
+            self._num_changed = None if encoded.num_changed is None else self._num_changed + encoded.num_changed
+        can_decode = {position: self._can_decode[position] for position in self._recipients.workers}
+        values_message: dict[str, Any] = {}
+        message: dict[str, Any] = {}
+        # Reading the bytes for the checksum takes half as long as copying them, so both go on at the same time.
+        digesting = self._thread.submit(self._add_to_digest, values)
+        if not encoded.fields or not all(can_decode.values()):
+            values_message = message = self._describe(bucket, values, {})
+        if encoded.fields and any(can_decode.values()):
+            message = self._describe(bucket, [encoded.memory], encoded.fields)
+            message |= {"base_version": self._base_version, "checksum": checksum([encoded.memory])}
+        values_message["checksum"] = digesting.result()
+        return {position: message if can else values_message for position, can in can_decode.items()}
+
+    def send(self, messages: Mapping[int, dict[str, Any]]) -> None:
+        """Let the workers read a bucket, which `put` described, while the next one is made."""
         if self._paused is None:
             self._start(messages)
         self._recipients.answers(self._receiving, "receive a bucket of weights")
@@ -110,36 +145,23 @@ class WeightUpdate:
         first = {position: message["reference"] for position, message in messages.items()}
         self._recipients.answers(self._recipients.call("start_weight_update", first), "answer start_weight_update")
 
-    def _put(self, bucket: Bucket, values: Bytes) -> dict[int, dict[str, Any]]:
-        """Put what is needed of a bucket, encoded or as it is or both, and return each worker's message."""
-        encoded = self._encoder.encode(bucket, values, self._base_version is not None)
-        self._digest.update(values.data)
-        self._num_values += sum(tensor.num_bytes // DTYPE_BYTES[tensor.dtype] for tensor in bucket)
-        if self._num_changed is not None:
-            self._num_changed = None if encoded.num_changed is None else self._num_changed + encoded.num_changed
-        can_decode = {position: self._can_decode[position] for position in self._recipients.workers}
-        values_message: dict[str, Any] = {}
-        message: dict[str, Any] = {}
-        if not encoded.fields or not all(can_decode.values()):
-            whole = Encoded(values) if encoded.fields else encoded
-            values_message = message = self._describe(bucket, whole, self._digest.hexdigest())
-        if encoded.fields and any(can_decode.values()):
-            message = self._describe(bucket, encoded, checksum([encoded.memory]))
-            message["base_version"] = self._base_version
-        return {position: message if can else values_message for position, can in can_decode.items()}
-
-    def _describe(self, bucket: Bucket, encoded: Encoded, digest: str) -> dict[str, Any]:
-        """Put the bytes into the object store and return what a worker needs to read and check them."""
-        self._num_bytes += len(encoded.memory)
+    def _describe(self, bucket: Bucket, memory: Sequence[Bytes], fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Put the bytes into the object store and return what a worker needs to read them."""
+        pieces = Pieces(memory)
+        self._num_bytes += pieces.size
         return self._common | {
             "names": [tensor.name for tensor in bucket],
             "dtypes": [tensor.dtype for tensor in bucket],
             "shapes": [list(tensor.shape) for tensor in bucket],
-            "fields": dict(encoded.fields),
-            "checksum": digest,
+            "fields": dict(fields),
             # In a list, Ray hands the worker the reference; bare, it would resolve it before the call.
-            "reference": [ray.put(pa.py_buffer(encoded.memory))],
+            "reference": [ray.put(pieces)],
         }
+
+    def _add_to_digest(self, values: Sequence[Bytes]) -> str:
+        for piece in values:
+            self._digest.update(piece.data)
+        return self._digest.hexdigest()
 
 
 def check_received(received: Mapping[int, str], sent: str, policy_version: int) -> None:
@@ -186,7 +208,8 @@ class ObjectStoreSender:
         self._payload = config.payload
         self._encoder = make_payload(config.payload)
         self._base_version: int | None = None  # what the encoder's next values apply to
-        self._buckets = list(plan_buckets(engine.student.manifest(dtype), config.bucket_bytes))
+        bucket_bytes = min(config.bucket_bytes, MAX_OBJECT_BYTES)
+        self._buckets = list(plan_buckets(engine.student.manifest(dtype), bucket_bytes))
         largest = max(total_bytes(bucket) for bucket in self._buckets)
         # Pinned where there is a GPU: it writes into pageable memory several times slower.
         pinned = torch.cuda.is_available()
@@ -204,11 +227,17 @@ class ObjectStoreSender:
         for bucket in self._buckets:
             # One bucket at a time: gathering the whole model under ZeRO-3 needs a second full copy on every rank.
             with self._engine.full_parameters([tensor.name for tensor in bucket]) as parameters:
-                values = pack(bucket, parameters, self._memory)
-            update.send(bucket, values)
+                messages = update.put(bucket, self._values(bucket, parameters))
+            update.send(messages)
         report = update.finish()
         self._base_version = policy_version if self._encoder.is_incremental else None
         return report
+
+    def _values(self, bucket: Bucket, parameters: dict[str, Tensor]) -> list[Bytes]:
+        """Return the bucket's bytes, of which an encoder may need all in one place."""
+        if self._payload == "full":
+            return view(bucket, parameters, self._memory)
+        return [pack(bucket, parameters, self._memory)]
 
     def _take_part(self, policy_version: int) -> WeightSyncReport:
         """Gather with the other ranks; rank 0's report is the one that counts."""
@@ -230,6 +259,18 @@ def pack(bucket: Bucket, parameters: dict[str, Tensor], memory: Bytes) -> Bytes:
     values = memory[: total_bytes(bucket)]
     fill(bucket, parameters, torch.from_numpy(values))
     return values
+
+
+def view(bucket: Bucket, parameters: dict[str, Tensor], memory: Bytes) -> list[Bytes]:
+    """Return the bytes of each parameter: its own where they can travel as they are, else packed into memory."""
+    pieces = []
+    for tensor, place in places(bucket):
+        values = parameters[tensor.name]
+        if values.dtype != getattr(torch, tensor.dtype) or not (values.is_cpu and values.is_contiguous()):
+            pieces.append(pack([tensor], parameters, memory[place]))
+        else:
+            pieces.append(values.view(-1).view(torch.uint8).numpy())
+    return pieces
 
 
 def fill(bucket: Bucket, parameters: dict[str, Tensor], memory: Tensor) -> None:

@@ -39,6 +39,7 @@ class StubRank:
         return {
             "tokens": Sum(float(tokens)),
             "rounds": Sum(1.0),
+            "micro_batches": Sum(float(len(share.grids))),
             "completing_rounds": Sum(float(completes_step)),
             "largest_round_tokens": Max(float(tokens)),
             "busy_seconds": Sum(tokens / 1000),

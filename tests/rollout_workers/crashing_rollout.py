@@ -13,6 +13,7 @@ import ray
 from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import make_generated
 from rollout_workers.pool import RolloutActorSettings
@@ -57,14 +58,14 @@ class CrashingRollout:
 
     async def start_rollout(
         self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
-    ) -> tuple[pa.Buffer, BatchHandle]:
+    ) -> tuple[Pieces, BatchHandle]:
         """Take the requests and answer the first."""
         if not self._has_prompts:
             raise RolloutError("no prompts")
         self._left[call] = list(requests)
         return await self.next_batch(call)
 
-    async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
+    async def next_batch(self, call: int) -> tuple[Pieces, BatchHandle]:
         """Answer the next request, or die over it."""
         request = self._left[call].pop(0)
         await asyncio.sleep(request.seed * SECONDS_PER_TOKEN)

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import make_generated
 from tests.builders import make_trajectory
@@ -28,12 +29,12 @@ class StubRolloutActor:
 
     async def start_rollout(
         self, call: int, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int
-    ) -> tuple[pa.Buffer, BatchHandle]:
+    ) -> tuple[Pieces, BatchHandle]:
         """Take the requests and answer the first."""
         self._left[call] = list(requests)
         return await self.next_batch(call)
 
-    async def next_batch(self, call: int) -> tuple[pa.Buffer, BatchHandle]:
+    async def next_batch(self, call: int) -> tuple[Pieces, BatchHandle]:
         """Answer the next request."""
         request = self._left[call].pop(0)
         row = make_trajectory(

@@ -5,10 +5,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import pyarrow as pa
-
 from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.wire import from_wire
 
@@ -19,7 +18,7 @@ class Stage:
     def __init__(self) -> None:
         self._workers: dict[str, Any] = {}
 
-    async def score(self, name: str, engine: str, wire: Any, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
+    async def score(self, name: str, engine: str, wire: Any, request: ScoreRequest) -> tuple[Pieces, BatchHandle]:
         """Score as replica `name`, whose engine is a class of `faulty_engines`, `silent` or `dying`."""
         from tests.teacher_workers import faulty_engines
 

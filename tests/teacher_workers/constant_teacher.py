@@ -12,6 +12,7 @@ from cluster.actors.object_store import pack
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ModelError
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
@@ -35,7 +36,7 @@ class ConstantTeacher:
         if any(Path(teacher.model).name == "broken" for teacher in self._teachers.values()):
             raise ModelError("vLLM cannot serve broken")
 
-    async def score(self, wire: pa.Buffer, request: ScoreRequest, teacher: str = "") -> tuple[pa.Buffer, BatchHandle]:
+    async def score(self, wire: pa.Buffer, request: ScoreRequest, teacher: str = "") -> tuple[Pieces, BatchHandle]:
         """Score, or wait for death."""
         if self._order.exists():
             await asyncio.sleep(DEATH_SECONDS)

@@ -10,6 +10,7 @@ import pyarrow as pa
 from cluster.actors.object_store import pack
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
+from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
@@ -34,7 +35,7 @@ class CrashingTeacher:
         if (self._folder / "stillborn").exists():
             os._exit(1)
 
-    async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[pa.Buffer, BatchHandle]:
+    async def score(self, wire: pa.Buffer, request: ScoreRequest) -> tuple[Pieces, BatchHandle]:
         """Score, or wait for death."""
         if self._order.exists():
             await asyncio.sleep(DEATH_SECONDS)

@@ -25,7 +25,7 @@ def maker(ray_cluster: None) -> Iterator[ray.actor.ActorHandle]:
 def test_the_handle_counts_what_the_bytes_hold() -> None:
     rows = [make_trajectory(trajectory_id=7), make_trajectory(trajectory_id=9, prompt=(1,), completion=(2, 3, 4, 5))]
     wire, handle = pack(make_generated(rows), {})
-    assert from_wire(wire).num_rows == 2
+    assert from_wire(wire.joined()).num_rows == 2
     assert (handle.trajectory_ids, handle.num_tokens, handle.num_completion_tokens) == ((7, 9), (5, 5), (3, 4))
 
 

@@ -117,6 +117,13 @@ def test_a_worker_that_comes_late_gets_the_version_that_the_others_have(group) -
         assert ray.get(group.bring_weights(worker)).policy_version == version
 
 
+def test_rounds_that_are_ready_together_go_eight_in_a_call_and_only_the_last_call_completes_the_step(start) -> None:
+    group = start("learner.micro_batch_tokens=10")
+    figures = report(group.step(ReadyBatches([handle_of(10) for _ in range(20)]), 0))
+    assert (figures["rounds"], figures["micro_batches"], figures["completing_rounds"]) == (3, 20, 1)
+    assert figures["tokens"] == 200
+
+
 def test_a_rank_that_fails_is_noticed_before_the_last_batch_comes(group) -> None:
     started = time.perf_counter()
     with pytest.raises(ScoreError, match="stub"):
