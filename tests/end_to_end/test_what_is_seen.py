@@ -127,7 +127,7 @@ def test_metrics_of_pools_are_there_for_every_pool(shown: Shown) -> None:
 
 def test_a_living_run_shows_its_pools_by_its_directory_alone(shown: Shown) -> None:
     living = shown.living
-    assert (living["state"], living["steps"]) == ("running", 100000)
+    assert living["state"] == "running"
     assert living["step"] >= STEPS
     assert {pool["name"]: len(pool["workers"]) for pool in living["pools"]} == dict.fromkeys(POOLS, 1) | {"learner": 2}
     assert living["tokens_per_second"] > 0

@@ -13,6 +13,8 @@ import pytest
 from tests.leak_check import without_ray
 
 pytestmark = pytest.mark.slow
+# Nodes would start a Python process for each of their CPUs before any is needed.
+VARIABLES = {"RAY_AUTH_MODE": "disabled", "RAY_prestart_worker_first_driver": "0"}
 
 
 def placed(scenario: str) -> Any:
@@ -25,7 +27,7 @@ def placed(scenario: str) -> Any:
             text=True,
             timeout=240,
             stdin=subprocess.DEVNULL,
-            env={**without_ray(os.environ), "TMPDIR": folder, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"},
+            env={**without_ray(os.environ), **VARIABLES, "TMPDIR": folder, "RAY_TMPDIR": folder},
             check=False,
         )
     assert found.returncode == 0, found.stdout + found.stderr

@@ -1,5 +1,7 @@
 """Real vLLM teachers pass their audits beside other work; other weights under the same name do not."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,15 +74,27 @@ def test_right_teachers_pass_beside_other_work_and_replaced_weights_are_found(
     audit.take_rows([make_handle(0, [40, 31, 25, 50, 25])])
     for step in (0, 50, 100):
         run_audit(audit, pools[served], step, request)
-    write_tiny_qwen3(tiny_teacher, seed=1)
-    replaced = start("replaced", tiny_teacher, dtype, num_replicas=1)
+    with other_weights(tiny_teacher, tmp_path):
+        replaced = start("replaced", tiny_teacher, dtype, num_replicas=1)
+        try:
+            replaced.wait_until_ready()
+            audit = ScoreAudit(config, {"main": replaced}, folder)
+            audit.begin(100)
+            said = "replica teacher-replaced-0: its answers .* not the teacher .* are others now"
+            with pytest.raises(ScoreError, match=said):
+                audit.finish()
+        finally:
+            replaced.shutdown()
+
+
+@contextmanager
+def other_weights(model: Path, beside: Path) -> Iterator[None]:
+    """Put another file in the place of a model's weights; those who mapped the first keep it."""
+    weights, kept = model / "model.safetensors", beside / "kept.safetensors"
+    other = write_tiny_qwen3(beside / "other", seed=1) / weights.name
+    kept.hardlink_to(weights)
+    other.replace(weights)
     try:
-        replaced.wait_until_ready()
-        audit = ScoreAudit(config, {"main": replaced}, folder)
-        audit.begin(100)
-        said = "replica teacher-replaced-0: its answers .* not the teacher .* are others now"
-        with pytest.raises(ScoreError, match=said):
-            audit.finish()
+        yield
     finally:
-        replaced.shutdown()
-        write_tiny_qwen3(tiny_teacher)
+        kept.replace(weights)
