@@ -146,7 +146,7 @@ FAULTS = (
         "learner/engines/zero.py",
         "self._engine.backward(loss * self.world_size)",
         "self._engine.backward(loss)",
-        ("tests/learner/test_group.py::test_three_steps_give_the_weights_of_plain_torch[zero2]",),
+        ("tests/learner/test_group.py::test_three_steps_give_the_losses_of_plain_torch[zero2]",),
     ),
     Fault(
         "every round completes the step",

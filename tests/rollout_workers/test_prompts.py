@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cluster.contracts.errors import PromptError
@@ -41,6 +41,17 @@ def test_the_chat_template_and_system_prompt_are_applied(tmp_path: Path, tokeniz
     path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one"})
     prompts = load(path, tokenizer, "prompts.system_prompt=terse")
     assert prompts.prompt(0).token_ids.tolist() == [2, 6, 1, 3]  # system terse user one
+
+
+def test_special_tokens_come_from_the_tokenizer_or_from_the_chat_template_and_never_from_both(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = processors.TemplateProcessing(single="system $A", special_tokens=[("system", 2)])
+    adding = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", chat_template=CHAT_TEMPLATE)
+    path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one"})
+    assert load(path, adding, "prompts.template=raw").prompt(0).token_ids.tolist() == [2, 3]
+    assert load(path, adding).prompt(0).token_ids.tolist() == [1, 3]  # user one
 
 
 def test_a_conversation_keeps_its_roles(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
