@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Generic, TypeVar
 
@@ -12,9 +13,39 @@ from cluster.contracts.trajectory import GeneratedTrajectory
 # a call, so the waits grow with the rollout, and the number of batches that leave early with its logarithm.
 PATIENCE = 0.25
 MIN_PATIENCE_SECONDS = 0.01
+BEHIND_SECONDS = 0.05  # an idle driver requests a rollout's next batch within a few milliseconds
+MAX_GROWTH = 4
 
 Task = asyncio.Task[GeneratedTrajectory]
 Row = TypeVar("Row")
+
+
+@dataclass
+class BatchSize:
+    """Says how many rows fill a batch: more while the driver is behind, for a batch costs it the same at any size.
+
+    Example:
+        >>> size = BatchSize(8)
+        >>> size.adapt(seconds=0.3, num_waiting=8)
+        >>> size.rows
+        16
+        >>> size.adapt(seconds=0.002, num_waiting=16)
+        >>> size.rows
+        8
+    """
+
+    configured: int
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = self.configured
+
+    def adapt(self, seconds: float, num_waiting: int) -> None:
+        """Note how long after a batch the next one was requested, and how many rows had finished by then."""
+        if seconds <= BEHIND_SECONDS:
+            self.rows = max(self.configured, self.rows // 2)
+        elif num_waiting >= self.rows:
+            self.rows = min(MAX_GROWTH * self.configured, 2 * self.rows)
 
 
 class Filling(Generic[Row]):
@@ -30,7 +61,7 @@ class Filling(Generic[Row]):
 
     def __init__(self, num_rows: int, rows_per_batch: int, started: float) -> None:
         self.missing = num_rows
-        self._rows_per_batch = rows_per_batch
+        self.rows_per_batch = rows_per_batch
         self._started = started
         self._pending: dict[str, list[Row]] = {}
         self._due: dict[str, float] = {}  # when a teacher's rows leave though they are few
@@ -46,7 +77,7 @@ class Filling(Generic[Row]):
         rows = self._pending.setdefault(teacher, [])
         rows.append(row)
         self._due.setdefault(teacher, now + max(MIN_PATIENCE_SECONDS, PATIENCE * (now - self._started)))
-        if not self.missing or len(rows) < self._rows_per_batch:
+        if not self.missing or len(rows) < self.rows_per_batch:
             return None
         del self._due[teacher]
         return self._pending.pop(teacher)
@@ -61,27 +92,31 @@ class Filling(Generic[Row]):
         return list(self._pending.values())
 
 
-async def in_batches(
-    tasks: Sequence[Task], rows_per_batch: int
-) -> AsyncIterator[tuple[list[GeneratedTrajectory], bool]]:
+async def in_batches(tasks: Sequence[Task], size: BatchSize) -> AsyncIterator[tuple[list[GeneratedTrajectory], bool]]:
     """Yield what the tasks, at least one, return, in the order in which they finish, and whether nothing follows.
 
-    All rows of a batch are for the same teacher.
+    All rows of a batch are for the same teacher. Each request for a batch tells `size` how fast they are taken.
     """
     finished: asyncio.Queue[Task] = asyncio.Queue()
     for task in tasks:
         task.add_done_callback(finished.put_nowait)
-    filling = Filling[GeneratedTrajectory](len(tasks), rows_per_batch, started=perf_counter())
+    filling = Filling[GeneratedTrajectory](len(tasks), size.rows, started=perf_counter())
     while filling.missing:
         done = await _next(finished, filling.due_at)
-        if done is None:
-            yield filling.overdue(), False
-        elif full := filling.add(done.result().teacher, done.result(), perf_counter()):
-            yield full, False
+        rows = filling.overdue() if done is None else _add(filling, done)
+        if rows:
+            yielded = perf_counter()
+            yield rows, False
+            size.adapt(perf_counter() - yielded, finished.qsize())
+            filling.rows_per_batch = size.rows
     *others, last = filling.rest()
     for rows in others:
         yield rows, False
     yield last, True
+
+
+def _add(filling: Filling[GeneratedTrajectory], done: Task) -> list[GeneratedTrajectory] | None:
+    return filling.add(done.result().teacher, done.result(), perf_counter())
 
 
 async def _next(finished: asyncio.Queue[Task], until: float | None) -> Task | None:

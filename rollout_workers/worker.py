@@ -14,7 +14,7 @@ from cluster.contracts.metrics import Metrics
 from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints, make_generated
-from rollout_workers.batching import in_batches
+from rollout_workers.batching import BatchSize, in_batches
 from rollout_workers.environments.base import NewEnvironment, Outcome, Services, SingleTurn, TokenIds
 from rollout_workers.prompts import PromptSet, turn_seed
 from rollout_workers.trajectory_builder import build_trajectory, rollout_metrics, token_ids_of
@@ -39,7 +39,7 @@ class RolloutWorker:
         """
         self.engine = engine  # also for the weight sync
         self._services = services
-        self._rows_per_batch = rows_per_batch
+        self._batch_size = BatchSize(rows_per_batch)
         self._environment = environment
         self._max_observation_tokens = max_observation_tokens
         self._prompts: PromptSet | None = None
@@ -52,7 +52,7 @@ class RolloutWorker:
     async def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int = 0
     ) -> AsyncGenerator[RolloutBatch]:
-        """Yield trajectories as they are done, up to `rows_per_batch` for the same teacher at a time.
+        """Yield trajectories as they are done, `rows_per_batch` for the same teacher at a time, or more (BatchSize).
 
         The engine gets all requests at once, in this order, and decides how many run together; those of a call with a
         lower `priority` run first. `sampling.max_completion_tokens` bounds the sampled tokens of a whole trajectory.
@@ -63,7 +63,7 @@ class RolloutWorker:
         last = perf_counter()
         tasks = [asyncio.create_task(self._rollout(request, sampling, priority)) for request in requests]
         try:
-            async for rows, is_last in in_batches(tasks, self._rows_per_batch):
+            async for rows, is_last in in_batches(tasks, self._batch_size):
                 now = perf_counter()
                 metrics = rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
                 yield make_generated(rows), metrics, is_last

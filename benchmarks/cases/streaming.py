@@ -195,16 +195,21 @@ def with_bar(found: Row, at_least: float) -> Row:
     return {**found, "bar": f">= {at_least:g}", "met": found["value"] >= at_least}
 
 
+PARTS: Mapping[str, Callable[[int, int], list[Row]]] = {"overlap": overlap_rows, "driver": driver_rows}
+
+
 def main() -> None:
     """Run all sizes, print the table and write it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases.streaming", description=__doc__)
     parser.add_argument("--steps", type=int, default=5, help="measured steps of each case")
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 8, 64, 256], help="sizes of the rollout pool")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--output", type=Path, help="JSON file; default: benchmarks/results/DATE-streaming.json")
     options = parser.parse_args()
-    measures: list[Callable[[int, int], list[Row]]] = [overlap_rows, driver_rows]
     with local_cluster(num_cpus=4, include_dashboard=False, log_to_driver=False):
-        rows = [found for measure in measures for size in options.workers for found in measure(size, options.steps)]
+        rows = [
+            found for part in options.parts for size in options.workers for found in PARTS[part](size, options.steps)
+        ]
     print_rows(rows)
     output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-streaming.json"
     described = {"command": "python -m benchmarks.cases.streaming", **describe_machine()}

@@ -61,7 +61,7 @@ class RolloutConfig(Section):
     top_k: CountOrZero = 0  # 0: whole vocabulary
     stop: tuple[Text, ...] = ()
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
-    rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish
+    rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
     engine: EngineConfig = EngineConfig()
 

@@ -1,9 +1,10 @@
 """When finished trajectories leave a worker."""
 
 import asyncio
+import time
 
 from cluster.contracts.trajectory import GeneratedTrajectory
-from rollout_workers.batching import in_batches
+from rollout_workers.batching import BEHIND_SECONDS, BatchSize, in_batches
 from tests.builders import make_trajectory
 
 LONG = 1.0  # seconds; far above what a machine under load adds to a short wait
@@ -21,7 +22,7 @@ def run(*completions: tuple[int, float, str], rows_per_batch: int) -> list[tuple
         tasks = [asyncio.create_task(write(*completion)) for completion in completions]
         return [
             ([row.trajectory_id for row in rows], is_last, not all(task.done() for task in tasks))
-            async for rows, is_last in in_batches(tasks, rows_per_batch)
+            async for rows, is_last in in_batches(tasks, BatchSize(rows_per_batch))
         ]
 
     return asyncio.run(scenario())
@@ -49,3 +50,31 @@ def test_a_rollouts_early_batches_grow_with_the_logarithm_of_its_time() -> None:
     # A completion every 10 ms for 0.6 s; a fixed wait of 10 ms would make 30 batches or more.
     completions = [(index, 0.01 * index, "a") for index in range(60)]
     assert len(run(*completions, rows_per_batch=1000)) < 25
+
+
+def sizes_when_each_batch_is_requested_after(seconds: float) -> list[int]:
+    async def scenario() -> list[int]:
+        tasks = [asyncio.create_task(write(index, 0.0)) for index in range(23)]
+        sizes = []
+        async for rows, _ in in_batches(tasks, BatchSize(2)):
+            sizes.append(len(rows))
+            time.sleep(seconds)
+        return sizes
+
+    return asyncio.run(scenario())
+
+
+def test_batches_grow_up_to_four_times_while_the_driver_is_behind() -> None:
+    assert sizes_when_each_batch_is_requested_after(2 * BEHIND_SECONDS) == [2, 4, 8, 8, 1]
+
+
+def test_batches_keep_their_size_though_many_rows_finish_at_once() -> None:
+    assert sizes_when_each_batch_is_requested_after(0.0) == [2] * 11 + [1]
+
+
+def test_the_next_rollout_begins_with_the_size_that_the_driver_needs() -> None:
+    size = BatchSize(2)
+    size.adapt(2 * BEHIND_SECONDS, num_waiting=1)
+    assert size.rows == 2  # no second batch had to wait
+    size.adapt(2 * BEHIND_SECONDS, num_waiting=2)
+    assert size.rows == 4
