@@ -72,7 +72,6 @@ class WeightUpdate:
         self._common = {"payload": payload, "kept_as": policy_version if encoder.is_incremental else None}
         self._can_decode = self._compare_versions()
         self._receiving: dict[int, Any] = {}  # worker -> reference
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checksum")
         self._digest = new_digest()
         self._num_bytes = self._num_values = 0
         self._num_changed: int | None = 0  # None: not known
@@ -97,12 +96,13 @@ class WeightUpdate:
         values_message: dict[str, Any] = {}
         message: dict[str, Any] = {}
         # Reading the bytes for the checksum takes half as long as copying them, so both go on at the same time.
-        digesting = self._thread.submit(self._add_to_digest, values)
-        if not encoded.fields or not all(can_decode.values()):
-            values_message = message = self._describe(bucket, values, {})
-        if encoded.fields and any(can_decode.values()):
-            message = self._describe(bucket, [encoded.memory], encoded.fields)
-            message |= {"base_version": self._base_version, "checksum": checksum([encoded.memory])}
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            digesting = thread.submit(self._add_to_digest, values)
+            if not encoded.fields or not all(can_decode.values()):
+                values_message = message = self._describe(bucket, values, {})
+            if encoded.fields and any(can_decode.values()):
+                message = self._describe(bucket, [encoded.memory], encoded.fields)
+                message |= {"base_version": self._base_version, "checksum": checksum([encoded.memory])}
         values_message["checksum"] = digesting.result()
         return {position: message if can else values_message for position, can in can_decode.items()}
 
