@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 MAX_FDS = 200  # the kernel passes at most 253 in one message
+# It imports nothing large, and outlives the process that starts it, to remove what that one leaves.
+RESOURCE_TRACKER = "multiprocessing.resource_tracker"
 PASSED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -23,6 +25,8 @@ def main() -> None:
     address, *arguments = sys.argv[1:]
     fds = [fd for fd in (int(path.name) for path in Path("/proc/self/fd").iterdir()) if _is_inherited(fd)]
     program = arguments[1:] if arguments[:1] == ["-B"] else arguments  # as the server was started
+    if RESOURCE_TRACKER in "".join(program[1:2]):
+        os.execv(sys.executable, [sys.executable, *arguments])
     request = {"arguments": program, "environment": dict(os.environ), "folder": str(Path.cwd()), "fds": fds}
     try:
         answers = _send(address, json.dumps(request).encode(), fds)
