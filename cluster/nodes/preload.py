@@ -72,6 +72,8 @@ class Program:
 
 def main(address: str) -> None:
     """Serve until the owner is gone, and remove the socket's folder; in a copy, run its program."""
+    os.environ["SPT_NOENV"] = "1"  # titles do not spread over the environment, by which the reaper knows processes
+    _set_title("preceptor preload")
     began_with = dict(os.environ)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -222,6 +224,7 @@ def _run(program: Program, imported: dict[str, str]) -> None:
     rest = [path for path in sys.path if path not in before]
     sys.path[:] = ["" if is_command else str(Path(script).absolute().parent), *own, *rest]
     _renew()
+    _set_title(" ".join([sys.executable, *program.arguments]))
     main_module = sys.modules["__main__"] = ModuleType("__main__")
     if not is_command:
         main_module.__file__ = script
@@ -246,6 +249,14 @@ def _take_fds(program: Program) -> None:
     for fd, number in zip(moved, program.fds, strict=True):
         os.dup2(fd, number)
         os.close(fd)
+
+
+def _set_title(title: str) -> None:
+    """Set what `ps` shows; the first call comes before the environment changes, beside which the title stands."""
+    with suppress(ImportError):
+        from setproctitle import setproctitle
+
+        setproctitle(title)
 
 
 def _renew() -> None:
