@@ -55,6 +55,7 @@ FREE_NAMES = {
     *("LD_PRELOAD", "NUMEXPR_MAX_THREADS"),
 }
 FREE_PREFIXES = ("RAY_", "VLLM_", "PRECEPTOR_", "GLOO_", "NCCL_", "MASTER_", "PYTEST_")
+CLUSTER, CLUSTER_FD = "PRECEPTOR_CLUSTER", 999  # `MARK` and `MARK_FD` of the reaper, another program by itself
 BACKLOG = 256  # programs that may wait for the imports
 CUDA_NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED
 
@@ -217,6 +218,8 @@ def _run(program: Program, imported: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(imported | program.environment)
     os.chdir(program.folder)
+    if folder := os.environ.get(CLUSTER):
+        os.dup2(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), CLUSTER_FD, inheritable=False)
     script, *arguments = program.arguments
     is_command = script == "-c"
     sys.argv = ["-c", *arguments[1:]] if is_command else program.arguments

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.nodes import reaper
 from cluster.nodes.preloaded_python import PYTHON_VARIABLE, preloaded_python
 
 SHOW = "import json, os, sys; print(json.dumps({}))"
@@ -141,3 +142,15 @@ def is_gone(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def test_the_reaper_of_a_cluster_knows_a_program_of_the_cluster(python: str, tmp_path: Path) -> None:
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(1000)"
+    environment = os.environ | {reaper.MARK: str(tmp_path)}
+    stand_in = subprocess.Popen([python, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert stand_in.stdout is not None
+    pid = int(stand_in.stdout.readline())
+    assert pid in {member for member, _ in reaper.ProcessTree(reaper.MARK, str(tmp_path)).count()}
+    stand_in.kill()
+    stand_in.wait()
+    stand_in.stdout.close()
