@@ -1,7 +1,7 @@
 """Imports the large packages once, and forks the programs of a node from there.
 
 Importing torch, transformers and vLLM takes ten CPU-seconds, and every engine has two processes that need them. This
-program (`python preload.py SOCKET`) listens, imports, and becomes a copy of itself for each program that
+program (`python preload.py FD FOLDER`) imports, listens, and becomes a copy of itself for each program that
 `start_preloaded.py` requests. It forks while it has one thread and CUDA is not initialised, as vLLM itself does outside
 Ray; otherwise it ends, and programs start as usual. Its owner holds its standard input; it ends when that is closed.
 """
@@ -56,7 +56,7 @@ FREE_NAMES = {
 }
 FREE_PREFIXES = ("RAY_", "VLLM_", "PRECEPTOR_", "GLOO_", "NCCL_", "MASTER_", "PYTEST_")
 CLUSTER, CLUSTER_FD = "PRECEPTOR_CLUSTER", 999  # `MARK` and `MARK_FD` of the reaper, another program by itself
-BACKLOG = 256  # programs that may wait for the imports
+LARGEST_MESSAGE = 256  # file descriptors at once, or ended programs
 CUDA_NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED
 
 
@@ -71,16 +71,13 @@ class Program:
     received: list[int]  # the same ones in this process
 
 
-def main(address: str) -> None:
+def main(listener_fd: int, folder: str) -> None:
     """Serve until the owner is gone, and remove the socket's folder; in a copy, run its program."""
     os.environ["SPT_NOENV"] = "1"  # titles do not spread over the environment, by which the reaper knows processes
-    _set_title("preceptor preload")
     began_with = dict(os.environ)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(address)
-        listener.listen(BACKLOG)
+    with socket.socket(fileno=listener_fd) as listener:
         del sys.path[0]  # the folder of this file
         _import_packages()
         gc.freeze()  # collecting in a copy would copy every page that it looks at
@@ -89,7 +86,7 @@ def main(address: str) -> None:
         program = _Server(listener, began_with, free).serve() if _can_fork() else None
     if program is not None:
         _run(program, imported)
-    shutil.rmtree(Path(address).parent, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _import_packages() -> None:
@@ -188,7 +185,7 @@ class _Server:
 
     def _report_ended(self) -> None:
         with suppress(BlockingIOError):
-            os.read(self._ended, BACKLOG)
+            os.read(self._ended, LARGEST_MESSAGE)
         while self._stand_ins:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
@@ -203,7 +200,7 @@ class _Server:
 
 def _receive(stand_in: socket.socket) -> tuple[Program | None, list[int]]:
     """Read a request, None if the stand-in ended before it was whole, and the file descriptors that came with it."""
-    length, received, _, _ = socket.recv_fds(stand_in, 8, BACKLOG)
+    length, received, _, _ = socket.recv_fds(stand_in, 8, LARGEST_MESSAGE)
     body = b"" if len(length) < 8 else stand_in.makefile("rb").read(int.from_bytes(length, "big"))
     try:
         return Program(received=received, **json.loads(body)), received
@@ -214,20 +211,21 @@ def _receive(stand_in: socket.socket) -> tuple[Program | None, list[int]]:
 def _run(program: Program, imported: dict[str, str]) -> None:
     """Do what Python does with these arguments, and end this process."""
     _take_fds(program)
+    script, *arguments = program.arguments
+    is_command = script == "-c"
+    if is_command:  # an engine; Ray's workers are scripts, and Ray's own way does not work after this one
+        _find_title()
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ.clear()
     os.environ.update(imported | program.environment)
     os.chdir(program.folder)
     if folder := os.environ.get(CLUSTER):
         os.dup2(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), CLUSTER_FD, inheritable=False)
-    script, *arguments = program.arguments
-    is_command = script == "-c"
     sys.argv = ["-c", *arguments[1:]] if is_command else program.arguments
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     rest = [path for path in sys.path if path not in before]
     sys.path[:] = ["" if is_command else str(Path(script).absolute().parent), *own, *rest]
     _renew()
-    _set_title(" ".join([sys.executable, *program.arguments]))
     main_module = sys.modules["__main__"] = ModuleType("__main__")
     if not is_command:
         main_module.__file__ = script
@@ -254,12 +252,12 @@ def _take_fds(program: Program) -> None:
         os.close(fd)
 
 
-def _set_title(title: str) -> None:
-    """Set what `ps` shows; the first call comes before the environment changes, beside which the title stands."""
+def _find_title() -> None:
+    """Let the package that vLLM sets titles with find the title, beside the environment, before that one changes."""
     with suppress(ImportError):
-        from setproctitle import setproctitle
+        from setproctitle import getproctitle
 
-        setproctitle(title)
+        getproctitle()
 
 
 def _renew() -> None:
@@ -290,4 +288,4 @@ def _end(status: object) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,6 +1,7 @@
 """Provides an interpreter that starts with torch, transformers and vLLM imported, to Ray's workers and to engines."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from cluster.config.run_config import Config
 from cluster.nodes import preload, start_preloaded
 
 PYTHON_VARIABLE = "PRECEPTOR_PYTHON"  # the interpreter's path, for this process and those that it starts
+BACKLOG = 256  # programs that may wait for the imports
 END_SECONDS = 10.0
 
 
@@ -31,16 +33,20 @@ def preloaded_python() -> Iterator[None]:
         yield
         return
     folder = Path(tempfile.mkdtemp(prefix="preceptor-python-"))  # for its owner alone; `preload` removes it
-    python, socket = folder / "python", folder / "socket"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{start_preloaded.__file__}" "{socket}" "$@"\n')
+    python, address = folder / "python", folder / "socket"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{start_preloaded.__file__}" "{address}" "$@"\n')
     python.chmod(0o700)
-    server = subprocess.Popen(
-        [sys.executable, preload.__file__, str(socket)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,  # Ctrl-C goes to all processes of a terminal's group
-    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(address))
+        listener.listen(BACKLOG)
+        server = subprocess.Popen(
+            [sys.executable, preload.__file__, str(listener.fileno()), str(folder)],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C goes to all processes of a terminal's group
+        )
     assert server.stdin is not None
     os.environ[PYTHON_VARIABLE] = str(python)
     try:
