@@ -11,6 +11,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.config.run_file import load_run_config
 from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped, in_one_line
+from cluster.nodes.preloaded_python import preloading
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -58,35 +59,40 @@ def train(options: argparse.Namespace) -> int:
     """Train, from the start or from a run's last checkpoint."""
     if options.resume is None:
         config = _load(options)
-        from cluster.commands import start_training
+        with preloading(config):
+            from cluster.commands import start_training
 
-        start_training(config)
+            start_training(config)
         return 0
     run_file, overrides = _split(options.arguments)
     if run_file is not None:
         raise ConfigError(f"--resume takes the run's own configuration; remove {run_file}")
     directory = RunDirectory.open(options.resume)
-    from cluster.commands import resume_training
+    config = directory.read_config(overrides)
+    with preloading(config):
+        from cluster.commands import resume_training
 
-    resume_training(directory, directory.read_config(overrides))
+        resume_training(directory, config)
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measure the student, and the teachers if the run file says so, on the held-out prompts."""
     config = _load(options)
-    from cluster.commands import evaluate_models
+    with preloading(config):
+        from cluster.commands import evaluate_models
 
-    evaluate_models(config)
+        evaluate_models(config)
     return 0
 
 
 def check(options: argparse.Namespace) -> int:
     """Print the placement and run the start-up self-checks."""
     config = _load(options)
-    from cluster.commands import check_run
+    with preloading(config):
+        from cluster.commands import check_run
 
-    return 0 if check_run(config) else 1
+        return 0 if check_run(config) else 1
 
 
 def scale(options: argparse.Namespace) -> int:

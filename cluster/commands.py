@@ -114,10 +114,18 @@ def _train(
     directory: RunDirectory,
     state: RunState | None = None,
 ) -> RunSummary:
-    with KeptStatus(directory.status):
-        beginning = state or RunSummary(teacher_accuracy=_measure_teachers(config, inputs, placement, view, directory))
-        with start_pipeline(config, inputs, placement) as pipeline, stop_on_signals(view.say) as stop:
-            return Supervisor(config, inputs, pipeline, directory, view, stop, step_hooks).train(beginning)
+    beginning = state or RunSummary()
+
+    def measure_teachers() -> None:
+        if isinstance(beginning, RunSummary):  # a resumed run knows
+            beginning.teacher_accuracy |= _measure_teachers(config, inputs, placement, view, directory)
+
+    with (
+        KeptStatus(directory.status),
+        start_pipeline(config, inputs, placement, before_teachers=measure_teachers) as pipeline,
+        stop_on_signals(view.say) as stop,
+    ):
+        return Supervisor(config, inputs, pipeline, directory, view, stop, step_hooks).train(beginning)
 
 
 def step_hooks(run: RunContext) -> list[StepHook]:
@@ -149,7 +157,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
 def _measure_teachers(
     config: Config, inputs: Inputs, placement: Placement, view: TerminalView, directory: RunDirectory | None
 ) -> dict[str, float | None]:
-    """Let every teacher answer the held-out prompts, one after the other, before the run's own pools start."""
+    """Let every teacher answer the held-out prompts by itself, one after the other, before it begins to score."""
     accuracies: dict[str, float | None] = {}
     if not (config.evaluation.teacher_too and inputs.held_out_ids):
         return accuracies

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.config.run_config import Config
 from cluster.config.run_file import load_run_config
+from cluster.nodes.preloaded_python import preloading
 
 if TYPE_CHECKING:
     from cluster.run.summary import RunSummary
@@ -27,8 +28,10 @@ def embedded_config(overrides: Sequence[str] = ()) -> Config:
 
 def run_demo(overrides: Sequence[str] = ()) -> "RunSummary":
     """Train the embedded student in a run directory of its own."""
-    # Here, because a caller that needs the configuration alone may have neither Ray nor vLLM installed.
-    from cluster.commands import start_training
-
     name = f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    return start_training(embedded_config([f"run.name={name}", *overrides]))
+    config = embedded_config([f"run.name={name}", *overrides])
+    with preloading(config):
+        # Here, because a caller that needs the configuration alone may have neither Ray nor vLLM installed.
+        from cluster.commands import start_training
+
+        return start_training(config)

@@ -3,11 +3,13 @@
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import psutil
 from psutil import Process
 
 from benchmarks.harness.process_trees import descendants
+from cluster.nodes import start_preloaded
 
 DRIVER = "driver"
 APPEAR_SECONDS = 180.0  # in which a process that is being started again must be there
@@ -20,7 +22,15 @@ def _is_actor(name: str) -> Callable[[Process], bool]:
 
 def _is_engine_of(name: str) -> Callable[[Process], bool]:
     is_owner = _is_actor(name)
-    return lambda process: process.cmdline()[0].startswith("VLLM::EngineCore") and is_owner(process.parent())
+    return lambda process: _is_engine(process.cmdline()) and is_owner(process.parent())
+
+
+def _is_engine(command: Sequence[str]) -> bool:
+    """Recognise an engine, or the stand-in of one that was forked elsewhere and ends with it."""
+    return command[0].startswith("VLLM::EngineCore") or (
+        any(part.endswith(Path(start_preloaded.__file__).name) for part in command)
+        and any("multiprocessing.spawn" in part for part in command)
+    )
 
 
 KINDS: Mapping[str, Callable[[Process], bool]] = {

@@ -19,6 +19,7 @@ from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from cluster.contracts.errors import PlacementError
 from cluster.nodes import reaper
+from cluster.nodes.preloaded_python import PYTHON_VARIABLE
 
 LOOPBACK = "127.0.0.1"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
@@ -89,7 +90,7 @@ def _start(stack: ExitStack, one_gpu: bool, arguments: Mapping[str, Any]) -> Loc
         with _environment(_variables(folder) | gpus), on_loopback():
             _reload_authentication()
             try:
-                context = ray.init(address="local", _temp_dir=str(folder / RAY_FOLDER), **arguments)
+                context = ray.init(address="local", _temp_dir=str(folder / RAY_FOLDER), **_with_python(arguments))
             except Exception as error:
                 if NOT_STARTED not in str(error):
                     raise
@@ -99,6 +100,14 @@ def _start(stack: ExitStack, one_gpu: bool, arguments: Mapping[str, Any]) -> Loc
     token = folder / TOKEN_FILE
     info = context.address_info
     return LocalCluster(folder, info["gcs_address"], info["webui_url"] or None, token if token.exists() else None)
+
+
+def _with_python(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Have the workers started by the preloaded interpreter, if there is one."""
+    if PYTHON_VARIABLE not in os.environ:
+        return dict(arguments)
+    environment = {"py_executable": os.environ[PYTHON_VARIABLE]} | arguments.get("runtime_env", {})
+    return {**arguments, "runtime_env": environment}
 
 
 @contextmanager
@@ -151,6 +160,8 @@ def _variables(folder: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
         "VLLM_HOST_IP": LOOPBACK,
+        # Workers without the driver's runtime environment, of which none would be used.
+        "RAY_prestart_worker_first_driver": "0",
     }
     variables = {name: value for name, value in wanted.items() if name not in os.environ}
     if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(name in os.environ for name in TOKEN_VARIABLES):

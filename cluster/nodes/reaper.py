@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 MARK = "PRECEPTOR_CLUSTER"  # environment variable of every process of the cluster: its folder
+MARK_FD = 999  # the folder, opened, of a copy of a preloaded process, which shows that one's environment
 SHARED_MEMORY = Path("/dev/shm")
 POLL_SECONDS = 0.5
 COUNT_SECONDS = 5.0  # reading all of /proc takes about 10 ms
@@ -32,7 +33,7 @@ class ProcessTree:
     """
 
     def __init__(self, variable: str, value: str) -> None:
-        self._mark = f"{variable}={value}".encode()
+        self._mark, self._folder = f"{variable}={value}".encode(), value
         self._members: set[ProcessKey] = set()
         self._seen = _shared_memory().keys()
         self._owned: set[str] = set()
@@ -58,7 +59,12 @@ class ProcessTree:
         return [path for name in sorted(self._owned) if (path := SHARED_MEMORY / name).exists()]
 
     def _is_marked(self, pid: int) -> bool:
-        return self._mark in _read(pid, "environ").split(b"\0")
+        if self._mark in _read(pid, "environ").split(b"\0"):
+            return True
+        try:
+            return str(Path(f"/proc/{pid}/fd/{MARK_FD}").readlink()) == self._folder
+        except OSError:
+            return False
 
 
 def main(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Starts the pools of a run, all at once, and ends them with every process of theirs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -36,11 +36,18 @@ class Pipeline:
 
 @contextmanager
 def start_pipeline(
-    config: Config, inputs: Inputs, placement: Placement, learner_config: Config | None = None
+    config: Config,
+    inputs: Inputs,
+    placement: Placement,
+    learner_config: Config | None = None,
+    before_teachers: Callable[[], None] = lambda: None,
 ) -> Iterator[Pipeline]:
-    """Start all pools at once; with the `with` statement, they and every process of theirs end.
+    """Start all pools; with the `with` statement, they and every process of theirs end.
 
-    `learner_config` replaces `config` for the learner, for checks against other teachers.
+    Args:
+        config, inputs, placement: of the run.
+        learner_config: replaces `config` for the learner, for checks against other teachers.
+        before_teachers: is called while the rollout workers start and the teachers' resources are still free.
     """
     began = perf_counter()
     config = with_gpus(config, placement.on_gpu)
@@ -55,6 +62,7 @@ def start_pipeline(
             supervision=supervision,
         )
         stack.callback(rollouts.shutdown)
+        before_teachers()
         teachers: dict[str, TeacherPool] = {}
         for label, names in config.scorer_groups.items():
             share = placement.teachers[names[0]]

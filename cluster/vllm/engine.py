@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import ModelError
+from cluster.nodes.preloaded_python import PYTHON_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -85,6 +86,8 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         ModelError: vLLM refuses the model, or its process ended while it started.
     """
     prepare_environment(engine)
+    if PYTHON_VARIABLE in os.environ:
+        multiprocessing.set_executable(os.environ[PYTHON_VARIABLE])
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM

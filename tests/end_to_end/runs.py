@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.nodes.preloaded_python import PYTHON_VARIABLE
 from cluster.nodes.reaper import ProcessTree
 from tests.leak_check import MARK, Watch, command_line, short_folder, wait_until, without_ray
 
@@ -88,6 +89,8 @@ class Run:
 def running(directory: Path, *overrides: str, command: Sequence[str] = ("demo",), **variables: str) -> Iterator[Run]:
     """Start a run in a session of its own; kill it at the end if it still runs."""
     watch = Watch(short_folder())
+    # It imports by itself: what it starts bears the mark of its own watch.
+    environment = {name: value for name, value in without_ray(os.environ).items() if name != PYTHON_VARIABLE}
     process = subprocess.Popen(
         [
             sys.executable,
@@ -99,7 +102,7 @@ def running(directory: Path, *overrides: str, command: Sequence[str] = ("demo",)
             *SMALL,
             *overrides,
         ],
-        env={**without_ray(os.environ), **watch.environment, **variables},
+        env={**environment, **watch.environment, **variables},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

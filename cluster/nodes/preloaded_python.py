@@ -1,0 +1,60 @@
+"""Provides an interpreter that starts with torch, transformers and vLLM imported, to Ray's workers and to engines."""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from cluster.config.run_config import Config
+from cluster.nodes import preload, start_preloaded
+
+PYTHON_VARIABLE = "PRECEPTOR_PYTHON"  # the interpreter's path, for this process and those that it starts
+BACKLOG = 256  # programs that may wait for the imports
+END_SECONDS = 10.0
+
+
+def preloading(config: Config) -> AbstractContextManager[None]:
+    """Begin to import for a run on a local cluster; nodes of other clusters start their workers themselves."""
+    is_local = config.ray.address is None and "RAY_ADDRESS" not in os.environ
+    return preloaded_python() if is_local else nullcontext()
+
+
+@contextmanager
+def preloaded_python() -> Iterator[None]:
+    """Begin to import, and have PYTHON_VARIABLE name the interpreter for as long as a `with` statement lasts.
+
+    Inside another one, that one's interpreter serves.
+    """
+    if PYTHON_VARIABLE in os.environ:
+        yield
+        return
+    folder = Path(tempfile.mkdtemp(prefix="preceptor-python-"))  # for its owner alone; `preload` removes it
+    python, address = folder / "python", folder / "socket"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{start_preloaded.__file__}" "{address}" "$@"\n')
+    python.chmod(0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(address))
+        listener.listen(BACKLOG)
+        server = subprocess.Popen(
+            [sys.executable, preload.__file__, str(listener.fileno()), str(folder)],
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C goes to all processes of a terminal's group
+        )
+    assert server.stdin is not None
+    os.environ[PYTHON_VARIABLE] = str(python)
+    try:
+        yield
+    finally:
+        del os.environ[PYTHON_VARIABLE]
+        server.stdin.close()
+        try:
+            server.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
