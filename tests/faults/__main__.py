@@ -97,7 +97,7 @@ def try_fault(fault: Fault, whole: Path) -> Outcome:
 
 def run_tests(tree: Path, tests: Sequence[str], *options: str) -> Outcome:
     """Run tests of a tree, as far as `make test` runs them."""
-    report = tree / "report.xml"
+    report = tree.parent / f"{tree.name}.xml"  # outside, for the trees share their files
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not exhaustive", "-p", "no:cacheprovider"]
     command += ["-o", "junit_family=xunit1", f"--junitxml={report}", *options, *tests]
     environment = {**os.environ, "PYTHONPATH": str(tree)}
