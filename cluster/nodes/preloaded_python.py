@@ -33,9 +33,7 @@ def preloaded_python() -> Iterator[None]:
     if PYTHON_VARIABLE in os.environ:
         yield
         return
-    folder = Path(
-        tempfile.mkdtemp(prefix="preceptor-python-")
-    )  # for its owner alone; `preload` removes it if this process is killed
+    folder = Path(tempfile.mkdtemp(prefix="preceptor-python-"))  # its owner's alone
     python, address = folder / "python", folder / "socket"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{start_preloaded.__file__}" "{address}" "$@"\n')
     python.chmod(0o700)
