@@ -9,13 +9,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, PromptError
@@ -23,6 +22,9 @@ from cluster.contracts.files import read_file
 from cluster.contracts.trajectory import ragged
 from rollout_workers.environments.base import Prompt
 from rollout_workers.environments.verifiers import check_answer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
 # A chat template is a program of the model's author, and what it does to messages can fail in as many ways.
@@ -136,7 +138,7 @@ def turn_seed(seed: int, turn: int) -> int:
     return sampling_seed(seed, turn) if turn else seed
 
 
-def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, config: Config, context_tokens: int) -> PromptSet:
+def load_prompts(path: Path, tokenizer: "PreTrainedTokenizerBase", config: Config, context_tokens: int) -> PromptSet:
     """Read a prompt file and tokenise it; `context_tokens` is the shortest context among all engines of the run.
 
     Raises:
@@ -214,7 +216,7 @@ def _check_length(where: str, tokens: int, config: Config, context_tokens: int) 
         )
 
 
-def _render(where: str, line: PromptLine, tokenizer: PreTrainedTokenizerBase, config: Config) -> str:
+def _render(where: str, line: PromptLine, tokenizer: "PreTrainedTokenizerBase", config: Config) -> str:
     """Return the text that the student reads; a chat template writes its own special tokens."""
     if config.prompts.template == "raw":
         if not isinstance(line.prompt, str):

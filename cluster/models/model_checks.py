@@ -2,20 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError
-from cluster.models.lm_head import check_lm_head
 from cluster.models.model_files import context_length, is_local, load_model_config, load_tokenizer
 from cluster.models.weight_files import check_weight_files
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 
 def check_tokenizers(
-    student: PreTrainedTokenizerBase, teachers: Mapping[str, PreTrainedTokenizerBase], compare_templates: bool
+    student: "PreTrainedTokenizerBase", teachers: Mapping[str, "PreTrainedTokenizerBase"], compare_templates: bool
 ) -> None:
     """Compare token ids, special tokens, EOS and, for chat prompts, the chat template.
 
@@ -33,7 +33,7 @@ def check_tokenizers(
             )
 
 
-def _difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str | None:
+def _difference(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> str | None:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token) != token_id:
@@ -52,7 +52,7 @@ def _difference(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
 class ModelFacts:
     """Holds what the rest of a run needs to know of a model."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     context_tokens: int
     vocabulary: int  # tokens that the model gives probabilities to
 
@@ -77,11 +77,13 @@ def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> Mode
         if is_student:
             _check_shapes(section, config, shapes)
         else:
+            from cluster.models.lm_head import check_lm_head
+
             check_lm_head(model, config, shapes)
     return ModelFacts(tokenizer, context_length(config), vocabulary)
 
 
-def _vocabulary(model: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def _vocabulary(model: str, config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return the model's vocabulary; tokens added beside the tokenizer's own may lie beyond it, as Gemma 3's do."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(size, int) or size < max(1, tokenizer.vocab_size):
@@ -95,9 +97,12 @@ def _vocabulary(model: str, config: PretrainedConfig, tokenizer: PreTrainedToken
 
 
 def _check_shapes(
-    section: StudentConfig | TeacherConfig, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]
+    section: StudentConfig | TeacherConfig, config: "PretrainedConfig", shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Build the model without memory, and compare the parameters whose names the files have."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model = section.model
     try:
         with torch.device("meta"):

@@ -1,14 +1,18 @@
-"""Reads what stands beside a model's weights: configuration, tokenizer, context length."""
+"""Reads what stands beside a model's weights: configuration, tokenizer, context length.
+
+Importing this does not import transformers, which takes four CPU-seconds; commands that read no model start at once.
+"""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from cluster.contracts.errors import ModelError
 from cluster.contracts.files import read_text
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 MAX_JSON_BYTES = 1 << 28  # tokenizers of large vocabularies take tens of megabytes
 
@@ -42,12 +46,16 @@ TOKENIZER_FILES = (
 )
 
 
-def load_model_config(model: str, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_model_config(model: str, trust_remote_code: bool = False) -> "PretrainedConfig":
     """Read a model's configuration; raises ModelError where it cannot, like `load_tokenizer`."""
+    from transformers import AutoConfig
+
     return _read(AutoConfig, model, "model configuration", trust_remote_code)
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
     # Without one, transformers makes up an empty tokenizer of the family.
     if _is(model, Path.is_dir):
         names = {path.name for path in Path(model).iterdir()}
@@ -56,7 +64,7 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
     return _read(AutoTokenizer, model, "tokenizer", trust_remote_code)
 
 
-def context_length(config: PretrainedConfig) -> int:
+def context_length(config: "PretrainedConfig") -> int:
     """Return how many tokens the model can attend to; raises ModelError where its configuration does not say."""
     tokens = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(tokens, int) or tokens < 1:
@@ -106,6 +114,8 @@ def _check_folder(model: str, trust_remote_code: bool) -> None:
 
 
 def _check_kind(model: str, config: dict[str, Any], trust_remote_code: bool) -> None:
+    from transformers import CONFIG_MAPPING
+
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return

@@ -6,15 +6,16 @@ Only safetensors are taken: other formats are pickles, which run what their auth
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
-from transformers.utils.hub import cached_file
 
 from cluster.contracts.errors import ModelError
 from cluster.models.model_files import read_object
 from cluster.weight_sync.manifest import new_digest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
@@ -51,6 +52,8 @@ def find_file(model: str, name: str) -> Path | None:
     if Path(model).is_dir():
         path = Path(model) / name
         return path if path.exists() or path.is_symlink() else None
+    from transformers.utils.hub import cached_file
+
     try:
         return Path(cached_file(model, name))
     except OSError:  # also what a hub that cannot be reached raises, but the configuration has just been read from it
@@ -69,7 +72,7 @@ def open_weights(model: str, path: Path) -> Any:
         ) from error
 
 
-def check_weight_files(model: str, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+def check_weight_files(model: str, config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
     """Read every header of a model in a local directory; return the shape of each tensor.
 
     Raises:
@@ -91,7 +94,7 @@ def check_weight_files(model: str, config: PretrainedConfig) -> dict[str, tuple[
     return shapes
 
 
-def _check_layers(model: str, config: PretrainedConfig, names: Sequence[str]) -> None:
+def _check_layers(model: str, config: "PretrainedConfig", names: Sequence[str]) -> None:
     """Look for layers without weights, which a loader would fill with random ones."""
     layers = {int(match[1]) for name in names if (match := _LAYER.search(name))}
     needed = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -125,6 +128,8 @@ def fingerprint(model: str) -> str:
     Raises:
         ModelError: the model has no configuration here.
     """
+    from transformers.utils.hub import cached_file
+
     try:
         folder = Path(cached_file(model, "config.json")).parent
     except OSError as error:

@@ -119,6 +119,7 @@ class _Server:
         for fd in (self._ended, wake):
             os.set_blocking(fd, False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from now on there are programs to wait for
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         self._selector = selectors.DefaultSelector()
         for source in (listener.fileno(), self._ended, sys.stdin.fileno()):
@@ -176,7 +177,8 @@ class _Server:
         """Give up, in a copy, what belongs to the first process."""
         os.setpgid(0, 0)  # Ray ends a worker's whole process group
         wake = signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
         self._selector.close()
         for connection in (stand_in, *self._stand_ins.values()):
             connection.close()

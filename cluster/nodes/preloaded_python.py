@@ -1,6 +1,7 @@
 """Provides an interpreter that starts with torch, transformers and vLLM imported, to Ray's workers and to engines."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def preloaded_python() -> Iterator[None]:
     if PYTHON_VARIABLE in os.environ:
         yield
         return
-    folder = Path(tempfile.mkdtemp(prefix="preceptor-python-"))  # for its owner alone; `preload` removes it
+    folder = Path(tempfile.mkdtemp(prefix="preceptor-python-"))  # its owner's alone
     python, address = folder / "python", folder / "socket"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{start_preloaded.__file__}" "{address}" "$@"\n')
     python.chmod(0o700)
@@ -54,7 +55,9 @@ def preloaded_python() -> Iterator[None]:
     finally:
         del os.environ[PYTHON_VARIABLE]
         server.stdin.close()
+        server.terminate()  # it ends at once, unless it has begun to start programs
         try:
             server.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             server.kill()
+        shutil.rmtree(folder, ignore_errors=True)

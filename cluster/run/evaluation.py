@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from cluster.actors.cluster import RAY
 from cluster.config.objective import TEACHER
@@ -25,6 +24,8 @@ from cluster.run.inputs import Inputs, held_out_requests, held_out_sampling
 from cluster.run.summary import describe_evaluation
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from cluster.run.flow import Flow
     from rollout_workers.pool import RolloutPool
     from teacher_workers.pool import Route
@@ -56,7 +57,7 @@ class Evaluator:
 
     config: Config
     inputs: Inputs
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
 
     def evaluate_pool(self, pool: "RolloutPool") -> Evaluation:
         requests, sampling = held_out_requests(self.config, self.inputs), held_out_sampling(self.config)

@@ -14,6 +14,7 @@ from cluster.nodes import reaper
 from cluster.nodes.preloaded_python import PYTHON_VARIABLE, preloaded_python
 
 SHOW = "import json, os, sys; print(json.dumps({}))"
+IMPORT_SECONDS = "import time; began = time.monotonic(); import vllm.v1.engine.core; print(time.monotonic() - began)"
 IS_PRELOADED = "import sys; print('vllm.v1.engine.core' in sys.modules)"
 PATIENCE_SECONDS = 120.0  # the imports take ten seconds of a core
 
@@ -171,3 +172,12 @@ def test_the_reaper_of_a_cluster_knows_a_program_of_the_cluster(python: str, tmp
     stand_in.kill()
     stand_in.wait()
     stand_in.stdout.close()
+
+
+def test_whoever_needs_no_program_does_not_wait_for_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    began = time.monotonic()
+    with preloaded_python():
+        folder = Path(os.environ[PYTHON_VARIABLE]).parent
+    assert time.monotonic() - began < 0.5 * float(output(sys.executable, "-c", IMPORT_SECONDS))
+    assert not folder.exists()
