@@ -44,6 +44,15 @@ FIRST = (
     "rollout_workers/test_failover.py",
     "rollout_workers/test_resize.py",
     "teacher_workers/test_failover.py",
+    "cluster/nodes/test_ray_session.py",
+    "cluster/install/test_install.py",
+    "learner/checkpointing/test_checkpoints_beside_training.py",
+    "learner/engines/test_zero.py",
+    "rollout_workers/weight_sync/test_object_store.py",
+    "teacher_workers/test_replacement.py",
+    "teacher_workers/audit/test_runner.py",
+    "learner/batching/test_arriving_batches.py",
+    "cluster/run/test_preflight.py",
 )
 
 
