@@ -102,7 +102,7 @@ class RayConfig(Section):
     dashboard: bool = True
     dashboard_host: str = "127.0.0.1"  # of a local cluster's dashboard; 0.0.0.0: all interfaces, behind the token
     preload: bool = (
-        True  # on a local cluster, import torch, transformers and vLLM once, and fork the workers from there
+        True  # on a local cluster: import torch and vLLM once, and fork the workers from there
     )
     start_timeout_seconds: Positive = 600.0
     call_timeout_seconds: Positive = 1800.0
