@@ -3,15 +3,15 @@
 The driver plans a step from row counts alone; every rank fetches the batches that it needs by itself.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from ray.actor import ActorHandle
-from ray.exceptions import RayTaskError
 
 from cluster.actors.cluster import RAY, Cluster
 from cluster.actors.object_store import add_environment
@@ -28,6 +28,9 @@ from learner.batching.plan import Round, RoundPlanner
 from learner.checkpointing import checkpoint
 from learner.checkpointing.checkpoint import PendingCheckpoint
 from learner.checkpointing.manifest import Layout, verify
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 LEARNER_ACTOR = "learner.worker:LearnerActor"
 # A grid's trajectories come from as many batches as there are, and each reference in a call costs the driver and Ray
@@ -240,7 +243,7 @@ class LearnerGroup:
         """Raise a rank's death as LearnerDiedError; the other ranks fail too then, each with its own error."""
         try:
             yield
-        except (ActorDiedError, RayTaskError) as error:
+        except (ActorDiedError, _task_error()) as error:
             dead = self._dead_ranks()
             if not dead:
                 raise
@@ -251,6 +254,12 @@ class LearnerGroup:
         answers = {actor.__ray_ready__.remote(): name for actor, name in zip(self._actors, self._names, strict=True)}
         ready = self._cluster.wait(list(answers), len(answers), SIGN_OF_LIFE_SECONDS)
         return [answers[reference] for reference in ready if self._cluster.is_dead(reference)]
+
+
+def _task_error() -> type[Exception]:
+    from ray.exceptions import RayTaskError
+
+    return RayTaskError
 
 
 def _with_environment(option: Mapping[str, Any], config: Config, rank: int) -> dict[str, Any]:

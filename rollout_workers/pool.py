@@ -1,13 +1,13 @@
 """Spreads requests over rollout actors, and gives what a dead one owes to the others."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from time import perf_counter
-from typing import Any
-
-from ray.actor import ActorHandle
+from typing import TYPE_CHECKING, Any
 
 from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
@@ -19,6 +19,9 @@ from cluster.contracts.errors import ActorDiedError, PreceptorError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.scheduling import ExpectedLengths, spread
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 ROLLOUT_ACTOR = "rollout_workers.actor:RolloutActor"
 

@@ -1,23 +1,26 @@
 """The one object through which the driver makes actors, waits for their answers and ends them.
 
+Ray is imported where it is called: `preceptor plan` runs the same pools without it, and starts at once.
+
 Pools and groups take a `Cluster` when they are built: Ray's, or the simulated one of `preceptor plan`. Ray wraps what
 an actor raises in its own exception, whose text is a stack trace; a cluster raises the actor's own PreceptorError
 instead, and an ActorError when an actor died or did not answer in time.
 """
+
+from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
-
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
+from typing import TYPE_CHECKING, Any
 
 from cluster.contracts.errors import ActorDiedError, ActorError, LostBytesError, PreceptorError
 from cluster.contracts.import_path import load_object
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
 GET_SECONDS = 60.0  # for values that are there, which Ray may still have to look up
@@ -163,6 +166,8 @@ class RayCluster(Cluster):
         self._stand_ins = stand_ins or {}
 
     def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
+        import ray
+
         # The class is imported now: a driver that only plans, checks or reports imports no torch.
         remote = ray.remote(load_object(self._stand_ins.get(actor_class, actor_class), "an actor class"))
         return [
@@ -171,10 +176,15 @@ class RayCluster(Cluster):
         ]
 
     def put(self, value: Any) -> Any:
+        import ray
+
         return ray.put(value)
 
     def get(self, references: Any, timeout_seconds: float, waiting_for: str, names: Sequence[str] = ()) -> Any:
         """Return the value of a reference, or those of a list, with errors of ours in place of Ray's."""
+        import ray
+        from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
+
         try:
             return ray.get(references, timeout=timeout_seconds)
         except GetTimeoutError as error:
@@ -192,6 +202,8 @@ class RayCluster(Cluster):
             raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
 
     def wait(self, references: Sequence[Any], num_returns: int, timeout_seconds: float) -> list[Any]:
+        import ray
+
         if not references:  # ray.wait refuses to wait for nothing
             return []
         ready: list[Any] = ray.wait(list(references), num_returns=num_returns, timeout=timeout_seconds)[0]
@@ -199,14 +211,18 @@ class RayCluster(Cluster):
 
     def is_dead(self, answer: Any) -> bool:
         """Return whether Ray has the actor's death in place of its answer."""
+        import ray
+
         try:
             ray.get(answer)
-        except RayActorError:
+        except ray.exceptions.RayActorError:
             return True
         return False
 
     def kill(self, actor: ActorHandle) -> None:
-        with suppress(RayError):  # already dead
+        import ray
+
+        with suppress(ray.exceptions.RayError):  # already dead
             ray.kill(actor, no_restart=True)
 
     def _late(self, references: list[Any], names: Sequence[str]) -> str:

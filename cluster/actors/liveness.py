@@ -4,6 +4,8 @@ Ray reports a dead actor to a caller that waits for its answer, and a stopped on
 actor for a sign of life and ends those that give none: silence becomes death, and all other code handles deaths only.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import os
@@ -11,11 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ray
-from ray.actor import ActorHandle
-from ray.exceptions import RayError
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 ENGINE_CHECK_SECONDS = 1.0
 POLL_SECONDS = 1.0  # of the watch's thread
@@ -78,6 +79,8 @@ class Watch:
                 self._check(watched)
 
     def _check(self, watched: dict[str, _Watched]) -> None:
+        import ray
+
         signs = [one.sign_of_life for one in watched.values()]
         ready = set(ray.wait(signs, num_returns=len(signs), timeout=0)[0])
         for name, one in watched.items():
@@ -88,10 +91,12 @@ class Watch:
                 ray.kill(one.actor)
 
     def _renew(self, name: str, one: _Watched) -> None:
+        import ray
+
         try:
             ray.get(one.sign_of_life)
             renewed = _request(one.actor)
-        except RayError:
+        except ray.exceptions.RayError:
             renewed = None
         with self._lock:
             if self._watched.get(name) is not one:  # forgotten meanwhile

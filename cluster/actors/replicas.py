@@ -1,18 +1,21 @@
 """Starts, drains and restarts the actors of one pool."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-from ray.actor import ActorHandle
+from typing import TYPE_CHECKING, Any
 
 from cluster.actors.cluster import Cluster, PoolTimeouts
 from cluster.actors.liveness import Watch
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 FIRST_DELAY_SECONDS = 1.0  # before the second restart in a row; the first one needs none
 LONGEST_DELAY_SECONDS = 60.0

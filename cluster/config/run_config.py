@@ -101,6 +101,7 @@ class RayConfig(Section):
     share_gpu: bool = False  # put all pools and the learner on one GPU, each with its part of the memory
     dashboard: bool = True
     dashboard_host: str = "127.0.0.1"  # of a local cluster's dashboard; 0.0.0.0: all interfaces, behind the token
+    preload: bool = True  # on a local cluster: import torch and vLLM once, and fork the workers from there
     start_timeout_seconds: Positive = 600.0
     call_timeout_seconds: Positive = 1800.0
     max_restarts: CountOrZero = 3  # of each worker, and of the learner, within the window

@@ -21,7 +21,7 @@ END_SECONDS = 10.0
 def preloading(config: Config) -> AbstractContextManager[None]:
     """Begin to import for a run on a local cluster; nodes of other clusters start their workers themselves."""
     is_local = config.ray.address is None and "RAY_ADDRESS" not in os.environ
-    return preloaded_python() if is_local else nullcontext()
+    return preloaded_python() if config.ray.preload and is_local else nullcontext()
 
 
 @contextmanager

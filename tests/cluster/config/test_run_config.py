@@ -28,7 +28,7 @@ FIELDS = {
     "checkpoint": "every_steps keep_last export",
     "alarms": "metric above below relative_to steps action",
     "logging": "tensorboard wandb_project trace_steps",
-    "ray": "address share_gpu dashboard dashboard_host start_timeout_seconds call_timeout_seconds max_restarts "
+    "ray": "address share_gpu dashboard dashboard_host preload start_timeout_seconds call_timeout_seconds max_restarts "
     "restart_window_seconds silence_seconds",
 }
 
