@@ -29,11 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report_errors(command: Callable[[], int], debug: bool) -> int:
-    """Run a command; say in one line what ended it, and return its exit code.
-
-    Raises:
-        Exception: with `debug`, what the command raised, so that Python prints its trace.
-    """
+    """Run a command; say in one line what ended it, with `debug` by Python's trace, and return its exit code."""
     try:
         return command()
     except RunStopped as stopped:

@@ -74,11 +74,7 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
 
 
 def evaluate_models(config: Config) -> None:
-    """Sample and verify the held-out prompts with the student as its files are, and with the teachers.
-
-    Raises:
-        CheckpointError: the run file names no held-out prompts.
-    """
+    """Sample and verify the held-out prompts with the student as its files are, and with the teachers."""
     inputs = load_inputs(config)
     if not inputs.held_out_ids:
         raise CheckpointError("prompts.held_out: the run file names no held-out prompts to evaluate on")

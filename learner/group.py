@@ -127,11 +127,7 @@ class LearnerGroup:
         return PendingCheckpoint(folder, state, Layout.of(self._config.learner), self._ask)
 
     def load_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Restore the training state, after every file's checksum, and return the driver's own.
-
-        Raises:
-            CheckpointError: the checkpoint is missing, damaged, or of another group or student; names the file.
-        """
+        """Restore the training state, after the checks of `verify`, and return the driver's own."""
         verify(folder, Layout.of(self._config.learner))
         state = checkpoint.read_state(folder)
         self._ask("load_shard", folder, waiting_for=f"the learner to restore {folder}")

@@ -1,9 +1,9 @@
 """Runs forward, objective and backward over micro-batches of one rank, and returns their metrics."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import chain, pairwise
 from time import perf_counter
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,11 +38,6 @@ def learning_rate_at(step: int, num_steps: int, config: LearnerConfig) -> float:
     return config.learning_rate * (floor + (1.0 - floor) * DECAYS[config.lr_schedule](progress))
 
 
-IMPORTANCE_QUANTILE = 0.99
-
-T = TypeVar("T")
-
-
 def accumulate(
     engine: TrainEngine,
     batches: Iterable[MicroBatch],
@@ -55,10 +50,11 @@ def accumulate(
     Every rank has as many micro-batches in this call, at least one; `completes_step` says that no others follow.
     """
     parts: list[dict[str, Metric]] = []
-    for batch, is_last in _with_last(batches):
+    for batch, following in pairwise(chain(batches, [None])):
+        assert batch is not None, "the last is followed by None"
         started = perf_counter()
         result = engine.forward(batch, objective, teacher_heads)
-        engine.backward(result.loss, is_last and completes_step)
+        engine.backward(result.loss, completes_step and following is None)
         metrics = describe(result, batch.tokens.to(result.loss.device), objective.needs.sampled_candidates)
         # Only now: a GPU has just begun when `backward` returns, and reading the metrics waits for it.
         parts.append(metrics | {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)})
@@ -81,7 +77,7 @@ def describe(result: Evaluation, tokens: CompletionTokens, sampled_candidates: b
         "entropy": _mean(result.entropy),
         "importance_mean": _mean(importance),
         "importance_max": Max(importance.max().item()),
-        "importance_p99": Quantile.of(IMPORTANCE_QUANTILE, importance.tolist()),
+        "importance_p99": Quantile.of(0.99, importance.tolist()),
         "sampler_learner_gap": _mean(age.abs()),
         "sampler_learner_gap_max": Max(age.abs().max().item()),
     }
@@ -90,16 +86,6 @@ def describe(result: Evaluation, tokens: CompletionTokens, sampled_candidates: b
         if not sampled_candidates:
             metrics["teacher_candidate_mass"] = _mean(tokens.candidate_logprobs[TEACHER].exp().sum(-1))
     return metrics
-
-
-def _with_last(items: Iterable[T]) -> Iterator[tuple[T, bool]]:
-    """Say of each item whether it is the last; reads one item ahead."""
-    iterator = iter(items)
-    item = next(iterator)
-    for following in iterator:
-        yield item, False
-        item = following
-    yield item, True
 
 
 def _mean(values: Tensor) -> Mean:

@@ -103,7 +103,7 @@ async def in_batches(tasks: Sequence[Task], size: BatchSize) -> AsyncIterator[tu
     filling = Filling[GeneratedTrajectory](len(tasks), size.rows, started=perf_counter())
     while filling.missing:
         done = await _next(finished, filling.due_at)
-        rows = filling.overdue() if done is None else _add(filling, done)
+        rows = filling.overdue() if done is None else filling.add(done.result().teacher, done.result(), perf_counter())
         if rows:
             yielded = perf_counter()
             yield rows, False
@@ -113,10 +113,6 @@ async def in_batches(tasks: Sequence[Task], size: BatchSize) -> AsyncIterator[tu
     for rows in others:
         yield rows, False
     yield last, True
-
-
-def _add(filling: Filling[GeneratedTrajectory], done: Task) -> list[GeneratedTrajectory] | None:
-    return filling.add(done.result().teacher, done.result(), perf_counter())
 
 
 async def _next(finished: asyncio.Queue[Task], until: float | None) -> Task | None:

@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-ENGINE_CHECK_SECONDS = 1.0
 POLL_SECONDS = 1.0  # of the watch's thread
 
 _log = logging.getLogger("preceptor")
 
 
-async def end_with_engine(is_dead: Callable[[], bool], check_seconds: float = ENGINE_CHECK_SECONDS) -> None:
+async def end_with_engine(is_dead: Callable[[], bool], check_seconds: float = 1.0) -> None:
     """End this process once the engine is dead; calls that wait for the engine might otherwise wait for ever."""
     while not is_dead():
         await asyncio.sleep(check_seconds)

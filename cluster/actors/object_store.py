@@ -24,9 +24,7 @@ STORE_ENVIRONMENT: Mapping[str, str] = {"RAY_max_direct_call_object_size": str(I
 def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[Pieces, BatchHandle]:
     """Return a batch's bytes, which arrive as one `pa.Buffer`, and its handle, whose reference the driver fills in.
 
-    Args:
-        batch: at least one row, all of one teacher.
-        metrics: what the worker measured while it made the batch.
+    The batch has at least one row, all of one teacher.
     """
     handle = BatchHandle(
         reference=None,

@@ -116,16 +116,10 @@ class Replicas:
         supervision: Supervision | None = None,
         spare: Mapping[str, Any] | None = None,
     ) -> None:
-        """Begin to start one actor per entry of `options`.
+        """Begin to start one actor per entry of `options`, which are Ray's; `spare` has those of later replicas.
 
-        Args:
-            label: of the replicas' names.
-            actor_class: "package.module:Class"; its method `start` is called once.
-            arguments: returns those of the constructor, by the actor's name.
-            options: Ray's actor options, one mapping per replica.
-            cluster: makes the actors.
-            supervision: how often dead actors are started again; None: never.
-            spare: of a pool that begins with no replica: Ray's options of later ones.
+        `actor_class` is "package.module:Class", whose method `start` is called once. `arguments` returns those of its
+        constructor, by the actor's name.
         """
         self._label, self._actor_class, self._arguments = label, actor_class, arguments
         self._options, self._spare = options, spare
@@ -253,11 +247,7 @@ class Replicas:
         return dead
 
     def lose(self, replica: int, error: PreceptorError) -> None:
-        """End a replica's actor, which failed, and start another, at once or after a delay.
-
-        Raises:
-            ActorError: it has failed as often as it may.
-        """
+        """End a failed actor and start another, at once or after a delay; raise ActorError if no restart is left."""
         if replica in self._leaving:
             self.retire(replica)
             return
@@ -341,12 +331,7 @@ class Pool:
         self._label, self.replicas, self._timeouts = label, replicas, timeouts
 
     def wait_until_ready(self) -> None:
-        """Wait for every replica.
-
-        Raises:
-            PreceptorError: what an actor raised, such as ModelError.
-            ActorError: an actor died or took too long; says which.
-        """
+        """Wait for every replica; the errors are those of `Replicas.wait_until_ready`."""
         self.replicas.wait_until_ready(self._timeouts.start_seconds, f"{self._label} to start")
 
     @property

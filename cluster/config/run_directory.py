@@ -39,11 +39,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
-        """Make the folder of a new run and write its resolved configuration.
-
-        Raises:
-            ConfigError: the folder holds a run already.
-        """
+        """Make the folder of a new run and write its configuration; raise ConfigError if it holds a run already."""
         directory = cls(Path(config.run.directory) / config.run.name)
         if directory.config.exists():
             raise ConfigError(

@@ -42,11 +42,7 @@ class RecordsFile:
         return [{name: value for name, value in record.items() if value is not None} for _, record in self._parsed()]
 
     def decode(self, kind: type[Struct], fault: str) -> list[Struct]:
-        """Return the lines that were written completely; `fault` says what is wrong with one that is of another kind.
-
-        Raises:
-            CheckpointError: a line is; names it.
-        """
+        """Return the complete lines; raise CheckpointError for one that is no `kind`, with `fault` as the reason."""
         records = []
         for number, line in enumerate(self.lines(), start=1):
             try:
@@ -91,7 +87,10 @@ class RecordsFile:
         records = []
         for number, line in enumerate(complete, start=1):
             try:
-                records.append((line.decode(), _record(line)))
+                record = json.loads(line)
+                if not isinstance(record, dict) or type(record.get("step")) is not int:
+                    raise ValueError("no object with a step")
+                records.append((line.decode(), record))
             except ValueError as error:
                 if number == len(complete):  # a crash of the whole machine can leave zeros in the place of a line
                     break
@@ -99,23 +98,11 @@ class RecordsFile:
         return records
 
 
-def _record(line: bytes) -> dict[str, Any]:
-    record = json.loads(line)
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        raise ValueError("no object with a step")
-    return record
-
-
 _MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 def read_file(path: Path, what: str, error: type[PreceptorError]) -> bytes:
-    """Return the file's bytes, which begin with no byte order mark.
-
-    Args:
-        path: where it is.
-        what: what it is to the user, for example "run file".
-        error: the class to raise.
+    """Return the file's bytes; `what` says what it is to the user, for example "run file".
 
     Raises:
         PreceptorError: of the given class, when it cannot be read, is a pipe or a device, or is marked as UTF-16.
@@ -136,11 +123,7 @@ def read_file(path: Path, what: str, error: type[PreceptorError]) -> bytes:
 
 
 def read_text(path: Path, what: str, error: type[PreceptorError], most_bytes: int) -> str:
-    """Return the file's text.
-
-    Raises:
-        PreceptorError: of the given class, also when the file is not UTF-8 or longer than `most_bytes`.
-    """
+    """Return the file's text; raise an error as `read_file` does, and if it is not UTF-8 or too long."""
     content = read_file(path, what, error)
     if len(content) > most_bytes:
         raise error(f"{path}: the {what} has {len(content)} bytes; expected at most {most_bytes}")

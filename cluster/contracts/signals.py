@@ -66,11 +66,7 @@ Scores = Mapping[str, NDArray[Any]]  # name in SIGNALS, or a signal's import pat
 
 
 def find_signal(name: str) -> Signal:
-    """Return the signal of a name in SIGNALS, or at an import path.
-
-    Raises:
-        ConfigError: there is none, or its name is taken.
-    """
+    """Return the signal of a name in SIGNALS, or at an import path; raise ConfigError if there is none."""
     if not is_import_path(name):
         if name not in SIGNALS:
             raise ConfigError(f"there is no signal '{name}'; expected one of {sorted(SIGNALS)} or an import path")

@@ -111,7 +111,7 @@ def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBa
     Raises:
         ScoreError: the model has scored this batch before, a column is of the wrong shape, or a value is not finite.
     """
-    if model in models_of(batch):
+    if model in models_in(batch.schema):
         raise ScoreError(f"the batch already has the scores of '{model}'")
     signals = {name: find_signal(name) for name in scores}
     _check_scores(batch, model, {signals[name]: values for name, values in scores.items()})
@@ -121,7 +121,7 @@ def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBa
     for name in sorted(signals, key=[*SIGNALS, *signals].index):
         columns.append(_list_column(offsets, scores[name]))
         fields.append(pa.field(signals[name].column(model), columns[-1].type, nullable=False))
-    models = ",".join([*models_of(batch), model])
+    models = ",".join([*models_in(batch.schema), model])
     metadata = {**batch.schema.metadata, b"stage": b"scored", b"models": models.encode()}
     further = {**dict.fromkeys(signal_paths(batch.schema)), **dict.fromkeys(signals.keys() - SIGNALS.keys())}
     if further:
@@ -150,11 +150,6 @@ def sampled_columns(schema: pa.Schema) -> dict[str, Signal]:
 def stage_of(batch: pa.RecordBatch) -> Stage:
     """Return how far along the flow the batch is."""
     return "scored" if batch.schema.metadata[b"stage"] == b"scored" else "generated"
-
-
-def models_of(batch: pa.RecordBatch) -> list[str]:
-    """Return the models that have scored the batch, in that order."""
-    return models_in(batch.schema)
 
 
 def models_in(schema: pa.Schema) -> list[str]:

@@ -59,11 +59,7 @@ class ControlRequests:
 def ask_driver(
     files: ControlFiles, request: Message, kind: type[AnyMessage], timeout_seconds: float = ANSWER_SECONDS
 ) -> AnyMessage:
-    """Leave a request when no other waits for its answer, and wait for the driver's answer to it.
-
-    Raises:
-        PreceptorError: no driver answered.
-    """
+    """Leave a request when no other waits, and wait for the driver's answer; raise PreceptorError if none comes."""
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         answer = read_message(files.answer, kind)

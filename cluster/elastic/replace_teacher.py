@@ -217,11 +217,7 @@ class TeacherChanges(StepHook):
 
 
 def ask_to_replace(files: ControlFiles, teacher: str, model: str, timeout_seconds: float = ANSWER_SECONDS) -> str:
-    """Ask a running driver for another checkpoint of a teacher, and return what it will do.
-
-    Raises:
-        ConfigError: it refused; says why.
-    """
+    """Ask a running driver to replace a teacher, and return what it will do; raise ConfigError if it refuses."""
     answer = ask_driver(files, ReplaceRequest(uuid4().hex, teacher, model), ReplaceResponse, timeout_seconds)
     if not answer.is_granted:
         raise ConfigError(answer.sentence)

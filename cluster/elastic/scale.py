@@ -124,11 +124,7 @@ class Scaling(StepHook):
 
 
 def ask(files: ControlFiles, sizes: Mapping[str, int], timeout_seconds: float = ANSWER_SECONDS) -> ScaleResponse:
-    """Ask a running driver for other sizes and wait for its answer.
-
-    Raises:
-        PlacementError: it refused; says why.
-    """
+    """Ask a running driver for other sizes and wait for its answer; raise PlacementError if it refuses."""
     answer = ask_driver(files, ScaleRequest(uuid4().hex, dict(sizes)), ScaleResponse, timeout_seconds)
     if answer.refusal is not None:
         raise PlacementError(answer.refusal)

@@ -86,21 +86,13 @@ class JobServer:
             )
 
     def follow(self, job_id: str, write: Callable[[str], None]) -> Ending:
-        """Write what a job has printed and prints, and return how it ended.
-
-        Raises:
-            JobError: the cluster knows no such job, or does not answer any more.
-        """
+        """Write what a job has printed and prints, and return how it ended; raise JobError if the cluster is lost."""
         output = _Output(write)
         details = asyncio.run(self._follow(job_id, output))
         return _ending(details, output.last_line)
 
     def stop(self, job_id: str) -> float:
-        """Ask Ray to send SIGTERM, and return how many seconds later it would send SIGKILL.
-
-        Raises:
-            JobError: the job does not run.
-        """
+        """Ask Ray to send SIGTERM to a running job, and return how many seconds later it would send SIGKILL."""
         details = self._details(job_id)
         with self._in_our_words():
             if details.status.is_terminal() or not self._client.stop_job(job_id):
@@ -109,11 +101,7 @@ class JobServer:
         return float(variables.get(STOP_WAIT_VARIABLE, 3))
 
     def wait(self, job_id: str, seconds: float) -> Ending:
-        """Wait until a job has ended.
-
-        Raises:
-            JobError: it has not, in so many seconds.
-        """
+        """Wait until a job has ended; raise JobError if it has not, in so many seconds."""
         deadline = time.monotonic() + seconds
         while not (details := self._details(job_id)).status.is_terminal():
             if time.monotonic() > deadline:

@@ -123,11 +123,7 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype) -> LmHead:
 
 
 def check_lm_head(model: str, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check the head's shape against the configuration, from the headers of the files.
-
-    Raises:
-        ModelError: no tensor is known to be the head, or it is not [vocabulary or more, hidden].
-    """
+    """Check from the files' headers that the head has the configuration's shape; raise ModelError if not."""
     name = _head_name(model, shapes, _is_tied(config))
     text = config.get_text_config()
     shape, rows = shapes[name], text.vocab_size

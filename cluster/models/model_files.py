@@ -18,11 +18,7 @@ MAX_JSON_BYTES = 1 << 28  # tokenizers of large vocabularies take tens of megaby
 
 
 def read_object(path: Path, model: str) -> dict[str, Any]:
-    """Return the object that a file of the model holds.
-
-    Raises:
-        ModelError: it is missing, not JSON, or another value than an object.
-    """
+    """Return the object that a JSON file of the model holds; raise ModelError where it cannot."""
     text = read_text(path, "model file", ModelError, MAX_JSON_BYTES)
     try:
         content = json.loads(text)  # takes Infinity, which some configurations hold

@@ -25,11 +25,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 def weight_files(model: str) -> dict[str, Path]:
-    """Return the file of each tensor; a hub id's are in the hub's cache, where the engine has put them.
-
-    Raises:
-        ModelError: the model has no safetensors, or its index is damaged.
-    """
+    """Return the file of each tensor; a hub id's are in the hub's cache. Without safetensors, raise ModelError."""
     index = find_file(model, INDEX_FILE)
     if index is not None:
         return {name: index.parent / shard for name, shard in _weight_map(model, index).items()}

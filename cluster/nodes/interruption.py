@@ -9,33 +9,15 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopRequest:
-    """Records that the user or Ray asked the run to end."""
-
-    def __init__(self) -> None:
-        self._asked = threading.Event()
-
-    @property
-    def is_asked(self) -> bool:
-        return self._asked.is_set()
-
-    def ask(self) -> None:
-        self._asked.set()
-
-
 @contextmanager
-def stop_on_signals(say: Callable[[str], None]) -> Iterator[StopRequest]:
-    """Turn signals into a request to stop while the context lasts.
-
-    Raises:
-        KeyboardInterrupt: in the main thread, when a second signal comes.
-    """
-    stop = StopRequest()
+def stop_on_signals(say: Callable[[str], None]) -> Iterator[threading.Event]:
+    """Set the event at a signal while the context lasts, and turn a second one into KeyboardInterrupt."""
+    stop = threading.Event()
 
     def handle(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_asked:
+        if stop.is_set():
             raise KeyboardInterrupt
-        stop.ask()
+        stop.set()
         say("stopping when this step is done and a checkpoint is written; once more to leave at once")
 
     with _handling(SIGNALS, handle):

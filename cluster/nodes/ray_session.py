@@ -27,7 +27,6 @@ from cluster.nodes.local_cluster import LOOPBACK, local_cluster, on_loopback, pr
 # Ray's own patience. The owner of a cluster whose head may come back sets it higher.
 RAY_PATIENCE, RAY_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
 SOONER = 0.75  # than Ray, which would end the driver first
-FAILED = 1  # exit code
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def end_run(config: Config, address: str, silent_seconds: float) -> None:
             change_status(directory.status, state="failed", error=sentence)
     sys.stderr.write(f"preceptor: {sentence}\n")
     sys.stderr.flush()
-    os._exit(FAILED)  # an orderly end would wait for the head
+    os._exit(1)  # an orderly end would wait for the head
 
 
 def _watch(address: str, give_up: Callable[[float], None], patience: Patience, over: threading.Event) -> None:

@@ -10,13 +10,7 @@ import msgspec
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle
-from cluster.contracts.errors import (
-    CheckpointError,
-    LearnerDiedError,
-    LostBytesError,
-    PreceptorError,
-    RunStopped,
-)
+from cluster.contracts.errors import CheckpointError, LearnerDiedError, LostBytesError, PreceptorError, RunStopped
 from cluster.contracts.files import Record, RecordsFile
 from cluster.run.hooks import RunContext, StepHook
 from cluster.run.ledger import LedgerState
@@ -99,7 +93,7 @@ class StepEnd(StepHook):
         """
         run = self.run
         error = run.error
-        if error is None and run.stop.is_asked and not run.is_over:
+        if error is None and run.stop.is_set() and not run.is_over:
             error = RunStopped(f"stopped after step {step}; go on with preceptor train --resume {run.directory.path}")
         is_last = run.is_over or error is not None
         if is_last or is_due(step, run.config.checkpoint.every_steps):
@@ -117,11 +111,7 @@ def is_due(step: int, every_steps: int) -> bool:
 
 
 def find_resume_point(directory: RunDirectory, config: Config, say: Callable[[str], None]) -> RunState | None:
-    """Return the state of the latest intact checkpoint, None when none was written; warn of damaged ones.
-
-    Raises:
-        CheckpointError: all are damaged; says what is wrong with the latest.
-    """
+    """Return the latest intact checkpoint's state, None if none was written; raise the error if all are damaged."""
     errors = []
     for folder in reversed(checkpoints(directory.checkpoints)):
         try:

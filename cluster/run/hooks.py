@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from threading import Event
 from typing import TYPE_CHECKING
 
 from cluster.config.run_config import Config
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from cluster.config.run_directory import RunDirectory
     from cluster.monitoring.alarms import LengthCap
     from cluster.monitoring.sinks import TerminalView
-    from cluster.nodes.interruption import StopRequest
     from cluster.run.flow import Flow
     from cluster.run.inputs import Inputs
     from cluster.run.ledger import Ledger
@@ -36,7 +36,7 @@ class RunContext:
     history: "RunSummary"
     ledger: "Ledger"
     length_cap: "LengthCap"  # alarms lower it
-    stop: "StopRequest"  # from outside: the run stops after its step, with a checkpoint
+    stop: Event  # from outside: the run stops after its step, with a checkpoint
     is_first_attempt: bool = True  # of this driver process: else the pools have run before
     error: PreceptorError | None = None  # set by a hook: the run stops after its step in the same way, and raises it
     flow: "Flow" = field(init=False)  # set before the hooks begin

@@ -53,11 +53,7 @@ def load_inputs(config: Config) -> Inputs:
 
 
 def check_support(config: Config, vocabulary: int) -> None:
-    """Check that models with so many tokens have the candidates that the objective compares.
-
-    Raises:
-        ConfigError: they have not.
-    """
+    """Raise ConfigError if models with so many tokens lack the candidates that the objective compares."""
     if config.objective.needs.num_candidates > vocabulary:
         raise ConfigError(
             f"objective.support_size = {config.objective.support_size} is more than the {vocabulary} tokens of the "

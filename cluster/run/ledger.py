@@ -89,11 +89,7 @@ class Ledger(StepHook):
         return LedgerState(self._digest.hexdigest(), tuple(self._under_way))
 
     def check(self, state: LedgerState) -> None:
-        """Compare the records kept with those that the checkpoint was written after.
-
-        Raises:
-            CheckpointError: they differ.
-        """
+        """Raise CheckpointError if the records kept are not those that the checkpoint was written after."""
         if self._digest.hexdigest() != state.checksum:
             raise CheckpointError(
                 f"{self._file.path}: its records are not those of the run's checkpoint; a record was changed or lost, "
@@ -179,11 +175,7 @@ def ranges(ids: Iterable[int]) -> tuple[tuple[int, int], ...]:
 
 
 def read_ledger(path: Path) -> list[LedgerRecord]:
-    """Return all records of a ledger; a last line that a crash cut short does not count.
-
-    Raises:
-        CheckpointError: the file is missing, or a line is no record; names the line.
-    """
+    """Return all records, but a last line that a crash cut short; raise CheckpointError that names what is damaged."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no ledger")
     return RecordsFile(path).decode(LedgerRecord, "no ledger record")

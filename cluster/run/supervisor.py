@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
+from threading import Event
 from typing import TYPE_CHECKING
 
 from cluster.actors.replicas import RestartBudget, RestartLimit
@@ -20,34 +22,26 @@ from learner.checkpointing.checkpoint import step_folder
 
 if TYPE_CHECKING:
     from cluster.monitoring.sinks import TerminalView
-    from cluster.nodes.interruption import StopRequest
     from cluster.run.pools import Pipeline
 
 
+@dataclass
 class Supervisor:
     """Runs the loop; after the death of a learner's rank, everything goes back to the last intact checkpoint.
 
     Deaths of rollout and teacher workers are their pools' own affair and lose nothing.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        inputs: Inputs,
-        pipeline: "Pipeline",
-        directory: RunDirectory,
-        view: "TerminalView",
-        stop: "StopRequest",
-        make_hooks: Callable[[RunContext], Sequence[StepHook]],
-    ) -> None:
-        self._config = config
-        self._inputs = inputs
-        self._pipeline = pipeline
-        self._directory = directory
-        self._view = view
-        self._stop = stop
-        self._make_hooks = make_hooks
-        self._limit = RestartLimit(config.ray.max_restarts, config.ray.restart_window_seconds)
+    config: Config
+    inputs: Inputs
+    pipeline: "Pipeline"
+    directory: RunDirectory
+    view: "TerminalView"
+    stop: Event
+    make_hooks: Callable[[RunContext], Sequence[StepHook]]
+
+    def __post_init__(self) -> None:
+        self._limit = RestartLimit(self.config.ray.max_restarts, self.config.ray.restart_window_seconds)
         self._budget = RestartBudget(self._limit)
         self._is_first_attempt = True
 
@@ -68,25 +62,25 @@ class Supervisor:
     def _attempt(self, start: RunState | RunSummary) -> RunSummary:
         """Bring the run's files, and the learner if it has done anything yet, to where the run begins; then train."""
         step, history = (start.step, start.history) if isinstance(start, RunState) else (0, start)
-        directory, rollout = self._directory, self._config.rollout
+        directory, rollout = self.directory, self.config.rollout
         run = RunContext(
-            self._config,
-            self._inputs,
-            self._pipeline,
+            self.config,
+            self.inputs,
+            self.pipeline,
             directory,
-            self._view,
+            self.view,
             first_step=step,
             history=deepcopy(history),
             ledger=Ledger(directory.ledger, step),
             length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness),
-            stop=self._stop,
+            stop=self.stop,
             is_first_attempt=self._is_first_attempt,
         )
         self._is_first_attempt = False
-        hooks = Hooks(self._make_hooks(run))
+        hooks = Hooks(self.make_hooks(run))
         if isinstance(start, RunState):
             run.ledger.check(start.ledger)
-            self._pipeline.learner.load_checkpoint(step_folder(directory.checkpoints, step))
+            self.pipeline.learner.load_checkpoint(step_folder(directory.checkpoints, step))
         with hooks.ending():
             train(run, hooks)
         return run.history
@@ -98,14 +92,14 @@ class Supervisor:
             raise ActorError(
                 f"{error}; the learner has no restart left of the {self._limit.max_restarts} that ray.max_restarts "
                 f"allows within {self._limit.window_seconds:.0f} s; "
-                f"go on with preceptor train --resume {self._directory.path}"
+                f"go on with preceptor train --resume {self.directory.path}"
             ) from error
-        self._view.say(f"{error}; the learner is started again, and the run goes back to its last checkpoint")
+        self.view.say(f"{error}; the learner is started again, and the run goes back to its last checkpoint")
         time.sleep(delay)
         try:
-            self._pipeline.teachers.abandon()
-            self._pipeline.learner.start_again()
-            self._pipeline.rollouts.abandon()
+            self.pipeline.teachers.abandon()
+            self.pipeline.learner.start_again()
+            self.pipeline.rollouts.abandon()
         except ActorDiedError as another:
             return self._rewind(another)
-        return find_resume_point(self._directory, self._config, self._view.say)
+        return find_resume_point(self.directory, self.config, self.view.say)

@@ -63,11 +63,7 @@ class Report:
         }
 
     def draw(self, output: Path) -> None:
-        """Draw idle shares, and the step's seconds of every split that was tried.
-
-        Raises:
-            ConfigError: matplotlib is not installed, or the picture cannot be written.
-        """
+        """Draw idle shares and the step's seconds of every split tried; raise ConfigError where that cannot be."""
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -143,11 +139,7 @@ def print_plan(config: Config, options: PlanOptions) -> None:
 
 
 def check_pools(config: Config) -> None:
-    """Check that every pool has workers and hardware of its own, as those of a plan have.
-
-    Raises:
-        ConfigError: one has not.
-    """
+    """Raise ConfigError if a pool has no workers or hardware of its own, as those of a plan have."""
     for name, teacher in config.teachers.items():
         if not teacher.num_workers:
             raise ConfigError(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from cluster.config.fields import CountOrZero, NonNegative, Positive
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
-from cluster.contracts.batches import Span
+from cluster.contracts.batches import Span, Stage
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.files import read_text
 from cluster.simulation.rates import LearnerRates, Rates, RolloutRates, TeacherRates
@@ -283,14 +283,12 @@ def _quantiles(rollouts: Sequence[WorkerRollout], longest: float) -> tuple[float
 
 def _spans_of(events: Sequence[_Event]) -> list[Span]:
     workers = {event.pid: event.args.name for event in events if event.name == "process_name"}
-    return [_span_of(event, workers.get(event.pid, "")) for event in events if event.ph == "X"]
-
-
-def _span_of(event: _Event, worker: str) -> Span:
-    said, began = event.args, event.ts / 1e6
-    pool, ended = said.pool or worker.rpartition("-")[0], began + event.dur / 1e6
-    stage: Any = event.name
-    return Span(pool, worker, stage, began, ended, said.rows, said.tokens, said.rollout, said.lengths)
+    spans = []
+    for event in (event for event in events if event.ph == "X"):
+        said, worker, stage = event.args, workers.get(event.pid, ""), cast(Stage, event.name)
+        pool, began, ended = said.pool or worker.rpartition("-")[0], event.ts / 1e6, (event.ts + event.dur) / 1e6
+        spans.append(Span(pool, worker, stage, began, ended, said.rows, said.tokens, said.rollout, said.lengths))
+    return spans
 
 
 def _decode(path: Path, text: str, kind: type[_Decoded]) -> _Decoded:

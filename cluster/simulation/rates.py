@@ -79,11 +79,7 @@ class Rates(Section, frozen=True):
 
 
 def read_rates(path: Path, config: Config) -> Rates:
-    """Read a rates file that fits the run.
-
-    Raises:
-        ConfigError: it is missing, malformed, out of range, or lacks a teacher of the run.
-    """
+    """Read a rates file; raise ConfigError if it is missing, malformed, or lacks a teacher of the run."""
     text = read_text(path, "rates file", ConfigError, MAX_RATES_BYTES)
     try:
         rates = msgspec.json.decode(text, type=Rates)
@@ -94,11 +90,7 @@ def read_rates(path: Path, config: Config) -> Rates:
 
 
 def check_rates(rates: Rates, config: Config, source: str) -> None:
-    """Check that every teacher of the run has rates.
-
-    Raises:
-        ConfigError: one has none; says which.
-    """
+    """Raise ConfigError if a teacher of the run has no rates, or all have a share of 0."""
     missing = [name for name in config.teachers if name not in rates.teachers]
     if missing:
         raise ConfigError(

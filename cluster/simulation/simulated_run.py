@@ -29,9 +29,7 @@ from teacher_workers.pool import TEACHER_ACTOR, start_pool
 from teacher_workers.router import TeacherRouter
 
 GOLDEN_RATIO = 0.618033988749895  # multiples of it, modulo 1, fill [0, 1) evenly
-STEPS_AT_ONCE = (
-    8  # whose lengths are sampled together: their mean is close to the distribution's, that of one step is not
-)
+STEPS_AT_ONCE = 8  # whose lengths are sampled together: their mean is close to the distribution's
 
 
 class Demand:

@@ -80,11 +80,7 @@ def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":
-    """Start an engine and the process that runs its model; call from inside a running event loop.
-
-    Raises:
-        ModelError: vLLM refuses the model, or its process ended while it started.
-    """
+    """Start an engine and its process, in a running event loop; raise ModelError if vLLM refuses the model."""
     prepare_environment(engine)
     if PYTHON_VARIABLE in os.environ:
         multiprocessing.set_executable(os.environ[PYTHON_VARIABLE])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.contracts.errors import TrajectoryError
 from cluster.contracts.signals import find_signals
-from cluster.contracts.trajectory import Ragged, models_of, num_candidates_of, ragged, signal_paths
+from cluster.contracts.trajectory import Ragged, models_in, num_candidates_of, ragged, signal_paths
 from learner.batching.plan import Grid
 from learner.loss.tokens import CompletionTokens, map_tensors
 
@@ -178,7 +178,7 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Traje
         name: ragged(batch, name) if name in batch.schema.names else nothing
         for name in ("token_ids", "loss_mask", "rollout_logprobs", "candidate_ids", "candidate_rollout_logprobs")
     }
-    scores: dict[str, dict[str, Ragged]] = {model: {} for model in models_of(batch)}
+    scores: dict[str, dict[str, Ragged]] = {model: {} for model in models_in(batch.schema)}
     wide_scores: dict[str, dict[str, Ragged]] = {model: {} for model in scores}
     for signal in find_signals(signal_paths(batch.schema)):
         for model, signals in (wide_scores if signal.width == "model" else scores).items():

@@ -36,11 +36,7 @@ def flatten(weights: Sequence[Tensor], optimizer: Mapping[int, Mapping[str, Any]
 
 
 def unflatten(state: Tensors, weights: Sequence[Tensor]) -> tuple[list[Tensor], OptimizerState]:
-    """Return what `flatten` was given; `weights` are those that the state is for, of the same shapes.
-
-    Raises:
-        CheckpointError: the state is of another model or optimizer.
-    """
+    """Return what `flatten` was given; raise CheckpointError if it does not fit `weights`, which it is for."""
     restored = [_checked(state, f"{position}.{WEIGHTS}", current) for position, current in enumerate(weights)]
     positions = {str(position): position for position in range(len(weights))}
     optimizer: OptimizerState = {}
@@ -124,11 +120,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
 
 
 def read_shard(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, in memory of their own.
-
-    Raises:
-        CheckpointError: the file is missing or is no safetensors file.
-    """
+    """Return the tensors of a safetensors file, in memory of their own; raise CheckpointError if it is none."""
     try:
         # Copied out of the file's mapping, which pruning a checkpoint may take away.
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
@@ -159,11 +151,7 @@ class ShardWriter:
         return self._writing.done()
 
     def finish(self) -> WrittenShard:
-        """Wait for the file and return what was written.
-
-        Raises:
-            CheckpointError: the disk is full or the place cannot be written to.
-        """
+        """Wait for the file and return what was written; raise CheckpointError if it cannot be written."""
         with file_errors(f"checkpoint {self._path.parent}: cannot write {self._path.name}"):
             return self._writing.result()
 

@@ -49,11 +49,7 @@ class TrainEngine(Protocol):
         """Return a copy, in host memory, of this rank's part of what training changes."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go back to a snapshot of a group with the same number of ranks.
-
-        Raises:
-            CheckpointError: it is of another model or optimizer.
-        """
+        """Go back to a snapshot of a group with as many ranks; raise CheckpointError if it is of another model."""
 
 
 class PausableAdamW(torch.optim.AdamW):

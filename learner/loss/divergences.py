@@ -158,11 +158,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def find_divergence(name: str) -> Divergence:
-    """Return a divergence of the table, or the object at an import path.
-
-    Raises:
-        ConfigError: there is no such object, or it is not a Divergence.
-    """
+    """Return a divergence of the table, or the object at an import path; raise ConfigError if it is no Divergence."""
     if not is_import_path(name):
         return DIVERGENCES[name]
     divergence = load_object(name, "a divergence")

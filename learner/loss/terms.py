@@ -7,14 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cluster.config.objective import (
-    AnyTerm,
-    DivergenceTerm,
-    PolicyGradientTerm,
-    Target,
-    TaskRewardTerm,
-    Term,
-)
+from cluster.config.objective import AnyTerm, DivergenceTerm, PolicyGradientTerm, Target, TaskRewardTerm, Term
 from learner.loss.divergences import DIVERGENCES, Divergence, find_divergence, to_buckets
 from learner.loss.policy_gradient import LOG_RATIO_MAPS, SURROGATES
 from learner.loss.targets import log_linear, target_buckets

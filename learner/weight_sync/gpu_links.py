@@ -79,11 +79,7 @@ class NcclLink:
         return [common | {"rank_offset": first_rank(worker, self._tensor_parallel)} for worker in range(num_workers)]
 
     def open(self) -> None:
-        """Join as rank 0; the group that was there before is given up.
-
-        Raises:
-            WeightSyncError: the group did not form.
-        """
+        """Join as rank 0, giving up the group before; raise WeightSyncError if the group does not form."""
         if self._group is not None:
             self._group.destroy()
         if self._open_group is None:

@@ -66,7 +66,8 @@ class VllmSender:
         started = time.perf_counter()
         if self._link is None:
             # Here and not before: the GPU has the least memory left while the engines start.
-            self._buffer = torch.empty(max(map(total_bytes, self._buckets)), dtype=torch.uint8, device=_device())
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._buffer = torch.empty(max(map(total_bytes, self._buckets)), dtype=torch.uint8, device=device)
             self._link = self._make_link(self._buffer)
         if self._link.is_read_in_place and torch.cuda.is_available():
             # What training left in torch's cache: engines that slept meanwhile take their memory again.
@@ -222,8 +223,3 @@ def _on_this_stream(act: Callable[[], None]) -> Callable[[], None]:
             act()
 
     return act_there
-
-
-def _device() -> torch.device:
-    is_on_gpu = torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if is_on_gpu else torch.device("cpu")

@@ -96,11 +96,7 @@ ENVIRONMENTS: dict[str, NewEnvironment] = {"single_turn": SingleTurn}
 
 
 def environment_named(kind: str) -> NewEnvironment:
-    """Return the class that the run file names.
-
-    Raises:
-        ConfigError: there is none of that name, or its module cannot be imported.
-    """
+    """Return the class that the run file names; raise ConfigError if there is none, or it cannot be imported."""
     if is_import_path(kind):
         loaded: NewEnvironment = load_object(kind, "an environment")
         return loaded

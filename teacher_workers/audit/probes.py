@@ -28,7 +28,6 @@ MAX_TOKENS = 256  # of a probe: enough to tell models apart, and little beside a
 MAX_SCORED_TOKENS = 64  # at the end of a probe; where the completion is shorter, the prompt's end is scored too
 MIN_SCORED_TOKENS = 8  # of a row that says enough; shorter ones are taken when there are no others
 MIN_TOKENS = 4  # one that is not scored, one before the replaced token, that one, and one after it
-NUM_GIVEN = 2  # candidates of a request that scores given ones
 
 
 @dataclass(frozen=True)

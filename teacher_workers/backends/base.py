@@ -50,11 +50,7 @@ class TeacherBackend(Protocol):
 
     @classmethod
     def identity(cls, teacher: TeacherConfig) -> str:
-        """Return a fingerprint of what answers, which differs as soon as the answers may.
-
-        Raises:
-            PreceptorError: it cannot be read.
-        """
+        """Return a fingerprint of what answers, which differs as soon as the answers may."""
 
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
         """Return the signals of `request.signals` for all tokens whose loss_mask is 1, and metrics of the backend.
@@ -85,11 +81,7 @@ BACKENDS = {"vllm": "teacher_workers.backends.vllm:VllmBackend"}
 
 
 def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
-    """Return the class of `teachers.NAME.backend`: a name in BACKENDS or an import path.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the class of `teachers.NAME.backend`, a name in BACKENDS or an import path; else raise ConfigError."""
     name = teacher.backend
     if not is_import_path(name) and name not in BACKENDS:
         raise ConfigError(f"there is no teacher backend '{name}'; expected one of {sorted(BACKENDS)} or an import path")
@@ -98,11 +90,7 @@ def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
 
 
 def check_signals(config: Config) -> None:
-    """Check that every teacher's backend has the signals that the run requests of it.
-
-    Raises:
-        ConfigError: one has not.
-    """
+    """Raise ConfigError if a teacher's backend lacks a signal that the run requests of it."""
     for route in config.routes:
         for name, request in config.scorers(route):
             teacher = config.teachers[name]

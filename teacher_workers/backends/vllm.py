@@ -30,11 +30,7 @@ class VllmBackend(HiddenStatesBackend):
     can_generate = True
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
-        """Read the LM head and start the engine.
-
-        Raises:
-            ModelError: vLLM cannot serve the teacher, or its LM head cannot be read.
-        """
+        """Read the LM head and start the engine; raise ModelError if that fails."""
         head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype)
         self._teacher = teacher
         self._role = EngineRole(

@@ -137,8 +137,8 @@ FAULTS = (
     Fault(
         "loss divided per micro-batch",
         "learner/train_step.py",
-        "engine.backward(result.loss, is_last",
-        "engine.backward(result.loss / max(1, len(batch.tokens)), is_last",
+        "engine.backward(result.loss, completes_step",
+        "engine.backward(result.loss / max(1, len(batch.tokens)), completes_step",
         ("tests/learner/test_train_step.py::test_the_size_of_micro_batches_changes_nothing",),
     ),
     Fault(
@@ -151,8 +151,8 @@ FAULTS = (
     Fault(
         "every round completes the step",
         "learner/train_step.py",
-        "is_last and completes_step",
-        "is_last",
+        "completes_step and following is None",
+        "following is None",
         (
             "tests/learner/test_train_step.py::test_micro_batches_may_come_one_by_one_and_the_last_of_the_step_is_marked",
         ),
@@ -506,7 +506,7 @@ FAULTS = (
     Fault(
         "rollouts under way survive a rewind",
         "cluster/run/supervisor.py",
-        "            self._pipeline.rollouts.abandon()\n",
+        "            self.pipeline.rollouts.abandon()\n",
         "",
         ("tests/cluster/run/test_supervisor.py",),
     ),

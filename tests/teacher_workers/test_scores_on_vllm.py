@@ -15,7 +15,7 @@ from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import make_generated, models_of, ragged
+from cluster.contracts.trajectory import make_generated, models_in, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import load_lm_head
 from teacher_workers.pool import TeacherPool
@@ -99,7 +99,7 @@ def test_a_batch_goes_through_its_chain_and_each_model_adds_its_columns(
     assert teachers.maintain() == []
     num_unlikely = 0
     for handle, batch in zip(handles, map(read, handles), strict=True):
-        assert models_of(batch) == ["base", "teacher"]
+        assert models_in(batch.schema) == ["base", "teacher"]
         assert {"base/logprob", "teacher/logprob"} < set(handle.metrics)
         for row, _, _, logprobs in expected_rows(model, batch):
             ids = torch.from_numpy(ragged(batch, "candidate_ids")[row].astype(np.int64))

@@ -10,7 +10,7 @@ import torch
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Bytes, Ints, make_generated, models_of, ragged
+from cluster.contracts.trajectory import Bytes, Ints, make_generated, models_in, ragged
 from cluster.models.lm_head import LmHead
 from teacher_workers.actor import TeacherWorker
 from teacher_workers.backends.lm_head_scores import HiddenStatesBackend
@@ -57,7 +57,7 @@ def test_a_second_model_scores_what_the_first_one_chose() -> None:
     worker = make_worker(HALF_3_QUARTER_5)
     first, _ = asyncio.run(worker.score(BATCH, ScoreRequest("teacher", top_k=2)))
     second, metrics = asyncio.run(worker.score(first, ScoreRequest("base", given_candidates=True)))
-    assert models_of(second) == ["teacher", "base"]
+    assert models_in(second.schema) == ["teacher", "base"]
     assert ragged(second, "candidate_ids")[0].tolist() == [[3, 5], [3, 5]]
     assert ragged(second, "base_candidate_logprobs")[0] == pytest.approx(np.log([[0.5, 0.25]] * 2))
     names = sorted(name.removeprefix("base/") for name in metrics)

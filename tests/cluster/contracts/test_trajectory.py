@@ -9,7 +9,7 @@ from cluster.contracts.trajectory import (
     add_scores,
     generated_schema,
     make_generated,
-    models_of,
+    models_in,
     num_candidates_of,
     ragged,
     stage_of,
@@ -77,7 +77,7 @@ def test_each_model_adds_its_own_columns() -> None:
         "candidate_logprobs": np.full((3, 2), -3, np.float32),
     }
     both = from_wire(to_wire(add_scores(scored, "base", given)))
-    assert models_of(both) == ["teacher", "base"]
+    assert models_in(both.schema) == ["teacher", "base"]
     assert ragged(both, "teacher_candidate_logprobs").values.tolist() == [[-1, -1]] * 3
     assert ragged(both, "base_candidate_logprobs").values.tolist() == [[-3, -3]] * 3
     assert ragged(both, "base_entropy").values.tolist() == [0.5] * 3

@@ -13,9 +13,9 @@ from cluster.nodes.interruption import SIGNALS, interrupt_on_sigterm, stop_on_si
 def test_the_first_signal_asks_and_says_so_and_the_second_interrupts(number: signal.Signals) -> None:
     said: list[str] = []
     with stop_on_signals(said.append) as stop:
-        assert not stop.is_asked
+        assert not stop.is_set()
         os.kill(os.getpid(), number)
-        assert stop.is_asked
+        assert stop.is_set()
         assert len(said) == 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
@@ -34,7 +34,7 @@ def test_another_thread_than_the_main_one_changes_no_handlers() -> None:
     def run() -> None:
         before = signal.getsignal(signal.SIGINT)
         with stop_on_signals(print) as stop:
-            found.append((signal.getsignal(signal.SIGINT) is before, stop.is_asked))
+            found.append((signal.getsignal(signal.SIGINT) is before, stop.is_set()))
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -46,7 +46,7 @@ def test_sigterm_interrupts_until_a_run_asks_to_be_stopped_in_order() -> None:
     with interrupt_on_sigterm():
         with stop_on_signals(lambda _: None) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.is_asked
+            assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
 

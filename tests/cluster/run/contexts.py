@@ -1,12 +1,12 @@
 """Makes what the loop and the hooks of a run share, with defaults."""
 
+from threading import Event
 from typing import Any
 
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.monitoring.alarms import LengthCap
 from cluster.monitoring.sinks import PlainView
-from cluster.nodes.interruption import StopRequest
 from cluster.run.hooks import RunContext
 from cluster.run.inputs import Inputs
 from cluster.run.ledger import Ledger
@@ -32,5 +32,5 @@ def make_run_context(
         history or RunSummary(),
         Ledger(directory.ledger, first_step),
         LengthCap(config.rollout.max_completion_tokens, config.rollout.max_staleness),
-        StopRequest(),
+        Event(),
     )

@@ -193,7 +193,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_and_leaves_a_checkpoint(t
     config = config_in(tmp_path)
     run, learner = make_run(RunDirectory.create(config), config)
     finish(run, range(1, 2), truncated_ratio=0.0)
-    run.context.stop.ask()
+    run.context.stop.set()
     with pytest.raises(RunStopped, match=f"stopped after step 2; go on with preceptor train --resume {tmp_path}"):
         finish(run, range(2, 3), truncated_ratio=0.0)
     assert learner.checkpoints == ["step-2"]

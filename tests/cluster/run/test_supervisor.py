@@ -1,5 +1,6 @@
 from collections import Counter
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,6 @@ import pytest
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import LearnerDiedError
 from cluster.monitoring.sinks import PlainView
-from cluster.nodes.interruption import StopRequest
 from cluster.run import supervisor
 from cluster.run.hooks import Hooks, RunContext, StepHook
 from cluster.run.summary import RunSummary
@@ -41,7 +41,7 @@ def test_every_attempt_has_hooks_of_its_own_and_only_the_first_restores_sizes(
     config = make_config(f"ray.max_restarts={DEATHS}")
     inputs: Any = None
     directory = RunDirectory(tmp_path)
-    Supervisor(config, inputs, pipeline, directory, PlainView(), StopRequest(), make_hooks).train(RunSummary())
+    Supervisor(config, inputs, pipeline, directory, PlainView(), Event(), make_hooks).train(RunSummary())
     assert [run.is_first_attempt for run in attempts] == [True, False, False]
     # Else trajectories of the steps that are done again would come twice.
     assert calls == dict.fromkeys(["teachers abandon", "learner starts again", "rollouts abandon"], DEATHS)
