@@ -28,11 +28,7 @@ from teacher_workers.backends.base import find_backend
 
 
 def start_training(config: Config) -> RunSummary:
-    """Train from the beginning.
-
-    Raises:
-        PreceptorError: an input is wrong, the cluster is too small, or a stage failed.
-    """
+    """Train from the beginning."""
     check_trackers(config)
     load_hooks(config)  # one that cannot be imported ends the command before anything starts
     inputs = load_inputs(config)
@@ -44,11 +40,7 @@ def start_training(config: Config) -> RunSummary:
 
 
 def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
-    """Continue a run from its last intact checkpoint; from its beginning when none was written.
-
-    Raises:
-        CheckpointError: all checkpoints are damaged, or nothing is left to do.
-    """
+    """Continue a run from its last intact checkpoint; from its beginning when none was written."""
     check_trackers(config)
     load_hooks(config)
     config = in_force(directory.teachers, directory.read_config(), config)

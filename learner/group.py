@@ -41,12 +41,7 @@ SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail w
 
 
 class LearnerGroup:
-    """Trains one student on N ranks that hold it between them.
-
-    Args:
-        config: the whole run.
-        options: Ray actor options of each rank (num_cpus, num_gpus, scheduling_strategy, runtime_env).
-        cluster: makes the ranks and waits for their answers.
+    """Trains one student on N ranks that hold it between them; `options` are Ray's, of each rank.
 
     Raises:
         ModelError: the student is missing or cannot be trained.

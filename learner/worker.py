@@ -41,12 +41,7 @@ from learner.weight_sync.object_store import WeightSender
 class LearnerActor:
     """Trains the student as one rank of its group; an ordinary object, which a LearnerGroup runs as a Ray actor.
 
-    Every method is collective unless it says otherwise.
-
-    Args:
-        config: the whole run.
-        rank, world_size: of this worker in its group.
-        fetch: returns what references point to; None: from Ray's object store.
+    Every method is collective unless it says otherwise. `fetch` returns what references point to; None: Ray does.
     """
 
     def __init__(
@@ -96,13 +91,7 @@ class LearnerActor:
     def accumulate(
         self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None = None
     ) -> dict[str, Metric]:
-        """Add the gradients of this rank's share of a round.
-
-        Args:
-            share: the trajectories and their micro-batches.
-            completes_step: whether no round of the step follows.
-            objective: another one than the run's, of the same support.
-        """
+        """Add the gradients of this rank's share of a round; `objective`, of the same support, replaces the run's."""
         batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
         rows = trajectories(batches, share.task_advantages)
         # One micro-batch at a time: hidden states are large.

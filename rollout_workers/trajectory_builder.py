@@ -56,8 +56,7 @@ def token_ids_of(segment: Ints | Completion) -> Ints:
 def policy_versions(by_token: Ints) -> tuple[int, int, Ints]:
     """Return the oldest and the newest version, and the tokens sampled before each version after the oldest.
 
-    Args:
-        by_token: [completion_tokens] the version that sampled each token; of no tokens, both versions are 0.
+    `by_token` has the version that sampled each token; of no tokens, both versions are 0.
 
     Example:
         >>> policy_versions(np.array([4, 4, 4, 5, 7]))[2].tolist()

@@ -72,10 +72,7 @@ class VllmRolloutEngine:
         transport: str | None,
         sampled_candidates: bool = False,
     ) -> None:
-        """Start the engine; the arguments are as in RolloutActorSettings.
-
-        With `sampled_candidates`, requests may want them, which costs time at every decoding step.
-        """
+        """Start the engine; `sampled_candidates`: requests may want them, which costs time at each decoding step."""
         self._policy_version = 0  # of the weights that sample; 0: those that vLLM loaded
         self._buffers: list[pa.Buffer] = []  # of the update under way
         self._candidates = CandidateFetcher(self._take_candidates) if sampled_candidates else None
@@ -163,11 +160,7 @@ class VllmRolloutEngine:
             await self._update_weights(described | asdict(region))
 
     async def finish_weight_update(self, policy_version: int) -> str:
-        """Install the weights, resume, and return the checksum that every worker of this engine received.
-
-        Raises:
-            WeightSyncError: a parameter is missing, unknown or damaged, or the engine's workers disagree.
-        """
+        """Install the weights, resume, and return the checksum of all ranks; raise WeightSyncError for a fault."""
         with _raised_as_death():
             # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
             reports, _ = await asyncio.gather(

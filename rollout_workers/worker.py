@@ -33,10 +33,7 @@ class RolloutWorker:
         environment: NewEnvironment = SingleTurn,
         max_observation_tokens: int = 0,
     ) -> None:
-        """Take the engine, and what makes the environment of each trajectory.
-
-        `max_observation_tokens` are what an environment may add to one prompt; the context is that much longer.
-        """
+        """Take the engine, what makes each trajectory's environment, and how many tokens that may add to one prompt."""
         self.engine = engine  # also for the weight sync
         self._services = services
         self._batch_size = BatchSize(rows_per_batch)
@@ -73,11 +70,7 @@ class RolloutWorker:
                 unfinished.cancel()
 
     async def finish_weight_update(self, policy_version: int) -> str:
-        """Install the received weights as `policy_version`, go on generating, and return their checksum.
-
-        Raises:
-            WeightSyncError: the version does not lie above the present one, or the weights are incomplete or damaged.
-        """
+        """Install the received weights as `policy_version`, which must rise, resume, and return their checksum."""
         if self._policy_version is not None and policy_version <= self._policy_version:
             raise WeightSyncError(
                 f"weights of policy version {policy_version} arrived after version {self._policy_version}; "

@@ -8,8 +8,6 @@ from cluster.config.fields import Count, Positive, Section
 
 _log = logging.getLogger("preceptor")
 
-Action = Literal["off", "warn", "shorten", "stop"]
-
 
 class AlarmConfig(Section, frozen=True):
     """Acts when a metric of metrics.jsonl has been beyond a limit for some steps in a row.
@@ -22,7 +20,7 @@ class AlarmConfig(Section, frozen=True):
     below: Positive | None = None  # or below this one
     relative_to: Literal["first", "recent"] | None = None  # limits multiply the metric's own level then
     steps: Count = 3  # in a row
-    action: Action = "warn"
+    action: Literal["off", "warn", "shorten", "stop"] = "warn"
 
     def __post_init__(self) -> None:
         if (self.above is None) == (self.below is None):

@@ -55,11 +55,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
-        """Open the folder of an earlier run.
-
-        Raises:
-            CheckpointError: the folder does not hold a run, or is another user's.
-        """
+        """Open the folder of an earlier run; raise CheckpointError if it holds none, or is another user's."""
         directory = cls(path)
         try:
             holds_run = directory.config.is_file()

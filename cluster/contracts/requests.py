@@ -44,12 +44,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """Names what one scoring model adds to a batch: the log-probabilities of the sampled tokens, and more signals.
-
-    Example:
-        >>> ScoreRequest("teacher", top_k=16).given_candidates
-        False
-    """
+    """Names what one scoring model adds to a batch: the log-probabilities of the sampled tokens, and more signals."""
 
     model: str  # its role in the objective's target; names the columns
     top_k: int = 0  # above 0: choose this many candidates, its own most likely tokens, and score them

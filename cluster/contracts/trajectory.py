@@ -103,10 +103,7 @@ def make_generated(rows: Sequence[GeneratedTrajectory]) -> pa.RecordBatch:
 def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBatch:
     """Return the batch with one more model's columns; the present columns are shared, not copied.
 
-    Args:
-        batch: generated, or already scored by other models.
-        model: the scorer's role in the objective's target: "teacher", "base", ...
-        scores: of every completion token of the batch.
+    `model` is the scorer's role in the objective's target: "teacher", "base", ...
 
     Raises:
         ScoreError: the model has scored this batch before, a column is of the wrong shape, or a value is not finite.

@@ -12,12 +12,7 @@ from cluster.contracts.files import RecordsFile
 
 
 class TeacherVersion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Says which checkpoint of a teacher scores from a step on.
-
-    Example:
-        >>> TeacherVersion(step=12, teacher="math", model="models/math-2", fingerprint="9f3a").teacher
-        'math'
-    """
+    """Says which checkpoint of a teacher scores from a step on."""
 
     step: int  # first one that it scores, from 1 as in metrics.jsonl
     teacher: str

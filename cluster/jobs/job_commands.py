@@ -117,12 +117,7 @@ class Submission:
 
 
 def submit_run(submission: Submission, config: Config, wait: bool) -> int:
-    """Start a run as a job and follow it; return its exit code, or 0 at once without `wait`.
-
-    Raises:
-        ConfigError: the run cannot be a job, or too much would travel with it.
-        JobError: the cluster cannot be asked, or is lost meanwhile.
-    """
+    """Start a run as a job and follow it; return its exit code, or 0 at once without `wait`."""
     check_for_cluster(config)
     files = files_to_send(config)
     server = JobServer(submission.address)
@@ -143,11 +138,7 @@ def follow_job(address: str | None, job_id: str) -> int:
 
 
 def stop_job(address: str | None, job_id: str) -> int:
-    """End a job in order, as Ctrl-C ends a run: its step is finished and a checkpoint written.
-
-    Raises:
-        JobError: it does not run, or does not end.
-    """
+    """End a job that runs, in order, as Ctrl-C ends a run: its step is finished and a checkpoint written."""
     server = JobServer(address)
     grace_seconds = server.stop(job_id)
     _say(f"{job_id} ends when its step is done and a checkpoint is written, or is killed in {grace_seconds:.0f} s")

@@ -59,11 +59,7 @@ class JobServer:
     """Talks to a cluster's job server, at the address of its dashboard."""
 
     def __init__(self, address: str | None) -> None:
-        """Connect.
-
-        Raises:
-            JobError: nothing answers there, the token is not the cluster's, or its Ray is too old.
-        """
+        """Connect; raise JobError if nothing answers there, the token is not the cluster's, or its Ray is too old."""
         self.address = _url(address)
         for talkative in _TALKATIVE:
             logging.getLogger(talkative).setLevel(logging.WARNING)

@@ -69,11 +69,7 @@ def open_weights(model: str, path: Path) -> Any:
 
 
 def check_weight_files(model: str, config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:
-    """Read every header of a model in a local directory; return the shape of each tensor.
-
-    Raises:
-        ModelError: a file is missing or damaged, the index does not go with the files, or a layer has no weights.
-    """
+    """Read every header of a local model and return each tensor's shape; raise ModelError for a fault."""
     files = weight_files(model)
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(set(files.values())):

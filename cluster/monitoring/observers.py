@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 from cluster.contracts.batches import PoolState, Span
 from cluster.contracts.errors import RunStopped
@@ -42,7 +41,7 @@ class StepObserver(Protocol):
 
 
 class Observers:
-    """Holds all observers of a run; as a context, it passes on how the run ended."""
+    """Holds all observers of a run."""
 
     def __init__(self, observers: Sequence[StepObserver]) -> None:
         self._observers = list(observers)
@@ -52,10 +51,8 @@ class Observers:
         for observer in list(self._observers):
             self._notify(observer, partial(observer.on_step, sample))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def close(self, error: BaseException | None) -> None:
+        """Pass on how the run ended, which raised the error if there is one."""
         for observer in list(self._observers):
             self._notify(observer, partial(observer.close, ending_of(error)))
 

@@ -23,13 +23,11 @@ MAX_STATUS_BYTES = 1 << 24
 SIGN_OF_LIFE_SECONDS = 5.0
 SILENCE_SECONDS = 30.0  # after which a run counts as lost; a file system may show others' changes late
 
-State = Literal["starting", "running", "ended", "stopped", "failed", "lost"]
-
 
 class Status(msgspec.Struct, frozen=True):
     """Describes the run; times are seconds since 1970."""
 
-    state: State
+    state: Literal["starting", "running", "ended", "stopped", "failed", "lost"]
     pid: int
     host: str
     started_at: float

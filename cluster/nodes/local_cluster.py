@@ -23,7 +23,6 @@ from cluster.nodes.preloaded_python import PYTHON_VARIABLE
 
 LOOPBACK = "127.0.0.1"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-PRIVATE_UMASK = 0o077
 TOKEN_FILE = "token"
 REAPER_TIMEOUT_SECONDS = 3 * reaper.GRACE_SECONDS
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -113,7 +112,7 @@ def _with_python(arguments: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def private_umask() -> Iterator[None]:
     """Let this process, and those that it starts, create files that only their owner may read."""
-    before = os.umask(PRIVATE_UMASK)
+    before = os.umask(0o077)
     try:
         yield
     finally:

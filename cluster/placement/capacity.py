@@ -42,9 +42,6 @@ def _free_gpus(changes: Sequence[tuple[PoolPlacement, int]]) -> tuple[float, str
 class SplitCapacity:
     """Tracks the GPUs of every node, and on which of them each pool's workers are.
 
-    Args:
-        gpus: of a worker, by pool.
-
     Example:
         >>> capacity = SplitCapacity({"rollout": 1, "teachers.main": 2})
         >>> capacity.update({"a": 0, "b": 0}, {"rollout": ["a", "b", "b"], "teachers.main": ["a"]})
@@ -52,7 +49,7 @@ class SplitCapacity:
         (True, False)
     """
 
-    gpus: Mapping[str, int]
+    gpus: Mapping[str, int]  # of a worker, by pool
     _free: Mapping[str, int] = field(default_factory=dict)  # by node
     _homes: Mapping[str, Sequence[str]] = field(default_factory=dict)  # nodes of a pool's workers, the last leave first
 

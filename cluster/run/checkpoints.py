@@ -126,11 +126,7 @@ def find_resume_point(directory: RunDirectory, config: Config, say: Callable[[st
 
 
 def read_run_state(folder: Path) -> RunState:
-    """Return the driver's part of a checkpoint.
-
-    Raises:
-        CheckpointError: it is missing, malformed, or of another step than the folder's name says.
-    """
+    """Return the driver's part of a checkpoint; raise CheckpointError if it is malformed or of another step."""
     try:
         state = msgspec.convert(read_state(folder), RunState)
     except msgspec.ValidationError as error:

@@ -200,12 +200,7 @@ def audit(records: Sequence[LedgerRecord], config: Config, inputs: Inputs) -> in
 
 
 def verify_run(directory: RunDirectory) -> str:
-    """Audit the ledger of a run, and say in one line what it proves.
-
-    Raises:
-        CheckpointError: the ledger is missing or damaged, or lacks a step that metrics.jsonl has.
-        TrainingError: a trajectory was not learned from exactly once.
-    """
+    """Audit the ledger of a run against its configuration and metrics, and say in one line what it proves."""
     config = directory.read_config()
     inputs = load_inputs(config)
     records = read_ledger(directory.ledger)

@@ -69,7 +69,7 @@ class StepRecords(StepHook):
         return {}
 
     def end(self, error: BaseException | None) -> None:
-        self._observers.__exit__(type(error) if error else None, error, None)
+        self._observers.close(error)
 
 
 class ScoreAudits(StepHook):

@@ -119,12 +119,7 @@ class PlanOptions:
 
 
 def print_plan(config: Config, options: PlanOptions) -> None:
-    """Predict the run file's sizes, look for better ones, and print both.
-
-    Raises:
-        ConfigError: the rates are missing, malformed or of another run, or the GPUs are too few.
-        CheckpointError: the directory holds no run.
-    """
+    """Predict the run file's sizes, look for better ones, and print both."""
     check_pools(config)
     rates = load_rates(options.rates, config)
     if options.save_rates is not None:

@@ -174,12 +174,7 @@ class _Trace(msgspec.Struct, frozen=True):
 
 
 def rates_of_run(path: Path) -> Rates:
-    """Return the rates of a run, from its directory.
-
-    Raises:
-        CheckpointError: the folder holds no run.
-        ConfigError: its metrics or its trace are missing or damaged, or too few steps are in them.
-    """
+    """Return the rates of a run, from its directory; raise ConfigError if a file is missing or damaged."""
     directory = RunDirectory.open(path)
     config = directory.read_config()
     lines = read_text(directory.metrics, "run's metrics", ConfigError, MAX_FILE_BYTES).splitlines()

@@ -105,11 +105,7 @@ class _Search:
 
 
 def find_split(config: Config, rates: Rates, num_gpus: int) -> Plan:
-    """Return the split of so many GPUs whose steps are the shortest, as far as the search goes.
-
-    Raises:
-        ConfigError: so few GPUs do not hold one worker of each pool and the learner's ranks.
-    """
+    """Return the best split of so many GPUs that the search finds; raise ConfigError if they are too few."""
     widths = Widths.of(config)
     if num_gpus < widths.fewest_gpus:
         raise ConfigError(

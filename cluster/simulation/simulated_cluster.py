@@ -78,10 +78,7 @@ class SimulatedTime:
 class SimulatedCluster(Cluster):
     """Makes simulated workers in place of the run's actors; no wait takes too long.
 
-    Args:
-        time: the clock.
-        seconds_per_call: of the driver's own time, for each call to an actor.
-        actors: actor class -> makes its simulated worker from the actor's name and its constructor's arguments.
+    `actors` makes the simulated worker of an actor class, from the actor's name and its constructor's arguments.
     """
 
     def __init__(self, time: SimulatedTime, seconds_per_call: float, actors: Mapping[str, Callable[..., Any]]) -> None:

@@ -82,11 +82,7 @@ class Trajectory:
 
 
 def trajectories(batches: Sequence[pa.RecordBatch], task_advantages: Sequence[float] | None = None) -> list[Trajectory]:
-    """View all rows of generated or scored batches, in order; without advantages, these are 0.
-
-    Raises:
-        TrajectoryError: the batches differ in their columns, or in how many candidates they have.
-    """
+    """View all rows of batches, which must have the same columns, in order; without advantages, these are 0."""
     kinds = {(num_candidates_of(batch), ", ".join(sorted(batch.schema.names))) for batch in batches}
     if len(kinds) > 1:
         described = "; ".join(f"{width} candidates, columns {names}" for width, names in sorted(kinds))

@@ -9,8 +9,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-GridRow = tuple[int, ...]  # indices of trajectories, one after the other
-Grid = tuple[GridRow, ...]  # the rows of one micro-batch; no rows: a micro-batch of padding alone
+# The rows of one micro-batch, of indices of trajectories that stand one after the other; no rows: padding alone.
+Grid = tuple[tuple[int, ...], ...]
 
 
 def plan_step(num_tokens: Sequence[int], num_ranks: int, micro_batch_tokens: int) -> tuple[tuple[Grid, ...], ...]:

@@ -34,10 +34,7 @@ class TrainEngine(Protocol):
         """Add this rank's part of the step's summed loss; gradients of all parts and ranks add up."""
 
     def step(self, learning_rate: float, num_tokens: int) -> float:
-        """Divide the gradients by the step's tokens, clip, update the weights, clear the gradients.
-
-        Returns the gradient's norm before clipping.
-        """
+        """Divide the gradients by the step's tokens, clip them, update the weights; return the norm before clipping."""
 
     def discard(self, num_tokens: int) -> float:
         """Do as `step` does, but leave the weights as they are."""

@@ -18,16 +18,7 @@ from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
 class Objective:
     """Minimises what a configuration says: `plan` reads whole trajectories, `evaluate` any of their tokens.
 
-    Args:
-        config: what to minimise.
-        kernels: used where they take the logits; None: plain torch everywhere.
-
-    Raises:
-        ConfigError: a divergence is given by an import path, and cannot be imported.
-
-    Example:
-        >>> Objective(ObjectiveConfig()).needs.first_pass
-        False
+    `kernels` are used where they take the logits; None: plain torch everywhere.
     """
 
     def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None) -> None:

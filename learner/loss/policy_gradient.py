@@ -15,9 +15,6 @@ from cluster.config.objective import ImportanceConfig, PolicyGradientTerm
 LARGEST_LOG_RATIO = 20.0  # above it, in nats, a ratio of probabilities is that of a broken score; exp(20) = 4.9e8
 
 
-LogRatioFunction = Callable[[Tensor, Tensor, PolicyGradientTerm], Tensor]
-
-
 def proximal(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) -> Tensor:
     """Return log(alpha target/student + 1 - alpha) (TOP-D, arXiv 2607.04751), at least log(1 - alpha)."""
     log_ratio = log_target - log_student
@@ -27,7 +24,7 @@ def proximal(log_target: Tensor, log_student: Tensor, term: PolicyGradientTerm) 
 
 
 # Each takes log target, log student and the term.
-LOG_RATIO_MAPS: dict[str, LogRatioFunction] = {
+LOG_RATIO_MAPS: dict[str, Callable[[Tensor, Tensor, PolicyGradientTerm], Tensor]] = {
     "identity": lambda q, p, _: q - p,  # its expected policy gradient is that of the reverse KL
     "clip": lambda q, p, term: (q - p).clamp(-term.bound, term.bound),
     "soft_log": lambda q, p, _: (q - p).sign() * (q - p).abs().log1p(),  # arXiv 2607.13399
@@ -46,9 +43,6 @@ LOG_RATIO_MAPS: dict[str, LogRatioFunction] = {
 
 def _exp(log_value: Tensor) -> Tensor:
     return log_value.clamp(max=LARGEST_LOG_RATIO).exp()
-
-
-Surrogate = Callable[[Tensor, Tensor, Tensor, ImportanceConfig], Tensor]
 
 
 def importance_ratio(student: Tensor, rollout: Tensor) -> Tensor:
@@ -88,7 +82,7 @@ def ppo_clip(advantage: Tensor, student: Tensor, rollout: Tensor, bounds: Import
     return -gain
 
 
-SURROGATES: dict[str, Surrogate] = {
+SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, ImportanceConfig], Tensor]] = {
     "none": no_ratio,
     "ratio": ratio,
     "truncated": truncated,

@@ -21,7 +21,6 @@ from cluster.config.stages import Attention
 from cluster.contracts.errors import ModelError
 
 PACKED = "preceptor_packed"  # how transformers knows `packed_attention`
-HALF_PRECISION = (torch.bfloat16, torch.float16)  # what the flash kernels take
 KERNEL_TOLERANCE = 0.03  # of the norm; bfloat16 makes errors of about 0.005, a wrong mask of more than 0.1
 PROBE_LENGTHS = (5, 3)
 USUAL_WIDTH = 64  # of a head, where a model does not say
@@ -123,7 +122,7 @@ def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dt
         return None
     widths = head_widths(model_config)
     if wanted == "auto":
-        tried = ("flash", "varlen") if dtype in HALF_PRECISION else ()
+        tried = ("flash", "varlen") if dtype in (torch.bfloat16, torch.float16) else ()
         flash = [name for name in tried if not fault_of(name, device, dtype, widths)]
         return KERNELS[flash[0] if flash else "grouped"]()
     if fault := fault_of(wanted, device, dtype, widths):

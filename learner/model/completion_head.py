@@ -44,19 +44,13 @@ def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
 CPU_CHUNK_LOGITS = 1 << 26  # 256 MiB
 GPU_CHUNK_LOGITS = 1 << 28  # 1 GiB: a GPU needs larger products to be busy
 
-Walk = Callable[[Projection], Evaluation]
-
 
 class CompletionHead(nn.Module):
     """Maps hidden states of completion positions to losses.
 
     The module holds the head's own parameters a second time, as its direct members: ZeRO-3 gathers a parameter around
     the forward and backward of the module that owns it, once per micro-batch on every rank, whatever the chunks.
-
-    Args:
-        linear: the model's own head.
-        scaling: what the model does to its product.
-        dtype: of the logits; None: float32 where it costs nothing.
+    `dtype` is that of the logits; None: float32 where it costs nothing.
     """
 
     def __init__(self, linear: nn.Linear, scaling: LogitScaling, dtype: HeadDtype | None = None) -> None:
@@ -99,7 +93,7 @@ class ObjectiveFunction(torch.autograd.Function):
         bias: Tensor | None,
         scaling: LogitScaling,
         with_gradient: bool,
-        walk: Walk,
+        walk: Callable[[Projection], Evaluation],
     ) -> tuple[Tensor, ...]:
         projection = Projection(hidden, weight, bias, scaling, with_gradient)
         result = walk(projection)

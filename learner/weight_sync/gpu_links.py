@@ -15,8 +15,6 @@ from cluster.contracts.errors import WeightSyncError
 from cluster.weight_sync.ipc_handles import plain_handle
 from cluster.weight_sync.manifest import Bucket
 
-LEARNER_RANKS = 1  # of the NCCL group: rank 0 alone sends
-
 
 class Link(Protocol):
     """Connects one rank of the learner with the rollout engines."""
@@ -165,7 +163,7 @@ def first_rank(worker: int, tensor_parallel: int) -> int:
         >>> [first_rank(worker, tensor_parallel=2) for worker in range(4)]  # learner 0, engines 1-2, 3-4, 5-6
         [1, 3, 5, 7]
     """
-    return LEARNER_RANKS + worker * tensor_parallel
+    return 1 + worker * tensor_parallel  # the learner's rank 0 alone sends
 
 
 def describe(bucket: Bucket) -> dict[str, Any]:

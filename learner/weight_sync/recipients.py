@@ -15,10 +15,6 @@ class Recipients:
     """Calls rollout workers by position, and passes over those that die.
 
     The pool notices a death by itself, and the next actor in that place gets the weights then.
-
-    Args:
-        workers: the rollout actors.
-        timeout_seconds: for each answer.
     """
 
     def __init__(self, workers: Sequence[ActorHandle], timeout_seconds: float) -> None:
@@ -32,12 +28,7 @@ class Recipients:
         }
 
     def poll(self, references: Mapping[int, Any]) -> None:
-        """Raise the error of any answer that is there, without waiting.
-
-        Raises:
-            ActorDiedError: a worker is gone.
-            PreceptorError: a worker raised it.
-        """
+        """Raise the error of any answer that is there, without waiting; of a worker that is gone, ActorDiedError."""
         if references:
             ready, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=0)
             RAY.get(ready, self._timeout_seconds, "rollout workers")

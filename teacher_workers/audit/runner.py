@@ -138,12 +138,7 @@ class ScoreAudit:
         folder: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Read what earlier parts of the run kept in `folder`; `pools` has every teacher's, by name.
-
-        Raises:
-            CheckpointError: a kept reference cannot be read.
-            PreceptorError: a teacher cannot be read.
-        """
+        """Read what earlier parts of the run kept in `folder`; `pools` has every teacher's, by name."""
         self._settings = config.score_audit
         self._timeout_seconds = config.ray.call_timeout_seconds
         self._clock = clock

@@ -161,7 +161,8 @@ def score_tokens(
     if request.entropy:
         scores["entropy"] = entropy
     if request.hidden:
-        scores["hidden"] = _to_numpy(hidden)
+        bits = hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden  # numpy has no bfloat16
+        scores["hidden"] = bits.contiguous().numpy()
     return scores
 
 
@@ -189,9 +190,3 @@ def _score_chunk(head: LmHead, hidden: Tensor, ids: Tensor, request: ScoreReques
         total = logits.exp_().sum(dim=-1, keepdim=True)
     normalizer = largest + total.log()
     return (requested - normalizer).where(is_known, FLOOR), best_ids, best - normalizer, entropy
-
-
-def _to_numpy(hidden: Tensor) -> NDArray[Any]:
-    """Return the same numbers; numpy has no bfloat16, so its bits."""
-    bits = hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden
-    return bits.contiguous().numpy()
