@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learner.model.wide_products import multiplies_wide
+
 
 @dataclass(frozen=True)
 class LogitScaling:
@@ -28,7 +30,8 @@ class Projection:
         self._hidden, self._weight, self._bias, self._scaling = hidden, weight, bias, scaling
         self._rounds = scaling.rounds or weight.dtype == torch.float32
         # A GPU multiplies bfloat16 into float32; a CPU has no such product and takes a float32 copy of the weight.
-        self._wide = weight.float() if not self._rounds and weight.device.type == "cpu" else None
+        is_wide = multiplies_wide(weight.dtype, weight.device) or (not self._rounds and weight.device.type == "cpu")
+        self._wide = weight.float() if is_wide else None
         self._buffer = hidden.new_empty(0, len(weight), dtype=torch.float32)
         self._slope: Tensor | None = None  # of the soft cap at the latest logits
         # Sums over the chunks so far, by what the head was given: hidden states in their dtype; weight and bias in
@@ -44,10 +47,12 @@ class Projection:
         if len(self._buffer) < len(hidden):
             self._buffer = self._buffer.new_empty(len(hidden), len(self._weight))
         logits = self._buffer[: len(hidden)]
-        if self._rounds:
+        if self._rounds and self._wide is None:
             _multiply_rounded(hidden, self._weight, self._bias, logits)
         else:
             self._multiply_wide(hidden, logits)
+            if self._rounds:
+                logits.copy_(logits.to(self._weight.dtype))
         if self._scaling.factor != 1.0:
             logits *= self._scaling.factor
         softcap = self._scaling.softcap
@@ -68,9 +73,11 @@ class Projection:
         if of_bias is not None:
             of_bias.add_(gradient.sum(0))
         gradient = gradient.to(self._weight.dtype)
-        of_hidden[chosen] = gradient @ self._weight
+        if self._wide is not None:
+            gradient = gradient.float()
+        of_hidden[chosen] = (gradient @ (self._weight if self._wide is None else self._wide)).to(of_hidden.dtype)
         if gradient.dtype == torch.float32:
-            of_weight.addmm_(gradient.t(), self._hidden[chosen])
+            of_weight.addmm_(gradient.t(), self._hidden[chosen].float())
         else:
             of_weight.add_(gradient.t() @ self._hidden[chosen])
 

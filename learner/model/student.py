@@ -20,6 +20,7 @@ from learner.loss.tokens import Evaluation
 from learner.model.attention import Kernel, Packing, Segments, choose_kernel, register_packed_attention
 from learner.model.completion_head import CompletionHead, TeacherHeads
 from learner.model.projection import LogitScaling
+from learner.model.wide_products import multiplies_wide, widen
 
 HOST = torch.device("cpu")
 PROBE_LENGTHS = (5, 3)  # tokens of the two sequences that check the forward when a model is loaded
@@ -56,6 +57,8 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
             "random ones would take their place, so save the whole model again"
         )
     model = Student(causal_lm, kernel, config.head_dtype).to("cpu" if config.zero_stage == 3 else device)
+    if multiplies_wide(getattr(torch, config.dtype), device):
+        widen(causal_lm)
     check_forward(model, student.model)
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
