@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cluster.config.run_config import Config
-from cluster.run.hooks import StepHook
+from cluster.run.hooks import RunContext, StepHook
 
 if TYPE_CHECKING:
     from cluster.run.evaluation import Evaluation
@@ -41,6 +41,10 @@ class RunSummary:
 
 class RunResult(StepHook):
     """Exports the student when all steps are done, and says what the run achieved."""
+
+    def __init__(self, run: RunContext) -> None:
+        super().__init__(run)
+        self._began = time.perf_counter()
 
     def begin(self) -> None:
         self._began = time.perf_counter()
