@@ -41,12 +41,7 @@ SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail w
 
 
 class LearnerGroup:
-    """Trains one student on N ranks that hold it between them; `options` are Ray's, of each rank.
-
-    Raises:
-        ModelError: the student is missing or cannot be trained.
-        ActorError: a rank died or did not start in time.
-    """
+    """Trains one student on N ranks that hold it between them; `options` are Ray's, of each rank."""
 
     def __init__(self, config: Config, options: Sequence[Mapping[str, Any]], cluster: Cluster = RAY) -> None:
         self._config = config

@@ -25,7 +25,6 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.files import Record, RecordsFile
 from cluster.elastic.balance_policy import Balance, Horizon
 from cluster.elastic.balancer import Balancer
-from cluster.elastic.scale import ScalablePool
 from cluster.elastic.splits import ROLLOUT, PoolRule, Sizes, Space
 from cluster.elastic.step_cost import WorkMeter
 from cluster.nodes.local_cluster import local_cluster
@@ -34,6 +33,8 @@ from cluster.run.driver import Permits
 from cluster.run.flow import Flow, StepBatches
 from cluster.run.step_metrics import Stopwatch, step_record
 from cluster.weight_sync.manifest import WeightSyncReport
+from rollout_workers.pool import RolloutPool
+from teacher_workers.pool import TeacherPool
 
 COMMAND = "python -m benchmarks.cases.balance"
 DIFFERENT_STEPS = 3  # done again and again, so that every split is given the same to do
@@ -64,7 +65,7 @@ class Steps:
         self._run, self._workload = run, workload
         self._done = self._forever()
         teachers = {f"teachers.{name}": pool for name, pool in run.teachers.pools.items()}
-        self.pools: dict[str, ScalablePool] = {ROLLOUT: run.rollouts, **teachers}
+        self.pools: dict[str, RolloutPool | TeacherPool] = {ROLLOUT: run.rollouts, **teachers}
 
     def at(self, split: Split) -> list[float]:
         """Return the seconds of each of the different steps at a split."""

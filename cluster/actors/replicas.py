@@ -139,12 +139,7 @@ class Replicas:
         self._absent = set(self._members)  # they rest or start; few, so that checking them costs little
 
     def wait_until_ready(self, timeout_seconds: float, waiting_for: str) -> None:
-        """Wait for the first start of every actor.
-
-        Raises:
-            PreceptorError: what an actor raised.
-            ActorError: an actor died or took too long; says which.
-        """
+        """Wait for every actor's first start; raise what one raised, or ActorError for one that died or is late."""
         started = [reference for member in self._members.values() for reference in member.waits_for]
         names = [member.name for member in self._members.values()]
         self._cluster.get(started, timeout_seconds, waiting_for, names)

@@ -74,12 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def expand_preset(written: Any) -> Any:
-    """Return the [objective] table with its preset's fields filled in under what is written.
-
-    What is no table is returned for the type check to refuse.
-
-    Raises:
-        ConfigError: no preset has this name.
+    """Return the [objective] table with its preset's fields under what is written; what is no table stays as it is.
 
     Example:
         >>> expand_preset({"preset": "thinking-machines"})["support"]

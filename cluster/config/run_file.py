@@ -45,11 +45,7 @@ class _ObjectiveOnly(Section, frozen=True):
 
 
 def load_run_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a run file and apply `section.field=value` overrides, values being TOML (bare words are strings).
-
-    Raises:
-        ConfigError: the file is missing or not TOML, a field is unknown or out of range, or settings contradict.
-    """
+    """Read a run file and apply `section.field=value` overrides, values being TOML (bare words are strings)."""
     text = read_text(path, "run file", ConfigError, MAX_RUN_FILE_BYTES)
     return parse_run_config(text, overrides, source=str(path))
 

@@ -17,10 +17,7 @@ def is_import_path(name: str) -> bool:
 
 
 def load_object(path: str, kind: str) -> Any:
-    """Return the object at `package.module:Name`; `kind` says in an error what it is for.
-
-    Raises:
-        ConfigError: the module cannot be imported, or does not have that name; the import's own error is the cause.
+    """Return the object at `package.module:Name`, of a `kind` that errors name; raise ConfigError if there is none.
 
     Example:
         >>> load_object("math:pi", "a number")

@@ -1,15 +1,12 @@
 """Changes the sizes of pools while a run goes on: `preceptor scale RUN rollout=6 teachers.math=3`."""
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
 from uuid import uuid4
-
-from ray.actor import ActorHandle
 
 from cluster.config.run_config import Config
 from cluster.config.run_directory import ControlFiles
-from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ConfigError, PlacementError
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver, read_message
 from cluster.elastic.splits import ROLLOUT, describe_sizes
@@ -20,29 +17,14 @@ from cluster.run.inputs import Inputs
 
 if TYPE_CHECKING:
     from cluster.run.pools import Pipeline
+    from rollout_workers.pool import RolloutPool
+    from teacher_workers.pool import TeacherPool
 
 LARGEST_POOL = 100_000
 
 
-class ScalablePool(Protocol):
-    """Describes a pool whose size can change."""
-
-    @property
-    def size(self) -> int:
-        """Return how many workers it has or will have."""
-
-    @property
-    def staying(self) -> Sequence[ActorHandle]:
-        """Return the workers that serve, those first that stay when the pool shrinks."""
-
-    def state(self) -> PoolState:
-        """Return its workers and restarts."""
-
-    def resize(self, size: int) -> None:
-        """Begin to change its size; workers that leave finish what they were given."""
-
-
-Pools = Callable[[], Mapping[str, ScalablePool]]  # by the names of the command: a replaced teacher has another pool
+# By the names of the command; called anew, for a teacher that was replaced has another pool.
+Pools = Callable[[], Mapping[str, "RolloutPool | TeacherPool"]]
 
 
 class ScaleRequest(Message, frozen=True, forbid_unknown_fields=True):
@@ -132,10 +114,7 @@ def ask(files: ControlFiles, sizes: Mapping[str, int], timeout_seconds: float = 
 
 
 def parse_sizes(arguments: list[str]) -> dict[str, int]:
-    """Read `rollout=6 teachers.math=3`.
-
-    Raises:
-        ConfigError: an argument is no such assignment.
+    """Read `rollout=6 teachers.math=3`; raise ConfigError for anything else.
 
     Example:
         >>> parse_sizes(["rollout=6", "teachers.math=3"])
@@ -175,7 +154,7 @@ def need_of(teachers: Collection[str], config: Config, inputs: Inputs, next_step
     return None
 
 
-def pools_of(pipeline: "Pipeline") -> dict[str, ScalablePool]:
+def pools_of(pipeline: "Pipeline") -> dict[str, "RolloutPool | TeacherPool"]:
     """Return the pools of now, by the names of the command."""
     return {ROLLOUT: pipeline.rollouts} | {f"teachers.{name}": pool for name, pool in pipeline.teachers.pools.items()}
 

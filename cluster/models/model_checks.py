@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 def check_tokenizers(
     student: "PreTrainedTokenizerBase", teachers: Mapping[str, "PreTrainedTokenizerBase"], compare_templates: bool
 ) -> None:
-    """Compare token ids, special tokens, EOS and, for chat prompts, the chat template.
-
-    Raises:
-        ModelError: a teacher reads the student's token ids as other tokens; names the first difference.
-    """
+    """Raise ModelError for the first difference in token ids, special tokens or, for chat prompts, the template."""
     for name, teacher in teachers.items():
         difference = _difference(student, teacher)
         if difference is None and compare_templates and student.chat_template != teacher.chat_template:
@@ -58,13 +54,10 @@ class ModelFacts:
 
 
 def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> ModelFacts:
-    """Read configuration and tokenizer, and of a local directory the headers of the weights.
+    """Read configuration, tokenizer and, of a local directory, the weights' headers; raise ModelError for a fault.
 
     The student is compared with what transformers builds from its configuration, for the learner builds the same; of a
     teacher, which vLLM builds, the LM head is, which is read by name.
-
-    Raises:
-        ModelError: something is missing, damaged, or does not go with the rest.
     """
     model = section.model
     config = load_model_config(model, section.trust_remote_code)

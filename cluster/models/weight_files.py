@@ -116,9 +116,6 @@ def fingerprint(model: str) -> str:
 
     It reads at most a quarter of a megabyte per file, so it costs little whatever the model's size; another training
     run's weights differ everywhere, so samples show them.
-
-    Raises:
-        ModelError: the model has no configuration here.
     """
     from transformers.utils.hub import cached_file
 

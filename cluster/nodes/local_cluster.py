@@ -52,14 +52,11 @@ class LocalCluster:
 
 @contextmanager
 def local_cluster(one_gpu: bool = False, **arguments: Any) -> Iterator[LocalCluster]:
-    """Start a cluster, yield its addresses, and end it.
+    """Start a cluster, yield its addresses, and end it; `arguments` are those of `ray.init`.
 
     Its processes write below one folder that only their owner may read, the token's file `token` included; the folder
     goes when the cluster ends, also when this very process is killed. A token or mode that the environment sets stays.
-
-    Args:
-        one_gpu: whether it is to have one GPU at most, so that parts of a GPU are all of the same one.
-        arguments: of `ray.init`.
+    With `one_gpu` it has one GPU at most, so that parts of a GPU are all of the same one.
 
     Raises:
         PlacementError: it did not start, twice.

@@ -102,7 +102,6 @@ class RaySession:
     """Holds a live connection."""
 
     dashboard_address: str | None  # host:port
-    is_local: bool
     token_file: Path | None = None  # the dashboard asks for it; None: the user's own token, or none
 
 
@@ -136,7 +135,7 @@ def ray_session(config: Config) -> Iterator[RaySession]:
             interrupt_on_sigterm(),
             _watched_head(config),
         ):
-            yield RaySession(cluster.dashboard_address, is_local=True, token_file=cluster.token_file)
+            yield RaySession(cluster.dashboard_address, cluster.token_file)
     except AuthenticationError as error:
         reason = str(error).split(". ")[0]
         raise PlacementError(f"the token for the local Ray cluster cannot be used: {reason}") from error
@@ -166,7 +165,7 @@ def _joined(address: str, arguments: dict[str, Any]) -> Iterator[RaySession]:
         ) from error
     try:
         with private_umask(), interrupt_on_sigterm():
-            yield RaySession(context.dashboard_url or None, is_local=False)
+            yield RaySession(context.dashboard_url or None)
     finally:
         ray.shutdown()
 

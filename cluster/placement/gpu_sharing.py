@@ -23,11 +23,7 @@ class GpuShares:
 
 
 def share_gpu(config: Config) -> GpuShares:
-    """Divide one GPU's memory among the run's workers: as set, and what is left in equal parts.
-
-    Raises:
-        PlacementError: the run needs more than one GPU, or the parts do not fit; says the numbers.
-    """
+    """Divide a GPU's memory among the workers, as set or in equal parts; raise PlacementError if it does not fit."""
     pools = _engines(config)
     for name, (_, engine) in pools.items():
         if engine.tensor_parallel > 1:

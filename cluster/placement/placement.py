@@ -109,11 +109,7 @@ def free_nodes(nodes: Sequence[NodeResources]) -> list[NodeResources]:
 
 
 def await_placement(config: Config, say: Callable[[str], None]) -> Placement:
-    """Plan on what is free; where others use what the run needs, wait up to ray.start_timeout_seconds for it.
-
-    Raises:
-        PlacementError: the cluster is too small, or what is needed did not become free in time.
-    """
+    """Plan on what is free, waiting up to ray.start_timeout_seconds for what others use; then raise PlacementError."""
     limit = config.ray.start_timeout_seconds
     began = time.monotonic()
     has_said = False

@@ -85,12 +85,7 @@ class StepEnd(StepHook):
         self._checkpoints = checkpoints
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
-        """Save and stop as it is due.
-
-        Raises:
-            PreceptorError: a hook set it as the run's error; a checkpoint of the step is written.
-            RunStopped: a signal requested it; a checkpoint of the step is written.
-        """
+        """Save and stop as is due: raise RunStopped, or a hook's error, when the step's checkpoint is written."""
         run = self.run
         error = run.error
         if error is None and run.stop.is_set() and not run.is_over:

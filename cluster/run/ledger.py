@@ -182,11 +182,7 @@ def read_ledger(path: Path) -> list[LedgerRecord]:
 
 
 def audit(records: Sequence[LedgerRecord], config: Config, inputs: Inputs) -> int:
-    """Check that every prompt position was consumed exactly once and in order; return how many there are.
-
-    Raises:
-        TrainingError: a record is not what the run's configuration requests; names the step.
-    """
+    """Return how many prompt positions were consumed; raise TrainingError if not each once and in order."""
     for index, record in enumerate(records):
         expected = LedgerRecord.of(index + 1, train_requests(config, inputs, index), record.policy_versions)
         names = ("step", "trajectory_ids", "prompt_ids", "seeds_checksum")

@@ -45,7 +45,6 @@ def start_pipeline(
     """Start all pools; with the `with` statement, they and every process of theirs end.
 
     Args:
-        config, inputs, placement: of the run.
         learner_config: replaces `config` for the learner, for checks against other teachers.
         before_teachers: is called while the rollout workers start and the teachers' resources are still free.
     """

@@ -184,12 +184,7 @@ def rates_of_run(path: Path) -> Rates:
 
 
 def rates_from(config: Config, steps: Sequence[RunStep], spans: Sequence[Span], source: str) -> Rates:
-    """Return rates from a run's steps, and the calls of some of them.
-
-    Raises:
-        ConfigError: there are too few steps, none that a teacher scored, steps that overlap, or teachers that
-            share a slot.
-    """
+    """Return rates from a run's steps and the calls of some; raise ConfigError where these do not show them."""
     if config.rollout.max_staleness:
         raise ConfigError(
             f"{source}: rates cannot be told apart where steps overlap, and the run's rollout.max_staleness is "

@@ -41,15 +41,10 @@ class RankShare:
 
 @dataclass
 class BatchBuffer:
-    """Numbers a step's trajectories in the order of arrival and holds back those whose advantage is not known yet.
+    """Numbers a step's trajectories in the order of arrival and holds back those whose advantage is not known yet."""
 
-    Args:
-        objective: says whether a task reward is compared within a prompt's samples.
-        samples_per_prompt: trajectories whose ids, divided by this number, are equal belong together.
-    """
-
-    objective: ObjectiveConfig
-    samples_per_prompt: int
+    objective: ObjectiveConfig  # says whether a task reward is compared within a prompt's samples
+    samples_per_prompt: int  # trajectories whose ids, divided by this number, are equal belong together
     num_completion_tokens: int = 0
     _handles: list[BatchHandle] = field(default_factory=list)
     _places: list[tuple[int, int]] = field(default_factory=list)  # of each trajectory: batch, row in it

@@ -189,13 +189,9 @@ class PendingCheckpoint:
     """
 
     def __init__(self, folder: Path, state: Mapping[str, Any], layout: Layout, ask: Callable[..., list[Any]]) -> None:
-        """Begin: returns when every rank has copied its state.
+        """Begin: returns when every rank has copied its state; `ask` calls a method of every rank.
 
-        Args:
-            folder: the checkpoint's, on a file system that all ranks and the driver share.
-            state: the driver's own, JSON values, which must not change any more.
-            layout: of the ranks.
-            ask: calls a method of every rank, as `LearnerGroup` does.
+        All ranks and the driver share the folder's file system; `state`, of JSON values, must not change any more.
         """
         self.folder, self._state, self._layout, self._ask = folder, state, layout, ask
         self._held_seconds = max(self._ask_or_discard("begin_shard", begin(folder)))
@@ -206,12 +202,7 @@ class PendingCheckpoint:
         return all(self._ask_or_discard("shard_is_written"))
 
     def complete(self) -> CheckpointSeconds:
-        """Wait for the ranks and give the folder its name.
-
-        Raises:
-            CheckpointError: the disk is full or the place cannot be written to; nothing of the checkpoint is left.
-            ActorError: a rank died.
-        """
+        """Wait for the ranks and give the folder its name; an error is raised, and leaves nothing of the checkpoint."""
         shards: list[WrittenShard] = self._ask_or_discard("finish_shard")
         try:
             commit(self.folder, self._state, self._layout, [shard.entry for shard in shards])

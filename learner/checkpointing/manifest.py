@@ -92,11 +92,7 @@ def entry_of(path: Path) -> FileEntry:
 
 
 def verify(folder: Path, layout: Layout) -> None:
-    """Check that a checkpoint is what its manifest says, and that a group of this layout can read it.
-
-    Raises:
-        CheckpointError: it is damaged, incomplete, or of another format or layout; names the file.
-    """
+    """Raise CheckpointError that names the file if a checkpoint is not what its manifest says, or of another layout."""
     manifest = _read(folder)
     if (manifest.num_ranks, manifest.zero_stage) != (layout.num_ranks, layout.zero_stage):
         raise CheckpointError(

@@ -28,14 +28,9 @@ class Objective:
 
     @torch.no_grad()
     def plan(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> TokenPlan:
-        """Derive what depends on whole trajectories.
+        """Derive from all tokens of some trajectories what depends on the whole of them.
 
-        Args:
-            tokens: all completion tokens of some trajectories.
-            first_pass: what the current student says of them, if `needs.first_pass`.
-
-        Raises:
-            ValueError: the objective needs a first pass and has none.
+        `first_pass` is what the current student says of them, if `needs.first_pass`.
         """
         if self.needs.first_pass and first_pass is None:
             raise ValueError(

@@ -44,12 +44,8 @@ def entropy_weights(sure: Tensor | None, unsure: Tensor | None, trajectory: Tens
     """Return weights of mean 1 in each trajectory that favour tokens by entropy (FiRe, arXiv 2606.02684), [n].
 
     (2 - sure / its largest) (1 + unsure / its largest). FiRe's code takes the largest and the mean over the mini-batch;
-    here they are the trajectory's, so that what else is in the batch does not matter.
-
-    Args:
-        sure: entropies of the model that should be sure, the teacher; None: it does not count.
-        unsure: entropies of the model that should be unsure, the student; None: it does not count.
-        trajectory: of each token.
+    here they are the trajectory's, so that what else is in the batch does not matter. `sure` are entropies of the model
+    that should be sure, the teacher, and `unsure` the student's; None does not count.
     """
     weights = torch.ones_like(trajectory, dtype=torch.float64)
     if sure is not None:

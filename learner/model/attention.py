@@ -89,11 +89,7 @@ def packed_attention(
     packing: Packing | None = None,
     **requests: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within trajectories, as transformers calls it; without a packing, as for one sequence.
-
-    Raises:
-        ModelError: the model asks for something that the kernels do not do.
-    """
+    """Attend within trajectories, as transformers calls it; without a packing, as for one sequence."""
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **requests)
     unknown = [name for name in UNKNOWN_REQUESTS if requests.get(name) is not None]

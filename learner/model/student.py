@@ -28,11 +28,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probab
 
 
 def load_student(student: StudentConfig, config: LearnerConfig, device: torch.device = HOST) -> "Student":
-    """Read the model that learns; under ZeRO stage 3 it stays in host memory until it is sharded.
-
-    Raises:
-        ModelError: it is missing or unreadable, or its forward is not one that the learner computes faithfully.
-    """
+    """Read the model that learns, under ZeRO stage 3 into host memory; raise ModelError if its forward is another."""
     model_config = load_model_config(student.model, student.trust_remote_code)
     _disable_dropout(model_config)
     kernel = choose_kernel(config.attention, model_config, device, getattr(torch, config.dtype))

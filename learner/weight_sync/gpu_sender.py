@@ -34,14 +34,8 @@ _log = logging.getLogger("preceptor")
 class VllmSender:
     """Sends all weights through one buffer on the GPU; the connection opens with the first publication.
 
-    Args:
-        engine: holds the weights.
-        config: how large the buffer is; a tensor that is larger makes it larger.
-        dtype: what travels; the rollout engines' own.
-        timeout_seconds: for each answer of the workers.
-        make_link: makes this rank's link from the buffer; all ranks call it together.
-        listen: makes an update's recipients.
-        end_process: ends this rank for good.
+    A tensor that is larger than `config` says makes the buffer larger; what travels is of `dtype`, the rollout engines'
+    own. All ranks call `make_link` together; `end_process` ends this one for good.
     """
 
     def __init__(
@@ -106,11 +100,8 @@ class VllmSender:
 class GpuUpdate:
     """Conducts one update from rank 0: announces every bucket to the workers, then carries it.
 
-    Args:
-        link: connected to the workers that `start` returns.
-        recipients: the workers.
-        thread: where the link waits for them, while this one polls their answers for errors.
-        end_process: ends this rank for good.
+    The link waits for the workers in `thread`, while this one polls their answers for errors; `end_process` ends this
+    rank for good.
     """
 
     def __init__(

@@ -14,11 +14,8 @@ MATH_SECONDS = 5
 def verify(kind: str, completion: str, answer: str, finish_reason: str) -> float:
     """Return 1 if the completion is right, else 0; a completion that was cut off at its length limit is wrong.
 
-    Args:
-        kind: a key of VERIFIERS.
-        completion: the decoded completion without special tokens.
-        answer: what the prompt file gives: a text, a regular expression, or a mathematical expression.
-        finish_reason: why the completion ended; only "stop" can be right.
+    The completion is decoded without special tokens; the answer is as the prompt file gives it: a text, a regular
+    expression, or a mathematical expression.
     """
     return float(finish_reason == "stop" and VERIFIERS[kind](completion.strip(), answer))
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
@@ -31,26 +31,13 @@ from teacher_workers.audit.probes import MIN_SCORED_TOKENS, Probes, choose_rows,
 from teacher_workers.audit.reference import Origin, Reference, load_reference, save_reference
 from teacher_workers.backends.base import find_backend
 
+if TYPE_CHECKING:
+    from teacher_workers.pool import TeacherPool
+
 HIDDEN_PER_NAT = 2.0  # a hidden state's tolerance: in bfloat16, two tenths of its length
 MAX_HIDDEN = 0.3  # unrelated states after the same norm are at least as far apart
 
 _log = logging.getLogger("preceptor")
-
-
-class AuditedPool(Protocol):
-    """Gives an audit the replicas of one teacher."""
-
-    def serving(self) -> Mapping[int, str]:
-        """Return the replicas that serve now, and their names; one that was started again has another name."""
-
-    def ask(self, replica: int, handle: BatchHandle, request: ScoreRequest) -> tuple[Any, Any]:
-        """Let one replica score a batch, and return references to the scored bytes and to their handle.
-
-        The handle's `reference` is the batch's wire bytes themselves: a few kilobytes that Ray sends with the call.
-        """
-
-    def quarantine(self, replica: int, reason: str) -> None:
-        """Give this replica no more batches, and send those that it has elsewhere."""
 
 
 @dataclass
@@ -59,7 +46,7 @@ class AuditedTeacher:
 
     name: str
     teacher: TeacherConfig
-    pool: AuditedPool
+    pool: "TeacherPool"
     request: ScoreRequest
     tolerance: Tolerance
     origin: Origin
@@ -69,7 +56,7 @@ class AuditedTeacher:
     audited: set[str] = field(default_factory=set)  # replicas that were audited at least once
 
 
-def audited_teacher(config: Config, name: str, pool: AuditedPool, folder: Path) -> AuditedTeacher:
+def audited_teacher(config: Config, name: str, pool: "TeacherPool", folder: Path) -> AuditedTeacher:
     """Describe a teacher of the run, with what earlier parts of the run kept of it."""
     teacher, request = config.teachers[name], audit_request(config, name)
     engine = teacher.engine
@@ -134,7 +121,7 @@ class ScoreAudit:
     def __init__(
         self,
         config: Config,
-        pools: Mapping[str, AuditedPool],
+        pools: Mapping[str, "TeacherPool"],
         folder: Path,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -148,7 +135,7 @@ class ScoreAudit:
         self._under_way: list[_Audit] = []
         self._begun_at: int | None = None  # step of the last audit of all replicas; None: none yet
 
-    def for_replacement(self, config: Config, pools: Mapping[str, AuditedPool]) -> "ScoreAudit":
+    def for_replacement(self, config: Config, pools: Mapping[str, "TeacherPool"]) -> "ScoreAudit":
         """Return audits of pools that are to follow others, by the same rows; a new checkpoint has no reference yet.
 
         `config` names the models that the new pools serve.
@@ -254,7 +241,7 @@ def _ask(subject: AuditedTeacher, replicas: Mapping[int, str], deadline: float) 
     audit = _Audit(subject, make_probes(subject.rows, subject.request), deadline)
     for half, batch in (("rows", audit.probes.rows), ("perturbed", audit.probes.perturbed)):
         wire, handle = pack(batch, {})
-        handle = replace(handle, reference=wire)
+        handle = replace(handle, reference=wire)  # the bytes themselves: a few kilobytes that Ray sends with the call
         for replica, name in replicas.items():
             scored, answer = subject.pool.ask(replica, handle, subject.request)
             audit.waiting[answer] = _Part(name, half, scored)

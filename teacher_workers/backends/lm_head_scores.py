@@ -116,10 +116,7 @@ def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:
 def predicting_rows(hidden: Tensor, loss_mask: Bytes, num_cached: int = 0) -> Tensor:
     """Return the hidden states that predict the tokens whose loss_mask is 1.
 
-    Args:
-        hidden: [tokens - num_cached, width] of one trajectory.
-        loss_mask: [tokens]; the first is 0.
-        num_cached: positions at the beginning that have no hidden states, because the engine did not compute them.
+    Of one trajectory: `hidden` is [tokens - num_cached, width], for the engine did not compute the first `num_cached`.
 
     Raises:
         WrongLengthError: there is not one hidden state for each position after those, so positions would be shifted.
@@ -138,12 +135,8 @@ def score_tokens(
 ) -> Scores:
     """Score the sampled tokens, and compute the other signals of the request.
 
-    Args:
-        head: of the teacher.
-        hidden: [completion_tokens, width] as the teacher's engine returns them.
-        target_ids: [completion_tokens] the sampled tokens.
-        request: what to return.
-        candidate_ids: [completion_tokens, k] to score, where the request has given candidates.
+    `hidden` is [completion_tokens, width] as the teacher's engine returns it. The sampled tokens `target_ids` are
+    [completion_tokens], and `candidate_ids` [completion_tokens, k], where the request has given candidates.
     """
     given = np.empty((len(target_ids), 0), np.int32) if candidate_ids is None else candidate_ids
     ids = torch.from_numpy(np.concatenate([target_ids[:, None], given], axis=1).astype(np.int64))  # [tokens, 1 + k]

@@ -35,7 +35,7 @@ class Stage:
 
 
 class StagedPool:
-    """An AuditedPool whose replicas' engines are named in a mapping that a test may change."""
+    """A pool for audits whose replicas' engines are named in a mapping that a test may change."""
 
     def __init__(self, stage: Any, engines: dict[str, str]) -> None:
         self._stage = stage
