@@ -28,7 +28,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}  # of a log-probab
 
 
 def load_student(student: StudentConfig, config: LearnerConfig, device: torch.device = HOST) -> "Student":
-    """Read the model that learns, under ZeRO stage 3 into host memory; raise ModelError if its forward is another."""
+    """Read the model that learns, under ZeRO stage 3 into host memory; raise ModelError if it cannot be trained."""
     model_config = load_model_config(student.model, student.trust_remote_code)
     _disable_dropout(model_config)
     kernel = choose_kernel(config.attention, model_config, device, getattr(torch, config.dtype))
