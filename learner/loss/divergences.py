@@ -116,10 +116,11 @@ def _jsd_phi(d: Tensor, beta: float) -> Tensor:
 
 
 def _jsd(d: Tensor, beta: float, spare: Tensor) -> tuple[Tensor, Tensor]:
-    ratio = torch.exp(d, out=spare[0]).mul_(beta)
-    log_mixture = torch.add(ratio, 1 - beta, out=spare[1]).log_()
-    value, slope = d.sub_(log_mixture).mul_(ratio), log_mixture.mul_(beta - 1)
-    return value.add_(slope), slope
+    ratio = torch.exp(d, out=spare[0])
+    log_mixture = torch.add(d.new_tensor(1 - beta), ratio, alpha=beta, out=spare[1]).log_()
+    d.sub_(log_mixture)
+    slope = log_mixture.mul_(beta - 1)
+    return torch.addcmul(slope, d, ratio, value=beta, out=d), slope
 
 
 def _skewed_forward_kl(d: Tensor, skew: float, spare: Tensor) -> tuple[Tensor, Tensor]:
