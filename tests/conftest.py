@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cluster.nodes.local_cluster import local_cluster
-from cluster.nodes.preloaded_python import preloaded_python
 from tests.leak_check import Watch
 from tests.xdist_scheduler import ByFile, place
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from tests.rollout_workers.deployment import RolloutDeployment
 
 WATCH = pytest.StashKey[Watch]()
-PYTHON = pytest.StashKey[ExitStack]()
 LEFT = pytest.StashKey[list[str]]()
 
 
@@ -34,16 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
         # A job of a non-interactive shell ignores SIGINT, and so would every program that the tests interrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         config.stash[WATCH] = Watch.begin()
-        config.stash[PYTHON] = ExitStack()
-        if config.getoption("numprocesses", None):  # many tests run: they share what is imported
-            config.stash[PYTHON].enter_context(preloaded_python())
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run if a process, a shared-memory segment or a temporary file of its tests is left."""
     if is_one_of_several():
         return
-    session.config.stash[PYTHON].close()
     left = session.config.stash[WATCH].end()
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

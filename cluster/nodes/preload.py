@@ -67,6 +67,7 @@ class Program:
     arguments: list[str]  # as Python's: a script's path or "-c" first
     environment: dict[str, str]
     folder: str
+    umask: int
     fds: list[int]  # their numbers in the program
     received: list[int]  # the same ones in this process
 
@@ -221,6 +222,7 @@ def _run(program: Program, imported: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(imported | program.environment)
     os.chdir(program.folder)
+    os.umask(program.umask)
     if folder := os.environ.get(CLUSTER):
         os.dup2(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), CLUSTER_FD, inheritable=False)
     sys.argv = ["-c", *arguments[1:]] if is_command else program.arguments

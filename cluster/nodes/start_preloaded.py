@@ -27,7 +27,10 @@ def main() -> None:
     program = arguments[1:] if arguments[:1] == ["-B"] else arguments  # as the server was started
     if RESOURCE_TRACKER in "".join(program[1:2]):
         os.execv(sys.executable, [sys.executable, *arguments])
-    request = {"arguments": program, "environment": dict(os.environ), "folder": str(Path.cwd()), "fds": fds}
+    umask = os.umask(0)
+    os.umask(umask)
+    place = {"folder": str(Path.cwd()), "umask": umask, "fds": fds}
+    request = {"arguments": program, "environment": dict(os.environ), **place}
     try:
         answers = _send(address, json.dumps(request).encode(), fds)
         pid = int(answers.readline() or 0)

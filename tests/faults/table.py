@@ -238,8 +238,8 @@ FAULTS = (
     Fault(
         "beta weighs the student in the exact JSD",
         "learner/loss/divergences.py",
-        "out=spare[0]).mul_(beta)\n    log_mixture = torch.add(ratio, 1 - beta,",
-        "out=spare[0]).mul_(1 - beta)\n    log_mixture = torch.add(ratio, beta,",
+        "log_mixture = torch.add(d.new_tensor(1 - beta), ratio, alpha=beta,",
+        "log_mixture = torch.add(d.new_tensor(beta), ratio, alpha=1 - beta,",
         ("tests/learner/loss/test_exact.py",),
     ),
     Fault(

@@ -40,11 +40,16 @@ def test_a_program_begins_with_the_packages_imported(python: str) -> None:
 
 
 def test_a_program_sees_what_it_would_see_under_the_usual_interpreter(python: str, tmp_path: Path) -> None:
-    seen = "[sys.argv, os.getcwd(), os.environ['RAY_OWN'], sys.executable, __name__, sys.stdin.read(), sys.path]"
-    seen = f"['vllm' in sys.modules, {seen}]"
+    of_system = "os.getcwd(), os.umask(0), os.environ['RAY_OWN'], sys.stdin.read()"
+    seen = f"['vllm' in sys.modules, [sys.argv, {of_system}, sys.executable, __name__, sys.path]]"
     script = tmp_path / "script.py"
     script.write_text(SHOW.format(seen))
-    options = {"cwd": tmp_path, "env": os.environ | {"RAY_OWN": "a variable"}, "input": "what stands there"}
+    options = {
+        "cwd": tmp_path,
+        "env": os.environ | {"RAY_OWN": "a variable"},
+        "input": "what stands there",
+        "umask": 0o027,
+    }
     for command in (["-c", SHOW.format(seen), "x"], [str(script), "x", "--flag"], ["script.py"]):
         is_preloaded, ours = json.loads(output(python, *command, **options))
         _, usual = json.loads(output(sys.executable, *command, **options))
