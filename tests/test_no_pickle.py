@@ -29,6 +29,9 @@ CALLS = {
     "os.system",
     "load_checkpoint_and_dispatch",
 }
+WRITES_ONLY = "PickleBuffer"
+# What takes the interpreter's place runs the program that it is given, by the user who started it.
+INTERPRETERS = {"cluster/nodes/preload.py": {"exec", "compile"}}
 # Hidden folders are environments.
 SOURCES = [
     path
@@ -44,7 +47,7 @@ def faults(source: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] in MODULES)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
-            yield str(node.module)
+            yield from [str(node.module)] if {alias.name for alias in node.names} - {WRITES_ONLY} else []
         elif isinstance(node, ast.Call):
             yield from ([name] if (name := ast.unparse(node.func)) in CALLS else [])
             yield from _allowances(node)
@@ -69,7 +72,7 @@ def _is(node: ast.expr, value: bool) -> bool:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_runs_what_it_reads(path: Path) -> None:
     name = str(path.relative_to(ROOT))
-    found = list(faults(path.read_text()))
+    found = set(faults(path.read_text())) - INTERPRETERS.get(name, set())
     assert not found, f"{name} uses {found}, which can run what a file says; use safetensors, Arrow or JSON"
 
 
@@ -78,6 +81,7 @@ def test_no_module_runs_what_it_reads(path: Path) -> None:
     [
         ("import pickle", ["pickle"]),
         ("from pickle import loads", ["pickle"]),
+        ("from pickle import PickleBuffer", []),
         ("import torch; torch.load(f)", ["torch.load"]),
         ("torch.load(f, weights_only=False)", ["torch.load", "weights_only=False"]),
         ("np.load(f, allow_pickle=x)", ["np.load", "allow_pickle=x"]),

@@ -1,7 +1,7 @@
 """Sends bytes that lie in several places of memory, so that they arrive as one buffer and are copied once."""
 
-import pickle
 from collections.abc import Iterable, Sequence
+from pickle import PickleBuffer
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +16,7 @@ class Pieces:
     """Holds buffers that other objects own; pickled and unpickled, it is one `pa.Buffer` of their bytes in order.
 
     Example:
+        >>> import pickle
         >>> pickle.loads(pickle.dumps(Pieces([b"ab", b"c"]), protocol=5)).to_pybytes()
         b'abc'
     """
@@ -25,7 +26,7 @@ class Pieces:
         self.size = sum(map(len, self._pieces))  # bytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _arrive, tuple(map(pickle.PickleBuffer, self._pieces))
+        return _arrive, tuple(map(PickleBuffer, self._pieces))
 
     def joined(self) -> pa.Buffer:
         """Copy the bytes into one buffer."""

@@ -5,7 +5,7 @@ workers. The actor reads in its own memory map which file a buffer lies in and w
 of that file under /proc: any process of this user can open it by that path. Bytes that travelled to a node once are
 so read in place by every engine there, without a copy per engine.
 
-Where that fails (a buffer outside the store, a raylet that is not the actor's parent, a /proc that hides it), the
+Where that fails (a buffer outside the store, a raylet that is not known, a /proc that hides it), the
 bytes are copied into an anonymous memory file of the actor.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+RAYLET_VARIABLE = "RAY_RAYLET_PID"  # Ray tells its workers
 STORE_FILE = "/plasma"  # begins the name of every file that Ray's object store maps, /dev/shm and spilling alike
 
 
@@ -46,7 +47,7 @@ def mappable(buffer: pa.Buffer) -> Iterator[Region]:
 def region_in_store(buffer: pa.Buffer) -> Region | None:
     """Return where the buffer lies in the node's object store; None if it does not, or the store cannot be reached."""
     mapped = _mapped_file(buffer.address)
-    path = _open_by_parent(mapped[0]) if mapped else None
+    path = _open_by_raylet(mapped[0]) if mapped else None
     return Region(path, mapped[1], buffer.size) if mapped and path else None
 
 
@@ -80,10 +81,10 @@ def _mapped_file(address: int) -> tuple[FileId, int] | None:
     return None
 
 
-def _open_by_parent(file_id: FileId) -> str | None:
-    """Return a path of the file that the parent process, for a Ray worker its raylet, has open."""
+def _open_by_raylet(file_id: FileId) -> str | None:
+    """Return a path of the file that this Ray worker's raylet has open; the worker may be another process's child."""
     with suppress(OSError):
-        for path in Path(f"/proc/{os.getppid()}/fd").iterdir():
+        for path in Path(f"/proc/{os.environ.get(RAYLET_VARIABLE, os.getppid())}/fd").iterdir():
             with suppress(OSError):  # closed meanwhile, or not readable by this user
                 status = path.stat()
                 if (status.st_dev, status.st_ino) == file_id and os.access(path, os.R_OK):

@@ -34,6 +34,10 @@ class RolloutDeployment:
     student: PreTrainedModel
     policy_version: int = 0
     next_id: int = field(default=0)
+    first_weights: list[torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first_weights = [parameter.detach().clone() for parameter in self.student.parameters()]
 
     def requests(self, prompt_ids: Sequence[int], seed: int = 0) -> list[RolloutRequest]:
         """Ask for one completion per prompt id; seeds count up from `seed`."""
@@ -50,10 +54,10 @@ class RolloutDeployment:
         return sorted(rows, key=lambda row: row["trajectory_id"])
 
     def change_weights(self) -> None:
-        """Give the reference other weights; `publish` sends them."""
+        """Give the reference other weights, as far from the first as any; `publish` sends them."""
         with torch.no_grad():
-            for parameter in self.student.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+            for parameter, first in zip(self.student.parameters(), self.first_weights, strict=True):
+                parameter.copy_(first + torch.randn_like(parameter) * 0.1)
 
     def change_some_weights(self, every: int) -> None:
         """Give the reference another value at one of `every` places of each parameter, if it has as many."""
