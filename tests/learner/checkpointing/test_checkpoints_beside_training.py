@@ -1,5 +1,6 @@
 """Two real ranks train while their checkpoint is written, and the disk of one of them is full."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,8 +28,9 @@ class LimitedRanks(RayCluster):
 
     ranks: list[ActorHandle]
 
-    def create(self, _: str, *args: Any) -> list[ActorHandle]:
-        self.ranks = super().create("tests.learner.limited_rank:LimitedRank", *args)
+    def create(self, _: str, names: Sequence[str], *args: Any) -> list[ActorHandle]:
+        own = [f"limited-{name}" for name in names]  # another group's may still be taken
+        self.ranks = super().create("tests.learner.limited_rank:LimitedRank", own, *args)
         return self.ranks
 
 
