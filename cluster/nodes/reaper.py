@@ -35,7 +35,7 @@ class ProcessTree:
     def __init__(self, variable: str, value: str) -> None:
         self._mark, self._folder = f"{variable}={value}".encode(), value
         self._members: set[ProcessKey] = set()
-        self._seen = _shared_memory().keys()
+        self._seen = self._latest = _shared_memory().keys()
         self._owned: set[str] = set()
 
     def count(self) -> set[ProcessKey]:
@@ -50,7 +50,8 @@ class ProcessTree:
     def note_shared_memory(self) -> None:
         """Note which of the entries that are new since the last call a member has mapped."""
         entries = _shared_memory()
-        new, self._seen = entries.keys() - self._seen, entries.keys()
+        # Those of the last call once more: a member may have been on its way to be one.
+        new, self._seen, self._latest = entries.keys() - self._seen, self._latest, entries.keys()
         if new:
             mapped = {inode for pid, _ in self.count() for inode in _mapped_inodes(pid)}
             self._owned |= {name for name in new if entries[name] in mapped}
