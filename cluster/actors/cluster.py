@@ -1,10 +1,9 @@
 """The one object through which the driver makes actors, waits for their answers and ends them.
 
-Ray is imported where it is called: `preceptor plan` runs the same pools without it, and starts at once.
-
 Pools and groups take a `Cluster` when they are built: Ray's, or the simulated one of `preceptor plan`. Ray wraps what
 an actor raises in its own exception, whose text is a stack trace; a cluster raises the actor's own PreceptorError
-instead, and an ActorError when an actor died or did not answer in time.
+instead, and an ActorError when an actor died or did not answer in time. Ray is imported where it is called, for
+`preceptor plan` runs the same pools without it.
 """
 
 from __future__ import annotations

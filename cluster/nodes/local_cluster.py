@@ -5,7 +5,6 @@ import os
 import secrets
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ray._raylet import Config as RayletConfig  # type: ignore[attr-defined]
 
 from cluster.contracts.errors import PlacementError
 from cluster.nodes import reaper
-from cluster.nodes.preloaded_python import PYTHON_VARIABLE
+from cluster.nodes.preloaded_python import PYTHON_VARIABLE, make_folder
 
 LOOPBACK = "127.0.0.1"
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
@@ -27,9 +26,6 @@ TOKEN_FILE = "token"
 REAPER_TIMEOUT_SECONDS = 3 * reaper.GRACE_SECONDS
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 RAY_FOLDER = "ray"  # Ray opens its folder to all users, so it is not the private one itself
-# Below the folder come names like ray/session_2026-01-31_12-00-00_123456_1234567/sockets/dash_MetricsHead, and the path
-# of a Unix socket has at most 107 bytes.
-MAX_BASE_LENGTH = 16
 NOT_STARTED = "node timed out during startup"  # in the `Exception` of Ray when its processes took more than 30 s
 
 
@@ -119,8 +115,7 @@ def private_umask() -> Iterator[None]:
 @contextmanager
 def _kept_folder() -> Iterator[Path]:
     """Make a folder, and the process that removes it and what still runs below it."""
-    base = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="preceptor-", dir=base if len(base) <= MAX_BASE_LENGTH else "/tmp"))
+    folder = make_folder("preceptor-")
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", reaper.__file__, str(folder)],
         stdin=subprocess.PIPE,

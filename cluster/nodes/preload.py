@@ -3,7 +3,8 @@
 Importing torch, transformers and vLLM takes ten CPU-seconds, and every engine has two processes that need them. This
 program (`python preload.py FD FOLDER`) imports, listens, and becomes a copy of itself for each program that
 `start_preloaded.py` requests. It forks while it has one thread and CUDA is not initialised, as vLLM itself does outside
-Ray; otherwise it ends, and programs start as usual. Its owner holds its standard input; it ends when that is closed.
+Ray; otherwise it ends with a sentence, and programs start as usual. It ends when its standard input, which its owner
+holds, is closed.
 """
 
 import atexit
@@ -84,7 +85,8 @@ def main(listener_fd: int, folder: str) -> None:
         gc.freeze()  # collecting in a copy would copy every page that it looks at
         imported = {name: value for name, value in os.environ.items() if name not in began_with}
         free = imported.keys() | FREE_NAMES
-        program = _Server(listener, began_with, free).serve() if _can_fork() else None
+        _check_fork()
+        program = _Server(listener, began_with, free).serve()
     if program is not None:
         _run(program, imported)
     shutil.rmtree(folder, ignore_errors=True)
@@ -98,14 +100,21 @@ def _import_packages() -> None:
     del sys.modules[NOT_YET]
 
 
-def _can_fork() -> bool:
-    if len(list(Path("/proc/self/task").iterdir())) > 1:
-        return False
-    try:
+def _check_fork() -> None:
+    """End this process if something would not survive a fork."""
+    threads = [(path / "comm").read_text().strip() for path in Path("/proc/self/task").iterdir()]
+    if len(threads) > 1:
+        _give_up(f"an imported package has started threads: {', '.join(threads)}")
+    with suppress(OSError):  # this node has no GPU
         cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return True  # this node has no GPU
-    return bool(cuda.cuCtxGetCurrent(ctypes.byref(ctypes.c_void_p())) == CUDA_NOT_INITIALISED)
+        if cuda.cuCtxGetCurrent(ctypes.byref(ctypes.c_void_p())) != CUDA_NOT_INITIALISED:
+            _give_up("an imported package has initialised CUDA")
+
+
+def _give_up(reason: str) -> None:
+    sys.stderr.write(f"{reason}\n")
+    sys.stderr.flush()
+    os._exit(1)  # taking the modules down takes a while, in which programs would wait
 
 
 class _Server:
@@ -141,9 +150,7 @@ class _Server:
                     has_owner = False
                 elif key.data in self._stand_ins:  # a stand-in sends nothing after its request: it is gone
                     self._selector.unregister(key.fileobj)
-                    os.kill(
-                        key.data, signal.SIGKILL
-                    )  # at least a zombie has this id until `_report_ended` waits for it
+                    os.kill(key.data, signal.SIGKILL)  # a zombie keeps its id until `_report_ended`
         return None
 
     def _accept(self) -> Program | None:
@@ -193,7 +200,9 @@ class _Server:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            stand_in = self._stand_ins.pop(pid)
+            stand_in = self._stand_ins.pop(pid, None)
+            if stand_in is None:  # a process of an imported package
+                continue
             with suppress(KeyError):  # the stand-in ended first
                 self._selector.unregister(stand_in)
             with suppress(OSError):
@@ -203,11 +212,12 @@ class _Server:
 
 def _receive(stand_in: socket.socket) -> tuple[Program | None, list[int]]:
     """Read a request, None if the stand-in ended before it was whole, and the file descriptors that came with it."""
-    length, received, _, _ = socket.recv_fds(stand_in, 8, LARGEST_MESSAGE)
-    body = b"" if len(length) < 8 else stand_in.makefile("rb").read(int.from_bytes(length, "big"))
+    received: list[int] = []
     try:
+        length, received, _, _ = socket.recv_fds(stand_in, 8, LARGEST_MESSAGE)
+        body = stand_in.makefile("rb").read(int.from_bytes(length, "big"))
         return Program(received=received, **json.loads(body)), received
-    except ValueError:
+    except (OSError, ValueError):
         return None, received
 
 
@@ -224,7 +234,10 @@ def _run(program: Program, imported: dict[str, str]) -> None:
     os.chdir(program.folder)
     os.umask(program.umask)
     if folder := os.environ.get(CLUSTER):
-        os.dup2(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), CLUSTER_FD, inheritable=False)
+        with suppress(OSError):  # fewer files may be open
+            fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            os.dup2(fd, CLUSTER_FD, inheritable=False)
+            os.close(fd)
     sys.argv = ["-c", *arguments[1:]] if is_command else program.arguments
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     rest = [path for path in sys.path if path not in before]
@@ -269,14 +282,16 @@ def _renew() -> None:
     random.seed()
     tempfile.tempdir = None
     warnings._processoptions(os.environ.get("PYTHONWARNINGS", "").split(","))  # type: ignore[attr-defined]
-    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
-    if numpy is not None:
-        numpy.random.seed()
-    if torch is not None:
-        torch._dynamo.config.disable = os.environ.get("TORCH_COMPILE_DISABLE") == "1"
-        torch._inductor.config.cpp.dynamic_threads = os.environ.get("TORCHINDUCTOR_CPP_DYNAMIC_THREADS") == "1"
-        if threads := os.environ.get("OMP_NUM_THREADS"):
-            torch.set_num_threads(int(threads))
+    modules, variables = sys.modules, os.environ  # of packages that are not installed there is no module
+    if "numpy" in modules:
+        modules["numpy"].random.seed()
+    if "torch._dynamo.config" in modules:
+        modules["torch._dynamo.config"].disable = variables.get("TORCH_COMPILE_DISABLE") == "1"  # type: ignore[attr-defined]
+    if "torch._inductor.config" in modules:
+        of_cpp = modules["torch._inductor.config"].cpp
+        of_cpp.dynamic_threads = variables.get("TORCHINDUCTOR_CPP_DYNAMIC_THREADS") == "1"
+    if "torch" in modules and (threads := variables.get("OMP_NUM_THREADS")):
+        modules["torch"].set_num_threads(int(threads))
 
 
 def _end(status: object) -> None:

@@ -1,7 +1,9 @@
 """Provides an interpreter that starts with torch, transformers and vLLM imported, to Ray's workers and to engines."""
 
+import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,18 @@ from cluster.nodes import preload, start_preloaded
 PYTHON_VARIABLE = "PRECEPTOR_PYTHON"  # the interpreter's path, for this process and those that it starts
 BACKLOG = 256  # programs that may wait for the imports
 END_SECONDS = 10.0
+# The path of a Unix socket has at most 107 bytes; Ray's, below such a folder, are the longest:
+# ray/session_2026-01-31_12-00-00_123456_1234567/sockets/dash_MetricsHead.
+MAX_BASE_LENGTH = 16
+STOPPED = (0, -signal.SIGTERM)
+
+_log = logging.getLogger("preceptor")
+
+
+def make_folder(prefix: str) -> Path:
+    """Make a temporary folder for its owner alone, below which sockets can be."""
+    base = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=base if len(base) <= MAX_BASE_LENGTH else "/tmp"))
 
 
 def preloading(config: Config) -> AbstractContextManager[None]:
@@ -28,16 +42,21 @@ def preloading(config: Config) -> AbstractContextManager[None]:
 def preloaded_python() -> Iterator[None]:
     """Begin to import, and have PYTHON_VARIABLE name the interpreter for as long as a `with` statement lasts.
 
-    Inside another one, that one's interpreter serves.
+    Inside another one, that one's interpreter serves. What ends the imports early is logged, and costs time alone.
     """
     if PYTHON_VARIABLE in os.environ:
         yield
         return
-    folder = Path(tempfile.mkdtemp(prefix="preceptor-python-"))  # its owner's alone
-    python, address = folder / "python", folder / "socket"
+    folder = make_folder("preceptor-python-")
+    python, address, errors = folder / "python", folder / "socket", folder / "errors"
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{start_preloaded.__file__}" "{address}" "$@"\n')
     python.chmod(0o700)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+    if not os.access(python, os.X_OK):
+        _log.warning("ray.preload: %s takes no programs (noexec); every worker imports by itself", folder.parent)
+        shutil.rmtree(folder)
+        yield
+        return
+    with errors.open("w") as stderr, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(str(address))
         listener.listen(BACKLOG)
         server = subprocess.Popen(
@@ -45,7 +64,7 @@ def preloaded_python() -> Iterator[None]:
             pass_fds=[listener.fileno()],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
             start_new_session=True,  # Ctrl-C goes to all processes of a terminal's group
         )
     assert server.stdin is not None
@@ -54,6 +73,9 @@ def preloaded_python() -> Iterator[None]:
         yield
     finally:
         del os.environ[PYTHON_VARIABLE]
+        if server.poll() not in (None, *STOPPED):
+            reason = (errors.read_text().strip().splitlines() or ["it gave no reason"])[-1]
+            _log.warning("ray.preload: every worker imported by itself: %s", reason)
         server.stdin.close()
         server.terminate()  # it ends at once, unless it has begun to start programs
         try:

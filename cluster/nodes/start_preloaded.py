@@ -14,7 +14,6 @@ import socket
 import sys
 from pathlib import Path
 
-MAX_FDS = 200  # the kernel passes at most 253 in one message
 # It imports nothing large, and outlives the process that starts it, to remove what that one leaves.
 RESOURCE_TRACKER = "multiprocessing.resource_tracker"
 PASSED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -34,7 +33,7 @@ def main() -> None:
     try:
         answers = _send(address, json.dumps(request).encode(), fds)
         pid = int(answers.readline() or 0)
-    except OSError:
+    except OSError:  # the server is gone, or there are more files than one message passes
         pid = 0
     if not pid:
         os.execv(sys.executable, [sys.executable, *arguments])

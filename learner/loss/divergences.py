@@ -117,7 +117,7 @@ def _jsd_phi(d: Tensor, beta: float) -> Tensor:
 
 def _jsd(d: Tensor, beta: float, spare: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.exp(d, out=spare[0])
-    log_mixture = torch.add(d.new_tensor(1 - beta), ratio, alpha=beta, out=spare[1]).log_()
+    log_mixture = torch.add(d.new_full((), 1 - beta), ratio, alpha=beta, out=spare[1]).log_()
     d.sub_(log_mixture)
     slope = log_mixture.mul_(beta - 1)
     return torch.addcmul(slope, d, ratio, value=beta, out=d), slope

@@ -238,8 +238,8 @@ FAULTS = (
     Fault(
         "beta weighs the student in the exact JSD",
         "learner/loss/divergences.py",
-        "log_mixture = torch.add(d.new_tensor(1 - beta), ratio, alpha=beta,",
-        "log_mixture = torch.add(d.new_tensor(beta), ratio, alpha=1 - beta,",
+        "log_mixture = torch.add(d.new_full((), 1 - beta), ratio, alpha=beta,",
+        "log_mixture = torch.add(d.new_full((), beta), ratio, alpha=1 - beta,",
         ("tests/learner/loss/test_exact.py",),
     ),
     Fault(

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -186,3 +187,27 @@ def test_whoever_needs_no_program_does_not_wait_for_the_imports(monkeypatch: pyt
         folder = Path(os.environ[PYTHON_VARIABLE]).parent
     assert time.monotonic() - began < 0.5 * float(output(sys.executable, "-c", IMPORT_SECONDS))
     assert not folder.exists()
+
+
+def test_a_package_that_starts_a_thread_is_named_and_programs_start_as_usual(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, threading, time\n"
+        "if any(part.endswith('preload.py') for part in sys.orig_argv):\n"
+        "    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n"
+    )
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with preloaded_python():
+        assert output(os.environ[PYTHON_VARIABLE], "-c", IS_PRELOADED) == "False\n"
+    assert caplog.messages == [
+        "ray.preload: every worker imported by itself: an imported package has started threads: python, python"
+    ]
+
+
+def test_a_long_folder_for_temporary_files_is_no_hindrance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+    with preloaded_python():
+        assert (Path(os.environ[PYTHON_VARIABLE]).parent / "socket").exists()
