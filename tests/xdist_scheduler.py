@@ -12,7 +12,7 @@ TOGETHER = {
         "end_to_end/test_verify.py",
     ),
     # The pools of one run.
-    "the pipeline": ("end_to_end/test_strict_streaming.py", "end_to_end/test_supports.py"),
+    "the pipeline": ("end_to_end/pipeline/test_strict_streaming.py", "end_to_end/pipeline/test_supports.py"),
     # Three teachers.
     "the teachers": (
         "teacher_workers/audit/test_runner_on_vllm.py",

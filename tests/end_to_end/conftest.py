@@ -2,17 +2,12 @@
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.demo import embedded_config
-from cluster.placement.placement import cluster_nodes, plan_placement
-from cluster.run.inputs import load_inputs
-from cluster.run.pools import Pipeline, start_pipeline
 from tests.end_to_end.runs import SMALL, BalanceSample, look_on, running
 
 STEPS = 6
@@ -66,13 +61,3 @@ def short_run(tmp_path_factory: pytest.TempPathFactory) -> ShortRun:
     finally:
         os.umask(before)
     return ShortRun(run.directory, "".join(run.lines), seen, left)
-
-
-@pytest.fixture(scope="package")  # its actors have the names that other pipelines would give theirs
-def pipeline(ray_cluster: None) -> Iterator[Pipeline]:
-    """Run real pools of the embedded pair that serve every support, with a learner of exact divergences."""
-    small = ("run.steps=3", "rollout.rows_per_batch=4", "learner.micro_batch_tokens=256", "learner.warmup_steps=0")
-    draws, exact = (embedded_config([f"objective.preset={name}", *small]) for name in ("async-opd", "gkd"))
-    inputs = load_inputs(draws)
-    with start_pipeline(draws, inputs, plan_placement(draws, cluster_nodes()), learner_config=exact) as running:
-        yield running
