@@ -47,8 +47,8 @@ def parse_source(text: str) -> DataSource:
 
 
 def _has_subsets(folder: Path) -> bool:
-    card = folder / "README.md"
-    return _exists(card) and "config_name:" in card.read_text(encoding="utf-8", errors="replace")
+    readme = folder / "README.md"
+    return _exists(readme) and "config_name:" in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def _exists(path: Path) -> bool:
