@@ -25,7 +25,8 @@ from cluster.contracts.trajectory import Bytes, Floats, Ints, num_candidates_of,
 from cluster.models.lm_head import LmHead
 from teacher_workers.backends.base import TeacherBackend
 
-FLOOR = -87.0  # of ids that the teacher does not have: the log of float32's smallest normal number is -87.3
+# Of ids that the teacher does not have, or excludes; the log of float32's smallest normal number is -87.3.
+FLOOR = -87.0
 # Allocating and touching large logits costs more than computing with them; a chunk of few tokens reads the head's
 # weights too often. Measured on CPU with 49,152 tokens of vocabulary, in fp32 logits:
 CHUNK_LOGITS = 1 << 23
@@ -85,7 +86,8 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         sampled = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
         candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
         scores = score_tokens(self._head, torch.cat(list(hidden)), sampled, request, candidates)
-        refuse_uniform(scores["logprobs"], self._head.vocabulary_size)
+        num_excluded = 0 if self._head.excluded_ids is None else len(self._head.excluded_ids)
+        refuse_uniform(scores["logprobs"], self._head.vocabulary_size - num_excluded)
         return scores
 
 
@@ -169,6 +171,8 @@ def _score_chunk(head: LmHead, hidden: Tensor, ids: Tensor, request: ScoreReques
     """Return logprobs [n, 1 + k] of the ids, ids and logprobs [n, top_k] of the most likely tokens, entropy [n]."""
     logits = head.logits(hidden)
     is_known = ids < head.vocabulary_size
+    if head.excluded_ids is not None:
+        is_known &= ~torch.isin(ids, head.excluded_ids)
     requested = logits.gather(-1, ids.where(is_known, 0))
     best, best_ids = logits.topk(request.top_k, dim=-1)
     # In place from here on: a second tensor of this size costs more than the arithmetic.

@@ -103,6 +103,20 @@ def test_ids_that_the_teacher_does_not_have_get_the_floor() -> None:
     assert scores["candidate_logprobs"].tolist() == [[even, FLOOR], [FLOOR, even]]
 
 
+def test_excluded_ids_are_never_chosen_and_their_probability_goes_to_the_others() -> None:
+    """Of probabilities 1/2, 1/4, 1/8, 1/8 the first is excluded, as a token is that the student lacks."""
+    head = LmHead(torch.tensor([[4.0], [2.0], [1.0], [1.0]]).log(), excluded_ids=torch.tensor([0]))
+    request, written = ScoreRequest("teacher", top_k=2, entropy=True), np.array([1, 0], np.int32)
+    scores = score_tokens(head, torch.ones(2, 1), written, request)
+    assert scores["logprobs"].tolist() == [pytest.approx(np.log(1 / 2)), FLOOR]
+    assert scores["candidate_ids"][:, 0].tolist() == [1, 1]
+    assert 0 not in scores["candidate_ids"]
+    assert scores["candidate_logprobs"][0].tolist() == pytest.approx(np.log([1 / 2, 1 / 4]))
+    assert scores["entropy"].tolist() == [pytest.approx(1.5 * np.log(2))] * 2
+    whole = score_tokens(LmHead(head.weight[1:]), torch.ones(1, 1), np.array([0], np.int32), ScoreRequest("teacher"))
+    assert whole["logprobs"].tolist() == [pytest.approx(np.log(1 / 2))]
+
+
 def test_no_completion_token_gives_columns_of_no_rows() -> None:
     scores, _, _ = score(LmHead(torch.ones(10, WIDTH)), torch.ones(0, WIDTH), top_k=3, entropy=True, hidden=True)
     assert scores["logprobs"].shape == (0,)
