@@ -49,7 +49,7 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
     if state is not None and state.step >= config.run.steps:
         raise CheckpointError(
             f"{directory.path}: step {state.step} of {config.run.steps} is done; "
-            f"to go on, resume with run.steps above {state.step}"
+            f"to go on, resume with run.steps above {state.step}; preceptor export {directory.path} writes the student"
         )
     config, inputs = _prepare(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
