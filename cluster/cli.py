@@ -149,6 +149,16 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def init(options: argparse.Namespace) -> int:
+    """Write a first run file for two models and prompts, and say what was chosen and why."""
+    from cluster.init import InitOptions, write_run_file
+
+    write_run_file(
+        InitOptions(options.student, options.teacher, options.data, options.out, options.gpus, options.gpu_memory)
+    )
+    return 0
+
+
 def demo(options: argparse.Namespace) -> int:
     """Train the embedded student from the embedded teacher."""
     from cluster.demo import run_demo
@@ -209,6 +219,7 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "init": init,
     "train": train,
     "eval": evaluate,
     "check": check,
@@ -244,6 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         add[name]("job_id", metavar="JOB_ID")
     for name in ("status", "plan"):
         add[name]("--json", action="store_true", help="print one JSON object")
+    _add_init(add["init"])
     add["train"]("--resume", type=Path, metavar="RUN_DIRECTORY")
     add["scale"]("sizes", nargs="+", metavar="rollout=6|teachers.NAME=3")
     add["teacher"]("change", choices=["replace"])
@@ -262,6 +274,15 @@ def _parser() -> argparse.ArgumentParser:
     add["submit"]("--env", action="append", default=[], metavar="NAME=VALUE", help="for driver and actors")
     add["submit"]("--python", default="python", help="the interpreter on the cluster's nodes")
     return parser
+
+
+def _add_init(add: Callable[..., Any]) -> None:
+    for name in ("--student", "--teacher"):
+        add(name, required=True, metavar="MODEL", help="a Hugging Face directory or a hub id")
+    add("--data", required=True, metavar="PROMPTS", help="as prompts.train of a run file")
+    add("--out", type=Path, default=Path("run.toml"), metavar="FILE", help="the run file to write")
+    add("--gpus", type=int, help="that the run will have; without, those of this machine")
+    add("--gpu-memory", type=float, metavar="GIB", help="of each GPU")
 
 
 if __name__ == "__main__":
