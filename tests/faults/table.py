@@ -573,8 +573,8 @@ FAULTS = (
     Fault(
         "candidate ids worst first",
         "teacher_workers/backends/lm_head_scores.py",
-        "return (requested - normalizer).where(is_known, FLOOR), best_ids,",
-        "return (requested - normalizer).where(is_known, FLOOR), best_ids.flip(-1),",
+        ".where(is_known, FLOOR), best_ids,",
+        ".where(is_known, FLOOR), best_ids.flip(-1),",
         ("tests/teacher_workers/backends/test_lm_head_scores.py",),
     ),
     Fault(
