@@ -93,6 +93,21 @@ def test_logits_far_from_0_stay_finite() -> None:
     assert scores["candidate_logprobs"].tolist() == [[0.0, -3000.0]]
 
 
+@pytest.mark.parametrize("asked", [{"top_k": NUM_CANDIDATES}, {"top_k": NUM_CANDIDATES, "entropy": True}, {}])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_a_small_tail_is_what_the_candidates_leave(asked: dict[str, Any], shift: float) -> None:
+    """5e-5 of the mass outside the candidates; a sum of logarithms, or a plain one beside 1, is off by percents."""
+    logits = torch.randn(8, VOCABULARY, generator=torch.manual_seed(3)) + shift
+    logits[torch.arange(8), torch.arange(8) * 9001] = 21.5 + shift
+    ids = logits.topk(NUM_CANDIDATES).indices
+    request = ScoreRequest("teacher", given_candidates=not asked, **asked)
+    scores = score_tokens(LmHead(logits.T.contiguous()), torch.eye(8), ids[:, 0].int().numpy(), request, ids.numpy())
+    tail = 1 - np.exp(scores["candidate_logprobs"].astype(np.float64)).sum(-1)
+    exact = 1 - logits.double().softmax(-1).gather(-1, ids).sum(-1)
+    assert exact.max() < 1e-4
+    np.testing.assert_allclose(tail, exact.numpy(), rtol=4e-3)  # float32 probabilities of 1 are 6e-8 apart
+
+
 def test_ids_that_the_teacher_does_not_have_get_the_floor() -> None:
     head = LmHead(torch.zeros(4, 2))
     candidates = np.array([[3, 4], [9, 0]], np.int32)
