@@ -47,6 +47,20 @@ def test_the_same_tokenizer_is_no_difference() -> None:
     assert pair(BASE, qwen(eos_token=TEXT)) == Pair(stop_ids=frozenset({3}))
 
 
+class Reversed(PreTrainedTokenizerFast):
+    """A tokenizer of a model's own code, whose vocabulary comes in another order."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(reversed(super().get_vocab().items()))
+
+
+def test_the_order_in_which_a_tokenizer_lists_its_tokens_does_not_matter() -> None:
+    core = BASE.tokenizer.backend_tokenizer
+    teacher = ModelFacts(Reversed(tokenizer_object=core, unk_token="<unk>", eos_token=TEXT), 64, 16)
+    assert list(teacher.tokenizer.get_vocab()) != list(BASE.tokenizer.get_vocab())
+    assert pair(BASE, teacher) == Pair(stop_ids=frozenset({3}))
+
+
 @pytest.mark.parametrize(
     ("teacher", "sentence"),
     [
