@@ -16,11 +16,12 @@ import numpy as np
 from cluster.config.draft import TEACHER, Draft
 from cluster.contracts.errors import ConfigError
 from cluster.models.model_files import context_length, load_model_config, load_tokenizer
-from cluster.models.model_size import ModelSize, model_size
+from cluster.models.model_size import ModelSize
 from cluster.placement.memory import STUDENT
-from cluster.placement.placement import describe, plan_placement
+from cluster.placement.placement import plan_placement
 from cluster.placement.proposal import Machine, choose_hardware
 from cluster.run.inputs import Inputs, load_inputs
+from cluster.simulation.dry_run import describe_memory, model_sizes
 
 HELD_OUT_NAMES = ("held_out", "validation", "valid", "val", "dev", "test", "eval")  # in the place of "train"
 # Published runs of on-policy distillation, whole models: 1e-6 to 1e-5 from 1.7B to 8B. Those of small models are from
@@ -55,8 +56,7 @@ def write_run_file(options: InitOptions) -> None:
     draft = Draft()
     _choose_data(draft, options)
     inputs = load_inputs(draft.config())
-    config = draft.config()
-    sizes = {STUDENT: model_size(config.student), TEACHER: model_size(config.teachers[TEACHER])}
+    sizes = model_sizes(draft.config())
     _choose_verifier(draft, inputs)
     _choose_lengths(draft, inputs, options, machine)
     _choose_learning(draft, sizes[STUDENT])
@@ -68,11 +68,10 @@ def write_run_file(options: InitOptions) -> None:
         f"data {options.data}: {inputs.train.num_prompts} prompts",
         f"machine: {machine.describe()}",
     ]
-    placement = plan_placement(draft.config(), machine.nodes)
+    config = draft.config()
+    placement = plan_placement(config, machine.nodes(config.ray.share_gpu))
     options.out.write_text(draft.render(head), encoding="utf-8")
-    pools = dict(describe(placement))
-    lines = [*head, *draft.reasons()]
-    lines += [f"{one.pool}: {pools.get(one.pool, '')}, {one.describe()}" for one in memory]
+    lines = [*head, *draft.reasons(), *describe_memory(placement, memory)]
     lines += [f"{options.out} is written; next: preceptor check {options.out}, then preceptor train {options.out}"]
     sys.stdout.write("\n".join(lines) + "\n")
 

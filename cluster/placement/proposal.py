@@ -18,6 +18,7 @@ SHARED_LIMIT = 0.95  # of a GPU that all stages share
 MIN_CACHE_GIB = 0.25
 TEACHER_SEQUENCES = 16  # that a teacher on a shared GPU reads at once
 GIB = 1 << 30
+GPUS_OF_A_NODE = 8  # of machines that are described only
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,13 @@ class Machine:
                 gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB
         return cls(cpus, memory, gpus, gpu_gib or 0.0)
 
-    @property
-    def nodes(self) -> list[NodeResources]:
-        return [NodeResources(float(max(self.cpus, 2 * self.gpus)), 1 if self.gpus == 2 else self.gpus)]
+    def nodes(self, share_gpu: bool) -> list[NodeResources]:
+        """Return the machine as nodes of Ray: a shared GPU is the only one of its node, others come by eights."""
+        if not self.gpus:
+            return [NodeResources(float(self.cpus), 0)]
+        full, rest = divmod(1 if share_gpu else self.gpus, GPUS_OF_A_NODE)
+        sizes = [GPUS_OF_A_NODE] * full + [rest] * bool(rest)
+        return [NodeResources(float(max(self.cpus, 4 * gpus)), gpus) for gpus in sizes]
 
     def describe(self) -> str:
         gpus = f"{self.gpus} GPUs of {self.gpu_gib:.0f} GiB" if self.gpus else "no GPU"
