@@ -115,8 +115,8 @@ def _held_out(data: str) -> str | None:
 
     try:
         splits = datasets.get_dataset_split_names(source.place, source.subset)
-    except Exception:  # noqa: BLE001  whatever a data set's own files lead to; reading the prompts says it
-        return None
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError):
+        return None  # reading the prompts says what is wrong
     place = source.place if source.subset is None else f"{source.place}/{source.subset}"
     return next((f"{place}:{name}" for name in HELD_OUT_SPLITS if name in splits), None)
 
@@ -172,7 +172,7 @@ def _verifier_for(answers: Sequence[str]) -> tuple[str, str]:
 
 
 def _choose_lengths(draft: Draft, inputs: Inputs, options: InitOptions, machine: Machine) -> int:
-    """Choose how long completions may be, so that 99 % of the prompts fit; return the tokens of the longest sequence."""
+    """Choose completions' length so that 99 % of the prompts fit; return the tokens of the longest sequence."""
     tokens = [len(inputs.prompts.prompt(number).token_ids) for number in _sampled(inputs)]
     median, most, longest = (*np.quantile(tokens, (0.5, 0.99)).astype(int).tolist(), inputs.prompts.longest_tokens)
     context = min(context_length(load_model_config(model)) for model in (options.student, options.teacher))

@@ -58,3 +58,12 @@ def test_a_shared_gpu_is_the_only_one_of_its_node(run_file: Path, capsys: pytest
 def test_gpus_of_unknown_size_are_refused(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(run_file), "--gpus", "8"]) == 1
     assert capsys.readouterr().err == ("preceptor: --gpus 8: this machine has none to look at; add --gpu-memory GIB\n")
+
+
+def test_a_teachers_server_is_not_asked_and_takes_no_gpu(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    served = ("teachers.main.url=http://localhost:9/v1", "teachers.main.model=served")  # nobody listens there
+    assert main(["plan", str(run_file), *served, "--gpus", "7", "--gpu-memory", "80"]) == 0
+    assert "teacher-main" not in capsys.readouterr().out
+    wrong = ("objective.support=full",)  # no server gives whole distributions
+    assert main(["plan", str(run_file), *served, *wrong, "--gpus", "7", "--gpu-memory", "80"]) == 1
+    assert "teachers.main: " in capsys.readouterr().err
