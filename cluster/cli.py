@@ -128,12 +128,34 @@ def verify(options: argparse.Namespace) -> int:
     return 0
 
 
+def export(options: argparse.Namespace) -> int:
+    """Write the student of a run's checkpoint as a Hugging Face directory, without engines."""
+    from cluster.run.export import export_run, hub_api, push
+
+    api = None if options.push_to_hub is None else hub_api()  # before the work, for it may lack its token
+    directory = RunDirectory.open(options.run)
+    folder = export_run(directory, options.step, options.to, lambda line: sys.stdout.write(f"{line}\n"))
+    if api is not None:
+        sys.stdout.write(f"sent to {push(api, folder, options.push_to_hub)}\n")
+    return 0
+
+
 def plan(options: argparse.Namespace) -> int:
     """Predict a run's step time from measured rates, and find the best split of a number of GPUs."""
     config = _load(options)
     from cluster.simulation.command import PlanOptions, print_plan
 
     print_plan(config, PlanOptions(options.rates, options.gpus, options.picture, options.save_rates, options.json))
+    return 0
+
+
+def init(options: argparse.Namespace) -> int:
+    """Write a first run file for two models and prompts, and say what was chosen and why."""
+    from cluster.init import InitOptions, write_run_file
+
+    write_run_file(
+        InitOptions(options.student, options.teacher, options.data, options.out, options.gpus, options.gpu_memory)
+    )
     return 0
 
 
@@ -197,6 +219,7 @@ def _split(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "init": init,
     "train": train,
     "eval": evaluate,
     "check": check,
@@ -204,6 +227,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "teacher": teacher,
     "status": status,
     "verify": verify,
+    "export": export,
     "plan": plan,
     "demo": demo,
     "submit": submit,
@@ -223,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
         add[name] = command.add_argument
     for name in ("train", "eval", "check", "plan", "submit"):
         add[name]("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
-    for name in ("scale", "teacher", "status", "verify"):
+    for name in ("scale", "teacher", "status", "verify", "export"):
         add[name]("run", type=Path, metavar="RUN_DIRECTORY")
     for name in ("submit", "follow", "stop"):
         add[name]("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS")
@@ -231,11 +255,15 @@ def _parser() -> argparse.ArgumentParser:
         add[name]("job_id", metavar="JOB_ID")
     for name in ("status", "plan"):
         add[name]("--json", action="store_true", help="print one JSON object")
+    _add_init(add["init"])
     add["train"]("--resume", type=Path, metavar="RUN_DIRECTORY")
     add["scale"]("sizes", nargs="+", metavar="rollout=6|teachers.NAME=3")
     add["teacher"]("change", choices=["replace"])
     add["teacher"]("name", metavar="NAME", help="of [teachers.NAME]")
     add["teacher"]("model", metavar="MODEL", help="a Hugging Face directory or a hub id")
+    add["export"]("--step", type=int, metavar="N", help="of the checkpoint; else that of the last intact one")
+    add["export"]("--to", type=Path, metavar="FOLDER", help="a new one; else RUN_DIRECTORY/export-step-N")
+    add["export"]("--push-to-hub", metavar="ID", help="send it there too, by the token in HF_TOKEN")
     add["plan"]("--rates", type=Path, required=True, metavar="FILE|RUN_DIRECTORY", help="how fast stages are")
     add["plan"]("--gpus", type=int, help="to share out; without, the run file's sizes are predicted only")
     add["plan"]("--picture", type=Path, metavar="FILE.png", help="draw the prediction")
@@ -246,6 +274,15 @@ def _parser() -> argparse.ArgumentParser:
     add["submit"]("--env", action="append", default=[], metavar="NAME=VALUE", help="for driver and actors")
     add["submit"]("--python", default="python", help="the interpreter on the cluster's nodes")
     return parser
+
+
+def _add_init(add: Callable[..., Any]) -> None:
+    for name in ("--student", "--teacher"):
+        add(name, required=True, metavar="MODEL", help="a Hugging Face directory or a hub id")
+    add("--data", required=True, metavar="PROMPTS", help="as prompts.train of a run file")
+    add("--out", type=Path, default=Path("run.toml"), metavar="FILE", help="the run file to write")
+    add("--gpus", type=int, help="that the run will have; without, those of this machine")
+    add("--gpu-memory", type=float, metavar="GIB", help="of each GPU")
 
 
 if __name__ == "__main__":

@@ -31,11 +31,11 @@ def start_training(config: Config) -> RunSummary:
     """Train from the beginning."""
     check_trackers(config)
     load_hooks(config)  # one that cannot be imported ends the command before anything starts
-    inputs = load_inputs(config)
+    config, inputs = _prepare(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         directory = RunDirectory.create(config)
-        _announce(view, session, placement, directory)
+        _announce(view, session, placement, inputs, directory)
         return _train(config, inputs, placement, view, directory)
 
 
@@ -49,12 +49,12 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
     if state is not None and state.step >= config.run.steps:
         raise CheckpointError(
             f"{directory.path}: step {state.step} of {config.run.steps} is done; "
-            f"to go on, resume with run.steps above {state.step}"
+            f"to go on, resume with run.steps above {state.step}; preceptor export {directory.path} writes the student"
         )
-    inputs = load_inputs(config)
+    config, inputs = _prepare(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
-        _announce(view, session, placement, directory)
+        _announce(view, session, placement, inputs, directory)
         for warning in warnings:
             view.say(warning)
         if state is not None:
@@ -67,12 +67,12 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
 
 def evaluate_models(config: Config) -> None:
     """Sample and verify the held-out prompts with the student as its files are, and with the teachers."""
-    inputs = load_inputs(config)
+    config, inputs = _prepare(config)
     if not inputs.held_out_ids:
         raise CheckpointError("prompts.held_out: the run file names no held-out prompts to evaluate on")
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
-        _announce(view, session, placement, None)
+        _announce(view, session, placement, inputs)
         with start_student_rollouts(config, inputs, placement) as pool:
             tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
             _say(view, "student", Evaluator(config, inputs, tokenizer).evaluate_pool(pool))
@@ -81,11 +81,11 @@ def evaluate_models(config: Config) -> None:
 
 def check_run(config: Config) -> bool:
     """Print the placement, run every self-check and return whether all passed."""
-    inputs = load_inputs(config)
+    config, inputs = _prepare(config)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
-        _announce(view, session, placement, None)
-        view.say("  ok    tokenizers: same ids, special tokens, EOS and chat template")
+        _announce(view, session, placement, inputs)
+        view.say("  ok    tokenizers: teachers read the student's token ids as the same tokens")
         view.say(f"  ok    context: every engine has room for {inputs.max_model_len} tokens")
         results = run_live_checks(config, inputs, placement)
         for result in results:
@@ -163,12 +163,26 @@ def _measure_teachers(
     return accuracies
 
 
-def _announce(view: TerminalView, session: RaySession, placement: Placement, directory: RunDirectory | None) -> None:
+def _prepare(config: Config) -> tuple[Config, Inputs]:
+    """Read models and prompts; return the run with what follows from its models, and its inputs."""
+    inputs = load_inputs(config)
+    return inputs.pairs.apply(config), inputs
+
+
+def _announce(
+    view: TerminalView,
+    session: RaySession,
+    placement: Placement,
+    inputs: Inputs,
+    directory: RunDirectory | None = None,
+) -> None:
     if session.dashboard_address is not None:
         token = "" if session.token_file is None else f" (it asks for the token in {session.token_file})"
         view.say(f"Ray dashboard: http://{session.dashboard_address}{token}")
     for name, share in describe(placement):
         view.say(f"  {name}: {share}")
+    for line in inputs.pairs.lines:
+        view.say(line)
     if directory is not None:
         view.say(f"run: {directory.path}")
 

@@ -18,13 +18,12 @@ from cluster.contracts.import_path import load_object
 from cluster.contracts.metrics import Max, Metric, Sum
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
-from cluster.models.model_files import load_tokenizer
 from cluster.weight_sync.manifest import WeightSyncReport
 from cluster.weight_sync.transports import TRANSPORTS, choose
 from learner.batching.arrivals import RankShare
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step
-from learner.checkpointing import checkpoint
+from learner.checkpointing.export import export
 from learner.checkpointing.manifest import WrittenShard, shard_name
 from learner.checkpointing.shards import ShardWriter, random_state, read_shard, set_random_state, split_random_state
 from learner.engines.base import TrainEngine
@@ -164,8 +163,7 @@ class LearnerActor:
 
     def export(self, folder: Path) -> None:
         """Write the student as a Hugging Face directory."""
-        student = self._config.student
-        checkpoint.export(self._engine, load_tokenizer(student.model, student.trust_remote_code), folder)
+        export(self._engine, self._config, folder)
 
     def shutdown(self) -> None:
         """End nothing: a rank starts no process of its own."""

@@ -28,6 +28,7 @@ def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> S
         max_tokens=sampling.max_completion_tokens,
         seed=seed,
         stop=list(sampling.stop) or None,
+        stop_token_ids=list(sampling.stop_token_ids) or None,
         repetition_detection=_repetition_detection(sampling.stop_repetition),
         logprobs=0 if is_sampled else count,  # besides the sampled token's
         flat_logprobs=True,

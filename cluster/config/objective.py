@@ -97,6 +97,7 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
 
     target: Target = field(default_factory=lambda: {TEACHER: 1.0})
     over: Literal["sampled", "support"] = "sampled"  # the sampled token, or all candidates of the support
+    normalize_weights: bool = False  # over = "support": the candidates' weights c(v) sum to 1
     log_ratio_map: LogRatioMap = "identity"
     bound: Positive = 5.0  # clip, tanh: the largest absolute value
     scale: Positive = 1.0  # tanh: the log-ratio at which it bends, in nats
@@ -131,6 +132,10 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
             return f"baseline = 'kl' needs support topk, student_topk, intersection or full, found '{support}'"
         if self.log_ratio_map in ("power", "proximal", "forward_kl", "jsd") and self.student == "none":
             return f"log_ratio_map = '{self.log_ratio_map}' compares with the student, but student = 'none'"
+        if self.normalize_weights and (self.over, support) != ("support", "student_topk"):
+            return (
+                "normalize_weights is for the sum over the student's candidates; use over = 'support' and student_topk"
+            )
         if self.discount and self.over == "support":
             return "discount adds up advantages along the written text; it needs over = 'sampled'"
         return None

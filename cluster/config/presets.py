@@ -28,6 +28,7 @@ _COVER = _divergence("forward_kl", truncation="generalized")
 PRESETS: dict[str, dict[str, Any]] = {
     # One number per token from the teacher.
     "thinking-machines": _on("sampled", main=_sampled()),
+    "thinking-machines-frozen": _on("sampled", main=_sampled(student="rollout")),
     "ppo-k1": _on("sampled", main=_sampled(student="rollout", importance=_PPO)),
     "minillm": _on("sampled", main=_sampled(discount=1.0)),
     "clipped": _on("sampled", main=_sampled(log_ratio_map="clip", bound=5.0)),
@@ -55,7 +56,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "many-faces": _on("intersection", 20, main=_divergence("reverse_kl", truncation="renormalized")),
     "sdpo": _on("student_topk", 20, main=_divergence("jsd", beta=0.5, truncation="tail")),
-    "rethinking": _on("student_topk", 16, main=_sampled(over="support", importance={**_PPO, "dual_clip": 3.0})),
+    "rethinking": _on(
+        "student_topk",
+        16,
+        main=_sampled(over="support", normalize_weights=True, student="rollout", importance={**_PPO, "dual_clip": 3.0}),
+    ),
     "async-opd": _on("samples", 16, main=_sampled(over="support")),
     "vopd": _on("student_topk", 16, main=_sampled(baseline="kl")),
     # Routed by token.
@@ -75,6 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "delta-opd": _on("sampled", main=_sampled(target={"teacher": 1.0, "base": -1.0}, student="none")),
     "beta-opsd": _on("full", main=_divergence("reverse_kl", target={"teacher": 0.5, "initial_student": 0.5})),
+    "beta-opsd-returns": _on("sampled", main=_sampled(target={"teacher": 0.5, "initial_student": 0.5}, discount=0.99)),
     # With the verifier's reward.
     "opd-grpo": _on("sampled", main=_sampled(), reward={"loss": "task_reward"}),
 }

@@ -60,6 +60,7 @@ class RolloutConfig(Section):
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: CountOrZero = 0  # 0: whole vocabulary
     stop: tuple[Text, ...] = ()
+    stop_token_ids: tuple[CountOrZero, ...] = ()  # end a completion too; the ids that end the teachers' turns are added
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
@@ -81,6 +82,10 @@ class TeacherConfig(Section):
     slot: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}\Z")] | None = None
     min_workers: Items = 1  # the balancer's limits of num_workers
     max_workers: Items | None = None  # None: what the other pools can spare
+    # What may differ from the student, which is refused otherwise: the EOS that ends a turn; names of added tokens, and
+    # ordinary tokens that one side has alone.
+    accept_differences: tuple[Literal["eos", "tokens"], ...] = ()
+    excluded_token_ids: tuple[CountOrZero, ...] = ()  # have no probability; tokens that only the teacher has are added
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     engine: EngineConfig = EngineConfig()
 

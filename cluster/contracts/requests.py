@@ -15,6 +15,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0  # 0: whole vocabulary
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # besides the EOS of the model that samples
     num_candidates: int = 0  # tokens besides the sampled one to return per position
     candidates: Literal["topk", "sampled"] = "topk"  # the most likely ones, or independent samples
     stop_repetition: int = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does

@@ -7,7 +7,7 @@ the next step on scoring waits for them, or for the first of them where the old 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 from uuid import uuid4
 
@@ -22,7 +22,8 @@ from cluster.contracts.errors import ActorError, ConfigError, ModelError, Precep
 from cluster.contracts.files import Record
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
-from cluster.models.model_checks import check_tokenizers, read_model
+from cluster.models.model_checks import read_model
+from cluster.models.pairs import compare, excluding
 from cluster.placement.capacity import missing_for
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import PoolPlacement
@@ -31,7 +32,7 @@ from cluster.run.inputs import Inputs, check_support
 from cluster.run.pools import Pipeline, start_teachers
 from teacher_workers.audit.runner import ScoreAudit
 from teacher_workers.backends.base import find_backend
-from teacher_workers.pool import TeacherReplicas
+from teacher_workers.pool import TeacherPool, TeacherReplicas
 from teacher_workers.replacement import Replacement
 
 
@@ -72,7 +73,17 @@ def replacing_sections(config: Config, pipeline: Pipeline, current: TeacherRepli
 
 def current_config(config: Config, pipeline: Pipeline) -> Config:
     """Return a run's configuration with the models that score now."""
-    return with_models(config, {name: pool.teacher.model for name, pool in pipeline.teachers.pools.items()})
+    return _as_served(config, pipeline.teachers.pools)
+
+
+def _as_served(config: Config, pools: Mapping[str, TeacherPool]) -> Config:
+    served = {
+        name: msgspec.structs.replace(
+            config.teachers[name], model=pool.teacher.model, excluded_token_ids=pool.teacher.excluded_token_ids
+        )
+        for name, pool in pools.items()
+    }
+    return msgspec.structs.replace(config, teachers={**config.teachers, **served})
 
 
 class TeacherChanges(StepHook):
@@ -160,20 +171,25 @@ class TeacherChanges(StepHook):
         facts = backend.check(config.teachers[name], student)
         if backend.identity(config.teachers[name]) == teachers.pools[name].checkpoint:
             raise ConfigError(f"teacher {name} is {model} already, with these very files")
-        templates = config.prompts.template == "chat"
-        check_tokenizers(student.tokenizer, {name: facts.tokenizer}, compare_templates=templates)
+        pair = compare(name, config.teachers[name], student, facts, config.rollout.stop_token_ids)
+        if facts.tokenizer.eos_token_id not in student.stops.union(config.rollout.stop_token_ids):
+            raise ModelError(
+                f"model '{model}': its EOS is {facts.tokenizer.eos_token!r}, at which the completions of this run do "
+                "not end; start a new run with it"
+            )
         check_support(config, facts.vocabulary)
         needed = self.run.inputs.max_model_len
         if facts.context_tokens < needed:
             raise ModelError(
                 f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"
             )
-        return config
+        section = excluding(config.teachers[name], pair.excluded_ids)
+        return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
 
     def _switch(self, replacement: Replacement, step: int) -> None:
         teachers = self._pipeline.teachers
         models = {name: pool.teacher.model for name, pool in replacement.pools.items()}
-        config = with_models(current_config(self.run.config, self._pipeline), models)
+        config = _as_served(current_config(self.run.config, self._pipeline), replacement.pools)
         try:
             for pool in replacement.pools.values():
                 # Once more, for a hub id's files are there now.

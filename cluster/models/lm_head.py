@@ -4,7 +4,7 @@ A teacher's engine returns hidden states, so the code that needs probabilities k
 the learner when it compares whole distributions.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ LOGIT_FACTORS = {
     "logits_scaling": -1,  # Granite, MiniCPM3
 }
 WIDTHS = ("hidden_size", "word_embed_proj_dim")  # the latter: OPT, whose last layer is projected
+EXCLUDED_LOGIT = -1e6  # finite, for 0 times -inf is no entropy; float32 still has its distance to any other logit
 MULTIPLIED_BY_LOGITS_SCALING = "hyperclovax"  # the one family that multiplies by what Granite divides by
 
 
@@ -47,6 +48,7 @@ class LmHead:
     bias: Tensor | None = None  # [vocabulary]
     logit_factor: float = 1.0
     softcap: float | None = None  # logits are squeezed into (-softcap, softcap)
+    excluded_ids: Tensor | None = None  # [ids] that have no probability
 
     @property
     def vocabulary_size(self) -> int:
@@ -63,11 +65,12 @@ class LmHead:
         else:
             logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
             logits = logits if self.bias is None else logits.add_(self.bias)
-        return scale_logits(logits, self.logit_factor, self.softcap)
+        logits = scale_logits(logits, self.logit_factor, self.softcap)
+        return logits if self.excluded_ids is None else logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)
 
     def to(self, device: torch.device | str) -> "LmHead":
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias)
+        bias, excluded = (None if part is None else part.to(device) for part in (self.bias, self.excluded_ids))
+        return replace(self, weight=self.weight.to(device), bias=bias, excluded_ids=excluded)
 
 
 def scale_logits(logits: Tensor, logit_factor: float, softcap: float | None) -> Tensor:
@@ -97,8 +100,10 @@ def read_logit_scaling(config: Any) -> tuple[float, float | None]:
     return factor, settings.get("final_logit_softcapping")  # Gemma
 
 
-def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype) -> LmHead:
+def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids: Sequence[int] = ()) -> LmHead:
     """Read the head of a Hugging Face directory or hub id; rows beyond the vocabulary, which only pad it, are cut.
+
+    The probability of `excluded_ids` goes to the other tokens in proportion.
 
     Raises:
         ModelError: the model has no safetensors, no tensor in them is known to be its head, or the head is quantised.
@@ -118,8 +123,13 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype) -> LmHead:
     bias_name = name.removesuffix("weight") + "bias"
     bias = _read(model, shards, bias_name, vocabulary_size) if bias_name in shards else None
     torch_dtype = getattr(torch, dtype)
-    factor, softcap = read_logit_scaling(config)
-    return LmHead(weight.to(torch_dtype), None if bias is None else bias.to(torch_dtype), factor, softcap)
+    excluded = [token_id for token_id in excluded_ids if token_id < vocabulary_size]
+    return LmHead(
+        weight.to(torch_dtype),
+        None if bias is None else bias.to(torch_dtype),
+        *read_logit_scaling(config),
+        torch.tensor(excluded) if excluded else None,
+    )
 
 
 def check_lm_head(model: str, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,41 +7,11 @@ from typing import TYPE_CHECKING
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError
-from cluster.models.model_files import context_length, is_local, load_model_config, load_tokenizer
+from cluster.models.model_files import context_length, is_local, load_model_config, load_tokenizer, read_stop_ids
 from cluster.models.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-
-def check_tokenizers(
-    student: "PreTrainedTokenizerBase", teachers: Mapping[str, "PreTrainedTokenizerBase"], compare_templates: bool
-) -> None:
-    """Raise ModelError for the first difference in token ids, special tokens or, for chat prompts, the template."""
-    for name, teacher in teachers.items():
-        difference = _difference(student, teacher)
-        if difference is None and compare_templates and student.chat_template != teacher.chat_template:
-            difference = "their chat templates differ"
-        if difference is not None:
-            raise ModelError(
-                f"teachers.{name}: its tokenizer is not the student's: {difference}; "
-                "a teacher must read the student's token ids as the same tokens"
-            )
-
-
-def _difference(student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> str | None:
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
-        if theirs.get(token) != token_id:
-            return f"token {token!r} has id {token_id} for the student and {theirs.get(token)} for the teacher"
-    if len(theirs) != len(ours):
-        extra = sorted(theirs.keys() - ours.keys())[0]
-        return f"token {extra!r} exists for the teacher only"
-    for kind in ("bos_token", "eos_token", "unk_token"):
-        students, teachers = getattr(student, kind), getattr(teacher, kind)
-        if students != teachers:
-            return f"{kind} is {students!r} for the student and {teachers!r} for the teacher"
-    return None
 
 
 @dataclass(frozen=True)
@@ -51,6 +21,12 @@ class ModelFacts:
     tokenizer: "PreTrainedTokenizerBase"
     context_tokens: int
     vocabulary: int  # tokens that the model gives probabilities to
+    stop_ids: frozenset[int] = frozenset()  # that end its turns, as its generation settings say
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Return all tokens that end its turns, as vLLM has it: those of its generation settings, and its EOS."""
+        return self.stop_ids if self.tokenizer.eos_token_id is None else self.stop_ids | {self.tokenizer.eos_token_id}
 
 
 def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> ModelFacts:
@@ -73,7 +49,7 @@ def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> Mode
             from cluster.models.lm_head import check_lm_head
 
             check_lm_head(model, config, shapes)
-    return ModelFacts(tokenizer, context_length(config), vocabulary)
+    return ModelFacts(tokenizer, context_length(config), vocabulary, read_stop_ids(model, config))
 
 
 def _vocabulary(model: str, config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> int:

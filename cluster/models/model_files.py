@@ -71,6 +71,24 @@ def context_length(config: "PretrainedConfig") -> int:
     return tokens
 
 
+def read_stop_ids(model: str, config: "PretrainedConfig") -> frozenset[int]:
+    """Return the tokens that end the model's turns, from its generation settings or else its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        settings = GenerationConfig.from_pretrained(model)
+    except OSError:  # there are none
+        settings = GenerationConfig.from_model_config(config)
+    except Exception as error:  # whatever a wrong field leads to
+        reason = str(error).strip() or type(error).__name__
+        raise ModelError(f"model '{model}': cannot read its generation_config.json: {reason}") from error
+    ids = settings.eos_token_id
+    listed = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(isinstance(token_id, int) and token_id >= 0 for token_id in listed):
+        raise ModelError(f"model '{model}': eos_token_id is {ids!r}; expected the id of a token, or a list of ids")
+    return frozenset(listed)
+
+
 def is_local(model: str) -> bool:
     """Tell a path from a hub id: a hub id is `name` or `owner/name` and never exists as a folder here."""
     return model.startswith((".", "/", "~")) or model.count("/") > 1 or _is(model, Path.exists)

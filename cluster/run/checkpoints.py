@@ -105,7 +105,7 @@ def is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def find_resume_point(directory: RunDirectory, config: Config, say: Callable[[str], None]) -> RunState | None:
+def find_resume_point(directory: RunDirectory, config: Config, say: Callable[[str], object]) -> RunState | None:
     """Return the latest intact checkpoint's state, None if none was written; raise the error if all are damaged."""
     errors = []
     for folder in reversed(checkpoints(directory.checkpoints)):

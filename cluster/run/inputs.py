@@ -1,13 +1,14 @@
 """Reads the prompts of a run, and makes the requests of each step from them."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from cluster.models.model_checks import check_tokenizers, read_model
+from cluster.models.model_checks import read_model
+from cluster.models.pairs import Pairs, compare_all
 from rollout_workers.environments.base import environment_named
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
 from teacher_workers.backends.base import check_signals, find_backend
@@ -23,6 +24,7 @@ class Inputs:
     train: PromptOrder
     held_out_ids: tuple[int, ...]
     max_model_len: int  # longest prompt + observations + completion + 1: the context that every engine must offer
+    pairs: Pairs = field(default_factory=Pairs)  # how the teachers differ from the student
 
 
 def load_inputs(config: Config) -> Inputs:
@@ -30,8 +32,7 @@ def load_inputs(config: Config) -> Inputs:
     student = read_model(config.student, is_student=True)
     check_signals(config)
     teachers = {name: find_backend(teacher).check(teacher, student) for name, teacher in config.teachers.items()}
-    tokenizers = {name: facts.tokenizer for name, facts in teachers.items()}
-    check_tokenizers(student.tokenizer, tokenizers, compare_templates=config.prompts.template == "chat")
+    pairs = compare_all(config, student, teachers)
     models = [student, *teachers.values()]
     check_support(config, min(model.vocabulary for model in models))
     environment_named(config.environment.kind)  # refuses a wrong name before anything starts
@@ -49,6 +50,7 @@ def load_inputs(config: Config) -> Inputs:
         + config.environment.max_observation_tokens
         + config.rollout.max_completion_tokens
         + 1,
+        pairs=pairs,
     )
 
 
@@ -92,6 +94,7 @@ def train_sampling(config: Config, max_completion_tokens: int | None = None) -> 
         rollout.top_p,
         rollout.top_k,
         rollout.stop,
+        rollout.stop_token_ids,
         stop_repetition=rollout.stop_repetition,
         num_candidates=needs.num_candidates if needs.candidates_from == "student" else 0,
         candidates="sampled" if needs.sampled_candidates else "topk",
@@ -101,4 +104,9 @@ def train_sampling(config: Config, max_completion_tokens: int | None = None) -> 
 def held_out_sampling(config: Config) -> SamplingSettings:
     """Return how held-out completions are sampled: from the model's own distribution, only the temperature set."""
     rollout = config.rollout
-    return SamplingSettings(rollout.max_completion_tokens, config.evaluation.temperature, stop=rollout.stop)
+    return SamplingSettings(
+        rollout.max_completion_tokens,
+        config.evaluation.temperature,
+        stop=rollout.stop,
+        stop_token_ids=rollout.stop_token_ids,
+    )

@@ -1,4 +1,4 @@
-"""Writes checkpoints and exports that are complete or absent.
+"""Writes checkpoints that are complete or absent.
 
 Everything is written into `NAME.partial`, brought to disk, and renamed to `NAME` as the last act; whatever stops the
 writing leaves only a partial folder, which the next attempt replaces. All ranks and the driver must see the same file
@@ -12,10 +12,9 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.contracts.errors import CheckpointError, PreceptorError
-from cluster.weight_sync.manifest import plan_buckets
 from learner.checkpointing.manifest import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -27,13 +26,6 @@ from learner.checkpointing.manifest import (
     write_manifest,
 )
 
-if TYPE_CHECKING:  # the driver, which has no use for them, imports this module too
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from learner.engines.base import TrainEngine
-
-GATHER_BYTES = 1 << 28  # of parameters that an export gathers at once
 PARTIAL, REMOVED, DAMAGED = ".partial", ".removed", ".damaged"
 _STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 _LEFTOVER = re.compile(_STEP_FOLDER.pattern + r"(\.partial|\.removed)")
@@ -125,32 +117,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {folder}: {STATE_FILE} holds no JSON object")
     return state
-
-
-def export(engine: "TrainEngine", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Write a Hugging Face directory: model, generation settings and tokenizer; all ranks call this together.
-
-    Rank 0 holds one whole copy of the weights in host memory while it writes.
-    """
-    weights = _whole_state_dict(engine)
-    if engine.rank != 0:
-        return
-    partial = begin(folder)
-    engine.student.causal_lm.save_pretrained(partial, state_dict=weights)
-    tokenizer.save_pretrained(partial)
-    publish(folder)
-
-
-def _whole_state_dict(engine: "TrainEngine") -> dict[str, "Tensor"]:
-    dtype = str(engine.student.head.weight.dtype).removeprefix("torch.")
-    weights: dict[str, Tensor] = {}
-    for bucket in plan_buckets(engine.student.manifest(dtype), GATHER_BYTES):
-        with engine.full_parameters([tensor.name for tensor in bucket]) as parameters:
-            if engine.rank == 0:
-                weights |= {name: value.to("cpu", copy=True) for name, value in parameters.items()}
-    buffers = dict(engine.student.causal_lm.named_buffers())
-    persistent = engine.student.causal_lm.state_dict().keys() & buffers.keys()
-    return weights | {name: buffers[name].to("cpu", copy=True) for name in persistent}
 
 
 def _remove(folder: Path) -> None:

@@ -38,8 +38,9 @@ def evaluate_listed(
         terms, Chunk(tokens, plan, softmax.logprobs.clone(), needs.sampled_candidates, inside)
     )
     gradient = softmax.gradient(ids, by_logprobs) if with_gradient else None
-    mass = _mass(candidates, softmax.logprobs[:, 1:], needs.sampled_candidates)
-    return Evaluation(losses.sum(), losses, softmax.logprobs[:, 0], softmax.entropy, mass, gradient)
+    probabilities = softmax.logprobs[:, 1:].exp() * (tokens.candidate_ids < logits.shape[-1])  # 0 of padded ones
+    mass = _mass(tokens.candidate_ids, probabilities, needs.sampled_candidates)
+    return Evaluation(losses.sum(), losses, softmax.logprobs[:, 0], softmax.entropy, mass, logits_gradient=gradient)
 
 
 def evaluate_full(
@@ -65,7 +66,8 @@ def evaluate_full(
         parts.append(_evaluate_block(terms, logits[rows], tokens[rows], plan[rows], models, (whole, shared)))
     losses, logprobs, entropy = (torch.cat(columns) for columns in zip(*parts, strict=True))
     gradient = logits if with_gradient else None
-    return Evaluation(losses.sum(), losses, logprobs, entropy, torch.zeros_like(losses), gradient)
+    mass = torch.zeros_like(losses)
+    return Evaluation(losses.sum(), losses, logprobs, entropy, mass, logits_gradient=gradient)
 
 
 def evaluate_fused(
@@ -94,7 +96,8 @@ def evaluate_fused(
     if with_gradient:
         kernels.write_gradient(logits, target, kernel, parameter, compared, weights)
     losses, gradient = compared.losses * weights, logits if with_gradient else None
-    return Evaluation(losses.sum(), losses, sampled, compared.statistics.entropy, torch.zeros_like(losses), gradient)
+    entropy, mass = compared.statistics.entropy, torch.zeros_like(losses)
+    return Evaluation(losses.sum(), losses, sampled, entropy, mass, logits_gradient=gradient)
 
 
 def takes_fused(terms: Terms, kernels: RowKernels, logits: Tensor) -> bool:
@@ -165,9 +168,8 @@ def _candidates(needs: Needs, logits: Tensor, tokens: CompletionTokens) -> tuple
     return candidates, inside
 
 
-def _mass(candidates: Tensor, logprobs: Tensor, sampled_candidates: bool) -> Tensor:
+def _mass(candidates: Tensor, probabilities: Tensor, sampled_candidates: bool) -> Tensor:
     """Return the student's probability of the distinct candidates; independent draws may repeat."""
-    probabilities = logprobs.exp()
     if not sampled_candidates:
         return probabilities.sum(-1)
     in_order, order = candidates.sort(dim=-1)

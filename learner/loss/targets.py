@@ -2,11 +2,13 @@
 
 One model of coefficient 1 is its own target. Otherwise the normaliser runs over what is compared:
 
-- sampled tokens have none, for a constant of the position is a baseline in a policy gradient;
+- sampled tokens have none, for a constant of the position is a baseline in a policy gradient; with a discount it is
+  none for the tokens before, and the optimum is the mixture of whole texts, normalised over texts;
 - renormalised candidates are normalised over themselves, which is exact;
-- candidates with a tail, and generalized ones, are normalised over candidates and tail, each model's tail being mixed
-  like a token. That is exact where the coefficients sum to 1 and the models agree on how the tail's tokens compare. A
-  sampled token that stands for the tail takes the same normaliser, or the parts would not add up;
+- candidates with a tail, generalized ones, and those of a policy gradient over the student's candidates are normalised
+  over candidates and tail, each model's tail being mixed like a token. That is exact where the coefficients sum to 1
+  and the models agree on how the tail's tokens compare. A sampled token that stands for the tail takes the same
+  normaliser, or the parts would not add up;
 - the whole vocabulary is normalised exactly.
 """
 

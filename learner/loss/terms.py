@@ -171,11 +171,19 @@ class PolicyGradientLoss(AdvantageLoss):
             return self.surrogate(chunk, advantage, slice(0, 1)).sum(-1)
         # Of independent draws, the sampled token is one.
         columns = slice(0 if chunk.sampled_candidates else 1, None)
-        log_target = torch.cat([log_target, log_linear(term.target, tokens.candidate_logprobs)], dim=-1)[:, columns]
         rollout = chunk.rollout[:, columns]
-        advantage = self._advantage(log_target, chunk.student[:, columns], rollout)
-        losses = self.surrogate(chunk, advantage, columns)
-        return losses.mean(-1) if chunk.sampled_candidates else (losses * rollout.exp()).sum(-1)
+        if chunk.sampled_candidates:
+            log_target = torch.cat([log_target, log_linear(term.target, tokens.candidate_logprobs)], dim=-1)
+        elif term.student == "none":
+            log_target = log_linear(term.target, tokens.candidate_logprobs)  # a difference, and no distribution
+        else:
+            # A constant is no baseline in a sum over part of the vocabulary.
+            log_target = target_buckets(term.target, tokens.candidate_logprobs, chunk.inside, "generalized")
+        losses = self.surrogate(chunk, self._advantage(log_target, chunk.student[:, columns], rollout), columns)
+        if chunk.sampled_candidates:
+            return losses.mean(-1)
+        log_weights = rollout.log_softmax(-1) if term.normalize_weights else rollout
+        return (losses * log_weights.exp()).sum(-1)
 
     def later_advantages(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor | None:
         """Return the discounted advantages of the tokens that follow, if the term asks for them."""

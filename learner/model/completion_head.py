@@ -35,7 +35,8 @@ def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
     loaded = {}
     for name in sorted({name for of_route in names.values() for name in of_route.values()}):
         teacher = config.teachers[name]
-        loaded[name] = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype).to(device)
+        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype, teacher.excluded_token_ids)
+        loaded[name] = head.to(device)
     return {route: {model: loaded[name] for model, name in of_route.items()} for route, of_route in names.items()}
 
 

@@ -25,7 +25,9 @@ from cluster.contracts.trajectory import Bytes, Floats, Ints, num_candidates_of,
 from cluster.models.lm_head import LmHead
 from teacher_workers.backends.base import TeacherBackend
 
-FLOOR = -87.0  # of ids that the teacher does not have: the log of float32's smallest normal number is -87.3
+ABSENT = -1e4  # instead of a logit: its exponential is 0, and its product with that is too
+# Of ids that the teacher does not have, or excludes; the log of float32's smallest normal number is -87.3.
+FLOOR = -87.0
 # Allocating and touching large logits costs more than computing with them; a chunk of few tokens reads the head's
 # weights too often. Measured on CPU with 49,152 tokens of vocabulary, in fp32 logits:
 CHUNK_LOGITS = 1 << 23
@@ -85,7 +87,8 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         sampled = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
         candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
         scores = score_tokens(self._head, torch.cat(list(hidden)), sampled, request, candidates)
-        refuse_uniform(scores["logprobs"], self._head.vocabulary_size)
+        num_excluded = 0 if self._head.excluded_ids is None else len(self._head.excluded_ids)
+        refuse_uniform(scores["logprobs"], self._head.vocabulary_size - num_excluded)
         return scores
 
 
@@ -169,17 +172,21 @@ def _score_chunk(head: LmHead, hidden: Tensor, ids: Tensor, request: ScoreReques
     """Return logprobs [n, 1 + k] of the ids, ids and logprobs [n, top_k] of the most likely tokens, entropy [n]."""
     logits = head.logits(hidden)
     is_known = ids < head.vocabulary_size
+    if head.excluded_ids is not None:
+        is_known &= ~torch.isin(ids, head.excluded_ids)
     requested = logits.gather(-1, ids.where(is_known, 0))
     best, best_ids = logits.topk(request.top_k, dim=-1)
     # In place from here on: a second tensor of this size costs more than the arithmetic.
-    largest = best[:, :1] if request.top_k else logits.amax(dim=-1, keepdim=True)
-    logits.sub_(largest)
+    largest, largest_ids = (best[:, :1], best_ids[:, :1]) if request.top_k else logits.max(dim=-1, keepdim=True)
+    # Beside 1, the largest's own exponential, small ones would be lost: the sum is that of the others.
+    logits.sub_(largest).scatter_(-1, largest_ids, ABSENT)
     entropy = logits.new_empty(len(logits))
     if request.entropy:
         weights = logits.exp()
-        total = weights.sum(dim=-1, keepdim=True)
-        entropy = total.log().squeeze(-1) - (weights.mul_(logits).sum(dim=-1) / total.squeeze(-1))
+        others = weights.sum(dim=-1, keepdim=True)
+        entropy = (others.log1p() - weights.mul_(logits).sum(dim=-1, keepdim=True) / (1 + others)).squeeze(-1)
     else:
-        total = logits.exp_().sum(dim=-1, keepdim=True)
-    normalizer = largest + total.log()
-    return (requested - normalizer).where(is_known, FLOOR), best_ids, best - normalizer, entropy
+        others = logits.exp_().sum(dim=-1, keepdim=True)
+    log_total = others.log1p()
+    # Twice subtracted: the sum of the two would round what is left of large logits.
+    return (requested - largest - log_total).where(is_known, FLOOR), best_ids, best - largest - log_total, entropy

@@ -6,6 +6,7 @@ vLLM is imported where it is used: the driver asks the class for facts about the
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from cluster.config.stages import TeacherConfig
@@ -31,7 +32,7 @@ class VllmBackend(HiddenStatesBackend):
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Read the LM head and start the engine; raise ModelError if that fails."""
-        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype)
+        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype, teacher.excluded_token_ids)
         self._teacher = teacher
         self._role = EngineRole(
             max_model_len=max_model_len,
@@ -90,6 +91,8 @@ class VllmBackend(HiddenStatesBackend):
             ActorDiedError: the engine's process is gone.
         """
         first = int(loss_mask.argmax()) - 1  # the position that predicts the first sampled token
+        # A student with more tokens may write one that the teacher has no embedding of, which would end vLLM's process.
+        token_ids = np.minimum(token_ids, self._head.vocabulary_size - 1)
         states, num_cached = await self._read(request_id, token_ids, use_cache=True)
         if num_cached > first:
             # Another trajectory began with the same completion tokens, or the prompt's cached blocks end where the

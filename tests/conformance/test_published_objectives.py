@@ -160,6 +160,37 @@ def test_the_raw_truncated_sum_is_least_outside_the_support() -> None:
     assert reverse_kl(left, teacher).item() > 0.1
 
 
+def test_direct_opd_leaves_a_student_that_equals_its_target() -> None:
+    """Teacher over base times initial student, normalised; two candidates and a tail of one token."""
+    q, base, initial = log(0.5, 0.3, 0.2), log(0.2, 0.3, 0.5), log(0.4, 0.4, 0.2)
+    student = (q - base + initial).log_softmax(-1)
+    models = {"teacher": q, "base": base, "initial_student": initial}
+    tokens = make_tokens(torch.tensor([0]), models, student, torch.tensor([[0, 1]]), student_chose=True)
+    objective = make_objective("direct-opd", support_size=2)
+    assert gradient_of(evaluate(objective, student, tokens)).abs().max() < 1e-12
+    assert gradient_of(evaluate(objective, initial, tokens)).abs().max() > 0.05
+
+
+def test_rethinking_is_the_token_reward_of_thunlp() -> None:
+    """thunlp/OPD, student_p: -(log p_old - log q) softmax(log p_old over the top-k), in PPO's surrogate per token."""
+    old, teacher, change = (random_logprobs(1, 9, seed=seed, scale=1.0) for seed in (12, 13, 15))
+    student = (old + change).log_softmax(-1)
+    ids = old.topk(4).indices
+    tokens = make_tokens(torch.tensor([0]), {"teacher": teacher}, old, ids, student_chose=True)
+    results = evaluate(make_objective("rethinking", support_size=4), student, tokens)
+    leaf = student.clone().requires_grad_()
+    new, before, of_teacher = (values.gather(-1, ids) for values in (leaf.log_softmax(-1), old, teacher))
+    advantage = -(before - of_teacher) * before.softmax(-1)
+    ratio = (new - before).exp()
+    losses = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
+    losses = torch.where(advantage < 0, torch.minimum(losses, -3.0 * advantage), losses)
+    (expected,) = torch.autograd.grad(losses.sum(), leaf)
+    torch.testing.assert_close(results.losses, losses.sum(-1).detach())
+    torch.testing.assert_close(gradient_of(results), expected)
+    assert (ratio < 0.8).any()
+    assert (ratio > 1.2).any()
+
+
 SCHEMES = [*TRUNCATIONS, "policy_gradient", "exact"]
 
 

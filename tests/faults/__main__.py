@@ -19,7 +19,8 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks.harness.report import describe_machine
-from tests.faults.table import FAULTS, Fault
+from tests.faults.fault import Fault
+from tests.faults.table import AREAS, FAULTS
 
 ROOT = Path(__file__).parents[2]
 # A fault that only keeps a file from being imported is no fault that an expert would make.
@@ -39,14 +40,15 @@ class Outcome:
 def main() -> int:
     """Check the tests on the tree as it is, then every fault; return 1 if one is not caught."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="faults of tests/faults/table.py; none: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="faults or areas of tests/faults/table.py; none: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults at a time")
     parser.add_argument("--output", type=Path, help="file for the results as JSON")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - {fault.name for fault in FAULTS}
+    unknown = set(arguments.names) - {fault.name for fault in FAULTS} - set(AREAS)
     if unknown:
-        parser.error(f"there is no fault called {', '.join(sorted(unknown))}")
-    faults = [fault for fault in FAULTS if not arguments.names or fault.name in arguments.names]
+        parser.error(f"there is no fault or area called {', '.join(sorted(unknown))}")
+    named = {*arguments.names, *(fault.name for area in arguments.names for fault in AREAS.get(area, ()))}
+    faults = [fault for fault in FAULTS if not named or fault.name in named]
     started = perf_counter()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         whole = Path(folder) / "whole"

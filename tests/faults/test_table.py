@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.table import FAULTS, Fault
+from tests.faults.fault import Fault
+from tests.faults.table import AREAS, FAULTS
 
 ROOT = Path(__file__).parents[2]
 PRODUCT = ("cluster/", "learner/", "rollout_workers/", "teacher_workers/")
@@ -25,5 +26,5 @@ def test_a_fault_changes_one_place_of_the_product_and_names_tests_that_are_there
         assert f"def {name.partition('[')[0]}" in (ROOT / path).read_text(encoding="utf-8")
 
 
-def test_no_two_faults_have_one_name() -> None:
-    assert len({fault.name for fault in FAULTS}) == len(FAULTS)
+def test_no_two_faults_or_areas_have_one_name() -> None:
+    assert len({fault.name for fault in FAULTS} | set(AREAS)) == len(FAULTS) + len(AREAS)

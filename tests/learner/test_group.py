@@ -22,6 +22,7 @@ from cluster.contracts.trajectory import ragged
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step
+from learner.checkpointing.export import export_checkpoint
 from learner.engines.torch import ReferenceEngine
 from learner.group import LearnerGroup
 from learner.loss.objective import Objective
@@ -251,6 +252,15 @@ def test_the_export_has_the_groups_own_logprobs_and_a_tokenizer(story, batches):
     np.testing.assert_allclose(story.logprobs, expected, atol=1e-5)
     assert AutoTokenizer.from_pretrained(story.exported).eos_token == "<1>"
     assert (story.exported / "generation_config.json").is_file()
+
+
+def test_the_checkpoints_files_alone_give_the_exported_weights(story, config, tmp_path):
+    export_checkpoint(config, story.checkpoint, tmp_path / "from-checkpoint")
+    ours, groups = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (tmp_path / "from-checkpoint", story.exported)
+    )
+    torch.testing.assert_close(ours, groups, atol=0, rtol=0)
 
 
 def test_rollout_workers_receive_the_exported_weights_under_their_hugging_face_names(story):

@@ -28,7 +28,8 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (TaskRewardTerm, "weight when threshold divide_by_deviation importance"),
         (
             PolicyGradientTerm,
-            "weight when threshold target over log_ratio_map bound scale alpha student baseline discount importance",
+            "weight when threshold target over normalize_weights log_ratio_map bound scale alpha student baseline "
+            "discount importance",
         ),
     ],
 )
@@ -81,6 +82,7 @@ def test_a_target_replaces_the_preset_s_whole() -> None:
         ("terms.main = {loss = 'k1'}", "Invalid value 'k1'"),
         ("terms.main = {loss = 'policy_gradient', over = 'support'}", "found objective.support = 'topk'"),
         ("preset = 'thinking-machines'\nterms.main.baseline = 'kl'", "baseline = 'kl' needs support"),
+        ("preset = 'async-opd'\nterms.main.normalize_weights = true", "use over = 'support' and student_topk"),
         ("preset = 'async-opd'\nsupport_size = 1", "needs support_size = 2 or more"),
         ("terms.main = {loss = 'divergence', target = {teacher = 0.0}}", "no model with a coefficient other than 0"),
         ("terms.main = {loss = 'divergence', target = {maths = 1.0}}", r"the model 'maths'; expected .* \['main'\]"),

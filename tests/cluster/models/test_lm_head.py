@@ -138,3 +138,11 @@ def test_of_a_model_of_several_parts_the_outer_configuration_says_whether_the_he
     config = LlavaConfig(text_config=LlamaConfig(**SIZES, tie_word_embeddings=False), tie_word_embeddings=True)
     # Raises if it looks for a head of its own.
     check_lm_head("model", config, {"language_model.model.embed_tokens.weight": (VOCABULARY, SIZES["hidden_size"])})
+
+
+def test_excluded_ids_beyond_the_vocabulary_exclude_nothing(tmp_path: Path) -> None:
+    save_random(FAMILIES["soft-capped"], tmp_path)
+    head = load_lm_head(str(tmp_path), False, "float32", excluded_ids=(3, VOCABULARY + 7))
+    logits = head.logits(torch.randn(2, 16))
+    assert logits.softmax(-1)[:, 3].tolist() == [0, 0]
+    assert (logits.softmax(-1) > 0).sum() == 2 * (VOCABULARY - 1)

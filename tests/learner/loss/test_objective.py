@@ -1,7 +1,7 @@
 """Whole objectives, from the configuration to the gradient by the logits."""
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -167,6 +167,14 @@ def test_candidates_drawn_twice_count_once_in_the_mass() -> None:
         torch.tensor([0]), {"teacher": logprobs}, candidate_ids=torch.tensor([[1, 2, 1]]), student_chose=True
     )
     assert evaluate(objective, logprobs, tokens).candidate_mass.item() == pytest.approx(0.5)
+
+
+def test_a_candidate_that_only_a_padded_teacher_has_counts_nothing_in_the_mass() -> None:
+    objective = make_objective("tail-topk", support_size=2)
+    student = torch.tensor([[0.2, 0.3, 0.5]]).log()
+    tokens = make_tokens(torch.tensor([0]), {"teacher": student}, candidate_ids=torch.tensor([[1, 2]]))
+    padded = replace(tokens, candidate_ids=torch.tensor([[1, 7]]))
+    assert evaluate(objective, student, padded).candidate_mass.item() == pytest.approx(0.3)
 
 
 def test_the_gradient_takes_the_memory_of_the_logits_and_is_absent_if_not_asked_for() -> None:

@@ -138,7 +138,7 @@ def test_a_whole_text_that_the_student_no_longer_recognises_counts_nothing() -> 
 
 def test_what_needs_whole_trajectories_says_so_and_refuses_to_go_without() -> None:
     for preset in PRESETS:
-        assert small(preset).needs.first_pass == (preset in ("minillm", "iw-opd"))
+        assert small(preset).needs.first_pass == (preset in ("minillm", "iw-opd", "beta-opsd-returns"))
     for student in ("rollout", "none"):
         term = {"loss": "policy_gradient", "discount": 0.5, "student": student}
         assert not make_objective(support="sampled", terms={"main": term}).needs.first_pass

@@ -93,6 +93,21 @@ def test_logits_far_from_0_stay_finite() -> None:
     assert scores["candidate_logprobs"].tolist() == [[0.0, -3000.0]]
 
 
+@pytest.mark.parametrize("asked", [{"top_k": NUM_CANDIDATES}, {"top_k": NUM_CANDIDATES, "entropy": True}, {}])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_a_small_tail_is_what_the_candidates_leave(asked: dict[str, Any], shift: float) -> None:
+    """5e-5 of the mass outside the candidates; a sum of logarithms, or a plain one beside 1, is off by percents."""
+    logits = torch.randn(8, VOCABULARY, generator=torch.manual_seed(3)) + shift
+    logits[torch.arange(8), torch.arange(8) * 9001] = 21.5 + shift
+    ids = logits.topk(NUM_CANDIDATES).indices
+    request = ScoreRequest("teacher", given_candidates=not asked, **asked)
+    scores = score_tokens(LmHead(logits.T.contiguous()), torch.eye(8), ids[:, 0].int().numpy(), request, ids.numpy())
+    tail = 1 - np.exp(scores["candidate_logprobs"].astype(np.float64)).sum(-1)
+    exact = 1 - logits.double().softmax(-1).gather(-1, ids).sum(-1)
+    assert exact.max() < 1e-4
+    np.testing.assert_allclose(tail, exact.numpy(), rtol=4e-3)  # float32 probabilities of 1 are 6e-8 apart
+
+
 def test_ids_that_the_teacher_does_not_have_get_the_floor() -> None:
     head = LmHead(torch.zeros(4, 2))
     candidates = np.array([[3, 4], [9, 0]], np.int32)
@@ -101,6 +116,20 @@ def test_ids_that_the_teacher_does_not_have_get_the_floor() -> None:
     even = pytest.approx(-np.log(4))
     assert scores["logprobs"].tolist() == [FLOOR, even]
     assert scores["candidate_logprobs"].tolist() == [[even, FLOOR], [FLOOR, even]]
+
+
+def test_excluded_ids_are_never_chosen_and_their_probability_goes_to_the_others() -> None:
+    """Of probabilities 1/2, 1/4, 1/8, 1/8 the first is excluded, as a token is that the student lacks."""
+    head = LmHead(torch.tensor([[4.0], [2.0], [1.0], [1.0]]).log(), excluded_ids=torch.tensor([0]))
+    request, written = ScoreRequest("teacher", top_k=2, entropy=True), np.array([1, 0], np.int32)
+    scores = score_tokens(head, torch.ones(2, 1), written, request)
+    assert scores["logprobs"].tolist() == [pytest.approx(np.log(1 / 2)), FLOOR]
+    assert scores["candidate_ids"][:, 0].tolist() == [1, 1]
+    assert 0 not in scores["candidate_ids"]
+    assert scores["candidate_logprobs"][0].tolist() == pytest.approx(np.log([1 / 2, 1 / 4]))
+    assert scores["entropy"].tolist() == [pytest.approx(1.5 * np.log(2))] * 2
+    whole = score_tokens(LmHead(head.weight[1:]), torch.ones(1, 1), np.array([0], np.int32), ScoreRequest("teacher"))
+    assert whole["logprobs"].tolist() == [pytest.approx(np.log(1 / 2))]
 
 
 def test_no_completion_token_gives_columns_of_no_rows() -> None:

@@ -1,0 +1,193 @@
+"""Compares a teacher with the student: tokens, ends of turns, and what does not matter, before any engine starts.
+
+Token ids travel, so both must read them as the same tokens. A difference that changes what an id or an end of turn
+means is refused, unless `teachers.NAME.accept_differences` names it; any other is accepted and said in one line.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
+
+from cluster.config.run_config import Config
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.errors import ModelError
+from cluster.models.model_checks import ModelFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+UNUSED = ("chat_template", "bos_token", "pad_token", "unk_token")  # of a teacher, which reads token ids alone
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Says how a teacher that fits the student differs from it all the same."""
+
+    excluded_ids: tuple[int, ...] = ()  # tokens that only the teacher has
+    stop_ids: frozenset[int] = frozenset()  # that end the teacher's turns, and are the same tokens for the student
+    accepted: str = ""  # the differences, for the user; "": none
+
+
+def compare(
+    name: str, section: TeacherConfig, student: ModelFacts, teacher: ModelFacts, stop_ids: Iterable[int] = ()
+) -> Pair:
+    """Return the differences between teacher and student; raise ModelError for one that is not accepted.
+
+    `stop_ids` end the student's turns besides those that its own files name.
+    """
+    tokens = _Tokens(student.tokenizer, teacher.tokenizer)
+    parts = [
+        *_compare_tokens(name, section, tokens),
+        *_compare_ends(name, section, tokens, student.stops | set(stop_ids), teacher.stops),
+    ]
+    unused = [
+        kind for kind in UNUSED if getattr(student.tokenizer, kind, None) != getattr(teacher.tokenizer, kind, None)
+    ]
+    if unused:
+        parts.append(f"its {', '.join(unused)} differ, which a teacher does not use")
+    ends = frozenset(teacher.stops - tokens.teacher_only.keys())
+    return Pair(tuple(sorted(tokens.teacher_only)), ends, f"teachers.{name}: {'; '.join(parts)}" if parts else "")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Holds what follows from all pairs of a run."""
+
+    stop_token_ids: tuple[int, ...] = ()  # that end completions besides the student's own
+    excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
+    lines: tuple[str, ...] = ()  # for the user
+
+    def apply(self, config: Config) -> Config:
+        """Return the run with completions that end where student or teachers do, and without the teachers' own tokens.
+
+        Example:
+            >>> from tests.builders import make_config
+            >>> Pairs(stop_token_ids=(7,)).apply(make_config()).rollout.stop_token_ids
+            (7,)
+        """
+        rollout = replace(config.rollout, stop_token_ids=_union(config.rollout.stop_token_ids, self.stop_token_ids))
+        teachers = {name: excluding(section, self.excluded_ids) for name, section in config.teachers.items()}
+        return replace(config, rollout=rollout, teachers=teachers)
+
+
+def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> Pairs:
+    """Compare every teacher of a run with the student; raise ModelError for a difference that is not accepted."""
+    stop_ids = config.rollout.stop_token_ids
+    pairs = {name: compare(name, config.teachers[name], student, facts, stop_ids) for name, facts in teachers.items()}
+    lines = [pair.accepted for pair in pairs.values() if pair.accepted]
+    lines += [
+        f"warning: teachers.{name} is the student's own model, from which it learns nothing"
+        for name in config.routes
+        if _is_same(config.student.model, config.teachers[name].model)
+    ]
+    ends = {token_id for pair in pairs.values() for token_id in pair.stop_ids} - student.stops
+    excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
+    return Pairs(tuple(sorted(ends)), tuple(sorted(excluded)), tuple(lines))
+
+
+def excluding(section: TeacherConfig, token_ids: Sequence[int]) -> TeacherConfig:
+    """Return a teacher's section that excludes these tokens too."""
+    return replace(section, excluded_token_ids=_union(section.excluded_token_ids, token_ids))
+
+
+def _union(some: Iterable[int], others: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted({*some, *others}))
+
+
+class _Tokens:
+    """Holds two vocabularies by id, and where they differ."""
+
+    def __init__(self, student: "PreTrainedTokenizerBase", teacher: "PreTrainedTokenizerBase") -> None:
+        self.student, self.teacher = student, teacher
+        ours, theirs = student.get_vocab(), teacher.get_vocab()
+        self.ours = {token_id: token for token, token_id in ours.items()}
+        self.theirs = {token_id: token for token, token_id in theirs.items()}
+        renamed = {
+            token_id
+            for token_id in self.ours.keys() & self.theirs.keys()
+            if self.ours[token_id] != self.theirs[token_id]
+        }
+        moved = {token_id for token, token_id in ours.items() if theirs.get(token, token_id) != token_id}
+        self.differing = sorted(renamed | moved)
+        self.student_only = {token_id: self.ours[token_id] for token_id in self.ours.keys() - self.theirs.keys()}
+        self.teacher_only = {token_id: self.theirs[token_id] for token_id in self.theirs.keys() - self.ours.keys()}
+        self._added = {*student.get_added_vocab(), *teacher.get_added_vocab()}
+
+    def are_added(self, token_ids: Iterable[int]) -> bool:
+        """Return whether all were added beside the vocabulary, as special tokens are, so that no text has them."""
+        both = (tokens[token_id] for token_id in token_ids for tokens in (self.ours, self.theirs) if token_id in tokens)
+        return self._added.issuperset(both)
+
+    def describe(self, token_id: int) -> str:
+        ours, theirs = self.ours.get(token_id), self.theirs.get(token_id)
+        elsewhere = None if ours is None else self.teacher.get_vocab().get(ours)
+        if elsewhere is not None:
+            return f"token {ours!r} has id {token_id} for the student and {elsewhere} for the teacher"
+        return f"id {token_id} is {ours!r} for the student and {theirs!r} for the teacher"
+
+
+def _compare_tokens(name: str, section: TeacherConfig, tokens: _Tokens) -> Sequence[str]:
+    accepts = "tokens" in section.accept_differences
+    differing, refusal = tokens.differing, f"teachers.{name}: its tokenizer is not the student's: "
+    if differing and not tokens.are_added(differing):
+        raise ModelError(
+            f"{refusal}{tokens.describe(differing[0])}, and {len(differing)} ids differ in all; a teacher must read "
+            "the student's token ids as the same tokens, so choose one that has the student's tokenizer"
+        )
+    accept = f'if you know that this does no harm, set teachers.{name}.accept_differences = ["tokens"]'
+    if differing and not accepts:
+        raise ModelError(
+            f"{refusal}{tokens.describe(differing[0])}, and {len(differing)} added tokens differ in all; {accept}"
+        )
+    for only, whose in ((tokens.student_only, "student"), (tokens.teacher_only, "teacher")):
+        if only and not accepts and not tokens.are_added(only):
+            raise ModelError(
+                f"{refusal}only the {whose} has {_count(only)}, not all of them added ones, so the two would write the "
+                f"same text in other tokens; {accept}"
+            )
+    parts = []
+    if differing:
+        parts.append(f"{len(differing)} added tokens differ ({tokens.describe(differing[0])})")
+    if tokens.teacher_only:
+        parts.append(f"it gives no probability to {_count(tokens.teacher_only)} that the student lacks")
+    if tokens.student_only:
+        parts.append(f"it does not know {_count(tokens.student_only)} of the student")
+    return parts
+
+
+def _compare_ends(
+    name: str, section: TeacherConfig, tokens: _Tokens, ours: frozenset[int] | set[int], theirs: frozenset[int]
+) -> Sequence[str]:
+    """Compare where turns end: a student that learns to write an EOS which does not stop it goes on for ever."""
+    student, teacher = tokens.student.eos_token_id, tokens.teacher.eos_token_id
+    if teacher in tokens.teacher_only:
+        raise ModelError(
+            f"teachers.{name}: its EOS {tokens.teacher.eos_token!r} is a token that the student lacks, so the student "
+            "cannot learn where to end; give the student's tokenizer and embedding that token"
+        )
+    differs = ours != theirs and (teacher not in ours or student not in theirs)
+    if differs and "eos" not in section.accept_differences:
+        raise ModelError(
+            f"teachers.{name}: its EOS is {tokens.teacher.eos_token!r}, and the student's is "
+            f"{tokens.student.eos_token!r}: the student would learn to write what does not end its turn; set "
+            f'teachers.{name}.accept_differences = ["eos"], so that completions end at both'
+        )
+    further = [tokens.theirs.get(token_id, str(token_id)) for token_id in sorted(theirs - ours)]
+    return [f"completions end at {', '.join(map(repr, further))} too"] if further else []
+
+
+def _count(tokens: Mapping[int, str]) -> str:
+    """Return how many tokens there are, and the first.
+
+    Example:
+        >>> _count({7: "<think>", 8: "</think>"})
+        "2 tokens ('<think>', ...)"
+    """
+    return f"{len(tokens)} token{'s'[: len(tokens) - 1]} ({tokens[min(tokens)]!r}{', ...' if len(tokens) > 1 else ''})"
+
+
+def _is_same(model: str, other: str) -> bool:
+    return model == other or (Path(model).is_dir() and Path(other).is_dir() and Path(model).samefile(other))

@@ -1,0 +1,188 @@
+"""Reads the rows of prompts: JSON lines, JSON, Parquet, CSV, a folder of such files, or a data set of the hub."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from cluster.config.data_source import DataSource, parse_source
+from cluster.contracts.errors import PromptError
+from cluster.contracts.files import read_file
+
+Row = dict[str, Any]
+
+MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
+TRAIN_SPLITS, HELD_OUT_SPLITS = ("train",), ("test", "validation")  # of a data set, the first that it has
+# Names of the columns that hold prompts and answers in public data sets, the likeliest first.
+PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "input", "query")
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
+
+
+def read_rows(source: str, splits: Sequence[str] = TRAIN_SPLITS) -> Iterator[tuple[str, Row | PromptError]]:
+    """Yield where each row stands, and the row, or what is wrong with it.
+
+    Raises:
+        PromptError: the source is missing, empty or no data that we know.
+    """
+    parsed = parse_source(source)
+    if parsed.kind == "file" and parsed.split is not None:
+        raise PromptError(f"{source}: a file has no splits; name {parsed.place} alone")
+    num_rows = 0
+    for row in _file_rows(parsed.place) if parsed.kind == "file" else _table_rows(source, _dataset(parsed, splits)):
+        num_rows += 1
+        yield row
+    if not num_rows:
+        raise PromptError(f"{source}: the {'file' if parsed.kind == 'file' else 'data set'} holds no prompt")
+
+
+def guess_columns(row: Row) -> dict[str, str]:
+    """Return which columns of a row the prompt and the answer are likely to be in, as `prompts.columns` names them.
+
+    Example:
+        >>> guess_columns({"question": "2 + 2?", "reward_model": {"ground_truth": "4"}})
+        {'prompt': 'question', 'answer': 'reward_model.ground_truth'}
+    """
+    guesses = {"prompt": PROMPT_COLUMNS, "answer": ANSWER_COLUMNS}
+    named = {field: [name for name in names if value_at(row, name) is not None] for field, names in guesses.items()}
+    return {field: names[0] for field, names in named.items() if names}
+
+
+def value_at(row: Row, path: str) -> Any:
+    """Return a column's value, or the one inside it that a dotted path leads to; None where there is none.
+
+    Example:
+        >>> value_at({"answers": {"text": ["4", "four"]}}, "answers.text.0")
+        '4'
+    """
+    if path in row:
+        return row[path]
+    value: Any = row
+    for part in path.split("."):
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _file_rows(place: str) -> Iterator[tuple[str, Row | PromptError]]:
+    path = Path(place)
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return _table_rows(place, _read_csv(path))
+    content = read_file(path, "prompt file", PromptError)
+    if content.startswith(b"PAR1"):
+        return _table_rows(place, _read_parquet(path))
+    if content.lstrip().startswith(b"["):
+        return _json_rows(path, content)
+    return _json_lines(path, content)
+
+
+def _json_lines(path: Path, content: bytes) -> Iterator[tuple[str, Row | PromptError]]:
+    decoder = msgspec.json.Decoder(Row)
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        if len(line) > MAX_LINE_BYTES:
+            yield (
+                f"{path}:{number}",
+                PromptError(f"the line has {len(line)} bytes; expected one JSON object of up to {MAX_LINE_BYTES}"),
+            )
+            continue
+        try:
+            yield f"{path}:{number}", decoder.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            yield f"{path}:{number}", PromptError(f"not a prompt object: {error}")
+
+
+def _json_rows(path: Path, content: bytes) -> Iterator[tuple[str, Row | PromptError]]:
+    try:
+        rows = msgspec.json.decode(content, type=list[Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise PromptError(f"{path}: not a JSON array of prompt objects: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        try:
+            yield _row(path, number), msgspec.convert(row, Row)
+        except msgspec.ValidationError as error:
+            yield _row(path, number), PromptError(f"not a prompt object: {error}")
+
+
+def _read_parquet(path: Path) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise PromptError(f"{path}: cannot read the Parquet file: {error}") from error
+
+
+def _read_csv(path: Path) -> pa.Table:
+    """Read every column as text: `007` and `4.0` are answers as they stand. An empty field is null."""
+    import pyarrow.csv as pc
+
+    read_file(path, "prompt file", PromptError)  # its errors are ours
+    parse = pc.ParseOptions(delimiter="\t" if path.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+    try:
+        with pc.open_csv(path, parse_options=parse) as reader:
+            names = reader.schema.names
+        texts = pc.ConvertOptions(dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True)
+        return pc.read_csv(path, parse_options=parse, convert_options=texts)
+    except (pa.ArrowException, OSError) as error:
+        raise PromptError(f"{path}: cannot read the CSV file: {error}") from error
+
+
+def _table_rows(source: str | Path, table: pa.Table) -> Iterator[tuple[str, Row | PromptError]]:
+    """Yield a table's rows without columns that hold bytes, such as images."""
+    texts = [name for name, type_ in zip(table.schema.names, table.schema.types, strict=True) if not _has_bytes(type_)]
+    number = 0
+    for batch in table.select(texts).to_batches(max_chunksize=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield _row(source, number), row
+
+
+def _has_bytes(type_: pa.DataType) -> bool:
+    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
+        return True
+    return any(_has_bytes(type_.field(index).type) for index in range(type_.num_fields))
+
+
+def _row(source: str | Path, number: int) -> str:
+    return f"{source}: row {number}"
+
+
+def _dataset(source: DataSource, splits: Sequence[str]) -> pa.Table:
+    """Load a folder or a data set of the hub, through its cache."""
+    import datasets
+
+    saved = [Path(source.place) / name for name in ("state.json", "dataset_dict.json")]  # by `save_to_disk`
+    try:
+        if source.kind == "folder" and any(file.exists() for file in saved):
+            loaded = datasets.load_from_disk(source.place)
+        else:
+            loaded = datasets.load_dataset(source.place, source.subset, split=source.split)
+        return _split_of(source, loaded, splits).with_format("arrow")[:]
+    except ConnectionError as error:
+        raise PromptError(
+            f"{source.place}: there is no such file or folder, and the Hugging Face hub cannot be reached: {error}; "
+            f"where it can, `hf download {source.place} --repo-type dataset --local-dir FOLDER` gives a folder to name"
+        ) from error
+    except (pa.ArrowException, OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise PromptError(
+            f"{source.place}: cannot load the data set: {error}; "
+            f"subset and split are written {source.place}/SUBSET:SPLIT"
+        ) from error
+
+
+def _split_of(source: DataSource, loaded: Any, splits: Sequence[str]) -> Any:
+    if not isinstance(loaded, Mapping):
+        return loaded
+    names = list(loaded)
+    wanted = [source.split] if source.split is not None else [*splits, *(names if len(names) == 1 else [])]
+    split = next((name for name in wanted if name in loaded), None)
+    if split is None:
+        raise ValueError(f"it has the splits {', '.join(names)}; name one, as in {source.place}:{names[0]}")
+    return loaded[split]

@@ -1,0 +1,91 @@
+"""`preceptor init` writes a run file that starts, and says why."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import main
+from cluster.config.run_config import Config
+from cluster.config.run_file import load_run_config
+from cluster.demo import EMBEDDED
+from cluster.run.inputs import load_inputs
+
+PAIR = ("--student", str(EMBEDDED / "student"), "--teacher", str(EMBEDDED / "teacher"))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Write some of the embedded prompts, and held-out ones beside them."""
+    for name in ("train", "held_out"):
+        lines = (EMBEDDED / f"{name}.jsonl").read_text().splitlines()[:40]
+        (tmp_path / f"my_{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "my_train.jsonl"
+
+
+def init(data: Path, *options: str) -> Config:
+    """Write a run file for the embedded pair and return it as a run reads it."""
+    out = data.with_name("run.toml")
+    assert main(["init", *PAIR, "--data", str(data), "--out", str(out), *options]) == 0
+    return load_run_config(out)
+
+
+def test_the_embedded_pair_gets_a_short_run_file_with_reasons(
+    prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = init(prompts, "--gpus", "0")
+    assert config.prompts.template == "raw"  # its tokenizer has no chat template
+    assert config.prompts.held_out == str(prompts.with_name("my_held_out.jsonl"))
+    assert config.environment.verifier == "regex"  # its answers are patterns
+    assert (config.learner.dtype, config.learner.learning_rate) == ("float32", 1e-3)  # 0.3 million parameters
+    inputs = load_inputs(config)
+    assert inputs.max_model_len <= 128  # the context of both
+    written = prompts.with_name("run.toml").read_text()
+    settings = [line for line in written.splitlines() if " = " in line and not line.startswith("#")]
+    assert len(settings) <= 25
+    said = capsys.readouterr().out
+    assert "the student's tokenizer has no chat template" in written
+    assert 'prompts.template = "raw": the student\'s tokenizer has no chat template' in said
+    assert "prompts have 10 tokens (median)" in said
+    assert f"{prompts.with_name('run.toml')} is written" in said
+
+
+def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run.toml"
+    out.write_text("mine")
+    assert main(["init", *PAIR, "--data", str(EMBEDDED / "train.jsonl"), "--out", str(out)]) == 1
+    assert out.read_text() == "mine"
+    assert capsys.readouterr().err == f"preceptor: {out}: is there already; name another file with --out\n"
+
+
+def test_one_gpu_is_shared(prompts: Path) -> None:
+    one = init(prompts, "--gpus", "1", "--gpu-memory", "24")
+    assert one.ray.share_gpu
+    engines = (one.rollout.engine, one.teachers["main"].engine)
+    fractions = [one.learner.gpu_memory_fraction, *(engine.gpu_memory_fraction or 0 for engine in engines)]
+    assert sum(fractions) == pytest.approx(0.95)
+
+
+def test_eight_gpus_are_divided(prompts: Path) -> None:
+    eight = init(prompts, "--gpus", "8", "--gpu-memory", "80")
+    pools = (eight.rollout.num_workers, eight.teachers["main"].num_workers, eight.learner.num_workers)
+    assert pools == (5, 1, 2)
+    assert not eight.ray.share_gpu
+
+
+@pytest.mark.parametrize(
+    ("answers", "verifier"),
+    [(["42", "1,000", "-3.5"], "math"), ([r"\frac{1}{2}", "$x$"], "math"), (["Rome", "Paris"], "exact")],
+)
+def test_answers_choose_the_verifier(tmp_path: Path, answers: list[str], verifier: str) -> None:
+    lines = [f'{{"prompt": "12 : 27 25", "answer": {json.dumps(answer)}}}' for answer in answers]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    assert init(tmp_path / "mine.jsonl", "--gpus", "0").environment.verifier == verifier
+
+
+@pytest.mark.exhaustive
+def test_a_run_file_of_the_embedded_pair_trains_without_an_edit(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    init(prompts, "--gpus", "0")
+    monkeypatch.chdir(prompts.parent)
+    assert main(["train", "run.toml", "run.steps=2", "ray.dashboard=false"]) == 0
+    assert len((prompts.parent / "runs/run/metrics.jsonl").read_text().splitlines()) == 2

@@ -1,0 +1,120 @@
+"""Faults of the objective: divergences, advantages, ratios, what the learner sees."""
+
+from tests.faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "advantage of the wrong sign",
+        "learner/loss/policy_gradient.py",
+        '"identity": lambda q, p, _: q - p,',
+        '"identity": lambda q, p, _: p - q,',
+        ("tests/learner/loss/test_policy_gradient.py",),
+    ),
+    Fault(
+        "importance ratio upside down",
+        "learner/loss/policy_gradient.py",
+        "return (student - rollout).clamp(",
+        "return (rollout - student).clamp(",
+        ("tests/learner/loss/test_importance.py",),
+    ),
+    Fault(
+        "importance ratio truncated from below",
+        "learner/loss/policy_gradient.py",
+        ".detach().clamp(max=bounds.high)",
+        ".detach().clamp(min=bounds.low)",
+        ("tests/learner/loss/test_importance.py",),
+    ),
+    Fault(
+        "log-ratio to the rollout instead of the student",
+        "learner/loss/terms.py",
+        '{"current": student, "rollout": rollout,',
+        '{"current": rollout, "rollout": student,',
+        ("tests/conformance/test_estimator_identities.py",),
+    ),
+    Fault(
+        "forward and reverse KL exchanged at the ends of JSD",
+        "learner/loss/divergences.py",
+        'ends={0.0: "forward_kl", 1.0: "reverse_kl"}',
+        'ends={1.0: "forward_kl", 0.0: "reverse_kl"}',
+        ("tests/learner/loss/test_divergences.py",),
+    ),
+    Fault(
+        "beta weighs the student in the exact JSD",
+        "learner/loss/divergences.py",
+        "log_mixture = torch.add(d.new_full((), 1 - beta), ratio, alpha=beta,",
+        "log_mixture = torch.add(d.new_full((), beta), ratio, alpha=1 - beta,",
+        ("tests/learner/loss/test_exact.py",),
+    ),
+    Fault(
+        "skewed reverse KL mixes the wrong share",
+        "learner/loss/divergences.py",
+        "lambda d, skew: -_log_mixture(d, 1 - skew)",
+        "lambda d, skew: -_log_mixture(d, skew)",
+        ("tests/learner/loss/test_divergences.py",),
+    ),
+    Fault(
+        "tail mass dropped",
+        "learner/loss/divergences.py",
+        'return with_tail(kept) if truncation == "tail" else kept',
+        "return kept",
+        ("tests/learner/loss/test_divergences.py",),
+    ),
+    Fault(
+        "logits read in bfloat16",
+        "learner/loss/softmax.py",
+        "return values if values.dtype in (torch.float32, torch.float64) else values.float()",
+        "return values",
+        ("tests/learner/loss/test_softmax.py",),
+    ),
+    Fault(
+        "discount of one token at every distance",
+        "learner/loss/token_weights.py",
+        "* discount**width",
+        "* discount",
+        ("tests/learner/loss/test_token_weights.py",),
+    ),
+    Fault(
+        "samples of a prompt taken apart",
+        "learner/batching/arrivals.py",
+        "key = trajectory_id // self.samples_per_prompt",
+        "key = trajectory_id % self.samples_per_prompt",
+        ("tests/learner/batching/test_arrivals.py",),
+    ),
+    Fault(
+        "heads of the first route for all",
+        "learner/model/completion_head.py",
+        "teacher_heads[chunk.route][model].logits(hidden)",
+        "teacher_heads[batch.routes[0].route][model].logits(hidden)",
+        (
+            "tests/learner/model/test_completion_head.py::test_tokens_of_two_routes_meet_the_heads_of_their_own_teachers",
+        ),
+    ),
+    Fault(
+        "short trajectories padded to the longest",
+        "learner/model/attention.py",
+        "members = [np.flatnonzero(doublings == doubling) for doubling in np.unique(doublings)]",
+        "members = [np.arange(len(lengths))]",
+        ("tests/learner/model/test_attention.py",),
+    ),
+    Fault(
+        "packed trajectories see each other",
+        "learner/model/student.py",
+        "Segments.of(batch.lengths, ids.device)",
+        "Segments.of((sum(batch.lengths),), ids.device)",
+        ("tests/learner/model/test_attention.py",),
+    ),
+    Fault(
+        "padded tokens brought back",
+        "learner/model/attention.py",
+        "np.flatnonzero(steps < lengths[:, None])",
+        "np.flatnonzero(steps <= lengths[:, None])",
+        ("tests/learner/model/test_attention.py",),
+    ),
+    Fault(
+        "KL metric against the rollout",
+        "learner/train_step.py",
+        '"kl": _mean(result.logprobs - tokens.logprobs[TEACHER])',
+        '"kl": _mean(tokens.rollout_logprobs - tokens.logprobs[TEACHER])',
+        ("tests/learner/test_train_step.py::test_figures_are_means_over_completion_tokens",),
+    ),
+)

@@ -1,0 +1,5 @@
+"""Faults of the published objectives: their presets, weights, bounds and routes."""
+
+from tests.faults.fault import Fault
+
+FAULTS: tuple[Fault, ...] = ()

@@ -1,0 +1,166 @@
+"""Faults of the loop and what it records."""
+
+from tests.faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "one step more in flight than allowed",
+        "cluster/run/driver.py",
+        "min(step + self.max_staleness + 1, self.num_steps)",
+        "min(step + self.max_staleness + 2, self.num_steps)",
+        ("tests/cluster/run/test_permits.py",),
+    ),
+    Fault(
+        "batches given out twice",
+        "cluster/run/flow.py",
+        "given = self.finished[self._num_given :]",
+        "given = self.finished[:]",
+        ("tests/cluster/simulation/test_simulated_run.py",),
+    ),
+    Fault(
+        "whole step sampled again for a lost batch",
+        "cluster/run/flow.py",
+        "lost = [request for request in batches.requests if request.trajectory_id in handle.trajectory_ids]",
+        "lost = list(batches.requests)",
+        ("tests/cluster/run/test_flow.py",),
+    ),
+    Fault(
+        "scoring checkpoint not recorded",
+        "teacher_workers/pool.py",
+        "scored_by={**sent.scored_by, **({self.name: self.checkpoint} if self.checkpoint else {})},",
+        "scored_by=sent.scored_by,",
+        (
+            "tests/teacher_workers/test_replacement.py::test_a_step_is_scored_by_the_checkpoint_that_it_was_asked_for_under",
+        ),
+    ),
+    Fault(
+        "checkpoint a step late",
+        "cluster/run/checkpoints.py",
+        "return every_steps > 0 and step % every_steps == 0",
+        "return every_steps > 0 and (step - 1) % every_steps == 0",
+        ("tests/cluster/run/test_hooks.py",),
+    ),
+    Fault(
+        "repeated row not noticed",
+        "cluster/run/ledger.py",
+        "            if trajectory_id not in self._missing:\n"
+        '                self._fail(f"trajectory {trajectory_id} came a second time")\n'
+        "            expected = self._missing.pop(trajectory_id)\n",
+        "            expected = self._missing.pop(trajectory_id, prompt_id)\n",
+        ("tests/cluster/run/test_ledger.py",),
+    ),
+    Fault(
+        "lost row not noticed",
+        "cluster/run/ledger.py",
+        "            return False\n        self._check_complete()\n        return True\n",
+        "            return False\n        return True\n",
+        ("tests/cluster/run/test_ledger.py",),
+    ),
+    Fault(
+        "staleness bound of the audit too wide",
+        "cluster/run/ledger.py",
+        "if not index - config.rollout.max_staleness <= lowest",
+        "if not index - config.rollout.max_staleness - 1 <= lowest",
+        ("tests/cluster/run/test_ledger.py",),
+    ),
+    Fault(
+        "staleness counted from the next step",
+        "cluster/run/step_metrics.py",
+        "ages = [step - 1 - version for",
+        "ages = [step - version for",
+        ("tests/cluster/run/test_step_metrics.py",),
+    ),
+    Fault(
+        "means of parts averaged",
+        "cluster/contracts/metrics.py",
+        "return type(self)(self.total + other.total, self.weight + other.weight)",
+        "return type(self)(self.value + other.value, 2.0)",
+        ("tests/cluster/contracts/test_metrics.py",),
+    ),
+    Fault(
+        "oldest checkpoint resumed",
+        "cluster/run/checkpoints.py",
+        "for folder in reversed(checkpoints(directory.checkpoints)):",
+        "for folder in checkpoints(directory.checkpoints):",
+        ("tests/cluster/run/test_damaged_checkpoints.py",),
+    ),
+    Fault(
+        "checksum of a checkpoint not compared",
+        "learner/checkpointing/manifest.py",
+        "        if entry_of(path) != entry:\n",
+        "        if entry_of(path).num_bytes != entry.num_bytes:\n",
+        ("tests/cluster/run/test_damaged_checkpoints.py",),
+    ),
+    Fault(
+        "newest checkpoints pruned",
+        "learner/checkpointing/checkpoint.py",
+        "for folder in complete[:-keep_last]:",
+        "for folder in complete[keep_last:]:",
+        ("tests/learner/checkpointing/test_checkpoint.py",),
+    ),
+    Fault(
+        "checkpoint shares memory with training",
+        "learner/checkpointing/shards.py",
+        'tensor.detach().to("cpu", copy=True).contiguous()',
+        'tensor.detach().to("cpu").contiguous()',
+        ("tests/learner/checkpointing/test_shards.py",),
+    ),
+    Fault(
+        "checkpoint without optimizer state",
+        "learner/engines/torch.py",
+        'flatten(self._masters, self._optimizer.state_dict()["state"])',
+        "flatten(self._masters, {})",
+        ("tests/learner/test_train_step.py::test_a_restored_bfloat16_engine_goes_on_as_if_it_had_not_stopped",),
+    ),
+    Fault(
+        "every rank loads the first one's shard",
+        "learner/worker.py",
+        "read_shard(folder / shard_name(self._engine.rank))",
+        "read_shard(folder / shard_name(0))",
+        ("tests/learner/test_worker.py",),
+    ),
+    Fault(
+        "random state not restored",
+        "learner/worker.py",
+        "        set_random_state(generators)\n",
+        "",
+        ("tests/learner/test_worker.py",),
+    ),
+    Fault(
+        "record of the last step forgotten at a resume",
+        "cluster/run/ledger.py",
+        "self._file.drop_from(first_step + 1)",
+        "self._file.drop_from(first_step)",
+        ("tests/cluster/run/test_ledger.py",),
+    ),
+    Fault(
+        "unknown fields ignored",
+        "cluster/config/fields.py",
+        "forbid_unknown_fields=True",
+        "forbid_unknown_fields=False",
+        ("tests/cluster/config/test_run_config.py",),
+    ),
+    Fault(
+        "former name of a field read and dropped",
+        "cluster/config/run_file.py",
+        "            tree[new_section][new_field] = fields.pop(field)\n",
+        "            fields.pop(field)\n",
+        (
+            "tests/cluster/weight_sync/test_transports.py::test_the_former_names_of_fields_still_work_with_one_warning_each",
+        ),
+    ),
+    Fault(
+        "lower length cap in steps under way",
+        "cluster/monitoring/alarms.py",
+        "self._changes.append((after_step + self.max_staleness, lowered))",
+        "self._changes.append((after_step, lowered))",
+        ("tests/cluster/monitoring/test_alarms.py",),
+    ),
+    Fault(
+        "one restart more than allowed",
+        "cluster/actors/replicas.py",
+        "if len(spent) >= self._limit.max_restarts:",
+        "if len(spent) > self._limit.max_restarts:",
+        ("tests/test_docstring_examples.py",),
+    ),
+)

@@ -1,0 +1,93 @@
+"""Faults of the teachers."""
+
+from tests.faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "prompt without a teacher goes to the first",
+        "rollout_workers/prompts.py",
+        "if teacher is None and len(names) == 1:",
+        "if teacher is None:",
+        ("tests/rollout_workers/test_prompts.py",),
+    ),
+    Fault(
+        "base of every route is the routed teacher",
+        "cluster/config/run_config.py",
+        "return (self.teachers[route].base or route) if model == BASE else model",
+        "return route if model == BASE else model",
+        ("tests/cluster/config/test_objective.py",),
+    ),
+    Fault(
+        "unknown token scored 0",
+        "teacher_workers/backends/lm_head_scores.py",
+        ".where(is_known, FLOOR)",
+        ".where(is_known, 0.0)",
+        ("tests/teacher_workers/backends/test_lm_head_scores.py",),
+    ),
+    Fault(
+        "NaN scores filled with zeros",
+        "teacher_workers/actor.py",
+        "            if scores.keys() != request.signals:",
+        "            scores = {name: np.nan_to_num(values) for name, values in scores.items()}\n"
+        "            if scores.keys() != request.signals:",
+        ("tests/teacher_workers/test_teacher_worker.py",),
+    ),
+    Fault(
+        "candidate ids worst first",
+        "teacher_workers/backends/lm_head_scores.py",
+        ".where(is_known, FLOOR), best_ids,",
+        ".where(is_known, FLOOR), best_ids.flip(-1),",
+        ("tests/teacher_workers/backends/test_lm_head_scores.py",),
+    ),
+    Fault(
+        "scored batch of step 0",
+        "teacher_workers/pool.py",
+        "            rollout=sent.rollout,\n",
+        "",
+        ("tests/cluster/simulation/test_simulated_run.py",),
+    ),
+    Fault(
+        "step scored by two checkpoints",
+        "teacher_workers/replacement.py",
+        "0 <= step < retired.until_step",
+        "0 <= step <= retired.until_step",
+        (
+            "tests/teacher_workers/test_replacement.py::test_a_step_is_scored_by_the_checkpoint_that_it_was_asked_for_under",
+        ),
+    ),
+    Fault(
+        "sampled KL of the wrong sign",
+        "teacher_workers/actor.py",
+        'ragged(scored, "rollout_logprobs").values - logprobs',
+        'logprobs - ragged(scored, "rollout_logprobs").values',
+        ("tests/teacher_workers/test_teacher_worker.py",),
+    ),
+    Fault(
+        "soft cap before the factor",
+        "cluster/models/lm_head.py",
+        "factor *= float(value) ** power",
+        "factor *= float(value)",
+        ("tests/cluster/models/test_lm_head.py",),
+    ),
+    Fault(
+        "head tied by the inner configuration alone",
+        "cluster/models/lm_head.py",
+        "return bool(inner if outer is None else outer)",
+        "return bool(inner)",
+        ("tests/cluster/models/test_lm_head.py",),
+    ),
+    Fault(
+        "replacement takes over before it serves",
+        "cluster/elastic/replace_teacher.py",
+        "if replacement.error is None and (replacement.replicas.serving or replacement.waits_for_place):",
+        "if replacement.error is None:",
+        ("tests/cluster/elastic/test_replace_teacher.py",),
+    ),
+    Fault(
+        "teacher needed from the wrong prompt on",
+        "cluster/elastic/scale.py",
+        "inputs.train.take(next_step * per_step,",
+        "inputs.train.take(next_step,",
+        ("tests/cluster/elastic/test_teacher_needs.py",),
+    ),
+)
