@@ -1,6 +1,6 @@
-"""`python -m benchmarks.cases.residual_training`: how near the default comes to the exact reverse KL, through the pipeline.
+"""`python -m benchmarks.cases.residual_training`: how near the default objective comes to the exact reverse KL.
 
-A random Llama learns from another one, both of 640 tokens, so that the teacher's 16 most likely hold an eighth of its
+Through the whole pipeline, a random Llama learns from another one, both of 640 tokens, so that the teacher's 16 most likely hold an eighth of its
 probability: what a sum over them leaves out is most of the gradient. The arms are the default, the same without its
 residual, and the exact reverse KL over the whole vocabulary. The KL to the teacher is computed afterwards, over the
 whole vocabulary, on texts that the exported student writes.
@@ -119,9 +119,7 @@ def run_arm(arm: str, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
         started = time.perf_counter()
         start_training(config_of(arm, seed, folder, overrides))
         seconds = time.perf_counter() - started
-        kl = {
-            name: measure_kl(folder / path, folder) for name, path in (("before", "student"), ("after", "run/export"))
-        }
+        kl = {"before": measure_kl(folder / "student", folder), "after": measure_kl(folder / "run/export", folder)}
         steps = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     mass = {"mass": steps[0]["train/teacher_candidate_mass"]} if arm != "exact-reverse-kl" else {}
     return {"arm": arm, "seed": seed, **kl, "seconds": seconds, "steps": len(steps), **mass}
@@ -184,10 +182,8 @@ def write_prompts(path: Path, seed: int) -> None:
     import torch
 
     shape, random = (NUM_PROMPTS, PROMPT_TOKENS), torch.Generator().manual_seed(seed)
-    texts = [
-        " ".join(f"w{word}" for word in ids)
-        for ids in torch.randint(FIRST_WORD, VOCABULARY, shape, generator=random).tolist()
-    ]
+    prompts = torch.randint(FIRST_WORD, VOCABULARY, shape, generator=random).tolist()
+    texts = [" ".join(f"w{word}" for word in ids) for ids in prompts]
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
 
 

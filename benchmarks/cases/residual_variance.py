@@ -31,12 +31,12 @@ from learner.loss.tokens import CompletionTokens
 COMMAND = "python -m benchmarks.cases.residual_variance"
 TAIL = {"loss": "divergence", "truncation": "tail"}
 GENERALIZED = {"loss": "divergence", "truncation": "generalized"}
-PLAIN = {
+PLAIN: dict[str, dict[str, Any]] = {
     "tail": {"main": TAIL | {"residual": False}},
     "generalized": {"main": GENERALIZED},
     "renormalized": {"main": {"loss": "divergence", "truncation": "renormalized"}},
 }
-UNBIASED = {
+UNBIASED: dict[str, dict[str, Any]] = {
     "sampled": {"main": {"loss": "policy_gradient"}},
     "vOPD": {"main": {"loss": "policy_gradient", "baseline": "kl"}},
     "TT": {"main": GENERALIZED, "outside": {"loss": "policy_gradient", "when": "outside_support"}},
