@@ -1,9 +1,9 @@
 """`python -m benchmarks.cases.residual_training`: how near the default objective comes to the exact reverse KL.
 
-Through the whole pipeline, a random Llama learns from another one, both of 640 tokens, so that the teacher's 16 most likely hold an eighth of its
-probability: what a sum over them leaves out is most of the gradient. The arms are the default, the same without its
-residual, and the exact reverse KL over the whole vocabulary. The KL to the teacher is computed afterwards, over the
-whole vocabulary, on texts that the exported student writes.
+Through the whole pipeline, a random Llama learns from another one, both of 640 tokens. The teacher's 16 most likely
+hold an eighth of its probability, so what a sum over them leaves out is most of the gradient. The arms are the default,
+the same without its residual, and the exact reverse KL over the whole vocabulary. The KL to the teacher is computed
+afterwards, over the whole vocabulary, on texts that the exported student writes.
 
 A run is appended to a JSON-lines file as soon as it ends, and a second call does only what is missing there.
 """
