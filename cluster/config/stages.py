@@ -1,8 +1,10 @@
 """Defines the sections of a run file for the pools, the learner and what goes between them."""
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from msgspec import Meta
+from msgspec.structs import force_setattr, replace
 
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 
@@ -73,7 +75,7 @@ class RolloutConfig(Section):
 class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
 
-    model: Text
+    model: Text  # Hugging Face directory or hub id; with `url`, the name that the servers have for it
     backend: Text = "vllm"  # what scores: a name of teacher_workers/backends/base.py, or package.module:Class
     signals: tuple[Text, ...] = ()  # more of what it says of each token, beside what the objective needs: import paths
     trust_remote_code: bool = False
@@ -87,11 +89,49 @@ class TeacherConfig(Section):
     accept_differences: tuple[Literal["eos", "tokens"], ...] = ()
     excluded_token_ids: tuple[CountOrZero, ...] = ()  # have no probability; tokens that only the teacher has are added
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
+    # Servers with prompt log-probabilities, which divide the rows: "http://host:8000/v1". The workers need no GPU; of
+    # `engine` count `max_concurrent_sequences`, the requests in flight per worker, and `dtype`, that of the servers.
+    url: Text | tuple[Text, ...] | None = None
+    api_key_env: Text | None = None  # name of the environment variable that holds the servers' key
+    tokenizer: Text | None = None  # of the servers' model, to compare with the student's; None: taken to be the same
+    request_timeout_seconds: Positive = 120.0
+    retry_seconds: NonNegative = 600.0  # of failures that may pass: server away or busy, error 5xx, no answer in time
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
         if self.num_workers:
             check_limits(self.num_workers, self.min_workers, self.max_workers)
+        if self.url is None:
+            if self.backend == "http":
+                raise ValueError("backend = 'http' needs a url")
+            only_with_url = {"api_key_env": self.api_key_env, "tokenizer": self.tokenizer}
+            if given := [name for name, value in only_with_url.items() if value is not None]:
+                raise ValueError(f"{given[0]} is for teachers with a url; set url, or remove it")
+            return
+        if not self.urls:
+            raise ValueError("url = [] names no server")
+        for url in self.urls:
+            _check_url(url)
+        if self.backend == "vllm":
+            force_setattr(self, "backend", "http")
+        force_setattr(self, "engine", replace(self.engine, tensor_parallel=0))
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Return the URLs of the servers, without a slash at the end."""
+        urls = (self.url,) if isinstance(self.url, str) else self.url or ()
+        return tuple(url.rstrip("/") for url in urls)
+
+
+def _check_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"url is '{url}'; expected http:// or https://, a host and a path: http://host:8000/v1")
+    if parts.username is not None:
+        raise ValueError(
+            "url holds a user name or password, which would be written to files; put a key into an environment "
+            "variable and name it in api_key_env"
+        )
 
 
 Attention = Literal["auto", "flash", "varlen", "grouped", "masked"]

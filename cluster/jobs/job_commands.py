@@ -98,7 +98,10 @@ def _named(config: Config) -> Iterator[tuple[str, str, bool]]:
     """Yield each field that names a file, its text, and whether it is a model."""
     yield "student.model", config.student.model, True
     for name, teacher in config.teachers.items():
-        yield f"teachers.{name}.model", teacher.model, True
+        if teacher.url is None:
+            yield f"teachers.{name}.model", teacher.model, True
+        elif teacher.tokenizer is not None:
+            yield f"teachers.{name}.tokenizer", teacher.tokenizer, True
     yield "prompts.train", config.prompts.train, False
     if config.prompts.held_out is not None:
         yield "prompts.held_out", config.prompts.held_out, False

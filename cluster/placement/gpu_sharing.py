@@ -41,7 +41,8 @@ def share_gpu(config: Config) -> GpuShares:
     if left < -1e-9 or (open_engines and each < LEAST_FRACTION):
         raise PlacementError(_refusal(config, left, open_engines))
     shares = {name: engine.gpu_memory_fraction or each for name, (_, engine) in pools.items()}
-    teachers = {name: shares[label] for label, names in config.scorer_groups.items() for name in names}
+    # Those whose backends need no GPU have no share.
+    teachers = {name: shares.get(label, 0.0) for label, names in config.scorer_groups.items() for name in names}
     return GpuShares(shares["rollout"], teachers, config.learner.gpu_memory_fraction)
 
 
@@ -61,12 +62,13 @@ def with_gpus(config: Config, on_gpu: bool) -> Config:
 
 
 def _engines(config: Config) -> dict[str, tuple[int, EngineConfig]]:
-    """Return every pool's number of engines and how they are built; a slot is as large as its largest."""
+    """Return how many engines every pool has on GPUs, and how they are built; a slot is as large as its largest."""
     engines = {"rollout": (config.rollout.num_workers, config.rollout.engine)}
     for label, names in config.scorer_groups.items():
         teachers = [config.teachers[name] for name in names]
         largest = max(teachers, key=lambda teacher: teacher.engine.gpu_memory_fraction or 0.0)
-        engines[label] = (largest.num_workers, largest.engine)
+        if largest.engine.tensor_parallel:
+            engines[label] = (largest.num_workers, largest.engine)
     return engines
 
 

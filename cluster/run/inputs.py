@@ -11,7 +11,7 @@ from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
 from rollout_workers.environments.base import environment_named
 from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
-from teacher_workers.backends.base import check_signals, find_backend
+from teacher_workers.backends.base import check_signals, check_teacher
 
 _TRAIN, _HELD_OUT = 0, 1  # keep the seeds of training and evaluation apart
 
@@ -31,7 +31,7 @@ def load_inputs(config: Config) -> Inputs:
     """Read models' configurations, tokenizers and prompt files, and check that they fit each other."""
     student = read_model(config.student, is_student=True)
     check_signals(config)
-    teachers = {name: find_backend(teacher).check(teacher, student) for name, teacher in config.teachers.items()}
+    teachers = {name: check_teacher(name, teacher, student) for name, teacher in config.teachers.items()}
     pairs = compare_all(config, student, teachers)
     models = [student, *teachers.values()]
     check_support(config, min(model.vocabulary for model in models))

@@ -42,6 +42,11 @@ class CheckResult:
     advice: str  # what to do when it did not pass
 
 
+NO_GPU = CheckResult(
+    "student scored as its own teacher", "skipped: the teacher's workers have no GPU that would serve it", True, ""
+)
+
+
 def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> list[CheckResult]:
     """Start the run's pools, check them, then start a scorer of the student's own weights and check that too."""
     # The learner takes no part in scoring, so it can be the one of the mirrored run.
@@ -57,6 +62,8 @@ def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> lis
             replicas = [_read(config, scored) for scored in pool.score_everywhere(handles, ScoreRequest(TEACHER))]
             dtype = config.teachers[name].engine.dtype
             results += [check_replicas(name, replicas, dtype), check_not_uniform(name, replicas[0])]
+        if placement.on_gpu and not placement.teachers[mirrored.routes[0]].gpus_per_worker:
+            return [*results, NO_GPU]
         pipeline.teachers.shutdown()  # their share of the cluster goes to the scorer of the student
         return results + _against_itself(mirrored, inputs, placement, pipeline, handles)
 

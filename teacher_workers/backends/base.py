@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.errors import ConfigError
+from cluster.contracts.errors import ConfigError, PreceptorError
 from cluster.contracts.import_path import is_import_path, load_object
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.requests import ScoreRequest
@@ -19,11 +19,13 @@ from cluster.contracts.signals import Scores
 if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts
 
+FLOOR = -87.0  # of ids that a teacher lacks or excludes: the log of float32's smallest normal number is -87.3
+
 
 class TeacherBackend(Protocol):
     """Scores the sampled tokens of trajectories with one teacher; one object per actor, made in its event loop.
 
-    The driver asks the class: `signals`, `can_generate`, `check` and `identity` need no object, and no hardware.
+    The driver asks the class: `signals`, `can_generate`, `fault`, `check` and `identity` need no object or hardware.
     """
 
     signals: ClassVar[frozenset[str]]  # names that requests may contain; those at import paths as the run file has them
@@ -37,6 +39,13 @@ class TeacherBackend(Protocol):
             max_model_len: at least the tokens of the longest trajectory.
             sleeps: whether `sleep` and `wake` will be called, because teachers share the hardware.
         """
+
+    @classmethod
+    def fault(cls, teacher: TeacherConfig, request: ScoreRequest) -> str | None:
+        """Return what of a request the backend cannot answer, as a sentence; None if it can answer all of it."""
+        missing = ", ".join(sorted(request.signals - cls.signals))
+        backend = f"its backend '{teacher.backend}' does not send {missing}"
+        return f"{backend}, which the objective or teachers.NAME.signals need" if missing else None
 
     @classmethod
     def check(cls, teacher: TeacherConfig, student: "ModelFacts") -> "ModelFacts":
@@ -77,7 +86,10 @@ class TeacherBackend(Protocol):
         """End every process that the backend started."""
 
 
-BACKENDS = {"vllm": "teacher_workers.backends.vllm:VllmBackend"}
+BACKENDS = {
+    "vllm": "teacher_workers.backends.vllm:VllmBackend",
+    "http": "teacher_workers.backends.http:HttpBackend",
+}
 
 
 def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
@@ -90,13 +102,17 @@ def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
 
 
 def check_signals(config: Config) -> None:
-    """Raise ConfigError if a teacher's backend lacks a signal that the run requests of it."""
-    for route in config.routes:
-        for name, request in config.scorers(route):
-            teacher = config.teachers[name]
-            missing = request.signals - find_backend(teacher).signals
-            if missing:
-                raise ConfigError(
-                    f"teachers.{name}: its backend '{teacher.backend}' does not send {', '.join(sorted(missing))}, "
-                    "which the objective or teachers.NAME.signals need"
-                )
+    """Raise ConfigError if a teacher's backend cannot answer what the run requests of it."""
+    requested = {scorer: None for route in config.routes for scorer in config.scorers(route)}
+    for name, request in requested:
+        teacher = config.teachers[name]
+        if fault := find_backend(teacher).fault(teacher, request):
+            raise ConfigError(f"teachers.{name}: {fault}")
+
+
+def check_teacher(name: str, teacher: TeacherConfig, student: "ModelFacts") -> "ModelFacts":
+    """Return what the backend says of a teacher; what it raises begins with the teacher's name."""
+    try:
+        return find_backend(teacher).check(teacher, student)
+    except PreceptorError as error:
+        raise type(error)(f"teachers.{name}: {error}") from error

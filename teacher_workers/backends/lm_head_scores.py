@@ -23,11 +23,9 @@ from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import Bytes, Floats, Ints, num_candidates_of, ragged
 from cluster.models.lm_head import LmHead
-from teacher_workers.backends.base import TeacherBackend
+from teacher_workers.backends.base import FLOOR, TeacherBackend
 
 ABSENT = -1e4  # instead of a logit: its exponential is 0, and its product with that is too
-# Of ids that the teacher does not have, or excludes; the log of float32's smallest normal number is -87.3.
-FLOOR = -87.0
 # Allocating and touching large logits costs more than computing with them; a chunk of few tokens reads the head's
 # weights too often. Measured on CPU with 49,152 tokens of vocabulary, in fp32 logits:
 CHUNK_LOGITS = 1 << 23

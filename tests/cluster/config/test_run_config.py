@@ -16,7 +16,7 @@ FIELDS = {
     "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
     "stop stop_token_ids stop_repetition rows_per_batch max_staleness engine",
     "teachers": "model backend signals trust_remote_code num_workers slot min_workers max_workers accept_differences "
-    "excluded_token_ids base engine",
+    "excluded_token_ids base url api_key_env tokenizer request_timeout_seconds retry_seconds engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
@@ -54,6 +54,32 @@ def test_the_resolved_copy_reads_back_as_the_same_run() -> None:
 def test_an_override_wins_over_the_file_and_bare_words_are_texts() -> None:
     config = parse_run_config(MINIMAL_RUN + "[run]\nsteps = 5", ["run.steps=7", "run.name=trial"])
     assert (config.run.steps, config.run.name) == (7, "trial")
+
+
+def test_a_url_says_all_that_a_teacher_elsewhere_needs() -> None:
+    teacher = make_config("teachers.main={model='big',url='http://host:8000/v1/'}").teachers["main"]
+    assert (teacher.backend, teacher.engine.tensor_parallel, teacher.urls) == ("http", 0, ("http://host:8000/v1",))
+    both = "teachers.main={model='big',url=['http://a:1/v1','https://b/v1'],api_key_env='KEY'}"
+    assert make_config(both).teachers["main"].urls == ("http://a:1/v1", "https://b/v1")
+    config = make_config(both)
+    assert config_from_json(dump_run_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ("url='host:8000'", r"teachers.main: url is 'host:8000'; expected http:// or https://, a host and a path"),
+        ("url='http://me:s3cret@host/v1'", r"url holds a user name or password, .*; put a key into an environment"),
+        ("url=[]", "url = \\[\\] names no server"),
+        ("api_key_env='KEY'", "teachers.main: api_key_env is for teachers with a url; set url, or remove it"),
+        ("tokenizer='t'", "teachers.main: tokenizer is for teachers with a url"),
+        ("backend='http'", "teachers.main: backend = 'http' needs a url"),
+    ],
+)
+def test_a_url_that_cannot_be_one_is_refused(fields: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence) as raised:
+        make_config(f"teachers.main={{model='big',{fields}}}")
+    assert "s3cret" not in str(raised.value)
 
 
 def test_an_override_reaches_a_named_teacher() -> None:

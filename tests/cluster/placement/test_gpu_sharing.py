@@ -25,6 +25,13 @@ def test_a_share_that_is_set_stays_and_the_others_divide_the_rest() -> None:
     assert shares.rollout == pytest.approx(1 - 0.05 - 0.4 - 0.3)
 
 
+def test_a_teacher_that_needs_no_gpu_takes_nothing_of_it() -> None:
+    elsewhere = "teachers.main={model='big',url='http://host:8000/v1'}"
+    assert share_gpu(make_config(SHARED, elsewhere)).rollout == pytest.approx(1 - 0.05 - 0.4)
+    placement = plan_placement(make_config(SHARED, elsewhere), [NodeResources(4, 1)])
+    assert [pool.gpus_per_worker for pool in placement.pools] == [pytest.approx(0.55), 0, 0.4]
+
+
 def test_shares_that_fill_the_gpu_exactly_fit_and_more_is_refused_with_the_numbers() -> None:
     both = [SHARED, "teachers.main.engine.gpu_memory_fraction=0.3"]
     assert share_gpu(make_config(*both, "rollout.engine.gpu_memory_fraction=0.25")).rollout == 0.25

@@ -15,6 +15,16 @@ def test_each_gpu_worker_reserves_whole_gpus() -> None:
     ]
 
 
+def test_the_workers_of_a_teacher_behind_a_url_reserve_no_gpu() -> None:
+    config = make_config("teachers.main={model='big',url='http://host:8000/v1',num_workers=2}")
+    placement = plan_placement(config, [NodeResources(cpus=32, gpus=2)])
+    assert [(pool.name, pool.num_workers, pool.gpus_per_worker) for pool in placement.pools] == [
+        ("rollout", 1, 1),
+        ("teacher-main", 2, 0),
+        ("learner", 1, 1),
+    ]
+
+
 def test_teachers_of_a_slot_reserve_their_gpus_once() -> None:
     slot = [
         f"teachers.{name}={{model='t',slot='s',engine={{tensor_parallel=2}}}}" for name in ("main", "code", "prose")

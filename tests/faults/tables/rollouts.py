@@ -41,8 +41,8 @@ FAULTS = (
     Fault(
         "evaluation at the training temperature",
         "cluster/run/inputs.py",
-        "config.evaluation.temperature, stop=rollout.stop",
-        "rollout.temperature, stop=rollout.stop",
+        "config.evaluation.temperature,",
+        "rollout.temperature,",
         ("tests/cluster/run/test_inputs.py",),
     ),
     Fault(

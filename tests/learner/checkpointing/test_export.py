@@ -79,8 +79,4 @@ def test_an_export_ends_where_the_runs_completions_did(own: int | list[int] | No
 
 
 def test_without_further_stop_ids_the_students_own_stay() -> None:
-    config = make_config()
-    assert (
-        finished_settings(GenerationConfig(eos_token_id=9), Tokenizer(), config.rollout.stop_token_ids).eos_token_id
-        == 9
-    )
+    assert finished_settings(GenerationConfig(eos_token_id=9), Tokenizer(), ()).eos_token_id == 9

@@ -1,0 +1,333 @@
+"""Teachers behind URLs, against a small real HTTP server that answers rightly, late, not at all or wrongly."""
+
+import asyncio
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from cluster.config.presets import PRESETS
+from cluster.config.run_config import StudentConfig
+from cluster.config.stages import EngineConfig, TeacherConfig
+from cluster.contracts.errors import ConfigError, ModelError, NotFiniteError, ScoreError, UniformError, WrongLengthError
+from cluster.contracts.metrics import report
+from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.signals import Scores
+from cluster.contracts.trajectory import make_generated
+from cluster.demo import EMBEDDED
+from cluster.models.model_checks import ModelFacts, read_model
+from teacher_workers.backends.base import check_signals, check_teacher
+from teacher_workers.backends.http import HttpBackend
+from tests.builders import make_config, make_trajectory
+from tests.teacher_workers.backends.fake_server import FakeServer, Positions, make_table
+
+SAMPLED, TOP_3 = ScoreRequest("teacher"), ScoreRequest("teacher", top_k=3)
+
+
+def teacher_at(*servers: FakeServer, **fields: Any) -> TeacherConfig:
+    urls = tuple(server.url for server in servers)
+    defaults: dict[str, Any] = {"request_timeout_seconds": 5.0, "retry_seconds": 0.0}
+    return TeacherConfig("big", url=urls if len(urls) > 1 else urls[0], **{**defaults, **fields})
+
+
+def make_rows(count: int = 1) -> pa.RecordBatch:
+    """Build rows with two sampled spans each: the tokens 3 and 4, then 9."""
+    row = {
+        "token_ids": np.array([1, 2, 3, 4, 5, 9], np.int32),
+        "loss_mask": np.array([0, 0, 1, 1, 0, 1], np.uint8),
+        "rollout_logprobs": np.full(3, -1, np.float32),
+    }
+    return make_generated([make_trajectory(trajectory_id=index, **row) for index in range(count)])
+
+
+PAIRS = [(2, 3), (3, 4), (5, 9)]  # each sampled token behind the one before it
+
+
+def score(teacher: TeacherConfig, request: ScoreRequest, rows: int = 1) -> tuple[Scores, dict[str, Any]]:
+    async def run() -> tuple[Scores, dict[str, Any]]:
+        backend = HttpBackend(teacher, max_model_len=64)
+        try:
+            scores, metrics = await backend.score(make_rows(rows), request)
+        finally:
+            await backend.shutdown()
+        return scores, report(metrics)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(scope="module")
+def student() -> ModelFacts:
+    return read_model(StudentConfig(str(EMBEDDED / "student")), is_student=True)
+
+
+@pytest.mark.parametrize("form", ["vllm", "echo"])
+def test_sampled_tokens_and_the_most_likely_ones_get_the_scores_of_the_places_before_them(form: Any) -> None:
+    with FakeServer(form) as server:
+        scores, metrics = score(teacher_at(server), TOP_3)
+    expected = np.array([server.table[pair] for pair in PAIRS])
+    assert scores["logprobs"] == pytest.approx(expected, abs=1e-6)
+    assert scores["logprobs"].dtype == np.float32
+    for place, (previous, _) in enumerate(PAIRS):
+        best = np.argsort(-server.table[previous])[:3]
+        assert scores["candidate_ids"][place].tolist() == best.tolist()
+        assert scores["candidate_logprobs"][place] == pytest.approx(server.table[previous][best], abs=1e-6)
+    assert metrics == {"teacher/retries": 0}
+
+
+def test_a_server_that_names_tokens_by_their_texts_scores_the_sampled_ones() -> None:
+    with FakeServer("echo of texts") as server:
+        scores, _ = score(teacher_at(server), SAMPLED)
+        with pytest.raises(ScoreError, match=r"http://.* lists 1 tokens of position 1 by their ids, and 3 are needed"):
+            score(teacher_at(server), TOP_3)
+    assert scores["logprobs"] == pytest.approx([server.table[pair] for pair in PAIRS], abs=1e-6)
+
+
+def test_what_goes_out_is_token_ids_at_temperature_1() -> None:
+    with FakeServer() as server:
+        score(teacher_at(server), TOP_3)
+    [request] = server.requests
+    assert (request["prompt"], request["temperature"], request["prompt_logprobs"]) == ([1, 2, 3, 4, 5, 9], 1.0, 3)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_failure_that_passes_is_tried_again_and_counted(status: int) -> None:
+    with FakeServer(failures=[status, status]) as server:
+        scores, metrics = score(teacher_at(server, retry_seconds=20), SAMPLED)
+    assert scores["logprobs"][0] == pytest.approx(server.table[2, 3], abs=1e-6)
+    assert metrics["teacher/retries"] == 2
+
+
+def test_a_server_that_goes_away_and_comes_back_scores_every_row() -> None:
+    with FakeServer(seconds=0.05) as server:
+        teacher = teacher_at(server, retry_seconds=30, engine=EngineConfig(max_concurrent_sequences=4))
+        server.__exit__()
+
+        def come_back() -> None:
+            time.sleep(0.5)
+            server.__enter__()
+
+        thread = threading.Thread(target=come_back)
+        thread.start()
+        scores, metrics = score(teacher, SAMPLED, rows=12)
+        thread.join()
+    assert len(scores["logprobs"]) == 36
+    assert metrics["teacher/retries"] >= 4
+
+
+def test_several_urls_divide_the_rows_and_the_living_one_takes_those_of_the_dead() -> None:
+    with FakeServer(seconds=0.02) as first, FakeServer(seconds=0.02) as second:
+        teacher = teacher_at(first, second, retry_seconds=5)
+        score(teacher, SAMPLED, rows=20)
+        assert (len(first.requests), len(second.requests)) == (10, 10)
+        second.__exit__()
+        scores, _ = score(teacher, SAMPLED, rows=20)
+        second.__enter__()
+    assert len(scores["logprobs"]) == 60
+
+
+def test_requests_in_flight_are_bounded() -> None:
+    with FakeServer(seconds=0.02) as server:
+        score(teacher_at(server, engine=EngineConfig(max_concurrent_sequences=3)), SAMPLED, rows=12)
+    assert server.most_in_flight == 3
+
+
+@pytest.mark.parametrize(
+    ("server", "sentence"),
+    [
+        (FakeServer(failures=[-401]), r"answered 401: no luck; name the environment variable that holds its key"),
+        (FakeServer(failures=[-400]), r"answered 400: no luck$"),
+        (FakeServer(model="small"), r"answered 404: The model big does not exist.; url ends before /completions"),
+        (FakeServer(failures=[-429]), r"answered 429: no luck$"),
+        (FakeServer(failures=[-500]), r"answered 500: no luck$"),
+        (FakeServer(seconds=0.5), r"did not answer within 0.2 s$"),
+        (FakeServer("none"), r"answers without log-probabilities of the prompt; a teacher needs vLLM's"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "server",
+)
+def test_a_slow_or_refusing_server_is_one_sentence_with_its_url(server: FakeServer, sentence: str) -> None:
+    with server, pytest.raises(ScoreError, match=re.escape(server.url.removesuffix("/v1")) + ".*" + sentence):
+        score(teacher_at(server, request_timeout_seconds=0.2), SAMPLED)
+
+
+def test_a_server_that_is_not_there_is_one_sentence_with_its_url() -> None:
+    with FakeServer() as server:
+        pass
+    with pytest.raises(ScoreError, match=re.escape(server.url) + "/completions cannot be reached: .+"):
+        score(teacher_at(server), SAMPLED)
+
+
+def each(change: Callable[[int, float], tuple[int, float]]) -> Callable[[Positions], Positions]:
+    return lambda positions: [
+        position and dict(change(token_id, logprob) for token_id, logprob in position.items()) for position in positions
+    ]
+
+
+@pytest.mark.parametrize(
+    ("server", "kind", "sentence"),
+    [
+        (
+            FakeServer(distort=lambda all_: all_[:-1]),
+            WrongLengthError,
+            "answered for 5 of 6 tokens; scores would belong",
+        ),
+        (FakeServer(body=lambda body: body[:-9]), ScoreError, "no list of log-probabilities: Input data was truncated"),
+        (FakeServer(distort=each(lambda i, _: (i, math.nan))), NotFiniteError, "answered NaN as a log-probability"),
+        (
+            FakeServer(distort=each(lambda i, x: (i, x + 30))),
+            ScoreError,
+            "which is above 0; it must answer log-softmax",
+        ),
+        (
+            FakeServer(distort=each(lambda i, x: (i + 50, x))),
+            ScoreError,
+            r"lists the ids \[52\] for token 2 at position 1",
+        ),
+        (FakeServer(body=lambda _: b"[1, 2]"), ScoreError, "answered no list of log-probabilities: Expected `object`"),
+    ],
+    ids=["fewer positions", "half a body", "nan", "positive", "other ids", "other JSON"],
+)
+def test_a_truncating_or_lying_server_is_one_sentence(
+    server: FakeServer, kind: type[ScoreError], sentence: str
+) -> None:
+    with server, pytest.raises(kind, match=sentence) as raised:
+        score(teacher_at(server), SAMPLED)
+    assert type(raised.value) is kind
+    assert str(raised.value).startswith(server.url)
+
+
+def test_scores_that_are_all_alike_are_refused_and_those_of_a_certain_teacher_are_not() -> None:
+    with (
+        FakeServer(table=np.full((112, 112), -math.log(112))) as uniform,
+        FakeServer(table=np.zeros((112, 112))) as certain,
+    ):
+        with pytest.raises(UniformError, match=r"all 9 tokens were scored -4.7185, so the scores say nothing"):
+            score(teacher_at(uniform), SAMPLED, rows=3)
+        assert score(teacher_at(certain), SAMPLED, rows=3)[0]["logprobs"].tolist() == [0.0] * 9
+
+
+def test_minus_infinity_counts_as_the_lowest_score() -> None:
+    with FakeServer(distort=each(lambda i, _: (i, -9999.0))) as server:
+        assert score(teacher_at(server), SAMPLED)[0]["logprobs"].tolist() == [-87.0] * 3
+
+
+def refusal(student: ModelFacts, servers: Sequence[FakeServer], **fields: Any) -> str:
+    with ExitStack() as stack:
+        for server in servers:
+            stack.enter_context(server)
+        with pytest.raises(ModelError) as raised:
+            check_teacher("main", teacher_at(*servers, **fields), student)
+    return str(raised.value)
+
+
+def random_scores(positions: Positions) -> Positions:
+    return each(lambda token_id, _: (token_id, -float(np.random.default_rng().uniform(1, 9))))(positions)
+
+
+def test_the_probe_refuses_what_is_no_teacher_of_this_student(student: ModelFacts) -> None:
+    def other_text(token_id: int) -> str:
+        return "!" if token_id == 40 else student.tokenizer.decode([token_id])
+
+    fine = FakeServer()
+    ours = student.tokenizer.decode([40])
+    for servers, sentence in (
+        ([FakeServer(model="small")], "http://.*/v1 serves small, and not 'big'; set teachers.NAME.model to a name"),
+        ([FakeServer(distort=random_scores)], r"scored the same tokens twice, .* nats apart; a teacher must repeat"),
+        ([FakeServer(table=np.full((112, 112), -4.0))], "http://.*: all 31 tokens were scored -4.0000, so the scores"),
+        ([fine, FakeServer(table=make_table(1))], "and http://.* score the same tokens .* nats apart; serve one model"),
+        ([FakeServer(text=other_text, table=table_towards(40))], f"reads token 40 as '!' and the student as '{ours}'"),
+    ):
+        message = refusal(student, servers)
+        assert message.startswith("teachers.main: http://127.0.0.1:")
+        assert re.search(sentence, message), message
+        assert "\n" not in message
+
+
+def table_towards(token_id: int) -> Any:
+    """Return a table whose most likely token is always this one."""
+    table = make_table()
+    table[:, token_id] = -0.01
+    return table
+
+
+def test_the_probe_returns_the_servers_context_and_says_whose_tokenizer_is_taken(
+    student: ModelFacts, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeServer(max_model_len=96, text=lambda token_id: student.tokenizer.decode([token_id])) as server:
+        facts = HttpBackend.check(teacher_at(server), student)
+        assert (facts.context_tokens, facts.tokenizer, facts.vocabulary) == (96, student.tokenizer, student.vocabulary)
+        assert f"big at {server.url} is taken to have the student's tokenizer" in caplog.text
+        caplog.clear()
+        facts = HttpBackend.check(teacher_at(server, tokenizer=str(EMBEDDED / "teacher")), student)
+        assert facts.tokenizer is not student.tokenizer
+        assert not caplog.text
+        server.max_model_len = None  # not every server says it
+        assert HttpBackend.check(teacher_at(server), student).context_tokens == student.context_tokens
+
+
+def test_a_server_with_another_limit_of_logprobs_says_how_many_it_gives() -> None:
+    with FakeServer(max_logprobs=20) as server, FakeServer("echo of texts") as texts:
+        teacher = teacher_at(server)
+        assert HttpBackend.fault(teacher, ScoreRequest("teacher", top_k=20)) is None
+        fault = HttpBackend.fault(teacher, ScoreRequest("teacher", top_k=64)) or ""
+        assert fault.startswith(
+            f"{server.url} lists up to 20 tokens per position by their ids, and the objective compares 64"
+        )
+        fault = HttpBackend.fault(teacher_at(texts), ScoreRequest("teacher", top_k=16)) or ""
+        assert "lists up to 1 tokens per position" in fault
+
+
+def works(preset: str, url: str) -> bool:
+    before = ("teachers.before.model=before", "teachers.main.base=before")
+    config = make_config(f"objective={preset}", f"teachers.main={{model='big',url='{url}'}}", *before)
+    try:
+        check_signals(config)
+    except ConfigError:
+        return False
+    return True
+
+
+def test_objectives_that_need_more_than_a_server_says_are_refused_before_anything_starts() -> None:
+    with FakeServer(max_logprobs=20) as server:
+        refused = {preset for preset in PRESETS if not works(preset, server.url)}
+    whole_vocabulary = {"gkd", "exact-reverse-kl", "exact-forward-kl", "distillm", "beta-opsd"}
+    chosen_by_the_student = {"sdpo", "rethinking", "async-opd", "vopd", "direct-opd"}
+    more_than_20, entropy = {"generalized-topk", "tropd"}, {"eopd"}
+    assert refused == whole_vocabulary | chosen_by_the_student | more_than_20 | entropy
+
+
+def test_the_refusal_says_which_objectives_work() -> None:
+    config = make_config("objective=gkd", "teachers.main={model='big',url='http://host:8000/v1'}")
+    with pytest.raises(
+        ConfigError,
+        match=r"^teachers.main: its backend 'http' does not send hidden, .*; objective.support 'sampled', 'topk' and",
+    ):
+        check_signals(config)
+
+
+def test_the_identity_follows_the_served_model_and_not_the_address() -> None:
+    with FakeServer() as first, FakeServer() as second, FakeServer(model="small") as other:
+        same = {HttpBackend.identity(teacher_at(server)) for server in (first, second)}
+        assert len(same) == 1
+        assert HttpBackend.identity(msgspec.structs.replace(teacher_at(other), model="small")) not in same
+
+
+def test_the_key_comes_from_the_environment_and_is_in_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeServer(key="s3cret") as server:
+        teacher = teacher_at(server, api_key_env="TEACHER_KEY")
+        with pytest.raises(ModelError, match=r"the environment variable TEACHER_KEY \(api_key_env\) is not set here"):
+            HttpBackend.identity(teacher)
+        monkeypatch.setenv("TEACHER_KEY", "s3cret")
+        assert HttpBackend.identity(teacher)
+        monkeypatch.setenv("TEACHER_KEY", "wrong-one")
+        with pytest.raises(ModelError, match=r"it refuses the key in the environment variable TEACHER_KEY$") as raised:
+            HttpBackend.identity(teacher)
+    assert "wrong key in Bearer ***" in str(raised.value)
+    assert "wrong-one" not in str(raised.value)
