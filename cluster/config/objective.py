@@ -25,12 +25,14 @@ Condition = Literal[
     "log_ratio_not_positive",
     "trusted",
     "untrusted",
+    "outside_support",
 ]
 Target = dict[str, Finite]  # model -> its coefficient in the log-linear target
 
 TEACHER = "teacher"  # in a target: the teacher that the prompt is routed to
 BASE = "base"  # in a target: what that teacher's `base` field names
 INITIAL_STUDENT = "initial_student"  # in a target: the student before training
+OUTSIDE_SUPPORT = "outside_support"  # a condition: the sampled token is none of the support's candidates
 NO_TARGET = "target names no model with a coefficient other than 0"
 
 
@@ -147,6 +149,8 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
     target: Target = field(default_factory=lambda: {TEACHER: 1.0})
     divergence: str = "reverse_kl"  # one of DIVERGENCE_NAMES, or one of your own as package.module:NAME
     truncation: Truncation = "tail"  # support "full" needs none and ignores it
+    # Adds what a tail's bucket leaves out, from sampled tokens outside the support. Not written: of reverse_kl
+    residual: bool | None = None
     beta: Fraction = 0.5  # jsd: 0 is forward KL, 1 is reverse KL
     skew: Fraction = 0.1  # skewed divergences: how far the second distribution is mixed with the first
     parameter: Finite = 0.0  # of a divergence of your own
@@ -154,6 +158,12 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
     @property
     def is_zero_at_the_student(self) -> bool:
         return math.isclose(sum(self.target.values()), 1.0)
+
+    @property
+    def has_residual(self) -> bool:
+        """Return whether sampled tokens correct the tail."""
+        wanted = self.divergence == "reverse_kl" if self.residual is None else self.residual
+        return wanted and self.truncation == "tail"
 
     def fault(self, support: Support) -> str | None:
         if not any(self.target.values()):
@@ -168,6 +178,11 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
                 f"a divergence needs the probabilities of several given tokens, objective.support = '{support}' has "
                 "draws; use loss = 'policy_gradient', or support topk, student_topk, intersection or full"
             )
+        if self.residual and self.truncation != "tail":
+            return f"residual corrects the bucket of truncation = 'tail', found truncation = '{self.truncation}'"
+        forward = {"forward_kl": 0.0, "jsd": self.beta, "skewed_forward_kl": self.skew}
+        if self.residual and forward.get(self.divergence) == 0:
+            return "residual weighs a sampled token of the forward KL by target / student, which has no bound"
         return None
 
 
@@ -206,6 +221,11 @@ class ObjectiveConfig(Section, frozen=True):
         if len(self._normalisations()) > 1:
             raise ValueError("objective.terms: all task_reward terms must have the same divide_by_deviation")
         for name, term in self.terms.items():
+            if term.when == OUTSIDE_SUPPORT and self.support in ("sampled", "samples", "full"):
+                raise ValueError(
+                    f"objective.terms.{name}: when = 'outside_support' needs support topk, student_topk or "
+                    f"intersection, found '{self.support}'"
+                )
             if fault := term.fault(self.support):
                 raise ValueError(f"objective.terms.{name}: {fault}")
 

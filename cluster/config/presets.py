@@ -46,7 +46,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "exact-forward-kl": _on("full", main=_divergence("forward_kl")),
     "distillm": _on("full", main=_divergence("skewed_forward_kl", skew=0.1)),
     "generalized-topk": _on("topk", 64, main=_divergence("reverse_kl", truncation="generalized")),
-    "tail-topk": _on("topk", 16, main=_divergence("reverse_kl", truncation="tail")),
+    "tail-topk": _on("topk", 16, main=_divergence("reverse_kl", truncation="tail")),  # with its residual: `res-opd`
+    "res-opd": _on("topk", 16, main=_divergence("reverse_kl", truncation="tail", residual=True)),
+    "tt-opd": _on(
+        "topk",
+        16,
+        main=_divergence("reverse_kl", truncation="generalized"),
+        outside=_sampled(when="outside_support"),
+    ),
     "many-faces": _on("intersection", 20, main=_divergence("reverse_kl", truncation="renormalized")),
     "sdpo": _on("student_topk", 20, main=_divergence("jsd", beta=0.5, truncation="tail")),
     "rethinking": _on(

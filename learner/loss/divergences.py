@@ -72,7 +72,7 @@ class Divergence:
         mean = losses if slope is value else vecdot(probabilities, slope)
         return losses, torch.sub(slope, mean[:, None], out=target).mul_(probabilities)
 
-    def by_autograd(self, log_ratio: Tensor, parameter: float, _spare: Tensor) -> tuple[Tensor, Tensor]:
+    def by_autograd(self, log_ratio: Tensor, parameter: float, _spare: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return phi and its slope, less what this is at 0: there equality moves nothing, to the bit."""
         value, derivative = self._with_derivative(log_ratio, parameter)
         return value, value - derivative + self.tangent(parameter)

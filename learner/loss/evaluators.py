@@ -92,7 +92,7 @@ def evaluate_fused(
     target = mixed_logits(term.config.target, {model: values[:, :width] for model, values in model_logits.items()})
     compared = kernels.compare(logits, target, kernel, parameter)
     sampled = compared.statistics.whole.logprobs(logits.gather(-1, tokens.target_ids[:, None]))[:, 0]
-    weights = token_weights(term.config, tokens, plan, sampled).to(logits.dtype)
+    weights = token_weights(term.config, Chunk(tokens, plan, sampled[:, None])).to(logits.dtype)
     if with_gradient:
         kernels.write_gradient(logits, target, kernel, parameter, compared, weights)
     losses, gradient = compared.losses * weights, logits if with_gradient else None
@@ -137,7 +137,7 @@ def _evaluate_block(
     logits[:, width if compared else 0 :] = 0
     for number, (config, divergence) in enumerate(compared):
         values, gradient = compare(config.target, *divergence)
-        weights = token_weights(config, tokens, plan, sampled[:, 0]).to(losses.dtype)
+        weights = token_weights(config, Chunk(tokens, plan, sampled)).to(losses.dtype)
         losses += values * weights
         if number:
             by_logits.addcmul_(gradient, weights[:, None])

@@ -7,7 +7,8 @@ One model of coefficient 1 is its own target. Otherwise the normaliser runs over
 - renormalised candidates are normalised over themselves, which is exact;
 - candidates with a tail, generalized ones, and those of a policy gradient over the student's candidates are normalised
   over candidates and tail, each model's tail being mixed like a token. That is exact where the coefficients sum to 1
-  and the models agree on how the tail's tokens compare;
+  and the models agree on how the tail's tokens compare. A sampled token that stands for the tail takes the same
+  normaliser, or the parts would not add up;
 - the whole vocabulary is normalised exactly.
 """
 
@@ -29,13 +30,22 @@ def target_buckets(
     target: Mapping[str, float], logprobs: Mapping[str, Tensor], inside: Tensor | None, truncation: str
 ) -> Tensor:
     """Return the target's log-probabilities of the buckets that `to_buckets` makes of the student's."""
-    mixed = log_linear(target, logprobs)
     if truncation == "renormalized" or is_one_model(target):
-        return to_buckets(mixed, inside, truncation)
-    tails = {model: to_buckets(logprobs[model].clamp(min=LOWEST_LOGPROB), inside, "tail")[..., -1:] for model in target}
-    candidates = to_buckets(mixed, inside, "generalized")
-    buckets = torch.cat([candidates, log_linear(target, tails)], dim=-1).log_softmax(-1)
+        return to_buckets(log_linear(target, logprobs), inside, truncation)
+    buckets = _mixed_buckets(target, logprobs, inside).log_softmax(-1)
     return buckets if truncation == "tail" else buckets[..., :-1]
+
+
+def log_normaliser(target: Mapping[str, float], logprobs: Mapping[str, Tensor], inside: Tensor | None) -> Tensor:
+    """Return what `target_buckets` takes off the mixture's log-probabilities to normalise candidates and tail, [n]."""
+    buckets = _mixed_buckets(target, logprobs, inside)
+    return torch.zeros_like(buckets[..., 0]) if is_one_model(target) else buckets.logsumexp(-1)
+
+
+def _mixed_buckets(target: Mapping[str, float], logprobs: Mapping[str, Tensor], inside: Tensor | None) -> Tensor:
+    tails = {model: to_buckets(logprobs[model].clamp(min=LOWEST_LOGPROB), inside, "tail")[..., -1:] for model in target}
+    candidates = to_buckets(log_linear(target, logprobs), inside, "generalized")
+    return torch.cat([candidates, log_linear(target, tails)], dim=-1)
 
 
 def is_one_model(target: Mapping[str, float]) -> bool:

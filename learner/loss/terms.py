@@ -7,10 +7,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cluster.config.objective import AnyTerm, DivergenceTerm, PolicyGradientTerm, Target, TaskRewardTerm, Term
+from cluster.config.objective import (
+    OUTSIDE_SUPPORT,
+    AnyTerm,
+    DivergenceTerm,
+    PolicyGradientTerm,
+    Target,
+    TaskRewardTerm,
+    Term,
+)
 from learner.loss.divergences import DIVERGENCES, Divergence, find_divergence, to_buckets
-from learner.loss.policy_gradient import LOG_RATIO_MAPS, SURROGATES
-from learner.loss.targets import log_linear, target_buckets
+from learner.loss.policy_gradient import LOG_RATIO_MAPS, SURROGATES, importance_ratio
+from learner.loss.targets import log_linear, log_normaliser, target_buckets
 from learner.loss.token_weights import is_trusted_trajectory, later_returns
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
 
@@ -36,6 +44,41 @@ class Chunk:
         student = to_buckets(self.student[:, 1:], self.inside, truncation)
         buckets = target_buckets(target, self.tokens.candidate_logprobs, self.inside, truncation)
         return divergence.losses(student, buckets, parameter)
+
+    @property
+    def is_outside(self) -> Tensor:
+        """Return whether the sampled token is none of the candidates that take part, [n]."""
+        is_sampled = self.tokens.candidate_ids == self.tokens.target_ids[:, None]
+        return ~(is_sampled if self.inside is None else is_sampled & self.inside).any(-1)
+
+    def sampled_target(self, target: Target) -> Tensor:
+        """Return the target's log-probability of the sampled token, normalised like the candidates', [n]."""
+        return log_linear(target, self.tokens.logprobs) - log_normaliser(
+            target, self.tokens.candidate_logprobs, self.inside
+        )
+
+    def residual(self, divergence: Divergence, parameter: float, target: Target) -> Tensor:
+        """Return what the tail's bucket leaves out, estimated by a sampled token outside the candidates, [n].
+
+        A divergence's gradient by p(v) is a slope s of the log-ratio d(v), and that of the bucket gives every token of
+        the tail the slope of the tail's own ratio. The difference, s(d(v)) - s(d(tail)), weighs the gradient of log p
+        of the sampled token, with the importance ratio (ResOPD, arXiv 2610.04882). A baseline b is taken off it, and
+        b times the tail's mass is added, which leaves the expectation as it is: what the slopes of the candidates by
+        themselves come to on average, for that of the tail's tokens is not known.
+        """
+        logprobs, inside = (self.student[:, 1:], self.tokens.candidate_logprobs), self.inside
+        tail = to_buckets(logprobs[0], inside, "tail")[:, -1]
+        support = to_buckets(logprobs[0], inside, "renormalized").detach()
+        ratios = [
+            (self.sampled_target(target) - self.student[:, 0])[:, None],
+            (target_buckets(target, logprobs[1], inside, "tail")[:, -1] - tail)[:, None],
+            target_buckets(target, logprobs[1], inside, "renormalized") - support,
+        ]
+        _, slopes = divergence.at(parameter).by_autograd(torch.cat(ratios, dim=-1).detach(), parameter)
+        baseline = (support.exp() * slopes[:, 2:]).sum(-1)
+        weight = importance_ratio(self.student[:, 0], self.tokens.rollout_logprobs)
+        mass = 1 - to_buckets(logprobs[0], inside, "generalized").exp().sum(-1)  # below the tail's floor too
+        return weight * self.is_outside * (slopes[:, 0] - slopes[:, 1] - baseline) + baseline * mass
 
 
 class LossTerm(Protocol):
@@ -76,7 +119,8 @@ class DivergenceLoss(LossTerm):
         return self._divergence
 
     def losses(self, chunk: Chunk) -> Tensor:
-        return chunk.compare(*self._divergence, self.config.target, self.config.truncation)
+        losses = chunk.compare(*self._divergence, self.config.target, self.config.truncation)
+        return losses + chunk.residual(*self._divergence, self.config.target) if self.config.has_residual else losses
 
 
 class AdvantageLoss(LossTerm):
@@ -119,6 +163,8 @@ class PolicyGradientLoss(AdvantageLoss):
     def losses(self, chunk: Chunk) -> Tensor:
         term, tokens = self.config, chunk.tokens
         log_target = log_linear(term.target, tokens.logprobs)[:, None]
+        if term.when == OUTSIDE_SUPPORT:  # the rest of a sum over the support, and so on its scale
+            log_target = chunk.sampled_target(term.target)[:, None]
         if term.over == "sampled":
             advantage = self._advantage(log_target, chunk.student[:, :1], chunk.rollout[:, :1])
             advantage = advantage + self._added_advantage(chunk)[:, None]
@@ -184,27 +230,30 @@ def sum_of_terms(terms: Mapping[str, LossTerm], chunk: Chunk) -> tuple[Tensor, T
     with torch.enable_grad():
         losses = 0.0 * student.sum(-1)  # a term without a gradient, such as one without candidates, needs a graph too
         for term in terms.values():
-            weights = token_weights(term.config, chunk.tokens, chunk.plan, chunk.student[:, 0])
+            weights = token_weights(term.config, chunk)
             losses = losses + term.losses(chunk) * weights
         total = losses.sum()
     (gradient,) = torch.autograd.grad(total, student)
     return losses.detach(), gradient
 
 
-def token_weights(config: AnyTerm, tokens: CompletionTokens, plan: TokenPlan, student: Tensor) -> Tensor:
-    """Return how much each token counts in the term, [n]; student [n] is that of the sampled tokens."""
-    weights = config.weight * plan.weights
+def token_weights(config: AnyTerm, chunk: Chunk) -> Tensor:
+    """Return how much each token counts in the term, [n]."""
+    weights = config.weight * chunk.plan.weights
     if config.when == "always":
         return weights
-    return weights * _is_chosen(config, tokens, student)
+    return weights * _is_chosen(config, chunk)
 
 
-def _is_chosen(config: AnyTerm, tokens: CompletionTokens, student: Tensor) -> Tensor:
+def _is_chosen(config: AnyTerm, chunk: Chunk) -> Tensor:
     """Return at which tokens the term's condition holds, [n]; each pair of conditions splits the tokens in two."""
+    tokens = chunk.tokens
+    if config.when == OUTSIDE_SUPPORT:
+        return chunk.is_outside
     if config.when.startswith("teacher_entropy"):
         above = tokens.teacher_entropy > config.threshold
         return above if config.when == "teacher_entropy_above" else ~above
-    log_ratio = log_linear(config.target, tokens.logprobs) - student
+    log_ratio = log_linear(config.target, tokens.logprobs) - chunk.student[:, 0]
     if config.when.startswith("log_ratio"):
         return log_ratio > 0 if config.when == "log_ratio_positive" else ~(log_ratio > 0)
     trusted = tokens.uniform < log_ratio.clamp(max=0.0).exp()

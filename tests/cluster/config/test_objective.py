@@ -24,7 +24,7 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (ObjectiveConfig, "preset support support_size terms token_weights"),
         (TokenWeightsConfig, "first_tokens first_fraction position_importance entropy"),
         (ImportanceConfig, "kind low high dual_clip"),
-        (DivergenceTerm, "weight when threshold target divergence truncation beta skew parameter"),
+        (DivergenceTerm, "weight when threshold target divergence truncation residual beta skew parameter"),
         (TaskRewardTerm, "weight when threshold divide_by_deviation importance"),
         (
             PolicyGradientTerm,
@@ -52,6 +52,21 @@ def test_what_is_written_beside_a_preset_wins_and_the_rest_stays() -> None:
     assert isinstance(config.objective.terms["main"], PolicyGradientTerm)
 
 
+def test_a_reverse_kl_with_a_tail_is_corrected_unless_the_run_file_says_otherwise() -> None:
+    def has_residual(*overrides: str) -> bool:
+        term = make_config(*overrides).objective.terms["main"]
+        assert isinstance(term, DivergenceTerm)
+        return term.has_residual
+
+    assert has_residual()
+    assert has_residual("objective=tail-topk")
+    assert not has_residual("objective.terms.main.residual=false", "objective.preset=tail-topk")
+    assert not has_residual("objective.terms.main.divergence=forward_kl", "objective.preset=tail-topk")
+    assert not has_residual("objective=generalized-topk")
+    assert not has_residual("objective=sdpo")
+    assert has_residual("objective.preset=sdpo", "objective.terms.main.residual=true")
+
+
 def test_a_target_replaces_the_preset_s_whole() -> None:
     config = make_config("objective.preset=exopd", "objective.terms.main.target={teacher = 1.0}")
     assert config.objective.needs.models == ("teacher",)
@@ -74,6 +89,19 @@ def test_a_target_replaces_the_preset_s_whole() -> None:
         (
             "preset = 'opd-grpo'\nterms.other = {loss = 'task_reward', divide_by_deviation = false}",
             "all task_reward terms must have the same divide_by_deviation",
+        ),
+        (
+            "preset = 'tail-topk'\nterms.main = {divergence = 'forward_kl', residual = true}",
+            "terms.main: residual weighs .* target / student, which has no bound",
+        ),
+        ("terms.main = {loss = 'divergence', divergence = 'jsd', beta = 0.0, residual = true}", "has no bound"),
+        (
+            "terms.main = {loss = 'divergence', truncation = 'generalized', residual = true}",
+            "residual corrects .*'tail', found truncation = 'generalized'",
+        ),
+        (
+            "preset = 'exact-reverse-kl'\nterms.main.when = 'outside_support'",
+            "terms.main: when = 'outside_support' needs support topk, student_topk or intersection, found 'full'",
         ),
         ("preset = 'delta-opd'", "teachers.main: .* has the model 'base', so set its base"),
     ],

@@ -30,6 +30,7 @@ DIVERGENCE_PRESETS = [
     name
     for name, table in PRESETS.items()
     if all(term["loss"] == "divergence" and "when" not in term for term in table["terms"].values())
+    and name not in ("tail-topk", "res-opd")  # of a sampled token's advantage, the value has a slope too
 ]
 
 

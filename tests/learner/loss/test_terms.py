@@ -155,6 +155,34 @@ def test_later_advantages_are_those_of_the_term_s_own_divisor() -> None:
     torch.testing.assert_close(results.losses[:7], -log_target.flip(0).cumsum(0).flip(0))
 
 
+@pytest.mark.parametrize("rollout_probability", [0.2, 0.4])
+def test_a_sampled_token_outside_the_support_adds_what_the_bucket_leaves_out(rollout_probability: float) -> None:
+    student = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()
+    teacher = torch.tensor([[0.2, 0.5, 0.1, 0.2]], dtype=torch.float64).log()
+    bucketed = 0.4 * math.log(0.4 / 0.2) + 0.3 * math.log(0.3 / 0.5)  # the tails are alike, 0.3
+    baseline = 4 / 7 * math.log((4 / 7) / (2 / 7)) + 3 / 7 * math.log((3 / 7) / (5 / 7))  # the candidates by themselves
+    outside = 0.2 / rollout_probability * (math.log((0.2 / 0.3) / (0.1 / 0.3)) - baseline)
+    objective = make_objective("tail-topk", support_size=2)
+    for sampled, residual in [(0, 0.0), (1, 0.0), (2, outside)]:
+        tokens = make_tokens(torch.tensor([sampled]), {"teacher": teacher}, candidate_ids=torch.tensor([[0, 1]]))
+        tokens = replace(tokens, rollout_logprobs=torch.tensor([rollout_probability], dtype=torch.float64).log())
+        found = evaluate(objective, student, tokens).losses.item()
+        assert found == pytest.approx(bucketed + 0.3 * baseline + residual)
+
+
+def test_a_term_counts_outside_of_the_support_alone() -> None:
+    student = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()
+    teacher = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log()
+    # The student's two most likely are 0 and 1, so token 2 takes no part in an intersection, nor does 0.
+    for support, outside in [("topk", {0, 3}), ("intersection", {0, 2, 3})]:
+        term = {"loss": "policy_gradient", "when": "outside_support", "importance": {"kind": "none"}}
+        objective = make_objective(support=support, support_size=2, terms={"main": term})
+        for sampled in range(4):
+            tokens = make_tokens(torch.tensor([sampled]), {"teacher": teacher}, candidate_ids=torch.tensor([[1, 2]]))
+            expected = float(student[0, sampled] - teacher[0, sampled]) if sampled in outside else 0.0
+            assert evaluate(objective, student, tokens).losses.item() == pytest.approx(expected)
+
+
 def test_candidates_outside_the_student_s_most_likely_do_not_count_in_an_intersection() -> None:
     student = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()
     teacher = torch.tensor([[0.1, 0.5, 0.3, 0.1]], dtype=torch.float64).log()
@@ -164,6 +192,6 @@ def test_candidates_outside_the_student_s_most_likely_do_not_count_in_an_interse
         ("generalized", 0.3 * math.log(0.3 / 0.5) - 0.3 + 0.5),
         ("tail", 0.3 * math.log(0.3 / 0.5) + 0.7 * math.log(0.7 / 0.5)),
     ]:
-        term = GENERALIZED_KL | {"truncation": truncation}
+        term = GENERALIZED_KL | {"truncation": truncation, "residual": False}
         objective = make_objective(support="intersection", support_size=2, terms={"main": term})
         assert evaluate(objective, student, tokens).losses.item() == pytest.approx(expected)

@@ -36,12 +36,14 @@ class Case:
     models: Mapping[str, np.ndarray]  # model -> [n, its vocabulary] logits
     target_ids: tuple[int, ...]
     model_dtype: str = "float32"
+    num_candidates: int = 0  # the teacher's most likely tokens
 
     def tokens(self) -> CompletionTokens:
         """Return tokens that models score by these logits, written by a student a little off."""
         said = {model: torch.from_numpy(values).log_softmax(-1) for model, values in self.models.items()}
         rollout = torch.from_numpy(self.logits).log_softmax(-1) + 0.1
-        return make_tokens(torch.tensor(self.target_ids), said, rollout)
+        candidate_ids = said["teacher"].topk(self.num_candidates).indices
+        return make_tokens(torch.tensor(self.target_ids), said, rollout, candidate_ids)
 
 
 def evaluate(case: Case, kernels: TritonKernels | None) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cluster.config.objective import DivergenceTerm
+from cluster.config.presets import PRESETS
 from learner.loss.divergences import DIVERGENCES
 from learner.loss.evaluators import takes_fused
 from learner.loss.kernels.choice import choose_kernels
@@ -128,6 +129,15 @@ def test_listed_tokens_get_their_gradient_from_the_softmax_kernels(interpreter: 
     found = interpreter.submit(evaluate_interpreted, case).result(SECONDS)
     same(found, evaluate(case, None))
     np.testing.assert_allclose(found["gradient"].sum(-1), 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["tail-topk", "tt-opd"])
+def test_sampled_tokens_correct_the_tail_with_kernels_as_without(interpreter: ProcessPoolExecutor, preset: str) -> None:
+    logits, teacher = logits_of(VOCABULARY, seed=0), logits_of(VOCABULARY, seed=1)
+    target_ids = tuple(teacher.argsort(-1)[range(4), [-1, 0, 9, 18]].tolist())  # the first is a candidate
+    table = {"support": "topk", "support_size": 6, "terms": PRESETS[preset]["terms"]}
+    case = Case(table, logits.numpy(), {"teacher": teacher.numpy()}, target_ids, num_candidates=6)
+    same(interpreter.submit(evaluate_interpreted, case).result(SECONDS), evaluate(case, None))
 
 
 @pytest.mark.parametrize("name", NAMES)
