@@ -174,7 +174,8 @@ def _verifier_for(answers: Sequence[str]) -> tuple[str, str]:
 def _choose_lengths(draft: Draft, inputs: Inputs, options: InitOptions, machine: Machine) -> int:
     """Choose completions' length so that 99 % of the prompts fit; return the tokens of the longest sequence."""
     tokens = [len(inputs.prompts.prompt(number).token_ids) for number in _sampled(inputs)]
-    median, most, longest = (*np.quantile(tokens, (0.5, 0.99)).astype(int).tolist(), inputs.prompts.longest_tokens)
+    median, most = (int(np.quantile(tokens, share)) for share in (0.5, 0.99))
+    longest = inputs.prompts.longest_tokens
     context = min(context_length(load_model_config(model)) for model in (options.student, options.teacher))
     completion = min(GPU_COMPLETION_TOKENS if machine.gpus else CPU_COMPLETION_TOKENS, context - most - 1)
     why = f"prompts have {median} tokens (median), {most} (99 %), {longest} (longest), the context {context}"
