@@ -1,5 +1,7 @@
 """Does what each command of the command line names, from a configuration to the last line that it prints."""
 
+from datetime import datetime
+
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError
@@ -21,6 +23,7 @@ from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
+from cluster.run.prompt_record import compare_prompts, read_record, write_record
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
 from cluster.run.supervisor import Supervisor
 from teacher_workers.audit.runner import ScoreAudit
@@ -35,6 +38,7 @@ def start_training(config: Config) -> RunSummary:
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         directory = RunDirectory.create(config)
+        write_record(directory, inputs)
         _announce(view, session, placement, inputs, directory)
         return _train(config, inputs, placement, view, directory)
 
@@ -51,7 +55,12 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
             f"{directory.path}: step {state.step} of {config.run.steps} is done; "
             f"to go on, resume with run.steps above {state.step}; preceptor export {directory.path} writes the student"
         )
-    config, inputs = _prepare(config)
+    began_with = read_record(directory)
+    config, inputs = _prepare(config, now=None if began_with is None else began_with.began_at)
+    if began_with is None:
+        write_record(directory, inputs)
+    else:
+        warnings += compare_prompts(directory, began_with, inputs)
     with terminal_view(config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs, directory)
@@ -163,9 +172,9 @@ def _measure_teachers(
     return accuracies
 
 
-def _prepare(config: Config) -> tuple[Config, Inputs]:
+def _prepare(config: Config, now: datetime | None = None) -> tuple[Config, Inputs]:
     """Read models and prompts; return the run with what follows from its models, and its inputs."""
-    inputs = load_inputs(config)
+    inputs = load_inputs(config, now)
     return inputs.pairs.apply(config), inputs
 
 
@@ -181,7 +190,7 @@ def _announce(
         view.say(f"Ray dashboard: http://{session.dashboard_address}{token}")
     for name, share in describe(placement):
         view.say(f"  {name}: {share}")
-    for line in inputs.pairs.lines:
+    for line in (*inputs.pairs.lines, *inputs.notes):
         view.say(line)
     if directory is not None:
         view.say(f"run: {directory.path}")

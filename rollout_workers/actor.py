@@ -18,7 +18,7 @@ from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from rollout_workers.environments.base import Services, environment_named
-from rollout_workers.environments.verifiers import VerifierProcess
+from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.pool import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
@@ -57,7 +57,7 @@ class RolloutActor:
             Services(
                 lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))),
                 lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-                VerifierProcess(settings.environment.verifier),
+                VerifierProcess(settings.environment.weights, settings.environment.reward_seconds),
             ),
             settings.rows_per_batch,
             environment_named(settings.environment.kind),

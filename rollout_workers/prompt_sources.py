@@ -56,8 +56,8 @@ def value_at(row: Row, path: str) -> Any:
         >>> value_at({"answers": {"text": ["4", "four"]}}, "answers.text.0")
         '4'
     """
-    if path in row:
-        return row[path]
+    if path in row or "." not in path:
+        return row.get(path)
     value: Any = row
     for part in path.split("."):
         if isinstance(value, dict):
@@ -128,20 +128,30 @@ def _read_csv(path: Path) -> pa.Table:
     try:
         with pc.open_csv(path, parse_options=parse) as reader:
             names = reader.schema.names
-        texts = pc.ConvertOptions(dict.fromkeys(names, pa.string()), null_values=[""], strings_can_be_null=True)
-        return pc.read_csv(path, parse_options=parse, convert_options=texts)
+        texts = dict.fromkeys(names, pa.string())
+        convert = pc.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
+        return pc.read_csv(path, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, OSError) as error:
         raise PromptError(f"{path}: cannot read the CSV file: {error}") from error
 
 
 def _table_rows(source: str | Path, table: pa.Table) -> Iterator[tuple[str, Row | PromptError]]:
-    """Yield a table's rows without columns that hold bytes, such as images."""
+    """Yield a table's rows without columns that hold bytes, such as images.
+
+    Inside a column, null is what a row does not have: a table gives all its messages and tools the same keys.
+    """
     texts = [name for name, type_ in zip(table.schema.names, table.schema.types, strict=True) if not _has_bytes(type_)]
     number = 0
     for batch in table.select(texts).to_batches(max_chunksize=1024):
         for row in batch.to_pylist():
             number += 1
-            yield _row(source, number), row
+            yield _row(source, number), {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _has_bytes(type_: pa.DataType) -> bool:

@@ -1,34 +1,19 @@
-"""Reads prompt files, tokenises them, and fixes the order in which a run uses them.
-
-A prompt file is JSONL, one object per line: `prompt` (a text, or a list of chat messages), and optionally `answer`,
-`domain` and `teacher` (the NAME of a [teachers.NAME] section; needed when there are several).
-"""
+"""Holds the tokenised prompts of a run, and fixes the order in which a run uses them."""
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
 
-from cluster.config.run_config import Config
-from cluster.contracts.errors import ConfigError, PromptError
-from cluster.contracts.files import read_file
 from cluster.contracts.trajectory import ragged
+from cluster.weight_sync.manifest import checksum
 from rollout_workers.environments.base import Prompt
-from rollout_workers.environments.verifiers import check_answer
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
-# A chat template is a program of the model's author, and what it does to messages can fail in as many ways.
-_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 _SCHEMA = pa.schema(
     [
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
@@ -36,17 +21,9 @@ _SCHEMA = pa.schema(
         pa.field("answer", pa.string(), nullable=True),
         pa.field("domain", pa.string(), nullable=False),
         pa.field("teacher", pa.string(), nullable=False),
+        pa.field("columns", pa.string(), nullable=True),  # further columns as a JSON object
     ]
 )
-
-
-class PromptLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Reads one line of a prompt file."""
-
-    prompt: str | list[dict[str, Any]]
-    answer: str | None = None
-    domain: str = ""
-    teacher: str | None = None
 
 
 class PromptSet:
@@ -61,7 +38,18 @@ class PromptSet:
 
     @property
     def longest_tokens(self) -> int:
-        return int(self._token_ids.lengths.max(initial=0))
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each prompt."""
+        return self._token_ids.lengths
+
+    @property
+    def checksum(self) -> str:
+        """Return a digest of the prompts' tokens, answers and teachers."""
+        labels = msgspec.json.encode([self._table[name].to_pylist() for name in ("answer", "teacher")])
+        return checksum([self.lengths.tobytes(), self._token_ids.values.tobytes(), labels])
 
     def text(self, prompt_id: int) -> str:
         """Return the prompt as its file gives it; of a conversation, the last message."""
@@ -76,8 +64,10 @@ class PromptSet:
         return str(self._table["teacher"][prompt_id].as_py())
 
     def prompt(self, prompt_id: int) -> Prompt:
-        columns = ("text", "teacher", "domain", "answer")
-        return Prompt(self._token_ids[prompt_id], *(self._table[name][prompt_id].as_py() for name in columns))
+        names = ("text", "teacher", "domain", "answer", "columns")
+        text, teacher, domain, answer, columns = (self._table[name][prompt_id].as_py() for name in names)
+        further = {} if columns is None else msgspec.json.decode(columns)
+        return Prompt(self._token_ids[prompt_id], text, teacher, domain, answer, further)
 
     def to_wire(self) -> pa.Buffer:
         sink = pa.BufferOutputStream()
@@ -92,11 +82,17 @@ class PromptSet:
         return cls(table.to_batches()[0])
 
     @classmethod
+    def of_columns(cls, columns: Mapping[str, Sequence[Any]]) -> "PromptSet":
+        """Return prompts from their columns by name; each has one value per prompt."""
+        return cls(pa.RecordBatch.from_pydict(dict(columns), schema=_SCHEMA))
+
+    @classmethod
     def of_token_ids(cls, token_ids: "Sequence[Sequence[int]]", teacher: str) -> "PromptSet":
         """Return prompts of given tokens, without texts or answers, all of one teacher."""
-        nothing = [""] * len(token_ids)
-        columns = {"token_ids": token_ids, "text": nothing, "answer": [None] * len(token_ids), "domain": nothing}
-        return cls(pa.RecordBatch.from_pydict({**columns, "teacher": [teacher] * len(token_ids)}, schema=_SCHEMA))
+        nothing, absent = [""] * len(token_ids), [None] * len(token_ids)
+        teachers = [teacher] * len(token_ids)
+        values = (token_ids, nothing, absent, nothing, teachers, absent)
+        return cls.of_columns(dict(zip(_SCHEMA.names, values, strict=True)))
 
     @classmethod
     def from_wire(cls, wire: pa.Buffer) -> "PromptSet":
@@ -136,110 +132,3 @@ def sampling_seed(*key: int) -> int:
 def turn_seed(seed: int, turn: int) -> int:
     """Return the seed of one completion of a trajectory, from the trajectory's own, which the first completion has."""
     return sampling_seed(seed, turn) if turn else seed
-
-
-def load_prompts(path: Path, tokenizer: "PreTrainedTokenizerBase", config: Config, context_tokens: int) -> PromptSet:
-    """Read a prompt file and tokenise it; `context_tokens` is the shortest context among all engines of the run.
-
-    Raises:
-        PromptError: the file is missing or empty, or a line is malformed or does not fit; names file and line.
-    """
-    content = read_file(path, "prompt file", PromptError)
-    if not content:
-        raise PromptError(f"{path}: the file holds no prompt")
-    lines: list[tuple[str, PromptLine]] = []  # and where each stands
-    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        lines.append((where, _parse(where, line, config.environment.verifier)))
-    # One call for all of them: called once per prompt, a tokenizer spends its time in Python.
-    texts = [_render(where, parsed, tokenizer, config) for where, parsed in lines]
-    token_ids = tokenizer(texts, add_special_tokens=config.prompts.template == "raw")["input_ids"]
-    for (where, _), ids in zip(lines, token_ids, strict=True):
-        _check_length(where, len(ids), config, context_tokens)
-    columns = {
-        "token_ids": token_ids,
-        "text": [_last_message(parsed) for _, parsed in lines],
-        "answer": [parsed.answer for _, parsed in lines],
-        "domain": [parsed.domain for _, parsed in lines],
-        "teacher": [_route(where, parsed.teacher, config.routes) for where, parsed in lines],
-    }
-    return PromptSet(pa.RecordBatch.from_pydict(columns, schema=_SCHEMA))
-
-
-def _parse(where: str, line: bytes, verifier: str) -> PromptLine:
-    if not line.strip():
-        raise PromptError(f"{where}: the line is empty")
-    if len(line) > MAX_LINE_BYTES:
-        raise PromptError(
-            f"{where}: the line has {len(line)} bytes; expected one JSON object of up to {MAX_LINE_BYTES}"
-        )
-    try:
-        parsed = msgspec.json.decode(line, type=PromptLine)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise PromptError(f"{where}: not a prompt object: {error}") from error
-    if not isinstance(parsed.prompt, str):
-        _check_messages(where, parsed.prompt)
-    elif not parsed.prompt.strip():
-        raise PromptError(f"{where}: `prompt` is empty")
-    try:
-        if parsed.answer is not None:
-            check_answer(verifier, parsed.answer)
-    except ConfigError as error:
-        raise PromptError(f"{where}: {error}") from error
-    return parsed
-
-
-def _check_messages(where: str, messages: list[dict[str, Any]]) -> None:
-    """Check what every chat template reads: a template that finds no content leaves it out without a word."""
-    if not messages:
-        raise PromptError(f"{where}: `prompt` is empty")
-    for number, message in enumerate(messages, start=1):
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(role, str) or not role:
-            raise PromptError(f"{where}: message {number} has role {role!r}; expected a text such as 'user'")
-        if not (isinstance(content, str | list) and content) and not message.get("tool_calls"):
-            raise PromptError(f"{where}: message {number} has content {content!r}; expected a text that is not empty")
-
-
-def _check_length(where: str, tokens: int, config: Config, context_tokens: int) -> None:
-    if not tokens:
-        raise PromptError(f"{where}: the prompt has no tokens; the student needs one to go on from")
-    completion, observations = config.rollout.max_completion_tokens, config.environment.max_observation_tokens
-    longest = context_tokens - completion - observations - 1  # a scoring engine generates one token
-    if tokens > longest:
-        less = f"rollout.max_completion_tokens = {completion}"
-        if observations:
-            less += f", environment.max_observation_tokens = {observations}"
-        raise PromptError(
-            f"{where}: the prompt has {tokens} tokens, but a context of {context_tokens} less {less} and 1 leaves "
-            f"room for {longest}"
-        )
-
-
-def _render(where: str, line: PromptLine, tokenizer: "PreTrainedTokenizerBase", config: Config) -> str:
-    """Return the text that the student reads; a chat template writes its own special tokens."""
-    if config.prompts.template == "raw":
-        if not isinstance(line.prompt, str):
-            raise PromptError(f"{where}: `prompt` is a conversation, but prompts.template = 'raw' takes a text")
-        return line.prompt
-    if tokenizer.chat_template is None:
-        raise PromptError(f"{where}: the student's tokenizer has no chat template; set prompts.template = 'raw'")
-    messages = [{"role": "user", "content": line.prompt}] if isinstance(line.prompt, str) else list(line.prompt)
-    if config.prompts.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": config.prompts.system_prompt})
-    try:
-        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except _TEMPLATE_ERRORS as error:
-        raise PromptError(f"{where}: the chat template of the student refuses the prompt: {error}") from error
-
-
-def _last_message(line: PromptLine) -> str:
-    return line.prompt if isinstance(line.prompt, str) else str(line.prompt[-1].get("content", ""))
-
-
-def _route(where: str, teacher: str | None, names: Sequence[str]) -> str:
-    if teacher is None and len(names) == 1:
-        return names[0]
-    if teacher is None or teacher not in names:
-        raise PromptError(f"{where}: teacher is {teacher!r}; expected one of {names}")
-    return teacher

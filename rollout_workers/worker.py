@@ -63,7 +63,7 @@ class RolloutWorker:
             async for rows, is_last in in_batches(tasks, self._batch_size):
                 now = perf_counter()
                 metrics = rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
-                yield make_generated(rows), metrics, is_last
+                yield make_generated(rows), metrics | self._services.verifier.metrics(), is_last
                 last = now
         finally:
             for unfinished in tasks:

@@ -178,7 +178,7 @@ def audited_prompts(run: Path, overrides: Sequence[str]) -> int:
         PreceptorError: the ledger is not that of a run that learned from everything once.
     """
     config = embedded_config(overrides)
-    return audit(read_ledger(RunDirectory(run).ledger), config, load_inputs(config))
+    return audit(read_ledger(RunDirectory(run).ledger), config, load_inputs(config).train)
 
 
 def outcome(run: ChaosRun, overrides: Sequence[str]) -> Outcome:

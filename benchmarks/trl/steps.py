@@ -9,7 +9,8 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from cluster.config.run_config import Config
-from rollout_workers.prompts import PromptOrder, load_prompts
+from rollout_workers.load_prompts import load_prompts
+from rollout_workers.prompts import PromptOrder
 
 Trainer = Literal["gkd", "distillation"]
 Precision = Literal["float32", "autocast", "bfloat16"]

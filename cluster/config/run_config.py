@@ -3,12 +3,12 @@
 `run_file.py` reads it from TOML. Fields are documented where they stand.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field
 
 from cluster.config.alarms import AlarmConfig
-from cluster.config.fields import Count, CountOrZero, Items, Positive, Section, Text
+from cluster.config.fields import Count, CountOrZero, Finite, Items, Positive, Section, Text
 from cluster.config.objective import BASE, INITIAL_STUDENT, TEACHER, ObjectiveConfig
 from cluster.config.stages import (
     MAX_TEMPERATURE,
@@ -43,10 +43,17 @@ class StudentConfig(Section):
 class PromptsConfig(Section):
     """Sets the prompts of a run."""
 
-    train: Text  # JSONL: {"prompt": ..., "answer"?, "domain"?, "teacher"?}
-    held_out: Text | None = None
+    train: Text  # a file (JSONL, JSON, Parquet, CSV), a folder, or owner/name[/subset][:split] of the hub; docs/data.md
+    held_out: Text | None = None  # the same
+    # Our name = theirs, such as prompt = "question"; dots lead into a column. Further names are kept for rewards.
+    columns: dict[str, Text] = field(default_factory=dict)
+    answer_after: Text | None = None  # an answer is what follows this mark: "####" in GSM8K
     template: Literal["chat", "raw"] = "chat"
-    system_prompt: str | None = None  # chat template only
+    system_prompt: str | None = None  # chat template only; a conversation's own comes first
+    # Such as enable_thinking = false; a row's own column of this name comes first.
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    last_answer: Literal["error", "drop", "prefill"] = "error"  # of conversations that end with the assistant's message
+    too_long: Literal["error", "skip"] = "error"  # of prompts that leave no room for a completion
     prompts_per_step: Items = 64
     shuffle: bool = True  # a new order each epoch, fixed by run.seed
 
@@ -56,7 +63,20 @@ class EnvironmentConfig(Section):
 
     kind: Text = "single_turn"  # or package.module:Class, an Environment of yours
     verifier: Literal["exact", "regex", "math"] = "exact"  # compares a completion with its prompt's answer
+    # In the verifier's place: weights of verifiers, and of functions of yours as package.module:function.
+    rewards: dict[Text, Finite] = field(default_factory=dict)
+    reward_seconds: Positive = 30.0  # the longest that a function of yours may take for one completion
     max_observation_tokens: CountOrZero = 0  # that the environment may add to one prompt; the context is so much longer
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Return the verifiers and reward functions with their weights."""
+        return self.rewards or {self.verifier: 1.0}
+
+    @property
+    def reads_columns(self) -> bool:
+        """Return whether code of the user's may read further columns of the prompts."""
+        return any(":" in name for name in (self.kind, *self.rewards))
 
 
 class EvaluationConfig(Section):
@@ -155,8 +175,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"rollout.engine.quantization is '{rollout.engine.quantization}', but a student gets new weights "
                 "after every step, in its own dtype; only teachers are quantised"
             )
-        if self.prompts.system_prompt is not None and self.prompts.template == "raw":
-            raise ValueError("prompts.system_prompt is set, but prompts.template = 'raw' has no place for it")
+        _check_prompts(self)
 
     @property
     def routes(self) -> list[str]:
@@ -198,6 +217,18 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         if model == TEACHER:
             return route
         return (self.teachers[route].base or route) if model == BASE else model
+
+
+def _check_prompts(config: Config) -> None:
+    """Check that the settings of prompts and rewards do not exclude each other."""
+    prompts, environment = config.prompts, config.environment
+    for name in ("system_prompt", "chat_template_kwargs") if prompts.template == "raw" else ():
+        if getattr(prompts, name) not in (None, {}):
+            raise ValueError(f"prompts.{name} is set, but prompts.template = 'raw' has no place for it")
+    if environment.rewards and environment.verifier != "exact":
+        raise ValueError(
+            f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
+        )
 
 
 def _check_targets(config: Config) -> None:

@@ -24,6 +24,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.json"  # the resolved configuration
+        self.prompts = path / "prompts.json"  # how many prompts the run began with, and their checksums
         self.status = path / "status.json"  # kept fresh while the run lives
         # One JSON object per step, alarm, decision of the balancer, checkpoint of a teacher, held-out completion.
         self.metrics, self.ledger = path / "metrics.jsonl", path / "ledger.jsonl"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ray.job_submission import JobStatus
 
+from cluster.config.data_source import parse_source
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, JobError, in_one_line
 from cluster.jobs.job_server import STOP_WAIT_VARIABLE, Job, JobServer
@@ -102,9 +103,10 @@ def _named(config: Config) -> Iterator[tuple[str, str, bool]]:
             yield f"teachers.{name}.model", teacher.model, True
         elif teacher.tokenizer is not None:
             yield f"teachers.{name}.tokenizer", teacher.tokenizer, True
-    yield "prompts.train", config.prompts.train, False
-    if config.prompts.held_out is not None:
-        yield "prompts.held_out", config.prompts.held_out, False
+    for name, text in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
+        source = None if text is None else parse_source(text)
+        if source is not None and source.kind != "hub":
+            yield f"prompts.{name}", source.place, False
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Reads the prompts of a run, and makes the requests of each step from them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from datetime import datetime
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError
@@ -10,7 +10,10 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
 from rollout_workers.environments.base import environment_named
-from rollout_workers.prompts import PromptOrder, PromptSet, load_prompts, sampling_seed
+from rollout_workers.environments.verifier_process import check_rewards
+from rollout_workers.load_prompts import load_prompts
+from rollout_workers.prompt_sources import HELD_OUT_SPLITS, TRAIN_SPLITS
+from rollout_workers.prompts import PromptOrder, PromptSet, sampling_seed
 from teacher_workers.backends.base import check_signals, check_teacher
 
 _TRAIN, _HELD_OUT = 0, 1  # keep the seeds of training and evaluation apart
@@ -25,10 +28,15 @@ class Inputs:
     held_out_ids: tuple[int, ...]
     max_model_len: int  # longest prompt + observations + completion + 1: the context that every engine must offer
     pairs: Pairs = field(default_factory=Pairs)  # how the teachers differ from the student
+    notes: tuple[str, ...] = ()  # what the settings did to the prompts
+    read_at: datetime = field(default_factory=datetime.now)  # what chat templates took for the time
 
 
-def load_inputs(config: Config) -> Inputs:
-    """Read models' configurations, tokenizers and prompt files, and check that they fit each other."""
+def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
+    """Read models' configurations, tokenizers and prompts, and check that they fit each other.
+
+    `now` is what chat templates take for the time; without it, it is now.
+    """
     student = read_model(config.student, is_student=True)
     check_signals(config)
     teachers = {name: check_teacher(name, teacher, student) for name, teacher in config.teachers.items()}
@@ -36,12 +44,17 @@ def load_inputs(config: Config) -> Inputs:
     models = [student, *teachers.values()]
     check_support(config, min(model.vocabulary for model in models))
     environment_named(config.environment.kind)  # refuses a wrong name before anything starts
+    check_rewards(config.environment.weights)
     context = min(model.context_tokens for model in models)
-    train = load_prompts(Path(config.prompts.train), student.tokenizer, config, context)
-    prompts = train
+    now = now or datetime.now()
+    notes: list[str] = []
+
+    def load(source: str, splits: Sequence[str]) -> PromptSet:
+        return load_prompts(source, student.tokenizer, config, context, splits, notes.append, now)
+
+    prompts = train = load(config.prompts.train, TRAIN_SPLITS)
     if config.prompts.held_out is not None:
-        held_out = load_prompts(Path(config.prompts.held_out), student.tokenizer, config, context)
-        prompts = PromptSet.join([train, held_out])
+        prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -51,6 +64,8 @@ def load_inputs(config: Config) -> Inputs:
         + config.rollout.max_completion_tokens
         + 1,
         pairs=pairs,
+        notes=tuple(notes),
+        read_at=now,
     )
 
 
@@ -65,10 +80,15 @@ def check_support(config: Config, vocabulary: int) -> None:
 
 def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:
     """Return the requests of one step, from 0: the same ones whenever the step is done again."""
+    return step_requests(config, inputs.train, step)
+
+
+def step_requests(config: Config, order: PromptOrder, step: int) -> list[RolloutRequest]:
+    """Return the requests of one step of a run whose training prompts come in this order."""
     count = config.prompts.prompts_per_step
     first = step * count
     samples = config.rollout.samples_per_prompt
-    return _requests(inputs.train.take(first, count), first, samples, (config.run.seed, _TRAIN, step))
+    return _requests(order.take(first, count), first, samples, (config.run.seed, _TRAIN, step))
 
 
 def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:

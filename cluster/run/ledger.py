@@ -17,8 +17,10 @@ from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.files import Record, RecordsFile
 from cluster.contracts.requests import RolloutRequest
 from cluster.run.hooks import StepHook
-from cluster.run.inputs import Inputs, load_inputs, train_requests
+from cluster.run.inputs import load_inputs, step_requests
+from cluster.run.prompt_record import read_record
 from cluster.weight_sync.manifest import checksum, new_digest
+from rollout_workers.prompts import PromptOrder
 
 
 class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,10 +183,10 @@ def read_ledger(path: Path) -> list[LedgerRecord]:
     return RecordsFile(path).decode(LedgerRecord, "no ledger record")
 
 
-def audit(records: Sequence[LedgerRecord], config: Config, inputs: Inputs) -> int:
+def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -> int:
     """Return how many prompt positions were consumed; raise TrainingError if not each once and in order."""
     for index, record in enumerate(records):
-        expected = LedgerRecord.of(index + 1, train_requests(config, inputs, index), record.policy_versions)
+        expected = LedgerRecord.of(index + 1, step_requests(config, order, index), record.policy_versions)
         names = ("step", "trajectory_ids", "prompt_ids", "seeds_checksum")
         wrong = [name for name in names if getattr(record, name) != getattr(expected, name)]
         lowest, highest = record.policy_versions
@@ -198,9 +200,11 @@ def audit(records: Sequence[LedgerRecord], config: Config, inputs: Inputs) -> in
 def verify_run(directory: RunDirectory) -> str:
     """Audit the ledger of a run against its configuration and metrics, and say in one line what it proves."""
     config = directory.read_config()
-    inputs = load_inputs(config)
+    began_with = read_record(directory)
+    # Runs of earlier releases kept no record of their prompts.
+    order = load_inputs(config).train if began_with is None else began_with.order(config)
     records = read_ledger(directory.ledger)
-    num_prompts = audit(records, config, inputs)
+    num_prompts = audit(records, config, order)
     last = max((record["step"] for record in RecordsFile(directory.metrics).read()), default=0)
     if last > len(records):
         raise CheckpointError(f"{directory.ledger}: it ends after step {len(records)}, metrics.jsonl after step {last}")

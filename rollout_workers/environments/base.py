@@ -5,28 +5,29 @@ A trajectory is a loop of turns: `start` gives the tokens before the first compl
 trajectory. A new environment is made for every trajectory, so it may keep state between its calls.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.import_path import is_import_path, load_object
 from cluster.contracts.requests import Completion
 from cluster.contracts.trajectory import Ints
-from rollout_workers.environments.verifiers import VerifierProcess
+from rollout_workers.environments.verifier_process import VerifierProcess
 
 TokenIds = Sequence[int] | Ints
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Holds one line of a prompt file, tokenised."""
+    """Holds one row of the prompts, tokenised."""
 
     token_ids: Ints  # [prompt_tokens] special tokens included
     text: str  # as the file gives it; of a conversation, the last message
     teacher: str
     domain: str
     answer: str | None  # None: nothing to verify against
+    columns: Mapping[str, Any] = field(default_factory=dict)  # further ones of the prompt's row
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,13 @@ class Services:
         return text[: min(ends, default=len(text))].strip()
 
     async def reward(self, prompt: Prompt, completion: Completion) -> float | None:
-        """Return 1 for a right completion, 0 for a wrong or cut one; None when the prompt has no answer."""
-        if prompt.answer is None:
-            return None
-        return await self.verifier.reward(self.text_of(completion), prompt.answer, completion.finish_reason)
+        """Return the completion's reward: 1 or 0 by the run's verifier, a number by its reward functions.
+
+        None: no reward is known, because a verifier has no answer to compare with or a function took too long.
+        """
+        return await self.verifier.reward(
+            self.text_of(completion), prompt.answer, completion.finish_reason, prompt.text, prompt.columns
+        )
 
 
 class SingleTurn:

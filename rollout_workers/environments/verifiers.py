@@ -1,12 +1,9 @@
 """Says whether a completion answers its prompt; pure functions from text to a reward of 0 or 1."""
 
-import asyncio
 import re
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
-from cluster.contracts.errors import ConfigError
+from cluster.contracts.errors import PromptError
 
 MATH_SECONDS = 5
 
@@ -14,21 +11,21 @@ MATH_SECONDS = 5
 def verify(kind: str, completion: str, answer: str, finish_reason: str) -> float:
     """Return 1 if the completion is right, else 0; a completion that was cut off at its length limit is wrong.
 
-    The completion is decoded without special tokens; the answer is as the prompt file gives it: a text, a regular
+    The completion is decoded without special tokens; the answer is as the prompts give it: a text, a regular
     expression, or a mathematical expression.
     """
     return float(finish_reason == "stop" and VERIFIERS[kind](completion.strip(), answer))
 
 
 def check_answer(kind: str, answer: str) -> None:
-    """Refuse by ConfigError an answer that its verifier could never use."""
+    """Refuse by PromptError an answer that its verifier could never use."""
     if kind == "regex":
         try:
             re.compile(answer)
         except (re.error, RecursionError, OverflowError) as error:
-            raise ConfigError(f"answer {answer!r} is not a regular expression: {error}") from error
+            raise PromptError(f"answer {answer!r} is not a regular expression: {error}") from error
     elif kind == "math" and not _parse(answer):
-        raise ConfigError(f"answer {answer!r} holds no mathematical expression")
+        raise PromptError(f"answer {answer!r} holds no mathematical expression")
 
 
 def is_exact(completion: str, answer: str) -> bool:
@@ -58,23 +55,3 @@ def _parse(text: str) -> list[object]:
 
 
 VERIFIERS: dict[str, Callable[[str, str], bool]] = {"exact": is_exact, "regex": is_regex_match, "math": is_math_equal}
-
-
-class VerifierProcess:
-    """Verifies completions off the event loop; owns at most one process, which starts with the first slow check."""
-
-    def __init__(self, kind: str = "exact") -> None:
-        self._kind = kind
-        self._process: ProcessPoolExecutor | None = None
-
-    async def reward(self, completion: str, answer: str, finish_reason: str) -> float:
-        if self._kind != "math":  # the others take no time
-            return verify(self._kind, completion, answer, finish_reason)
-        if self._process is None:
-            self._process = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._process, verify, self._kind, completion, answer, finish_reason)
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.shutdown(wait=False, cancel_futures=True)

@@ -33,14 +33,15 @@ def _messages(*messages: str) -> str:
 ONE = '{"prompt": "w4"}'
 PROMPTS: dict[str, PromptCase] = {
     "empty file": PromptCase(b"", "prompts.jsonl: the file holds no prompt"),
-    "line break alone": PromptCase(b"\n", "prompts.jsonl:1: the line is empty"),
+    "line break alone": PromptCase(b" \n\n", "prompts.jsonl: the file holds no prompt"),
     "utf-8 mark": PromptCase(b"\xef\xbb\xbf" + ONE.encode(), "byte order mark"),
     "utf-16": PromptCase(ONE.encode("utf-16"), "byte order mark"),
     "utf-16 without mark": PromptCase(ONE.encode("utf-16-le"), "prompts.jsonl:1: not a prompt object"),
     "old line ends": PromptCase(f"{ONE}\r{ONE}".encode(), "prompts.jsonl:1: not a prompt object"),
-    "Parquet": PromptCase(b"PAR1\x15\x04\x15\x10", "prompts.jsonl:1: not a prompt object"),
+    "Parquet": PromptCase(b"PAR1\x15\x04\x15\x10", "prompts.jsonl: cannot read the Parquet file"),
     "gzip": PromptCase(b"\x1f\x8b\x08\x00\x00", "prompts.jsonl:1: not a prompt object"),
-    "one JSON array": PromptCase(f"[\n{ONE}\n]\n".encode(), "prompts.jsonl:1: not a prompt object"),
+    "JSON array cut": PromptCase(f"[\n{ONE},\n".encode(), "prompts.jsonl: not a JSON array of prompt objects"),
+    "JSON array of texts": PromptCase(b'["w4"]', "prompts.jsonl: row 1: not a prompt object: Expected `object`"),
     "pretty-printed": PromptCase(b'{\n  "prompt": "w4"\n}\n', "prompts.jsonl:1: not a prompt object"),
     "CSV": PromptCase(b"prompt,answer\nw4,w5\n", "prompts.jsonl:1: not a prompt object"),
     "cut in a text": _raw('{"prompt": "w4', "not a prompt object"),
@@ -52,18 +53,18 @@ PROMPTS: dict[str, PromptCase] = {
     "two objects": _raw(ONE + ONE, "not a prompt object"),
     "trailing comma": _raw('{"prompt": "w4",}', "not a prompt object"),
     "NaN": _raw('{"prompt": NaN}', "not a prompt object"),
-    "empty line": _raw("", "the line is empty"),
-    "white space": _raw(" \t", "the line is empty"),
     "array": _raw('["w4"]', "not a prompt object: Expected `object`, got `array`"),
     "number": _raw("3", "not a prompt object: Expected `object`, got `int`"),
     "text": _raw('"w4"', "not a prompt object: Expected `object`, got `str`"),
     "null": _raw("null", "not a prompt object: Expected `object`, got `null`"),
-    "no prompt": _raw('{"answer": "w4"}', "not a prompt object: Object missing required field `prompt`"),
-    "unknown field": _raw(
-        '{"prompt": "w4", "answr": "x"}', "not a prompt object: Object contains unknown field `answr`"
+    "no prompt": _raw('{"answer": "w4"}', "there is no `prompt`; the columns are answer; set prompts.columns"),
+    "another name": _raw(
+        '{"question": "w4"}', "there is no `prompt`; the columns are question; set prompts.columns.prompt"
     ),
-    "unknown field with a line break": _raw('{"prompt": "w4", "a\\nb": 1}', "not a prompt object: Object contains"),
-    "prompt null": _raw('{"prompt": null}', "not a prompt object: Expected `str | array`, got `null`"),
+    "named column absent": _raw(
+        '{"prompt": "w4"}', "there is no `question`, which prompts.columns.prompt", "prompts.columns.prompt=question"
+    ),
+    "prompt null": _raw('{"prompt": null}', "`prompt` is null"),
     "prompt a number": _raw('{"prompt": 3}', "not a prompt object: Expected `str | array`, got `int`"),
     "prompt an object": _raw('{"prompt": {"role": "user"}}', "not a prompt object: Expected `str | array`"),
     "prompt empty": _raw('{"prompt": ""}', "`prompt` is empty"),
@@ -73,8 +74,14 @@ PROMPTS: dict[str, PromptCase] = {
     "lone surrogate": _raw('{"prompt": "w4 \\ud800"}', "not a prompt object"),
     "surrogates in the wrong order": _raw('{"prompt": "w4 \\udc00\\ud800"}', "not a prompt object"),
     "NUL": _raw(b'{"prompt": "w4 \x00"}', "not a prompt object"),
-    "answer a number": _raw('{"prompt": "w4", "answer": 4}', "not a prompt object: Expected `str | null`"),
-    "domain null": _raw('{"prompt": "w4", "domain": null}', "not a prompt object: Expected `str`, got `null`"),
+    "answer a list": _raw('{"prompt": "w4", "answer": [4]}', "answer is [4]; expected a text or a number"),
+    "answer true": _raw('{"prompt": "w4", "answer": true}', "answer is True; expected a text or a number"),
+    "answer without its mark": _raw(
+        '{"prompt": "w4", "answer": "4"}', "answer '4' does not contain '####'", "prompts.answer_after=####"
+    ),
+    "domain a number": _raw('{"prompt": "w4", "domain": 1}', "not a prompt object: Expected `str | null`"),
+    "tools a text": _raw('{"prompt": "w4", "tools": "x"}', "not a prompt object: Expected `array | null`, got `str`"),
+    "tools for a raw prompt": _raw('{"prompt": "w4", "tools": [{}]}', "the row has tools or chat_template_kwargs"),
     "teacher a number": _raw('{"prompt": "w4", "teacher": 1}', "not a prompt object: Expected `str | null`"),
     "teacher unknown": _raw('{"prompt": "w4", "teacher": "x"}', "teacher is 'x'; expected one of ['main']"),
     "teacher with a line break": _raw('{"prompt": "w4", "teacher": "a\\nb"}', "teacher is 'a\\nb'"),
@@ -101,7 +108,7 @@ PROMPTS: dict[str, PromptCase] = {
     "no mathematics, two lines": _raw(
         '{"prompt": "w4", "answer": "a\\nb"}', "answer 'a\\nb' holds", "environment.verifier=math"
     ),
-    "no chat template": _chat(ONE, "the student's tokenizer has no chat template", None),
+    "no chat template": PromptCase(ONE.encode(), "prompts.jsonl: the student's tokenizer has no chat template", ()),
     "no messages": _chat('{"prompt": []}', "`prompt` is empty"),
     "message a text": _chat('{"prompt": ["w4"]}', "not a prompt object: Expected `object`, got `str`"),
     "message null": _chat('{"prompt": [null]}', "not a prompt object: Expected `object`, got `null`"),
@@ -114,6 +121,16 @@ PROMPTS: dict[str, PromptCase] = {
     "content null": _chat(_messages('{"role": "user", "content": null}'), "message 1 has content None"),
     "content a number": _chat(_messages('{"role": "user", "content": 3}'), "message 1 has content 3"),
     "content empty": _chat(_messages('{"role": "user", "content": ""}'), "message 1 has content ''"),
+    "an image": _chat(
+        _messages('{"role": "user", "content": [{"type": "text", "text": "w4"}, {"type": "image"}]}'),
+        "message 1 has a part of type 'image'",
+    ),
+    "part without text": _chat(_messages('{"role": "user", "content": [{"type": "text"}]}'), "message 1 has a part"),
+    "part a number": _chat(_messages('{"role": "user", "content": [3]}'), "message 1 has a part"),
+    "ends with the answer": _chat(
+        _messages('{"role": "user", "content": "w4"}', '{"role": "assistant", "content": "w5"}'),
+        "the conversation ends with the assistant's message",
+    ),
     "second message wrong": _chat(
         _messages('{"role": "user", "content": "w4"}', '{"role": "user"}'), "message 2 has content None"
     ),

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cluster.contracts.errors import PromptError
 from cluster.models.model_files import load_tokenizer
-from rollout_workers.prompts import PromptSet, load_prompts
+from rollout_workers.load_prompts import load_prompts
+from rollout_workers.prompts import PromptSet
 from tests.builders import make_config
 from tests.malformed.prompt_cases import PROMPTS
 from tests.malformed.refusal import SECONDS_PER_CASE, assert_refused, assert_sentence
@@ -45,7 +46,7 @@ def test_a_wrong_prompt_file_is_one_sentence(name: str, tmp_path: Path, tokenize
     ("name", "says"),
     [
         ("absent", "No such file"),
-        ("folder", "Is a directory"),
+        ("folder", "cannot load the data set: The directory"),
         ("loop", "Too many levels of symbolic links"),
         ("pipe", "not a regular file"),
         ("a\0b", "null byte"),

@@ -172,7 +172,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
 def test_an_undisturbed_run_passes_the_audit(tmp_path: Path) -> None:
     make_ledger(tmp_path / "ledger.jsonl", 7)
     records = read_ledger(tmp_path / "ledger.jsonl")
-    assert audit(records, CONFIG, INPUTS) == 21
+    assert audit(records, CONFIG, ORDER) == 21
     asked = [prompt for record in records for prompt in record.prompt_ids]
     # Four whole epochs of five prompts, each of them once per epoch, and one position of the fifth.
     assert [sorted(asked[epoch * 5 : epoch * 5 + 5]) for epoch in range(4)] == [[0, 1, 2, 3, 4]] * 4
@@ -197,7 +197,7 @@ def test_a_record_that_differs_fails_the_audit(tmp_path: Path, name: str, change
     fields = {field: getattr(records[2], field) for field in LedgerRecord.__struct_fields__}
     records[2] = LedgerRecord(**{**fields, **change})
     with pytest.raises(TrainingError, match=f"ledger record 3: {name} is not what the run asks for"):
-        audit(records, CONFIG, INPUTS)
+        audit(records, CONFIG, ORDER)
 
 
 @pytest.mark.parametrize("lost", [0, 2])
@@ -205,9 +205,9 @@ def test_a_lost_and_a_repeated_step_fail_the_audit(tmp_path: Path, lost: int) ->
     make_ledger(tmp_path / "ledger.jsonl", 4)
     records = read_ledger(tmp_path / "ledger.jsonl")
     with pytest.raises(TrainingError, match=f"ledger record {lost + 1}: step"):
-        audit(records[:lost] + records[lost + 1 :], CONFIG, INPUTS)
+        audit(records[:lost] + records[lost + 1 :], CONFIG, ORDER)
     with pytest.raises(TrainingError, match=f"ledger record {lost + 2}: step"):
-        audit(records[: lost + 1] + records[lost:], CONFIG, INPUTS)
+        audit(records[: lost + 1] + records[lost:], CONFIG, ORDER)
 
 
 def test_the_records_are_plain_json(tmp_path: Path) -> None:

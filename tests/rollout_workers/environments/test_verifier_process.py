@@ -3,7 +3,8 @@ import threading
 
 import pytest
 
-from rollout_workers.environments.verifiers import MATH_SECONDS, VerifierProcess
+from rollout_workers.environments.verifier_process import VerifierProcess
+from rollout_workers.environments.verifiers import MATH_SECONDS
 
 
 def rewards_in_a_thread(*cases: tuple[str, str, str]) -> list[float]:

@@ -1,6 +1,6 @@
 import pytest
 
-from cluster.contracts.errors import ConfigError
+from cluster.contracts.errors import PromptError
 from rollout_workers.environments.verifiers import check_answer, verify
 
 
@@ -26,5 +26,5 @@ def test_a_completion_that_was_cut_off_is_wrong() -> None:
 
 @pytest.mark.parametrize(("kind", "answer"), [("regex", "("), ("math", "no number here")])
 def test_an_answer_that_can_never_match_is_refused(kind: str, answer: str) -> None:
-    with pytest.raises(ConfigError, match="answer"):
+    with pytest.raises(PromptError, match="answer"):
         check_answer(kind, answer)
