@@ -74,6 +74,11 @@ class EnvironmentConfig(Section):
         return self.rewards or {self.verifier: 1.0}
 
     @property
+    def reward_name(self) -> str:
+        """Return what the mean reward is called: of verifiers alone, it is the share of right completions."""
+        return "reward" if self.rewards else "accuracy"
+
+    @property
     def reads_columns(self) -> bool:
         """Return whether code of the user's may read further columns of the prompts."""
         return any(":" in name for name in (self.kind, *self.rewards))

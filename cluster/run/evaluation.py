@@ -41,6 +41,7 @@ class Evaluation:
     # token, estimated from the samples, absent when no teacher scored them.
     metrics: dict[str, float]
     samples: list[dict[str, Any]]  # a few prompts with their completions
+    reward_name: str = "accuracy"  # what people read; with reward functions, the metric `accuracy` is the mean reward
 
     @property
     def accuracy(self) -> float | None:
@@ -75,7 +76,7 @@ class Evaluator:
 
     def _describe(self, handles: Sequence[BatchHandle]) -> Evaluation:
         metrics = report(merge(handle.metrics for handle in handles))
-        return Evaluation(_held_out_names(metrics), self.read_samples(handles))
+        return Evaluation(_held_out_names(metrics), self.read_samples(handles), self.config.environment.reward_name)
 
     def read_samples(self, handles: Iterable[BatchHandle]) -> list[dict[str, Any]]:
         """Fetch the completions of the first few held-out prompts and decode them for people."""

@@ -68,7 +68,7 @@ def describe_evaluation(evaluation: "Evaluation") -> str:
     if evaluation.kl is not None:
         parts.insert(0, f"KL per token {evaluation.kl:.4f}")
     if evaluation.accuracy is not None:
-        parts.insert(0, f"accuracy {evaluation.accuracy:.3f}")
+        parts.insert(0, f"{evaluation.reward_name} {evaluation.accuracy:.3f}")
     return ", ".join(parts)
 
 
@@ -89,7 +89,7 @@ def summary(config: Config, history: RunSummary, seconds: float, steps: int) -> 
             if accuracy is not None
         )
         student = f"student {history.first_accuracy:.2f} -> {history.last_accuracy:.2f}"
-        lines.append(f"held-out accuracy: {student}{teachers}")
+        lines.append(f"held-out {config.environment.reward_name}: {student}{teachers}")
     return lines
 
 

@@ -25,6 +25,9 @@ SETTINGS = (
     'run.hooks=["examples.extend.step_hook:StepNotes"]',
     "environment.kind=examples.extend.two_turn_environment:SecondTry",
     "environment.max_observation_tokens=2",
+    "environment.verifier=exact",
+    # Without weight: the environment gives a second try where the reward is 0.
+    'environment.rewards={regex=1.0, "examples.extend.reward:brevity"=0.0}',
     "teachers.countdown.backend=examples.extend.signal:BigramsWithMargin",
     'teachers.countdown.signals=["examples.extend.signal:MARGIN"]',
     "objective.terms.main.loss=divergence",
@@ -82,6 +85,12 @@ def test_the_table_scores_and_the_student_learns_from_the_sampled_tokens_of_both
     samples = [json.loads(line) for line in run.directory.samples.read_text().splitlines()]
     # After its result the student ends an answer or marks a miss; anything else there begins a second answer.
     assert any(re.search(r"= \d+ [^x]", sample["completion"]) for sample in samples)
+
+
+def test_the_function_that_rewards_ran_in_time_for_every_trajectory(run: ExtendedRun) -> None:
+    assert [record["rollout/reward_timeouts"] for record in run.records()] == [0.0] * STEPS
+    assert all(0 < record["rollout/reward"] < 1 for record in run.records())
+    assert "held-out reward: student" in run.output
 
 
 def test_the_ledger_of_a_run_with_two_answers_is_right(run: ExtendedRun, capsys: pytest.CaptureFixture[str]) -> None:

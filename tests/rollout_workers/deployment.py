@@ -130,10 +130,6 @@ def make_prompts() -> PromptSet:
         "answer": ["w50" if index % 2 == 0 else None for index in range(len(token_ids))],
         "domain": ["words" for _ in token_ids],
         "teacher": ["even" if index % 2 == 0 else "odd" for index in range(len(token_ids))],
+        "columns": [None for _ in token_ids],
     }
-    types = [pa.list_(pa.int32()), pa.string(), pa.string(), pa.string(), pa.string()]
-    arrays = [pa.array(values, type=type_) for values, type_ in zip(columns.values(), types, strict=True)]
-    schema = pa.schema(
-        [pa.field(name, type_, nullable=name == "answer") for name, type_ in zip(columns, types, strict=True)]
-    )
-    return PromptSet(pa.record_batch(arrays, schema=schema))
+    return PromptSet.of_columns(columns)

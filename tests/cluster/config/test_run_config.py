@@ -12,7 +12,8 @@ from tests.builders import MINIMAL_RUN, make_config
 FIELDS = {
     "run": "name steps seed directory hooks",
     "student": "model trust_remote_code",
-    "prompts": "train held_out template system_prompt prompts_per_step shuffle",
+    "prompts": "train held_out columns answer_after template system_prompt chat_template_kwargs last_answer too_long "
+    "prompts_per_step shuffle",
     "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
     "stop stop_token_ids stop_repetition rows_per_batch max_staleness engine",
     "teachers": "model backend signals trust_remote_code num_workers slot min_workers max_workers accept_differences "
@@ -24,7 +25,7 @@ FIELDS = {
     "balance": "mode observe_steps cooldown_steps min_gain",
     "weight_sync": "payload transport bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
-    "environment": "kind verifier max_observation_tokens",
+    "environment": "kind verifier rewards reward_seconds max_observation_tokens",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature teacher_too",
     "checkpoint": "every_steps keep_last export",
     "alarms": "metric above below relative_to steps action",

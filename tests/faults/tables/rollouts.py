@@ -13,8 +13,8 @@ FAULTS = (
     Fault(
         "every step asks the first prompts",
         "cluster/run/inputs.py",
-        "inputs.train.take(first, count)",
-        "inputs.train.take(0, count)",
+        "order.take(first, count)",
+        "order.take(0, count)",
         ("tests/cluster/run/test_inputs.py",),
     ),
     Fault(
@@ -47,17 +47,38 @@ FAULTS = (
     ),
     Fault(
         "special tokens twice in a chat prompt",
-        "rollout_workers/prompts.py",
+        "rollout_workers/load_prompts.py",
         'add_special_tokens=config.prompts.template == "raw"',
         "add_special_tokens=True",
         ("tests/rollout_workers/test_prompts.py",),
     ),
     Fault(
         "context a token too long",
-        "rollout_workers/prompts.py",
+        "rollout_workers/load_prompts.py",
         "longest = context_tokens - completion - observations - 1  #",
         "longest = context_tokens - completion - observations  #",
         ("tests/rollout_workers/test_prompts.py",),
+    ),
+    Fault(
+        "second answer asked for",
+        "rollout_workers/prompt_rows.py",
+        'if messages[-1]["role"] != "assistant":',
+        'if messages[-1]["role"] != "system":',
+        ("tests/rollout_workers/test_prompt_rows.py",),
+    ),
+    Fault(
+        "template reads the time of the resumption",
+        "cluster/run/inputs.py",
+        "context, splits, notes.append, now)",
+        "context, splits, notes.append)",
+        ("tests/cluster/run/test_prompt_record.py",),
+    ),
+    Fault(
+        "partial reward where a function took too long",
+        "rollout_workers/environments/verifier_process.py",
+        "                    return None\n                values",
+        "                    continue\n                values",
+        ("tests/rollout_workers/environments/test_verifier_process.py",),
     ),
     Fault(
         "order of prompts starts anew after an epoch",

@@ -5,7 +5,7 @@ from tests.faults.fault import Fault
 FAULTS = (
     Fault(
         "prompt without a teacher goes to the first",
-        "rollout_workers/prompts.py",
+        "rollout_workers/load_prompts.py",
         "if teacher is None and len(names) == 1:",
         "if teacher is None:",
         ("tests/rollout_workers/test_prompts.py",),
