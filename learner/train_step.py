@@ -69,7 +69,7 @@ def describe(result: Evaluation, tokens: CompletionTokens, sampled_candidates: b
     """
     if not len(tokens):
         return {}
-    age = result.logprobs - tokens.rollout_logprobs
+    age = result.sampler_logprobs - tokens.rollout_logprobs  # both at the sampling temperature
     importance = age.exp()
     metrics: dict[str, Metric] = {
         "loss": _mean(result.losses),

@@ -77,7 +77,7 @@ class LearnerActor:
         """Train the engine's weights; the heads are for objectives over the whole vocabulary."""
         self._engine, self._teacher_heads = engine, teacher_heads
         self._kernels = choose_kernels(_device(), self._config.objective.needs.hidden)
-        self._objective = Objective(self._config.objective, self._kernels)
+        self._objective = Objective(self._config.objective, self._kernels, self._config.rollout.temperature)
         _, transport = choose(self._config, torch.cuda.is_available())
         make_sender = load_object(TRANSPORTS[transport].sender, "weight_sync.transport")
         self._sender: WeightSender = make_sender(engine, self._config)
@@ -95,7 +95,9 @@ class LearnerActor:
         rows = trajectories(batches, share.task_advantages)
         # One micro-batch at a time: hidden states are large.
         micro_batches = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
-        minimised = self._objective if objective is None else Objective(objective, self._kernels)
+        minimised = self._objective
+        if objective is not None:
+            minimised = Objective(objective, self._kernels, self._config.rollout.temperature)
         return accumulate(self._engine, micro_batches, minimised, self._teacher_heads, completes_step)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:

@@ -9,7 +9,14 @@ from msgspec import Meta, field
 
 from cluster.config.alarms import AlarmConfig
 from cluster.config.fields import Count, CountOrZero, Finite, Items, Positive, Section, Text
-from cluster.config.objective import BASE, INITIAL_STUDENT, TEACHER, ObjectiveConfig
+from cluster.config.objective import (
+    BASE,
+    INITIAL_STUDENT,
+    TEACHER,
+    DivergenceTerm,
+    ObjectiveConfig,
+    PolicyGradientTerm,
+)
 from cluster.config.stages import (
     MAX_TEMPERATURE,
     BalanceConfig,
@@ -158,12 +165,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_targets(self)
         _check_slots(self)
         _check_balance(self)
+        _check_sampling(self.objective, self.rollout)
         rollout = self.rollout
-        if self.objective.needs.candidates_from == "student" and (rollout.top_p, rollout.top_k) != (1.0, 0):
-            raise ValueError(
-                f"objective.support = '{self.objective.support}' compares tokens of the student's whole distribution; "
-                f"set rollout.top_p = 1 and rollout.top_k = 0, found {rollout.top_p} and {rollout.top_k}"
-            )
         completions = self.prompts.prompts_per_step * rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
             raise ValueError(
@@ -234,6 +237,28 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
+
+
+def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
+    """Check that the objective can make up for how the rollout workers sample."""
+    cuts = (rollout.top_p, rollout.top_k) != (1.0, 0)
+    advice = f"set rollout.top_p = 1 and rollout.top_k = 0, found {rollout.top_p} and {rollout.top_k}"
+    if cuts and objective.needs.candidates_from == "student":
+        raise ValueError(
+            f"objective.support = '{objective.support}' compares tokens of the student's whole distribution; {advice}"
+        )
+    for name, term in objective.terms.items():
+        if cuts and not isinstance(term, DivergenceTerm):
+            raise ValueError(
+                f"objective.terms.{name}: a {term.__struct_config__.tag} learns from the sampled tokens, and top_p and "
+                f"top_k keep some from being sampled at all, for which no ratio makes up; {advice}"
+            )
+        has_old_returns = isinstance(term, PolicyGradientTerm) and term.discount and term.student == "rollout"
+        if has_old_returns and rollout.temperature != 1:
+            raise ValueError(
+                f"objective.terms.{name}: later advantages of student = 'rollout' need the sampler's probabilities at "
+                f"temperature 1; set rollout.temperature = 1, found {rollout.temperature}, or student = 'current'"
+            )
 
 
 def _check_targets(config: Config) -> None:

@@ -1,6 +1,7 @@
 """Computes what a run's objective makes of logits: the sum of its terms, with the gradient by the logits."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from cluster.config.objective import TEACHER, ObjectiveConfig
 from learner.loss.evaluators import evaluate_full, evaluate_fused, evaluate_listed, takes_fused
 from learner.loss.kernels.interface import RowKernels
-from learner.loss.softmax import at_least_float32
+from learner.loss.softmax import at_least_float32, temperature_normaliser
 from learner.loss.targets import log_linear
 from learner.loss.terms import TERMS
 from learner.loss.token_weights import entropy_weights, is_early, position_importance
@@ -18,13 +19,13 @@ from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
 class Objective:
     """Minimises what a configuration says: `plan` reads whole trajectories, `evaluate` any of their tokens.
 
-    `kernels` are used where they take the logits; None: plain torch everywhere.
+    `kernels` are used where they take the logits; None: plain torch everywhere. `temperature` is that of the sampler.
     """
 
-    def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None) -> None:
-        self.needs, self.kernels = config.needs, kernels
+    def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None, temperature: float = 1.0) -> None:
+        self.needs, self.kernels, self.temperature = config.needs, kernels, temperature
         self._token_weights = config.token_weights
-        self._terms = {name: TERMS[type(term)](name, term) for name, term in config.terms.items()}
+        self._terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.terms.items()}
 
     @torch.no_grad()
     def plan(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> TokenPlan:
@@ -38,7 +39,8 @@ class Objective:
             )
         later = {name: term.later_advantages(tokens, first_pass) for name, term in self._terms.items()}
         trusted = {name: term.trusted_trajectory(tokens, first_pass) for name, term in self._terms.items()}
-        return TokenPlan(self._weights(tokens, first_pass), _given(later), _given(trusted))
+        weights = self._weights(tokens, first_pass)
+        return TokenPlan(weights, _given(later), _given(trusted), torch.zeros_like(weights))
 
     @torch.no_grad()
     def evaluate(
@@ -59,12 +61,15 @@ class Objective:
             with_gradient: whether to compute `logits_gradient`.
         """
         logits, kernels = at_least_float32(logits), self.kernels
+        plan = replace(plan, normaliser=temperature_normaliser(logits, self.temperature))
         if not self.needs.hidden:
-            return evaluate_listed(self._terms, self.needs, logits, tokens, plan, with_gradient, kernels)
-        if kernels is not None and takes_fused(self._terms, kernels, logits):
-            return evaluate_fused(self._terms, logits, tokens, plan, model_logits, with_gradient, kernels)
-        models = {model: at_least_float32(values) for model, values in model_logits.items()}
-        return evaluate_full(self._terms, logits, tokens, plan, models, with_gradient)
+            result = evaluate_listed(self._terms, self.needs, logits, tokens, plan, with_gradient, kernels)
+        elif kernels is not None and takes_fused(self._terms, kernels, logits):
+            result = evaluate_fused(self._terms, logits, tokens, plan, model_logits, with_gradient, kernels)
+        else:
+            models = {model: at_least_float32(values) for model, values in model_logits.items()}
+            result = evaluate_full(self._terms, logits, tokens, plan, models, with_gradient)
+        return replace(result, at_sampling_temperature=result.logprobs / self.temperature - plan.normaliser)
 
     def _weights(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor:
         config = self._token_weights

@@ -50,6 +50,12 @@ def importance_ratio(student: Tensor, rollout: Tensor) -> Tensor:
     return (student - rollout).clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO).exp()
 
 
+def temperature_shift(student: Tensor, temperature: float, normaliser: Tensor) -> Tensor:
+    """Return log p_T - log p of the student's log-probabilities [n, k], without gradient; 0 at temperature 1."""
+    student = student.detach()
+    return student / temperature - normaliser[:, None] - student
+
+
 def no_ratio(advantage: Tensor, student: Tensor, _rollout: Tensor, _bounds: ImportanceConfig) -> Tensor:
     """Return -advantage, with the gradient of -advantage log student."""
     return -advantage * _one_with_gradient(student)

@@ -77,6 +77,17 @@ def read_tokens(logits: Tensor, target_ids: Tensor, kernels: RowKernels | None =
     return softmax.logprobs[:, 0], softmax.entropy
 
 
+def temperature_normaliser(logits: Tensor, temperature: float) -> Tensor:
+    """Return N, [n], with log p_T = log p / T - N for the probabilities p_T at a temperature T; 0 where T is 1."""
+    normaliser = logits.new_zeros(len(logits))
+    if temperature == 1:
+        return normaliser
+    for rows in row_blocks(logits):
+        below = logits[rows] - logits[rows].amax(-1, keepdim=True)
+        normaliser[rows] = (below / temperature).logsumexp(-1) - below.logsumexp(-1) / temperature
+    return normaliser
+
+
 def kth_largest(logits: Tensor, k: int) -> Tensor:
     """Return the k-th largest logit of each row, [n]; `topk` over the whole vocabulary is many times slower on a CPU.
 

@@ -17,7 +17,13 @@ from cluster.config.objective import (
     Term,
 )
 from learner.loss.divergences import DIVERGENCES, Divergence, find_divergence, to_buckets
-from learner.loss.policy_gradient import LOG_RATIO_MAPS, SURROGATES, importance_ratio
+from learner.loss.policy_gradient import (
+    LARGEST_LOG_RATIO,
+    LOG_RATIO_MAPS,
+    SURROGATES,
+    importance_ratio,
+    temperature_shift,
+)
 from learner.loss.targets import log_linear, log_normaliser, target_buckets
 from learner.loss.token_weights import is_trusted_trajectory, later_returns
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
@@ -109,7 +115,7 @@ class LossTerm(Protocol):
 class DivergenceLoss(LossTerm):
     """Compares student and target by a divergence."""
 
-    def __init__(self, name: str, config: DivergenceTerm) -> None:
+    def __init__(self, name: str, config: DivergenceTerm, temperature: float) -> None:
         self.config = config
         divergence = find_divergence(config.divergence)
         self._divergence = divergence, float(getattr(config, divergence.parameter))
@@ -124,12 +130,16 @@ class DivergenceLoss(LossTerm):
 
 
 class AdvantageLoss(LossTerm):
-    """Weighs tokens of the student by an advantage and the importance ratio."""
+    """Weighs tokens of the student by an advantage and the importance ratio.
+
+    The ratio is that of the student to the one that wrote, both at the sampling temperature: it measures age. A weight
+    p / p_T beside it, which nothing bounds, makes every expectation that of temperature 1.
+    """
 
     config: PolicyGradientTerm | TaskRewardTerm
 
-    def __init__(self, name: str, config: PolicyGradientTerm | TaskRewardTerm) -> None:
-        self._name, self.config = name, config
+    def __init__(self, name: str, config: PolicyGradientTerm | TaskRewardTerm, temperature: float) -> None:
+        self._name, self.config, self._temperature = name, config, temperature
 
     def trusted_trajectory(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor | None:
         """Return whether the trajectory's mean importance ratio is within bounds, if the term asks for it."""
@@ -137,13 +147,15 @@ class AdvantageLoss(LossTerm):
         if bounds.kind != "sequence_mask" or first_pass is None:
             return None
         return is_trusted_trajectory(
-            first_pass.logprobs, tokens.rollout_logprobs, tokens.trajectory, bounds.low, bounds.high
+            first_pass.sampler_logprobs, tokens.rollout_logprobs, tokens.trajectory, bounds.low, bounds.high
         )
 
     def surrogate(self, chunk: Chunk, advantage: Tensor, columns: slice) -> Tensor:
         """Return the surrogate losses of some columns of the chunk's log-probabilities, [n, columns]."""
         student, rollout, bounds = chunk.student[:, columns], chunk.rollout[:, columns], self.config.importance
-        losses = SURROGATES[bounds.kind](advantage.detach(), student, rollout, bounds)
+        shift = temperature_shift(student, self._temperature, chunk.plan.normaliser)
+        losses = SURROGATES[bounds.kind](advantage.detach(), student + shift, rollout, bounds)
+        losses = losses * (-shift).clamp(max=LARGEST_LOG_RATIO).exp()
         trusted = chunk.plan.trusted_trajectory.get(self._name)
         return losses if trusted is None else losses * trusted[:, None]
 
@@ -166,12 +178,12 @@ class PolicyGradientLoss(AdvantageLoss):
         if term.when == OUTSIDE_SUPPORT:  # the rest of a sum over the support, and so on its scale
             log_target = chunk.sampled_target(term.target)[:, None]
         if term.over == "sampled":
-            advantage = self._advantage(log_target, chunk.student[:, :1], chunk.rollout[:, :1])
+            advantage = self._advantage(log_target, chunk.student[:, :1], self._rollout_at_1(chunk)[:, :1])
             advantage = advantage + self._added_advantage(chunk)[:, None]
             return self.surrogate(chunk, advantage, slice(0, 1)).sum(-1)
         # Of independent draws, the sampled token is one.
         columns = slice(0 if chunk.sampled_candidates else 1, None)
-        rollout = chunk.rollout[:, columns]
+        rollout, rollout_at_1 = chunk.rollout[:, columns], self._rollout_at_1(chunk)[:, columns]
         if chunk.sampled_candidates:
             log_target = torch.cat([log_target, log_linear(term.target, tokens.candidate_logprobs)], dim=-1)
         elif term.student == "none":
@@ -179,11 +191,12 @@ class PolicyGradientLoss(AdvantageLoss):
         else:
             # A constant is no baseline in a sum over part of the vocabulary.
             log_target = target_buckets(term.target, tokens.candidate_logprobs, chunk.inside, "generalized")
-        losses = self.surrogate(chunk, self._advantage(log_target, chunk.student[:, columns], rollout), columns)
+        losses = self.surrogate(chunk, self._advantage(log_target, chunk.student[:, columns], rollout_at_1), columns)
         if chunk.sampled_candidates:
             return losses.mean(-1)
-        log_weights = rollout.log_softmax(-1) if term.normalize_weights else rollout
-        return (losses * log_weights.exp()).sum(-1)
+        if term.normalize_weights:
+            rollout = rollout - rollout_at_1.logsumexp(-1, keepdim=True)
+        return (losses * rollout.exp()).sum(-1)
 
     def later_advantages(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor | None:
         """Return the discounted advantages of the tokens that follow, if the term asks for them."""
@@ -201,6 +214,13 @@ class PolicyGradientLoss(AdvantageLoss):
         assert divisor is not None, "there was a first pass if the term needs one"
         return LOG_RATIO_MAPS[self.config.log_ratio_map](log_target, divisor, self.config)
 
+    def _rollout_at_1(self, chunk: Chunk) -> Tensor:
+        """Return the rollout worker's log-probabilities at temperature 1, [n, 1 + k].
+
+        They lack a normaliser, which is that of the current student: for older ones a constant of the position is left.
+        """
+        return (chunk.rollout + chunk.plan.normaliser[:, None]) * self._temperature
+
     def _added_advantage(self, chunk: Chunk) -> Tensor:
         """Return what a sampled token's advantage has besides its log-ratio, [n]: later ones, minus the baseline.
 
@@ -217,7 +237,7 @@ class PolicyGradientLoss(AdvantageLoss):
         return added
 
 
-TERMS: dict[type[Term], Callable[[str, Any], LossTerm]] = {
+TERMS: dict[type[Term], Callable[[str, Any, float], LossTerm]] = {
     DivergenceTerm: DivergenceLoss,
     PolicyGradientTerm: PolicyGradientLoss,
     TaskRewardTerm: TaskRewardLoss,

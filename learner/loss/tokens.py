@@ -64,6 +64,7 @@ class TokenPlan:
     weights: Tensor  # [n] how much each token counts in every term
     later_advantages: Mapping[str, Tensor]  # term -> [n] the discounted advantages of the tokens after this one
     trusted_trajectory: Mapping[str, Tensor]  # term -> [n] whether the trajectory's importance ratio is within bounds
+    normaliser: Tensor  # [n] of the student at the sampling temperature (`temperature_normaliser`); `evaluate` knows it
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -81,7 +82,18 @@ class Evaluation:
     logprobs: Tensor  # [n] of the sampled tokens under the current student
     entropy: Tensor  # [n] of the current student over the whole vocabulary, in nats
     candidate_mass: Tensor  # [n] the student's probability of all candidates together; 0 where there are none
+    at_sampling_temperature: Tensor | None = None  # [n] as logprobs; None: that temperature is 1
     logits_gradient: Tensor | None = None  # of a chunk: [n, vocabulary], of the loss by the student's logits
+
+    @property
+    def sampler_logprobs(self) -> Tensor:
+        """Return the current student's log-probabilities of the sampled tokens at the sampling temperature, [n]."""
+        return self.logprobs if self.at_sampling_temperature is None else self.at_sampling_temperature
+
+    @property
+    def columns(self) -> tuple[Tensor, ...]:
+        """Return what is known of each token, in the order of the fields."""
+        return self.losses, self.logprobs, self.entropy, self.candidate_mass, self.sampler_logprobs
 
 
 def map_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:

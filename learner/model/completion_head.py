@@ -19,7 +19,7 @@ from cluster.models.lm_head import LmHead, load_lm_head
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.objective import Objective
-from learner.loss.softmax import read_tokens
+from learner.loss.softmax import at_least_float32, read_tokens, temperature_normaliser
 from learner.loss.tokens import Evaluation
 from learner.model.projection import LogitScaling, Projection
 
@@ -98,11 +98,10 @@ class ObjectiveFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         projection = Projection(hidden, weight, bias, scaling, with_gradient)
         result = walk(projection)
-        columns = (result.losses, result.logprobs, result.entropy, result.candidate_mass)
         ctx.gradients, ctx.dtype = projection.gradients, weight.dtype
-        ctx.mark_non_differentiable(*columns)
+        ctx.mark_non_differentiable(*result.columns)
         ctx.set_materialize_grads(False)
-        return result.loss, *columns
+        return result.loss, *result.columns
 
     @staticmethod
     @once_differentiable
@@ -119,9 +118,11 @@ def evaluate_objective(
 ) -> Evaluation:
     """Return what the objective makes of the batch's tokens; the gradients go into the projection."""
     tokens, kernels = batch.tokens, objective.kernels
-    first_pass = run_first_pass(projection, batch, chunk_tokens, kernels) if objective.needs.first_pass else None
+    first_pass = None
+    if objective.needs.first_pass:
+        first_pass = run_first_pass(projection, batch, chunk_tokens, kernels, objective.temperature)
     plan = objective.plan(tokens, first_pass)
-    columns = [torch.zeros_like(tokens.rollout_logprobs) for _ in range(4)]
+    columns = [torch.zeros_like(tokens.rollout_logprobs) for _ in range(5)]
     for chunk in _chunks(batch, chunk_tokens):
         places = chunk.places
         result = objective.evaluate(
@@ -133,22 +134,27 @@ def evaluate_objective(
         )
         if result.logits_gradient is not None:
             projection.backward(places, result.logits_gradient)
-        of_chunk = (result.losses, result.logprobs, result.entropy, result.candidate_mass)
-        for column, values in zip(columns, of_chunk, strict=True):
+        for column, values in zip(columns, result.columns, strict=True):
             column[places] = values
     return Evaluation(columns[0].sum(), *columns)
 
 
 def run_first_pass(
-    projection: Projection, batch: MicroBatch, chunk_tokens: int, kernels: RowKernels | None = None
+    projection: Projection,
+    batch: MicroBatch,
+    chunk_tokens: int,
+    kernels: RowKernels | None = None,
+    temperature: float = 1.0,
 ) -> Evaluation:
     """Return what the student says of the batch's tokens, without losses."""
-    losses, logprobs, entropy, mass = (torch.zeros_like(batch.tokens.rollout_logprobs) for _ in range(4))
+    losses, logprobs, entropy, mass, sampler = (torch.zeros_like(batch.tokens.rollout_logprobs) for _ in range(5))
     for chunk in _chunks(batch, chunk_tokens):
         places = chunk.places
-        target_ids = batch.tokens.target_ids[places]
-        logprobs[places], entropy[places] = read_tokens(projection.logits(places), target_ids, kernels)
-    return Evaluation(losses.sum(), losses, logprobs, entropy, mass)
+        target_ids, logits = batch.tokens.target_ids[places], at_least_float32(projection.logits(places))
+        normaliser = temperature_normaliser(logits, temperature)
+        logprobs[places], entropy[places] = read_tokens(logits, target_ids, kernels)
+        sampler[places] = logprobs[places] / temperature - normaliser
+    return Evaluation(losses.sum(), losses, logprobs, entropy, mass, sampler)
 
 
 def chunk_size(vocabulary_size: int, device: torch.device) -> int:

@@ -191,6 +191,29 @@ def test_rethinking_is_the_token_reward_of_thunlp() -> None:
     assert (ratio > 1.2).any()
 
 
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_vopd_takes_the_kl_over_the_top_k_off_each_sample(temperature: float) -> None:
+    """vOPD (arXiv 2605.07865): the advantage is log q - log p + KL(p || q), over the student's top-k and the rest."""
+    student, teacher = random_logprobs(9, 9, seed=8, scale=1.0)[:1], random_logprobs(1, 9, seed=9, scale=1.0)
+    sampler, ids = (student / temperature).log_softmax(-1), student.topk(4).indices
+    models = {"teacher": teacher.expand(9, -1)}
+    tokens = make_tokens(torch.arange(9), models, sampler.expand(9, -1), ids.expand(9, -1), student_chose=True)
+    results = evaluate(make_objective("vopd", temperature, support_size=4), student.expand(9, -1), tokens)
+    kl = reverse_kl(with_tail(student.gather(-1, ids)), with_tail(teacher.gather(-1, ids)))
+    expected = -(student - sampler).exp() * (teacher - student + kl)
+    torch.testing.assert_close(results.losses, expected[0])
+
+
+@pytest.mark.parametrize("preset", ["ppo-k1", "thinking-machines-frozen", "icepop", "mopd"])
+def test_a_student_that_equals_its_teacher_stays_at_any_sampling_temperature(preset: str) -> None:
+    student = log(0.6, 0.3, 0.1).expand(3, -1)
+    for temperature in (0.7, 1.3):
+        sampler = (student / temperature).log_softmax(-1)
+        tokens = make_tokens(torch.arange(3), {"teacher": student}, sampler)
+        results = evaluate(make_objective(preset, temperature), student, tokens)
+        assert gradient_of(results).abs().max() < 1e-12
+
+
 SCHEMES = [*TRUNCATIONS, "policy_gradient", "exact"]
 
 

@@ -98,3 +98,20 @@ def test_measuring_uses_the_objective_asked_for(make_config, make_worker, scored
         losses.add(round(report(worker.accumulate(rows, True, asked))["loss"], 4))
         worker.discard_step(completion_tokens(scored))
     assert len(losses) == 3
+
+
+def test_ratios_are_taken_at_the_temperature_at_which_the_student_wrote(make_config, make_worker, scored):
+    """A head divided by the temperature says what the student says at it; a mask of 1 % keeps all, for none is old."""
+    mask = "objective.terms.main.importance={kind = 'sequence_mask', low = 0.99, high = 1.01}"
+    config = make_config("rollout.temperature=0.7", "objective.preset=thinking-machines", mask)
+    writer = load_student(config.student, config.learner).causal_lm
+    sharper = writer.get_output_embeddings().weight.data / 0.7
+    writer.set_output_embeddings(torch.nn.Linear(*sharper.T.shape, bias=False))
+    writer.get_output_embeddings().weight.data = sharper
+    wrote = score_by(writer, OBJECTIVES["sampled"], scored)
+    lengths = ragged(wrote, "token_ids").lengths.tolist()
+    share = RankShare((wrote,), (0.0,) * len(lengths), plan_step(lengths, 1, 64)[0])
+    figures = report(make_worker(config).accumulate(share, completes_step=True))
+    assert figures["importance_mean"] == pytest.approx(1, abs=1e-5)
+    assert figures["sampler_learner_gap"] < 1e-5
+    assert abs(figures["loss"]) > 1e-3  # of the student to a teacher that is the sharper one

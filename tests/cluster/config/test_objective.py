@@ -117,6 +117,25 @@ def test_candidates_of_the_student_need_its_whole_distribution() -> None:
         make_config("objective=async-opd", "rollout.top_p=0.9")
 
 
+@pytest.mark.parametrize("cut", ["rollout.top_p=0.9", "rollout.top_k=50"])
+def test_what_is_learned_from_sampled_tokens_needs_all_of_them_to_be_possible(cut: str) -> None:
+    """p = (.6, .3, .1) loses a tenth of its tokens at top_p = 0.9, and with them 12 to 34 % of the gradient."""
+    with pytest.raises(ConfigError, match=r"terms.main: a policy_gradient learns .* set rollout.top_p = 1"):
+        make_config("objective=thinking-machines", cut)
+    reward = "objective.terms={main={loss='divergence'}, reward={loss='task_reward'}}"
+    with pytest.raises(ConfigError, match=r"terms.reward: a task_reward learns"):
+        make_config(reward, cut)
+    assert make_config("objective=exact-reverse-kl", cut).objective.needs.hidden
+
+
+def test_later_advantages_of_an_older_student_need_temperature_1() -> None:
+    frozen = ("objective.preset=minillm", "objective.terms.main.student=rollout")
+    with pytest.raises(ConfigError, match=r"set rollout.temperature = 1, found 0.7, or student = 'current'"):
+        make_config(*frozen, "rollout.temperature=0.7")
+    assert make_config(*frozen).rollout.temperature == 1
+    assert make_config("objective=minillm", "rollout.temperature=0.7").rollout.temperature == 0.7
+
+
 def test_the_teacher_chooses_candidates_and_the_models_after_it_score_them() -> None:
     config = make_config("objective.terms.main={loss = 'divergence', target = {teacher = 2.0, initial_student = -1.0}}")
     assert config.scorers("main") == [

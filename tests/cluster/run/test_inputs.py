@@ -52,7 +52,7 @@ def test_held_out_prompts_follow_the_training_prompts_and_are_never_trained_on(t
 
 def test_training_and_evaluation_sample_as_the_run_file_says() -> None:
     rollout = ("rollout.temperature=0.7", "rollout.top_p=0.9", "rollout.top_k=5")
-    config = make_config(*rollout, "evaluation.temperature=0.5", "objective=ppo-k1")
+    config = make_config(*rollout, "evaluation.temperature=0.5", "objective=exact-reverse-kl")
     sampling = train_sampling(config)
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.7, 0.9, 5)
     assert train_sampling(config, max_completion_tokens=7).max_completion_tokens == 7

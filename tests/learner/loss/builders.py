@@ -22,10 +22,10 @@ TOKENS = sum(LENGTHS)
 MODELS = ("teacher", "base", "initial_student")
 
 
-def make_objective(preset: str | None = None, **fields: Any) -> Objective:
+def make_objective(preset: str | None = None, temperature: float = 1.0, **fields: Any) -> Objective:
     """Configure an objective as a run file's table would: from a preset, or from fields alone."""
     table = expand_preset(fields | {"preset": preset}) if preset else fields
-    return Objective(msgspec.convert(table, ObjectiveConfig))
+    return Objective(msgspec.convert(table, ObjectiveConfig), temperature=temperature)
 
 
 def divergence(name: str, student: Tensor, target: Tensor, parameter: float = 0.0) -> Tensor:
@@ -100,16 +100,18 @@ def evaluate(
 ) -> Evaluation:
     """Plan and evaluate all tokens at once, on copies of the logits."""
     models = {} if not objective.needs.hidden else (models or {})
-    plan = objective.plan(tokens, first_pass(logits, tokens) if objective.needs.first_pass else None)
+    facts = first_pass(logits, tokens, objective.temperature) if objective.needs.first_pass else None
+    plan = objective.plan(tokens, facts)
     copies = {model: values.clone() for model, values in models.items()}
     return objective.evaluate(logits.clone(), tokens, plan, copies, with_gradient=True)
 
 
-def first_pass(logits: Tensor, tokens: CompletionTokens) -> Evaluation:
+def first_pass(logits: Tensor, tokens: CompletionTokens, temperature: float = 1.0) -> Evaluation:
     """Return what the student says of the written tokens."""
     logprobs, entropies = read_tokens(logits.clone(), tokens.target_ids)
     nothing = torch.zeros_like(logprobs)
-    return Evaluation(nothing.sum(), nothing, logprobs, entropies, nothing)
+    at_sampling = written((logits / temperature).log_softmax(-1), tokens.target_ids)
+    return Evaluation(nothing.sum(), nothing, logprobs, entropies, nothing, at_sampling)
 
 
 def gradient_of(results: Evaluation) -> Tensor:
@@ -128,9 +130,10 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def small(preset: str) -> Objective:
+def small(preset: str, temperature: float = 1.0, size: int = 6) -> Objective:
     """Return the preset with a support that is smaller than the vocabulary of these tests."""
-    return make_objective(preset, **({} if PRESETS[preset]["support"] in ("sampled", "full") else {"support_size": 6}))
+    sized = {} if PRESETS[preset]["support"] in ("sampled", "full") else {"support_size": size}
+    return make_objective(preset, temperature, **sized)
 
 
 def tokens_of(

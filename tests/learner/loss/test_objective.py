@@ -35,14 +35,17 @@ DIVERGENCE_PRESETS = [
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "temperature"),
+    [(torch.float64, 1e-9, 1.0), (torch.float32, 2e-6, 1.0), (torch.float64, 1e-9, 0.7), (torch.float64, 1e-9, 1.3)],
+)
 def test_loss_and_gradient_are_zero_where_student_and_all_models_agree(
-    preset: str, dtype: torch.dtype, tolerance: float
+    preset: str, dtype: torch.dtype, tolerance: float, temperature: float
 ) -> None:
-    objective = small(preset)
+    objective = small(preset, temperature)
     same = random_logprobs(TOKENS, VOCABULARY, seed=0, dtype=dtype)
-    models = dict.fromkeys(MODELS, same)
-    results = evaluate(objective, same + 3, tokens_of(objective, models), models)
+    models, sampler = dict.fromkeys(MODELS, same), (same / temperature).log_softmax(-1)
+    results = evaluate(objective, same + 3, tokens_of(objective, models, sampler), models)
     assert results.losses.abs().max() < tolerance
     assert gradient_of(results).abs().max() < tolerance
 
@@ -202,7 +205,7 @@ def test_tokens_and_plans_are_chosen_alike() -> None:
 def test_a_plan_made_by_hand_is_what_evaluate_follows() -> None:
     objective, logits, tokens, _ = random_case("thinking-machines")
     weights = torch.linspace(0, 2, TOKENS)
-    plan = TokenPlan(weights, {}, {})
+    plan = TokenPlan(weights, {}, {}, torch.zeros(TOKENS))
     doubled = objective.evaluate(logits.clone(), tokens, plan, {}, with_gradient=True)
     torch.testing.assert_close(doubled.losses, evaluate(objective, logits, tokens).losses * weights)
     assert isinstance(doubled, Evaluation)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from learner.loss.softmax import CPU_BLOCK_ELEMENTS, kth_largest, read_tokens, softmax_of
+from learner.loss.softmax import CPU_BLOCK_ELEMENTS, kth_largest, read_tokens, softmax_of, temperature_normaliser
 from tests.learner.loss.builders import entropy, random_logprobs, written
 
 IDS = torch.tensor([[3, 8, 3], [0, 1, 2], [5, 5, 5], [8, 0, 4]])
@@ -53,6 +53,15 @@ def test_low_precision_logits_are_read_in_float32(dtype: torch.dtype) -> None:
     logprobs, entropies = read_tokens(logits, ids)
     torch.testing.assert_close(logprobs, written(expected, ids))
     torch.testing.assert_close(entropies, entropy(expected))
+
+
+@pytest.mark.parametrize("vocabulary", [9, CPU_BLOCK_ELEMENTS // 3])
+def test_the_normaliser_of_a_temperature_makes_log_probabilities_those_of_it(vocabulary: int) -> None:
+    logits = 50 + random_logprobs(4, vocabulary, seed=5)
+    expected = (logits / 0.7).log_softmax(-1)
+    found = logits.log_softmax(-1) / 0.7 - temperature_normaliser(logits, 0.7)[:, None]
+    torch.testing.assert_close(found, expected)
+    assert temperature_normaliser(logits, 1.0).tolist() == [0.0] * 4
 
 
 def test_no_tokens_give_nothing() -> None:
