@@ -141,8 +141,13 @@ def export(options: argparse.Namespace) -> int:
 
 
 def plan(options: argparse.Namespace) -> int:
-    """Predict a run's step time from measured rates, and find the best split of a number of GPUs."""
+    """Place a run on GPUs that need not be there and estimate its memory; with --rates, predict its step time."""
     config = _load(options)
+    if options.rates is None:
+        from cluster.simulation.dry_run import print_dry_run
+
+        print_dry_run(config, options.gpus, options.gpu_memory)
+        return 0
     from cluster.simulation.command import PlanOptions, print_plan
 
     print_plan(config, PlanOptions(options.rates, options.gpus, options.picture, options.save_rates, options.json))
@@ -264,8 +269,9 @@ def _parser() -> argparse.ArgumentParser:
     add["export"]("--step", type=int, metavar="N", help="of the checkpoint; else that of the last intact one")
     add["export"]("--to", type=Path, metavar="FOLDER", help="a new one; else RUN_DIRECTORY/export-step-N")
     add["export"]("--push-to-hub", metavar="ID", help="send it there too, by the token in HF_TOKEN")
-    add["plan"]("--rates", type=Path, required=True, metavar="FILE|RUN_DIRECTORY", help="how fast stages are")
-    add["plan"]("--gpus", type=int, help="to share out; without, the run file's sizes are predicted only")
+    add["plan"]("--rates", type=Path, metavar="FILE|RUN_DIRECTORY", help="how fast stages are, to predict a step")
+    add["plan"]("--gpus", type=int, help="to place the run on; with --rates, to share out")
+    add["plan"]("--gpu-memory", type=float, metavar="GIB", help="of each GPU; without --rates")
     add["plan"]("--picture", type=Path, metavar="FILE.png", help="draw the prediction")
     add["plan"]("--save-rates", type=Path, metavar="FILE", help="write the rates of a run directory")
     add["demo"]("arguments", nargs="*", metavar="section.field=value")

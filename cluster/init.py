@@ -9,18 +9,23 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from cluster.config.data_source import parse_source
 from cluster.config.draft import TEACHER, Draft
-from cluster.contracts.errors import ConfigError
+from cluster.contracts.errors import ConfigError, ModelError
 from cluster.models.model_files import context_length, load_model_config, load_tokenizer
-from cluster.models.model_size import ModelSize, model_size
+from cluster.models.model_size import ModelSize
 from cluster.placement.memory import STUDENT
-from cluster.placement.placement import describe, plan_placement
+from cluster.placement.placement import plan_placement
 from cluster.placement.proposal import Machine, choose_hardware
 from cluster.run.inputs import Inputs, load_inputs
+from cluster.simulation.dry_run import describe_memory, model_sizes
+from rollout_workers.prompt_sources import HELD_OUT_SPLITS, guess_columns, read_rows, value_at
 
 HELD_OUT_NAMES = ("held_out", "validation", "valid", "val", "dev", "test", "eval")  # in the place of "train"
 # Published runs of on-policy distillation, whole models: 1e-6 to 1e-5 from 1.7B to 8B. Those of small models are from
@@ -29,6 +34,8 @@ LEARNING_RATES = ((1e7, 1e-3), (3e8, 1e-4), (1e9, 1e-5), (4e9, 5e-6), (math.inf,
 GPU_COMPLETION_TOKENS, CPU_COMPLETION_TOKENS = 1024, 64
 GPU_PROMPTS, CPU_PROMPTS = 64, 32  # of a step
 STEPS = 100
+SHOWN_ROWS = 200  # whose columns are looked at
+ANSWER_MARK = "####"  # of GSM8K, between the reasoning and the number
 SAMPLED_PROMPTS = 2000  # whose lengths and answers are looked at
 # Signs of regular expressions, and numbers or formulas.
 REGEX = re.compile(r"\\[dswb+*().?\[]|\.\*|\(\?|\[[^\]]+\][+*?]")
@@ -54,13 +61,11 @@ def write_run_file(options: InitOptions) -> None:
     machine = Machine.read(options.gpus, options.gpu_memory)
     draft = Draft()
     _choose_data(draft, options)
-    inputs = load_inputs(draft.config())
-    config = draft.config()
-    sizes = {STUDENT: model_size(config.student), TEACHER: model_size(config.teachers[TEACHER])}
+    inputs = _read_inputs(draft)
+    sizes = model_sizes(draft.config())
     _choose_verifier(draft, inputs)
-    _choose_lengths(draft, inputs, options, machine)
+    longest = _choose_lengths(draft, inputs, options, machine)
     _choose_learning(draft, sizes[STUDENT])
-    longest = inputs.prompts.longest_tokens + draft.value("rollout.max_completion_tokens") + 1
     memory = choose_hardware(draft, sizes, longest, machine)
     head = [
         f"student {options.student}: {sizes[STUDENT].describe()}",
@@ -68,11 +73,10 @@ def write_run_file(options: InitOptions) -> None:
         f"data {options.data}: {inputs.train.num_prompts} prompts",
         f"machine: {machine.describe()}",
     ]
-    placement = plan_placement(draft.config(), machine.nodes)
+    config = draft.config()
+    placement = plan_placement(config, machine.nodes(config.ray.share_gpu))
     options.out.write_text(draft.render(head), encoding="utf-8")
-    pools = dict(describe(placement))
-    lines = [*head, *draft.reasons()]
-    lines += [f"{one.pool}: {pools.get(one.pool, '')}, {one.describe()}" for one in memory]
+    lines = [*head, *draft.reasons(), *describe_memory(placement, memory)]
     lines += [f"{options.out} is written; next: preceptor check {options.out}, then preceptor train {options.out}"]
     sys.stdout.write("\n".join(lines) + "\n")
 
@@ -83,22 +87,71 @@ def _choose_data(draft: Draft, options: InitOptions) -> None:
     draft.set("student.model", options.student)
     draft.set(f"teachers.{TEACHER}.model", options.teacher)
     draft.set("prompts.train", options.data)
-    held_out = _held_out_file(Path(options.data))
+    held_out = _held_out(options.data)
     if held_out is not None:
-        draft.set("prompts.held_out", str(held_out), "found beside the training prompts")
+        draft.set("prompts.held_out", held_out, "found beside the training prompts")
         draft.set("evaluation.every_steps", 25)
         draft.set("evaluation.num_prompts", 200, "of the held-out ones, or all if there are fewer")
+    _choose_columns(draft, options.data)
     template = load_tokenizer(options.student).chat_template
     if template is None:
         draft.set("prompts.template", "raw", "the student's tokenizer has no chat template")
     else:
         draft.set("prompts.template", "chat", "the student's tokenizer has a chat template")
+    if "enable_thinking" in str(template):
+        draft.set("prompts.chat_template_kwargs", {"enable_thinking": False}, "thoughts would fill the completions")
+    draft.set("prompts.too_long", "skip", "of prompts that leave no room; the run says how many")
     draft.set("rollout.max_completion_tokens", 1)
 
 
-def _held_out_file(train: Path) -> Path | None:
-    names = [train.name.replace("train", name) for name in HELD_OUT_NAMES if "train" in train.name]
-    return next((train.with_name(name) for name in names if train.with_name(name).is_file()), None)
+def _held_out(data: str) -> str | None:
+    """Return where held-out prompts are: another split of the data set, or a file that is named like it."""
+    source = parse_source(data)
+    if source.kind == "file":
+        path = Path(data)
+        names = [path.name.replace("train", name) for name in HELD_OUT_NAMES if "train" in path.name]
+        return next((str(path.with_name(name)) for name in names if path.with_name(name).is_file()), None)
+    import datasets
+
+    try:
+        splits = datasets.get_dataset_split_names(source.place, source.subset)
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError):
+        return None  # reading the prompts says what is wrong
+    place = source.place if source.subset is None else f"{source.place}/{source.subset}"
+    return next((f"{place}:{name}" for name in HELD_OUT_SPLITS if name in splits), None)
+
+
+def _choose_columns(draft: Draft, data: str) -> None:
+    """Choose from the first rows where prompts and answers are, and what of them is meant."""
+    rows = [row for _, row in islice(read_rows(data), SHOWN_ROWS) if isinstance(row, dict)]
+    if not rows:
+        return  # reading the prompts says what is wrong
+    columns = guess_columns(rows[0])
+    renamed = {field: column for field, column in columns.items() if column != field}
+    if renamed:
+        draft.set("prompts.columns", renamed, f"the columns are {', '.join(rows[0])}")
+    prompts, answers = ([value_at(row, columns.get(field, field)) for row in rows] for field in ("prompt", "answer"))
+    if all(isinstance(answer, str) and ANSWER_MARK in answer for answer in answers):
+        draft.set("prompts.answer_after", ANSWER_MARK, "what stands behind it is the answer")
+    if any(isinstance(prompt, list) and prompt and _is_assistants(prompt[-1]) for prompt in prompts):
+        draft.set("prompts.last_answer", "drop", "of conversations that end with the assistant's message")
+
+
+def _is_assistants(message: Any) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
+
+
+def _read_inputs(draft: Draft) -> Inputs:
+    """Read models and prompts; a pair whose turns end at different tokens gets the word that lets it in."""
+    try:
+        return load_inputs(draft.config())
+    except ModelError as refusal:
+        why = "each ends its turns at another token, and completions end at both"
+        draft.set(f"teachers.{TEACHER}.accept_differences", ["eos"], why)
+        try:
+            return load_inputs(draft.config())
+        except ModelError:
+            raise refusal from None
 
 
 def _choose_verifier(draft: Draft, inputs: Inputs) -> None:
@@ -118,16 +171,18 @@ def _verifier_for(answers: Sequence[str]) -> tuple[str, str]:
     return "exact", "compared as texts"
 
 
-def _choose_lengths(draft: Draft, inputs: Inputs, options: InitOptions, machine: Machine) -> None:
-    """Choose how long completions may be, from the prompts' lengths and the shorter context."""
+def _choose_lengths(draft: Draft, inputs: Inputs, options: InitOptions, machine: Machine) -> int:
+    """Choose completions' length so that 99 % of the prompts fit; return the tokens of the longest sequence."""
     tokens = [len(inputs.prompts.prompt(number).token_ids) for number in _sampled(inputs)]
-    median, most, longest = (*np.quantile(tokens, (0.5, 0.99)).astype(int), inputs.prompts.longest_tokens)
+    median, most = (int(np.quantile(tokens, share)) for share in (0.5, 0.99))
+    longest = inputs.prompts.longest_tokens
     context = min(context_length(load_model_config(model)) for model in (options.student, options.teacher))
-    wanted = GPU_COMPLETION_TOKENS if machine.gpus else CPU_COMPLETION_TOKENS
+    completion = min(GPU_COMPLETION_TOKENS if machine.gpus else CPU_COMPLETION_TOKENS, context - most - 1)
     why = f"prompts have {median} tokens (median), {most} (99 %), {longest} (longest), the context {context}"
-    draft.set("rollout.max_completion_tokens", min(wanted, context - longest - 1), why)
+    draft.set("rollout.max_completion_tokens", completion, why)
     count = min(GPU_PROMPTS if machine.gpus else CPU_PROMPTS, inputs.train.num_prompts)
     draft.set("prompts.prompts_per_step", count)
+    return min(longest + completion + 1, context)
 
 
 def _sampled(inputs: Inputs) -> range:

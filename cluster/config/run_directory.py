@@ -41,15 +41,16 @@ class RunDirectory:
     def create(cls, config: Config) -> "RunDirectory":
         """Make the folder of a new run and write its configuration; raise ConfigError if it holds a run already."""
         directory = cls(Path(config.run.directory) / config.run.name)
-        if directory.config.exists():
+        for folder in reversed([directory.path, *directory.path.parents]):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            directory.config.touch(mode=0o600, exist_ok=False)  # of two runs that start at once, one gets the name
+        except FileExistsError as error:
             raise ConfigError(
                 f"{directory.path}: holds a run already; continue it with --resume {directory.path} "
                 "or choose another run.name"
-            )
-        for folder in reversed([directory.path, *directory.path.parents]):
-            folder.mkdir(mode=0o700, exist_ok=True)
+            ) from error
         directory.path.chmod(0o700)  # it may have been there already
-        directory.config.touch(mode=0o600)
         directory.config.write_text(dump_run_config(config), encoding="utf-8")
         return directory
 

@@ -35,6 +35,7 @@ LOGIT_FACTORS = {
     "lm_head_multiplier": 1,  # Falcon-H1
     "logits_scaling": -1,  # Granite, MiniCPM3
 }
+COMPARED_ROWS = 4096  # of two matrices at once
 WIDTHS = ("hidden_size", "word_embed_proj_dim")  # the latter: OPT, whose last layer is projected
 EXCLUDED_LOGIT = -1e6  # finite, for 0 times -inf is no entropy; float32 still has its distance to any other logit
 MULTIPLIED_BY_LOGITS_SCALING = "hyperclovax"  # the one family that multiplies by what Granite divides by
@@ -109,6 +110,7 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids
         ModelError: the model has no safetensors, no tensor in them is known to be its head, or the head is quantised.
     """
     config = load_model_config(model, trust_remote_code)
+    check_tied_head(model, config)
     shards = weight_files(model)
     name = _head_name(model, shards, _is_tied(config))
     vocabulary_size = int(config.get_text_config().vocab_size)
@@ -145,6 +147,31 @@ def check_lm_head(model: str, config: PretrainedConfig, shapes: Mapping[str, tup
         )
 
 
+def check_tied_head(model: str, config: PretrainedConfig) -> None:
+    """Check that a head beside the embedding that it is tied to is the same matrix; raise ModelError if not.
+
+    Loaders go by the configuration and leave the head of the files out, which may be the one that was trained.
+    """
+    files = weight_files(model)
+    heads = [name for name in files if any(name == end or name.endswith(f".{end}") for end in HEAD_NAMES)]
+    if not _is_tied(config) or not heads:
+        return
+    head, embedding = min(heads, key=len), _head_name(model, files, is_tied=True)
+    if not _is_equal(_slice(model, files, head), _slice(model, files, embedding)):
+        raise ModelError(
+            f"model '{model}': config.json says tie_word_embeddings = true, but '{head}' in its files differs from "
+            f"'{embedding}'; set it to false if the model was trained with a head of its own, or remove '{head}'"
+        )
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    shape = one.get_shape()
+    if shape != other.get_shape():
+        return False
+    blocks = (slice(start, start + COMPARED_ROWS) for start in range(0, shape[0], COMPARED_ROWS))
+    return all(bool((one[rows] == other[rows]).all()) for rows in blocks)
+
+
 def _is_tied(config: Any) -> bool:
     """Tell whether embedding and head are one tensor; of a model of several parts, the outer word counts."""
     outer, inner = (part.to_dict().get("tie_word_embeddings") for part in (config, config.get_text_config()))
@@ -163,10 +190,15 @@ def _head_name(model: str, shards: Iterable[str], is_tied: bool) -> str:
 
 
 def _read(model: str, shards: dict[str, Path], name: str, num_rows: int) -> Tensor:
+    rows: Tensor = _slice(model, shards, name)[:num_rows]
+    return rows
+
+
+def _slice(model: str, shards: dict[str, Path], name: str) -> Any:
+    """Return a tensor of the files, of which rows are read when they are indexed."""
     shard = shards[name]
     path = shard if shard.exists() else find_file(model, shard.name)  # of a hub id, the index alone may be here
     if path is None:
         raise ModelError(f"model '{model}': its index names {shard.name}, which is missing")
     with open_weights(model, path) as tensors:
-        rows: Tensor = tensors.get_slice(name)[:num_rows]
-    return rows
+        return tensors.get_slice(name)

@@ -11,7 +11,10 @@ from cluster.models.model_files import context_length, is_local, load_model_conf
 from cluster.models.weight_files import check_weight_files
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# What configurations call layers that are no attention, in `layer_types`.
+RECURRENT_LAYERS = frozenset({"linear_attention", "conv", "mamba", "mamba2", "recurrent"})
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,28 @@ def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> Mode
         raise ModelError(f"model '{model}': is an encoder with a decoder; expected a decoder-only language model")
     tokenizer = load_tokenizer(model, section.trust_remote_code)
     vocabulary = _vocabulary(model, config, tokenizer)
+    if is_student:
+        _refuse_quantised(model, config)
     if is_local(model):
+        from cluster.models.lm_head import check_lm_head, check_tied_head
+
         shapes = check_weight_files(model, config)
         if is_student:
             _check_shapes(section, config, shapes)
         else:
-            from cluster.models.lm_head import check_lm_head
-
             check_lm_head(model, config, shapes)
+        check_tied_head(model, config)
     return ModelFacts(tokenizer, context_length(config), vocabulary, read_stop_ids(model, config))
+
+
+def _refuse_quantised(model: str, config: "PretrainedConfig") -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise ModelError(
+            f"student '{model}': is quantised ({method}, quantization_config in its config.json), and a student learns "
+            "in whole weights; take the model that it was made from, or save a dequantised copy"
+        )
 
 
 def _vocabulary(model: str, config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -78,6 +94,7 @@ def _check_shapes(
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code)
     except (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(f"model '{model}': its config.json describes no causal language model: {error}") from error
+    _refuse_recurrent(model, config, built)
     expected = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     if not {_last_parts(name) for name in expected} & {_last_parts(name) for name in shapes}:
         raise ModelError(f"model '{model}': its weights are of another kind of model than config.json says")
@@ -87,6 +104,17 @@ def _check_shapes(
                 f"model '{model}': '{name}' is {list(shape)}, but config.json makes it {list(expected[name])}; "
                 "weights and config.json are of different models"
             )
+
+
+def _refuse_recurrent(model: str, config: "PretrainedConfig", built: "PreTrainedModel") -> None:
+    """Refuse layers that carry a state from token to token: no mask keeps packed trajectories apart in them."""
+    kinds = RECURRENT_LAYERS.intersection(getattr(config.get_text_config(), "layer_types", None) or ())
+    if kinds or built._is_stateful:
+        raise ModelError(
+            f"student '{model}': {config.model_type} has {', '.join(sorted(kinds)) or 'recurrent'} layers, which carry "
+            "a state from one token to the next, and the learner packs several trajectories into one row; take a "
+            "student whose layers all attend (as a teacher such a model works)"
+        )
 
 
 def _last_parts(name: str) -> str:

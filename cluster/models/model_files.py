@@ -31,6 +31,7 @@ def read_object(path: Path, model: str) -> dict[str, Any]:
 
 MAX_LAYERS = 100_000  # transformers makes a list of them, which takes for ever where the number is damaged
 JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+ADAPTER_FILE = "adapter_config.json"  # of peft; loaders that have it add what it describes to the model, others do not
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -116,6 +117,12 @@ def _check_folder(model: str, trust_remote_code: bool) -> None:
     folder = Path(model)
     if not _is(model, Path.is_dir):
         raise ModelError(f"model '{model}': no such directory; give a Hugging Face directory or a hub id")
+    if (folder / ADAPTER_FILE).exists():
+        base = read_object(folder / ADAPTER_FILE, model).get("base_model_name_or_path")
+        raise ModelError(
+            f"model '{model}': is a LoRA adapter of {base} ({ADAPTER_FILE}); merge it into {base} first, with peft's "
+            f"merge_and_unload, and save the whole model where there is no {ADAPTER_FILE}"
+        )
     config = read_object(folder / "config.json", model)
     for name in JSON_FILES:
         if (folder / name).exists() or (folder / name).is_symlink():

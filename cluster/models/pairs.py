@@ -56,7 +56,7 @@ def compare(
 class Pairs:
     """Holds what follows from all pairs of a run."""
 
-    stop_token_ids: tuple[int, ...] = ()  # that end completions besides the student's own
+    stop_token_ids: tuple[int, ...] = ()  # that end the turns of one model, and not of all
     excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
     lines: tuple[str, ...] = ()  # for the user
 
@@ -83,9 +83,10 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
         for name in config.routes
         if _is_same(config.student.model, config.teachers[name].model)
     ]
-    ends = {token_id for pair in pairs.values() for token_id in pair.stop_ids} - student.stops
+    ends = [student.stops, *(pair.stop_ids for pair in pairs.values())]
+    further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
-    return Pairs(tuple(sorted(ends)), tuple(sorted(excluded)), tuple(lines))
+    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), tuple(lines))
 
 
 def excluding(section: TeacherConfig, token_ids: Sequence[int]) -> TeacherConfig:

@@ -18,6 +18,7 @@ SHARED_LIMIT = 0.95  # of a GPU that all stages share
 MIN_CACHE_GIB = 0.25
 TEACHER_SEQUENCES = 16  # that a teacher on a shared GPU reads at once
 GIB = 1 << 30
+GPUS_OF_A_NODE = 8  # of machines that are described only
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,13 @@ class Machine:
                 gpu_gib = torch.cuda.get_device_properties(0).total_memory / GIB
         return cls(cpus, memory, gpus, gpu_gib or 0.0)
 
-    @property
-    def nodes(self) -> list[NodeResources]:
-        return [NodeResources(float(max(self.cpus, 2 * self.gpus)), 1 if self.gpus == 2 else self.gpus)]
+    def nodes(self, share_gpu: bool) -> list[NodeResources]:
+        """Return the machine as nodes of Ray: a shared GPU is the only one of its node, others come by eights."""
+        if not self.gpus:
+            return [NodeResources(float(self.cpus), 0)]
+        full, rest = divmod(1 if share_gpu else self.gpus, GPUS_OF_A_NODE)
+        sizes = [GPUS_OF_A_NODE] * full + [rest] * bool(rest)
+        return [NodeResources(float(max(self.cpus, 4 * gpus)), gpus) for gpus in sizes]
 
     def describe(self) -> str:
         gpus = f"{self.gpus} GPUs of {self.gpu_gib:.0f} GiB" if self.gpus else "no GPU"
@@ -69,8 +74,11 @@ def choose_hardware(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, 
     draft.drop_defaults()
     memory = estimate(draft.config(), sizes, longest, machine.gpu_gib if machine.gpus else None)
     faults = [fault for one in memory if (fault := one.fault())]
+    needed = sum(one.total for one in memory)
+    if not machine.gpus and needed > machine.memory_gib:
+        faults = [f"the run needs about {needed:.1f} GiB of memory, and this machine has {machine.memory_gib:.1f}"]
     if faults:
-        raise PlacementError(f"{'; '.join(faults)}; take more or larger GPUs (--gpus, --gpu-memory), or smaller models")
+        raise PlacementError(f"{'; '.join(faults)}; take a larger machine (--gpus, --gpu-memory) or smaller models")
     return memory
 
 
@@ -92,7 +100,7 @@ def _choose_for_cpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, 
 def _choose_for_one_gpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> None:
     """Give teacher and learner what they need of the GPU, and the rollout engine what is left."""
     teacher, rollout, gib = f"teachers.{TEACHER}.engine", "rollout.engine", machine.gpu_gib
-    draft.set("ray.share_gpu", True, f"{machine.gpus} GPU is fewer than pools; all share the first")
+    draft.set("ray.share_gpu", True, f"student, teacher and learner share the first GPU of {machine.gpus}")
     draft.set(f"{teacher}.kv_cache_gib", _up(TEACHER_SEQUENCES * _sequence_gib(sizes[TEACHER], longest), MIN_CACHE_GIB))
     rows = draft.value("prompts.prompts_per_step")
     draft.set(f"{rollout}.max_concurrent_sequences", rows, "all of a step")
@@ -104,13 +112,13 @@ def _choose_for_one_gpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: i
     of_learner = _up(learner.total / gib, 0.01)
     fraction = _up(of_teacher.total / gib, 0.01)
     left = _down(SHARED_LIMIT - of_learner - fraction, 0.01)
-    if left <= 0:
+    cache = min(wanted, _down(left * gib - of_rollout.weights - of_rollout.working, MIN_CACHE_GIB))
+    if cache <= 0:
         raise PlacementError(
             f"one GPU of {gib:.0f} GiB does not hold the run: the learner takes about {learner.total:.1f} GiB, the "
             f"teacher {of_teacher.total:.1f}, the rollout engine {engines_least - of_teacher.total:.1f}; take three "
             "GPUs, a larger one or smaller models"
         )
-    cache = min(wanted, _down(left * gib - of_rollout.weights - of_rollout.working, MIN_CACHE_GIB))
     draft.set("learner.gpu_memory_fraction", of_learner, f"about {learner.total:.1f} GiB")
     draft.set(f"{teacher}.gpu_memory_fraction", fraction, f"about {of_teacher.total:.1f} GiB")
     draft.set(f"{rollout}.gpu_memory_fraction", left, "what is left")

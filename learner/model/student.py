@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import HeadDtype, LearnerConfig
 from cluster.contracts.errors import ModelError
-from cluster.models.lm_head import read_logit_scaling
+from cluster.models.lm_head import check_tied_head, read_logit_scaling
 from cluster.models.model_files import is_local, load_model_config
 from cluster.weight_sync.manifest import Manifest, TensorSpec
 from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch
@@ -52,6 +52,7 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
             f"student '{student.model}': its safetensors lack {len(missing)} of its parameters, first '{missing[0]}'; "
             "random ones would take their place, so save the whole model again"
         )
+    check_tied_head(student.model, model_config)
     model = Student(causal_lm, kernel, config.head_dtype).to("cpu" if config.zero_stage == 3 else device)
     if multiplies_wide(getattr(torch, config.dtype), device):
         widen(causal_lm)

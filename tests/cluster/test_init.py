@@ -1,6 +1,7 @@
 """`preceptor init` writes a run file that starts, and says why."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_file import load_run_config
 from cluster.demo import EMBEDDED
 from cluster.run.inputs import load_inputs
+from tests.tiny_qwen3 import write_tiny_qwen3
 
 PAIR = ("--student", str(EMBEDDED / "student"), "--teacher", str(EMBEDDED / "teacher"))
 
@@ -89,3 +91,36 @@ def test_a_run_file_of_the_embedded_pair_trains_without_an_edit(prompts: Path, m
     monkeypatch.chdir(prompts.parent)
     assert main(["train", "run.toml", "run.steps=2", "ray.dashboard=false"]) == 0
     assert len((prompts.parent / "runs/run/metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_gpu_that_is_too_small_is_one_sentence(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = prompts.with_name("run.toml")
+    machine = ("--gpus", "1", "--gpu-memory", "4")
+    assert main(["init", *PAIR, "--data", str(prompts), "--out", str(out), *machine]) == 1
+    assert capsys.readouterr().err.startswith("preceptor: one GPU of 4 GiB does not hold the run: the learner takes ")
+    assert not out.exists()
+
+
+def test_turns_that_end_at_different_tokens_are_accepted_in_the_file(prompts: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(EMBEDDED / "teacher", teacher)
+    for name, field, eos in (
+        ("tokenizer_config.json", "eos_token", "<bos>"),
+        ("generation_config.json", "eos_token_id", 1),
+    ):
+        content = json.loads((teacher / name).read_text())
+        (teacher / name).write_text(json.dumps({**content, field: eos}))
+    out = tmp_path / "eos.toml"
+    pair = ("--student", str(EMBEDDED / "student"), "--teacher", str(teacher))
+    assert main(["init", *pair, "--data", str(prompts), "--out", str(out), "--gpus", "0"]) == 0
+    assert load_run_config(out).teachers["main"].accept_differences == ("eos",)
+
+
+def test_a_pair_that_cannot_be_one_stays_refused(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_qwen3(tmp_path / "other")
+    pair = ("--student", str(EMBEDDED / "student"), "--teacher", str(tmp_path / "other"))
+    assert main(["init", *pair, "--data", str(prompts), "--out", str(tmp_path / "run.toml")]) == 1
+    assert "its tokenizer is not the student's" in capsys.readouterr().err
+    assert not (tmp_path / "run.toml").exists()

@@ -115,3 +115,21 @@ def first_shard(model: Path) -> Path:
 
 def rows(count: int) -> Callable[[dict[str, torch.Tensor]], object]:
     return lambda found: found.update({EMBEDDING: found[EMBEDDING][:count].clone()})
+
+
+def another_head(found: dict[str, torch.Tensor]) -> None:
+    """Add a head that differs from the embedding in its last row alone."""
+    head = found[EMBEDDING].clone()
+    head[-1] += 1
+    found["lm_head.weight"] = head
+
+
+def adapter() -> Spoil:
+    """Leave what peft saves, which is an adapter alone."""
+
+    def spoil(model: Path) -> None:
+        without("config.json", "generation_config.json", WEIGHTS)(model)
+        (model / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen3-8B"}')
+        save_file({"base_model.model.lora_A.weight": torch.zeros(2, 2)}, model / "adapter_model.safetensors")
+
+    return spoil

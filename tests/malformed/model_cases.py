@@ -11,6 +11,8 @@ from tests.malformed.damage import (
     WEIGHTS,
     Spoil,
     a_folder,
+    adapter,
+    another_head,
     as_pickle,
     bytes_replaced,
     configured,
@@ -93,6 +95,26 @@ MODELS: dict[str, ModelCase] = {
     "dtype unknown": ModelCase(configured(dtype="float99"), "cannot read its model configuration"),
     "quantisation a number": ModelCase(configured(quantization_config=3), "cannot read its model configuration"),
     "tie a text": ModelCase(configured(tie_word_embeddings="yes"), "cannot read its model configuration"),
+    "quantised": ModelCase(
+        configured(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "is quantised (gptq, quantization_config in its config.json), and a student learns in whole weights",
+    ),
+    "a LoRA adapter": ModelCase(
+        adapter(), "is a LoRA adapter of Qwen/Qwen3-8B (adapter_config.json); merge it into Qwen/Qwen3-8B first"
+    ),
+    "a LoRA adapter for a teacher": ModelCase(adapter(), "teacher': is a LoRA adapter of Qwen/Qwen3-8B", "teacher"),
+    "a LoRA adapter beside a model": ModelCase(
+        holding("adapter_config.json", '{"base_model_name_or_path": "base"}'), "is a LoRA adapter of base"
+    ),
+    "a head of its own that is tied": ModelCase(
+        tensors(another_head), "config.json says tie_word_embeddings = true, but 'lm_head.weight' in its files differs"
+    ),
+    "a teacher's head of its own that is tied": ModelCase(
+        tensors(another_head), "but 'lm_head.weight' in its files differs from 'model.embed_tokens.weight'", "teacher"
+    ),
+    "generation_config.json of a text": ModelCase(
+        holding("generation_config.json", '{"eos_token_id": "</s>"}'), "eos_token_id is '</s>'; expected the id"
+    ),
     "no tokenizer": ModelCase(without("tokenizer.json", "tokenizer_config.json"), "has no tokenizer; copy"),
     "no tokenizer.json": ModelCase(without("tokenizer.json"), "has no tokenizer; copy its tokenizer.json there"),
     "tokenizer.json empty": ModelCase(holding("tokenizer.json", ""), "tokenizer.json is not valid JSON"),

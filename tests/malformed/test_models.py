@@ -14,7 +14,7 @@ from cluster.contracts.errors import ConfigError, ModelError
 from cluster.run.inputs import load_inputs
 from learner.model.student import load_student
 from tests.builders import make_config
-from tests.malformed.damage import as_pickle
+from tests.malformed.damage import EMBEDDING, as_pickle, configured, tensors
 from tests.malformed.model_cases import MODELS
 from tests.malformed.refusal import SECONDS_PER_CASE, assert_refused, assert_sentence
 
@@ -53,6 +53,17 @@ def test_a_damaged_model_is_one_sentence(name: str, folder: Path) -> None:
 
 
 def test_the_model_that_is_damaged_here_is_whole(folder: Path) -> None:
+    assert len(load_inputs(config(folder)).prompts) == 1
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_tied_head_that_is_saved_a_second_time_is_accepted(whose: str, folder: Path) -> None:
+    tensors(lambda found: found.update({"lm_head.weight": found[EMBEDDING].clone()}))(folder / whose)
+    assert len(load_inputs(config(folder)).prompts) == 1
+
+
+def test_a_quantised_teacher_is_accepted(folder: Path) -> None:
+    configured(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"})(folder / "teacher")
     assert len(load_inputs(config(folder)).prompts) == 1
 
 

@@ -86,8 +86,9 @@ def test_many_seeded_prompts_beyond_one_step_of_the_engine_are_all_answered(roll
     assert len(rollouts.generate(requests, SamplingSettings(2, 1.0))) == 40
 
 
-def test_a_stop_string_ends_a_completion_and_its_tokens_stay(rollouts: RolloutDeployment) -> None:
-    rows = rollouts.generate(rollouts.requests([1] * 40), SamplingSettings(200, 1.0, stop=("halt",)))
+@pytest.mark.parametrize("stops", [{"stop": ("halt",)}, {"stop_token_ids": (HALT,)}], ids=["string", "id"])
+def test_what_stops_a_completion_stays_in_it(rollouts: RolloutDeployment, stops: dict[str, Any]) -> None:
+    rows = rollouts.generate(rollouts.requests([1] * 40), SamplingSettings(200, 1.0, **stops))
     halted = [row for row in rows if HALT in row["token_ids"][row["loss_mask"] == 1]]
     assert halted
     for row in halted:

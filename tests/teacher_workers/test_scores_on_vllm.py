@@ -18,10 +18,11 @@ from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated, models_in, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import load_lm_head
+from teacher_workers.backends.lm_head_scores import FLOOR
 from teacher_workers.pool import TeacherPool
 from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
-from tests.tiny_qwen3 import CONTEXT_TOKENS, load
+from tests.tiny_qwen3 import CONTEXT_TOKENS, NUM_WORDS, expected_logprobs, load
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
 
@@ -139,6 +140,23 @@ def test_a_trajectory_beyond_the_context_is_an_error_that_names_the_replica(pool
     said = rf"^teacher-exact-0: vLLM could not score {CONTEXT_TOKENS + 5} tokens"
     with pytest.raises(ScoreError, match=said):
         list(TeacherRouter(pools, call_seconds=60).score([handle], lambda _: [("exact", ScoreRequest("teacher"))]))
+
+
+def test_a_token_that_the_teacher_does_not_have_is_as_unlikely_as_can_be(
+    pools: dict[str, TeacherPool], model: Any
+) -> None:
+    """Its embedding ends before the id, which a student with a larger vocabulary may write."""
+    wire, handle = pack(make_generated([make_trajectory(completion=[10, NUM_WORDS + 88, 11], teacher="exact")]), {})
+    teachers = TeacherRouter(pools, call_seconds=60)
+    [scored] = teachers.score(
+        [replace(handle, reference=ray.put(wire))], lambda _: [("exact", ScoreRequest("teacher", top_k=4))]
+    )
+    batch = read(scored)
+    first, unknown, after = ragged(batch, "teacher_logprobs").values
+    assert first == pytest.approx(float(expected_logprobs(model, [1, 2, 10])[1, 10]), abs=TOLERANCE)
+    assert unknown == FLOOR
+    assert FLOOR < after < 0
+    assert ragged(batch, "candidate_ids").values.max() < NUM_WORDS
 
 
 def test_a_batch_for_an_unknown_teacher_is_refused(pools: dict[str, TeacherPool]) -> None:

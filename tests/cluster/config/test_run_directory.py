@@ -1,5 +1,8 @@
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,20 @@ def test_a_second_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
     RunDirectory.create(config)
     with pytest.raises(ConfigError, match="holds a run already; continue it with --resume"):
         RunDirectory.create(config)
+
+
+def test_of_runs_of_one_name_that_start_at_once_one_gets_the_folder(tmp_path: Path) -> None:
+    config, at_once = make_config(f"run.directory='{tmp_path}'"), threading.Barrier(8)
+
+    def create(_: int) -> bool:
+        at_once.wait()
+        with suppress(ConfigError):
+            RunDirectory.create(config)
+            return True
+        return False
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(create, range(8))) == 1
 
 
 def test_a_folder_that_holds_no_run_cannot_be_resumed(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -13,7 +15,7 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.model_checks import ModelFacts, read_model
 from cluster.models.pairs import Pair, compare
-from cluster.run.inputs import load_inputs, train_sampling
+from cluster.run.inputs import held_out_sampling, load_inputs, train_sampling
 from tests.builders import make_config
 from tests.tiny_qwen3 import write_tiny_qwen3
 
@@ -45,6 +47,20 @@ def pair(student: ModelFacts, teacher: ModelFacts, *accept: str, stop_ids: tuple
 
 def test_the_same_tokenizer_is_no_difference() -> None:
     assert pair(BASE, qwen(eos_token=TEXT)) == Pair(stop_ids=frozenset({3}))
+
+
+class Reversed(PreTrainedTokenizerFast):
+    """A tokenizer of a model's own code, whose vocabulary comes in another order."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(reversed(super().get_vocab().items()))
+
+
+def test_the_order_in_which_a_tokenizer_lists_its_tokens_does_not_matter() -> None:
+    core = BASE.tokenizer.backend_tokenizer
+    teacher = ModelFacts(Reversed(tokenizer_object=core, unk_token="<unk>", eos_token=TEXT), 64, 16)
+    assert list(teacher.tokenizer.get_vocab()) != list(BASE.tokenizer.get_vocab())
+    assert pair(BASE, teacher) == Pair(stop_ids=frozenset({3}))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +163,7 @@ def config(folder: Path, *overrides: str) -> Config:
 
 
 def test_completions_end_where_either_model_does(folder: Path) -> None:
-    """Word 3 is `halt`; EOS is 1, and a student's own stop ids are vLLM's to know."""
+    """Word 3 is `halt`, and EOS is 1, which the engines of both stop at by themselves."""
     change(folder / "teacher" / "tokenizer_config.json", eos_token="halt")
     change(folder / "teacher" / "generation_config.json", eos_token_id=[3, 1])
     with pytest.raises(ModelError, match="its EOS is 'halt', and the student's is '<eos>'"):
@@ -156,6 +172,23 @@ def test_completions_end_where_either_model_does(folder: Path) -> None:
     inputs = load_inputs(accepting)
     assert train_sampling(inputs.pairs.apply(accepting)).stop_token_ids == (3,)
     assert inputs.pairs.lines == ("teachers.main: completions end at 'halt' too",)
+
+
+def test_completions_of_a_teacher_end_where_the_student_does(folder: Path) -> None:
+    change(folder / "student" / "generation_config.json", eos_token_id=[1, 4])
+    resolved = load_inputs(config(folder)).pairs.apply(config(folder))
+    assert held_out_sampling(resolved).stop_token_ids == (4,)
+
+
+def test_an_embedding_may_be_padded_further_than_the_students(folder: Path) -> None:
+    change(folder / "teacher" / "config.json", vocab_size=128)
+    weights = load_file(folder / "teacher" / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    padded = torch.cat([embedding, torch.zeros(128 - len(embedding), embedding.shape[1])])
+    save_file({**weights, "model.embed_tokens.weight": padded}, folder / "teacher" / "model.safetensors")
+    inputs = load_inputs(config(folder))
+    assert inputs.pairs.lines == ()
+    assert inputs.pairs.apply(config(folder)) == config(folder)
 
 
 def test_stop_ids_are_those_of_the_generation_settings_or_else_of_the_configuration(folder: Path) -> None:
