@@ -51,6 +51,7 @@ class HttpBackend(TeacherBackend):
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Prepare to ask; a server that is away is waited for when it is needed."""
         self._client = CompletionsClient(teacher)
+        self._excluded = np.array(teacher.excluded_token_ids, np.int32)
         self._retries_reported = 0
 
     @classmethod
@@ -97,6 +98,7 @@ class HttpBackend(TeacherBackend):
         scores: dict[str, NDArray[Any]] = {"logprobs": logprobs}
         if request.top_k:
             scores |= {"candidate_ids": candidate_ids, "candidate_logprobs": candidate_logprobs}
+            scores |= _without(self._excluded, scores) if len(self._excluded) else {}
         retries, self._retries_reported = self._client.num_retries - self._retries_reported, self._client.num_retries
         return scores, {f"{request.model}/retries": Sum(float(retries))}
 
@@ -118,6 +120,17 @@ def _columns(positions: list[Position], sampled: Ints, top_k: int) -> tuple[Floa
     logprobs = np.array([[score.logprob for _, score in entries] for entries in best], np.float32)
     shape = (len(positions), top_k)
     return _clipped(np.array(own, np.float32)), ids.reshape(shape), _clipped(logprobs.reshape(shape))
+
+
+def _without(excluded: Ints, scores: Scores) -> Scores:
+    """Return log-probabilities that leave excluded candidates none, and give theirs to all other tokens."""
+    listed, logprobs = np.isin(scores["candidate_ids"], excluded), scores["candidate_logprobs"]
+    lost = np.exp(logprobs, where=listed, out=np.zeros_like(logprobs)).sum(-1)
+    kept = np.log1p(-np.minimum(lost, 1 - np.finfo(np.float32).eps))
+    return {
+        "logprobs": _clipped(scores["logprobs"] - kept),
+        "candidate_logprobs": np.where(listed, np.float32(FLOOR), _clipped(logprobs - kept[:, None])),
+    }
 
 
 def _clipped(logprobs: Floats) -> Floats:

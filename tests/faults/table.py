@@ -4,7 +4,7 @@
 """
 
 from tests.faults.fault import Fault
-from tests.faults.tables import alignment, gradient, objective, presets, rollouts, run, teachers, weight_sync
+from tests.faults.tables import alignment, gradient, models, objective, presets, rollouts, run, teachers, weight_sync
 
 AREAS: dict[str, tuple[Fault, ...]] = {
     "alignment": alignment.FAULTS,
@@ -14,6 +14,7 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "weight_sync": weight_sync.FAULTS,
     "rollouts": rollouts.FAULTS,
     "teachers": teachers.FAULTS,
+    "models": models.FAULTS,
     "run": run.FAULTS,
 }
 FAULTS = tuple(fault for faults in AREAS.values() for fault in faults)

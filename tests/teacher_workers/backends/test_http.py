@@ -24,7 +24,7 @@ from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import make_generated
 from cluster.demo import EMBEDDED
 from cluster.models.model_checks import ModelFacts, read_model
-from teacher_workers.backends.base import check_signals, check_teacher
+from teacher_workers.backends.base import FLOOR, check_signals, check_teacher
 from teacher_workers.backends.http import HttpBackend
 from tests.builders import make_config, make_trajectory
 from tests.teacher_workers.backends.fake_server import FakeServer, Positions, make_table
@@ -66,6 +66,19 @@ def score(teacher: TeacherConfig, request: ScoreRequest, rows: int = 1) -> tuple
 @pytest.fixture(scope="module")
 def student() -> ModelFacts:
     return read_model(StudentConfig(str(EMBEDDED / "student")), is_student=True)
+
+
+def test_an_excluded_token_gives_its_probability_to_all_others() -> None:
+    with FakeServer("vllm") as server:
+        table = server.table
+        excluded = int(np.argmax(table[2]))  # the most likely behind the first place; 3 was sampled there
+        assert excluded != 3
+        scores, _ = score(teacher_at(server, excluded_token_ids=(excluded,)), TOP_3)
+    ids, logprobs = scores["candidate_ids"][0], scores["candidate_logprobs"][0]
+    left = math.log(1 - math.exp(table[2, excluded]))
+    assert (ids[0], logprobs[0]) == (excluded, FLOOR)
+    assert logprobs[1:] == pytest.approx(table[2, ids[1:]] - left, abs=1e-5)
+    assert scores["logprobs"][0] == pytest.approx(table[2, 3] - left, abs=1e-5)
 
 
 @pytest.mark.parametrize("form", ["vllm", "echo"])
