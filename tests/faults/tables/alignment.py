@@ -99,8 +99,8 @@ FAULTS = (
     Fault(
         "token weights left out of a term",
         "learner/loss/terms.py",
-        "weights = config.weight * plan.weights\n",
-        "weights = config.weight * torch.ones_like(plan.weights)\n",
+        "weights = config.weight * chunk.plan.weights\n",
+        "weights = config.weight * torch.ones_like(chunk.plan.weights)\n",
         ("tests/learner/loss/test_terms.py",),
     ),
 )
