@@ -50,6 +50,8 @@ SAMPLES = ObjectiveConfig(
     terms={"main": PolicyGradientTerm(over="support", importance=ImportanceConfig())},
 )
 
+WITHOUT_RESIDUAL = ObjectiveConfig(support="topk", support_size=16, terms={"main": DivergenceTerm(residual=False)})
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -88,6 +90,7 @@ CASES = [
     Case("sampled policy gradient", SAMPLED, bar=1.1),
     Case("policy gradient over 16 draws", SAMPLES, bar=1.1),
     Case("top-16 and tail, reverse KL", ObjectiveConfig(support="topk", support_size=16), bar=1.1),
+    Case("top-16 and tail, no residual", WITHOUT_RESIDUAL, bar=1.1),
     Case("top-64 and tail, reverse KL", ObjectiveConfig(support="topk", support_size=64), bar=1.1),
     Case("exact reverse KL", exact("reverse_kl"), teacher_widths=1, bar=1.3),
     Case("exact reverse KL, wide teacher", exact("reverse_kl"), teacher_widths=2, bar=1.3),

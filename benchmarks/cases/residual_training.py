@@ -56,7 +56,8 @@ kv_cache_gib = 0.25
 dtype = "float32"
 num_workers = 1
 micro_batch_tokens = 8192
-learning_rate = 2e-3
+learning_rate = 6e-3
+lr_schedule = "linear"
 [run]
 steps = 12
 [evaluation]

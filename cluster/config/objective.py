@@ -182,7 +182,7 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
             return f"residual corrects the bucket of truncation = 'tail', found truncation = '{self.truncation}'"
         forward = {"forward_kl": 0.0, "jsd": self.beta, "skewed_forward_kl": self.skew}
         if self.residual and forward.get(self.divergence) == 0:
-            return "residual weighs a sampled token of the forward KL by target / student, which has no bound"
+            return "residual weighs a token of the forward KL by target / student, which has no bound; leave it out"
         return None
 
 

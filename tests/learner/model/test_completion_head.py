@@ -64,15 +64,19 @@ def evaluate(head, hidden, batch, objective, heads=None):
 def plain_loss(name: str, logprobs: Tensor, teacher_logprobs: Tensor | None, batch) -> Tensor:
     """Return the sum of the losses from log-probabilities [completion_tokens, vocabulary], by the textbook."""
     tokens = batch.tokens
+    student = logprobs.gather(-1, tokens.target_ids[:, None])[:, 0]
+    log_ratio = student.detach() - tokens.logprobs["teacher"]
+    ratio = (student - tokens.rollout_logprobs).exp()
     if name == "sampled":
-        student = logprobs.gather(-1, tokens.target_ids[:, None])[:, 0]
-        ratio = (student - tokens.rollout_logprobs).exp()
-        return (ratio * (student - tokens.logprobs["teacher"]).detach()).sum()
+        return (ratio * log_ratio).sum()
     if name == "topk":
-        student = logprobs.gather(-1, tokens.candidate_ids).exp()
-        teacher = tokens.candidate_logprobs["teacher"].exp()
-        student, teacher = (torch.cat([mass, 1 - mass.sum(-1, keepdim=True)], dim=-1) for mass in (student, teacher))
-        return (student * (student / teacher).log()).sum()
+        pair = logprobs.gather(-1, tokens.candidate_ids), tokens.candidate_logprobs["teacher"]
+        p, q = (torch.cat([side.exp(), 1 - side.exp().sum(-1, keepdim=True)], dim=-1) for side in pair)
+        within = [side.detach().log_softmax(-1) for side in pair]
+        baseline = (within[0].exp() * (within[0] - within[1])).sum(-1)
+        outside = (tokens.candidate_ids != tokens.target_ids[:, None]).all(-1)
+        residual = log_ratio - (p[:, -1] / q[:, -1]).log().detach() - baseline
+        return (p * (p / q).log()).sum() + (outside * ratio * residual + baseline * p[:, -1]).sum()
     mixture = torch.stack([logprobs, teacher_logprobs]).logsumexp(0) - math.log(2)
     of_student = (logprobs.exp() * (logprobs - mixture)).sum()
     return 0.5 * of_student + 0.5 * (teacher_logprobs.exp() * (teacher_logprobs - mixture)).sum()
