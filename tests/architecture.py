@@ -16,10 +16,10 @@ PACKAGES = ("cluster", "rollout_workers", "teacher_workers", "learner")
 EXAMPLES = "examples/extend"
 
 # The redesigned house was held to 155 files and 22,000 lines, and had 153 and 21,881. What came since may add: the
-# first hour (prompts of any format, teachers behind a URL, export, init) 15 files and 2,500 lines, objectives without
-# bias 1 file and 300 lines.
-MAX_FILES = 155 + 15 + 1
-MAX_LINES = 22_000 + 2_500 + 300
+# first hour (prompts of any format, rewards, teachers behind a URL, pairs, export, init, logs) 20 files and 3,300
+# lines, objectives without bias 1 file and 500 lines.
+MAX_FILES = 155 + 20 + 1
+MAX_LINES = 22_000 + 3_300 + 500
 MAX_FUNCTION_LINES = 50
 MAX_FILE_LINES = 400
 MAX_IMPORT_DEPTH = 12
