@@ -12,7 +12,8 @@ import ray
 import torch
 
 from rollout_workers.vllm_engine import common_checksum
-from rollout_workers.weight_sync.object_store import BucketMessage, map_memory, missing_parameters, tied_layers
+from rollout_workers.weight_sync.loading import missing_parameters, tied_layers
+from rollout_workers.weight_sync.object_store import BucketMessage, map_memory
 from rollout_workers.weight_sync.shared_memory import mappable, region_in_store, shared_memory
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
