@@ -21,15 +21,15 @@ import torch
 
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import LearnerConfig
-from cluster.models.model_files import load_tokenizer
 from cluster.weight_sync.manifest import Bucket, checksum, new_digest, plan_buckets, total_bytes
 from cluster.weight_sync.transports import Encoded, make_payload, vllm_backend
-from learner.checkpointing.checkpoint import export
+from learner.checkpointing.export import export
 from learner.engines.torch import ReferenceEngine
 from learner.model.student import load_student
 from learner.weight_sync.object_store import pack
 from rollout_workers.vllm_engine import WORKER_EXTENSION
 from rollout_workers.weight_sync.shared_memory import shared_memory
+from tests.builders import make_config
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
@@ -64,7 +64,7 @@ class Learner:
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face directory as a run does."""
-        export(self.engine, load_tokenizer(str(self.folder)), folder)
+        export(self.engine, make_config(f"student.model={self.folder}"), folder)
 
 
 class LocalSync:

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from rollout_workers.vllm_engine import common_checksum
-from rollout_workers.weight_sync.object_store import BucketMessage, map_memory
+from rollout_workers.weight_sync.object_store import BucketMessage, map_memory, reason_of
 from rollout_workers.weight_sync.shared_memory import mappable, region_in_store, shared_memory
 
 
@@ -24,7 +24,7 @@ def test_bytes_outlive_the_senders_descriptor() -> None:
 
 READ = """
 import hashlib, sys
-from rollout_workers.weight_sync.object_store import BucketMessage, map_memory
+from rollout_workers.weight_sync.object_store import BucketMessage, map_memory, reason_of
 for path, num_bytes, offset in zip(*[iter(sys.argv[1:])] * 3):
     message = BucketMessage([""], [""], [], "", path, int(num_bytes), int(offset))
     print(hashlib.md5(map_memory(message)).hexdigest())
@@ -58,3 +58,9 @@ def test_bytes_outside_the_object_store_are_copied_for_the_other_process() -> No
 
 def test_ranks_that_received_the_same_bytes_have_one_checksum() -> None:
     assert common_checksum([{"checksum": "ab", "fault": None}] * 2, 3) == "ab"
+
+
+def test_what_a_model_says_of_a_tensor_is_one_sentence_without_all_its_names() -> None:
+    named = "There is no module or parameter named 'model.a' in Model. The available parameters belonging to model are"
+    assert reason_of(ValueError(f"{named}: b, c")) == "There is no module or parameter named 'model.a' in Model"
+    assert reason_of(AssertionError()) == "AssertionError"
