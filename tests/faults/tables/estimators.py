@@ -181,7 +181,7 @@ FAULTS = (
         "a mixed target is normalised without its tail",
         "learner/loss/targets.py",
         "    return torch.cat([candidates, log_linear(target, tails)], dim=-1)\n",
-        "    return torch.cat([candidates, torch.full_like(log_linear(target, tails), EXCLUDED)], dim=-1)\n",
+        "    return torch.cat([candidates, torch.full_like(log_linear(target, tails), -1e4)], dim=-1)\n",
         expectation("direct-opd"),
     ),
     Fault(
