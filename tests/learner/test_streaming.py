@@ -53,7 +53,8 @@ def gradients_of(engines: list[ReferenceEngine], num_tokens: int) -> torch.Tenso
 # The rollout worker's log-probabilities are random here, and their ratios would multiply the rounding of float32.
 WITHOUT_RATIO = {"loss": "task_reward", "importance": {"kind": "none"}}
 STREAMED = {
-    **{name: OBJECTIVES[name] for name in ("topk", "samples", "first_pass")},
+    "topk": objective_of("tail-topk", support_size=8, terms={"main": {"residual": False}}),
+    **{name: OBJECTIVES[name] for name in ("samples", "first_pass")},
     "reward": objective_of(
         "thinking-machines", terms={"main": {"importance": {"kind": "none"}}, "reward": WITHOUT_RATIO}
     ),

@@ -211,7 +211,7 @@ def test_a_divergence_without_a_twin_leaves_the_kernels_to_the_others(interprete
 def test_each_term_is_offered_to_the_kernels_by_itself() -> None:
     kernels, logits = TritonKernels(device_type="cpu"), torch.ones(3, 5)
     terms = {
-        name: {"main": DivergenceLoss("main", DivergenceTerm(divergence=name))}
+        name: {"main": DivergenceLoss("main", DivergenceTerm(divergence=name), temperature=1.0)}
         for name in (*NAMES, "tests.learner.loss.kernels.interpreted:TORCH_ONLY")
     }
     fused = {name for name, of_name in terms.items() if takes_fused(of_name, kernels, logits)}
