@@ -40,7 +40,7 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
             student.model,
             config=model_config,
             dtype=getattr(torch, config.dtype),
-            attn_implementation="sdpa" if kernel is None else register_packed_attention(),
+            attn_implementation=_plain_attention(model_config) if kernel is None else register_packed_attention(),
             use_safetensors=True,  # anything else is a pickle, which can run code
             output_loading_info=True,
             trust_remote_code=student.trust_remote_code,
@@ -149,6 +149,11 @@ def _probe_row(length: int, vocabulary: int) -> Trajectory:
     nothing = torch.zeros(length - 1).numpy()
     no_candidates = nothing[:, None][:, :0]
     return Trajectory(0, "", 0.0, token_ids, loss_mask, nothing, no_candidates, no_candidates, {}, {})
+
+
+def _plain_attention(model_config: Any) -> str:
+    """Return transformers' attention with masks; torch's, "sdpa", leaves out Gemma 2's cap of attention in silence."""
+    return "eager" if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def _disable_noise(model_config: Any) -> None:

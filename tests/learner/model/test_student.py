@@ -71,6 +71,20 @@ def test_models_that_treat_their_logits_specially_pass_the_forward_check(model, 
     load_student(StudentConfig(model=str(tmp_path)), FP32)
 
 
+def test_the_cap_of_attention_counts(tmp_path):
+    """transformers' "sdpa" ignores it."""
+    settings = {"attn_logit_softcapping": 0.2, "query_pre_attn_scalar": 1, "final_logit_softcapping": None}
+    Gemma2ForCausalLM(Gemma2ForCausalLM.config_class(**SMALL, **settings)).save_pretrained(tmp_path)
+    ids = torch.arange(1, 20)[None]
+    capped, ignored = (
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)(input_ids=ids).logits
+        for name in ("eager", "sdpa")
+    )
+    found = load_student(StudentConfig(model=str(tmp_path)), FP32).causal_lm(input_ids=ids).logits
+    assert (capped - ignored).abs().max() > 1e-2
+    torch.testing.assert_close(found, capped, atol=1e-5, rtol=0)
+
+
 def test_a_forward_that_scales_its_logits_in_an_unknown_way_is_refused_in_one_sentence(student_folder):
     student = load_student(StudentConfig(model=str(student_folder)), FP32)
     student.head.scaling = LogitScaling(factor=2.0)
