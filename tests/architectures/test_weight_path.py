@@ -12,7 +12,6 @@ import pytest
 from tests.architectures.models import ARCHITECTURES, write_model
 from tests.architectures.weight_path import TOLERANCE
 
-WITH_EXPERTS = ("qwen3-moe", "mixtral")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -36,12 +35,10 @@ def check(answer: dict[str, Any]) -> None:
 
 
 def test_experts_follow_the_learner_and_one_that_stays_behind_is_an_error(tmp_path: Path) -> None:
-    answers = tried(WITH_EXPERTS, tmp_path)
-    for name in WITH_EXPERTS:
-        check(answers[name])
-        # Three matrices of 64 x 64 or 64 x 128 for each of four experts, of which one did not come.
-        total = 4 * 3 * 64 * (64 if name == "qwen3-moe" else 128)
-        assert f"({total * 3 // 4:,} of {total:,} values)" in answers[name]["without an expert"]
+    answer = tried(("mixtral",), tmp_path)["mixtral"]
+    check(answer)
+    # Three matrices of 64 x 128 for each of four experts, of which one did not come.
+    assert "experts.routed_experts (73,728 of 98,304 values)" in answer["without an expert"]
 
 
 @pytest.mark.exhaustive
