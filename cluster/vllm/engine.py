@@ -91,7 +91,7 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
 
     from cluster.vllm.compat import VLLMError, early_logits_processors, late_logits_processors
 
-    arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
+    arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu()) | engine.extra
     if current_platform.is_cpu() and arguments["enforce_eager"]:
         # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -102,7 +102,7 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         config = args.create_engine_config()
         late_logits_processors(config, role.logits_processors)
         return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
-    except (VLLMError, ValueError, OSError, RuntimeError) as error:
+    except (VLLMError, TypeError, ValueError, OSError, RuntimeError) as error:  # TypeError: of engine.extra
         printed = last_error(own_output())  # by the engine's process; what this one has is seldom the reason
         reason = f"{error}; its last error: {printed}" if printed else str(error)
         raise ModelError(f"vLLM cannot serve {model}: {reason}") from error

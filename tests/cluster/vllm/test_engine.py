@@ -109,3 +109,19 @@ def test_on_a_cpu_nothing_is_compiled_for_an_eager_engine(
     with pytest.raises(ModelError, match="as far as the test goes"):
         build_engine("nowhere", False, EngineConfig(dtype="float32", enforce_eager=enforce_eager), role)
     assert seen == [setting]
+
+
+def test_further_arguments_of_the_run_file_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    def stop(arguments: AsyncEngineArgs) -> None:
+        raise ValueError(f"prefers {arguments.performance_mode}, takes {arguments.max_num_seqs}")
+
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", stop)
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    engine = EngineConfig(max_concurrent_sequences=3, extra={"performance_mode": "throughput"})
+    with pytest.raises(ModelError, match="vLLM cannot serve nowhere: prefers throughput, takes 3$"):
+        build_engine("nowhere", False, engine, EngineRole(64, prefix_caching=False, tokenizer=True))
+    wrong = EngineConfig(extra={"performance_mod": 1})
+    with pytest.raises(ModelError, match="vLLM cannot serve nowhere: .*performance_mod"):
+        build_engine("nowhere", False, wrong, EngineRole(64, prefix_caching=False, tokenizer=True))
