@@ -120,8 +120,8 @@ def test_further_arguments_of_the_run_file_reach_vllm(monkeypatch: pytest.Monkey
     monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", stop)
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
     engine = EngineConfig(max_concurrent_sequences=3, extra={"performance_mode": "throughput"})
-    with pytest.raises(ModelError, match="vLLM cannot serve nowhere: prefers throughput, takes 3$"):
+    with pytest.raises(ModelError, match=r"vLLM cannot serve nowhere: prefers throughput, takes 3$"):
         build_engine("nowhere", False, engine, EngineRole(64, prefix_caching=False, tokenizer=True))
     wrong = EngineConfig(extra={"performance_mod": 1})
-    with pytest.raises(ModelError, match="vLLM cannot serve nowhere: .*performance_mod"):
+    with pytest.raises(ModelError, match=r"vLLM cannot serve nowhere: .*performance_mod"):
         build_engine("nowhere", False, wrong, EngineRole(64, prefix_caching=False, tokenizer=True))
