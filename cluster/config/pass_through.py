@@ -51,6 +51,7 @@ OWNED_BY_ENGINES = {
     "weight_transfer_config": "set weight_sync.transport",
     "worker_extension_cls": "the weight sync needs it",
     "disable_log_stats": "Preceptor has metrics of its own",
+    "hf_token": "config.json would keep it; set HF_TOKEN in the environment",
 }
 # Entry of DeepSpeed's configuration -> what sets it.
 OWNED_BY_LEARNER = {
