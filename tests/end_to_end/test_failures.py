@@ -50,9 +50,14 @@ def narrow_heads(folder: Path) -> Path:
 
 
 def test_the_first_step_of_a_model_that_vllm_cannot_run_says_why(tmp_path: Path) -> None:
-    settings = ("evaluation.teacher_too=false", "evaluation.num_prompts=4", "ray.dashboard=false")
-    names = (f"student.model={narrow_heads(tmp_path / 'narrow')}", f"run.directory={tmp_path}", "run.name=run")
-    finished = preceptor("eval", str(EMBEDDED / "demo.toml"), *names, *settings)
+    files = (f"teachers.countdown.model={EMBEDDED / 'teacher'}", f"prompts.train={EMBEDDED / 'train.jsonl'}")
+    narrow = (f"student.model={narrow_heads(tmp_path / 'narrow')}", f"run.directory={tmp_path}", "run.name=run")
+    few = (
+        f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
+        "evaluation.num_prompts=4",
+        "evaluation.teacher_too=false",
+    )
+    finished = preceptor("eval", str(EMBEDDED / "demo.toml"), *files, *narrow, *few, "ray.dashboard=false")
     assert finished.code == 1
     assert "the process of a rollout engine is gone; its last error: " in finished.error
     assert "head" in finished.error.partition("its last error: ")[2]
