@@ -46,7 +46,9 @@ def report_errors(command: Callable[[], int], debug: bool) -> int:
     except Exception as error:
         if debug:
             raise
-        sentence = f"{type(error).__name__}: {in_one_line(str(error))}".rstrip(": ")
+        cause = getattr(error, "cause", None) or error  # of Ray's error, whose own text is a trace
+        notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
+        sentence = f"{type(cause).__name__}: {in_one_line(str(cause))}".rstrip(": ") + notes
         sys.stderr.write(f"preceptor: unexpected {sentence}; this is a fault of the program; --debug shows its trace\n")
         return 1
 

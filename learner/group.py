@@ -233,11 +233,13 @@ class LearnerGroup:
             dead = self._dead_ranks()
             if not dead:
                 raise
-            raise LearnerDiedError(f"{', '.join(dead)} died; the step under way is lost") from error
+            names = ", ".join(self._names[rank] for rank in dead)
+            died = LearnerDiedError(f"{names} died, and with it the step under way")
+            raise self._cluster.explain(died, self._actors[dead[0]]) from error
 
-    def _dead_ranks(self) -> list[str]:
+    def _dead_ranks(self) -> list[int]:
         """Request a sign of life from every rank; a rank that is busy for long counts as alive."""
-        answers = {actor.__ray_ready__.remote(): name for actor, name in zip(self._actors, self._names, strict=True)}
+        answers = {actor.__ray_ready__.remote(): rank for rank, actor in enumerate(self._actors)}
         ready = self._cluster.wait(list(answers), len(answers), SIGN_OF_LIFE_SECONDS)
         return [answers[reference] for reference in ready if self._cluster.is_dead(reference)]
 

@@ -197,6 +197,7 @@ class RolloutPool(Pool):
         del self._awaited[reference]
         if isinstance(handle, PreceptorError):
             raise handle
+        self.replicas.note_progress(awaited.worker)
         span = Span(
             self._name,
             self.replicas.name(awaited.worker),

@@ -16,7 +16,7 @@ from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import ActorDiedError, RolloutError, WeightSyncError
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.vllm.compat import TokenVersions, VLLMClientError, label_weights
-from cluster.vllm.engine import EngineRole, build_engine, last_error
+from cluster.vllm.engine import EngineRole, build_engine
 from cluster.weight_sync.transports import vllm_backend
 from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded, candidates_from_bytes
 from rollout_workers.vllm_requests import read_completion, sampling_params
@@ -202,7 +202,7 @@ def _raised_as_death() -> Iterator[None]:
     try:
         yield
     except EngineDeadError as error:
-        raise ActorDiedError(f"the process of a rollout engine is gone{last_error()}") from error
+        raise ActorDiedError("the process of a rollout engine is gone") from error
 
 
 async def _with_candidates(

@@ -215,6 +215,7 @@ class TeacherPool(Pool):
         if isinstance(scored, PreceptorError):
             raise scored
         self._forget(answer)
+        self.replicas.note_progress(hop.replica)
         return replace(
             scored,
             reference=hop.wire,

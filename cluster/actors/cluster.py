@@ -8,18 +8,22 @@ instead, and an ActorError when an actor died or did not answer in time. Ray is 
 
 from __future__ import annotations
 
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.contracts.errors import ActorDiedError, ActorError, LostBytesError, PreceptorError
+from cluster.actors.worker_output import keep, last_error, output_of
+from cluster.contracts.errors import ActorDiedError, ActorError, LostBytesError, ModelError, PreceptorError
 from cluster.contracts.import_path import load_object
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
+    from ray.exceptions import RayTaskError
 
 SHUTDOWN_TIMEOUT_SECONDS = 30.0  # an engine ends its subprocesses within a few seconds
 GET_SECONDS = 60.0  # for values that are there, which Ray may still have to look up
@@ -97,6 +101,10 @@ class Cluster(ABC):
     def is_dead(self, answer: Any) -> bool:
         """Return whether the actor that was to give this answer is gone; the reference must be ready."""
 
+    def explain(self, error: PreceptorError, actor: ActorHandle) -> PreceptorError:
+        """Return the error of an actor that died or cannot start, with what its processes printed about the reason."""
+        return error
+
     @abstractmethod
     def kill(self, actor: ActorHandle) -> None:
         """End an actor, which may be dead."""
@@ -157,12 +165,14 @@ class RayCluster(Cluster):
 
     Args:
         stand_ins: actor class -> actor class to run in its place, for tests without engines.
+        logs: the folder that keeps the output of failed actors; None: only the last error is kept.
     """
 
     pause_seconds_per_reference = 10e-6  # `ray.wait` takes 0.5 microseconds of CPU for each
 
-    def __init__(self, stand_ins: Mapping[str, str] | None = None) -> None:
+    def __init__(self, stand_ins: Mapping[str, str] | None = None, logs: Path | None = None) -> None:
         self._stand_ins = stand_ins or {}
+        self._logs = logs
 
     def create(self, actor_class: str, names: Sequence[str], arguments: Arguments, options: Options) -> list[Any]:
         import ray
@@ -190,13 +200,18 @@ class RayCluster(Cluster):
             late = self._late(references, names) if isinstance(references, list) else ""
             raise ActorError(f"waited {timeout_seconds:.0f} s for {waiting_for}{late}") from error
         except RayTaskError as error:
+            if isinstance(error.cause, ActorDiedError):  # its engine did
+                died = ActorDiedError(f"while waiting for {waiting_for}: {error.cause}")
+                raise self._explained(died, _actor_of(error)) from error
             if isinstance(error.cause, PreceptorError):
-                raise error.cause from error
+                raise self._explained(error.cause, _actor_of(error)) from error
             if isinstance(error.cause, ObjectLostError):
                 raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error.cause)}") from error
+            self._keep_trace(error)
             raise
         except RayActorError as error:
-            raise ActorDiedError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
+            died = ActorDiedError(f"while waiting for {waiting_for}: {_first_line(error)}")
+            raise self._explained(died, error.actor_id or "") from error
         except ObjectLostError as error:
             raise LostBytesError(f"while waiting for {waiting_for}: {_first_line(error)}") from error
 
@@ -224,6 +239,32 @@ class RayCluster(Cluster):
         with suppress(ray.exceptions.RayError):  # already dead
             ray.kill(actor, no_restart=True)
 
+    def explain(self, error: PreceptorError, actor: ActorHandle) -> PreceptorError:
+        return self._explained(error, actor._actor_id.hex())
+
+    def _explained(self, error: PreceptorError, actor_id: str) -> PreceptorError:
+        """Return the error with the last one that its actor printed, and with the file that keeps the rest."""
+        if not isinstance(error, ActorDiedError | ModelError) or not actor_id:
+            return error
+        name, output = output_of(actor_id)
+        printed = last_error(output)
+        parts = [str(error).rstrip(".")]
+        if isinstance(error, ActorDiedError):
+            parts.append(f"its last error: {printed}" if printed else "it printed no error, as when it is killed")
+        if self._logs and output and (path := keep(self._logs, name, output)):
+            parts.append(f"its output is in {path}")
+        explained = type(error)("; ".join(parts))
+        if isinstance(explained, ActorDiedError):
+            explained.last_error = printed
+        return explained
+
+    def _keep_trace(self, error: RayTaskError) -> None:
+        """Keep what an actor printed that raised an error of no kind of ours, and note the file in the error."""
+        if self._logs and (actor_id := _actor_of(error)):
+            name, output = output_of(actor_id)
+            if path := keep(self._logs, name, f"{output}{error}\n"):
+                error.add_note(f"its output is in {path}")
+
     def _late(self, references: list[Any], names: Sequence[str]) -> str:
         ready = self.wait(references, len(references), timeout_seconds=0)
         labels = names or [f"actor {position} of {len(references)}" for position in range(len(references))]
@@ -237,3 +278,9 @@ RAY = RayCluster()  # it has no state: Ray itself knows what this process is con
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def _actor_of(error: RayTaskError) -> str:
+    """Return the id of the actor that raised an error, which Ray keeps in its text alone; "" for a task's."""
+    match = re.search(r"\bactor_id=([0-9a-f]+)", str(error))
+    return match[1] if match else ""

@@ -4,56 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cluster.actors.cluster import Cluster, PoolTimeouts
 from cluster.actors.liveness import Watch
+from cluster.actors.restarts import RestartBudget, RestartLimit
 from cluster.contracts.batches import PoolState
 from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-
-FIRST_DELAY_SECONDS = 1.0  # before the second restart in a row; the first one needs none
-LONGEST_DELAY_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class RestartLimit:
-    """Restarts that each replica has."""
-
-    max_restarts: int  # within the window
-    window_seconds: float
-
-
-class RestartBudget:
-    """Counts the restarts of each replica, and delays those of a replica that dies again and again."""
-
-    def __init__(self, limit: RestartLimit, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limit = limit
-        self._clock = clock
-        self._spent: defaultdict[int, deque[float]] = defaultdict(deque)  # replica -> when it was started again
-
-    def spend(self, replica: int) -> float | None:
-        """Take one restart of a replica and return the seconds to wait before it; None when none is left.
-
-        Example:
-            >>> budget = RestartBudget(RestartLimit(max_restarts=3, window_seconds=600), clock=lambda: 0.0)
-            >>> [budget.spend(0), budget.spend(0), budget.spend(0), budget.spend(0), budget.spend(1)]
-            [0.0, 1.0, 2.0, None, 0.0]
-        """
-        now, spent = self._clock(), self._spent[replica]
-        while spent and spent[0] <= now - self._limit.window_seconds:
-            spent.popleft()
-        if len(spent) >= self._limit.max_restarts:
-            return None
-        delay = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2.0 ** (len(spent) - 1)) if spent else 0.0
-        spent.append(now)
-        return delay
-
 
 NO_RESTARTS = RestartLimit(max_restarts=0, window_seconds=1.0)
 
@@ -238,28 +200,30 @@ class Replicas:
         lost = watch.lost if watch else ()
         dead = [replica for replica, member in self._members.items() if member.name in lost] if lost else []
         for replica in dead:
-            self.lose(replica, ActorDiedError(f"{self._members[replica].name} died or fell silent"))
+            gone = ActorDiedError(f"{self._members[replica].name} died or fell silent")
+            self.lose(replica, self._cluster.explain(gone, self.actor(replica)))
         return dead
 
     def lose(self, replica: int, error: PreceptorError) -> None:
-        """End a failed actor and start another, at once or after a delay; raise ActorError if no restart is left."""
+        """End a failed actor and start another, at once or after a delay; raise ActorError if none may be started."""
         if replica in self._leaving:
             self.retire(replica)
             return
-        delay = self._budget.spend(replica)
-        if delay is None:
-            limit = self._supervision.restarts
+        try:
+            delay = self._budget.take(replica, self.name(replica), error)
+        except ActorError:
             self.retire(replica)
-            raise ActorError(
-                f"{error}; {self.name(replica)} has no restart left of the {limit.max_restarts} that "
-                f"ray.max_restarts allows within {limit.window_seconds:.0f} s"
-            ) from error
+            raise
         _log.warning("%s; it is started again%s", error, f" in {delay:.0f} s" if delay else "")
         self._end(replica)
         self._absent.add(replica)
         self._members[replica] = replace(self._members[replica], actor=None, due=time.monotonic() + delay, waits_for=())
         if not delay:
             self._start_again(replica)
+
+    def note_progress(self, replica: int) -> None:
+        """Note that a replica has done some of its work, so that it may be started again after any error."""
+        self._budget.note_progress(replica)
 
     def retire(self, replica: int) -> None:
         self._end(replica)

@@ -1,9 +1,9 @@
 """Defines the sections of a run file for the pools, the learner and what goes between them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from msgspec import Meta
+from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
@@ -48,6 +48,7 @@ class EngineConfig(Section):
     enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
     quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8_per_tensor"
     sleep: bool = False  # rollout engines on a GPU: give its memory back whenever they have no request
+    extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM, by its own names
 
 
 class RolloutConfig(Section):
@@ -163,8 +164,13 @@ class LearnerConfig(Section):
     offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO stage 3
     gpu_memory_fraction: GpuFraction = 0.4  # kept free for it on a shared GPU
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # further entries of DeepSpeed's configuration
 
     def __post_init__(self) -> None:
+        if self.deepspeed and self.zero_stage == 0:
+            raise ValueError(
+                "learner.deepspeed is set, but learner.zero_stage = 0 uses no DeepSpeed; set another stage"
+            )
         if self.offload_parameters == "cpu" and self.zero_stage != 3:
             raise ValueError(
                 f"learner.offload_parameters = 'cpu' needs learner.zero_stage = 3, found {self.zero_stage}"

@@ -50,7 +50,9 @@ class ActorError(PreceptorError, RuntimeError):
 
 
 class ActorDiedError(ActorError):
-    """An actor's process is gone."""
+    """An actor's process is gone, or its engine's."""
+
+    last_error = ""  # which its processes printed; "": none, as when they are killed
 
 
 class LearnerDiedError(ActorDiedError):

@@ -1,7 +1,9 @@
 """Connects to a Ray cluster, or starts a local one for the length of the run."""
 
+import logging
 import os
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -23,6 +25,7 @@ from cluster.contracts.errors import PlacementError
 from cluster.monitoring.status_file import change_status, read_status
 from cluster.nodes.interruption import interrupt_on_sigterm
 from cluster.nodes.local_cluster import LOOPBACK, local_cluster, on_loopback, private_umask
+from cluster.nodes.reaper import SHARED_MEMORY
 
 # Ray's own patience. The owner of a cluster whose head may come back sets it higher.
 RAY_PATIENCE, RAY_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
@@ -96,6 +99,8 @@ TOKEN_ADVICE = (
 )
 VERSION_MISMATCH = "Version mismatch: "  # how Ray begins the error of a driver that is not like the cluster
 
+_log = logging.getLogger("preceptor")
+
 
 @dataclass(frozen=True)
 class RaySession:
@@ -123,6 +128,8 @@ def ray_session(config: Config) -> Iterator[RaySession]:
         with _joined(address, common) as session, _watched_head(config):
             yield session
         return
+    if warning := shared_memory_warning(SHARED_MEMORY, LOCAL_OBJECT_STORE_BYTES):
+        _log.warning("%s", warning)
     try:
         with (
             local_cluster(
@@ -139,6 +146,17 @@ def ray_session(config: Config) -> Iterator[RaySession]:
     except AuthenticationError as error:
         reason = str(error).split(". ")[0]
         raise PlacementError(f"the token for the local Ray cluster cannot be used: {reason}") from error
+
+
+def shared_memory_warning(folder: Path, needed_bytes: int) -> str:
+    """Return what to say when the object store does not fit into shared memory, as in a container; "" when it does."""
+    free_bytes = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    if free_bytes >= needed_bytes:
+        return ""
+    return (
+        f"{folder} has {free_bytes >> 20} MiB, so Ray's object store of {needed_bytes >> 20} MiB lies on disk, in a "
+        f"temporary folder, and is slower; give a container more with --shm-size {2 * needed_bytes >> 30}g"
+    )
 
 
 def _watched_head(config: Config) -> AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
+from cluster.config.pass_through import check_pass_through
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
@@ -37,6 +38,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
 
     `now` is what chat templates take for the time; without it, it is now.
     """
+    check_pass_through(config)
     student = read_model(config.student, is_student=True)
     check_signals(config)
     teachers = {name: check_teacher(name, teacher, student) for name, teacher in config.teachers.items()}

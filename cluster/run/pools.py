@@ -3,13 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from cluster.actors.cluster import PoolTimeouts
+from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.actors.liveness import Watch
-from cluster.actors.replicas import RestartLimit, Supervision
+from cluster.actors.replicas import Supervision
+from cluster.actors.restarts import RestartLimit
 from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_directory import RunDirectory
 from cluster.config.stages import TeacherConfig
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import Placement, PoolPlacement
@@ -58,6 +61,7 @@ def start_pipeline(
             _rollout_settings(config, inputs),
             placement.rollout.options(),
             pool_timeouts(config),
+            cluster=run_cluster(config),
             supervision=supervision,
         )
         stack.callback(rollouts.shutdown)
@@ -73,7 +77,7 @@ def start_pipeline(
         stack.callback(pools.shutdown)
         # Blocks until the ranks have met; the engines load their models meanwhile.
         learners = config if learner_config is None else with_gpus(learner_config, placement.on_gpu)
-        learner = LearnerGroup(learners, placement.learner.options())
+        learner = LearnerGroup(learners, placement.learner.options(), run_cluster(config))
         stack.callback(learner.shutdown)
         rollouts.wait_until_ready()
         for teacher in teachers.values():
@@ -91,7 +95,8 @@ def start_student_as_teacher(mirrored: Config, inputs: Inputs, placement: PoolPl
     """
     teacher = with_gpus(mirrored, placement.gpus_per_worker > 0).teachers[name]
     label, timeouts = "student-as-teacher", pool_timeouts(mirrored)
-    return start_pool(name, teacher, inputs.max_model_len, placement.options(), timeouts, label=label)
+    options, cluster = placement.options(), run_cluster(mirrored)
+    return start_pool(name, teacher, inputs.max_model_len, options, timeouts, cluster, label=label)
 
 
 def start_teachers(
@@ -103,11 +108,11 @@ def start_teachers(
     supervision: Supervision,
 ) -> dict[str, TeacherPool]:
     """Begin to start the replicas of one of `config.scorer_groups`, and return the pools of its teachers."""
-    timeouts = pool_timeouts(config)
+    max_model_len, timeouts, cluster = inputs.max_model_len, pool_timeouts(config), run_cluster(config)
     if len(teachers) > 1:
-        return start_slot(label, teachers, inputs.max_model_len, options, timeouts, supervision=supervision)
+        return start_slot(label, teachers, max_model_len, options, timeouts, cluster, supervision)
     return {
-        name: start_pool(name, teacher, inputs.max_model_len, options, timeouts, supervision=supervision, label=label)
+        name: start_pool(name, teacher, max_model_len, options, timeouts, cluster, supervision, label)
         for name, teacher in teachers.items()
     }
 
@@ -135,7 +140,7 @@ def _start_rollouts(
     config: Config, inputs: Inputs, settings: RolloutActorSettings, placement: PoolPlacement, name: str
 ) -> Iterator[RolloutPool]:
     settings = replace(settings, weight_transport=None)
-    pool = RolloutPool(settings, placement.options(), pool_timeouts(config), name)
+    pool = RolloutPool(settings, placement.options(), pool_timeouts(config), name, run_cluster(config))
     try:
         pool.wait_until_ready()
         pool.set_prompts(inputs.prompts)
@@ -159,3 +164,8 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
 def pool_timeouts(config: Config) -> PoolTimeouts:
     """Return how long the driver waits for the actors of the pools."""
     return PoolTimeouts(config.ray.start_timeout_seconds, config.ray.call_timeout_seconds)
+
+
+def run_cluster(config: Config) -> RayCluster:
+    """Return what starts a run's actors, and keeps in the run's folder what failed ones have printed."""
+    return RayCluster(logs=RunDirectory(Path(config.run.directory) / config.run.name).logs)

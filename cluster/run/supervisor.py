@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING
 
-from cluster.actors.replicas import RestartBudget, RestartLimit
+from cluster.actors.restarts import RestartBudget, RestartLimit
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import ActorDiedError, ActorError, LearnerDiedError, LostBytesError, PreceptorError
@@ -41,9 +41,9 @@ class Supervisor:
     make_hooks: Callable[[RunContext], Sequence[StepHook]]
 
     def __post_init__(self) -> None:
-        self._limit = RestartLimit(self.config.ray.max_restarts, self.config.ray.restart_window_seconds)
-        self._budget = RestartBudget(self._limit)
+        self._budget = RestartBudget(RestartLimit(self.config.ray.max_restarts, self.config.ray.restart_window_seconds))
         self._is_first_attempt = True
+        self._last_step = -1  # done when the learner died last
 
     def train(self, beginning: RunState | RunSummary) -> RunSummary:
         """Do the run's steps after a checkpoint's, or all with the summary so far, and return what it achieved.
@@ -81,19 +81,21 @@ class Supervisor:
         if isinstance(start, RunState):
             run.ledger.check(start.ledger)
             self.pipeline.learner.load_checkpoint(step_folder(directory.checkpoints, step))
-        with hooks.ending():
-            train(run, hooks)
+        try:
+            with hooks.ending():
+                train(run, hooks)
+        finally:
+            if run.ledger.finished_step > self._last_step:
+                self._budget.note_progress(0)
+                self._last_step = run.ledger.finished_step
         return run.history
 
     def _rewind(self, error: PreceptorError) -> RunState | None:
         """Start the learner again, let the pools forget what they do, and find the last intact checkpoint."""
-        delay = self._budget.spend(0)
-        if delay is None:
-            raise ActorError(
-                f"{error}; the learner has no restart left of the {self._limit.max_restarts} that ray.max_restarts "
-                f"allows within {self._limit.window_seconds:.0f} s; "
-                f"go on with preceptor train --resume {self.directory.path}"
-            ) from error
+        try:
+            delay = self._budget.take(0, "the learner", error)
+        except ActorError as final:
+            raise ActorError(f"{final}; go on with preceptor train --resume {self.directory.path}") from error
         self.view.say(f"{error}; the learner is started again, and the run goes back to its last checkpoint")
         time.sleep(delay)
         try:

@@ -5,14 +5,13 @@ vLLM reads its environment when it is first imported, so `prepare_environment` c
 
 import multiprocessing
 import os
-import re
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cluster.actors.worker_output import last_error, own_output
 from cluster.config.stages import EngineConfig
-from cluster.contracts.errors import ModelError, in_one_line
+from cluster.contracts.errors import ModelError
 from cluster.nodes.preloaded_python import PYTHON_VARIABLE
 
 if TYPE_CHECKING:
@@ -28,13 +27,6 @@ IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 # Turns a causal LM into an embedder of tokens; "model" keeps its hidden states in its own dtype, where vLLM would cast
 # them to float32.
 POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"head_dtype": "model"}}
-
-
-LOG_BYTES = 1 << 18
-# The last line of a traceback, bare or after what vLLM's log puts before it.
-ERROR_LINE = re.compile(r"^(?:.*\[\w+\.py:\d+\] )?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
-# What those say who wait for the engine, and not why it ended.
-FOLLOWING_ERRORS = ("vllm.v1.engine.exceptions.", "RuntimeError: Engine core initialization failed", "ray.exceptions.")
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
 
     from cluster.vllm.compat import VLLMError, early_logits_processors, late_logits_processors
 
-    arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu())
+    arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu()) | engine.extra
     if current_platform.is_cpu() and arguments["enforce_eager"]:
         # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
@@ -110,24 +102,10 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         config = args.create_engine_config()
         late_logits_processors(config, role.logits_processors)
         return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
-    except (VLLMError, ValueError, OSError, RuntimeError) as error:
-        raise ModelError(f"vLLM cannot serve {model}: {error}{last_error()}") from error
-
-
-def last_error() -> str:
-    """Return the last error that this actor or its engine's process has printed, to end a sentence with; "" if none.
-
-    vLLM leaves the reason for an engine's end to its log, which Ray keeps in one file for each of the actor's streams.
-    """
-    errors: list[str] = []
-    for stream in (1, 2):
-        log = Path(f"/proc/self/fd/{stream}").resolve()
-        if log.is_file():
-            with log.open("rb") as file:
-                file.seek(max(0, log.stat().st_size - LOG_BYTES))
-                errors += ERROR_LINE.findall(file.read().decode(errors="replace"))
-    own = [error for error in errors if not error.startswith(FOLLOWING_ERRORS)]
-    return f"; its last error: {in_one_line(own[-1])}" if own else ""
+    except (VLLMError, TypeError, ValueError, OSError, RuntimeError) as error:  # TypeError: of engine.extra
+        printed = last_error(own_output())  # by the engine's process; what this one has is seldom the reason
+        reason = f"{error}; its last error: {printed}" if printed else str(error)
+        raise ModelError(f"vLLM cannot serve {model}: {reason}") from error
 
 
 def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:

@@ -14,9 +14,12 @@ from deepspeed.checkpoint.constants import (
     SINGLE_PARTITION_OF_FP32_GROUPS,
 )
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor
 
+from cluster.config.pass_through import merged
 from cluster.config.stages import LearnerConfig
+from cluster.contracts.errors import ConfigError
 from learner.batching.micro_batch import MicroBatch
 from learner.checkpointing.shards import flatten, host_copy, unflatten
 from learner.engines.base import PausableAdamW, adamw_settings, paused
@@ -58,13 +61,14 @@ class ZeroEngine:
             rank=rank,
             world_size=world_size,
         )
-        zero = zero_settings(config, world_size)
-        if self._is_sharded:
-            _shard(student, zero)
-        self._optimizer = make_optimizer(student, config)
-        self._engine, *_ = deepspeed.initialize(
-            model=student, optimizer=self._optimizer, config=zero, dist_init_required=False
-        )
+        settings = zero_settings(config, world_size)
+        with _refusals(config):
+            if self._is_sharded:
+                _shard(student, settings)
+            self._optimizer = make_optimizer(student, config)
+            self._engine, *_ = deepspeed.initialize(
+                model=student, optimizer=self._optimizer, config=settings, dist_init_required=False
+            )
 
     def forward(
         self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
@@ -147,7 +151,7 @@ def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters == "cpu":
         zero["offload_param"] = {"device": "cpu"}
-    return {
+    settings = {
         "train_batch_size": world_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -160,6 +164,18 @@ def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # ours is AdamW with a pause
         "steps_per_print": 1 << 62,
     }
+    return merged(settings, config.deepspeed)
+
+
+@contextmanager
+def _refusals(config: LearnerConfig) -> Iterator[None]:
+    """Raise ConfigError where DeepSpeed refuses what the run file passes through to it."""
+    try:
+        yield
+    except (DeepSpeedConfigError, ValueError, TypeError, AssertionError) as error:
+        if not config.deepspeed:
+            raise
+        raise ConfigError(f"learner.deepspeed: DeepSpeed refuses it: {error}") from error
 
 
 def _shard(student: Student, zero: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from cluster.contracts.trajectory import Bytes, Ints
 from cluster.models.lm_head import load_lm_head
 from cluster.models.model_checks import ModelFacts, read_model
 from cluster.models.weight_files import fingerprint
-from cluster.vllm.engine import EngineRole, build_engine, last_error
+from cluster.vllm.engine import EngineRole, build_engine
 from teacher_workers.backends.lm_head_scores import HiddenStatesBackend, predicting_rows
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class VllmBackend(HiddenStatesBackend):
         try:
             *_, output = [out async for out in self._engine.encode(prompt, params, request_id)]
         except EngineDeadError as error:
-            raise ActorDiedError(f"the process of a teacher's engine is gone{last_error()}") from error
+            raise ActorDiedError("the process of a teacher's engine is gone") from error
         except (EngineGenerateError, VLLMValidationError, ValueError) as error:
             raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
         return output.outputs.data, output.num_cached_tokens

@@ -1,6 +1,7 @@
 """The example manifests as far as they can be tried without Kubernetes and Slurm."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from cluster.cli import _parser, _split, train
+from cluster.install.install import SUPPORTED_PYTHONS
 from cluster.placement.placement import NodeResources, plan_placement
 from tests.builders import make_config
 from tests.leak_check import wait_until
@@ -154,3 +156,16 @@ def test_the_batch_job_starts_a_closed_cluster_and_passes_slurms_signal_on(
     slurm.terminate()
     assert slurm.wait(30) == 130
     assert list(tmp_path.glob("token-*")) == []
+
+
+def test_the_image_has_the_cuda_of_the_lock_and_what_the_installer_asks_for() -> None:
+    dockerfile = (EXAMPLES / "Dockerfile").read_text()
+    lock = (EXAMPLES.parents[1] / "cluster/install/cuda.lock").read_text()
+    [cuda] = re.findall(r"^FROM nvidia/cuda:(\d+\.\d+)\.\d+-devel-ubuntu24\.04$", dockerfile, re.MULTILINE)
+    assert f"cuda-toolkit=={cuda}." in lock
+    installed = dockerfile.partition("apt-get install")[2].partition("&&")[0].split()
+    assert {"g++", "gcc", "make", "python3-dev", "python3-venv", "wget"} <= set(installed)
+    # Ubuntu 24.04 has Python 3.12.
+    assert (3, 12) in SUPPORTED_PYTHONS
+    ignored = (EXAMPLES / "Dockerfile.dockerignore").read_text().split()
+    assert {".git", ".venv", "runs"} <= set(ignored)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,8 @@ class CrashingRollout:
     """Writes `seed` tokens for each request, one batch per request, and labels them with the weights it was brought.
 
     While a file of its own name lies in the folder that stands for the model, it takes the file away and dies
-    over the next batch; while one called `stillborn` lies there, it dies when it starts again.
+    over the next batch; while one called `stillborn` lies there, it dies when it starts again. It prints what the file
+    holds before.
     """
 
     def __init__(self, settings: RolloutActorSettings) -> None:
@@ -40,7 +42,7 @@ class CrashingRollout:
     async def start(self) -> None:
         """Take a while when it is not the first time."""
         if (self._folder / "stillborn").exists():
-            os._exit(1)
+            _die((self._folder / "stillborn").read_text())
         if "again" in self._name:
             await asyncio.sleep(START_AGAIN_SECONDS)
 
@@ -71,8 +73,9 @@ class CrashingRollout:
         await asyncio.sleep(request.seed * SECONDS_PER_TOKEN)
         order = self._folder / self._name
         if order.exists():
+            last_words = order.read_text()
             order.unlink()
-            os._exit(1)
+            _die(last_words)
         version = self._version
         row = make_trajectory(
             completion=np.full(request.seed, 3),
@@ -91,3 +94,9 @@ class CrashingRollout:
 
     async def shutdown(self) -> None:
         """End nothing."""
+
+
+def _die(last_words: str) -> None:
+    sys.stderr.write(last_words)
+    sys.stderr.flush()
+    os._exit(1)

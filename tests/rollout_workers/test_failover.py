@@ -13,7 +13,8 @@ import ray
 
 from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.actors.liveness import Watch
-from cluster.actors.replicas import RestartLimit, Supervision
+from cluster.actors.replicas import Supervision
+from cluster.actors.restarts import RestartLimit
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
@@ -24,7 +25,8 @@ from tests.rollout_workers.crashing_rollout import START_AGAIN_SECONDS
 from tests.rollout_workers.deployment import NUM_PROMPTS, make_prompts
 
 NUM_ROWS = 24
-CRASHING = RayCluster({ROLLOUT_ACTOR: "tests.rollout_workers.crashing_rollout:CrashingRollout"})
+STAND_INS = {ROLLOUT_ACTOR: "tests.rollout_workers.crashing_rollout:CrashingRollout"}
+CRASHING = RayCluster(STAND_INS)
 SAMPLING = SamplingSettings(64, 1.0)
 SILENCE_SECONDS = 5.0  # a worker that lives answers within it, however busy the machine
 CALL_SECONDS = 120
@@ -32,7 +34,9 @@ NOTICED_SECONDS = CALL_SECONDS / 2  # a death or silence that only a late answer
 
 
 @contextmanager
-def start(folder: Path, num_workers: int, max_restarts: int = 3) -> Iterator[RolloutPool]:
+def start(
+    folder: Path, num_workers: int, max_restarts: int = 3, cluster: RayCluster = CRASHING
+) -> Iterator[RolloutPool]:
     settings = RolloutActorSettings(StudentConfig(str(folder)), EngineConfig(), 512, 1, None)
     with closing(Watch(SILENCE_SECONDS)) as watch:
         pool = RolloutPool(
@@ -40,7 +44,7 @@ def start(folder: Path, num_workers: int, max_restarts: int = 3) -> Iterator[Rol
             [{"num_cpus": 0}] * num_workers,
             PoolTimeouts(300, CALL_SECONDS),
             name="writer",
-            cluster=CRASHING,
+            cluster=cluster,
             supervision=Supervision(RestartLimit(max_restarts, window_seconds=600), watch),
         )
         try:
@@ -157,6 +161,22 @@ def test_a_worker_that_never_comes_back_uses_its_restarts_up(tmp_path: Path, ray
         (tmp_path / "stillborn").touch()
         with pytest.raises(ActorError, match=r"to start again: .*writer-0 has no restart left of the 3"):
             generate(pool)
+
+
+def test_a_worker_that_dies_twice_of_the_same_error_is_not_started_again_and_its_output_is_kept(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    model, logs = tmp_path / "model", tmp_path / "run/logs"
+    model.mkdir()
+    with start(model, num_workers=1, cluster=RayCluster(STAND_INS, logs)) as pool:
+        for name in ("writer-0", "stillborn"):
+            (model / name).write_text("Traceback (most recent call last):\nRuntimeError: head_dim=16\n")
+        last = rf"its last error: RuntimeError: head_dim=16; its output is in {logs}/writer-0-again-1.log"
+        with pytest.raises(ActorError, match=rf"{last}; writer-0 is not started again, for it died of the same error"):
+            generate(pool)
+    assert pool.state().num_restarts == 1
+    assert sorted(path.name for path in logs.iterdir()) == ["writer-0-again-1.log", "writer-0.log"]
+    assert "Traceback (most recent" in (logs / "writer-0.log").read_text()
 
 
 def test_nothing_is_owed_after_abandoning_and_the_same_ids_can_be_asked_anew(pool: RolloutPool) -> None:

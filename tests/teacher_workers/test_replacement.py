@@ -10,7 +10,8 @@ import ray
 
 from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.actors.object_store import pack
-from cluster.actors.replicas import RestartLimit, Supervision
+from cluster.actors.replicas import Supervision
+from cluster.actors.restarts import RestartLimit
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import ScoreRequest

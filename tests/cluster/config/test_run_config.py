@@ -21,7 +21,7 @@ FIELDS = {
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
-    "offload_optimizer offload_parameters gpu_memory_fraction cpu_threads",
+    "offload_optimizer offload_parameters gpu_memory_fraction cpu_threads deepspeed",
     "balance": "mode observe_steps cooldown_steps min_gain",
     "weight_sync": "payload transport bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",

@@ -111,28 +111,17 @@ def test_on_a_cpu_nothing_is_compiled_for_an_eager_engine(
     assert seen == [setting]
 
 
-@pytest.mark.parametrize(
-    ("printed", "said"),
-    [
-        (
-            "(EngineCore pid=7) ERROR 11-30 04:28:04 [core.py:1512] RuntimeError: head_dim=16\n"
-            "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.\n",
-            "; its last error: RuntimeError: head_dim=16",
-        ),
-        ("ValueError: the first\nan answer\nKeyError: 'the last'\n", "; its last error: KeyError: 'the last'"),
-        ("RuntimeError: Engine core initialization failed. See root cause above.\n", ""),
-        ("a word about an Error: none\n", ""),
-    ],
-)
-def test_the_last_error_is_that_of_the_engine_and_not_of_those_who_wait_for_it(
-    printed: str, said: str, tmp_path: Path
-) -> None:
-    log, answer = tmp_path / "worker.out", tmp_path / "answer"
-    code = (
-        "import pathlib, sys; from cluster.vllm.engine import last_error; print(sys.argv[1], flush=True); "
-        "pathlib.Path(sys.argv[2]).write_text(last_error())"
-    )
-    with log.open("w") as stdout:
-        command = [sys.executable, "-c", code, printed, str(answer)]
-        subprocess.run(command, stdout=stdout, stderr=subprocess.DEVNULL, check=True)
-    assert answer.read_text() == said
+def test_further_arguments_of_the_run_file_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    def stop(arguments: AsyncEngineArgs) -> None:
+        raise ValueError(f"prefers {arguments.performance_mode}, takes {arguments.max_num_seqs}")
+
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", stop)
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    engine = EngineConfig(max_concurrent_sequences=3, extra={"performance_mode": "throughput"})
+    with pytest.raises(ModelError, match=r"vLLM cannot serve nowhere: prefers throughput, takes 3$"):
+        build_engine("nowhere", False, engine, EngineRole(64, prefix_caching=False, tokenizer=True))
+    wrong = EngineConfig(extra={"performance_mod": 1})
+    with pytest.raises(ModelError, match=r"vLLM cannot serve nowhere: .*performance_mod"):
+        build_engine("nowhere", False, wrong, EngineRole(64, prefix_caching=False, tokenizer=True))

@@ -158,9 +158,16 @@ FAULTS = (
     ),
     Fault(
         "one restart more than allowed",
-        "cluster/actors/replicas.py",
+        "cluster/actors/restarts.py",
         "if len(spent) >= self._limit.max_restarts:",
         "if len(spent) > self._limit.max_restarts:",
         ("tests/test_docstring_examples.py",),
+    ),
+    Fault(
+        "restart of a worker that dies of the same error again",
+        "cluster/actors/restarts.py",
+        "if self._errors.get(replica) == cause:",
+        "if self._errors.get(replica) is cause:",
+        ("tests/cluster/actors/test_restarts.py",),
     ),
 )

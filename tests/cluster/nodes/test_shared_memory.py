@@ -1,0 +1,20 @@
+"""A container with little shared memory is a sentence, and no stop."""
+
+import shutil
+from pathlib import Path
+
+from cluster.nodes.ray_session import shared_memory_warning
+
+
+def test_a_store_that_fits_is_not_spoken_of(tmp_path: Path) -> None:
+    assert shared_memory_warning(tmp_path, needed_bytes=1 << 10) == ""
+
+
+def test_a_store_that_does_not_fit_lies_on_disk_and_the_cure_is_said(tmp_path: Path) -> None:
+    too_much = shutil.disk_usage(tmp_path).total + (1 << 30)
+    warning = shared_memory_warning(tmp_path, too_much)
+    assert warning.startswith(f"{tmp_path} has ")
+    assert f"so Ray's object store of {too_much >> 20} MiB lies on disk" in warning
+    missing = shared_memory_warning(tmp_path / "none", 1 << 30)
+    assert missing.startswith(f"{tmp_path / 'none'} has 0 MiB")
+    assert missing.endswith("give a container more with --shm-size 2g")
