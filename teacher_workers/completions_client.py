@@ -6,6 +6,7 @@ is vLLM's "token_id:N", so of such servers only the given tokens' own scores are
 """
 
 import asyncio
+import math
 import os
 import re
 import time
@@ -23,6 +24,7 @@ from cluster.contracts.trajectory import Ints
 CONNECT_SECONDS = 10.0
 FIRST_REST_SECONDS = 0.25  # of a server that failed; doubled by every further failure
 LONGEST_REST_SECONDS = 10.0
+FAULT_SECONDS = 30.0  # of one row's retries of answers 500
 MOST_POSITIVE = 1e-3  # nats; what rounding may put a log-probability above 0
 PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})  # the server may answer the same request later
 NO_NUMBER = re.compile(rb"\b(NaN|Infinity)\b")
@@ -90,6 +92,10 @@ class _ModelList(msgspec.Struct):
 
 class _PassingError(Exception):
     """A server failed in a way that may be over at the next try."""
+
+    def __init__(self, message: str, patience_seconds: float = math.inf) -> None:
+        super().__init__(message)
+        self.patience_seconds = patience_seconds  # after which it counts as lasting
 
 
 class _RefusedError(ScoreError):
@@ -209,7 +215,7 @@ class CompletionsClient:
                     server.rest(sent_at)
                     now = time.monotonic()
                     wait_seconds = max(0.0, min(server.rests_until for server in self._servers) - now)
-                    if now + wait_seconds - began > self._retry_seconds:
+                    if now + wait_seconds - began > min(self._retry_seconds, failure.patience_seconds):
                         tried = f" after {now - began:.0f} s of tries" if self._retry_seconds else ""
                         raise ScoreError(f"{failure}{tried}") from failure
                     self.num_retries += 1
@@ -236,7 +242,9 @@ class CompletionsClient:
             return answer.content
         answered = f"{url} answered {answer.status_code}: {self._said(answer)}"
         if answer.status_code in PASSING_STATUS:
-            raise _PassingError(answered)
+            # An engine that has died answers 500 until its server ends too; so does one that fails at this very row.
+            patience_seconds = FAULT_SECONDS if answer.status_code == 500 else math.inf
+            raise _PassingError(answered, patience_seconds)
         raise _RefusedError(f"{answered}{self._advice(answer.status_code)}")
 
     def _said(self, answer: httpx.Response) -> str:

@@ -1,11 +1,9 @@
 """A real `vllm serve` behind a URL gives the scores that our own pool gives."""
 
-import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 import ray
@@ -25,7 +23,6 @@ from teacher_workers.backends.http import HttpBackend
 from teacher_workers.pool import TeacherPool, start_pool
 from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
-from tests.teacher_workers.backends.fake_server import FakeServer
 from tests.teacher_workers.vllm_server import NAME, VllmServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)]
@@ -102,34 +99,6 @@ def test_a_served_teacher_scores_as_our_own_pool_does(pools: dict[str, TeacherPo
     assert np.mean(own["candidate_ids"] == served["candidate_ids"]) > 0.99  # ties come in any order
     sampled = columns(pools, "served", ScoreRequest("teacher"))
     assert np.abs(own["teacher_logprobs"] - sampled["teacher_logprobs"]).max() < TOLERANCE
-
-
-class EchoOnly(FakeServer):
-    """Passes completions on to a real server, without the field that only vLLM has."""
-
-    behind = ""
-
-    def complete(self, path: str, body: dict[str, Any], authorization: str | None) -> tuple[int, bytes]:
-        body.pop("prompt_logprobs", None)
-        answer = httpx.post(f"{self.behind}/completions", json=body, timeout=60)
-        return answer.status_code, answer.content
-
-
-def test_the_echoed_form_of_the_same_server_gives_the_same_scores(server: VllmServer) -> None:
-    async def run() -> list[Any]:
-        scores = []
-        for url in (server.url, echo.url):
-            backend = HttpBackend(TeacherConfig(NAME, url=url, engine=ENGINE), max_model_len=128)
-            scores.append((await backend.score(make_generated(make_rows("main")), REQUEST))[0])
-            await backend.shutdown()
-        return scores
-
-    with EchoOnly() as echo:
-        echo.behind = server.url
-        listed, echoed = asyncio.run(run())
-    for name in ("logprobs", "candidate_logprobs"):
-        assert np.abs(listed[name] - echoed[name]).max() < TOLERANCE
-    assert np.mean(listed["candidate_ids"] == echoed["candidate_ids"]) > 0.99
 
 
 def test_the_server_says_its_context_its_limit_and_the_texts_of_its_tokens(server: VllmServer) -> None:
