@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.config.data_source import parse_source
 from cluster.config.draft import TEACHER, Draft
-from cluster.contracts.errors import ConfigError, ModelError
+from cluster.contracts.errors import ConfigError, ModelError, PromptError
 from cluster.models.model_files import context_length, load_model_config, load_tokenizer
 from cluster.models.model_size import ModelSize
 from cluster.placement.memory import STUDENT
@@ -25,6 +25,7 @@ from cluster.placement.placement import plan_placement
 from cluster.placement.proposal import Machine, choose_hardware
 from cluster.run.inputs import Inputs, load_inputs
 from cluster.simulation.dry_run import describe_memory, model_sizes
+from rollout_workers.environments.verifiers import check_answer
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, guess_columns, read_rows, value_at
 
 HELD_OUT_NAMES = ("held_out", "validation", "valid", "val", "dev", "test", "eval")  # in the place of "train"
@@ -36,7 +37,7 @@ GPU_PROMPTS, CPU_PROMPTS = 64, 32  # of a step
 STEPS = 100
 SHOWN_ROWS = 200  # whose columns are looked at
 ANSWER_MARK = "####"  # of GSM8K, between the reasoning and the number
-SAMPLED_PROMPTS = 2000  # whose lengths and answers are looked at
+SAMPLED_PROMPTS = 2000  # whose lengths are looked at
 # Signs of regular expressions, and numbers or formulas.
 REGEX = re.compile(r"\\[dswb+*().?\[]|\.\*|\(\?|\[[^\]]+\][+*?]")
 FORMULA = re.compile(r"^\s*(\$|\\|-?[\d(.])")
@@ -75,8 +76,11 @@ def write_run_file(options: InitOptions) -> None:
     ]
     config = draft.config()
     placement = plan_placement(config, machine.nodes(config.ray.share_gpu))
-    options.out.write_text(draft.render(head), encoding="utf-8")
-    lines = [*head, *draft.reasons(), *describe_memory(placement, memory)]
+    try:
+        options.out.write_text(draft.render(head), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{options.out}: cannot write the run file: {error.strerror}") from error
+    lines = [*head, *inputs.pairs.lines, *inputs.notes, *draft.reasons(), *describe_memory(placement, memory)]
     lines += [f"{options.out} is written; next: preceptor check {options.out}, then preceptor train {options.out}"]
     sys.stdout.write("\n".join(lines) + "\n")
 
@@ -155,7 +159,7 @@ def _read_inputs(draft: Draft) -> Inputs:
 
 
 def _choose_verifier(draft: Draft, inputs: Inputs) -> None:
-    answers = [inputs.prompts.prompt(number).answer for number in _sampled(inputs)]
+    answers = [inputs.prompts.prompt(number).answer for number in range(inputs.train.num_prompts)]
     known = [answer for answer in answers if answer is not None]
     if not known:
         return
@@ -164,10 +168,18 @@ def _choose_verifier(draft: Draft, inputs: Inputs) -> None:
 
 
 def _verifier_for(answers: Sequence[str]) -> tuple[str, str]:
-    if sum(REGEX.search(answer) is not None for answer in answers) > len(answers) / 2:
-        return "regex", "most contain signs of regular expressions"
-    if all(FORMULA.search(answer) for answer in answers):
-        return "math", "all are numbers or formulas"
+    """Return the verifier that the answers seem to be written for, if it can read all of them."""
+    try:
+        if sum(REGEX.search(answer) is not None for answer in answers) > len(answers) / 2:
+            for answer in answers:
+                check_answer("regex", answer)
+            return "regex", "most contain signs of regular expressions"
+        if all(FORMULA.search(answer) for answer in answers):
+            for answer in answers:
+                check_answer("math", answer)
+            return "math", "all are numbers or formulas"
+    except PromptError:
+        pass  # a run with this verifier would be refused
     return "exact", "compared as texts"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.config.run_config import Config
 from cluster.config.run_file import parse_run_config
+from cluster.contracts.errors import in_one_line
 
 TEACHER = "main"  # NAME of its [teachers.NAME]
 SECTIONS = (
@@ -56,14 +57,14 @@ class Draft:
 
     def render(self, head: Sequence[str] = ()) -> str:
         """Return the file, its sections in the order of `SECTIONS`."""
-        lines = [f"# {line}" for line in head]
+        lines = [f"# {in_one_line(line)}" for line in head]
         for section in SECTIONS:
             fields = [field for field in self.choices if field.rpartition(".")[0] == section]
             lines += ["", f"[{section}]"] if fields else []
             for field in fields:
                 choice = self.choices[field]
                 line = f"{field.rpartition('.')[2]} = {_toml(choice.value)}"
-                lines.append(f"{line}  # {choice.why}" if choice.why else line)
+                lines.append(f"{line}  # {in_one_line(choice.why)}" if choice.why else line)
         return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -71,4 +72,4 @@ def _toml(value: Any) -> str:
     """Return a value in TOML, whose texts, numbers and truth values are written as in JSON."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items()) + " }"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)

@@ -35,6 +35,8 @@ class Machine:
         """Describe this machine, or one with so many GPUs of so many GiB each."""
         cpus = len(os.sched_getaffinity(0))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+        if (gpus is not None and gpus < 0) or (gpu_gib is not None and not 0 < gpu_gib < math.inf):
+            raise ConfigError(f"--gpus {gpus} --gpu-memory {gpu_gib}: expected 0 or more GPUs, of more than 0 GiB each")
         if gpus is None or (gpus and gpu_gib is None):
             import torch
 
@@ -55,7 +57,7 @@ class Machine:
         return [NodeResources(float(max(self.cpus, 4 * gpus)), gpus) for gpus in sizes]
 
     def describe(self) -> str:
-        gpus = f"{self.gpus} GPUs of {self.gpu_gib:.0f} GiB" if self.gpus else "no GPU"
+        gpus = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''} of {self.gpu_gib:.0f} GiB" if self.gpus else "no GPU"
         return f"{gpus}, {self.cpus} CPU cores, {self.memory_gib:.0f} GiB of memory"
 
 

@@ -77,12 +77,24 @@ def test_eight_gpus_are_divided(prompts: Path) -> None:
 
 @pytest.mark.parametrize(
     ("answers", "verifier"),
-    [(["42", "1,000", "-3.5"], "math"), ([r"\frac{1}{2}", "$x$"], "math"), (["Rome", "Paris"], "exact")],
+    [
+        (["42", "1,000", "-3.5"], "math"),
+        ([r"\frac{1}{2}", "$x$"], "math"),
+        (["Rome", "Paris"], "exact"),
+        (["(A)", "(B)"], "exact"),  # begin like formulas, and math-verify reads none in them
+        ([".*", "a+", "\\d", "("], "exact"),  # patterns but for the last
+    ],
 )
 def test_answers_choose_the_verifier(tmp_path: Path, answers: list[str], verifier: str) -> None:
     lines = [f'{{"prompt": "12 : 27 25", "answer": {json.dumps(answer)}}}' for answer in answers]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     assert init(tmp_path / "mine.jsonl", "--gpus", "0").environment.verifier == verifier
+
+
+def test_a_place_that_cannot_be_written_to_is_one_sentence(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = prompts.parent / "absent/run.toml"
+    assert main(["init", *PAIR, "--data", str(prompts), "--out", str(out), "--gpus", "0"]) == 1
+    assert capsys.readouterr().err == f"preceptor: {out}: cannot write the run file: No such file or directory\n"
 
 
 @pytest.mark.exhaustive
