@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig
 
 from cluster.cli import main
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError
+from cluster.models.weight_files import weight_files
 from cluster.run.export import push
 from learner.checkpointing import checkpoint
 from learner.checkpointing.manifest import Layout, shard_name
@@ -21,7 +22,7 @@ from learner.engines.torch import ReferenceEngine
 from learner.model.student import load_student
 from tests.builders import make_config
 from tests.learner.checkpointing.checkpoints import run_state
-from tests.tiny_qwen3 import write_tiny_qwen3
+from tests.tiny_qwen3 import NUM_WORDS, write_tiny_qwen3
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,23 @@ def test_a_damaged_checkpoint_is_passed_over(run: Run, capsys: pytest.CaptureFix
     assert run.export() == 0
     assert "passing over a damaged checkpoint" in capsys.readouterr().out
     assert weights_of(run.directory.path / "export-step-2") == {0.5}
+
+
+def test_experts_are_written_one_by_one_as_the_students_files_have_them(tmp_path: Path) -> None:
+    """The learner holds all experts of a layer in one tensor."""
+    student = write_tiny_qwen3(tmp_path / "student")
+    (student / "model.safetensors").unlink()
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2}
+    ids = {"vocab_size": NUM_WORDS, "eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
+    config = MixtralConfig(**sizes, **ids, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+    AutoModelForCausalLM.from_config(config).save_pretrained(student)
+    run = Run(student, tmp_path)
+    assert run.export() == 0
+    exported = run.directory.path / "export-step-4"
+    before, after = (weight_files(str(folder)).keys() for folder in (student, exported))
+    assert before == after
+    assert "model.layers.0.block_sparse_moe.experts.1.w2.weight" in after
+    assert weights_of(exported) == {0.25}
 
 
 @pytest.mark.parametrize(
