@@ -248,10 +248,13 @@ def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
             f"objective.support = '{objective.support}' compares tokens of the student's whole distribution; {advice}"
         )
     for name, term in objective.terms.items():
-        if cuts and not isinstance(term, DivergenceTerm):
+        has_residual = isinstance(term, DivergenceTerm) and term.has_residual and not objective.needs.hidden
+        if cuts and (has_residual or not isinstance(term, DivergenceTerm)):
+            kind = "the residual of a divergence" if has_residual else f"a {term.__struct_config__.tag}"
             raise ValueError(
-                f"objective.terms.{name}: a {term.__struct_config__.tag} learns from the sampled tokens, and top_p and "
-                f"top_k keep some from being sampled at all, for which no ratio makes up; {advice}"
+                f"objective.terms.{name}: {kind} learns from the sampled tokens, and top_p and top_k keep some from "
+                f"being sampled at all, for which no ratio makes up; {advice}"
+                + (", or residual = false" if has_residual else "")
             )
         has_old_returns = isinstance(term, PolicyGradientTerm) and term.discount and term.student == "rollout"
         if has_old_returns and rollout.temperature != 1:

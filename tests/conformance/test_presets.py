@@ -8,6 +8,7 @@ probabilities lie on both sides of every bound that a preset has.
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ class Case:
         return {"teacher": self.teacher, "base": self.base, "initial_student": self.initial}
 
 
+@cache
 def make_case(temperature: float, is_stale: bool) -> Case:
     """Let ratio, log-ratio and teacher entropy lie closely around the presets' bounds, in the first state above all."""
     first = SHARES.log().repeat(STATES, 1)
@@ -295,10 +297,11 @@ def found_gradient(name: str, case: Case) -> Tensor:
     tokens = make_tokens(ids, models, case.rollout[rows], candidates, student_chose, lengths, task_advantage=reward)
     # A token is trusted with the probability q / p: at 0 always, and at nearly 1 where that is 1 or more.
     chance = (case.teacher - case.student)[rows, ids].clamp(max=0.0).exp()
+    thresholds = ((0.0, chance), (1 - 1e-15, 1 - chance)) if name == "tropd" else ((0.5, torch.ones_like(chance)),)
     gradient = torch.zeros_like(case.student[rows])
-    for uniform, share in ((0.0, chance), (1 - 1e-15, 1 - chance)):
-        drawn_so = replace(tokens, uniform=torch.full_like(weights, uniform))
-        gradient += gradient_of(evaluate(objective, case.student[rows], drawn_so, models)) * share[:, None]
+    for uniform, share in thresholds:
+        at_threshold = replace(tokens, uniform=torch.full_like(weights, uniform))
+        gradient += gradient_of(evaluate(objective, case.student[rows], at_threshold, models)) * share[:, None]
     return torch.zeros_like(case.student).index_add_(0, rows, gradient * weights[:, None])
 
 

@@ -212,6 +212,7 @@ def test_a_student_that_equals_its_teacher_stays_at_any_sampling_temperature(pre
         tokens = make_tokens(torch.arange(3), {"teacher": student}, sampler)
         results = evaluate(make_objective(preset, temperature), student, tokens)
         assert gradient_of(results).abs().max() < 1e-12
+        torch.testing.assert_close(results.sampler_logprobs, sampler[0])
 
 
 SCHEMES = [*TRUNCATIONS, "policy_gradient", "exact"]

@@ -122,9 +122,12 @@ def test_what_is_learned_from_sampled_tokens_needs_all_of_them_to_be_possible(cu
     """p = (.6, .3, .1) loses a tenth of its tokens at top_p = 0.9, and with them 12 to 34 % of the gradient."""
     with pytest.raises(ConfigError, match=r"terms.main: a policy_gradient learns .* set rollout.top_p = 1"):
         make_config("objective=thinking-machines", cut)
-    reward = "objective.terms={main={loss='divergence'}, reward={loss='task_reward'}}"
+    reward = "objective.terms={main={loss='divergence', residual=false}, reward={loss='task_reward'}}"
     with pytest.raises(ConfigError, match=r"terms.reward: a task_reward learns"):
         make_config(reward, cut)
+    with pytest.raises(ConfigError, match=r"terms.main: the residual of a divergence learns .*, or residual = false"):
+        make_config(cut)
+    assert make_config("objective.terms.main.residual=false", "objective.preset=tail-topk", cut)
     assert make_config("objective=exact-reverse-kl", cut).objective.needs.hidden
 
 

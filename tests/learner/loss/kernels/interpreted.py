@@ -37,6 +37,7 @@ class Case:
     target_ids: tuple[int, ...]
     model_dtype: str = "float32"
     num_candidates: int = 0  # the teacher's most likely tokens
+    temperature: float = 1.0  # of the sampler
 
     def tokens(self) -> CompletionTokens:
         """Return tokens that models score by these logits, written by a student a little off."""
@@ -48,7 +49,7 @@ class Case:
 
 def evaluate(case: Case, kernels: TritonKernels | None) -> dict[str, np.ndarray]:
     """Evaluate a case; None: in plain torch."""
-    objective = Objective(msgspec.convert(case.objective, ObjectiveConfig), kernels)
+    objective = Objective(msgspec.convert(case.objective, ObjectiveConfig), kernels, case.temperature)
     logits = torch.from_numpy(case.logits.copy())
     models = {name: torch.tensor(values).to(getattr(torch, case.model_dtype)) for name, values in case.models.items()}
     tokens = case.tokens()
@@ -59,6 +60,7 @@ def evaluate(case: Case, kernels: TritonKernels | None) -> dict[str, np.ndarray]
         "losses": results.losses,
         "logprobs": results.logprobs,
         "entropy": results.entropy,
+        "logprobs at the sampling temperature": results.sampler_logprobs,
         "gradient": results.logits_gradient,
         "logprobs of a first pass": of_first_pass[0],
         "entropy of a first pass": of_first_pass[1],

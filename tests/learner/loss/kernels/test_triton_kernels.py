@@ -4,6 +4,7 @@ import math
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -123,9 +124,13 @@ def test_kernels_say_what_plain_torch_says(interpreter: ProcessPoolExecutor, kin
     same(interpreter.submit(evaluate_interpreted, case).result(SECONDS), expected)
 
 
-def test_listed_tokens_get_their_gradient_from_the_softmax_kernels(interpreter: ProcessPoolExecutor) -> None:
-    terms = {"main": {"loss": "policy_gradient"}}
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_listed_tokens_get_their_gradient_from_the_softmax_kernels(
+    interpreter: ProcessPoolExecutor, temperature: float
+) -> None:
+    terms = {"main": {"loss": "policy_gradient", "importance": {"kind": "ppo_clip"}}}
     case = case_of(terms, logits_of(VOCABULARY, seed=0), {"teacher": logits_of(VOCABULARY, seed=1)}, "sampled")
+    case = replace(case, temperature=temperature)
     found = interpreter.submit(evaluate_interpreted, case).result(SECONDS)
     same(found, evaluate(case, None))
     np.testing.assert_allclose(found["gradient"].sum(-1), 0, atol=1e-5)
