@@ -193,6 +193,6 @@ def _sampled(inputs: Inputs) -> range:
 def _choose_learning(draft: Draft, student: ModelSize) -> None:
     draft.set("objective.preset", "tail-topk", "the teacher's 16 most likely tokens and a bucket for all others")
     rate = next(rate for parameters, rate in LEARNING_RATES if student.parameters <= parameters)
-    draft.set("learner.learning_rate", rate, f"usual for {student.parameters / 1e6:,.3g}M parameters")
+    draft.set("learner.learning_rate", rate, f"usual for {student.describe()}")
     draft.set("learner.warmup_steps", 5)
     draft.set("checkpoint.every_steps", 25, "what a fault costs at most")

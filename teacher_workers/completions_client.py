@@ -9,8 +9,9 @@ import asyncio
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
@@ -20,12 +21,15 @@ from cluster.contracts.errors import NotFiniteError, ScoreError, WrongLengthErro
 from cluster.contracts.trajectory import Ints
 
 CONNECT_SECONDS = 10.0
-FIRST_DELAY_SECONDS = 0.25  # before the second try; doubled by every further one
-LONGEST_DELAY_SECONDS = 5.0
+FIRST_REST_SECONDS = 0.25  # of a server that failed; doubled by every further failure
+LONGEST_REST_SECONDS = 10.0
 MOST_POSITIVE = 1e-3  # nats; what rounding may put a log-probability above 0
 PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})  # the server may answer the same request later
 NO_NUMBER = re.compile(rb"\b(NaN|Infinity)\b")
 ID_PREFIX = "token_id:"
+NO_LOGPROBS = "answers without log-probabilities of the prompt"
+
+Answer = TypeVar("Answer")
 
 
 class TokenScore(msgspec.Struct, frozen=True, gc=False):
@@ -47,6 +51,25 @@ class _Echo(msgspec.Struct):
 class _Choice(msgspec.Struct):
     prompt_logprobs: list[Position | None] | None = None
     logprobs: _Echo | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self.prompt_logprobs is None and self.logprobs is None
+
+    def positions(self, ids: list[int]) -> list[Position | None]:
+        """Return what is said of each token of the prompt; nothing of the first, which no token stands before."""
+        if self.prompt_logprobs is not None or self.logprobs is None:
+            return self.prompt_logprobs or []
+        echo, positions = self.logprobs, list[Position | None]()
+        tops = echo.top_logprobs or [None] * len(echo.tokens)
+        for token_id, token, logprob, top in zip(ids, echo.tokens, echo.token_logprobs, tops, strict=False):
+            named = {_id(name): TokenScore(value) for name, value in (top or {}).items()}
+            position = {other: score for other, score in named.items() if other is not None}
+            if logprob is not None:
+                own = _id(token)
+                position[token_id if own is None else own] = TokenScore(logprob, token if own is None else None)
+            positions.append(position or None)
+        return positions
 
 
 class _Completion(msgspec.Struct):
@@ -77,11 +100,19 @@ class _RefusedError(ScoreError):
 class _Server:
     url: str
     in_flight: int = 0
-    rests_until: float = 0.0  # on the monotonic clock; it failed a moment ago
+    num_failures: int = 0  # one after the other
+    rests_until: float = 0.0  # on the monotonic clock
 
     @property
     def burden(self) -> tuple[bool, int]:
         return self.rests_until > time.monotonic(), self.in_flight
+
+    def rest(self, sent_at: float) -> None:
+        """Note a failure; of requests that were under way together, one counts."""
+        if sent_at >= self.rests_until:
+            self.num_failures += 1
+            rest_seconds = min(LONGEST_REST_SECONDS, FIRST_REST_SECONDS * 2.0 ** min(self.num_failures - 1, 16))
+            self.rests_until = time.monotonic() + rest_seconds
 
 
 class CompletionsClient:
@@ -110,16 +141,12 @@ class CompletionsClient:
 
     async def served_model(self) -> ServedModel:
         """Return how the servers list the model; raise ScoreError if they do not serve it."""
-        server, content = await self._ask("GET", "/models")
-        try:
-            models = msgspec.json.decode(content, type=_ModelList).data
-        except msgspec.DecodeError as error:
-            raise ScoreError(f"{server.url}/models answered no list of models: {error}") from error
+        url, models = await self._ask("GET", "/models", _read_models)
         for model in models:
             if model.id == self._model:
                 return model
         raise ScoreError(
-            f"{server.url} serves {', '.join(model.id for model in models) or 'no model'}, and not '{self._model}'; "
+            f"{url} serves {', '.join(model.id for model in models) or 'no model'}, and not '{self._model}'; "
             "set teachers.NAME.model to a name that it serves"
         )
 
@@ -130,23 +157,30 @@ class CompletionsClient:
             ScoreError: no server answered in time, one refused, or its answer is none about these tokens
                 (WrongLengthError, NotFiniteError).
         """
-        ids, refusals = token_ids.tolist(), []
+        ids, refusals, url = token_ids.tolist(), [], ""
         for echoes in (False, True) if self._echoes is None else (self._echoes,):
             try:
-                server, content = await self._ask("POST", "/completions", self._body(ids, top_k, echoes))
+                url, choice = await self._ask("POST", "/completions", self._read, self._body(ids, top_k, echoes))
             except _RefusedError as error:
                 refusals.append(error)
                 continue
-            positions = _read(server.url, content, ids)
-            if positions is not None:
+            if not choice.is_empty:
                 self._echoes = echoes
-                return _checked(server.url, positions, ids, top_k)
+                return _checked(url, choice.positions(ids), ids, top_k)
         if refusals:
             raise refusals[0]
-        raise ScoreError(
-            f"{server.url} answers without log-probabilities of the prompt; a teacher needs vLLM's prompt_logprobs, or "
-            "echo with logprobs"
-        )
+        raise ScoreError(f"{url} {NO_LOGPROBS}; a teacher needs vLLM's prompt_logprobs, or echo with logprobs")
+
+    def _read(self, url: str, content: bytes) -> _Choice:
+        try:
+            [choice] = msgspec.json.decode(content, type=_Completion).choices
+        except ValueError as error:
+            if no_number := NO_NUMBER.search(content):
+                raise NotFiniteError(f"{url} answered {no_number[1].decode()} as a log-probability") from error
+            raise ScoreError(f"{url} answered no list of log-probabilities: {error}") from error
+        if choice.is_empty and self._echoes is not None:  # a server that ends gives up what it was asked
+            raise _PassingError(f"{url} {NO_LOGPROBS}")
+        return choice
 
     def _body(self, ids: list[int], top_k: int, echoes: bool) -> dict[str, Any]:
         # One token is generated, since many servers refuse to generate none. Neither temperature nor top_p counts for
@@ -158,24 +192,31 @@ class CompletionsClient:
         ids_for_texts = {"return_tokens_as_token_ids": True, "return_token_ids": True}
         return body | {"echo": True, "logprobs": max(1, top_k), **ids_for_texts}
 
-    async def _ask(self, method: str, path: str, body: Any = None) -> tuple[_Server, bytes]:
-        """Send a request to the least burdened server, until one answers or the time for retries is over."""
-        began, delay = time.monotonic(), FIRST_DELAY_SECONDS
+    async def _ask(
+        self, method: str, path: str, read: Callable[[str, bytes], Answer], body: Any = None
+    ) -> tuple[str, Answer]:
+        """Return the URL that answered and what `read` makes of the answer; every failure that may pass is retried.
+
+        The least burdened server is asked. One that failed rests, longer each time, and others are asked meanwhile.
+        """
         async with self._slots:
+            began = time.monotonic()
             while True:
-                server = min(self._servers, key=lambda server: server.burden)
+                server, sent_at = min(self._servers, key=lambda server: server.burden), time.monotonic()
                 try:
-                    return server, await self._send(server, method, path, body)
+                    answer = read(server.url, await self._send(server, method, path, body))
                 except _PassingError as failure:
+                    server.rest(sent_at)
                     now = time.monotonic()
-                    if now + delay - began > self._retry_seconds:
-                        waited = f" after tries for {now - began:.0f} s" if now - began >= 1 else ""
-                        raise ScoreError(f"{failure}{waited}") from failure
+                    wait_seconds = max(0.0, min(server.rests_until for server in self._servers) - now)
+                    if now + wait_seconds - began > self._retry_seconds:
+                        tried = f" after {now - began:.0f} s of tries" if self._retry_seconds else ""
+                        raise ScoreError(f"{failure}{tried}") from failure
                     self.num_retries += 1
-                    server.rests_until = now + delay
-                if all(other.burden[0] for other in self._servers):
-                    await asyncio.sleep(delay)
-                    delay = min(LONGEST_DELAY_SECONDS, 2 * delay)
+                    await asyncio.sleep(wait_seconds)
+                else:
+                    server.num_failures = 0
+                    return server.url, answer
 
     async def _send(self, server: _Server, method: str, path: str, body: Any) -> bytes:
         url = server.url + path
@@ -231,35 +272,11 @@ def _api_key(teacher: TeacherConfig) -> str:
     return key
 
 
-def _read(url: str, content: bytes, ids: list[int]) -> list[Position | None] | None:
-    """Return the positions of an answer, the first among them; None if it has no log-probabilities of the prompt."""
+def _read_models(url: str, content: bytes) -> list[ServedModel]:
     try:
-        [choice] = msgspec.json.decode(content, type=_Completion).choices
-    except (msgspec.DecodeError, ValueError) as error:
-        if no_number := NO_NUMBER.search(content):
-            raise NotFiniteError(f"{url} answered {no_number[1].decode()} as a log-probability") from error
-        raise ScoreError(f"{url} answered no list of log-probabilities: {error}") from error
-    if choice.prompt_logprobs is not None or choice.logprobs is None:
-        return choice.prompt_logprobs
-    return _from_echo(choice.logprobs, ids)
-
-
-def _from_echo(echo: _Echo, ids: list[int]) -> list[Position | None]:
-    """Return an echoed prompt's positions; the generated token behind them is left out."""
-    positions: list[Position | None] = []
-    tops = echo.top_logprobs or [None] * len(echo.tokens)
-    for index, (token, logprob, top) in enumerate(zip(echo.tokens, echo.token_logprobs, tops, strict=False)):
-        if index >= len(ids):
-            break
-        if logprob is None:
-            positions.append(None)
-            continue
-        names = {_id(name): TokenScore(value) for name, value in (top or {}).items()}
-        own = _id(token)
-        position = {token_id: score for token_id, score in names.items() if token_id is not None}
-        position[ids[index] if own is None else own] = TokenScore(logprob, token if own is None else None)
-        positions.append(position)
-    return positions
+        return msgspec.json.decode(content, type=_ModelList).data
+    except msgspec.DecodeError as error:
+        raise ScoreError(f"{url}/models answered no list of models: {error}") from error
 
 
 def _id(token: str) -> int | None:

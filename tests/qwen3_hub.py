@@ -28,7 +28,7 @@ COMMIT = "0" * 40
 
 
 def write_hub(folder: Path) -> Path:
-    """Write the cache, for HF_HUB_CACHE with HF_HUB_OFFLINE=1, and return its folder."""
+    """Write the cache, which is $HF_HOME/hub for those who set HF_HUB_OFFLINE=1, and return its folder."""
     for name, (hidden, layers, heads, intermediate, is_tied) in SHAPES.items():
         model = folder / f"models--Qwen--{name}"
         snapshot = model / "snapshots" / COMMIT

@@ -14,6 +14,7 @@ DOORS = {
         "cluster.vllm.engine",
         "cluster.vllm.compat",
         "rollout_workers.candidates.vllm_processor",
+        "rollout_workers.weight_sync.loading",
         "rollout_workers.weight_sync.nccl_and_ipc",
         "rollout_workers.weight_sync.object_store",
         "rollout_workers.weight_sync.worker_extension",

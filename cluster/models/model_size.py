@@ -35,8 +35,8 @@ class ModelSize:
         return self.vocabulary * self.width
 
     def describe(self) -> str:
-        unit, name = next((unit, name) for unit, name in UNITS if self.parameters >= unit)
-        return f"{self.kind}, {self.parameters / unit:.3g}{name} parameters"
+        unit, letter = next((unit, letter) for unit, letter in UNITS if self.parameters >= unit)
+        return f"{self.kind}, {self.parameters / unit:.3g}{letter} parameters"
 
 
 UNITS = ((10**9, "B"), (10**6, "M"), (10**3, "k"), (1, ""))

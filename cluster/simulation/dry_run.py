@@ -39,6 +39,8 @@ def print_dry_run(config: Config, gpus: int | None, gpu_gib: float | None) -> No
     lines = [
         f"machine: {machine.describe()}",
         *(f"{name}: {size.describe()}" for name, size in sizes.items()),
+        *inputs.pairs.lines,
+        *inputs.notes,
         *describe_prompts(config, inputs),
         *describe_memory(placement, memory),
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -35,18 +36,19 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Describes one parameter, under its Hugging Face name."""
+    """Describes one tensor of the student's checkpoint."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str  # a key of DTYPE_BYTES
+    parameter: str | None = None  # of the learner, of which this and perhaps other tensors are made; None: the same
 
     @property
     def num_bytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-Manifest = Sequence[TensorSpec]  # every parameter of the student, in the order in which it travels
+Manifest = Sequence[TensorSpec]  # all of the student, in the order in which it travels
 Bucket = Sequence[TensorSpec]  # consecutive ones, which travel together
 
 
@@ -75,14 +77,16 @@ def places(bucket: Bucket) -> Iterator[tuple[TensorSpec, slice]]:
 
 
 def plan_buckets(tensors: Manifest, bucket_bytes: int) -> Iterator[tuple[TensorSpec, ...]]:
-    """Yield consecutive tensors in groups of at most `bucket_bytes`; a larger tensor travels alone."""
+    """Yield consecutive tensors in groups of at most `bucket_bytes`; a larger tensor travels alone.
+
+    The tensors of one parameter stay together, so that it is gathered once.
+    """
     bucket: list[TensorSpec] = []
-    filled = 0
-    for tensor in tensors:
-        if bucket and filled + tensor.num_bytes > bucket_bytes:
+    for _, group in groupby(tensors, key=lambda tensor: tensor.parameter or tensor.name):
+        together = list(group)
+        if bucket and total_bytes([*bucket, *together]) > bucket_bytes:
             yield tuple(bucket)
-            bucket, filled = [], 0
-        bucket.append(tensor)
-        filled += tensor.num_bytes
+            bucket = []
+        bucket += together
     if bucket:
         yield tuple(bucket)

@@ -102,7 +102,8 @@ def _write(causal_lm: PreTrainedModel, weights: dict[str, Tensor] | None, config
         )
     partial = begin(folder)
     try:
-        causal_lm.save_pretrained(partial, state_dict=weights)
+        # transformers would bring the model's own weights into the checkpoint's form; those of a group are in it.
+        causal_lm.save_pretrained(partial, state_dict=weights, save_original_format=weights is None)
         tokenizer.save_pretrained(partial)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         discard(folder)
@@ -153,4 +154,5 @@ def _whole_state_dict(engine: TrainEngine) -> dict[str, Tensor]:
                 weights |= {name: value.to("cpu", copy=True) for name, value in parameters.items()}
     buffers = dict(engine.student.causal_lm.named_buffers())
     persistent = engine.student.causal_lm.state_dict().keys() & buffers.keys()
-    return weights | {name: buffers[name].to("cpu", copy=True) for name in persistent}
+    kept = engine.student.checkpoint_format.convert({name: buffers[name] for name in persistent})
+    return weights | {name: value.to("cpu", copy=True) for name, value in kept.items()}

@@ -40,7 +40,10 @@ class TrainEngine(Protocol):
         """Do as `step` does, but leave the weights as they are."""
 
     def full_parameters(self, names: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
-        """Give whole parameters by Hugging Face name for as long as the context lasts."""
+        """Give whole tensors by their names in the student's checkpoint for as long as the context lasts.
+
+        All tensors that one parameter becomes may come with each of them.
+        """
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy, in host memory, of this rank's part of what training changes."""

@@ -59,8 +59,8 @@ class ReferenceEngine:
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        parameters = dict(self.student.causal_lm.named_parameters())
-        yield {name: parameters[name].detach() for name in names}
+        parameters, form = dict(self.student.causal_lm.named_parameters()), self.student.checkpoint_format
+        yield form.convert({name: parameters[name].detach() for name in form.parameters_of(names)})
 
     def snapshot(self) -> dict[str, Tensor]:
         return host_copy(flatten(self._masters, self._optimizer.state_dict()["state"]))

@@ -93,9 +93,10 @@ class ZeroEngine:
 
     @contextmanager
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-        chosen = {name: self._parameters[name] for name in names}
+        form = self.student.checkpoint_format
+        chosen = {name: self._parameters[name] for name in form.parameters_of(names)}
         with deepspeed.zero.GatheredParameters(list(chosen.values())) if self._is_sharded else nullcontext():
-            yield {name: parameter.detach() for name, parameter in chosen.items()}
+            yield form.convert({name: parameter.detach() for name, parameter in chosen.items()})
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy, in host memory, of this rank's master weights and their optimizer state."""

@@ -51,7 +51,7 @@ class VerifierProcess:
         self._weights = {rewards: 1.0} if isinstance(rewards, str) else rewards
         self._seconds = seconds
         self._process: ProcessPoolExecutor | None = None
-        self._pid = 0
+        self._pid = 0  # of the process; 0: there is none
         self._lock = asyncio.Lock()
         self._running: asyncio.Future[Any] | None = None  # a call that the process works on
         self._num_timeouts = 0
@@ -105,16 +105,17 @@ class VerifierProcess:
         """Call a function in the process and return what it returns, or None if it took longer than its time."""
         async with self._lock:
             process = await self._ready(seconds)
-            self._running = asyncio.wrap_future(process.submit(function, *arguments))
-            # Unlike `wait_for`, this leaves the call alone when it is cancelled: `_ready` waits for its end.
-            if not (await asyncio.wait({self._running}, timeout=seconds))[0]:
-                self._kill()
-                return None
-            running, self._running = self._running, None
             try:
+                self._running = asyncio.wrap_future(process.submit(function, *arguments))
+                # Unlike `wait_for`, this leaves the call alone when it is cancelled: `_ready` waits for its end.
+                if not (await asyncio.wait({self._running}, timeout=seconds))[0]:
+                    self._kill()
+                    return None
+                running, self._running = self._running, None
                 return running.result()
             except BrokenProcessPool as error:
-                self._process = None
+                self._process = self._running = None
+                self._pid = 0
                 raise RolloutError(f"the process that rewards completions ended in {arguments[0]}") from error
 
     async def _ready(self, seconds: float) -> ProcessPoolExecutor:
@@ -124,24 +125,35 @@ class VerifierProcess:
                 self._kill()
             self._running = None
         if self._process is None:
-            self._process = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
-            loading = self._process.submit(prepare, [name for name in self._weights if is_import_path(name)])
-            self._pid = await asyncio.wait_for(asyncio.wrap_future(loading), START_SECONDS)
+            process = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
+            try:
+                loading = asyncio.wrap_future(process.submit(prepare, list(self._weights)))
+                self._pid = await asyncio.wait_for(loading, START_SECONDS)
+            except (BrokenProcessPool, TimeoutError) as error:
+                raise RolloutError(f"the process that rewards completions did not start: {error}") from error
+            finally:
+                if not self._pid:
+                    process.shutdown(wait=False, cancel_futures=True)
+            self._process = process
         return self._process
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
+        self._pid = 0
         if self._running is not None:
             self._running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it is expected
         self.close()
         self._process = self._running = None
 
 
-def prepare(paths: Iterable[str]) -> int:
-    """Import the reward functions in the process, before any time is taken, and return the process's id."""
-    for path in paths:
-        load_object(path, "a reward")
+def prepare(names: Iterable[str]) -> int:
+    """Import in the process what rewards need, before any time is taken, and return the process's id."""
+    for name in names:
+        if is_import_path(name):
+            load_object(name, "a reward")
+        elif name == "math":
+            import math_verify  # noqa: F401
     return os.getpid()
 
 

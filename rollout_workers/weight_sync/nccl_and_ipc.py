@@ -9,13 +9,21 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from cluster.vllm.compat import REUSES_STREAMS, taken_by
 from cluster.weight_sync.ipc_handles import rebuild_arguments
+from rollout_workers.weight_sync.loading import fault_of_incomplete, tied_layers
 
 
 class VllmReceiver:
-    """Adapts vLLM's engines: they read the learner's messages, and report updates of which nothing was checked."""
+    """Adapts vLLM's engines: they read the learner's messages, and report whether an update filled the model."""
 
     init_info_cls: type[Any]
     update_info_cls: type[Any]
+    model: torch.nn.Module
+
+    def __init__(self, *arguments: Any) -> None:  # what vLLM's releases pass differs; all end with the model
+        super().__init__(*arguments)
+        # Read before the first update: while one runs, vLLM gives tied layers parameters of their own.
+        self._tied_layers = tied_layers(self.model)
+        self._fault: str | None = None
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
         """Drop what this vLLM does not know: 0.24 hears how weights are packed with every update, 0.3x only here."""
@@ -27,11 +35,17 @@ class VllmReceiver:
         return vllms.parse_update_info(taken_by(self.update_info_cls, update_dict))
 
     def begin(self) -> None:
-        """Do nothing: vLLM's engines keep nothing of an update."""
+        self._fault = None
+
+    def finish_weight_update(self) -> None:
+        """Look for layers that are not full, before vLLM makes do with what they have; 0.24 does not call this."""
+        self._fault = fault_of_incomplete(self.model, self._tied_layers)
+        vllms: Any = super()
+        vllms.finish_weight_update()
 
     def end(self) -> dict[str, Any]:
-        """Return the outcome: what went wrong was raised, and vLLM's own engines compute no checksum."""
-        return {"checksum": "unverified", "fault": None}
+        """Return the outcome; what else went wrong was raised, and vLLM's own engines compute no checksum."""
+        return {"checksum": "unverified", "fault": self._fault}
 
 
 class IpcReceiver(VllmReceiver, IPCWeightTransferEngine):

@@ -9,7 +9,7 @@ vLLM's update half open. `WorkerExtension.finish_and_report` passes the outcome 
 """
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from cluster.weight_sync.manifest import Bucket, Bytes, TensorSpec, checksum, new_digest
 from cluster.weight_sync.transports import Encoded, Payload, make_payload
+from rollout_workers.weight_sync.loading import (
+    fault_of_incomplete,
+    missing_parameters,
+    repack_tied,
+    return_expert_kernels,
+    take_expert_kernels,
+    tied_layers,
+)
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,10 +83,14 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
         self._faults: list[str] = []
         self._received_names: set[str] = set()  # Hugging Face names
         self._loaded_names: set[str] = set()  # vLLM names
+        self._loading: str | None = None  # the tensor that the model has taken last
+        self._incomplete: str | None = None
+        self._expert_kernels: list[tuple[Any, Any]] = []
         self._arriving_version: int | None = None
 
     def start_weight_update(self) -> None:
         """Make the model's layers take checkpoint-format parameters again, as when it was first loaded."""
+        self._expert_kernels = take_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)  # vLLM 0.24 does this itself, and finishes itself
 
     def receive_weights(self, update_info: BucketMessage, load_weights: Callable[..., Any] | None = None) -> None:
@@ -99,10 +110,13 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
             self._loaded_names.update(self.model.load_weights(self._parameters(update_info, memory)) or ())
         # An unknown name or a wrong shape; and what a payload of a user's own may raise.
         except (LookupError, TypeError, ValueError, RuntimeError, AssertionError) as error:
-            self._faults.append(f"the model does not take one of {update_info.names}: {error}")
+            self._faults.append(f"the model does not take '{self._loading}': {reason_of(error)}")
 
     def finish_weight_update(self) -> None:
+        """Look for layers that are not full, before vLLM makes do with what they have."""
+        self._incomplete = fault_of_incomplete(self.model, self._tied_layers)
         finalize_layerwise_reload(self.model, self.model_config)
+        return_expert_kernels(self._expert_kernels)
 
     def end(self) -> dict[str, Any]:
         """Check that all parameters came, repack what the layerwise reload leaves out, and return the outcome.
@@ -115,15 +129,12 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
             missing = missing_parameters(self._model_names, self._loaded_names, self._received_names, packed)
             if missing:
                 self._faults.append(f"the update lacks {', '.join(missing)}")
+            elif self._incomplete is not None:
+                self._faults.append(self._incomplete)
         self._kept_version = None if self._faults else self._arriving_version
         if self._kept_version is None:
             self._decoders.clear()
-        for layer in self._tied_layers:
-            # On CPU a tied lm_head multiplies with a packed copy of the embedding. No weights arrive under its own
-            # name, so vLLM 0.32 leaves the copy as it was, and the model goes on answering with the old lm_head.
-            method = getattr(layer, "quant_method", None)
-            if isinstance(method, UnquantizedEmbeddingMethod):
-                method.process_weights_after_loading(layer)
+        repack_tied(self._tied_layers)
         return {"checksum": self._digest.hexdigest(), "fault": self._faults[0] if self._faults else None}
 
     def shutdown(self) -> None:
@@ -154,44 +165,13 @@ class ObjectStoreReceiver(WeightTransferEngine[InitInfo, BucketMessage]):
         for tensor, values in zip(bucket, decoder.decode(bucket, Encoded(memory, message.fields)), strict=True):
             if message.fields:
                 self._digest.update(values.data)
+            self._loading = tensor.name
             yield tensor.name, torch.from_numpy(values).view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
-def tied_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers that use a parameter of an earlier layer."""
-    owners: dict[int, torch.nn.Module] = {}
-    return [
-        layer
-        for layer in model.modules()
-        for parameter in layer.parameters(recurse=False)
-        if owners.setdefault(id(parameter), layer) is not layer
-    ]
-
-
-def missing_parameters(
-    model_names: set[str], loaded_names: set[str], received_names: set[str], packed: Mapping[str, Sequence[str]]
-) -> list[str]:
-    """Return the parameters that an update lacks, sorted.
-
-    vLLM packs some parameters into one (`qkv_proj` from `q_proj`, `k_proj`, `v_proj`) and reports the packed one as
-    loaded when any part came; the parts are therefore checked one by one.
-
-    `received_names` are Hugging Face's, the others vLLM's; `packed` maps the last name of a packed module to its parts.
-    """
-    missing = sorted(model_names - loaded_names)
-    for name in sorted(loaded_names):
-        parts = _parts(name, packed)
-        if not received_names.isdisjoint(parts):
-            missing.extend(part for part in parts if part not in received_names)
-    return missing
-
-
-def _parts(name: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
-    pieces = name.split(".")
-    for position, piece in enumerate(pieces):
-        if piece in packed:
-            return [".".join([*pieces[:position], part, *pieces[position + 1 :]]) for part in packed[piece]]
-    return []
+def reason_of(error: Exception) -> str:
+    """Return the first sentence of what a model says of a tensor; vLLM goes on with all names that the model has."""
+    return str(error).strip().split("\n")[0].split(". The available parameters")[0] or type(error).__name__
 
 
 def map_memory(message: BucketMessage) -> Bytes:

@@ -7,6 +7,7 @@ must know of them; each actor then sends its rows, one request a row, to the lea
 import asyncio
 import hashlib
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,7 +39,11 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # in the text of a token that is a pa
 MIN_EVEN_TOKENS = 8  # so many alike scores are no text's
 WORKS = "objective.support 'sampled', 'topk' and 'intersection' work, without the teacher's entropy"
 
+MAX_SPARE_TOKENS = 4
+LEAST_MASS = 1e-6  # of what is not excluded
+
 Answer = TypeVar("Answer")
+Listed = dict[int, float]  # log-probabilities of one position by token id
 
 _log = logging.getLogger("preceptor")
 
@@ -50,8 +55,8 @@ class HttpBackend(TeacherBackend):
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Prepare to ask; a server that is away is waited for when it is needed."""
-        self._client = CompletionsClient(teacher)
-        self._excluded = np.array(teacher.excluded_token_ids, np.int32)
+        self._client, self._urls = CompletionsClient(teacher), ", ".join(teacher.urls)
+        self._excluded, self._spare = frozenset(teacher.excluded_token_ids), _spare(teacher)
         self._retries_reported = 0
 
     @classmethod
@@ -64,7 +69,7 @@ class HttpBackend(TeacherBackend):
             return f"{missing}; {WORKS}"
         if request.top_k:
             try:
-                _run(_check_top_k(teacher, request.top_k))
+                _run(_check_top_k(teacher, request.top_k + _spare(teacher)))
             except ModelError as error:
                 return str(error)
         return None
@@ -80,7 +85,8 @@ class HttpBackend(TeacherBackend):
             _log.warning("%s is taken to have the student's tokenizer (teachers.NAME.tokenizer is not set)", where)
         contexts = [model.max_model_len for model in models if model.max_model_len]
         context_tokens = min(contexts, default=student.context_tokens)
-        return replace(student, tokenizer=tokenizer, context_tokens=context_tokens)
+        stop_ids = student.stop_ids if teacher.tokenizer is None else frozenset[int]()
+        return replace(student, tokenizer=tokenizer, context_tokens=context_tokens, stop_ids=stop_ids)
 
     @classmethod
     def identity(cls, teacher: TeacherConfig) -> str:
@@ -94,11 +100,10 @@ class HttpBackend(TeacherBackend):
         rows = [(token_ids[row], loss_mask[row]) for row in range(len(token_ids))]
         parts = await asyncio.gather(*(self._score_row(ids, mask, request.top_k) for ids, mask in rows))
         logprobs, candidate_ids, candidate_logprobs = (np.concatenate(column) for column in zip(*parts, strict=True))
-        _refuse_even(logprobs)
+        _refuse_even(self._urls, logprobs)
         scores: dict[str, NDArray[Any]] = {"logprobs": logprobs}
         if request.top_k:
             scores |= {"candidate_ids": candidate_ids, "candidate_logprobs": candidate_logprobs}
-            scores |= _without(self._excluded, scores) if len(self._excluded) else {}
         retries, self._retries_reported = self._client.num_retries - self._retries_reported, self._client.num_retries
         return scores, {f"{request.model}/retries": Sum(float(retries))}
 
@@ -108,29 +113,34 @@ class HttpBackend(TeacherBackend):
     async def _score_row(self, token_ids: Ints, loss_mask: Bytes, top_k: int) -> tuple[Floats, Ints, Floats]:
         """Return logprobs [sampled_tokens], and ids and logprobs [sampled_tokens, top_k] of the most likely tokens."""
         places = np.flatnonzero(loss_mask)
-        positions = await self._client.score(token_ids, top_k) if len(places) else []
-        return _columns([positions[place - 1] for place in places], token_ids[places], top_k)
+        positions = await self._client.score(token_ids, top_k + self._spare) if len(places) else []
+        listed = [_without(positions[place - 1], self._excluded) for place in places]
+        return _columns(listed, token_ids[places], top_k)
 
 
-def _columns(positions: list[Position], sampled: Ints, top_k: int) -> tuple[Floats, Ints, Floats]:
-    own = [position[int(token_id)].logprob for position, token_id in zip(positions, sampled, strict=True)]
+def _spare(teacher: TeacherConfig) -> int:
+    """Return how many tokens more than needed are asked for, since excluded ones may be among them."""
+    return min(len(teacher.excluded_token_ids), MAX_SPARE_TOKENS)
+
+
+def _without(position: Position, excluded: frozenset[int]) -> Listed:
+    """Return the listed log-probabilities; those of excluded tokens go to the others, as far as they are listed."""
+    listed = {token_id: score.logprob for token_id, score in position.items()}
+    excluded_mass = sum(math.exp(logprob) for token_id, logprob in listed.items() if token_id in excluded)
+    if not excluded_mass:
+        return listed
+    rest = math.log1p(-min(excluded_mass, 1 - LEAST_MASS))
+    return {token_id: FLOOR if token_id in excluded else logprob - rest for token_id, logprob in listed.items()}
+
+
+def _columns(positions: list[Listed], sampled: Ints, top_k: int) -> tuple[Floats, Ints, Floats]:
+    own = [position[int(token_id)] for position, token_id in zip(positions, sampled, strict=True)]
     # The sampled token is listed even if it is not among the most likely ones; then it is the last.
-    best = [sorted(position.items(), key=lambda entry: -entry[1].logprob)[:top_k] for position in positions]
+    best = [sorted(position.items(), key=lambda entry: -entry[1])[:top_k] for position in positions]
     ids = np.array([[token_id for token_id, _ in entries] for entries in best], np.int32)
-    logprobs = np.array([[score.logprob for _, score in entries] for entries in best], np.float32)
+    logprobs = np.array([[logprob for _, logprob in entries] for entries in best], np.float32)
     shape = (len(positions), top_k)
     return _clipped(np.array(own, np.float32)), ids.reshape(shape), _clipped(logprobs.reshape(shape))
-
-
-def _without(excluded: Ints, scores: Scores) -> Scores:
-    """Return log-probabilities that leave excluded candidates none, and give theirs to all other tokens."""
-    listed, logprobs = np.isin(scores["candidate_ids"], excluded), scores["candidate_logprobs"]
-    lost = np.exp(logprobs, where=listed, out=np.zeros_like(logprobs)).sum(-1)
-    kept = np.log1p(-np.minimum(lost, 1 - np.finfo(np.float32).eps))
-    return {
-        "logprobs": _clipped(scores["logprobs"] - kept),
-        "candidate_logprobs": np.where(listed, np.float32(FLOOR), _clipped(logprobs - kept[:, None])),
-    }
 
 
 def _clipped(logprobs: Floats) -> Floats:
@@ -139,12 +149,12 @@ def _clipped(logprobs: Floats) -> Floats:
     return clipped
 
 
-def _refuse_even(logprobs: Floats) -> None:
+def _refuse_even(where: str, logprobs: Floats) -> None:
     """Refuse scores that are all alike, unless the teacher is certain of every token."""
     if len(logprobs) >= MIN_EVEN_TOKENS and logprobs.std() <= UNIFORM_NATS and logprobs.mean() < -UNIFORM_NATS:
         raise UniformError(
-            f"all {len(logprobs)} tokens were scored {logprobs.mean():.4f}, so the scores say nothing about them; the "
-            "server's weights are missing or damaged"
+            f"{where}: all {len(logprobs)} tokens were scored {logprobs.mean():.4f}, so the scores say nothing about "
+            "them; the server's weights are missing or damaged"
         )
 
 
@@ -205,17 +215,15 @@ async def _probe(teacher: TeacherConfig, tokenizer: "PreTrainedTokenizerBase") -
 
     tolerance = AGREEMENT_NATS[teacher.engine.dtype]
     answers = await _each(teacher, ask)
-    scores = [[_columns(positions, ids[1:], 0)[0] for positions in twice] for _, twice in answers]
+    scores = [[_own(positions, ids[1:]) for positions in twice] for _, twice in answers]
     for url, (_, (positions, _)), (first, again) in zip(teacher.urls, answers, scores, strict=True):
-        try:
-            _refuse_even(first)
-        except UniformError as error:
-            raise UniformError(f"{url}: {error}") from error
+        _refuse_even(url, first)
         if (gap := _gap(first, again)) > tolerance:
             raise ScoreError(f"{url} scored the same tokens twice, {gap:.3g} nats apart; a teacher must repeat itself")
         if (gap := _gap(first, scores[0][0])) > tolerance:
             raise ScoreError(f"{url} and {teacher.urls[0]} score the same tokens {gap:.3g} nats apart; serve one model")
-        _check_texts(url, positions, tokenizer)
+        if "tokens" not in teacher.accept_differences:
+            _check_texts(url, positions, tokenizer)
     return [model for model, _ in answers]
 
 
@@ -225,6 +233,11 @@ def _probe_ids(tokenizer: "PreTrainedTokenizerBase") -> Ints:
     ids = sorted(token_id for token, token_id in vocabulary.items() if token not in added)
     spread = ids[:: max(1, len(ids) // (PROBE_TOKENS - 1))][: PROBE_TOKENS - 1]
     return np.array([*spread, max(vocabulary.values())], np.int32)
+
+
+def _own(positions: list[Position], ids: Ints) -> Floats:
+    own = [position[int(token_id)].logprob for position, token_id in zip(positions, ids, strict=True)]
+    return np.array(own, np.float32)
 
 
 def _gap(first: Floats, second: Floats) -> float:

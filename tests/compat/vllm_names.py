@@ -137,6 +137,7 @@ NEEDS = (
         takes=("layer",),
     ),
     Need("vllm.model_executor.model_loader.reload", "initialize_layerwise_reload", takes=("model",)),
+    Need("vllm.model_executor.model_loader.reload.types", "LayerReloadingInfo", has=("load_numel", "can_load")),
     Need(
         "vllm.model_executor.model_loader.reload.layerwise",
         "finalize_layerwise_processing",

@@ -20,6 +20,7 @@ RATIOS = torch.tensor([0.45, 0.55, 0.78, 0.83, 1.17, 1.23, 2.9, 3.1, 4.5, 5.5, 0
 SHARES = torch.tensor([0.05, 0.06, 0.1, 0.12, 0.11, 0.09, 0.08, 0.07, 0.001, 0.0008, 0.2, 0.1192], dtype=torch.float64)
 LEANINGS = torch.tensor([-1.0, 0.7, -1.0, -0.9, 1.0, 1.1, -2.8, -2.9, 5.7, 4.7, -0.2, -5.6], dtype=torch.float64)
 VOCABULARY, STATES, K = len(SHARES), 1 + len(SHARES), 5
+SIZES = {"async-opd": 2, "rethinking": 10}  # of supports, where not K: two draws, and tokens beyond the dual clip
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def jsd(p: Tensor, q: Tensor) -> Tensor:
     return (kl(p, middle) + kl(q, middle)) / 2
 
 
-def top(logprobs: Tensor) -> Tensor:
-    return logprobs.topk(K).indices
+def top(logprobs: Tensor, size: int = K) -> Tensor:
+    return logprobs.topk(size).indices
 
 
 def gathered(logprobs: Tensor, ids: Tensor) -> Tensor:
@@ -173,7 +174,7 @@ def many_faces(case: Case) -> Tensor:
 
 def rethinking(case: Case) -> Tensor:
     """thunlp/OPD: softmax over the top-k of the old student's log-probabilities, times log q - log p_old, in PPO."""
-    ids, advantage = top(case.rollout), case.teacher - case.rollout_at_1
+    ids, advantage = top(case.rollout, SIZES["rethinking"]), case.teacher - case.rollout_at_1
     ratio = (case.at_sampling - case.rollout).exp()
     weights = case.rollout.exp() * (case.student - case.at_sampling).exp()
     inside = torch.zeros_like(weights).scatter_(-1, ids, 1.0)
@@ -276,7 +277,8 @@ def expected_gradient(name: str, case: Case) -> Tensor:
 
 def found_gradient(name: str, case: Case) -> Tensor:
     """Evaluate the preset on every completion, and on every further draw where the support has draws."""
-    objective = small(name, case.temperature, size=2 if PRESETS[name]["support"] == "samples" else K)
+    size = SIZES.get(name, K)
+    objective = small(name, case.temperature, size)
     completions = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=2)))
     n = len(completions)
     ids, rows = completions.flatten(), torch.stack([torch.zeros(n).long(), completions[:, 0] + 1], dim=-1).flatten()
@@ -287,7 +289,7 @@ def found_gradient(name: str, case: Case) -> Tensor:
         rows, ids = torch.repeat_interleave(rows, VOCABULARY), torch.repeat_interleave(ids, VOCABULARY)
         candidates, reward, lengths = torch.arange(VOCABULARY).repeat(2 * n)[:, None], rows.double(), [1] * len(rows)
     elif objective.needs.num_candidates:
-        candidates = top(case.rollout if objective.needs.candidates_from == "student" else case.teacher)[rows]
+        candidates = top(case.rollout if objective.needs.candidates_from == "student" else case.teacher, size)[rows]
     models = {name: values[rows] for name, values in case.models.items()}
     student_chose = objective.needs.candidates_from == "student"
     tokens = make_tokens(ids, models, case.rollout[rows], candidates, student_chose, lengths, task_advantage=reward)

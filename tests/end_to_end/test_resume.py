@@ -147,4 +147,4 @@ def test_a_resumed_run_leaves_only_whole_checkpoints(runs: dict[int, RunDirector
 def test_the_ledger_shows_every_prompt_position_once(runs: dict[int, RunDirectory]) -> None:
     config = runs[0].read_config()
     inputs = load_inputs(config)
-    assert audit(read_ledger(runs[0].ledger), config, inputs) == STEPS * PROMPTS_PER_STEP
+    assert audit(read_ledger(runs[0].ledger), config, inputs.train) == STEPS * PROMPTS_PER_STEP

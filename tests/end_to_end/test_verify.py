@@ -23,6 +23,17 @@ def test_a_runs_ledger_proves_that_each_trajectory_was_learned_from_once(short_r
     )
 
 
+def test_a_run_is_not_resumed_with_another_number_of_prompts(short_run: ShortRun, tmp_path: Path, capsys: Any) -> None:
+    """What follows is refused before anything starts, and the run stays as it is."""
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": "12 : 27 25 9 |"}\n')
+    before = (short_run.path / "prompts.json").read_bytes()
+    assert main(["train", "--resume", str(short_run.path), "run.steps=99", f"prompts.train={path}"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "training prompts and would go on with 1, so its prompt ids would name others" in line
+    assert (short_run.path / "prompts.json").read_bytes() == before
+
+
 def lose_the_last(records: Records) -> Records:
     return records[:-1]
 
@@ -46,7 +57,7 @@ def change_a_seed(records: Records) -> Records:
 def test_a_damaged_ledger_is_one_sentence_and_a_failure(
     short_run: ShortRun, tmp_path: Path, capsys: Any, damage: Callable[[Records], Records], sentence: str
 ) -> None:
-    for name in ("config.json", "metrics.jsonl", "ledger.jsonl"):
+    for name in ("config.json", "prompts.json", "metrics.jsonl", "ledger.jsonl"):
         shutil.copy(short_run.path / name, tmp_path / name)
     ledger = tmp_path / "ledger.jsonl"
     records = damage([json.loads(line) for line in ledger.read_text().splitlines()])

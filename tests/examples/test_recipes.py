@@ -37,6 +37,11 @@ ROWS = (
         "$<<0.2*50=10>>10.\n#### 10",
     },
 )
+PARTS = ("train", "held_out")
+CONVERSATION = {
+    "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}],
+    "source": "x",
+}
 PROGRAM = """
 import json, sys
 from contextlib import redirect_stdout, redirect_stderr
@@ -70,14 +75,26 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, s
         machine = ["--gpus", str(gpus), "--gpu-memory", "79", "--out", str(folder / f"init{gpus}.toml")]
         commands[f"init on {gpus}"] = ["init", *pair, *machine]
         commands[f"init on {gpus}, planned"] = ["plan", str(folder / f"init{gpus}.toml"), *machine[:4]]
-    environment = {"HF_HUB_CACHE": str(write_hub(folder / "hub")), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    (folder / "ours").mkdir()
+    for split in ("train", "test"):  # a data set as `datasets` reads it from a folder
+        (folder / f"ours/{split}.jsonl").write_text(json.dumps(CONVERSATION) + "\n")
+    small = ["--student", "Qwen/Qwen3-0.6B", "--teacher", "Qwen/Qwen3-1.7B", "--data", str(folder / "ours")]
+    commands["init on a folder"] = [
+        "init",
+        *small,
+        "--gpus",
+        "1",
+        "--gpu-memory",
+        "23.5",
+        "--out",
+        str(folder / "r.toml"),
+    ]
+    write_hub(folder / "hub")
+    environment = {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     program = [sys.executable, "-c", PROGRAM, json.dumps(commands)]
     done = subprocess.run(program, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     return {name: (code, out, err) for name, code, out, err in lines}
-
-
-PARTS = ("train", "held_out")
 
 
 def test_every_recipe_has_a_test() -> None:
@@ -110,3 +127,12 @@ def test_init_lets_a_base_student_and_an_instruct_teacher_in(
         assert choice in out
     code, out, err = outcomes[f"init on {gpus}, planned"]
     assert (code, err) == (0, ""), err
+
+
+def test_init_finds_conversations_and_the_held_out_split(outcomes: dict[str, tuple[int, str, str]]) -> None:
+    code, out, _ = outcomes["init on a folder"]
+    assert code == 0
+    assert 'prompts.columns = { prompt = "messages" }' in out
+    assert 'prompts.last_answer = "drop": of conversations that end with the assistant\'s message' in out
+    assert 'ours:test": found beside the training prompts' in out
+    assert "teachers.main.accept_differences" not in out  # both end their turns at the same token

@@ -20,3 +20,8 @@ class Fault:
 
     def applied_to(self, text: str) -> str:
         return text.replace(self.before, self.after)
+
+
+def expectation(preset: str, case: str = "1.0-stale") -> tuple[str, ...]:
+    """Name the test of a preset's formula at one sampling temperature and age of the student that wrote."""
+    return (f"tests/conformance/test_presets.py::test_the_expected_gradient_is_that_of_the_source[{case}-{preset}]",)

@@ -4,12 +4,24 @@
 """
 
 from tests.faults.fault import Fault
-from tests.faults.tables import alignment, gradient, models, objective, presets, rollouts, run, teachers, weight_sync
+from tests.faults.tables import (
+    alignment,
+    estimators,
+    gradient,
+    models,
+    objective,
+    presets,
+    rollouts,
+    run,
+    teachers,
+    weight_sync,
+)
 
 AREAS: dict[str, tuple[Fault, ...]] = {
     "alignment": alignment.FAULTS,
     "gradient": gradient.FAULTS,
     "objective": objective.FAULTS,
+    "estimators": estimators.FAULTS,
     "presets": presets.FAULTS,
     "weight_sync": weight_sync.FAULTS,
     "rollouts": rollouts.FAULTS,

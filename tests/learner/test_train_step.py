@@ -7,6 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from cluster.contracts.metrics import merge, report
 from cluster.contracts.trajectory import ragged
@@ -19,6 +20,7 @@ from learner.train_step import accumulate
 from tests.learner.support import (
     LENGTHS,
     OBJECTIVES,
+    SMALL,
     WholeStep,
     accumulate_all,
     advantages_of,
@@ -89,6 +91,17 @@ def test_a_student_that_is_its_own_teacher_has_no_loss_and_no_gradient(make_conf
     assert abs(metrics["kl"]) < 1e-5
     assert metrics["sampler_learner_gap"] < 1e-5
     assert metrics["importance_mean"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_router_learns_from_the_objective_alone(make_config, scored, tmp_path):
+    """At student = teacher the objective's gradient is 0, so any other loss would show."""
+    losses = {"output_router_logits": True, "router_aux_loss_coef": 10.0, "router_jitter_noise": 0.1}
+    MixtralForCausalLM(MixtralConfig(**SMALL, **losses, num_local_experts=4)).save_pretrained(tmp_path)
+    engine = make_engine(make_config(f"student.model={tmp_path}"))
+    own = score_by(engine.student.causal_lm, OBJECTIVES["topk"], scored)
+    (batches,) = plan_batches([own], 64)
+    metrics = report(measure_gradient(engine, batches, task_of("topk", completion_tokens(own))))
+    assert metrics["gradient_norm"] < 1e-5
 
 
 def test_candidate_masses_of_student_and_teacher_are_the_same_where_they_are_the_same_model(make_config, scored):

@@ -90,4 +90,40 @@ FAULTS = (
         "inputs.train.take(next_step,",
         ("tests/cluster/elastic/test_teacher_needs.py",),
     ),
+    # Servers behind URLs.
+    Fault(
+        "a server's positions begin one too early",
+        "teacher_workers/backends/http.py",
+        "positions[place - 1]",
+        "positions[place - 2]",
+        ("tests/teacher_workers/backends/test_http.py",),
+    ),
+    Fault(
+        "a server's answer may be shorter than the row",
+        "teacher_workers/completions_client.py",
+        "len(positions) != len(ids)",
+        "len(positions) > len(ids)",
+        ("tests/teacher_workers/backends/test_http.py",),
+    ),
+    Fault(
+        "a server's busy answer ends the run",
+        "teacher_workers/completions_client.py",
+        "{408, 425, 429, 500,",
+        "{408, 425, 500,",
+        ("tests/teacher_workers/backends/test_http.py",),
+    ),
+    Fault(
+        "the key stands in the sentence",
+        "teacher_workers/completions_client.py",
+        'text.replace(self._key, "***")',
+        'text.replace("***", self._key)',
+        ("tests/teacher_workers/backends/test_http.py",),
+    ),
+    Fault(
+        "a teacher behind a URL keeps its GPUs",
+        "cluster/config/stages.py",
+        "replace(self.engine, tensor_parallel=0)",
+        "replace(self.engine)",
+        ("tests/cluster/placement/test_placement.py",),
+    ),
 )

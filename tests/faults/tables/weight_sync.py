@@ -20,6 +20,27 @@ FAULTS = (
         ),
     ),
     Fault(
+        "an expert that stays behind not noticed",
+        "rollout_workers/weight_sync/loading.py",
+        "if info.load_numel < size:",
+        "if not info.load_numel:",
+        ("tests/rollout_workers/weight_sync/test_loading.py",),
+    ),
+    Fault(
+        "experts packed at the first load alone",
+        "rollout_workers/weight_sync/loading.py",
+        "        method.moe_kernel = None\n",
+        "        pass\n",
+        ("tests/rollout_workers/weight_sync/test_loading.py",),
+    ),
+    Fault(
+        "router jitters while the learner trains",
+        "learner/model/student.py",
+        'or "jitter" in key ',
+        "",
+        ("tests/learner/model/test_checkpoint_format.py",),
+    ),
+    Fault(
         "prefix of old weights kept",
         "rollout_workers/vllm_engine.py",
         'pause_scheduler_async(mode="keep", clear_cache=True)',

@@ -94,6 +94,43 @@ def test_terms_are_weighted_and_added() -> None:
     assert evaluate(both, student, tokens).losses.item() == pytest.approx(alone - 3.0)
 
 
+def test_weights_and_conditions_count_over_the_whole_vocabulary_too() -> None:
+    """Two divergences and a policy gradient, each by the textbook; every condition holds at some tokens."""
+    _, logits, tokens, models = random_case("gkd")
+    base = {"loss": "divergence", "divergence": "forward_kl", "target": {"base": 1.0}}
+    terms: dict[str, dict[str, Any]] = {
+        "alone": {"loss": "divergence", "weight": 0.5, "when": "log_ratio_positive"},
+        "second": base | {"weight": 2.0, "when": "teacher_entropy_below", "threshold": 1.8},
+        "third": {"loss": "policy_gradient", "weight": 3.0, "when": "trusted", "importance": {"kind": "none"}},
+    }
+    leaf = logits.clone().requires_grad_()
+    p, q, other = leaf.log_softmax(-1), models["teacher"], models["base"]
+    sampled = written(p, tokens.target_ids)
+    advantage = (tokens.logprobs["teacher"] - sampled).detach()
+    chosen = {
+        "alone": advantage > 0,
+        "second": tokens.teacher_entropy <= 1.8,
+        "third": tokens.uniform < advantage.clamp(max=0).exp(),
+    }
+    losses = {
+        "alone": (p.exp() * (p - q)).sum(-1),
+        "second": (other.exp() * (other - p)).sum(-1),
+        "third": -advantage * (sampled - sampled.detach()).exp(),
+    }
+    early = (tokens.position < 5).double()
+    for names in (["alone"], ["alone", "second"], ["alone", "second", "third"]):
+        expected = early * sum(terms[name].get("weight", 1.0) * chosen[name] * losses[name] for name in names)
+        (gradient,) = torch.autograd.grad(expected.sum(), leaf, retain_graph=True)
+        objective = make_objective(
+            support="full", terms={name: terms[name] for name in names}, token_weights={"first_tokens": 5}
+        )
+        results = evaluate(objective, logits, tokens, models)
+        torch.testing.assert_close(results.losses, expected.detach())
+        torch.testing.assert_close(gradient_of(results), gradient)
+    for name, holds in chosen.items():
+        assert 0 < holds[tokens.position < 5].sum() < (tokens.position < 5).sum(), name
+
+
 def test_token_weights_multiply_every_term() -> None:
     objective, logits, tokens, models = random_case("opd-grpo")
     plain = evaluate(objective, logits, tokens, models)

@@ -1,6 +1,8 @@
 """The student's packed forward against the plain forward of transformers."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +77,33 @@ def test_a_forward_that_scales_its_logits_in_an_unknown_way_is_refused_in_one_se
     with pytest.raises(ModelError, match="two packed sequences differ by") as error:
         check_forward(student, "tiny")
     assert "\n" not in str(error.value)
+
+
+class Rounding:
+    """Stands for a student whose packed forward gives every probe token 0.66 nats more than its own forward alone."""
+
+    head = SimpleNamespace(weight=torch.zeros(VOCABULARY, 4, dtype=torch.bfloat16))
+
+    def __init__(self, logprob):
+        self.logprob, self.causal_lm = logprob, self.alone
+
+    def eval(self):
+        pass
+
+    def alone(self, input_ids, use_cache):
+        others = math.log((1 - math.exp(self.logprob)) / (VOCABULARY - 1))
+        logits = torch.full((1, input_ids.shape[1], VOCABULARY), others)
+        logits[0, torch.arange(input_ids.shape[1] - 1), input_ids[0, 1:]] = self.logprob
+        return SimpleNamespace(logits=logits)
+
+    def __call__(self, batch):
+        return torch.zeros(()), *[torch.full((len(batch.tokens),), self.logprob + 0.66)] * 4
+
+
+def test_rounding_of_an_unlikely_token_is_no_fault_in_bfloat16():
+    check_forward(Rounding(-22.9), "rounding")  # up to 0.25 x (1 + 22.9 / 8) = 0.97 nats
+    with pytest.raises(ModelError, match=r"differ by 0\.66"):
+        check_forward(Rounding(-1.0), "rounding")  # up to 0.25 x (1 + 1 / 8) = 0.28
 
 
 def test_a_model_without_attention_is_refused_in_one_sentence(tmp_path):

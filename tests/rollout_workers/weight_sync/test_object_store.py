@@ -9,36 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
-import torch
 
 from rollout_workers.vllm_engine import common_checksum
-from rollout_workers.weight_sync.object_store import BucketMessage, map_memory, missing_parameters, tied_layers
+from rollout_workers.weight_sync.object_store import BucketMessage, map_memory, reason_of
 from rollout_workers.weight_sync.shared_memory import mappable, region_in_store, shared_memory
-
-PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-
-
-def test_a_parameter_that_no_name_touched_is_missing() -> None:
-    assert missing_parameters({"norm.weight", "embed.weight"}, {"embed.weight"}, {"embed.weight"}, {}) == [
-        "norm.weight"
-    ]
-
-
-def test_one_absent_part_of_a_packed_parameter_is_missing() -> None:
-    received = {"layers.0.q_proj.weight", "layers.0.v_proj.weight"}
-    names = {"layers.0.qkv_proj.weight"}
-    assert missing_parameters(names, names, received, PACKED) == ["layers.0.k_proj.weight"]
-
-
-def test_a_packed_parameter_that_arrives_under_other_names_is_not_missing() -> None:
-    names = {"layers.0.qkv_proj.weight"}
-    assert missing_parameters(names, names, {"h.0.attn.c_attn.weight"}, PACKED) == []
-
-
-def test_the_second_owner_of_a_parameter_is_tied() -> None:
-    model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4, bias=False), torch.nn.Linear(2, 4))
-    model[1].weight = model[0].weight
-    assert tied_layers(model) == [model[1]]
 
 
 def test_bytes_outlive_the_senders_descriptor() -> None:
@@ -50,7 +24,7 @@ def test_bytes_outlive_the_senders_descriptor() -> None:
 
 READ = """
 import hashlib, sys
-from rollout_workers.weight_sync.object_store import BucketMessage, map_memory
+from rollout_workers.weight_sync.object_store import BucketMessage, map_memory, reason_of
 for path, num_bytes, offset in zip(*[iter(sys.argv[1:])] * 3):
     message = BucketMessage([""], [""], [], "", path, int(num_bytes), int(offset))
     print(hashlib.md5(map_memory(message)).hexdigest())
@@ -84,3 +58,9 @@ def test_bytes_outside_the_object_store_are_copied_for_the_other_process() -> No
 
 def test_ranks_that_received_the_same_bytes_have_one_checksum() -> None:
     assert common_checksum([{"checksum": "ab", "fault": None}] * 2, 3) == "ab"
+
+
+def test_what_a_model_says_of_a_tensor_is_one_sentence_without_all_its_names() -> None:
+    named = "There is no module or parameter named 'model.a' in Model. The available parameters belonging to model are"
+    assert reason_of(ValueError(f"{named}: b, c")) == "There is no module or parameter named 'model.a' in Model"
+    assert reason_of(AssertionError()) == "AssertionError"

@@ -72,6 +72,7 @@ class FakeServer:
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
+            request_queue_size = 64
 
             def handle_error(self, *_: Any) -> None:
                 pass  # a client that went away

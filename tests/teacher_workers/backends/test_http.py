@@ -24,9 +24,11 @@ from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import make_generated
 from cluster.demo import EMBEDDED
 from cluster.models.model_checks import ModelFacts, read_model
+from teacher_workers.actor import TeacherWorker
 from teacher_workers.backends.base import FLOOR, check_signals, check_teacher
 from teacher_workers.backends.http import HttpBackend
 from tests.builders import make_config, make_trajectory
+from tests.leak_check import wait_until
 from tests.teacher_workers.backends.fake_server import FakeServer, Positions, make_table
 
 SAMPLED, TOP_3 = ScoreRequest("teacher"), ScoreRequest("teacher", top_k=3)
@@ -68,19 +70,6 @@ def student() -> ModelFacts:
     return read_model(StudentConfig(str(EMBEDDED / "student")), is_student=True)
 
 
-def test_an_excluded_token_gives_its_probability_to_all_others() -> None:
-    with FakeServer("vllm") as server:
-        table = server.table
-        excluded = int(np.argmax(table[2]))  # the most likely behind the first place; 3 was sampled there
-        assert excluded != 3
-        scores, _ = score(teacher_at(server, excluded_token_ids=(excluded,)), TOP_3)
-    ids, logprobs = scores["candidate_ids"][0], scores["candidate_logprobs"][0]
-    left = math.log(1 - math.exp(table[2, excluded]))
-    assert (ids[0], logprobs[0]) == (excluded, FLOOR)
-    assert logprobs[1:] == pytest.approx(table[2, ids[1:]] - left, abs=1e-5)
-    assert scores["logprobs"][0] == pytest.approx(table[2, 3] - left, abs=1e-5)
-
-
 @pytest.mark.parametrize("form", ["vllm", "echo"])
 def test_sampled_tokens_and_the_most_likely_ones_get_the_scores_of_the_places_before_them(form: Any) -> None:
     with FakeServer(form) as server:
@@ -103,6 +92,30 @@ def test_a_server_that_names_tokens_by_their_texts_scores_the_sampled_ones() -> 
     assert scores["logprobs"] == pytest.approx([server.table[pair] for pair in PAIRS], abs=1e-6)
 
 
+@pytest.mark.parametrize("request_", [SAMPLED, TOP_3])
+def test_an_excluded_token_gives_its_probability_to_all_others(request_: ScoreRequest) -> None:
+    with FakeServer() as server:
+        table = server.table
+        excluded = int(np.argmax(table[2]))  # the most likely behind the first place; 3 was sampled there
+        assert excluded != 3
+        scores, _ = score(teacher_at(server, excluded_token_ids=(excluded,)), request_)
+    left = math.log(1 - math.exp(table[2, excluded]))
+    assert scores["logprobs"][0] == pytest.approx(table[2, 3] - left, abs=1e-5)
+    if request_.top_k:
+        others = [token_id for token_id in np.argsort(-table[2]) if token_id != excluded][:3]
+        assert scores["candidate_ids"][0].tolist() == others
+        assert scores["candidate_logprobs"][0] == pytest.approx(table[2, others] - left, abs=1e-5)
+
+
+def test_excluded_tokens_come_last_where_a_server_lists_nothing_else() -> None:
+    with FakeServer() as server:
+        likely = tuple(np.argsort(-server.table[2])[:7].tolist())  # all that are asked for, the four spare ones too
+        scores, _ = score(teacher_at(server, excluded_token_ids=likely), TOP_3)
+    assert scores["candidate_ids"][0, 0] == 3  # which was sampled, and is listed for that
+    assert set(scores["candidate_ids"][0, 1:]) <= set(likely)
+    assert scores["candidate_logprobs"][0, 1:].tolist() == [FLOOR, FLOOR]
+
+
 def test_what_goes_out_is_token_ids_at_temperature_1() -> None:
     with FakeServer() as server:
         score(teacher_at(server), TOP_3)
@@ -119,20 +132,21 @@ def test_a_failure_that_passes_is_tried_again_and_counted(status: int) -> None:
 
 
 def test_a_server_that_goes_away_and_comes_back_scores_every_row() -> None:
-    with FakeServer(seconds=0.05) as server:
-        teacher = teacher_at(server, retry_seconds=30, engine=EngineConfig(max_concurrent_sequences=4))
-        server.__exit__()
+    with FakeServer(seconds=0.2) as server:
 
-        def come_back() -> None:
-            time.sleep(0.5)
+        def go_away_and_come_back() -> None:
+            wait_until(lambda: len(server.requests) >= 4, poll_seconds=0.01)
+            server.__exit__()
+            time.sleep(0.3)
             server.__enter__()
 
-        thread = threading.Thread(target=come_back)
+        thread = threading.Thread(target=go_away_and_come_back)
         thread.start()
+        teacher = teacher_at(server, retry_seconds=30, engine=EngineConfig(max_concurrent_sequences=4))
         scores, metrics = score(teacher, SAMPLED, rows=12)
         thread.join()
-    assert len(scores["logprobs"]) == 36
-    assert metrics["teacher/retries"] >= 4
+    assert scores["logprobs"] == pytest.approx([server.table[pair] for pair in PAIRS] * 12, abs=1e-6)
+    assert metrics["teacher/retries"] >= 1
 
 
 def test_several_urls_divide_the_rows_and_the_living_one_takes_those_of_the_dead() -> None:
@@ -175,6 +189,19 @@ def test_a_server_that_is_not_there_is_one_sentence_with_its_url() -> None:
         pass
     with pytest.raises(ScoreError, match=re.escape(server.url) + "/completions cannot be reached: .+"):
         score(teacher_at(server), SAMPLED)
+
+
+def test_what_a_server_gives_up_as_it_ends_is_asked_again() -> None:
+    ended = [False, True]  # of the completions in their order
+
+    def give_up(body: bytes) -> bytes:
+        return b'{"choices": [{"text": ""}]}' if ended and ended.pop(0) else body
+
+    with FakeServer(body=give_up) as server:
+        teacher = teacher_at(server, retry_seconds=30, engine=EngineConfig(max_concurrent_sequences=1))
+        scores, metrics = score(teacher, SAMPLED, rows=3)
+    assert len(scores["logprobs"]) == 9
+    assert metrics["teacher/retries"] == 1
 
 
 def each(change: Callable[[int, float], tuple[int, float]]) -> Callable[[Positions], Positions]:
@@ -221,9 +248,26 @@ def test_scores_that_are_all_alike_are_refused_and_those_of_a_certain_teacher_ar
         FakeServer(table=np.full((112, 112), -math.log(112))) as uniform,
         FakeServer(table=np.zeros((112, 112))) as certain,
     ):
-        with pytest.raises(UniformError, match=r"all 9 tokens were scored -4.7185, so the scores say nothing"):
+        with pytest.raises(
+            UniformError, match=r"^http://.*/v1: all 9 tokens were scored -4.7185, so the scores say nothing"
+        ):
             score(teacher_at(uniform), SAMPLED, rows=3)
         assert score(teacher_at(certain), SAMPLED, rows=3)[0]["logprobs"].tolist() == [0.0] * 9
+
+
+def test_the_sentence_names_the_teacher_too() -> None:
+    async def run(server: FakeServer) -> None:
+        worker = TeacherWorker("teacher-main-0", HttpBackend(teacher_at(server), max_model_len=64))
+        try:
+            await worker.score(make_rows(), SAMPLED)
+        finally:
+            await worker.backend.shutdown()
+
+    with (
+        FakeServer(failures=[-503]) as server,
+        pytest.raises(ScoreError, match=r"^teacher-main-0: http://127.* answered 503: no luck$"),
+    ):
+        asyncio.run(run(server))
 
 
 def test_minus_infinity_counts_as_the_lowest_score() -> None:
