@@ -65,7 +65,8 @@ class TeacherBackend(Protocol):
         """Return the signals of `request.signals` for all tokens whose loss_mask is 1, and metrics of the backend.
 
         The token at position t is predicted from those before it. Rows come one after the other, as in
-        `rollout_logprobs`; a row may have several sampled spans, or none.
+        `rollout_logprobs`; a row may have several sampled spans, or none. Candidates that a teacher chooses may not
+        depend on which token was sampled: what corrects the tail of a top-k divergence would be biased.
 
         Raises:
             ScoreError: the scores cannot be training data.
