@@ -71,7 +71,7 @@ def test_rewards_add_up_by_their_weights_and_a_verifier_without_an_answer_has_no
 def test_a_call_that_takes_too_long_is_ended_and_counted_and_gives_no_reward() -> None:
     began = time.monotonic()
     weights = {f"{OWN}:half": 1.0, f"{OWN}:slow": 1.0}
-    assert reward_all(weights, ("a", None), ("wait", None), ("a", None), seconds=2.0) == (
+    assert reward_all(weights, ("a", None), ("wait", None), ("a", None), seconds=4.0) == (
         1.5,
         None,
         1.5,
