@@ -116,6 +116,6 @@ def test_the_embedded_pair_passes_every_self_check() -> None:
     assert found.code == 0, found.output + found.error
     assert "FAIL" not in found.output
     assert "between 2 replica(s)" in found.output
-    gradients = re.findall(r"term '(\w+)' at student = teacher: gradient norm (\S+)", found.output)
+    gradients = re.findall(r"term '(\w+)' at student = teacher: gradient norm ([\d.e+-]+)", found.output)
     assert [name for name, _ in gradients] == list(CHECKED_TERMS)
     assert all(float(norm) < 1e-5 for _, norm in gradients)
