@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -166,7 +167,8 @@ class CompletionsClient:
         ids, refusals, url = token_ids.tolist(), [], ""
         for echoes in (False, True) if self._echoes is None else (self._echoes,):
             try:
-                url, choice = await self._ask("POST", "/completions", self._read, self._body(ids, top_k, echoes))
+                read, body = partial(self._read, echoes), self._body(ids, top_k, echoes)
+                url, choice = await self._ask("POST", "/completions", read, body)
             except _RefusedError as error:
                 refusals.append(error)
                 continue
@@ -177,14 +179,14 @@ class CompletionsClient:
             raise refusals[0]
         raise ScoreError(f"{url} {NO_LOGPROBS}; a teacher needs vLLM's prompt_logprobs, or echo with logprobs")
 
-    def _read(self, url: str, content: bytes) -> _Choice:
+    def _read(self, echoes: bool, url: str, content: bytes) -> _Choice:
         try:
             [choice] = msgspec.json.decode(content, type=_Completion).choices
         except ValueError as error:
             if no_number := NO_NUMBER.search(content):
                 raise NotFiniteError(f"{url} answered {no_number[1].decode()} as a log-probability") from error
             raise ScoreError(f"{url} answered no list of log-probabilities: {error}") from error
-        if choice.is_empty and self._echoes is not None:  # a server that ends gives up what it was asked
+        if choice.is_empty and self._echoes == echoes:  # a server that ends gives up what it was asked
             raise _PassingError(f"{url} {NO_LOGPROBS}")
         return choice
 

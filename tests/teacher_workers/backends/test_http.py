@@ -84,6 +84,19 @@ def test_sampled_tokens_and_the_most_likely_ones_get_the_scores_of_the_places_be
     assert metrics == {"teacher/retries": 0}
 
 
+def test_rows_that_are_asked_for_before_the_form_is_known_find_it_each_by_itself() -> None:
+    late = [False, True]  # the second row's first answer comes after all of the first row's
+
+    def delayed(body: bytes) -> bytes:
+        time.sleep(0.5 if late and late.pop(0) else 0)
+        return body
+
+    with FakeServer("echo", body=delayed) as server:
+        scores, metrics = score(teacher_at(server), TOP_3, rows=2)
+    assert scores["logprobs"] == pytest.approx([server.table[pair] for pair in PAIRS] * 2, abs=1e-6)
+    assert (len(server.requests), metrics["teacher/retries"]) == (4, 0)
+
+
 def test_a_server_that_names_tokens_by_their_texts_scores_the_sampled_ones() -> None:
     with FakeServer("echo of texts") as server:
         scores, _ = score(teacher_at(server), SAMPLED)
