@@ -82,7 +82,7 @@ def test_eight_gpus_are_divided(prompts: Path) -> None:
         ([r"\frac{1}{2}", "$x$"], "math"),
         (["Rome", "Paris"], "exact"),
         (["(A)", "(B)"], "exact"),  # begin like formulas, and math-verify reads none in them
-        ([".*", "a+", "\\d", "("], "exact"),  # patterns but for the last
+        ([".*", r"\d+", "(?:a)", "("], "exact"),  # patterns but for the last
     ],
 )
 def test_answers_choose_the_verifier(tmp_path: Path, answers: list[str], verifier: str) -> None:

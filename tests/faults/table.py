@@ -7,6 +7,7 @@ from tests.faults.fault import Fault
 from tests.faults.tables import (
     alignment,
     estimators,
+    first_run,
     gradient,
     models,
     objective,
@@ -28,5 +29,6 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "teachers": teachers.FAULTS,
     "models": models.FAULTS,
     "run": run.FAULTS,
+    "first_run": first_run.FAULTS,
 }
 FAULTS = tuple(fault for faults in AREAS.values() for fault in faults)
