@@ -47,7 +47,7 @@ def compare(
         kind for kind in UNUSED if getattr(student.tokenizer, kind, None) != getattr(teacher.tokenizer, kind, None)
     ]
     if unused:
-        parts.append(f"its {', '.join(unused)} differ, which a teacher does not use")
+        parts.append(f"not used and different: its {', '.join(unused)}")
     ends = frozenset(teacher.stops - tokens.teacher_only.keys())
     return Pair(tuple(sorted(tokens.teacher_only)), ends, f"teachers.{name}: {'; '.join(parts)}" if parts else "")
 
