@@ -12,6 +12,8 @@ import pytest
 from tests.architectures.models import ARCHITECTURES, write_model
 from tests.architectures.weight_path import TOLERANCE
 
+# vLLM runs these by transformers' classes, which it changes: a learner in the same process runs them no more.
+NOT_IN_ONE_PROCESS = ("olmo2", "smollm3")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
@@ -43,5 +45,6 @@ def test_experts_follow_the_learner_and_one_that_stays_behind_is_an_error(tmp_pa
 
 @pytest.mark.exhaustive
 def test_every_architecture_follows_the_learner(tmp_path: Path) -> None:
-    for answer in tried(tuple(ARCHITECTURES), tmp_path).values():
+    names = tuple(name for name in ARCHITECTURES if name not in NOT_IN_ONE_PROCESS)
+    for answer in tried(names, tmp_path).values():
         check(answer)

@@ -49,8 +49,6 @@ class Learner:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.engine = ReferenceEngine(load_student(StudentConfig(str(folder)), FP32), FP32)
-        for module in self.engine.student.causal_lm.modules():
-            module.do_not_compile = True  # vLLM changes the classes of models that it has from transformers
 
     @torch.no_grad()
     def change_weights(self, seed: int, every: int = 1) -> None:
