@@ -87,7 +87,8 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedConfig]] = {
     "granite": lambda: GraniteConfig(
         **SIZES, embedding_multiplier=2.0, logits_scaling=2.0, residual_multiplier=0.5, attention_multiplier=0.2
     ),
-    "cohere2": lambda: Cohere2Config(**WIDE_HEADS, sliding_window=64),
+    # vLLM's window is a token longer than transformers', so nothing here is longer than the window.
+    "cohere2": lambda: Cohere2Config(**WIDE_HEADS, sliding_window=CONTEXT_TOKENS),
     "smollm3": lambda: SmolLM3Config(**SIZES),
 }
 
