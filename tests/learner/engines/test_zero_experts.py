@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.learner.support import SMALL
@@ -31,7 +32,8 @@ scored = make_scored(OBJECTIVES["topk"])
 rows = trajectories([scored])
 (grids,) = plan_step([len(row.token_ids) for row in rows], 1, 1000)
 batch, objective = build_micro_batch(grids[0], rows, seed=0), Objective(OBJECTIVES["topk"])
-settings = {"dtype": "float32", "learning_rate": 1e-2, "num_workers": 2}
+# With AdamW's own epsilon, a gradient that is nothing but rounding would move a weight as far as any other.
+settings = {"dtype": "float32", "learning_rate": 1e-2, "num_workers": 2, "epsilon": 1e-3}
 
 def trained(engine):
     evaluation = engine.forward(batch, objective)
@@ -50,13 +52,15 @@ for stage in (2, 3):
     found = trained(engine)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=f"stage {stage}: {name}")
+        where = f"stage {stage}: {name}"
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=lambda said: f"{where}: {said}")
 print("as in plain torch")
 """
 
 
 def test_gathered_experts_are_those_of_plain_torch(tmp_path: Path) -> None:
     config = Qwen3MoeConfig(**SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "student")
     ranks = []
     for rank in range(2):
