@@ -11,6 +11,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_file import load_run_config
 from cluster.demo import EMBEDDED
 from cluster.run.inputs import load_inputs
+from tests.end_to_end.runs import preceptor
 from tests.tiny_qwen3 import write_tiny_qwen3
 
 PAIR = ("--student", str(EMBEDDED / "student"), "--teacher", str(EMBEDDED / "teacher"))
@@ -101,7 +102,9 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(prompts: Path, capsys
 def test_a_run_file_of_the_embedded_pair_trains_without_an_edit(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     init(prompts, "--gpus", "0")
     monkeypatch.chdir(prompts.parent)
-    assert main(["train", "run.toml", "run.steps=2", "ray.dashboard=false"]) == 0
+    # In a process of its own: this one may have a Ray cluster already.
+    found = preceptor("train", "run.toml", "run.steps=2", "ray.dashboard=false")
+    assert found.code == 0, found.output + found.error
     assert len((prompts.parent / "runs/run/metrics.jsonl").read_text().splitlines()) == 2
 
 
