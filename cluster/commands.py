@@ -98,9 +98,8 @@ def check_run(config: Config) -> bool:
         view.say(f"  ok    context: every engine has room for {inputs.max_model_len} tokens")
         results = run_live_checks(config, inputs, placement)
         for result in results:
-            advice = "" if result.passed else f" - {result.advice}"
-            view.say(f"  {'ok  ' if result.passed else 'FAIL'}  {result.name}: {result.measured}{advice}")
-        return all(result.passed for result in results)
+            view.say(f"  {result.describe()}")
+        return all(result.passed is not False for result in results)
 
 
 def _train(

@@ -39,12 +39,25 @@ class CheckResult:
 
     name: str
     measured: str
-    passed: bool
+    passed: bool | None  # None: it was not made
     advice: str  # what to do when it did not pass
+
+    def describe(self) -> str:
+        """Return its line for the user.
+
+        Example:
+            >>> CheckResult("gap", "0.2 nats", passed=False, advice="compare dtypes").describe()
+            'FAIL  gap: 0.2 nats - compare dtypes'
+        """
+        mark = {True: "ok  ", False: "FAIL", None: "skip"}[self.passed]
+        return f"{mark}  {self.name}: {self.measured}{'' if self.passed else f' - {self.advice}'}"
 
 
 NO_GPU = CheckResult(
-    "student scored as its own teacher", "skipped: the teacher's workers have no GPU that would serve it", True, ""
+    "student scored as its own teacher",
+    "not checked, for the teacher's workers have no GPU that would serve it",
+    None,
+    "check a run file whose teacher has a GPU, once",
 )
 
 

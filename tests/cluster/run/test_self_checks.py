@@ -2,7 +2,14 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.contracts.trajectory import add_scores, make_generated
-from cluster.run.preflight import check_not_uniform, check_replicas, check_sampler_gap, check_self_kl, sample_plainly
+from cluster.run.preflight import (
+    NO_GPU,
+    check_not_uniform,
+    check_replicas,
+    check_sampler_gap,
+    check_self_kl,
+    sample_plainly,
+)
 from tests.builders import make_config, make_trajectory
 
 
@@ -39,3 +46,7 @@ def test_a_shift_by_one_token_fails_the_self_kl() -> None:
     half = float(np.log(0.5))
     assert check_self_kl(make_scored(half, half, half), "float32").passed
     assert not check_self_kl(make_scored(-5.0, half, half), "float32").passed
+
+
+def test_a_check_that_is_not_made_is_no_ok() -> None:
+    assert NO_GPU.describe().startswith("skip  student scored as its own teacher: not checked")

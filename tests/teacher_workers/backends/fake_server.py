@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.config.stages import TeacherConfig
+
 VOCABULARY = 112  # of the embedded pair
 Positions = list[dict[int, float] | None]
 
@@ -149,3 +151,10 @@ class FakeServer:
                 for _, position in given
             ],
         }
+
+
+def teacher_at(*servers: FakeServer, **fields: Any) -> TeacherConfig:
+    """Return a teacher that these servers have; no request to it is tried again."""
+    urls = tuple(server.url for server in servers)
+    defaults: dict[str, Any] = {"request_timeout_seconds": 5.0, "retry_seconds": 0.0}
+    return TeacherConfig("big", url=urls if len(urls) > 1 else urls[0], **{**defaults, **fields})

@@ -29,15 +29,9 @@ from teacher_workers.backends.base import FLOOR, check_signals, check_teacher
 from teacher_workers.backends.http import HttpBackend
 from tests.builders import make_config, make_trajectory
 from tests.leak_check import wait_until
-from tests.teacher_workers.backends.fake_server import FakeServer, Positions, make_table
+from tests.teacher_workers.backends.fake_server import FakeServer, Positions, make_table, teacher_at
 
 SAMPLED, TOP_3 = ScoreRequest("teacher"), ScoreRequest("teacher", top_k=3)
-
-
-def teacher_at(*servers: FakeServer, **fields: Any) -> TeacherConfig:
-    urls = tuple(server.url for server in servers)
-    defaults: dict[str, Any] = {"request_timeout_seconds": 5.0, "retry_seconds": 0.0}
-    return TeacherConfig("big", url=urls if len(urls) > 1 else urls[0], **{**defaults, **fields})
 
 
 def make_rows(count: int = 1) -> pa.RecordBatch:
