@@ -5,7 +5,7 @@ means is refused, unless `teachers.NAME.accept_differences` names it; any other 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.errors import ModelError
+from cluster.contracts.errors import ConfigError, ModelError
 from cluster.models.model_checks import ModelFacts
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Pair:
 
     excluded_ids: tuple[int, ...] = ()  # tokens that only the teacher has
     stop_ids: frozenset[int] = frozenset()  # that end the teacher's turns, and are the same tokens for the student
+    own_stop_ids: frozenset[int] = frozenset()  # that end them and are the teacher's alone
     accepted: str = ""  # the differences, for the user; "": none
 
 
@@ -48,8 +49,9 @@ def compare(
     ]
     if unused:
         parts.append(f"not used and different: its {', '.join(unused)}")
-    ends = frozenset(teacher.stops - tokens.teacher_only.keys())
-    return Pair(tuple(sorted(tokens.teacher_only)), ends, f"teachers.{name}: {'; '.join(parts)}" if parts else "")
+    ends, own = teacher.stops - tokens.teacher_only.keys(), teacher.stops & tokens.teacher_only.keys()
+    accepted = f"teachers.{name}: {'; '.join(parts)}" if parts else ""
+    return Pair(tuple(sorted(tokens.teacher_only)), ends, own, accepted)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Pairs:
 
     stop_token_ids: tuple[int, ...] = ()  # that end the turns of one model, and not of all
     excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
+    stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all; empty: each by itself
+    own_stop_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)  # teacher -> further ids of its class
     lines: tuple[str, ...] = ()  # for the user
 
     def apply(self, config: Config) -> Config:
@@ -68,8 +72,14 @@ class Pairs:
             >>> Pairs(stop_token_ids=(7,)).apply(make_config()).rollout.stop_token_ids
             (7,)
         """
-        rollout = replace(config.rollout, stop_token_ids=_union(config.rollout.stop_token_ids, self.stop_token_ids))
-        teachers = {name: excluding(section, self.excluded_ids) for name, section in config.teachers.items()}
+        stop_token_ids = _union(config.rollout.stop_token_ids, self.stop_token_ids)
+        rollout = replace(config.rollout, stop_token_ids=stop_token_ids)
+        if self.stop_class:
+            rollout = replace(rollout, stop_class=self.stop_class)
+        teachers = {
+            name: merging(excluding(section, self.excluded_ids), self.stop_class, self.own_stop_ids.get(name, ()))
+            for name, section in config.teachers.items()
+        }
         return replace(config, rollout=rollout, teachers=teachers)
 
 
@@ -86,7 +96,48 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
     ends = [student.stops, *(pair.stop_ids for pair in pairs.values())]
     further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
-    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), tuple(lines))
+    own = {name: pair.own_stop_ids for name, pair in pairs.items()}
+    stop_class = find_stop_class(config, student, teachers.values(), frozenset.union(*ends, stop_ids), any(own.values()))
+    if stop_class:
+        vocabulary = {token_id: token for token, token_id in student.tokenizer.get_vocab().items()}
+        named = ", ".join(repr(vocabulary.get(token_id, token_id)) for token_id in stop_class)
+        lines.append(f"{named} end completions and count as one token, the first (rollout.stop_class)")
+    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), stop_class, own, tuple(lines))
+
+
+def find_stop_class(
+    config: Config, student: ModelFacts, teachers: Iterable[ModelFacts], ends: Iterable[int], has_more: bool
+) -> tuple[int, ...]:
+    """Return the ids that end completions, as one class; none where there is one, or the run file wants none.
+
+    The student's EOS comes first, or the lowest id: it is written for all of them, and every model has it. `has_more`:
+    a teacher has further ids of its own.
+
+    Raises:
+        ConfigError: ids are to be merged and the rollout engine cannot do so.
+    """
+    written, eos = config.rollout.stop_class, student.tokenizer.eos_token_id
+    shared = min([student.vocabulary, *(teacher.vocabulary for teacher in teachers)])
+    found = [token_id for token_id in sorted(set(ends), key=lambda token_id: (token_id != eos, token_id))]
+    known = [token_id for token_id in (found if written is None else written) if token_id < student.vocabulary]
+    known.sort(key=lambda token_id: token_id >= shared)
+    if not known or known[0] >= shared or len(known) + has_more < 2:
+        return ()
+    if "speculative_config" in config.rollout.engine.extra:
+        raise ConfigError(
+            f"rollout.engine.extra.speculative_config: vLLM decodes speculatively without logits processors, which "
+            f"make one token of the ids {known} that end a completion; leave it out, or set rollout.stop_class = []"
+        )
+    return tuple(known)
+
+
+def merging(section: TeacherConfig, stop_class: Sequence[int], own_ids: Iterable[int]) -> TeacherConfig:
+    """Return a teacher's section that counts the class and its own further stop ids as one token."""
+    if not stop_class:
+        return section
+    merged = (*stop_class, *sorted(set(own_ids) - set(stop_class)))
+    excluded = tuple(token_id for token_id in section.excluded_token_ids if token_id not in merged)
+    return replace(section, stop_class=merged, excluded_token_ids=excluded)
 
 
 def excluding(section: TeacherConfig, token_ids: Sequence[int]) -> TeacherConfig:

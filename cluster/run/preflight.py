@@ -96,6 +96,7 @@ def mirror(config: Config) -> Config:
             student.model,
             trust_remote_code=student.trust_remote_code,
             base=teacher.base,
+            stop_class=config.rollout.stop_class or (),
             # On a shared GPU it takes the teacher's place.
             engine=msgspec.structs.replace(
                 config.rollout.engine, gpu_memory_fraction=teacher.engine.gpu_memory_fraction, sleep=False

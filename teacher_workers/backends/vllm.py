@@ -32,7 +32,13 @@ class VllmBackend(HiddenStatesBackend):
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Read the LM head and start the engine; raise ModelError if that fails."""
-        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype, teacher.excluded_token_ids)
+        head = load_lm_head(
+            teacher.model,
+            teacher.trust_remote_code,
+            teacher.engine.dtype,
+            teacher.excluded_token_ids,
+            teacher.stop_class,
+        )
         self._teacher = teacher
         self._role = EngineRole(
             max_model_len=max_model_len,

@@ -170,8 +170,14 @@ def test_completions_end_where_either_model_does(folder: Path) -> None:
         load_inputs(config(folder))
     accepting = config(folder, 'teachers.main.accept_differences=["eos"]')
     inputs = load_inputs(accepting)
-    assert train_sampling(inputs.pairs.apply(accepting)).stop_token_ids == (3,)
-    assert inputs.pairs.lines == ("teachers.main: completions end at 'halt' too",)
+    resolved = inputs.pairs.apply(accepting)
+    assert train_sampling(resolved).stop_token_ids == (3,)
+    assert train_sampling(resolved).stop_class == resolved.teachers["main"].stop_class == (1, 3)
+    assert inputs.pairs.lines == (
+        "teachers.main: completions end at 'halt' too",
+        "'<eos>', 'halt' end completions and count as one token, the first (rollout.stop_class)",
+    )
+    assert load_inputs(resolved).pairs.apply(resolved) == resolved  # as a run that goes on has it
 
 
 def test_completions_of_a_teacher_end_where_the_student_does(folder: Path) -> None:
