@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -102,7 +102,7 @@ class RunView:
         with self._lock:
             if not self.record:
                 return Group()
-            lines = [self._headline(), self._pools(), self._curves_drawn()]
+            lines: list[RenderableType] = [self._headline(), self._pools(), self._curves_drawn()]
             if self.alarm:
                 lines.append(Text(f"last {self.alarm}", style="bold", overflow="ellipsis", no_wrap=True))
             return Group(*lines)
