@@ -1,7 +1,7 @@
 """Merges stop ids inside vLLM, by logits processors that work before temperature, penalties aside.
 
 A request turns this on by an entry of `SamplingParams.extra_args` that `request_merging` makes; others keep their
-logits. vLLM has two model runners, each with an interface of its own for logits processors: V1 serves on CPU, V2 on GPU.
+logits. vLLM has two model runners, each with its own interface for logits processors: V1 serves on CPU, V2 on GPU.
 """
 
 from collections.abc import Mapping, Sequence

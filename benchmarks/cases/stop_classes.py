@@ -57,9 +57,7 @@ def config_of(folder: Path, arm: str, seed: int, num_steps: int, overrides: Sequ
 
     write_teacher(EMBEDDED / "student", folder / "teacher")
     places = [f"teachers.countdown.model={folder / 'teacher'}", f"run.directory={folder}"]
-    return embedded_config(
-        [*SETTINGS, *places, f"run.seed={seed}", f"run.steps={num_steps}", *ARMS[arm], *overrides]
-    )
+    return embedded_config([*SETTINGS, *places, f"run.seed={seed}", f"run.steps={num_steps}", *ARMS[arm], *overrides])
 
 
 def run_arm(arm: str, seed: int, num_steps: int, overrides: Sequence[str]) -> list[tuple[float, float]]:

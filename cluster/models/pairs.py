@@ -97,7 +97,9 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
     further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
     own = {name: pair.own_stop_ids for name, pair in pairs.items()}
-    stop_class = find_stop_class(config, student, teachers.values(), frozenset.union(*ends, stop_ids), any(own.values()))
+    stop_class = find_stop_class(
+        config, student, teachers.values(), frozenset.union(*ends, stop_ids), any(own.values())
+    )
     if stop_class:
         vocabulary = {token_id: token for token, token_id in student.tokenizer.get_vocab().items()}
         named = ", ".join(repr(vocabulary.get(token_id, token_id)) for token_id in stop_class)
@@ -118,8 +120,8 @@ def find_stop_class(
     """
     written, eos = config.rollout.stop_class, student.tokenizer.eos_token_id
     shared = min([student.vocabulary, *(teacher.vocabulary for teacher in teachers)])
-    found = [token_id for token_id in sorted(set(ends), key=lambda token_id: (token_id != eos, token_id))]
-    known = [token_id for token_id in (found if written is None else written) if token_id < student.vocabulary]
+    by_default = sorted(set(ends), key=lambda token_id: (token_id != eos, token_id))
+    known = [token_id for token_id in (by_default if written is None else written) if token_id < student.vocabulary]
     known.sort(key=lambda token_id: token_id >= shared)
     if not known or known[0] >= shared or len(known) + has_more < 2:
         return ()

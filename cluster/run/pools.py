@@ -130,7 +130,10 @@ def start_teacher_rollouts(
     teacher = with_gpus(config, placement.on_gpu).teachers[name]
     student = StudentConfig(teacher.model, teacher.trust_remote_code)
     settings = replace(
-        _rollout_settings(config, inputs), student=student, engine=teacher.engine, sampled_candidates=False,
+        _rollout_settings(config, inputs),
+        student=student,
+        engine=teacher.engine,
+        sampled_candidates=False,
         merges_stops=False,
     )
     return _start_rollouts(config, inputs, settings, placement.teachers[name], f"rollout-of-{name}")

@@ -14,6 +14,7 @@ from cluster.config.terms import Target
 from learner.loss.divergences import DIVERGENCES, Divergence
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.softmax import any_softmax, kth_largest, log_softmax, row_blocks
+from learner.loss.tails import find_log_tail, gradient_with_tail
 from learner.loss.targets import mixed_logits
 from learner.loss.term import Chunk, LossTerm, sum_of_terms, token_weights
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
@@ -35,10 +36,15 @@ def evaluate_listed(
     candidates, inside = _candidates(needs, logits, tokens)
     ids = torch.cat([tokens.target_ids[:, None], candidates], dim=-1)
     softmax = any_softmax(logits, ids, kernels)
-    losses, by_logprobs = sum_of_terms(
-        terms, Chunk(tokens, plan, softmax.logprobs.clone(), needs.sampled_candidates, inside)
+    log_tail = None if needs.sampled_candidates else find_log_tail(softmax, candidates, inside)
+    losses, by_logprobs, by_tail = sum_of_terms(
+        terms, Chunk(tokens, plan, softmax.logprobs.clone(), needs.sampled_candidates, inside, log_tail=log_tail)
     )
-    gradient = softmax.gradient(ids, by_logprobs) if with_gradient else None
+    gradient = None
+    if with_gradient and (log_tail is None or by_tail is None):
+        gradient = softmax.gradient(ids, by_logprobs)
+    elif with_gradient:
+        gradient = gradient_with_tail(softmax, ids, inside, by_logprobs, log_tail, by_tail)
     probabilities = softmax.logprobs[:, 1:].exp() * (tokens.candidate_ids < logits.shape[-1])  # 0 of padded ones
     mass = _mass(tokens.candidate_ids, probabilities, needs.sampled_candidates)
     return Evaluation(losses.sum(), losses, softmax.logprobs[:, 0], softmax.entropy, mass, logits_gradient=gradient)
@@ -147,7 +153,7 @@ def _evaluate_block(
     others = {name: term for name, term in terms.items() if term.divergence is None}
     if others:
         chunk = Chunk(tokens, plan, sampled.clone(), exact_kl=lambda target: compare(target, REVERSE_KL, 0.0)[0])
-        of_others, by_sampled = sum_of_terms(others, chunk)
+        of_others, by_sampled, _ = sum_of_terms(others, chunk)
         losses = losses + of_others
         if mass is not None:
             p.mul_(mass)
