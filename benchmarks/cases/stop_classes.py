@@ -4,6 +4,8 @@ Through the whole pipeline, the embedded student learns from its own copy, in wh
 have changed places: the teacher ends where the student does, by the other id. Both ids end completions in every arm, so
 nothing but the objective can make them longer. The arms are the default, in which both ids count as one token, and
 `rollout.stop_class = []`, in which each counts by itself: the student unlearns its own end before it learns the other.
+
+A run is appended to a JSON-lines file as soon as it ends, and a second call does only what is missing there.
 """
 
 import argparse
@@ -40,15 +42,22 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-stop-classes.json")
     options, overrides = parser.parse_known_args()
-    rows = []
+    log = options.output.with_suffix(".jsonl")
     for seed in options.seeds:
         for arm in ARMS:
-            steps = run_arm(arm, seed, options.steps, overrides)
-            print(json.dumps({"arm": arm, "seed": seed, "lengths": [length for length, _ in steps]}), flush=True)
-            rows += rows_of(arm, seed, steps)
+            if not any((done["arm"], done["seed"]) == (arm, seed) for done in read_outcomes(log)):
+                steps = run_arm(arm, seed, options.steps, overrides)
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"arm": arm, "seed": seed, "steps": steps}) + "\n")
+    rows = [one for done in read_outcomes(log) for one in rows_of(**done)]
     print_rows(rows)
     write_rows(options.output, COMMAND, rows)
-    return 0 if all(found["met"] for found in rows if "met" in found) else 1
+    return 0 if all(one["met"] for one in rows if "met" in one) else 1
+
+
+def read_outcomes(log: Path) -> list[dict[str, Any]]:
+    """Return the runs that were done."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 def config_of(folder: Path, arm: str, seed: int, num_steps: int, overrides: Sequence[str] = ()) -> Config:

@@ -41,10 +41,10 @@ def evaluate_listed(
         terms, Chunk(tokens, plan, softmax.logprobs.clone(), needs.sampled_candidates, inside, log_tail=log_tail)
     )
     gradient = None
-    if with_gradient and (log_tail is None or by_tail is None):
-        gradient = softmax.gradient(ids, by_logprobs)
-    elif with_gradient:
+    if with_gradient and log_tail is not None and by_tail is not None:
         gradient = gradient_with_tail(softmax, ids, inside, by_logprobs, log_tail, by_tail)
+    elif with_gradient:
+        gradient = softmax.gradient(ids, by_logprobs)
     probabilities = softmax.logprobs[:, 1:].exp() * (tokens.candidate_ids < logits.shape[-1])  # 0 of padded ones
     mass = _mass(tokens.candidate_ids, probabilities, needs.sampled_candidates)
     return Evaluation(losses.sum(), losses, softmax.logprobs[:, 0], softmax.entropy, mass, logits_gradient=gradient)
