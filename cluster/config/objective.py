@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
+from msgspec.structs import replace
 
 from cluster.config.fields import Items, NonNegative, Section
-from cluster.config.terms import OUTSIDE_SUPPORT, TEACHER, AnyTerm, DivergenceTerm, Support, TaskRewardTerm
+from cluster.config.terms import (
+    OUTSIDE_SUPPORT,
+    TEACHER,
+    AnyTerm,
+    DivergenceTerm,
+    Support,
+    TaskRewardTerm,
+    WeightSchedule,
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,27 @@ class ObjectiveConfig(Section, frozen=True):
                 )
             if fault := term.fault(self.support):
                 raise ValueError(f"objective.terms.{name}: {fault}")
+
+    def check_other_samplers(self) -> None:
+        """Raise ValueError if a term cannot learn from rows that another sampler than the student's own wrote."""
+        for name, term in self.terms.items():
+            if not term.valid_for_other_samplers:
+                kind = term.__struct_config__.tag
+                raise ValueError(
+                    f"objective.terms.{name}: a {kind} learns from rows of another sampler by the current student's "
+                    "advantage and its ratio to the sampler; take importance.kind = 'truncated' and student = "
+                    "'current', or loss = 'cross_entropy'"
+                )
+
+    def scheduled_weights(self, step: int) -> dict[str, float]:
+        """Return the weights that change with the steps, as they are at optimizer step `step`, from 0."""
+        schedules = {name: term.weight for name, term in self.terms.items()}
+        return {name: weight.at(step) for name, weight in schedules.items() if isinstance(weight, WeightSchedule)}
+
+    def at(self, step: int) -> "ObjectiveConfig":
+        """Return the objective of optimizer step `step`, from 0: all weights are numbers."""
+        fixed = {name: replace(self.terms[name], weight=w) for name, w in self.scheduled_weights(step).items()}
+        return replace(self, terms={**self.terms, **fixed}) if fixed else self
 
     @property
     def needs(self) -> Needs:

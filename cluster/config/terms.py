@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, field
 
-from cluster.config.fields import LARGEST_FLOAT, Finite, Fraction, NonNegative, Positive, Section
+from cluster.config.fields import LARGEST_FLOAT, Count, Finite, Fraction, NonNegative, Positive, Section
 from cluster.contracts.import_path import is_import_path
 
 Support = Literal["sampled", "samples", "topk", "student_topk", "intersection", "full"]
@@ -46,15 +46,39 @@ class ImportanceConfig(Section, frozen=True):
             raise ValueError(f"low = {self.low} is not below high = {self.high}; no ratio would be left between them")
 
 
+class WeightSchedule(Section, frozen=True):
+    """Moves a weight linearly from one value to another over the first optimizer steps; then it stays.
+
+    Example:
+        >>> [WeightSchedule(start=1.0, to=0.0, over_steps=10).at(step) for step in (0, 4, 10, 99)]
+        [1.0, 0.6, 0.0, 0.0]
+    """
+
+    to: Finite
+    over_steps: Count  # the first step that has all of `to`; steps count from 0
+    start: Finite = field(name="from")
+
+    def at(self, step: int) -> float:
+        """Return the weight of optimizer step `step`, from 0: it depends on nothing else."""
+        share = min(1.0, step / self.over_steps)
+        return (1 - share) * self.start + share * self.to
+
+    @property
+    def largest(self) -> float:
+        """Return the end that is farther from 0."""
+        return max(self.start, self.to, key=abs)
+
+
 class Term(Section, frozen=True):
     """Holds what all terms have: how much they count, and at which tokens.
 
     Besides, each kind of term says of itself whether it `needs_first_pass` of whole trajectories under the current
-    student, whether its gradient `is_zero_at_the_student`, when all models of its target are the student, and its
+    student, whether its gradient `is_zero_at_the_student`, when all models of its target are the student, whether it is
+    `valid_for_other_samplers`: trajectories that another model, or the student with another prompt, wrote, and its
     `fault`: what it cannot have together under a support.
     """
 
-    weight: Finite = 1.0
+    weight: Finite | WeightSchedule = 1.0
     when: Condition = "always"
     threshold: NonNegative = 0.8  # nats; of teacher_entropy_above and teacher_entropy_below
 
@@ -82,6 +106,10 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
     @property
     def is_zero_at_the_student(self) -> bool:
         return math.isclose(sum(self.target.values()), 0.0 if self.student == "none" else 1.0)
+
+    @property
+    def valid_for_other_samplers(self) -> bool:
+        return self.importance.kind != "none" and self.student != "rollout"
 
     def fault(self, support: Support) -> str | None:
         if not any(self.target.values()):
@@ -112,6 +140,7 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
     """Differentiates a divergence between student and target over the support."""
 
     needs_first_pass: ClassVar[bool] = False
+    valid_for_other_samplers: ClassVar[bool] = True  # the residual has a ratio
 
     target: Target = field(default_factory=lambda: {TEACHER: 1.0})
     divergence: str = "reverse_kl"  # one of DIVERGENCE_NAMES, or one of your own as package.module:NAME
@@ -166,8 +195,33 @@ class TaskRewardTerm(Term, tag_field="loss", tag="task_reward", frozen=True):
     def needs_first_pass(self) -> bool:
         return self.importance.kind == "sequence_mask"
 
+    @property
+    def valid_for_other_samplers(self) -> bool:
+        return self.importance.kind != "none"
+
     def fault(self, _support: Support) -> str | None:
         return None  # a reward goes with every support
 
 
-AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm
+class GateConfig(Section, frozen=True):
+    """Weighs each token by sigmoid(kappa (log p - gamma)), p the student's: little where it would never write it."""
+
+    kappa: Positive = 2.0
+    gamma: Finite = -3.5  # nats
+
+
+class CrossEntropyTerm(Term, tag_field="loss", tag="cross_entropy", frozen=True):
+    """Takes -log p of the written token: imitates the sampler, and is meant for rows that another one wrote."""
+
+    target: ClassVar[Target] = {TEACHER: 1.0}  # of `when`
+    needs_first_pass: ClassVar[bool] = False
+    is_zero_at_the_student: ClassVar[bool] = False
+    valid_for_other_samplers: ClassVar[bool] = True
+
+    gate: GateConfig | None = None
+
+    def fault(self, _support: Support) -> str | None:
+        return None  # written tokens go with every support
+
+
+AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm | CrossEntropyTerm

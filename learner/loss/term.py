@@ -112,6 +112,7 @@ def sum_of_terms(terms: Mapping[str, LossTerm], chunk: Chunk) -> tuple[Tensor, T
 
 def token_weights(config: AnyTerm, chunk: Chunk) -> Tensor:
     """Return how much each token counts in the term, [n]."""
+    assert isinstance(config.weight, float | int), "`Objective` takes one step's"
     weights = config.weight * chunk.plan.weights
     if config.when == "always":
         return weights
