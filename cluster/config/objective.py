@@ -12,6 +12,8 @@ from msgspec.structs import replace
 
 from cluster.config.fields import Items, NonNegative, Section
 from cluster.config.terms import (
+    OF_GROUP,
+    OF_MODELS,
     OUTSIDE_SUPPORT,
     TEACHER,
     AnyTerm,
@@ -71,6 +73,11 @@ class ObjectiveConfig(Section, frozen=True):
                     f"objective.terms.{name}: when = 'outside_support' needs support topk, student_topk or "
                     f"intersection, found '{self.support}'"
                 )
+            if term.when in OF_MODELS and len(term.target) < 2:
+                raise ValueError(
+                    f"objective.terms.{name}: when = '{term.when}' compares the models of the term's target, which has "
+                    "one; name another, with coefficient 0 if it shall only be compared"
+                )
             if fault := term.fault(self.support):
                 raise ValueError(f"objective.terms.{name}: {fault}")
 
@@ -101,6 +108,7 @@ class ObjectiveConfig(Section, frozen=True):
         num_candidates = 0 if self.support in ("sampled", "full") else self.support_size - sampled_candidates
         of_student = sampled_candidates or self.support == "student_topk"
         of_entropy = ("teacher_entropy_above", "teacher_entropy_below")
+        of_group = any(term.when in OF_GROUP for term in terms)
         return Needs(
             models=tuple(dict.fromkeys([TEACHER, *(model for term in terms for model in term.target)])),
             num_candidates=num_candidates,
@@ -112,7 +120,7 @@ class ObjectiveConfig(Section, frozen=True):
             first_pass=bool(weights.position_importance)
             or weights.entropy in ("student", "both")
             or any(term.needs_first_pass for term in terms),
-            divides_by_deviation=next(iter(self._normalisations()), None),
+            divides_by_deviation=next(iter(self._normalisations()), of_group or None),
         )
 
     def _normalisations(self) -> set[bool]:

@@ -76,3 +76,83 @@ def test_cross_entropy_on_the_student_s_own_tokens_says_nothing_unless_some_are_
     chosen = {"loss": "cross_entropy", "when": "log_ratio_positive"}
     better = (TEACHER > STUDENT).double()
     assert_same(expected_gradient({"main": chosen}), slope(lambda p: -(STUDENT.exp() * better * p).sum(-1)))
+
+
+BETTER = TEACHER > STUDENT
+REWARD = torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64)  # that of a completion that begins with the token
+CHOSEN = {
+    "log_ratio_positive": BETTER,
+    "reward_positive": REWARD > 0,
+    "advantage_positive": REWARD > 0.5,
+    "outcome_agrees": (REWARD > 0.5) == BETTER,
+    "models_agree": (BASE > STUDENT) == BETTER,
+}
+
+
+@OF_ANY_AGE
+@pytest.mark.parametrize("when", CHOSEN)
+def test_a_condition_and_its_contrary_split_the_tokens(when: str, rollout: Tensor) -> None:
+    contrary = {"outcome_agrees": "outcome_disagrees", "models_agree": "models_disagree"}
+    target = {"teacher": 1.0, "base": 0.0} if when == "models_agree" else {"teacher": 1.0}
+    term = {"loss": "policy_gradient", "target": target}
+    columns = {"reward": REWARD, "task_advantage": REWARD - 0.5}
+
+    def expected(chosen: Tensor) -> Tensor:
+        return slope(lambda p: (STUDENT.exp() * chosen * (STUDENT - TEACHER) * p).sum(-1))
+
+    chosen = CHOSEN[when].reshape(1, -1)
+    assert 1 < chosen.sum() < VOCABULARY - 1
+    assert_same(expected_gradient({"main": {**term, "when": when}}, rollout, **columns), expected(chosen.double()))
+    otherwise = contrary.get(when, when.replace("positive", "not_positive"))
+    found = expected_gradient({"main": {**term, "when": otherwise}}, rollout, **columns)
+    assert_same(found, expected(1 - chosen.double()))
+
+
+def test_a_text_without_a_reward_is_not_positive_and_one_that_is_as_good_as_the_others_neither() -> None:
+    nothing = torch.full((VOCABULARY,), torch.nan, dtype=torch.float64)
+    level = torch.zeros(VOCABULARY, dtype=torch.float64)
+    term = {"loss": "policy_gradient"}
+    everything = expected_gradient({"main": term})
+    for when in ("reward_not_positive", "advantage_not_positive", "outcome_disagrees"):
+        found = expected_gradient({"main": {**term, "when": when}}, reward=nothing, task_advantage=level)
+        assert_same(found, everything)
+
+
+@OF_ANY_AGE
+@pytest.mark.parametrize("support", ["topk", "student_topk", "intersection", "full"])
+@pytest.mark.parametrize(
+    ("fields", "phi"),
+    [
+        ({"log_ratio_map": "power"}, TEACHER.exp() - STUDENT.exp()),
+        ({"log_ratio_map": "clip", "bound": 0.5}, (TEACHER - STUDENT).clamp(-0.5, 0.5)),
+        ({"target": {"teacher": 1.0, "base": -1.0}, "student": "none"}, TEACHER - BASE),
+    ],
+    ids=["power", "clip", "delta"],
+)
+def test_the_mean_over_the_support_changes_nothing_in_expectation(
+    support: str, fields: dict[str, Any], phi: Tensor, rollout: Tensor
+) -> None:
+    term = {"loss": "policy_gradient", "baseline": "support_mean", **fields}
+    found = expected_gradient({"main": term}, rollout, support)
+    assert_same(found, slope(lambda p: -(STUDENT.exp() * phi * p).sum(-1)))
+
+
+def test_the_residual_advantage_is_that_of_the_paper() -> None:
+    """A(y) = d(y) - sum of p d, d = q - p (arXiv 2610.11519): of each token, over the vocabulary and over a support."""
+    d, every = TEACHER.exp() - STUDENT.exp(), torch.arange(VOCABULARY)
+    models = {"teacher": TEACHER.expand(VOCABULARY, -1)}
+    term = {"loss": "policy_gradient", "log_ratio_map": "power", "baseline": "support_mean"}
+    for support, listed in [("full", every), ("topk", TEACHER[0].topk(SUPPORT_SIZE).indices)]:
+        objective = make_objective(support=support, terms={"main": term}, support_size=SUPPORT_SIZE)
+        candidates = listed.expand(VOCABULARY, -1) if support == "topk" else None
+        tokens = make_tokens(every, models, STUDENT.expand(VOCABULARY, -1), candidates)
+        losses = evaluate(objective, STUDENT.expand(VOCABULARY, -1), tokens, models).losses
+        torch.testing.assert_close(losses, -(d - (STUDENT.exp() * d)[:, listed].sum())[0])
+
+
+@OF_ANY_AGE
+def test_a_constant_advantage_pushes_down_what_is_chosen_and_else_nothing(rollout: Tensor) -> None:
+    term = {"loss": "policy_gradient", "log_ratio_map": "constant", "alpha": 0.5}
+    assert expected_gradient({"main": term}, rollout).norm() < 1e-15
+    found = expected_gradient({"main": {**term, "when": "log_ratio_not_positive"}}, rollout)
+    assert_same(found, slope(lambda p: 0.5 * (STUDENT.exp() * ~BETTER * p).sum(-1)))

@@ -121,6 +121,23 @@ def test_a_target_replaces_the_preset_s_whole() -> None:
             "terms.main: when = 'outside_support' needs support topk, student_topk or intersection, found 'full'",
         ),
         ("preset = 'delta-opd'", "teachers.main: .* has the model 'base', so set its base"),
+        ("preset = 'gkd'\nterms.main.when = 'models_agree'", "terms.main: .* compares the models .*, which has one"),
+        (
+            "preset = 'thinking-machines'\nterms.main.baseline = 'support_mean'",
+            "baseline = 'support_mean' needs support topk, student_topk, intersection or full, found 'sampled'",
+        ),
+        (
+            "preset = 'vopd'\nterms.main = {baseline = 'support_mean', when = 'reward_positive'}",
+            "only where all tokens of a prefix count, but when = 'reward_positive' depends",
+        ),
+        (
+            "preset = 'vopd'\nterms.main = {baseline = 'support_mean', log_ratio_map = 'constant'}",
+            "would leave nothing of log_ratio_map = 'constant'",
+        ),
+        (
+            "preset = 'vopd'\nterms.main = {baseline = 'support_mean', student = 'rollout'}",
+            "student = 'rollout' divides by another",
+        ),
     ],
 )
 def test_an_objective_that_means_nothing_is_one_sentence(objective: str, sentence: str) -> None:
@@ -164,6 +181,20 @@ def test_rows_of_another_sampler_need_a_ratio_or_no_sampled_advantage() -> None:
         make_config(
             "objective.preset=opd-grpo", "objective.terms.reward.importance.kind=none"
         ).objective.check_other_samplers()
+
+
+@pytest.mark.parametrize("when", ["advantage_positive", "outcome_disagrees"])
+def test_what_compares_the_samples_of_a_prompt_needs_several(when: str) -> None:
+    condition = ("objective.preset=thinking-machines", f"objective.terms.main.when={when}")
+    assert make_config(*condition, "rollout.samples_per_prompt=2").objective.needs.divides_by_deviation
+    assert make_config("objective=thinking-machines").objective.needs.divides_by_deviation is None
+    with pytest.raises(ConfigError, match=rf"terms.main: when = '{when}' compares the samples .* is 1; set it to 2"):
+        make_config(*condition, "rollout.samples_per_prompt=1")
+
+
+def test_a_constant_advantage_is_not_checked_where_student_and_teacher_agree() -> None:
+    control = make_config("objective.preset=thinking-machines", "objective.terms.main.log_ratio_map=constant")
+    assert not control.objective.terms["main"].is_zero_at_the_student
 
 
 def test_imitated_rows_may_have_been_sampled_in_any_way() -> None:
