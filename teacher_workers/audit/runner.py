@@ -87,6 +87,7 @@ def audit_request(config: Config, name: str) -> ScoreRequest:
         given_candidates=not top_k and any(request.given_candidates for request in requests),
         entropy="entropy" in find_backend(config.teachers[name]).signals,
         hidden=any(request.hidden for request in requests),
+        layers=any(request.layers for request in requests),
         further=config.teachers[name].signals,
     )
 
