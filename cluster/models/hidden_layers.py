@@ -42,8 +42,8 @@ def chosen_layers(layers: str | Sequence[int], depth: int) -> tuple[int, ...]:
 def paired_layers(layers: Sequence[int], depth: int, other_depth: int) -> tuple[int, ...]:
     """Return the layers of a model of another depth that stand at the same relative depth.
 
-    The first is paired with the first, the last with the last: OPRD's rule (its `linspace(0, teacher_depth - 1, student_depth).round()`), in
-    which a half goes to the even neighbour.
+    The first is paired with the first, the last with the last: OPRD's rule (its
+    `linspace(0, teacher_depth - 1, student_depth).round()`), in which a half goes to the even neighbour.
 
     Example:
         >>> paired_layers((1, 2, 4), depth=4, other_depth=8)

@@ -1,7 +1,8 @@
 """Compares the states that vLLM sends of every layer with transformers' `hidden_states`; without Ray.
 
-`python -m tests.architectures.layer_states NAME...` prints one line of JSON for each architecture: the relative distance
-of each layer, of the same without the final norm, and of rows that are shifted by one. All engines live in this process.
+`python -m tests.architectures.layer_states NAME...` prints one line of JSON for each architecture: the relative
+distance of each layer, of the last without the final norm, and of rows that are shifted by one. All engines live in
+this process.
 """
 
 import gc
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.models.hidden_layers import ProjectionBank
 from cluster.vllm.engine import LAYERS_VARIABLE, POOLING_ARGUMENTS, LayersToSend
-from tests.architectures.models import ARCHITECTURES
+from tests.architectures.models import ARCHITECTURES, make_tokenizer
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCH_COMPILE_DISABLE": "1"}
@@ -35,24 +36,26 @@ def write_deep_model(name: str, folder: Path) -> None:
         config.layer_types = (config.layer_types * DEPTH)[:DEPTH]
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
 
 
 def engine_states(folder: Path, to_send: LayersToSend) -> list[torch.Tensor]:
     """Return what the engine sends of each sequence, [tokens, width + widths]."""
     os.environ[LAYERS_VARIABLE] = encode(to_send).decode()
     from vllm import LLM, PoolingParams
+    from vllm.config import PoolerConfig
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     llm = LLM(
         str(folder),
         dtype="float32",
         enforce_eager=True,
-        skip_tokenizer_init=True,
         max_model_len=CONTEXT_TOKENS,
         max_num_batched_tokens=CONTEXT_TOKENS,
         enable_chunked_prefill=False,
         kv_cache_memory_bytes=1 << 27,
         disable_log_stats=True,
+        pooler_config=PoolerConfig(task="token_embed"),
         **POOLING_ARGUMENTS,
     )
     try:
@@ -107,8 +110,7 @@ def try_model(name: str) -> dict[str, Any]:
         bank.save(path / "bank")
         projected = engine_states(path, LayersToSend(layers, str(path / "bank"), bank.digest))
     by_bank = [
-        torch.cat([bank.project("teacher", layer, of_model[layer - 1]) for layer in layers], -1)
-        for of_model in expected
+        torch.cat([bank.project("teacher", layer, states[layer - 1]) for layer in layers], -1) for states in expected
     ]
     pairs = list(zip(sent, expected, strict=True))
     return {
