@@ -42,19 +42,19 @@ def sending_layers(convert: Callable[[type], type]) -> Callable[[type], type]:
 
     def converted(model_class: type) -> type:
         embedder: Any = convert(model_class)
-        settings = os.environ.get(LAYERS_VARIABLE)
-        if not settings:  # another engine of this process was the one that sends layers
-            return embedder  # type: ignore[no-any-return]
-        to_send = msgspec.json.decode(settings, type=LayersToSend)
 
-        class SendsLayers(embedder):  # type: ignore[misc]
+        class SendsLayers(embedder):
             def __init__(self, *, vllm_config: Any, prefix: str = "", **arguments: Any) -> None:
                 super().__init__(vllm_config=vllm_config, prefix=prefix, **arguments)
+                # Here, for vLLM keeps the class for other engines of the process.
+                settings = os.environ.get(LAYERS_VARIABLE)
                 depth = vllm_config.model_config.hf_text_config.num_hidden_layers
-                self._layer_states = LayerStates(self, depth, to_send)
+                to_send = msgspec.json.decode(settings, type=LayersToSend) if settings else None
+                self._layer_states = LayerStates(self, depth, to_send) if to_send else None
 
             def forward(self, *arguments: Any, **named: Any) -> Any:
-                return self._layer_states.beside(super().forward(*arguments, **named))
+                output = super().forward(*arguments, **named)
+                return output if self._layer_states is None else self._layer_states.beside(output)
 
         SendsLayers.__name__ = embedder.__name__
         return SendsLayers

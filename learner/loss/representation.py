@@ -11,7 +11,6 @@ and base. Nothing here depends on other tokens, so how a step is cut changes not
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,13 +25,9 @@ Scores = Mapping[str, Mapping[str, Tensor]]  # model -> signal -> [n, width]
 SMALLEST_SCALE = 1e-6  # of a root mean square or a length; states of 0 would divide by 0
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """Holds what representation terms make of n completion tokens."""
-
-    losses: Tensor  # [n]
-    errors: Tensor  # [n] the student's distance from the target over the target's length, mean over layers and terms
-    gradients: dict[int, Tensor]  # layer -> [n, width], of the summed losses by the student's states
+# Losses [n]; errors [n], the student's distance from the target over the target's length, mean over layers and terms;
+# layer -> gradient [n, width] of the summed losses by the student's states.
+Alignment = tuple[Tensor, Tensor, dict[int, Tensor]]
 
 
 class RepresentationLoss(LossTerm):
@@ -86,7 +81,7 @@ def align(
             losses = losses + of_term * token_weights(term.config, chunk).detach()
             errors.append(error)
         gradients = torch.autograd.grad(losses.sum(), list(leaves.values()))
-    return Alignment(losses.detach(), torch.stack(errors).mean(0), dict(zip(leaves, gradients, strict=True)))
+    return losses.detach(), torch.stack(errors).mean(0), dict(zip(leaves, gradients, strict=True))
 
 
 def _lengths(values: Tensor) -> Tensor:

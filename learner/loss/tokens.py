@@ -83,7 +83,7 @@ class Evaluation:
     entropy: Tensor  # [n] of the current student over the whole vocabulary, in nats
     candidate_mass: Tensor  # [n] the student's probability of all candidates together; 0 where there are none
     at_sampling_temperature: Tensor | None = None  # [n] as logprobs; None: that temperature is 1
-    state_errors: Tensor | None = None  # [n] of `Alignment`; None: no hidden states were compared
+    state_errors: Tensor | None = None  # [n] distance from the target over its length; None: of no states
     logits_gradient: Tensor | None = None  # of a chunk: [n, vocabulary], of the loss by the student's logits
 
     @property

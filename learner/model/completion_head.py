@@ -183,9 +183,9 @@ def evaluate_objective(
             projection.backward(places, result.logits_gradient)
         if len(states):
             of_chunk = states[places], chunk.scores, tokens[places], plan[places]
-            aligned = objective.align(*of_chunk, result.logprobs, states.depth)
-            states.backward(places, aligned.gradients)
-            result = replace(result, losses=result.losses + aligned.losses, state_errors=aligned.errors)
+            losses, errors, gradients = objective.align(*of_chunk, result.logprobs, states.depth)
+            states.backward(places, gradients)
+            result = replace(result, losses=result.losses + losses, state_errors=errors)
         for column, values in zip(columns, result.columns, strict=True):
             column[places] = values
     return Evaluation(columns[0].sum(), *columns)

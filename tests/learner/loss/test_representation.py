@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -12,12 +13,17 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.terms import RepresentationTerm
 from cluster.models.hidden_layers import ProjectionBank
 from learner.loss.objective import Objective
-from learner.loss.representation import Alignment
 from learner.loss.tokens import CompletionTokens
 from tests.learner.loss.builders import make_tokens, random_logprobs
 
 TOKENS, WIDTH, TEACHER_WIDTH, RANK, DEPTH = 5, 8, 12, 3, 4
 LAYERS = (2, 4)
+
+
+class Aligned(NamedTuple):
+    losses: Tensor
+    errors: Tensor
+    gradients: dict[int, Tensor]
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -36,11 +42,11 @@ def written(models: tuple[str, ...] = ("teacher",)) -> CompletionTokens:
 
 def aligned(
     objective: Objective, states: dict[int, Tensor], sent: dict[str, dict[str, Tensor]], logprobs: Tensor | None = None
-) -> Alignment:
+) -> Aligned:
     tokens = written(tuple(sent))
     plan = objective.plan(tokens, None)
     said = torch.zeros(TOKENS, dtype=torch.float64) if logprobs is None else logprobs
-    return objective.align(states, sent, tokens, plan, said, DEPTH)
+    return Aligned(*objective.align(states, sent, tokens, plan, said, DEPTH))
 
 
 def student_states(layers: tuple[int, ...] = LAYERS) -> dict[int, Tensor]:
