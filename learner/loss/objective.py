@@ -23,12 +23,13 @@ class Objective:
     """Minimises what a configuration says: `plan` reads whole trajectories, `evaluate` any of their tokens.
 
     `kernels` are used where they take the logits; None: plain torch everywhere. `temperature` is that of the sampler.
+    Scheduled weights are those of step 0; pass `config.at(step)` for another.
     """
 
     def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None, temperature: float = 1.0) -> None:
         self.needs, self.kernels, self.temperature = config.needs, kernels, temperature
         self._token_weights = config.token_weights
-        terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.terms.items()}
+        terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
         self._of_states = {name: term for name, term in terms.items() if isinstance(term, RepresentationLoss)}
         self._terms = {name: term for name, term in terms.items() if name not in self._of_states}
 
