@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from cluster.config.run_config import Config
-from cluster.config.stages import TeacherConfig
+from cluster.config.stages import StatesConfig, TeacherConfig
 from cluster.contracts.errors import ConfigError, ModelError
 from cluster.models.model_checks import ModelFacts
 
@@ -63,9 +63,12 @@ class Pairs:
     stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all; empty: each by itself
     own_stop_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)  # teacher -> further ids of its class
     lines: tuple[str, ...] = ()  # for the user
+    states: Mapping[str, StatesConfig] = field(default_factory=dict)  # by teacher: what it sends of its layers
 
     def apply(self, config: Config) -> Config:
         """Return the run with completions that end where student or teachers do, and without the teachers' own tokens.
+
+        The teachers send the layers' states that the objective compares.
 
         Example:
             >>> from tests.builders import make_config
@@ -77,7 +80,10 @@ class Pairs:
         if self.stop_class:
             rollout = replace(rollout, stop_class=self.stop_class)
         teachers = {
-            name: merging(excluding(section, self.excluded_ids), self.stop_class, self.own_stop_ids.get(name, ()))
+            name: replace(
+                merging(excluding(section, self.excluded_ids), self.stop_class, self.own_stop_ids.get(name, ())),
+                states=self.states.get(name),
+            )
             for name, section in config.teachers.items()
         }
         return replace(config, rollout=rollout, teachers=teachers)
