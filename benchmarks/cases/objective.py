@@ -25,7 +25,8 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows, row
-from cluster.config.objective import DivergenceTerm, ImportanceConfig, ObjectiveConfig, PolicyGradientTerm
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.terms import DivergenceTerm, ImportanceConfig, PolicyGradientTerm
 from cluster.models.lm_head import LmHead
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.choice import choose_kernels
@@ -135,6 +136,7 @@ class Bench:
             length=torch.full((n,), n, device=self.device),
             uniform=torch.rand(n, generator=self.random, device=self.device),
             task_advantage=torch.zeros(n, device=self.device),
+            reward=torch.zeros(n, device=self.device),
         )
         places = torch.arange(n, device=self.device)
         wide = {"hidden": self.normal(n, case.teacher_widths * self.sizes.width)} if case.teacher_widths else {}

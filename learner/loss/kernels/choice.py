@@ -8,7 +8,8 @@ import logging
 import torch
 from torch import Tensor
 
-from cluster.config.objective import DivergenceTerm, ObjectiveConfig, PolicyGradientTerm
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.terms import DivergenceTerm, PolicyGradientTerm
 from learner.loss.divergences import DIVERGENCES
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.objective import Objective
@@ -97,6 +98,7 @@ def _probe_tokens(target_ids: Tensor) -> CompletionTokens:
         length=torch.full_like(target_ids, len(target_ids)),
         uniform=torch.zeros_like(flat),
         task_advantage=torch.zeros_like(flat),
+        reward=torch.zeros_like(flat),
     )
 
 
