@@ -23,6 +23,8 @@ from rollout_workers.scheduling import ExpectedLengths, spread
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from rollout_workers.contexts.builder import ContextSettings
+
 ROLLOUT_ACTOR = "rollout_workers.actor:RolloutActor"
 
 _log = logging.getLogger("preceptor")
@@ -40,6 +42,7 @@ class RolloutActorSettings:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
     merges_stops: bool = False  # whether they may have a class of stop ids
+    contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ def start_teacher_rollouts(
         engine=teacher.engine,
         sampled_candidates=False,
         merges_stops=False,
+        contexts=None,
     )
     return _start_rollouts(config, inputs, settings, placement.teachers[name], f"rollout-of-{name}")
 
@@ -163,6 +164,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         environment=config.environment,
         sampled_candidates=config.objective.needs.sampled_candidates,
         merges_stops=len(config.rollout.stop_class or ()) > 1,
+        contexts=inputs.contexts,
     )
 
 
