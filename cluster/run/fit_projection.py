@@ -53,8 +53,8 @@ def fit_bank_of_run(config: Config, options: FitOptions) -> list[str]:
         inputs.prompts.prompt(index).token_ids.tolist() for index in inputs.train.take(0, inputs.train.num_prompts)
     ]
     rollouts = sample(student, prompts, config)
-    states = collect((student, teacher), (list(pairs), list(pairs.values())), rollouts, options.rows)
-    bank, fits = fit_bank(*states, pairs, (depths[0], depths[1]), options.rank)
+    of_student, of_teacher = collect((student, teacher), (list(pairs), list(pairs.values())), rollouts, options.rows)
+    bank, fits = fit_bank(of_student, of_teacher, pairs, (depths[0], depths[1]), options.rank)
     assert term.bank is not None, "`_banked_term` says so"
     bank.save(Path(term.bank))
     return describe(term.bank, bank, fits)
@@ -87,7 +87,7 @@ def load(section: StudentConfig | TeacherConfig) -> "PreTrainedModel":
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model '{section.model}': cannot load its weights: {error}") from error
-    return model.to("cuda" if on_gpu else "cpu").eval()  # type: ignore[no-any-return]
+    return model.to("cuda" if on_gpu else "cpu").eval()
 
 
 def sample(student: "PreTrainedModel", prompts: Sequence[list[int]], config: Config) -> Iterator[tuple[list[int], int]]:
