@@ -124,10 +124,10 @@ def collect(
     """Return, of each model, layer -> its states [rows, width] at the rows that predict sampled tokens."""
     import torch
 
-    found: list[dict[int, list[Tensor]]] = [{layer: [] for layer in of_model} for of_model in layers]
+    kept: list[dict[int, list[Tensor]]] = [{layer: [] for layer in of_model} for of_model in layers]
     num_rows = 0
     for token_ids, prompt_tokens in rollouts:
-        for model, states in zip(models, found, strict=True):
+        for model, states in zip(models, kept, strict=True):
             ids = torch.tensor([token_ids], device=model.device)
             with torch.inference_mode():
                 decoded = model.get_decoder()(input_ids=ids, use_cache=False, output_hidden_states=True)
@@ -136,7 +136,7 @@ def collect(
         num_rows += len(token_ids) - prompt_tokens
         if num_rows >= max_rows:
             break
-    return [{layer: torch.cat(parts)[:max_rows] for layer, parts in states.items()} for states in found]
+    return [{layer: torch.cat(parts)[:max_rows] for layer, parts in states.items()} for states in kept]
 
 
 def _until_end(row: list[int], model: "PreTrainedModel") -> list[int]:
