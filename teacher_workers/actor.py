@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
-from cluster.config.objective import TEACHER
 from cluster.config.stages import TeacherConfig
+from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
