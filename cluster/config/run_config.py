@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from cluster.config.alarms import AlarmConfig
+from cluster.config.aligned import check_aligned
 from cluster.config.fields import Count, CountOrZero, Finite, Items, Positive, Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.stages import (
@@ -160,6 +161,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_slots(self)
         _check_balance(self)
         _check_sampling(self.objective, self.rollout)
+        check_aligned(self)
         rollout = self.rollout
         completions = self.prompts.prompts_per_step * rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
@@ -209,6 +211,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 given_candidates=bool(needs.num_candidates) and not chooses,
                 entropy=model == TEACHER and needs.teacher_entropy,
                 hidden=needs.hidden,
+                aligned=self.teachers[self.scoring_teacher(model, route)].is_aligned,
                 further=self.teachers[self.scoring_teacher(model, route)].signals,
             )
             scorers.append((self.scoring_teacher(model, route), request))

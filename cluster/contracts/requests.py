@@ -52,6 +52,7 @@ class ScoreRequest:
     given_candidates: bool = False  # score the candidates that the batch already has
     entropy: bool = False  # of its distribution at every completion position
     hidden: bool = False  # its last hidden states
+    aligned: bool = False  # only where its own tokens and the student's cover the same bytes, and which those are
     further: tuple[str, ...] = ()  # import paths of signals that contracts/signals.py does not list
 
     @property
@@ -68,5 +69,7 @@ class ScoreRequest:
             "candidate_logprobs": bool(self.top_k) or self.given_candidates,
             "entropy": self.entropy,
             "hidden": self.hidden,
+            "aligned": self.aligned,
+            "shared": self.aligned and self.given_candidates,
         }
         return frozenset(name for name, is_requested in requested.items() if is_requested).union(self.further)

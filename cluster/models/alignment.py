@@ -8,10 +8,16 @@ probability along one way of writing is not that of its text, which has other wa
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cluster.config.run_config import Config
+from cluster.config.stages import AlignmentConfig
 from cluster.contracts.columns import Ints
+from cluster.contracts.errors import ModelError
+from cluster.models.model_checks import ModelFacts
 from cluster.models.token_bytes import TokenBytes
 
 ABSENT = -1  # in a token map: the teacher has no such token
@@ -44,6 +50,11 @@ class TokenMap:
             # One student token for each of the teacher's, or its probability would count twice.
             ids[token_id] = ABSENT if partner in ids else partner
         self.ids: Ints = ids
+
+    @property
+    def shared_ids(self) -> NDArray[np.int64]:
+        """Return the teacher's tokens that the student has too."""
+        return np.flatnonzero(np.bincount(self.ids[self.ids != ABSENT]))
 
     @property
     def digest(self) -> str:
@@ -101,7 +112,7 @@ def strict_pairs(student: list[bytes], teacher: list[bytes]) -> list[tuple[int, 
 
 def _spans(texts: list[bytes]) -> list[tuple[int, int]]:
     ends = np.cumsum([0, *map(len, texts)]).tolist()
-    return list(zip(ends[:-1], ends[1:], strict=True))
+    return list(pairwise(ends))
 
 
 def _partners(student: TokenBytes, teacher: TokenBytes, stop_ids: frozenset[int]) -> dict[int, int]:
@@ -118,3 +129,23 @@ def _partners(student: TokenBytes, teacher: TokenBytes, stop_ids: frozenset[int]
         if content in names:
             partners.setdefault(token_id, names[content])
     return partners
+
+
+def align(name: str, config: Config, student: ModelFacts, teacher: ModelFacts) -> tuple[AlignmentConfig, str]:
+    """Compare the tokens of an aligned teacher with the student's; return what its section gets, and a line.
+
+    Raises:
+        ModelError: the bytes of a tokenizer's tokens are not known, or it has no end of a turn.
+    """
+    section, stop_ids = config.teachers[name], sorted(student.stops | set(config.rollout.stop_token_ids))
+    ours, theirs = TokenBytes(student.tokenizer, config.student.model), TokenBytes(teacher.tokenizer, section.model)
+    if "eos" not in theirs.roles:
+        raise ModelError(f"teachers.{name}: its tokenizer names no EOS, so the student cannot learn where to end")
+    token_map = TokenMap(ours, theirs, stop_ids)
+    line = (
+        f"teachers.{name}: aligned with the student's tokens by their bytes; {len(token_map.shared_ids):,} tokens are "
+        f"shared, of {len(ours.of_id):,} and {len(theirs.of_id):,} (map {token_map.digest})"
+    )
+    return AlignmentConfig(
+        config.student.model, config.student.trust_remote_code, tuple(stop_ids), token_map.digest
+    ), line

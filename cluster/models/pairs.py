@@ -5,15 +5,16 @@ means is refused, unless `teachers.NAME.accept_differences` names it; any other 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from cluster.config.run_config import Config
-from cluster.config.stages import TeacherConfig
+from cluster.config.stages import AlignmentConfig, TeacherConfig
 from cluster.contracts.errors import ModelError
+from cluster.models.alignment import align
 from cluster.models.model_checks import ModelFacts
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Pairs:
     stop_token_ids: tuple[int, ...] = ()  # that end the turns of one model, and not of all
     excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
     lines: tuple[str, ...] = ()  # for the user
+    alignments: Mapping[str, AlignmentConfig] = field(default_factory=dict)  # of teachers with other tokenizers
 
     def apply(self, config: Config) -> Config:
         """Return the run with completions that end where student or teachers do, and without the teachers' own tokens.
@@ -69,15 +71,24 @@ class Pairs:
             (7,)
         """
         rollout = replace(config.rollout, stop_token_ids=_union(config.rollout.stop_token_ids, self.stop_token_ids))
-        teachers = {name: excluding(section, self.excluded_ids) for name, section in config.teachers.items()}
+        teachers = {
+            name: replace(section, alignment=self.alignments[name])
+            if name in self.alignments
+            else excluding(section, self.excluded_ids)
+            for name, section in config.teachers.items()
+        }
         return replace(config, rollout=rollout, teachers=teachers)
 
 
 def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> Pairs:
     """Compare every teacher of a run with the student; raise ModelError for a difference that is not accepted."""
     stop_ids = config.rollout.stop_token_ids
+    others = {name: facts for name, facts in teachers.items() if config.teachers[name].is_aligned}
+    aligned = {name: align(name, config, student, facts) for name, facts in others.items()}
+    teachers = {name: facts for name, facts in teachers.items() if name not in aligned}
     pairs = {name: compare(name, config.teachers[name], student, facts, stop_ids) for name, facts in teachers.items()}
-    lines = [pair.accepted for pair in pairs.values() if pair.accepted]
+    lines = [line for _, line in aligned.values()]
+    lines += [pair.accepted for pair in pairs.values() if pair.accepted]
     lines += [
         f"warning: teachers.{name} is the student's own model, from which it learns nothing"
         for name in config.routes
@@ -86,7 +97,8 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
     ends = [student.stops, *(pair.stop_ids for pair in pairs.values())]
     further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
-    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), tuple(lines))
+    alignments = {name: alignment for name, (alignment, _) in aligned.items()}
+    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), tuple(lines), alignments)
 
 
 def excluding(section: TeacherConfig, token_ids: Sequence[int]) -> TeacherConfig:

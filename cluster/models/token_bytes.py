@@ -1,8 +1,8 @@
 """Says which bytes each token of a tokenizer stands for, and writes bytes in its tokens.
 
-Bytes and not strings: a token may hold part of a character, and a string shows such parts as the same sign. Two families
-of tokenizers spell their bytes out: byte-level ones (GPT-2, Llama 3, Qwen), whose letters are bytes, and those in the
-manner of SentencePiece (Llama 2, Gemma, Mistral), with "▁" for a space and "<0xE2>" for bytes without a token.
+Bytes and not strings: a token may hold part of a character, and a string shows such parts as the same sign. Two
+families of tokenizers spell their bytes out: byte-level ones (GPT-2, Llama 3, Qwen), whose letters are bytes, and those
+in the manner of SentencePiece (Llama 2, Gemma, Mistral), with "▁" for a space and "<0xE2>" for bytes without a token.
 """
 
 import json

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -60,7 +62,7 @@ def test_any_bytes_are_written_and_read(text: bytes) -> None:
 
 @given(text=st.text(max_size=30), data=st.data())
 @settings(max_examples=80, deadline=None)
-def test_strict_positions_are_those_of_equal_spans_and_spans_partition_the_bytes(text: str, data: st.DataObject) -> None:
+def test_strict_positions_have_equal_spans_and_spans_partition_the_bytes(text: str, data: st.DataObject) -> None:
     one, other = (BYTES[name] for name in data.draw(st.sampled_from(PAIRS)))
     written = one.write(text.encode()) or []
     cut = data.draw(st.integers(0, len(written)))  # a completion may end within a character
@@ -70,7 +72,7 @@ def test_strict_positions_are_those_of_equal_spans_and_spans_partition_the_bytes
     assert theirs is not None
     assert b"".join(ours) == b"".join(theirs)
     starts = np.cumsum([0, *map(len, ours)]), np.cumsum([0, *map(len, theirs)])
-    spans = [{(int(a), int(b)): i for i, (a, b) in enumerate(zip(s, s[1:], strict=False)) if a < b} for s in starts]
+    spans = [{(int(a), int(b)): i for i, (a, b) in enumerate(pairwise(s)) if a < b} for s in starts]
     expected = sorted((spans[0][span], spans[1][span]) for span in spans[0].keys() & spans[1].keys())
     found = zip(alignment.student_positions.tolist(), alignment.teacher_positions.tolist(), strict=True)
     assert sorted(found) == expected
