@@ -21,11 +21,15 @@ def check_aligned(config: "Config") -> None:
     where = f"teachers.{names[0]}: tokenizer = 'aligned'"
     if config.environment.kind != "single_turn":
         raise ValueError(f"{where} takes prompts with one completion; use environment.kind = 'single_turn'")
-    for model in config.objective.needs.models:
-        scored_by = {config.scoring_teacher(model, route) for route in config.routes}
-        others = [name for name in scored_by if not config.teachers[name].is_aligned]
-        if others and len(others) < len(scored_by):
-            raise ValueError(f"{where}, and that of teachers.{others[0]} is the student's; a run takes one kind")
+    others = [name for name in config.routes if not config.teachers[name].is_aligned]
+    if others:
+        raise ValueError(f"{where}, but teachers.{others[0]} has the student's; teachers of prompts are of one kind")
+    models = config.objective.needs.models[1:]
+    beside = {config.scoring_teacher(model, route) for model in models for route in config.routes}
+    if wrong := sorted(beside.intersection(names)):
+        raise ValueError(
+            f"teachers.{wrong[0]}: tokenizer = 'aligned' is for the teachers of prompts, and a target has it beside one"
+        )
     if fault := _objective_fault(config.objective):
         raise ValueError(f"{where} scores positions by themselves; {fault}")
 
@@ -50,7 +54,7 @@ def _term_fault(term: AnyTerm) -> str | None:
                 "on either side; use 'renormalized'"
             )
     elif not isinstance(term, PolicyGradientTerm):
-        return "a reward is the whole text's; leave the term out"
+        return "only divergences and policy gradients read single positions; leave the term out"
     elif term.over != "sampled" or term.baseline != "none" or term.discount:
         return "of a policy_gradient, only the sampled token without baseline and discount counts"
     elif term.importance.kind == "sequence_mask":

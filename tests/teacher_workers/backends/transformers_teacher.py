@@ -35,7 +35,7 @@ BACKEND = f"{__name__}:TransformersBackend"
 def write_model(
     folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0, order: torch.Tensor | None = None
 ) -> str:
-    """Write a random model with a tokenizer; with an `order`, row i of the embedding of the same seed is row order[i]."""
+    """Write a random model with a tokenizer; with an `order`, row i of its embedding becomes row order[i]."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
