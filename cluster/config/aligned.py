@@ -21,6 +21,8 @@ def check_aligned(config: "Config") -> None:
     where = f"teachers.{names[0]}: tokenizer = 'aligned'"
     if config.environment.kind != "single_turn":
         raise ValueError(f"{where} takes prompts with one completion; use environment.kind = 'single_turn'")
+    if with_context := [name for name in names if config.teachers[name].context is not None]:
+        raise ValueError(f"teachers.{with_context[0]}: a context is written in the student's tokens; leave it out")
     others = [name for name in config.routes if not config.teachers[name].is_aligned]
     if others:
         raise ValueError(f"{where}, but teachers.{others[0]} has the student's; teachers of prompts are of one kind")

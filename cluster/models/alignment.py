@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config.run_config import Config
-from cluster.config.stages import AlignmentConfig
+from cluster.config.stages import AlignmentConfig, TeacherConfig
 from cluster.contracts.columns import Ints
 from cluster.contracts.errors import ModelError
 from cluster.models.model_checks import ModelFacts
+from cluster.models.model_files import load_tokenizer
 from cluster.models.token_bytes import TokenBytes
 
 ABSENT = -1  # in a token map: the teacher has no such token
@@ -129,6 +130,15 @@ def _partners(student: TokenBytes, teacher: TokenBytes, stop_ids: frozenset[int]
         if content in names:
             partners.setdefault(token_id, names[content])
     return partners
+
+
+def load_token_map(teacher: TeacherConfig) -> TokenMap:
+    """Read the tokenizers of an aligned teacher and of its student, and compare their tokens."""
+    aligned = teacher.alignment
+    assert aligned is not None, "the run says what an aligned teacher is aligned with"
+    ours = TokenBytes(load_tokenizer(aligned.student, aligned.trust_remote_code), aligned.student)
+    theirs = TokenBytes(load_tokenizer(teacher.model, teacher.trust_remote_code), teacher.model)
+    return TokenMap(ours, theirs, aligned.stop_ids)
 
 
 def align(name: str, config: Config, student: ModelFacts, teacher: ModelFacts) -> tuple[AlignmentConfig, str]:

@@ -85,14 +85,22 @@ class Trajectory:
     task_advantage: float
     token_ids: NDArray[Any]  # [tokens]
     loss_mask: NDArray[Any]  # [tokens] 1 where a completion token stands
-    positions: NDArray[Any]  # [completion_tokens] places among all that the student sampled
-    num_sampled: int  # which are so many
     rollout_logprobs: NDArray[Any]  # [completion_tokens]
     candidate_ids: NDArray[Any]  # [completion_tokens, k]
     candidate_rollout_logprobs: NDArray[Any]  # [completion_tokens, k], or [completion_tokens, 0]
     scores: Mapping[str, Mapping[str, NDArray[Any]]]  # model -> signal -> [completion_tokens] or [completion_tokens, k]
     wide_scores: Mapping[str, Mapping[str, NDArray[Any]]]  # the same of signals that have the model's own width
     reward: float = math.nan  # NaN: none
+    strict: NDArray[np.bool_] | None = None  # [sampled tokens] which of them are completion tokens; None: all
+
+    @property
+    def positions(self) -> NDArray[Any]:
+        """Return the places of the completion tokens among all that the student sampled."""
+        return np.arange(len(self.rollout_logprobs)) if self.strict is None else np.flatnonzero(self.strict)
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.rollout_logprobs) if self.strict is None else len(self.strict)
 
 
 def trajectories(batches: Sequence[pa.RecordBatch], task_advantages: Sequence[float] | None = None) -> list[Trajectory]:
@@ -204,8 +212,6 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Traje
             trajectory_id=batch["trajectory_id"][row].as_py(),
             route=batch["teacher"][row].as_py(),
             task_advantage=next(task_advantages),
-            positions=np.arange(logprobs.lengths[row]),
-            num_sampled=int(logprobs.lengths[row]),
             reward=math.nan if (reward := batch["reward"][row].as_py()) is None else reward,
             scores=_pick(scores, row),
             wide_scores=_pick(wide_scores, row),
@@ -226,7 +232,7 @@ def _only(row: Trajectory, keep: NDArray[np.bool_]) -> Trajectory:
     return replace(
         row,
         loss_mask=loss_mask,
-        positions=row.positions[keep],
+        strict=keep,
         rollout_logprobs=row.rollout_logprobs[keep],
         candidate_ids=row.candidate_ids[keep],
         candidate_rollout_logprobs=row.candidate_rollout_logprobs[keep],

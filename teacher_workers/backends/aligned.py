@@ -16,16 +16,14 @@ import torch
 from msgspec.structs import replace as with_fields
 from numpy.typing import NDArray
 
-from cluster.config.stages import AlignmentConfig, TeacherConfig
+from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import Mean, Metrics, Sum
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, num_candidates_of, ragged
-from cluster.models.alignment import ABSENT, Alignment, TokenMap
-from cluster.models.model_files import load_tokenizer
-from cluster.models.token_bytes import TokenBytes
+from cluster.models.alignment import ABSENT, Alignment, TokenMap, load_token_map
 from teacher_workers.backends.base import FLOOR, TeacherBackend, find_backend
 from teacher_workers.backends.lm_head_scores import HiddenStatesBackend
 
@@ -112,20 +110,6 @@ class AlignedBackend(TeacherBackend):
                 f"{coverage:.1%} of the student's tokens cover the same text as one of the teacher's, and "
                 f"min_coverage = {self._min_coverage}; take a teacher whose tokenizer is closer, or lower it"
             )
-
-
-def load_token_map(teacher: TeacherConfig) -> TokenMap:
-    """Read the tokenizers of an aligned teacher and of its student, and compare their tokens."""
-    aligned = teacher.alignment
-    assert aligned is not None, "the run says what an aligned teacher is aligned with"
-    return token_map(teacher, aligned)
-
-
-def token_map(teacher: TeacherConfig, aligned: AlignmentConfig) -> TokenMap:
-    """Return the map between two tokenizers, which are read."""
-    student = TokenBytes(load_tokenizer(aligned.student, aligned.trust_remote_code), aligned.student)
-    theirs = TokenBytes(load_tokenizer(teacher.model, teacher.trust_remote_code), teacher.model)
-    return TokenMap(student, theirs, aligned.stop_ids)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         rows, first = range(len(token_ids)), self._num_requests
         self._num_requests += len(token_ids)
         states = await asyncio.gather(
-            *(self.hidden_states(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
+            *(self._states_of(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
         )
         hidden, cached = [values for values, _ in states], sum(num_cached for _, num_cached in states)
         loop = asyncio.get_running_loop()
@@ -79,6 +79,11 @@ class HiddenStatesBackend(TeacherBackend, ABC):
             mass = shared_mass(self._head, torch.cat(hidden)[:MEASURED_TOKENS], self.shared_ids)
             metrics[f"{request.model}/teacher_shared_mass"] = Mean(mass.sum().item(), float(len(mass)))
         return scores, metrics
+
+    async def _states_of(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[Tensor, int]:
+        if not loss_mask.any():  # a row without a context, of which nothing is learned
+            return torch.empty(0, self._head.weight.shape[1]), 0
+        return await self.hidden_states(request_id, token_ids, loss_mask)
 
     def move_head(self, device: str) -> None:
         self._head = self._head.to(device)
@@ -92,7 +97,8 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         refuse_misplaced(batch, hidden, self._head.weight.shape[1])
         sampled = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
         candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
-        scores = score_tokens(self._head, torch.cat(list(hidden)), sampled, request, candidates)
+        states = torch.cat([values for values in hidden if len(values)] or list(hidden))
+        scores = score_tokens(self._head, states, sampled, request, candidates)
         num_excluded = 0 if self._head.excluded_ids is None else len(self._head.excluded_ids)
         refuse_uniform(scores["logprobs"], self._head.vocabulary_size - num_excluded)
         return scores
