@@ -27,6 +27,7 @@ from cluster.config.terms import (
     CrossEntropyTerm,
     DivergenceTerm,
     PolicyGradientTerm,
+    RepresentationTerm,
 )
 from cluster.contracts.requests import ScoreRequest
 
@@ -220,7 +221,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 top_k=needs.num_candidates if chooses else 0,
                 given_candidates=bool(needs.num_candidates) and not chooses,
                 entropy=model == TEACHER and needs.teacher_entropy,
-                hidden=needs.hidden,
+                hidden=needs.hidden or model in needs.last_states,
+                layers=model in needs.layer_states,
                 aligned=teacher.is_aligned,
                 further=teacher.signals,
                 compared_rows=0.0 if teacher.context is None else teacher.context.compared_rows,
@@ -277,7 +279,7 @@ def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
                 "rollout.samples_per_prompt is 1; set it to 2 or more, or take 'reward_positive'"
             )
         has_residual = isinstance(term, DivergenceTerm) and term.has_residual and not objective.needs.hidden
-        if cuts and (has_residual or not isinstance(term, DivergenceTerm | CrossEntropyTerm)):
+        if cuts and (has_residual or not isinstance(term, DivergenceTerm | CrossEntropyTerm | RepresentationTerm)):
             kind = "the residual of a divergence" if has_residual else f"a {term.__struct_config__.tag}"
             raise ValueError(
                 f"objective.terms.{name}: {kind} learns from the sampled tokens, and top_p and top_k keep some from "

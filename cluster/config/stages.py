@@ -84,6 +84,14 @@ class AlignmentConfig(Section):
     digest: str = ""  # of the map from the student's tokens to the teacher's
 
 
+class StatesConfig(Section):
+    """Says which layers' hidden states a teacher sends; the run takes it from the objective and the student's files."""
+
+    layers: tuple[Count, ...]  # of the student, from 1
+    student_depth: Count  # layers that the student has; those of a teacher of another depth are paired with them
+    bank: Text | None = None  # file that projects the states; None: they travel as they are
+
+
 class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
 
@@ -114,6 +122,7 @@ class TeacherConfig(Section):
     alignment: AlignmentConfig | None = None  # aligned: what with; the run sets it
     request_timeout_seconds: Positive = 120.0
     retry_seconds: NonNegative = 600.0  # of failures that may pass: server away or busy, error 5xx, no answer in time
+    states: StatesConfig | None = None  # what of its layers it sends; the run sets it
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ SIGNALS: dict[str, Signal] = {
         # candidates are tokens of both. All else that it says counts there alone.
         Signal("aligned", (pa.uint8(),)),
         Signal("shared", (pa.uint8(),), "candidates"),
-        # Hidden states of several layers, one after the other; no backend of ours sends them yet.
+        # Hidden states of several layers, one after the other, or what a projection bank makes of them.
         Signal("layers", (pa.float32(), pa.float16(), pa.uint16()), "model", is_rechecked=False, audited="position"),
     )
 }

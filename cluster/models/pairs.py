@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from cluster.config.run_config import Config
-from cluster.config.stages import AlignmentConfig, TeacherConfig
+from cluster.config.stages import AlignmentConfig, StatesConfig, TeacherConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.alignment import align
 from cluster.models.model_checks import ModelFacts
@@ -61,9 +61,12 @@ class Pairs:
     excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
     lines: tuple[str, ...] = ()  # for the user
     alignments: Mapping[str, AlignmentConfig] = field(default_factory=dict)  # of teachers with other tokenizers
+    states: Mapping[str, StatesConfig] = field(default_factory=dict)  # by teacher: what it sends of its layers
 
     def apply(self, config: Config) -> Config:
         """Return the run with completions that end where student or teachers do, and without the teachers' own tokens.
+
+        The teachers send the layers' states that the objective compares.
 
         Example:
             >>> from tests.builders import make_config
@@ -74,7 +77,7 @@ class Pairs:
         teachers = {
             name: replace(section, alignment=self.alignments[name])
             if name in self.alignments
-            else excluding(section, self.excluded_ids)
+            else replace(excluding(section, self.excluded_ids), states=self.states.get(name))
             for name, section in config.teachers.items()
         }
         return replace(config, rollout=rollout, teachers=teachers)
