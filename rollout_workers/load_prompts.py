@@ -127,7 +127,7 @@ class _Loading:
 
     def _tokenise_for_teachers(self, prompts: Sequence[tuple[PromptRow, str]]) -> list[Sequence[int] | None]:
         """Return each prompt as its teacher reads it; None where the teacher reads the student's tokens."""
-        found: list[Sequence[int] | None] = [None] * len(prompts)
+        read: list[Sequence[int] | None] = [None] * len(prompts)
         settings = self._config.prompts
         for name, tokenizer in self._teacher_tokenizers.items():
             if settings.template == "chat" and tokenizer.chat_template is None:
@@ -141,8 +141,8 @@ class _Loading:
                 continue
             ids = tokenizer(texts, add_special_tokens=settings.template == "raw")["input_ids"] if texts else []
             for number, of_prompt in zip(numbers, ids, strict=True):
-                found[number] = of_prompt
-        return found
+                read[number] = of_prompt
+        return read
 
     def describe(self) -> list[str]:
         """Say what the settings did to the prompts."""

@@ -6,10 +6,10 @@ leave out what lies between.
 
 from typing import TYPE_CHECKING
 
-from cluster.config.objective import ObjectiveConfig
 from cluster.config.terms import AnyTerm, DivergenceTerm, PolicyGradientTerm
 
 if TYPE_CHECKING:
+    from cluster.config.objective import ObjectiveConfig
     from cluster.config.run_config import Config
 
 
@@ -36,7 +36,7 @@ def check_aligned(config: "Config") -> None:
         raise ValueError(f"{where} scores positions by themselves; {fault}")
 
 
-def _objective_fault(objective: ObjectiveConfig) -> str | None:
+def _objective_fault(objective: "ObjectiveConfig") -> str | None:
     if objective.support not in ("student_topk", "sampled"):
         return f"use objective.support = 'student_topk' or 'sampled', found '{objective.support}'"
     weights = objective.token_weights

@@ -13,11 +13,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.config.run_config import Config
-from cluster.config.stages import AlignmentConfig, TeacherConfig
+from cluster.config.stages import TeacherConfig
 from cluster.contracts.columns import Ints
-from cluster.contracts.errors import ModelError
-from cluster.models.model_checks import ModelFacts
 from cluster.models.model_files import load_tokenizer
 from cluster.models.token_bytes import TokenBytes
 
@@ -139,23 +136,3 @@ def load_token_map(teacher: TeacherConfig) -> TokenMap:
     ours = TokenBytes(load_tokenizer(aligned.student, aligned.trust_remote_code), aligned.student)
     theirs = TokenBytes(load_tokenizer(teacher.model, teacher.trust_remote_code), teacher.model)
     return TokenMap(ours, theirs, aligned.stop_ids)
-
-
-def align(name: str, config: Config, student: ModelFacts, teacher: ModelFacts) -> tuple[AlignmentConfig, str]:
-    """Compare the tokens of an aligned teacher with the student's; return what its section gets, and a line.
-
-    Raises:
-        ModelError: the bytes of a tokenizer's tokens are not known, or it has no end of a turn.
-    """
-    section, stop_ids = config.teachers[name], sorted(student.stops | set(config.rollout.stop_token_ids))
-    ours, theirs = TokenBytes(student.tokenizer, config.student.model), TokenBytes(teacher.tokenizer, section.model)
-    if "eos" not in theirs.roles:
-        raise ModelError(f"teachers.{name}: its tokenizer names no EOS, so the student cannot learn where to end")
-    token_map = TokenMap(ours, theirs, stop_ids)
-    line = (
-        f"teachers.{name}: aligned with the student's tokens by their bytes; {len(token_map.shared_ids):,} tokens are "
-        f"shared, of {len(ours.of_id):,} and {len(theirs.of_id):,} (map {token_map.digest})"
-    )
-    return AlignmentConfig(
-        config.student.model, config.student.trust_remote_code, tuple(stop_ids), token_map.digest
-    ), line

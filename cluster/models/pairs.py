@@ -14,8 +14,9 @@ from msgspec.structs import replace
 from cluster.config.run_config import Config
 from cluster.config.stages import AlignmentConfig, StatesConfig, TeacherConfig
 from cluster.contracts.errors import ModelError
-from cluster.models.alignment import align
+from cluster.models.alignment import TokenMap
 from cluster.models.model_checks import ModelFacts
+from cluster.models.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,6 +103,26 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
     alignments = {name: alignment for name, (alignment, _) in aligned.items()}
     return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), tuple(lines), alignments)
+
+
+def align(name: str, config: Config, student: ModelFacts, teacher: ModelFacts) -> tuple[AlignmentConfig, str]:
+    """Compare the tokens of an aligned teacher with the student's; return what its section gets, and a line.
+
+    Raises:
+        ModelError: the bytes of a tokenizer's tokens are not known, or it has no end of a turn.
+    """
+    section, stop_ids = config.teachers[name], sorted(student.stops | set(config.rollout.stop_token_ids))
+    ours, theirs = TokenBytes(student.tokenizer, config.student.model), TokenBytes(teacher.tokenizer, section.model)
+    if "eos" not in theirs.roles:
+        raise ModelError(f"teachers.{name}: its tokenizer names no EOS, so the student cannot learn where to end")
+    token_map = TokenMap(ours, theirs, stop_ids)
+    line = (
+        f"teachers.{name}: aligned with the student's tokens by their bytes; {len(token_map.shared_ids):,} tokens are "
+        f"shared, of {len(ours.of_id):,} and {len(theirs.of_id):,} (map {token_map.digest})"
+    )
+    return AlignmentConfig(
+        config.student.model, config.student.trust_remote_code, tuple(stop_ids), token_map.digest
+    ), line
 
 
 def excluding(section: TeacherConfig, token_ids: Sequence[int]) -> TeacherConfig:

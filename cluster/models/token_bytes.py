@@ -125,9 +125,9 @@ def _speller(model: str, described: Mapping[str, Any]) -> Any:
         if decoder["type"] == "Metaspace" or (decoder["type"] == "Replace" and decoder.get("content") == " ")
     ]
     if not spaces or described["model"]["type"] not in ("BPE", "Unigram"):
-        found = described["model"]["type"] + (f", decoded by {', '.join(sorted(kinds))}" if kinds else "")
+        kind = described["model"]["type"] + (f", decoded by {', '.join(sorted(kinds))}" if kinds else "")
         raise ModelError(
-            f"model '{model}': {_REFUSAL}; its tokenizer is {found}; expected a byte-level one, or BPE or Unigram in "
+            f"model '{model}': {_REFUSAL}; its tokenizer is {kind}; expected a byte-level one, or BPE or Unigram in "
             "the manner of SentencePiece"
         )
     space = spaces[0]

@@ -23,8 +23,9 @@ from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
 from teacher_workers.actor import TeacherWorker
-from teacher_workers.backends.aligned import AlignedBackend, translate
+from teacher_workers.backends.aligned import AlignedBackend
 from teacher_workers.backends.base import FLOOR, find_backend
+from teacher_workers.translation import translate
 from tests.builders import make_trajectory
 from tests.learner.support import objective_of
 from tests.made_tokenizers import byte_level, permuted, sentencepiece
