@@ -38,3 +38,5 @@ class ContextConfig(Section, frozen=True):
             force_setattr(self, "template", path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"template {self.template} cannot be read: {error}") from error
+        if "{" not in self.template:
+            raise ValueError(f"template {path} reads nothing of the prompt; it needs a {{{{ prompt }}}} at least")

@@ -11,8 +11,8 @@ import msgspec
 import numpy as np
 
 from cluster.config.context import ContextConfig
-from cluster.config.objective import TEACHER
 from cluster.config.run_config import PromptsConfig
+from cluster.config.terms import TEACHER
 from cluster.contracts.metrics import Mean, Metric, Sum
 from cluster.contracts.requests import ContextUse
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints
