@@ -22,6 +22,7 @@ from cluster.contracts.errors import ActorError, ConfigError, ModelError, Precep
 from cluster.contracts.files import Record
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
+from cluster.models.aligned_states import check_states
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import compare, excluding, merging
 from cluster.placement.capacity import missing_for
@@ -181,13 +182,15 @@ class TeacherChanges(StepHook):
                 "not end; start a new run with it"
             )
         check_support(config, facts.vocabulary)
+        check_states(config, student, {name: facts})
         needed = self.run.inputs.scoring_model_len(name)
         if facts.context_tokens < needed:
             raise ModelError(
                 f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"
             )
-        section = excluding(config.teachers[name], pair.excluded_ids)
-        section = merging(section, config.rollout.stop_class or (), pair.own_stop_ids)
+        written, stop_class = self.run.config.teachers[name].excluded_token_ids, config.rollout.stop_class or ()
+        stop_class = (*stop_class, *sorted(pair.own_stop_ids)) if stop_class else ()
+        section = merging(excluding(config.teachers[name], pair.excluded_ids), stop_class, written)
         return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
 
     def _switch(self, replacement: Replacement, step: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from cluster.config.run_config import Config
-from cluster.config.stages import StatesConfig, TeacherConfig
+from cluster.config.stages import AlignmentConfig, StatesConfig, TeacherConfig
 from cluster.contracts.errors import ConfigError, ModelError
 from cluster.models.model_checks import ModelFacts
 
@@ -61,8 +61,9 @@ class Pairs:
     stop_token_ids: tuple[int, ...] = ()  # that end the turns of one model, and not of all
     excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
     stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all; empty: each by itself
-    own_stop_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)  # teacher -> further ids of its class
+    stop_classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of each teacher, in its own ids
     lines: tuple[str, ...] = ()  # for the user
+    alignments: Mapping[str, AlignmentConfig] = field(default_factory=dict)  # of teachers with other tokenizers
     states: Mapping[str, StatesConfig] = field(default_factory=dict)  # by teacher: what it sends of its layers
 
     def apply(self, config: Config) -> Config:
@@ -79,21 +80,25 @@ class Pairs:
         rollout = replace(config.rollout, stop_token_ids=stop_token_ids)
         if self.stop_class:
             rollout = replace(rollout, stop_class=self.stop_class)
-        teachers = {
-            name: replace(
-                merging(excluding(section, self.excluded_ids), self.stop_class, self.own_stop_ids.get(name, ())),
-                states=self.states.get(name),
-            )
-            for name, section in config.teachers.items()
-        }
+        teachers = {}
+        for name, section in config.teachers.items():
+            if name in self.alignments:
+                section = replace(section, alignment=self.alignments[name])
+            else:
+                section = replace(excluding(section, self.excluded_ids), states=self.states.get(name))
+            teachers[name] = merging(section, self.stop_classes.get(name, ()), config.teachers[name].excluded_token_ids)
         return replace(config, rollout=rollout, teachers=teachers)
 
 
 def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> Pairs:
     """Compare every teacher of a run with the student; raise ModelError for a difference that is not accepted."""
     stop_ids = config.rollout.stop_token_ids
+    others = {name: facts for name, facts in teachers.items() if config.teachers[name].is_aligned}
+    aligned = {name: align(name, config, student, facts) for name, facts in others.items()}
+    teachers = {name: facts for name, facts in teachers.items() if name not in aligned}
     pairs = {name: compare(name, config.teachers[name], student, facts, stop_ids) for name, facts in teachers.items()}
-    lines = [pair.accepted for pair in pairs.values() if pair.accepted]
+    lines = [line for _, line in aligned.values()]
+    lines += [pair.accepted for pair in pairs.values() if pair.accepted]
     lines += [
         f"warning: teachers.{name} is the student's own model, from which it learns nothing"
         for name in config.routes
@@ -102,15 +107,18 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
     ends = [student.stops, *(pair.stop_ids for pair in pairs.values())]
     further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
-    own = {name: pair.own_stop_ids for name, pair in pairs.items()}
-    stop_class = find_stop_class(
-        config, student, teachers.values(), frozenset.union(*ends, stop_ids), any(own.values())
-    )
+    has_more = any(pair.own_stop_ids for pair in pairs.values())
+    all_ends = frozenset.union(*ends, stop_ids)
+    stop_class = find_stop_class(config, student, teachers.values(), all_ends, has_more)
+    stop_classes = {name: (*stop_class, *sorted(pair.own_stop_ids)) for name, pair in pairs.items() if stop_class}
+    if config.rollout.stop_class != ():
+        stop_classes |= {name: by_role(facts) for name, facts in others.items() if len(facts.stops) > 1}
     if stop_class:
         vocabulary = {token_id: token for token, token_id in student.tokenizer.get_vocab().items()}
         named = ", ".join(repr(vocabulary.get(token_id, token_id)) for token_id in stop_class)
         lines.append(f"{named} end completions and count as one token, the first (rollout.stop_class)")
-    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), stop_class, own, tuple(lines))
+    alignments = {name: alignment for name, (alignment, _) in aligned.items()}
+    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), stop_class, stop_classes, tuple(lines), alignments)
 
 
 def find_stop_class(
@@ -126,7 +134,7 @@ def find_stop_class(
     """
     written, eos = config.rollout.stop_class, student.tokenizer.eos_token_id
     shared = min([student.vocabulary, *(teacher.vocabulary for teacher in teachers)])
-    by_default = sorted(set(ends), key=lambda token_id: (token_id != eos, token_id))
+    by_default = sorted(ends, key=lambda token_id: (token_id != eos, token_id))
     known = [token_id for token_id in (by_default if written is None else written) if token_id < student.vocabulary]
     known.sort(key=lambda token_id: token_id >= shared)
     if not known or known[0] >= shared or len(known) + has_more < 2:
@@ -139,13 +147,35 @@ def find_stop_class(
     return tuple(known)
 
 
-def merging(section: TeacherConfig, stop_class: Sequence[int], own_ids: Iterable[int]) -> TeacherConfig:
-    """Return a teacher's section that counts the class and its own further stop ids as one token."""
-    if not stop_class:
-        return section
-    merged = (*stop_class, *sorted(set(own_ids) - set(stop_class)))
-    excluded = tuple(token_id for token_id in section.excluded_token_ids if token_id not in merged)
-    return replace(section, stop_class=merged, excluded_token_ids=excluded)
+def by_role(facts: ModelFacts) -> tuple[int, ...]:
+    """Return the ids that end a model's turns, its EOS first."""
+    return tuple(sorted(facts.stops, key=lambda token_id: (token_id != facts.tokenizer.eos_token_id, token_id)))
+
+
+def merging(section: TeacherConfig, stop_class: Sequence[int], excluded: Sequence[int]) -> TeacherConfig:
+    """Return a teacher's section that counts the class as one token, without the ids that the run file excludes."""
+    kept = [token_id for token_id in section.excluded_token_ids if token_id in excluded or token_id not in stop_class]
+    return replace(section, stop_class=tuple(stop_class), excluded_token_ids=tuple(kept))
+
+
+def align(name: str, config: Config, student: ModelFacts, teacher: ModelFacts) -> tuple[AlignmentConfig, str]:
+    """Compare the tokens of an aligned teacher with the student's; return what its section gets, and a line.
+
+    Raises:
+        ModelError: the bytes of a tokenizer's tokens are not known, or it has no end of a turn.
+    """
+    section, stop_ids = config.teachers[name], sorted(student.stops | set(config.rollout.stop_token_ids))
+    ours, theirs = TokenBytes(student.tokenizer, config.student.model), TokenBytes(teacher.tokenizer, section.model)
+    if "eos" not in theirs.roles:
+        raise ModelError(f"teachers.{name}: its tokenizer names no EOS, so the student cannot learn where to end")
+    token_map = TokenMap(ours, theirs, stop_ids)
+    line = (
+        f"teachers.{name}: aligned with the student's tokens by their bytes; {len(token_map.shared_ids):,} tokens are "
+        f"shared, of {len(ours.of_id):,} and {len(theirs.of_id):,} (map {token_map.digest})"
+    )
+    return AlignmentConfig(
+        config.student.model, config.student.trust_remote_code, tuple(stop_ids), token_map.digest
+    ), line
 
 
 def excluding(section: TeacherConfig, token_ids: Sequence[int]) -> TeacherConfig:

@@ -254,6 +254,10 @@ def test_ids_that_end_the_turns_of_a_teacher_alone_count_for_it_and_are_not_excl
     assert resolved.rollout.stop_class == (1,)
     assert resolved.teachers["main"].stop_class == (1, 113)
     assert resolved.teachers["main"].excluded_token_ids == (112,)
+    without = config(folder, "teachers.main.excluded_token_ids=[113]")
+    assert load_inputs(without).pairs.apply(without).teachers["main"].excluded_token_ids == (112, 113)
+    off = config(folder, "rollout.stop_class=[]")
+    assert load_inputs(off).pairs.apply(off).teachers["main"].excluded_token_ids == (112, 113)
     assert load_inputs(resolved).pairs.apply(resolved) == resolved
 
 
