@@ -14,7 +14,9 @@ from msgspec.structs import replace
 from cluster.config.run_config import Config
 from cluster.config.stages import AlignmentConfig, StatesConfig, TeacherConfig
 from cluster.contracts.errors import ConfigError, ModelError
+from cluster.models.alignment import TokenMap
 from cluster.models.model_checks import ModelFacts
+from cluster.models.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ConfigError, ModelError
 from cluster.models.model_checks import ModelFacts, read_model
-from cluster.models.pairs import Pair, compare
+from cluster.models.pairs import Pair, by_role, compare
 from cluster.run.inputs import held_out_sampling, load_inputs, train_sampling
 from tests.builders import make_config
 from tests.tiny_qwen3 import write_tiny_qwen3
@@ -268,3 +268,8 @@ def test_speculative_decoding_is_refused_where_stop_ids_are_merged(folder: Path)
     with pytest.raises(ConfigError, match=r"one token of the ids \[1, 4\] .* or set rollout.stop_class = \[\]"):
         load_inputs(config(folder, speculates))
     load_inputs(config(folder, speculates, "rollout.stop_class=[]"))
+
+
+def test_the_stop_ids_of_a_teacher_with_tokens_of_its_own_are_one_by_its_roles() -> None:
+    assert by_role(INSTRUCT) == (4, 3)
+    assert by_role(BASE) == (3,)
