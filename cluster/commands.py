@@ -20,6 +20,7 @@ from cluster.run.checkpoints import Checkpoints, RunState, StepEnd, find_resume_
 from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_samples
 from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
+from cluster.run.kept_rows import KeptRows
 from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
@@ -141,6 +142,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         checkpoints,
         *([] if balancer is None else [balancer]),
         Evaluations(run),
+        KeptRows(run),
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
         ScoreAudits(run, audit),

@@ -125,11 +125,15 @@ def evaluate_objective(
     columns = [torch.zeros_like(tokens.rollout_logprobs) for _ in range(5)]
     for chunk in _chunks(batch, chunk_tokens):
         places = chunk.places
+        logits, chosen = projection.logits(places), tokens[places]
+        models = {model: teacher_heads[chunk.route][model].logits(hidden) for model, hidden in chunk.hidden.items()}
+        if batch.watch is not None:
+            batch.watch.see(places, logits, chosen, plan[places].weights, models)
         result = objective.evaluate(
-            projection.logits(places),
-            tokens[places],
+            logits,
+            chosen,
             plan[places],
-            {model: teacher_heads[chunk.route][model].logits(hidden) for model, hidden in chunk.hidden.items()},
+            models,
             with_gradient=projection.gradients is not None,
         )
         if result.logits_gradient is not None:
