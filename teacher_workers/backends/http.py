@@ -21,8 +21,9 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError, ScoreError, UniformError
 from cluster.contracts.metrics import Metrics, Sum
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import Scores
-from cluster.contracts.trajectory import Bytes, Floats, Ints, ragged
+from cluster.contracts.trajectory import Bytes, Floats, Ints
 from cluster.models.model_files import load_tokenizer
 from teacher_workers.audit.checks import AGREEMENT_NATS, FLOOR_NATS, UNIFORM_NATS
 from teacher_workers.backends.base import FLOOR, TeacherBackend
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts
 
 START_RETRY_SECONDS = 2.0  # of the driver's questions, before the run; the user waits for the answer
+ABSENCE_SECONDS = 10.0  # without an answer, after which a server counts as away
 PROBE_TOKENS = 32
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # in the text of a token that is a part of a character
 MIN_EVEN_TOKENS = 8  # so many alike scores are no text's
@@ -52,6 +54,7 @@ class HttpBackend(TeacherBackend):
     """Sends rows to servers; needs no GPU, and no files of the teacher."""
 
     signals = frozenset({"logprobs", "candidate_ids", "candidate_logprobs"})
+    reads_scorer_prompts = True
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Prepare to ask; a server that is away is waited for when it is needed."""
@@ -94,9 +97,21 @@ class HttpBackend(TeacherBackend):
         model = _run(_each(teacher, CompletionsClient.served_model))[0]
         return hashlib.sha256(f"{teacher.model}\n{model.root}".encode()).hexdigest()
 
+    @classmethod
+    def absence(cls, teacher: TeacherConfig) -> str:
+        """Ask every server for its models; name those that do not answer."""
+        absences = []
+        for url in teacher.urls:
+            server = msgspec.structs.replace(teacher, url=url, request_timeout_seconds=ABSENCE_SECONDS)
+            try:
+                _run(_each(server, CompletionsClient.served_model, retry_seconds=0.0))
+            except ModelError as error:
+                absences.append(str(error))
+        return "; ".join(absences)
+
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
         """Score all rows at once, as far as the client lets them."""
-        token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
+        token_ids, loss_mask = as_read_by(batch, request.model)
         rows = [(token_ids[row], loss_mask[row]) for row in range(len(token_ids))]
         parts = await asyncio.gather(*(self._score_row(ids, mask, request.top_k) for ids, mask in rows))
         logprobs, candidate_ids, candidate_logprobs = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -166,11 +181,15 @@ def _run(coroutine: Coroutine[Any, Any, Answer]) -> Answer:
         raise ModelError(str(error)) from error
 
 
-async def _each(teacher: TeacherConfig, ask: Callable[[CompletionsClient], Awaitable[Answer]]) -> list[Answer]:
+async def _each(
+    teacher: TeacherConfig,
+    ask: Callable[[CompletionsClient], Awaitable[Answer]],
+    retry_seconds: float = START_RETRY_SECONDS,
+) -> list[Answer]:
     """Ask every server by itself, in the order of the URLs."""
     answers = []
     for url in teacher.urls:
-        client = CompletionsClient(msgspec.structs.replace(teacher, url=url), START_RETRY_SECONDS)
+        client = CompletionsClient(msgspec.structs.replace(teacher, url=url), retry_seconds)
         try:
             answers.append(await ask(client))
         finally:
