@@ -27,6 +27,7 @@ from cluster.run.pools import start_pipeline, start_student_rollouts, start_teac
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
 from cluster.run.served_teachers import ServedTeachers
+from cluster.run.start_record import record_start
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
 from cluster.run.supervisor import Supervisor
 from teacher_workers.audit.runner import ScoreAudit
@@ -120,6 +121,7 @@ def _train(
     state: RunState | None = None,
 ) -> RunSummary:
     beginning = state or RunSummary()
+    record_start(directory, 0 if state is None else state.step, placement)
 
     def measure_teachers() -> None:
         if isinstance(beginning, RunSummary):  # a resumed run knows

@@ -131,9 +131,10 @@ class KeptRows:
         began = perf_counter()
         ends = np.cumsum([batch.num_rows for batch in batches])
         columns, start = watch.columns(result), 0
+        names = _narrow_names(batches[0].schema)  # those of all batches of a step
         for row in watch.rows:
             number = int(np.searchsorted(ends, row.index, side="right"))
-            scored = _narrow(batches[number]).slice(row.index - (int(ends[number - 1]) if number else 0), 1)
+            scored = batches[number].select(names).slice(row.index - (int(ends[number - 1]) if number else 0), 1)
             kept = KeptRow(scored, row.log_ratio, columns, slice(start, start + len(row.tokens)))
             start += len(row.tokens)
             if row.is_chosen:
@@ -157,9 +158,9 @@ def log_ratios(tokens: CompletionTokens, lengths: Sequence[int]) -> NDArray[np.f
     return np.where(np.array(lengths) > 0, sums / np.maximum(lengths, 1), -np.inf)
 
 
-def _narrow(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Return the batch without the columns of a model's own width, which are most of its bytes."""
-    return batch.select([field.name for field in batch.schema if not _is_wide(field)])
+def _narrow_names(schema: pa.Schema) -> list[str]:
+    """Return the columns without those of a model's own width, which are most of the bytes."""
+    return [field.name for field in schema if not _is_wide(field)]
 
 
 def _is_wide(field: pa.Field) -> bool:

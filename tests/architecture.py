@@ -46,6 +46,7 @@ LAYERS = {
     "cluster.run": 3,
     "cluster.elastic": 3,
     "cluster.simulation": 3,
+    "cluster.report": 3,
     "cluster": 4,  # the command line
 }
 

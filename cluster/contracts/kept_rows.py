@@ -10,6 +10,7 @@ columns that are there: signals and objectives decide which. All log-probabiliti
 | `reason` | `chosen` by its id alone, or `worst`: of all of the step, the largest log-ratio per token |
 | `log_ratio` | mean over its tokens of sampler minus teacher log-probability |
 | `token_texts` | one per token; of a character that several tokens make, the first has all |
+| `MODEL_prompt_texts` | the same of a prompt that a scoring model read in the student's place |
 | `vocabulary` | token id -> text, of all candidates and top tokens |
 | `student_logprobs`, `student_entropy` | one per completion token |
 | `loss`, `loss_weight`, `candidate_mass` | one per completion token: its loss, the weight of its place, p(candidates) |
@@ -18,7 +19,7 @@ columns that are there: signals and objectives decide which. All log-probabiliti
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,8 +67,8 @@ class KeptRowFiles:
 
     def __init__(self, folder: Path, most_bytes: float = math.inf) -> None:
         self._folder, self._most_bytes = folder, most_bytes
-        steps = list(self.files())
-        self._stride = math.gcd(*steps) if len(steps) > 1 else 1
+        self._sizes = {step: path.stat().st_size for step, path in self.files().items()}  # bytes
+        self._stride = math.gcd(*self._sizes) if len(self._sizes) > 1 else 1
 
     def files(self) -> Mapping[int, Path]:
         """Return the files by their steps, in order."""
@@ -81,27 +82,31 @@ class KeptRowFiles:
     def write(self, step: int, rows: pa.Table) -> None:
         """Write the rows of a step, and drop others if there is no place for them."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        path = self._folder / f"step-{step:08d}.arrow"
+        path = self._path(step)
         partial = path.with_suffix(".partial")
         metadata = {**(rows.schema.metadata or {}), _METADATA: VERSION.encode()}
         # Parquet takes four times as long to write so few rows.
         feather.write_feather(rows.replace_schema_metadata(metadata), str(partial), compression="zstd")
+        self._sizes[step] = partial.stat().st_size
         partial.replace(path)
-        self._thin()
+        while sum(self._sizes.values()) > self._most_bytes:
+            self._stride *= 2
+            alone = len(self._sizes) == 1
+            self._drop([step for step in self._sizes if step % self._stride or alone])
 
     def drop_from(self, step: int) -> None:
         """Forget `step` and what followed: a resumed run does those steps again."""
-        for written, path in self.files().items():
-            if written >= step:
-                path.unlink()
+        self._drop([written for written in self._sizes if written >= step])
 
-    def read(self) -> Iterator[tuple[int, pa.Table]]:
-        """Yield each step's rows, in order; one that the run drops meanwhile is passed over.
+    def read(self, steps: Collection[int] | None = None) -> Iterator[tuple[int, pa.Table]]:
+        """Yield the rows of each step, or of some, in order; one that the run drops meanwhile is passed over.
 
         Raises:
             CheckpointError: a file is damaged, or of another release.
         """
         for step, path in self.files().items():
+            if steps is not None and step not in steps:
+                continue
             try:
                 rows = feather.read_table(str(path), memory_map=False)
             except FileNotFoundError:
@@ -113,11 +118,10 @@ class KeptRowFiles:
                 raise CheckpointError(f"{path}: kept rows of version {version!r}, expected {VERSION}; remove the file")
             yield step, rows
 
-    def _thin(self) -> None:
-        sizes = {path: path.stat().st_size for path in self.files().values()}
-        while sum(sizes.values()) > self._most_bytes:
-            self._stride *= 2
-            for step, path in self.files().items():
-                if step % self._stride or len(sizes) == 1:
-                    path.unlink()
-                    del sizes[path]
+    def _drop(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            self._path(step).unlink(missing_ok=True)
+            del self._sizes[step]
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}.arrow"

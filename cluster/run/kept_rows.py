@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WAIT_SECONDS = 60.0  # the ranks answer before they begin the next step
 BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a part of a character decodes to
 MOST_TOKENS_OF_A_CHARACTER = 8
-ANCHOR = "a"  # decoders drop a space at the beginning of a text
+MOST_TRIED = 1000
 
 _log = logging.getLogger("preceptor")
 
@@ -89,19 +89,21 @@ class TokenTexts:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, str] = {}
-        encoded = tokenizer.encode(ANCHOR, add_special_tokens=False)
-        self._anchor = encoded[-1:] if tokenizer.decode(encoded) == ANCHOR else []
+        self._anchor, self._anchor_text = _plain_token(tokenizer)
 
     def add_to(self, rows: pa.Table, step: int) -> pa.Table:
         """Return the rows with their step and the texts of their tokens."""
-        texts = [self.of_sequence(ids) for ids in rows["token_ids"].to_pylist()]
-        names = [name for name in rows.column_names if name.endswith("_ids") and _is_nested(rows[name].type)]
+        for name in rows.column_names:
+            if name.endswith("_ids") and _is_list(rows[name].type, pa.types.is_int32):  # of scorers' own prompts too
+                texts = [self.of_sequence(ids) for ids in rows[name].to_pylist()]
+                rows = rows.append_column(f"{name.removesuffix('_ids')}_texts", pa.array(texts, pa.list_(pa.string())))
+        chosen = [name for name in rows.column_names if name.endswith("_ids")]
+        names = [name for name in chosen if _is_list(rows[name].type, pa.types.is_list)]
         vocabularies = []
         for row in range(rows.num_rows):
             ids = {int(one) for name in names for one in rows[name][row].values.flatten().to_numpy()}
             vocabularies.append([(one, self.of_token(one)) for one in sorted(ids)])
-        rows = rows.append_column("step", pa.array([step] * len(texts), pa.int32()))
-        rows = rows.append_column("token_texts", pa.array(texts, pa.list_(pa.string())))
+        rows = rows.append_column("step", pa.array([step] * rows.num_rows, pa.int32()))
         return rows.append_column("vocabulary", pa.array(vocabularies, pa.map_(pa.int32(), pa.string())))
 
     def of_token(self, token_id: int) -> str:
@@ -130,9 +132,21 @@ class TokenTexts:
         return 1
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text = self._tokenizer.decode([*self._anchor, *ids], clean_up_tokenization_spaces=False)
-        return str(text)[len(ANCHOR) if self._anchor else 0 :]
+        """Decode as what follows other text: at the beginning, decoders drop a space, or put none between words."""
+        text = str(self._tokenizer.decode([*self._anchor, *ids], clean_up_tokenization_spaces=False))
+        return text[len(self._anchor_text) :]
 
 
-def _is_nested(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) and pa.types.is_list(kind.value_type)
+def _plain_token(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], str]:
+    """Return a token of plain text and its text; nothing if the first ones of the vocabulary are none."""
+    encoded = tokenizer.encode("a", add_special_tokens=False)
+    for one in [*encoded, *range(min(len(tokenizer), MOST_TRIED))]:
+        text, twice = (str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) for ids in ([one], [one, one]))
+        is_plain = text.strip() and BROKEN not in text and one not in tokenizer.all_special_ids
+        if is_plain and twice.startswith(text):
+            return [one], text
+    return [], ""
+
+
+def _is_list(kind: pa.DataType, is_item: Callable[[pa.DataType], bool]) -> bool:
+    return bool(pa.types.is_list(kind) and is_item(kind.value_type))

@@ -49,7 +49,9 @@ def test_the_vocabulary_has_every_candidate_and_no_other_token(texts):
     of, encode = texts
     the, a = encode(" the")[0], encode("a")[0]
     candidates = pa.array([[[the, a]]], pa.list_(pa.list_(pa.int32())))
-    table = of.add_to(pa.table({"token_ids": [[a, the]], "candidate_ids": candidates}), step=3)
+    table = of.add_to(
+        pa.table({"token_ids": pa.array([[a, the]], pa.list_(pa.int32())), "candidate_ids": candidates}), step=3
+    )
     assert dict(table["vocabulary"][0].as_py()) == {the: " the", a: "a"}
     assert table["token_texts"].to_pylist() == [["a", " the"]]
     assert table["step"].to_pylist() == [3]
@@ -79,3 +81,16 @@ def test_of_each_ranks_worst_row_the_worst_stays_unless_it_is_chosen():
 
 def test_a_step_without_rows_has_no_table():
     assert join([taken()]) is None
+
+
+def test_a_prompt_that_the_teacher_read_alone_has_texts_too(texts):
+    of, encode = texts
+    rows = pa.table({"token_ids": [[1]], "teacher_prompt_ids": pa.array([encode("é the")], pa.list_(pa.int32()))})
+    assert of.add_to(rows, step=1)["teacher_prompt_texts"].to_pylist() == [["é", "", " the"]]
+
+
+def test_a_tokenizer_that_puts_spaces_between_words_shows_them():
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "12": 2, "+": 3}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "<bos>"])
+    of = TokenTexts(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>"))
+    assert of.of_sequence([2, 3, 2]) == [" 12", " +", " 12"]
