@@ -18,7 +18,7 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     with suppress(FileNotFoundError):  # the current folder was removed
         # A console script, unlike `python -m`, does not look there for what a run file names by its import path. At the
         # end it shadows nothing; Ray passes the folder on to the workers.
@@ -261,7 +261,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="preceptor", description="On-policy distillation of language models.")
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Interleaving)

@@ -59,6 +59,8 @@ def accumulate(
         result = engine.forward(batch, objective, teacher_heads)
         engine.backward(result.loss, completes_step and following is None)
         metrics = describe(result, batch.tokens.to(result.loss.device), objective.needs.sampled_candidates)
+        if objective.needs.last_states or objective.needs.layer_states:
+            metrics |= {"state_error": _mean(result.columns[-1])} if len(batch.tokens) else {}
         # Only now: a GPU has just begun when `backward` returns, and reading the metrics waits for it.
         if batch.watch is not None and keep is not None:
             metrics |= keep(batch.watch, result)
