@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.config.objective import TEACHER
 from cluster.config.run_config import Config
+from cluster.config.terms import TEACHER
 from cluster.contracts.kept_rows import MOST_CANDIDATES, Taken, chosen_ids
 from cluster.contracts.metrics import Sum
 from cluster.contracts.trajectory import ragged

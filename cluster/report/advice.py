@@ -14,14 +14,14 @@ MIN_STEPS = 10  # before which nothing is said of trends
 class Advice:
     """Says what was noticed in a run, and what may help."""
 
-    found: str
+    noticed: str
     advice: str
 
 
 def advise(run: RunData) -> list[Advice]:
     """Return all that applies to the run, the traps of the README first."""
-    found = [check(run) for check in CHECKS]
-    return [advice for advice in found if advice is not None]
+    applying = [check(run) for check in CHECKS]
+    return [advice for advice in applying if advice is not None]
 
 
 def _first(values: Sequence[float]) -> float:

@@ -94,19 +94,19 @@ def curves(run: RunData) -> dict[str, list[list[float]]]:
     for record in run.records:
         total += record.get("step/seconds", 0.0) / 3600
         hours.append(total)
-    found = {}
+    by_name = {}
     for name in sorted({name for record in run.records for name in record} - {"step"}):
         points = [
             (record["step"], at, record[name]) for record, at in zip(run.records, hours, strict=True) if name in record
         ]
         size = -(-len(points) // MOST_POINTS)
         groups = [points[first : first + size] for first in range(0, len(points), size)]
-        found[name] = [
+        by_name[name] = [
             [group[-1][0] for group in groups],
             [round(group[-1][1], 6) for group in groups],
             [float(f"{fmean(value for *_, value in group):.6g}") for group in groups],
         ]
-    return found
+    return by_name
 
 
 def facts(run: RunData) -> list[tuple[str, str]]:

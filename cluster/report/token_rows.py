@@ -109,7 +109,8 @@ def choose_rows(summary: Summary, most_rows: int = MOST_ROWS) -> list[int]:
 def token_rows(directory: RunDirectory, summary: Summary, chosen: Sequence[int]) -> dict[str, Any]:
     """Return the chosen rows for the report's script, with the texts of all candidates; cut to what fits."""
     wanted = {(summary.steps[row], summary.ids[row]) for row in chosen}
-    cells, rows, vocabulary = MOST_CELLS, [], {}
+    cells, rows = MOST_CELLS, []
+    vocabulary: dict[int, str] = {}
     for step, table in KeptRowFiles(directory.kept_rows).read({step for step, _ in wanted}):
         for place, trajectory_id in enumerate(table["trajectory_id"].to_pylist()):
             if (step, trajectory_id) not in wanted or cells <= 0:
