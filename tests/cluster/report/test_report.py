@@ -170,8 +170,10 @@ def test_answers_are_those_of_the_first_and_of_the_last_evaluation(tmp_path):
 
 def test_ten_thousand_kept_rows_stay_small(tmp_path):
     directory = make_run(tmp_path, steps=50)
-    words = [f" word{place}" for place in range(200)]
-    keep(directory, *(make_rows(step, [words] * 200) for step in range(1, 51)))
+    rows = make_rows(1, [[f" word{place}" for place in range(50)]] * 200)
+    place = rows.column_names.index("step")
+    for step in range(1, 51):
+        keep(directory, rows.set_column(place, "step", pa.array([step] * 200, pa.int32())))
     report = write_report([directory.path])
     [run] = data_of(report)
     assert report.stat().st_size < 5e6
@@ -211,7 +213,9 @@ def test_long_curves_are_averaged(tmp_path):
 
 
 def test_an_objective_of_several_terms_is_a_sentence_each():
-    terms = make_config("objective.terms.main.weight=0.5", "objective.terms.main.when=trusted").objective
+    terms = make_config(
+        "objective=tail-topk", "objective.terms.main.weight=0.5", "objective.terms.main.when=trusted"
+    ).objective
     assert objective_in_words(terms)[-1].startswith("0.5 x KL(student || target)")
     assert objective_in_words(terms)[-1].endswith(", where trusted")
 
