@@ -173,6 +173,16 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def fit_projection(options: argparse.Namespace) -> int:
+    """Fit the projection bank that a run file names to what its student writes, and say how much it keeps."""
+    config = _load(options)
+    from cluster.run.fit_projection import FitOptions, fit_bank_of_run
+
+    for line in fit_bank_of_run(config, FitOptions(options.rank, options.rows, options.teacher)):
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
 def init(options: argparse.Namespace) -> int:
     """Write a first run file for two models and prompts, and say what was chosen and why."""
     from cluster.init import InitOptions, write_run_file
@@ -254,6 +264,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": verify,
     "export": export,
     "plan": plan,
+    "fit-projection": fit_projection,
     "demo": demo,
     "submit": submit,
     "follow": follow,
@@ -270,7 +281,7 @@ def make_parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(command=run)
         add[name] = command.add_argument
-    for name in ("train", "eval", "check", "plan", "submit"):
+    for name in ("train", "eval", "check", "plan", "submit", "fit-projection"):
         add[name]("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
     for name in ("scale", "teacher", "status", "verify", "export"):
         add[name]("run", type=Path, metavar="RUN_DIRECTORY")
@@ -297,6 +308,9 @@ def make_parser() -> argparse.ArgumentParser:
     add["plan"]("--gpu-memory", type=float, metavar="GIB", help="of each GPU; without --rates")
     add["plan"]("--picture", type=Path, metavar="FILE.png", help="draw the prediction")
     add["plan"]("--save-rates", type=Path, metavar="FILE", help="write the rates of a run directory")
+    add["fit-projection"]("--rank", type=int, default=8, metavar="N", help="dimensions of each layer")
+    add["fit-projection"]("--rows", type=int, default=16_384, metavar="N", help="sampled tokens to fit it to, at most")
+    add["fit-projection"]("--teacher", metavar="NAME", help="of [teachers.NAME], where there are several")
     add["demo"]("arguments", nargs="*", metavar="section.field=value")
     add["submit"]("--resume", action="store_true", help="go on with the run from its last checkpoint")
     add["submit"]("--no-wait", action="store_true", help="return when the job is submitted")
