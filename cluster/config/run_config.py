@@ -26,6 +26,7 @@ from cluster.config.terms import (
     CrossEntropyTerm,
     DivergenceTerm,
     PolicyGradientTerm,
+    RepresentationTerm,
 )
 from cluster.contracts.requests import ScoreRequest
 
@@ -216,7 +217,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 top_k=needs.num_candidates if chooses else 0,
                 given_candidates=bool(needs.num_candidates) and not chooses,
                 entropy=model == TEACHER and needs.teacher_entropy,
-                hidden=needs.hidden,
+                hidden=needs.hidden or model in needs.last_states,
+                layers=model in needs.layer_states,
                 further=self.teachers[self.scoring_teacher(model, route)].signals,
             )
             scorers.append((self.scoring_teacher(model, route), request))
@@ -256,7 +258,7 @@ def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
                 "rollout.samples_per_prompt is 1; set it to 2 or more, or take 'reward_positive'"
             )
         has_residual = isinstance(term, DivergenceTerm) and term.has_residual and not objective.needs.hidden
-        if cuts and (has_residual or not isinstance(term, DivergenceTerm | CrossEntropyTerm)):
+        if cuts and (has_residual or not isinstance(term, DivergenceTerm | CrossEntropyTerm | RepresentationTerm)):
             kind = "the residual of a divergence" if has_residual else f"a {term.__struct_config__.tag}"
             raise ValueError(
                 f"objective.terms.{name}: {kind} learns from the sampled tokens, and top_p and top_k keep some from "

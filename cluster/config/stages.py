@@ -73,6 +73,14 @@ class RolloutConfig(Section):
         check_limits(self.num_workers, self.min_workers, self.max_workers)
 
 
+class StatesConfig(Section):
+    """Says which layers' hidden states a teacher sends; the run takes it from the objective and the student's files."""
+
+    layers: tuple[Count, ...]  # of the student, from 1
+    student_depth: Count  # layers that the student has; those of a teacher of another depth are paired with them
+    bank: Text | None = None  # file that projects the states; None: they travel as they are
+
+
 class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
 
@@ -97,6 +105,7 @@ class TeacherConfig(Section):
     tokenizer: Text | None = None  # of the servers' model, to compare with the student's; None: taken to be the same
     request_timeout_seconds: Positive = 120.0
     retry_seconds: NonNegative = 600.0  # of failures that may pass: server away or busy, error 5xx, no answer in time
+    states: StatesConfig | None = None  # what of its layers it sends; the run sets it
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:

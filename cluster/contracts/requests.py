@@ -52,6 +52,7 @@ class ScoreRequest:
     given_candidates: bool = False  # score the candidates that the batch already has
     entropy: bool = False  # of its distribution at every completion position
     hidden: bool = False  # its last hidden states
+    layers: bool = False  # hidden states of the layers that teachers.NAME.states names
     further: tuple[str, ...] = ()  # import paths of signals that contracts/signals.py does not list
 
     @property
@@ -68,5 +69,6 @@ class ScoreRequest:
             "candidate_logprobs": bool(self.top_k) or self.given_candidates,
             "entropy": self.entropy,
             "hidden": self.hidden,
+            "layers": self.layers,
         }
         return frozenset(name for name, is_requested in requested.items() if is_requested).union(self.further)

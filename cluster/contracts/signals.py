@@ -57,7 +57,7 @@ SIGNALS: dict[str, Signal] = {
         Signal("entropy", audited="position"),  # in nats
         # The last hidden states after the final norm; uint16 holds bfloat16's bits, which numpy cannot.
         Signal("hidden", (pa.float32(), pa.float16(), pa.uint16()), "model", is_rechecked=False, audited="position"),
-        # Hidden states of several layers, one after the other; no backend of ours sends them yet.
+        # Hidden states of several layers, one after the other, or what a projection bank makes of them.
         Signal("layers", (pa.float32(), pa.float16(), pa.uint16()), "model", is_rechecked=False, audited="position"),
     )
 }

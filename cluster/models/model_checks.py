@@ -25,6 +25,8 @@ class ModelFacts:
     context_tokens: int
     vocabulary: int  # tokens that the model gives probabilities to
     stop_ids: frozenset[int] = frozenset()  # that end its turns, as its generation settings say
+    width: int = 0  # of its hidden states
+    depth: int = 0  # layers
 
     @property
     def stops(self) -> frozenset[int]:
@@ -55,7 +57,15 @@ def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> Mode
         else:
             check_lm_head(model, config, shapes)
         check_tied_head(model, config)
-    return ModelFacts(tokenizer, context_length(config), vocabulary, read_stop_ids(model, config))
+    text = config.get_text_config()
+    return ModelFacts(
+        tokenizer,
+        context_length(config),
+        vocabulary,
+        read_stop_ids(model, config),
+        width=getattr(text, "hidden_size", 0),
+        depth=getattr(text, "num_hidden_layers", 0),
+    )
 
 
 def _refuse_quantised(model: str, config: "PretrainedConfig") -> None:

@@ -5,14 +5,14 @@ means is refused, unless `teachers.NAME.accept_differences` names it; any other 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from cluster.config.run_config import Config
-from cluster.config.stages import TeacherConfig
+from cluster.config.stages import StatesConfig, TeacherConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.model_checks import ModelFacts
 
@@ -59,9 +59,12 @@ class Pairs:
     stop_token_ids: tuple[int, ...] = ()  # that end the turns of one model, and not of all
     excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
     lines: tuple[str, ...] = ()  # for the user
+    states: Mapping[str, StatesConfig] = field(default_factory=dict)  # by teacher: what it sends of its layers
 
     def apply(self, config: Config) -> Config:
         """Return the run with completions that end where student or teachers do, and without the teachers' own tokens.
+
+        The teachers send the layers' states that the objective compares.
 
         Example:
             >>> from tests.builders import make_config
@@ -69,7 +72,10 @@ class Pairs:
             (7,)
         """
         rollout = replace(config.rollout, stop_token_ids=_union(config.rollout.stop_token_ids, self.stop_token_ids))
-        teachers = {name: excluding(section, self.excluded_ids) for name, section in config.teachers.items()}
+        teachers = {
+            name: replace(excluding(section, self.excluded_ids), states=self.states.get(name))
+            for name, section in config.teachers.items()
+        }
         return replace(config, rollout=rollout, teachers=teachers)
 
 

@@ -1,13 +1,14 @@
 """Reads the prompts of a run, and makes the requests of each step from them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from cluster.config.pass_through import check_pass_through
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.models.aligned_states import states_to_send
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
 from rollout_workers.environments.base import environment_named
@@ -49,7 +50,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     student = read_model(config.student, is_student=True)
     check_signals(config)
     teachers = {name: check_teacher(name, teacher, student) for name, teacher in config.teachers.items()}
-    pairs = compare_all(config, student, teachers)
+    pairs = replace(compare_all(config, student, teachers), states=states_to_send(config, student, teachers))
     models = [student, *teachers.values()]
     check_support(config, min(model.vocabulary for model in models))
     environment_named(config.environment.kind)  # refuses a wrong name before anything starts

@@ -14,7 +14,7 @@ from cluster.actors.cluster import RAY
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.config.stages import Dtype, TeacherConfig
-from cluster.config.terms import TEACHER, PolicyGradientTerm, WeightSchedule
+from cluster.config.terms import TEACHER, PolicyGradientTerm, RepresentationTerm, WeightSchedule
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
@@ -23,7 +23,7 @@ from cluster.contracts.wire import from_wire
 from cluster.placement.placement import Placement
 from cluster.run.inputs import Inputs, train_requests, train_sampling
 from cluster.run.pools import Pipeline, start_pipeline, start_student_as_teacher
-from teacher_workers.audit.checks import AGREEMENT_NATS
+from teacher_workers.audit.checks import AGREEMENT_NATS, hidden_tolerance
 from teacher_workers.router import TeacherRouter
 
 NUM_PROMPTS = 8  # enough for a few hundred tokens; the checks notice gross disagreement
@@ -90,13 +90,18 @@ def sample_plainly(config: Config) -> Config:
 
 
 def mirror(config: Config) -> Config:
-    """Return the run with the student's own weights for every teacher, served as the rollout workers serve them."""
+    """Return the run with the student's own weights for every teacher, served as the rollout workers serve them.
+
+    A projection bank, which maps two other models, is left out with its terms.
+    """
     student = config.student
+    compared = {name: term for name, term in config.objective.terms.items() if getattr(term, "bank", None) is None}
     teachers = {
         name: TeacherConfig(
             student.model,
             trust_remote_code=student.trust_remote_code,
             base=teacher.base,
+            states=None if teacher.states is None or teacher.states.bank is not None else teacher.states,
             # On a shared GPU it takes the teacher's place.
             engine=msgspec.structs.replace(
                 config.rollout.engine, gpu_memory_fraction=teacher.engine.gpu_memory_fraction, sleep=False
@@ -104,7 +109,8 @@ def mirror(config: Config) -> Config:
         )
         for name, teacher in config.teachers.items()
     }
-    return msgspec.structs.replace(config, teachers=teachers)
+    objective = msgspec.structs.replace(config.objective, terms=compared)
+    return msgspec.structs.replace(config, teachers=teachers, objective=objective)
 
 
 def _against_itself(
@@ -207,6 +213,10 @@ def gradient_checks(
     for name, term in objective.terms.items():
         if not term.is_zero_at_the_student:
             continue
+        if isinstance(term, RepresentationTerm):
+            measured = measure(msgspec.structs.replace(objective, terms={name: term}))
+            results.append(check_states_at_optimum(name, measured["state_error"], dtype))
+            continue
         # Advantages that are the tokens' log-probabilities, in place of the log-ratios that should be 0.
         discount = term.discount if isinstance(term, PolicyGradientTerm) else 0.0
         weight = term.weight.largest if isinstance(term.weight, WeightSchedule) else term.weight
@@ -218,6 +228,19 @@ def gradient_checks(
         per_nat = scale["gradient_norm"] / logprob_nats if logprob_nats else 0.0
         results.append(check_gradient_at_optimum(name, at_optimum["gradient_norm"], rounding * per_nat))
     return results
+
+
+def check_states_at_optimum(term: str, error: float, dtype: Dtype) -> CheckResult:
+    """Check that the learner's hidden states are the engine's, but for rounding, which grows from layer to layer.
+
+    `error` is the mean distance over the length; rows that are shifted by one are about as far apart as they are long.
+    """
+    return CheckResult(
+        f"term '{term}' at student = teacher",
+        f"hidden states {error:.2e} of their length apart",
+        error <= hidden_tolerance(AGREEMENT_NATS[dtype]),
+        "the learner and the scoring engine compute different hidden states; compare their dtypes, and the check above",
+    )
 
 
 def check_gradient_at_optimum(term: str, gradient_norm: float, rounding_norm: float) -> CheckResult:

@@ -10,8 +10,10 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.terms import TEACHER
 from learner.loss.evaluators import evaluate_full, evaluate_fused, evaluate_listed, takes_fused
 from learner.loss.kernels.interface import RowKernels
+from learner.loss.representation import Alignment, RepresentationLoss, Scores, align
 from learner.loss.softmax import at_least_float32, temperature_normaliser
 from learner.loss.targets import log_linear
+from learner.loss.term import Chunk
 from learner.loss.terms import TERMS
 from learner.loss.token_weights import entropy_weights, is_early, position_importance
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
@@ -27,7 +29,9 @@ class Objective:
     def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None, temperature: float = 1.0) -> None:
         self.needs, self.kernels, self.temperature = config.needs, kernels, temperature
         self._token_weights = config.token_weights
-        self._terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
+        terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
+        self._of_states = {name: term for name, term in terms.items() if isinstance(term, RepresentationLoss)}
+        self._terms = {name: term for name, term in terms.items() if name not in self._of_states}
 
     @torch.no_grad()
     def plan(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> TokenPlan:
@@ -72,6 +76,35 @@ class Objective:
             models = {model: at_least_float32(values) for model, values in model_logits.items()}
             result = evaluate_full(self._terms, logits, tokens, plan, models, with_gradient)
         return replace(result, at_sampling_temperature=result.logprobs / self.temperature - plan.normaliser)
+
+    @property
+    def reads_logits(self) -> bool:
+        """Return whether there are terms with a gradient by the logits."""
+        return bool(self._terms)
+
+    def student_layers(self, depth: int) -> tuple[int, ...]:
+        """Return the layers of a student of so many whose hidden states `align` compares, each once."""
+        return tuple(sorted({layer for term in self._of_states.values() for layer in term.layers(depth)}))
+
+    def align(
+        self,
+        states: Mapping[int, Tensor],
+        scores: Scores,
+        tokens: CompletionTokens,
+        plan: TokenPlan,
+        logprobs: Tensor,
+        depth: int,
+    ) -> Alignment:
+        """Compare the student's hidden states with the target's at the rows that predict some tokens.
+
+        Args:
+            states: layer -> [n, width], of `student_layers(depth)`, at least one.
+            scores: model -> signal -> [n, width]: what the models sent.
+            tokens, plan: as in `evaluate`.
+            logprobs: the current student's of the sampled tokens, [n].
+            depth: layers that the student has.
+        """
+        return align(self._of_states, states, scores, Chunk(tokens, plan, logprobs[:, None]), depth)
 
     def _weights(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor:
         config = self._token_weights

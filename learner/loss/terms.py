@@ -5,9 +5,17 @@ from typing import Any
 
 from torch import Tensor
 
-from cluster.config.terms import CrossEntropyTerm, DivergenceTerm, PolicyGradientTerm, TaskRewardTerm, Term
+from cluster.config.terms import (
+    CrossEntropyTerm,
+    DivergenceTerm,
+    PolicyGradientTerm,
+    RepresentationTerm,
+    TaskRewardTerm,
+    Term,
+)
 from learner.loss.advantage_terms import PolicyGradientLoss, TaskRewardLoss
 from learner.loss.divergences import Divergence, find_divergence
+from learner.loss.representation import RepresentationLoss
 from learner.loss.term import Chunk, LossTerm
 
 
@@ -45,5 +53,6 @@ TERMS: dict[type[Term], Callable[[str, Any, float], LossTerm]] = {
     DivergenceTerm: DivergenceLoss,
     PolicyGradientTerm: PolicyGradientLoss,
     TaskRewardTerm: TaskRewardLoss,
+    RepresentationTerm: RepresentationLoss,
     CrossEntropyTerm: CrossEntropyLoss,
 }

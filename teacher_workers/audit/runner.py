@@ -26,16 +26,13 @@ from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints
 from cluster.contracts.wire import from_wire
-from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Fault, Tolerance, audit_answers
+from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Fault, Tolerance, audit_answers, hidden_tolerance
 from teacher_workers.audit.probes import MIN_SCORED_TOKENS, Probes, choose_rows, make_probes
 from teacher_workers.audit.reference import Origin, Reference, load_reference, save_reference
 from teacher_workers.backends.base import find_backend
 
 if TYPE_CHECKING:
     from teacher_workers.pool import TeacherPool
-
-HIDDEN_PER_NAT = 2.0  # a hidden state's tolerance: in bfloat16, two tenths of its length
-MAX_HIDDEN = 0.3  # unrelated states after the same norm are at least as far apart
 
 _log = logging.getLogger("preceptor")
 
@@ -62,7 +59,7 @@ def audited_teacher(config: Config, name: str, pool: "TeacherPool", folder: Path
     engine = teacher.engine
     # Quantised layers round what they multiply, so they are no more exact than the coarsest dtype.
     nats = config.score_audit.tolerance_nats or AGREEMENT_NATS["bfloat16" if engine.quantization else engine.dtype]
-    tolerance = Tolerance(nats, min(MAX_HIDDEN, HIDDEN_PER_NAT * nats))
+    tolerance = Tolerance(nats, hidden_tolerance(nats))
     identity = find_backend(teacher).identity(teacher)
     origin = Origin(teacher.model, engine.dtype, engine.quantization, identity, request, teacher.backend)
     subject = AuditedTeacher(name, teacher, pool, request, tolerance, origin, folder / f"{name}.arrow")
@@ -87,6 +84,7 @@ def audit_request(config: Config, name: str) -> ScoreRequest:
         given_candidates=not top_k and any(request.given_candidates for request in requests),
         entropy="entropy" in find_backend(config.teachers[name]).signals,
         hidden=any(request.hidden for request in requests),
+        layers=any(request.layers for request in requests),
         further=config.teachers[name].signals,
     )
 

@@ -42,8 +42,9 @@ class HiddenStatesBackend(TeacherBackend, ABC):
     signals = frozenset({"logprobs", "candidate_ids", "candidate_logprobs", "entropy", "hidden"})
     reads_scorer_prompts = True
 
-    def __init__(self, head: LmHead) -> None:
-        self._head = head
+    def __init__(self, head: LmHead, layers_width: int = 0) -> None:
+        """Take the head, and how many values of other layers the engine returns behind each last hidden state."""
+        self._head, self._layers_width = head, layers_width
         self._num_requests = 0
         # The head runs beside the event loop, which goes on feeding the engine with the next batches. One thread: each
         # thread that calls torch brings a set of OpenMP threads of its own.
@@ -53,7 +54,8 @@ class HiddenStatesBackend(TeacherBackend, ABC):
     async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[Tensor, int]:
         """Return the last hidden states of one trajectory, and how many of its positions the engine had cached.
 
-        They are [sampled_tokens, width], after the final norm, and predict the tokens whose loss_mask is 1.
+        They are [sampled_tokens, width + layers_width], after the final norm, and predict the tokens whose loss_mask
+        is 1; the values of other layers stand behind them.
         """
 
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
@@ -83,10 +85,14 @@ class HiddenStatesBackend(TeacherBackend, ABC):
     def _apply_head(self, batch: pa.RecordBatch, request: ScoreRequest, hidden: Sequence[Tensor]) -> Scores:
         if request.given_candidates and not num_candidates_of(batch):
             raise ScoreError(f"{request.model} is to score candidates, but the batch has none")
-        refuse_misplaced(batch, hidden, self._head.weight.shape[1])
+        width = self._head.weight.shape[1]
+        refuse_misplaced(batch, hidden, width + self._layers_width)
         sampled = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
         candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
-        scores = score_tokens(self._head, torch.cat(list(hidden)), sampled, request, candidates)
+        last, layers = torch.cat(list(hidden)).split([width, self._layers_width], dim=-1)
+        scores = score_tokens(self._head, last, sampled, request, candidates)
+        if request.layers:
+            scores = {**scores, "layers": _bits(layers)}
         num_excluded = 0 if self._head.excluded_ids is None else len(self._head.excluded_ids)
         refuse_uniform(scores["logprobs"], self._head.vocabulary_size - num_excluded)
         return scores
@@ -157,9 +163,14 @@ def score_tokens(
     if request.entropy:
         scores["entropy"] = entropy
     if request.hidden:
-        bits = hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden  # numpy has no bfloat16
-        scores["hidden"] = bits.contiguous().numpy()
+        scores["hidden"] = _bits(hidden)
     return scores
+
+
+def _bits(states: Tensor) -> NDArray[Any]:
+    """Return states as numpy, which has no bfloat16: uint16 holds its bits."""
+    states = states.contiguous()
+    return (states.view(torch.uint16) if states.dtype == torch.bfloat16 else states).numpy()
 
 
 def chunk_size(head: LmHead) -> int:
