@@ -191,6 +191,8 @@ def test_every_toml_block_is_a_part_of_a_run_file(document: Path, text: str) -> 
         tree[name] = {**section, **tree.get(name, {})}
     for teacher in tree["teachers"].values():
         teacher.setdefault("model", "teacher")
+    if "base" in text:
+        tree["teachers"]["main"].setdefault("base", "main")
     assert config_from_json(msgspec.json.encode(tree).decode(), source=document.name) is not None
 
 

@@ -142,7 +142,7 @@ def _recent(records: Records, name: str) -> list[float]:
 
 
 def _last(series: Mapping[int, float]) -> float | None:
-    return next(reversed(series.values()), None)
+    return series[max(series)] if series else None
 
 
 def _middle(summarise: Callable[[Iterable[float]], float], values: Iterable[float]) -> float | None:
