@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from jinja2 import TemplateError
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import PromptError
-from rollout_workers.prompt_rows import PromptRow, RowReader
+from rollout_workers.prompt_row import PromptRow
+from rollout_workers.prompt_rows import RowReader
 from rollout_workers.prompt_sources import TRAIN_SPLITS, Row, read_rows, value_at
 from rollout_workers.prompts import PromptSet
+from rollout_workers.rendering import has_own_system, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMED_PROBLEMS = 3  # that the sentence shows
-# A chat template is a program of the model's author, and what it does to messages can fail in as many ways.
-_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 Say = Callable[[str], None]
 
 
@@ -63,7 +62,7 @@ class _Loading:
     def __init__(self, source: str, tokenizer: "PreTrainedTokenizerBase", config: Config, now: datetime) -> None:
         self._source, self._tokenizer, self._config = source, tokenizer, config
         self._reader = RowReader(config)
-        self._template_kwargs = {"strftime_now": now.strftime, **config.prompts.chat_template_kwargs}
+        self._now = now
         self._absent_columns = list(config.prompts.columns.values())  # of those that are named, in no row so far
         self._num_rows = 0
         self._columns: dict[str, None] = {}  # names of all columns, in order
@@ -110,6 +109,7 @@ class _Loading:
                 "domain": [prompt.domain or "" for _, prompt, _ in kept],
                 "teacher": [teacher for _, _, teacher in kept],
                 "columns": [_as_json(prompt.columns) for _, prompt, _ in kept],
+                "source": [_source(config, prompt) for _, prompt, _ in kept],
             }
         )
 
@@ -126,7 +126,7 @@ class _Loading:
         if num_answers:
             done = "is left out" if settings.last_answer == "drop" else "the student continues"
             lines.append(f"{num_answers:,} end with the assistant's message, which {done}")
-        if not self._config.environment.reads_columns and (further := self._reader.further(self._columns)):
+        if not self._config.reads_columns and (further := self._reader.further(self._columns)):
             lines.append(f"nothing reads the columns {', '.join(further)}")
         words = re.findall(r"\w+", str(self._tokenizer.chat_template))
         unread = [name for name in settings.chat_template_kwargs if name not in words]
@@ -135,34 +135,11 @@ class _Loading:
         return lines
 
     def _render(self, prompt: PromptRow) -> str:
-        """Return the text that the student reads; a chat template writes its own special tokens."""
+        """Return the text that the student reads."""
         settings = self._config.prompts
-        if settings.template == "raw":
-            if not isinstance(prompt.prompt, str):
-                raise PromptError("`prompt` is a conversation, but prompts.template = 'raw' takes a text")
-            if prompt.tools or prompt.chat_template_kwargs:
-                raise PromptError("the row has tools or chat_template_kwargs, but prompts.template = 'raw' reads none")
-            return prompt.prompt
-        messages = [{"role": "user", "content": prompt.prompt}] if isinstance(prompt.prompt, str) else prompt.prompt
-        if settings.system_prompt is not None:
-            if any(message["role"] in ("system", "developer") for message in messages):
-                self._num_own_system += 1
-            else:
-                messages = [{"role": "system", "content": settings.system_prompt}, *messages]
-        continues = prompt.ends_in_answer and settings.last_answer == "prefill"
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=prompt.tools or None,
-                    add_generation_prompt=not continues,
-                    continue_final_message=continues,
-                    tokenize=False,
-                    **{**self._template_kwargs, **(prompt.chat_template_kwargs or {})},
-                )
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise PromptError(f"the chat template of the student refuses the prompt: {error}") from error
+        if settings.system_prompt is not None and has_own_system(prompt):
+            self._num_own_system += 1
+        return render(prompt, self._tokenizer, settings, self._now, "the student")
 
     def _refuse(self) -> None:
         if self._num_too_long == self._num_rows:
@@ -203,6 +180,10 @@ def _route(teacher: str | None, names: Sequence[str]) -> str:
     if teacher is None or teacher not in names:
         raise PromptError(f"teacher is {teacher!r}; expected one of {names}")
     return teacher
+
+
+def _source(config: Config, prompt: PromptRow) -> str | None:
+    return msgspec.json.encode(prompt).decode() if config.has_contexts else None
 
 
 def _as_json(columns: dict[str, Any]) -> str | None:

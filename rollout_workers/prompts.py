@@ -10,9 +10,11 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from cluster.contracts.errors import PromptError
 from cluster.contracts.trajectory import ragged
 from cluster.weight_sync.manifest import checksum
 from rollout_workers.environments.base import Prompt
+from rollout_workers.prompt_row import PromptRow
 
 _SCHEMA = pa.schema(
     [
@@ -22,6 +24,7 @@ _SCHEMA = pa.schema(
         pa.field("domain", pa.string(), nullable=False),
         pa.field("teacher", pa.string(), nullable=False),
         pa.field("columns", pa.string(), nullable=True),  # further columns as a JSON object
+        pa.field("source", pa.string(), nullable=True),  # the whole row as a JSON object, where contexts are made of it
     ]
 )
 
@@ -69,6 +72,13 @@ class PromptSet:
         further = {} if columns is None else msgspec.json.decode(columns)
         return Prompt(self._token_ids[prompt_id], text, teacher, domain, answer, further)
 
+    def source(self, prompt_id: int) -> PromptRow:
+        """Return the row of the file; raise PromptError if the prompts were read without, for no context needs it."""
+        encoded = self._table["source"][prompt_id].as_py()
+        if encoded is None:
+            raise PromptError(f"prompt {prompt_id} was read without the row that a teacher's context is made of")
+        return msgspec.json.decode(encoded, type=PromptRow)
+
     def to_wire(self) -> pa.Buffer:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, _SCHEMA) as writer:
@@ -84,14 +94,15 @@ class PromptSet:
     @classmethod
     def of_columns(cls, columns: Mapping[str, Sequence[Any]]) -> "PromptSet":
         """Return prompts from their columns by name; each has one value per prompt."""
-        return cls(pa.RecordBatch.from_pydict(dict(columns), schema=_SCHEMA))
+        absent = [None] * len(columns["token_ids"])
+        return cls(pa.RecordBatch.from_pydict({"source": absent, **columns}, schema=_SCHEMA))
 
     @classmethod
     def of_token_ids(cls, token_ids: "Sequence[Sequence[int]]", teacher: str) -> "PromptSet":
         """Return prompts of given tokens, without texts or answers, all of one teacher."""
         nothing, absent = [""] * len(token_ids), [None] * len(token_ids)
         teachers = [teacher] * len(token_ids)
-        values = (token_ids, nothing, absent, nothing, teachers, absent)
+        values = (token_ids, nothing, absent, nothing, teachers, absent, absent)
         return cls.of_columns(dict(zip(_SCHEMA.names, values, strict=True)))
 
     @classmethod

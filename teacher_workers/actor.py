@@ -21,6 +21,7 @@ from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
 from cluster.vllm.engine import prepare_environment
 from teacher_workers.backends.base import TeacherBackend, find_backend
+from teacher_workers.context_effect import context_effect
 
 
 class TeacherWorker:
@@ -44,6 +45,8 @@ class TeacherWorker:
                 raise ScoreError(f"the backend sent {sorted(scores)}; the request was for {sorted(request.signals)}")
             # In a thread, for it reads every value, and the event loop must go on feeding the engine.
             scored = await asyncio.to_thread(add_scores, batch, request.model, scores)
+            if request.compared_rows:
+                metrics = {**metrics, **await context_effect(self.backend, batch, request)}
         except ScoreError as error:
             raise type(error)(f"{self._name}: {error}") from error
         return scored, _metrics(scored, request.model, metrics, perf_counter() - started)

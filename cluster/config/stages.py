@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
+from cluster.config.context import ContextConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 
 
@@ -97,6 +98,8 @@ class TeacherConfig(Section):
     # ordinary tokens that one side has alone.
     accept_differences: tuple[Literal["eos", "tokens"], ...] = ()
     excluded_token_ids: tuple[CountOrZero, ...] = ()  # have no probability; tokens that only the teacher has are added
+    context: ContextConfig | None = None  # what it reads in the place of the student's prompt; None: the same
+    shuffled_context: bool = False  # the control of `context`: that of another prompt
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     # Servers with prompt log-probabilities, which divide the rows: "http://host:8000/v1". The workers need no GPU; of
     # `engine` count `max_concurrent_sequences`, the requests in flight per worker, and `dtype`, that of the servers.

@@ -11,6 +11,8 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.aligned_states import states_to_send
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
+from rollout_workers.contexts.builder import ContextSettings
+from rollout_workers.contexts.plan import plan_contexts
 from rollout_workers.environments.base import environment_named
 from rollout_workers.environments.verifier_process import check_rewards
 from rollout_workers.load_prompts import load_prompts
@@ -34,6 +36,7 @@ class Inputs:
     read_at: datetime = field(default_factory=datetime.now)  # what chat templates took for the time
     # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
+    contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
 
     def scoring_model_len(self, *teachers: str) -> int:
         """Return the context that the engines of these teachers must offer."""
@@ -65,6 +68,8 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     prompts = train = load(config.prompts.train, TRAIN_SPLITS)
     if config.prompts.held_out is not None:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
+    capacities = {name: facts.context_tokens for name, facts in teachers.items()}
+    plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -74,8 +79,10 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         + config.rollout.max_completion_tokens
         + 1,
         pairs=pairs,
-        notes=tuple(notes),
+        notes=(*notes, *plan.notes),
         read_at=now,
+        scorer_prompt_tokens=plan.prompt_tokens,
+        contexts=plan.settings,
     )
 
 
@@ -139,4 +146,5 @@ def held_out_sampling(config: Config) -> SamplingSettings:
         config.evaluation.temperature,
         stop=rollout.stop,
         stop_token_ids=rollout.stop_token_ids,
+        contexts="of_prompt",
     )

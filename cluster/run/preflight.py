@@ -23,6 +23,7 @@ from cluster.contracts.wire import from_wire
 from cluster.placement.placement import Placement
 from cluster.run.inputs import Inputs, train_requests, train_sampling
 from cluster.run.pools import Pipeline, start_pipeline, start_student_as_teacher
+from rollout_workers.contexts.builder import plain_contexts
 from teacher_workers.audit.checks import AGREEMENT_NATS, hidden_tolerance
 from teacher_workers.router import TeacherRouter
 
@@ -64,7 +65,7 @@ NO_GPU = CheckResult(
 
 def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> list[CheckResult]:
     """Start the run's pools, check them, then start a scorer of the student's own weights and check that too."""
-    config = sample_plainly(config)
+    config, inputs = sample_plainly(config), replace(inputs, contexts=plain_contexts(inputs.contexts))
     # The learner takes no part in scoring, so it can be the one of the mirrored run.
     mirrored = mirror(config)
     with start_pipeline(config, inputs, placement, learner_config=mirrored) as pipeline:

@@ -43,6 +43,7 @@ class Outcome:
     """Ends a trajectory."""
 
     reward: float | None  # None: there is nothing to reward
+    feedback: str = ""  # what a teacher's context may say of the completion, such as the output of failed tests
 
 
 class Environment(Protocol):

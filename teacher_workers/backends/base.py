@@ -114,8 +114,18 @@ def check_signals(config: Config) -> None:
     requested = {scorer: None for route in config.routes for scorer in config.scorers(route)}
     for name, request in requested:
         teacher = config.teachers[name]
-        if fault := find_backend(teacher).fault(teacher, request):
+        backend = find_backend(teacher)
+        if fault := backend.fault(teacher, request):
             raise ConfigError(f"teachers.{name}: {fault}")
+        if request.compared_rows:
+            again = ScoreRequest(request.model, given_candidates=True)
+            if fault := backend.fault(teacher, again):
+                raise ConfigError(f"teachers.{name}: context.compared_rows: {fault}")
+        if teacher.context is not None and not backend.reads_scorer_prompts:
+            raise ConfigError(
+                f"teachers.{name}: its backend '{teacher.backend}' reads the student's prompt alone; remove the "
+                "context, or let the backend read `as_read_by` and set reads_scorer_prompts"
+            )
 
 
 def check_teacher(name: str, teacher: TeacherConfig, student: "ModelFacts") -> "ModelFacts":

@@ -69,12 +69,17 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         rows, first = range(len(token_ids)), self._num_requests
         self._num_requests += len(token_ids)
         states = await asyncio.gather(
-            *(self.hidden_states(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
+            *(self._states_of(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
         )
         hidden, cached = [values for values, _ in states], sum(num_cached for _, num_cached in states)
         loop = asyncio.get_running_loop()
         scores = await loop.run_in_executor(self._head_thread, self._apply_head, batch, request, hidden)
         return scores, {f"{request.model}/prefix_hit_ratio": Mean(float(cached), float(len(token_ids.values)))}
+
+    async def _states_of(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[Tensor, int]:
+        if not loss_mask.any():  # a row without a context, of which nothing is learned
+            return torch.empty(0, self._head.weight.shape[1] + self._layers_width), 0
+        return await self.hidden_states(request_id, token_ids, loss_mask)
 
     def move_head(self, device: str) -> None:
         self._head = self._head.to(device)
@@ -89,7 +94,8 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         refuse_misplaced(batch, hidden, width + self._layers_width)
         sampled = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
         candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
-        last, layers = torch.cat(list(hidden)).split([width, self._layers_width], dim=-1)
+        states = torch.cat([values for values in hidden if len(values)] or list(hidden))
+        last, layers = states.split([width, self._layers_width], dim=-1)
         scores = score_tokens(self._head, last, sampled, request, candidates)
         if request.layers:
             scores = {**scores, "layers": _bits(layers)}
