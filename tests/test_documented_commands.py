@@ -192,7 +192,8 @@ def test_every_toml_block_is_a_part_of_a_run_file(document: Path, text: str) -> 
     for teacher in tree["teachers"].values():
         teacher.setdefault("model", "teacher")
     if "base" in text:
-        tree["teachers"]["main"].setdefault("base", "main")
+        tree["teachers"]["before"] = {"model": "before"}
+        tree["teachers"]["main"].setdefault("base", "before")
     assert config_from_json(msgspec.json.encode(tree).decode(), source=document.name) is not None
 
 
@@ -211,7 +212,7 @@ def test_every_external_link_is_a_whole_address(document: Path) -> None:
 def test_the_site_shows_every_document_and_its_tools_are_in_no_lock() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in (ROOT / "docs").rglob("*.md")}
-    assert pages - {"index"} <= set(index.split())
+    assert pages - {"index"} <= set(index.split()), "add the page to a toctree of docs/index.md"
     group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["docs"]
     for lock in (ROOT / "cluster" / "install").glob("*.lock"):
         assert not {name.split("==")[0] for name in group} & {line.split("==")[0] for line in lock.read_text().split()}

@@ -12,7 +12,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError, ConfigError
 from cluster.run.checkpoints import find_resume_point
-from cluster.run.model_card import CARD, MARK, add_card
+from cluster.run.model_readme import MARK, README, add_readme
 from learner.checkpointing.checkpoint import checkpoints, step_folder, step_of
 
 if TYPE_CHECKING:
@@ -36,14 +36,12 @@ def export_run(directory: RunDirectory, step: int | None, folder: Path | None, s
     import transformers
 
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # transformers imports DeepSpeed, which would warn of finding none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns
     from learner.checkpointing.export import export_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     export_checkpoint(config, checkpoint, target)
-    add_card(target, directory, config, step_of(checkpoint), say)
+    add_readme(target, directory, config, step_of(checkpoint), say)
     say(f"student after step {step_of(checkpoint)}: {target}")
     return target
 
@@ -75,13 +73,13 @@ def hub_api() -> "HfApi":
 def push(api: "HfApi", folder: Path, repo_id: str) -> str:
     """Upload a folder to a model repository, made as a private one if there is none; return its address.
 
-    A model card that its owner wrote there stays.
+    A README.md that its owner wrote there stays.
     """
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:
         address = api.create_repo(repo_id, private=True, exist_ok=True)
-        kept = [CARD] if _has_own_card(api, repo_id) else None
+        kept = [README] if _has_own_readme(api, repo_id) else None
         message = "Student distilled by Preceptor"
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=kept)
     except (HTTPError, HFValidationError, OSError) as error:
@@ -91,8 +89,8 @@ def push(api: "HfApi", folder: Path, repo_id: str) -> str:
     return str(address)
 
 
-def _has_own_card(api: "HfApi", repo_id: str) -> bool:
-    """Return whether the repository has a model card that Preceptor did not write."""
-    if not api.file_exists(repo_id, CARD):
+def _has_own_readme(api: "HfApi", repo_id: str) -> bool:
+    """Return whether the repository has a README.md that Preceptor did not write."""
+    if not api.file_exists(repo_id, README):
         return False
-    return MARK not in Path(api.hf_hub_download(repo_id, CARD)).read_text(encoding="utf-8", errors="replace")
+    return MARK not in Path(api.hf_hub_download(repo_id, README)).read_text(encoding="utf-8", errors="replace")

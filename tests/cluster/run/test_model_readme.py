@@ -8,7 +8,7 @@ from cluster.config.presets import PRESETS
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.config.run_file import parse_run_config
-from cluster.run.model_card import MARK, add_card, make_card, objective_in_words, settings
+from cluster.run.model_readme import MARK, add_readme, make_readme, objective_in_words, settings
 from tests.builders import make_config
 
 HUB_RUN = """
@@ -44,7 +44,7 @@ def toml_of(card: str) -> str:
 
 
 def test_the_front_matter_is_what_the_hub_reads_and_leaves_the_licence_open(tmp_path: Path) -> None:
-    add_card(tmp_path, RunDirectory(tmp_path), parse_run_config(HUB_RUN), step=40, say=pytest.fail)
+    add_readme(tmp_path, RunDirectory(tmp_path), parse_run_config(HUB_RUN), step=40, say=pytest.fail)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "Qwen/Qwen3-1.7B-Base"
     assert card.data.datasets == ["openai/gsm8k"]
@@ -73,7 +73,7 @@ def test_the_settings_of_every_preset_make_its_objective_again(preset: str) -> N
 
 
 def make_config_card(config: Config) -> str:
-    return make_card(config, [{"step": 1, "train/kl": 2.0}, {"step": 2, "train/kl": 0.25}], step=2)
+    return make_readme(config, [{"step": 1, "train/kl": 2.0}, {"step": 2, "train/kl": 0.25}], step=2)
 
 
 def test_a_card_has_no_absolute_path_no_server_and_no_project() -> None:
@@ -84,20 +84,20 @@ def test_a_card_has_no_absolute_path_no_server_and_no_project() -> None:
     assert ModelCard(card).data.base_model is None  # a folder is no model of the hub
 
 
-def test_a_card_of_the_user_stays_and_one_of_ours_is_written_anew(tmp_path: Path) -> None:
+def test_a_file_of_the_user_stays_and_one_of_ours_is_written_anew(tmp_path: Path) -> None:
     path, directory = tmp_path / "README.md", RunDirectory(tmp_path)
     for text, stays in (("my own words", True), (f"{MARK}\nof an earlier export", False)):
         path.write_text(text)
-        add_card(tmp_path, directory, make_config(), step=1, say=pytest.fail)
+        add_readme(tmp_path, directory, make_config(), step=1, say=pytest.fail)
         assert (path.read_text() == text) is stays
 
 
 def test_a_card_that_cannot_be_written_costs_one_line(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "README.md").mkdir()
-    add_card(tmp_path, RunDirectory(tmp_path), make_config(), step=1, say=said.append)
+    add_readme(tmp_path, RunDirectory(tmp_path), make_config(), step=1, say=said.append)
     [line] = said
-    assert line.startswith(f"{tmp_path / 'README.md'}: the model card cannot be written: ")
+    assert line.startswith(f"{tmp_path / 'README.md'}: it cannot be written: ")
 
 
 def test_what_breaks_tables_is_escaped() -> None:
