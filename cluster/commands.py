@@ -159,8 +159,8 @@ def _measure_teachers(
         return accuracies
     for name in config.routes:
         teacher = config.teachers[name]
-        if not teacher.num_workers or not find_backend(teacher).can_generate:
-            continue
+        if teacher.source is not None or not teacher.num_workers or not find_backend(teacher).can_generate:
+            continue  # a teacher that is the student answers as the student does
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
         with start_teacher_rollouts(config, inputs, placement, name) as pool:
             evaluation = Evaluator(config, inputs, tokenizer).evaluate_pool(pool)

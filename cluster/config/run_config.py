@@ -163,6 +163,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check_targets(self)
+        _check_self_teachers(self)
         _check_slots(self)
         _check_balance(self)
         _check_sampling(self.objective, self.rollout)
@@ -287,6 +288,20 @@ def _check_bases(teachers: dict[str, TeacherConfig]) -> None:
             raise ValueError(f"teachers.{name}.base names the teacher itself; name the model that it was trained from")
         if teacher.base is not None and teacher.base not in teachers:
             raise ValueError(f"teachers.{name}.base is '{teacher.base}'; there are {sorted(teachers)}")
+
+
+def _check_self_teachers(config: Config) -> None:
+    """Check that what is said to be the student can be."""
+    for name, teacher in config.teachers.items():
+        if teacher.source is None and teacher.refresh != "frozen":
+            raise ValueError(f"teachers.{name}.refresh is for teachers that are the student; set from = 'student'")
+        if teacher.source is not None and teacher.url is not None:
+            raise ValueError(f"teachers.{name}: from = 'student' is served by workers of the run; remove url")
+        if teacher.source is not None and teacher.model != config.student.model:
+            raise ValueError(
+                f"teachers.{name}: model is '{teacher.model}', but from = 'student' makes it '{config.student.model}'; "
+                "remove one of the two"
+            )
 
 
 def _check_slots(config: Config) -> None:

@@ -76,7 +76,10 @@ class RolloutConfig(Section):
 class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
 
-    model: Text  # Hugging Face directory or hub id; with `url`, the name that the servers have for it
+    # Hugging Face directory or hub id; with `url`, the name that the servers have for it; with `from`, the student's.
+    model: Text
+    source: Literal["student"] | None = field(default=None, name="from")  # "student": the teacher is the student itself
+    refresh: Literal["frozen"] = "frozen"  # when it takes the student's weights; frozen: never
     backend: Text = "vllm"  # what scores: a name of teacher_workers/backends/base.py, or package.module:Class
     signals: tuple[Text, ...] = ()  # more of what it says of each token, beside what the objective needs: import paths
     trust_remote_code: bool = False

@@ -16,8 +16,8 @@ FIELDS = {
     "prompts_per_step shuffle",
     "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
     "stop stop_token_ids stop_repetition rows_per_batch max_staleness engine",
-    "teachers": "model backend signals trust_remote_code num_workers slot min_workers max_workers accept_differences "
-    "excluded_token_ids base url api_key_env tokenizer request_timeout_seconds retry_seconds engine",
+    "teachers": "model source refresh backend signals trust_remote_code num_workers slot min_workers max_workers "
+    "accept_differences excluded_token_ids base url api_key_env tokenizer request_timeout_seconds retry_seconds engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
@@ -156,3 +156,33 @@ def test_the_verifier_is_still_read_from_where_it_stood_with_one_warning(caplog:
         "run file: evaluation.verifier is now environment.verifier; rename it"
     ]
     assert make_config("evaluation.verifier=math", "environment.verifier=regex").environment.verifier == "regex"
+
+
+SELF = MINIMAL_RUN.replace('model = "teacher"', 'from = "student"')
+
+
+def test_a_teacher_that_is_the_student_has_its_model_and_its_engine() -> None:
+    overrides = ["rollout.engine.dtype=float32", "rollout.engine.sleep=true", "teachers.main.engine.kv_cache_gib=2"]
+    config = parse_run_config(SELF, [*overrides, "student.trust_remote_code=true"])
+    teacher = config.teachers["main"]
+    assert (teacher.model, teacher.trust_remote_code, teacher.source, teacher.refresh) == (
+        "student",
+        True,
+        "student",
+        "frozen",
+    )
+    assert (teacher.engine.dtype, teacher.engine.kv_cache_gib, teacher.engine.sleep) == ("float32", 2.0, False)
+    assert config_from_json(dump_run_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teachers.main.model=other"], "model is 'other', but from = 'student' makes it 'student'"),
+        (["teachers.main.url=http://host/v1"], "from = 'student' is served by workers of the run"),
+        (["teachers.main.from=teacher"], "Invalid enum value 'teacher'"),
+    ],
+)
+def test_a_teacher_is_the_student_or_another_model(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_run_config(SELF, overrides)
