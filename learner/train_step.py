@@ -8,8 +8,8 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from cluster.config.objective import TEACHER
 from cluster.config.stages import LearnerConfig
+from cluster.config.terms import TEACHER
 from cluster.contracts.metrics import Max, Mean, Metric, Quantile, Sum, merge
 from learner.batching.micro_batch import MicroBatch
 from learner.engines.base import TrainEngine

@@ -9,13 +9,14 @@ import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
-from cluster.config.objective import TEACHER
 from cluster.config.stages import TeacherConfig
+from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
 from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
 from cluster.vllm.engine import prepare_environment
@@ -90,7 +91,7 @@ def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model:
 
 def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: float) -> dict[str, Metric]:
     logprobs = ragged(scored, f"{model}_logprobs").values
-    num_tokens, num_scored = float(ragged(scored, "token_ids").offsets[-1]), float(len(logprobs))
+    num_tokens, num_scored = float(as_read_by(scored, model)[0].offsets[-1]), float(len(logprobs))
     metrics: dict[str, Metric] = {
         f"{model}/tokens": Sum(num_tokens),
         **of_backend,

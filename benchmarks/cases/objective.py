@@ -25,7 +25,8 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows, row
-from cluster.config.objective import DivergenceTerm, ImportanceConfig, ObjectiveConfig, PolicyGradientTerm
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.terms import DivergenceTerm, ImportanceConfig, PolicyGradientTerm
 from cluster.models.lm_head import LmHead
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.choice import choose_kernels

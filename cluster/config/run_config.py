@@ -9,14 +9,7 @@ from msgspec import Meta, field
 
 from cluster.config.alarms import AlarmConfig
 from cluster.config.fields import Count, CountOrZero, Finite, Items, Positive, Section, Text
-from cluster.config.objective import (
-    BASE,
-    INITIAL_STUDENT,
-    TEACHER,
-    DivergenceTerm,
-    ObjectiveConfig,
-    PolicyGradientTerm,
-)
+from cluster.config.objective import ObjectiveConfig
 from cluster.config.stages import (
     MAX_TEMPERATURE,
     BalanceConfig,
@@ -25,6 +18,7 @@ from cluster.config.stages import (
     TeacherConfig,
     WeightSyncConfig,
 )
+from cluster.config.terms import BASE, INITIAL_STUDENT, TEACHER, DivergenceTerm, PolicyGradientTerm
 from cluster.contracts.requests import ScoreRequest
 
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each

@@ -17,10 +17,11 @@ import msgspec
 
 from cluster.config.alarms import AlarmConfig, with_default_alarms
 from cluster.config.fields import Section
-from cluster.config.objective import INITIAL_STUDENT, AnyTerm, ObjectiveConfig
+from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
+from cluster.config.terms import INITIAL_STUDENT, AnyTerm
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.files import read_text
 

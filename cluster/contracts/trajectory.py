@@ -9,6 +9,9 @@ One row is one trajectory: a prompt and one completion. Three kinds of list colu
 
 Candidates are further tokens per position on which models are compared, chosen by the student or by its teacher. Each
 scoring model adds columns under its role in the objective's target: `teacher_logprobs`, `base_logprobs`, and so on.
+
+A scoring model may read another prompt than the student's: a batch of a run with such models has a list column for each
+of them, `teacher_prompt_ids`, and `context_hash`; `scorer_prompts.py` reads them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,6 +52,7 @@ _GENERATED_FIELDS = [
     pa.field("finish_reason", pa.string(), nullable=False),
     pa.field("reward", pa.float32(), nullable=True),  # null: the prompt has no answer to verify against
 ]
+CONTEXT_HASH = pa.field("context_hash", pa.string(), nullable=False)
 
 
 @dataclass(frozen=True)
@@ -72,29 +76,52 @@ class GeneratedTrajectory:
     version_changes: Ints = field(default_factory=lambda: np.empty(0, np.int32))
     candidate_ids: Ints | None = None  # [completion_tokens, k] tokens that the student chose besides the sampled one
     candidate_rollout_logprobs: Floats | None = None  # [completion_tokens, k] under the sampling distribution
+    # By scoring model: the token ids that it reads in the place of the prompt; none: the student's prompt. Rows of one
+    # batch have the same models here.
+    scorer_prompts: Mapping[str, Ints] = field(default_factory=dict)
+    context_hash: str = ""  # of the templates and inputs behind `scorer_prompts`; "": all models read the same prompt
 
 
-def generated_schema(num_candidates: int = 0) -> pa.Schema:
-    """Return the schema of a batch that no model has scored, with so many candidates chosen by the student."""
+def prompt_field(model: str) -> pa.Field:
+    """Return the column of the prompts that a scoring model reads; an empty list stands for the student's prompt."""
+    return pa.field(f"{model}_prompt_ids", pa.list_(pa.int32()), nullable=False)
+
+
+def generated_schema(num_candidates: int = 0, prompted_models: Sequence[str] = ()) -> pa.Schema:
+    """Return the schema of a batch that no model has scored.
+
+    It has so many candidates chosen by the student, and prompts of their own for `prompted_models`.
+    """
     fields = list(_GENERATED_FIELDS)
     if num_candidates:
         for name, item in (("candidate_ids", pa.int32()), ("candidate_rollout_logprobs", pa.float32())):
             fields.append(pa.field(name, pa.list_(pa.list_(item, num_candidates)), nullable=False))
-    return pa.schema(fields, metadata={"preceptor.trajectory": SCHEMA_VERSION, "stage": "generated", "models": ""})
+    metadata = {"preceptor.trajectory": SCHEMA_VERSION, "stage": "generated", "models": ""}
+    if prompted_models:
+        fields += [*map(prompt_field, prompted_models), CONTEXT_HASH]
+        metadata["prompts"] = ",".join(prompted_models)
+    return pa.schema(fields, metadata=metadata)
 
 
 def make_generated(rows: Sequence[GeneratedTrajectory]) -> pa.RecordBatch:
     """Build a generated batch.
 
     Raises:
-        TrajectoryError: a column's length does not fit its row's tokens, rows have different numbers of candidates, or
-            a log-probability is not finite.
+        TrajectoryError: a column's length does not fit its row's tokens, rows have different numbers of candidates or
+            prompts for different models, or a log-probability is not finite.
     """
     widths = {0 if row.candidate_ids is None else row.candidate_ids.shape[1] for row in rows}
     if len(widths) > 1:
         raise TrajectoryError(f"rows of one batch have different numbers of candidates: {sorted(widths)}")
-    schema = generated_schema(widths.pop() if widths else 0)
-    columns = [_column(field, [getattr(row, field.name) for row in rows]) for field in schema]
+    prompted = {tuple(row.scorer_prompts) for row in rows}
+    if len(prompted) > 1:
+        raise TrajectoryError(f"rows of one batch have prompts for different models: {sorted(prompted)}")
+    models = prompted.pop() if prompted else ()
+    schema = generated_schema(widths.pop() if widths else 0, models)
+    prompts = {prompt_field(model).name: [row.scorer_prompts[model] for row in rows] for model in models}
+    columns = [
+        _column(field, prompts.get(field.name) or [getattr(row, field.name) for row in rows]) for field in schema
+    ]
     batch = pa.record_batch(columns, schema=schema)
     check_values(batch)
     return batch
@@ -131,6 +158,9 @@ def check_values(batch: pa.RecordBatch) -> None:
     columns = sampled_columns(batch.schema)
     present = {name: columns[name].is_rechecked for name in batch.schema.names if name in columns}
     check_rows(batch, present, get_args(FinishReason))
+    for model in prompted_models_in(batch.schema):
+        if (ragged(batch, prompt_field(model).name).values < 0).any():
+            raise TrajectoryError(f"{prompt_field(model).name} holds a negative token id")
 
 
 def sampled_columns(schema: pa.Schema) -> dict[str, Signal]:
@@ -152,6 +182,11 @@ def stage_of(batch: pa.RecordBatch) -> Stage:
 def models_in(schema: pa.Schema) -> list[str]:
     """Return the models that have scored a batch of this schema, in that order."""
     return _listed(schema, b"models")
+
+
+def prompted_models_in(schema: pa.Schema) -> list[str]:
+    """Return the models that read prompts of their own in a batch of this schema."""
+    return _listed(schema, b"prompts")
 
 
 def signal_paths(schema: pa.Schema) -> list[str]:

@@ -7,11 +7,14 @@ import pyarrow as pa
 from cluster.contracts.errors import ConfigError, TrajectoryError
 from cluster.contracts.pieces import Pieces
 from cluster.contracts.trajectory import (
+    CONTEXT_HASH,
     SCHEMA_VERSION,
     Stage,
     check_values,
     generated_schema,
     models_in,
+    prompt_field,
+    prompted_models_in,
     sampled_columns,
     stage_of,
 )
@@ -101,23 +104,36 @@ def _check_schema(schema: pa.Schema) -> None:
         present = schema.field(position) if position < len(schema) else None
         if present is None or not present.equals(field):
             raise TrajectoryError(f"wire: column {position} is {_describe(present)}, expected {_describe(field)}")
-    try:
-        signals = sampled_columns(schema)
-    except ConfigError as error:
-        raise TrajectoryError(f"wire: {error}") from error
     further = list(schema)[len(expected) :]
     names = [field.name for field in further]
+    _check_further(schema, further, names)
+    needed = {f"{model}_logprobs": f"{models} scored it" for model in models}
+    needed |= dict.fromkeys(_prompt_types(schema), "models read prompts of their own")
+    for name in sorted(needed.keys() - set(names)):
+        raise TrajectoryError(f"wire: column '{name}' is missing; the batch says that {needed[name]}")
+
+
+def _check_further(schema: pa.Schema, further: list[pa.Field], names: list[str]) -> None:
+    """Check the columns that follow those of every batch; `names` are theirs."""
+    try:
+        signals, prompts = sampled_columns(schema), _prompt_types(schema)
+    except ConfigError as error:
+        raise TrajectoryError(f"wire: {error}") from error
     num_candidates = next((_width(field) for field in further if field.name == "candidate_ids"), 0)
     for field in further:
-        signal = signals.get(field.name)
-        types = [] if signal is None else signal.arrow_types(num_candidates, _width(field))
+        types = [prompts[field.name]] if field.name in prompts else []
+        if field.name in signals:
+            types = signals[field.name].arrow_types(num_candidates, _width(field))
         if names.count(field.name) > 1 or field.nullable or not any(field.type.equals(one) for one in types):
             raise TrajectoryError(
                 f"wire: column {_describe(field)} is unknown, of another type or width, or there twice"
             )
-    missing = {f"{model}_logprobs" for model in models} - set(names)
-    if missing:
-        raise TrajectoryError(f"wire: column '{min(missing)}' is missing; the batch says that {models} scored it")
+
+
+def _prompt_types(schema: pa.Schema) -> dict[str, pa.DataType]:
+    """Return the columns of the prompts that scoring models read instead of the student's."""
+    models = prompted_models_in(schema)
+    return {field.name: field.type for field in [*map(prompt_field, models), CONTEXT_HASH] if models}
 
 
 def _describe(field: pa.Field | None) -> str:

@@ -180,7 +180,7 @@ class TeacherChanges(StepHook):
                 "not end; start a new run with it"
             )
         check_support(config, facts.vocabulary)
-        needed = self.run.inputs.max_model_len
+        needed = self.run.inputs.scoring_model_len(name)
         if facts.context_tokens < needed:
             raise ModelError(
                 f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from cluster.actors.cluster import RAY
-from cluster.config.objective import TEACHER
 from cluster.config.run_config import Config
+from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.files import Record, RecordsFile
 from cluster.contracts.metrics import merge, report

@@ -1,6 +1,6 @@
 """Reads the prompts of a run, and makes the requests of each step from them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -31,6 +31,13 @@ class Inputs:
     pairs: Pairs = field(default_factory=Pairs)  # how the teachers differ from the student
     notes: tuple[str, ...] = ()  # what the settings did to the prompts
     read_at: datetime = field(default_factory=datetime.now)  # what chat templates took for the time
+    # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
+    scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def scoring_model_len(self, *teachers: str) -> int:
+        """Return the context that the engines of these teachers must offer."""
+        longest = max((self.scorer_prompt_tokens.get(name, 0) for name in teachers), default=0)
+        return self.max_model_len + max(0, longest - self.prompts.longest_tokens)
 
 
 def load_inputs(config: Config, now: datetime | None = None) -> Inputs:

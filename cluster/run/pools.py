@@ -108,7 +108,7 @@ def start_teachers(
     supervision: Supervision,
 ) -> dict[str, TeacherPool]:
     """Begin to start the replicas of one of `config.scorer_groups`, and return the pools of its teachers."""
-    max_model_len, timeouts, cluster = inputs.max_model_len, pool_timeouts(config), run_cluster(config)
+    max_model_len, timeouts, cluster = inputs.scoring_model_len(*teachers), pool_timeouts(config), run_cluster(config)
     if len(teachers) > 1:
         return start_slot(label, teachers, max_model_len, options, timeouts, cluster, supervision)
     return {

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.actors.cluster import RAY
-from cluster.config.objective import TEACHER, ObjectiveConfig, PolicyGradientTerm
+from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.config.stages import Dtype, TeacherConfig
+from cluster.config.terms import TEACHER, PolicyGradientTerm
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from cluster.config.objective import Needs, Target
+from cluster.config.objective import Needs
+from cluster.config.terms import Target
 from learner.loss.divergences import DIVERGENCES, Divergence
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.softmax import any_softmax, kth_largest, log_softmax, row_blocks
 from learner.loss.targets import mixed_logits
-from learner.loss.terms import Chunk, LossTerm, sum_of_terms, token_weights
+from learner.loss.term import Chunk, LossTerm, sum_of_terms, token_weights
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
 
 Terms = Mapping[str, LossTerm]

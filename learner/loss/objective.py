@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cluster.config.objective import TEACHER, ObjectiveConfig
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.terms import TEACHER
 from learner.loss.evaluators import evaluate_full, evaluate_fused, evaluate_listed, takes_fused
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.softmax import at_least_float32, temperature_normaliser

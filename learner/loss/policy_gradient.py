@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cluster.config.objective import ImportanceConfig, PolicyGradientTerm
+from cluster.config.terms import ImportanceConfig, PolicyGradientTerm
 
 LARGEST_LOG_RATIO = 20.0  # above it, in nats, a ratio of probabilities is that of a broken score; exp(20) = 4.9e8
 

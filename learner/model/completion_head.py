@@ -7,7 +7,7 @@ multiplies what the walk has accumulated.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from cluster.config.stages import HeadDtype
 from cluster.models.lm_head import LmHead, load_lm_head
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.interface import RowKernels
-from learner.loss.objective import Objective
 from learner.loss.softmax import at_least_float32, read_tokens, temperature_normaliser
 from learner.loss.tokens import Evaluation
 from learner.model.projection import LogitScaling, Projection
+
+if TYPE_CHECKING:
+    from learner.loss.objective import Objective  # given to the calls; loading it is not needed
 
 TeacherHeads = Mapping[str, Mapping[str, LmHead]]  # route -> model of the objective's target -> its head
 
@@ -63,7 +65,7 @@ class CompletionHead(nn.Module):
         self.chunk_tokens: int | None = None  # None: what the device's CHUNK_LOGITS allow
 
     def forward(
-        self, hidden: Tensor, batch: MicroBatch, objective: Objective | None, teacher_heads: TeacherHeads
+        self, hidden: Tensor, batch: MicroBatch, objective: "Objective | None", teacher_heads: TeacherHeads
     ) -> tuple[Tensor, ...]:
         """Return Evaluation's fields as a plain tuple, which DeepSpeed's hooks can look into.
 
@@ -114,7 +116,7 @@ class ObjectiveFunction(torch.autograd.Function):
 
 
 def evaluate_objective(
-    projection: Projection, batch: MicroBatch, objective: Objective, teacher_heads: TeacherHeads, chunk_tokens: int
+    projection: Projection, batch: MicroBatch, objective: "Objective", teacher_heads: TeacherHeads, chunk_tokens: int
 ) -> Evaluation:
     """Return what the objective makes of the batch's tokens; the gradients go into the projection."""
     tokens, kernels = batch.tokens, objective.kernels

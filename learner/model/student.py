@@ -1,7 +1,7 @@
 """Runs the student: packed grids in, what an objective makes of their completion tokens out."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,13 +15,15 @@ from cluster.models.lm_head import check_tied_head, read_logit_scaling
 from cluster.models.model_files import is_local, load_model_config
 from cluster.weight_sync.manifest import Manifest
 from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch
-from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
 from learner.model.attention import Kernel, Packing, Segments, choose_kernel, register_packed_attention
 from learner.model.checkpoint_format import CheckpointFormat
 from learner.model.completion_head import CompletionHead, TeacherHeads
 from learner.model.projection import LogitScaling
 from learner.model.wide_products import multiplies_wide, widen
+
+if TYPE_CHECKING:
+    from learner.loss.objective import Objective  # given to the calls; loading it is not needed
 
 HOST = torch.device("cpu")
 PROBE_LENGTHS = (5, 3)  # tokens of the two sequences that check the forward when a model is loaded
@@ -90,7 +92,7 @@ class Student(nn.Module):
         return self.checkpoint_format.manifest(dtype)
 
     def forward(
-        self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
+        self, batch: MicroBatch, objective: "Objective | None" = None, teacher_heads: TeacherHeads | None = None
     ) -> tuple[Tensor, ...]:
         """Return Evaluation's fields as a plain tuple; without an objective, the losses are 0."""
         hidden = self._masked(batch) if self.kernel is None else self._packed(batch, self.kernel)

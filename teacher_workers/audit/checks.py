@@ -18,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cluster.config.objective import TEACHER
 from cluster.config.stages import Dtype
+from cluster.config.terms import TEACHER
 from cluster.contracts.errors import NotFiniteError, ScoreError, UniformError, WrongLengthError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.signals import SIGNALS, Signal, find_signal, is_finite

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from cluster.config.objective import TEACHER
+from cluster.config.terms import TEACHER
 from cluster.contracts.errors import CheckpointError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints, ragged

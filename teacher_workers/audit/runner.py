@@ -18,9 +18,9 @@ import ray
 
 from cluster.actors.cluster import RAY
 from cluster.actors.object_store import pack
-from cluster.config.objective import TEACHER
 from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
+from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest

@@ -29,6 +29,7 @@ class TeacherBackend(Protocol):
     """
 
     signals: ClassVar[frozenset[str]]  # names that requests may contain; those at import paths as the run file has them
+    reads_scorer_prompts: ClassVar[bool] = False  # whether `score` reads rows as `as_read_by` gives them
     can_generate: ClassVar[bool] = False  # whether vLLM can serve teachers.NAME.model, to measure the teacher itself
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:

@@ -21,8 +21,9 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError, ScoreError, UniformError
 from cluster.contracts.metrics import Metrics, Sum
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import Scores
-from cluster.contracts.trajectory import Bytes, Floats, Ints, ragged
+from cluster.contracts.trajectory import Bytes, Floats, Ints
 from cluster.models.model_files import load_tokenizer
 from teacher_workers.audit.checks import AGREEMENT_NATS, FLOOR_NATS, UNIFORM_NATS
 from teacher_workers.backends.base import FLOOR, TeacherBackend
@@ -52,6 +53,7 @@ class HttpBackend(TeacherBackend):
     """Sends rows to servers; needs no GPU, and no files of the teacher."""
 
     signals = frozenset({"logprobs", "candidate_ids", "candidate_logprobs"})
+    reads_scorer_prompts = True
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Prepare to ask; a server that is away is waited for when it is needed."""
@@ -96,7 +98,7 @@ class HttpBackend(TeacherBackend):
 
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
         """Score all rows at once, as far as the client lets them."""
-        token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
+        token_ids, loss_mask = as_read_by(batch, request.model)
         rows = [(token_ids[row], loss_mask[row]) for row in range(len(token_ids))]
         parts = await asyncio.gather(*(self._score_row(ids, mask, request.top_k) for ids, mask in rows))
         logprobs, candidate_ids, candidate_logprobs = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -20,6 +20,7 @@ from torch import Tensor
 from cluster.contracts.errors import ScoreError, UniformError, WrongLengthError
 from cluster.contracts.metrics import Mean, Metrics
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import Bytes, Floats, Ints, num_candidates_of, ragged
 from cluster.models.lm_head import LmHead
@@ -39,6 +40,7 @@ class HiddenStatesBackend(TeacherBackend, ABC):
     """Scores with an engine that returns hidden states, and the LM head of its model."""
 
     signals = frozenset({"logprobs", "candidate_ids", "candidate_logprobs", "entropy", "hidden"})
+    reads_scorer_prompts = True
 
     def __init__(self, head: LmHead) -> None:
         self._head = head
@@ -61,7 +63,7 @@ class HiddenStatesBackend(TeacherBackend, ABC):
             ScoreError: hidden states are missing or misplaced (WrongLengthError), all scores are alike (UniformError),
                 or the batch lacks the candidates that are to be scored.
         """
-        token_ids, loss_mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
+        token_ids, loss_mask = as_read_by(batch, request.model)
         rows, first = range(len(token_ids)), self._num_requests
         self._num_requests += len(token_ids)
         states = await asyncio.gather(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.config.objective import DivergenceTerm
+from cluster.config.terms import DivergenceTerm
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import generated_schema, ragged
 from cluster.contracts.wire import to_wire

@@ -110,6 +110,37 @@ def test_a_batch_goes_through_its_chain_and_each_model_adds_its_columns(
     assert num_unlikely > 0  # the exact teacher would not have chosen all of them itself
 
 
+def test_a_row_with_a_context_is_scored_behind_it_and_no_other_rows_context_matters(
+    pools: dict[str, TeacherPool], model: Any
+) -> None:
+    draw = np.random.default_rng(3)
+    completions = [draw.integers(4, 112, 12 + row) for row in range(3)]
+    contexts = [draw.integers(4, 112, length).astype(np.int32) for length in (30, 0, 9)]  # none: the student's prompt
+    prompt = draw.integers(4, 112, 6).astype(np.int32)
+
+    def score(contexts: list[np.ndarray]) -> list[np.ndarray]:
+        rows = [
+            make_trajectory(prompt, completion, trajectory_id=row, teacher="exact", scorer_prompts={"teacher": context})
+            for row, (completion, context) in enumerate(zip(completions, contexts, strict=True))
+        ]
+        wire, handle = pack(make_generated(rows), {})
+        handle = replace(handle, reference=ray.put(wire))
+        router = TeacherRouter(pools, call_seconds=60)
+        (scored,) = router.score([handle], lambda route: [(route, ScoreRequest("teacher"))])
+        logprobs = ragged(read(scored), "teacher_logprobs")
+        return [logprobs[row] for row in range(len(completions))]
+
+    scores = score(contexts)
+    for completion, context, own in zip(completions, contexts, scores, strict=True):
+        read_before = context if len(context) else prompt
+        expected = expected_logprobs(model, [*read_before.tolist(), *completion.tolist()])[len(read_before) - 1 :]
+        written = expected.numpy()[np.arange(len(completion)), completion]
+        assert np.abs(own - written).max() < TOLERANCE
+    others = score([contexts[0], contexts[2], contexts[1]])
+    assert np.abs(others[0] - scores[0]).max() < 1e-6
+    assert np.abs(others[1] - scores[1]).max() > 0.1
+
+
 def test_bfloat16_hidden_states_give_the_scores_again(pools: dict[str, TeacherPool], tiny_teacher: Path) -> None:
     request = ScoreRequest("teacher", hidden=True)
     (handle,) = TeacherRouter(pools, call_seconds=60).score([make_handle(0)], lambda _: [("coarse", request)])

@@ -8,7 +8,8 @@ import logging
 import torch
 from torch import Tensor
 
-from cluster.config.objective import DivergenceTerm, ObjectiveConfig, PolicyGradientTerm
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.terms import DivergenceTerm, PolicyGradientTerm
 from learner.loss.divergences import DIVERGENCES
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.objective import Objective

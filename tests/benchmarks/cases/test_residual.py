@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.cases.residual_training import ARMS, config_of, rows_of
 from benchmarks.cases.residual_variance import UNBIASED, measure_prefix
-from cluster.config.objective import DivergenceTerm
+from cluster.config.terms import DivergenceTerm
 from tests.learner.loss.builders import random_logprobs
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cases.staleness import Cell, Outcome, append_outcome, missing, read_outcomes, study_rows
-from cluster.config.objective import DivergenceTerm, ImportanceConfig, PolicyGradientTerm
 from cluster.config.run_config import Config
+from cluster.config.terms import DivergenceTerm, ImportanceConfig, PolicyGradientTerm
 
 CELL = Cell("frozen", max_staleness=4, seed=1, steps=60, learning_rate=2e-3)
 OUTCOME = Outcome(CELL, 0.4, 0.9, 1.0, 0.1, mean_staleness=3.0, largest_staleness=4, num_completion_tokens=9, seconds=2)

@@ -1,16 +1,10 @@
 import msgspec
 import pytest
 
-from cluster.config.objective import (
-    DivergenceTerm,
-    ImportanceConfig,
-    ObjectiveConfig,
-    PolicyGradientTerm,
-    TaskRewardTerm,
-    TokenWeightsConfig,
-)
+from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
 from cluster.config.presets import PRESETS
 from cluster.config.run_file import config_from_json, dump_run_config, parse_run_config
+from cluster.config.terms import DivergenceTerm, ImportanceConfig, PolicyGradientTerm, TaskRewardTerm
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import ScoreRequest
 from tests.builders import MINIMAL_RUN, make_config

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from cluster.contracts.errors import ScoreError, TrajectoryError
+from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import (
     add_scores,
@@ -103,6 +104,33 @@ def test_hidden_states_keep_their_bits(dtype: type) -> None:
     back = ragged(from_wire(to_wire(scored)), "teacher_hidden").values
     assert back.dtype == dtype
     assert back.tolist() == hidden.tolist()
+
+
+def test_a_scoring_model_reads_its_own_prompt_before_the_same_completion() -> None:
+    own = {"teacher": np.array([7, 8, 9], np.int32), "base": np.empty(0, np.int32)}
+    turns = {
+        "token_ids": np.array([1, 2, 3, 4, 5], np.int32),
+        "loss_mask": np.array([0, 1, 1, 0, 1], np.uint8),
+        "rollout_logprobs": np.full(3, -1, np.float32),
+    }
+    rows = [
+        make_trajectory((1, 2), (3, 4), scorer_prompts={**own, "teacher": np.empty(0, np.int32)}),
+        make_trajectory(scorer_prompts=own, context_hash="a1", **turns),
+        make_trajectory((1, 2), (), scorer_prompts=own),  # nothing of it is scored
+    ]
+    batch = from_wire(to_wire(make_generated(rows)))
+    assert batch["context_hash"].to_pylist() == ["", "a1", ""]
+    for sent in (batch, from_wire(to_wire(batch.slice(1)))):
+        tokens, mask = as_read_by(sent, "teacher")
+        assert [tokens[row].tolist() for row in range(len(tokens))][-2:] == [[7, 8, 9, 2, 3, 4, 5], [1, 2]]
+        assert [mask[row].tolist() for row in range(len(mask))][-2:] == [[0, 0, 0, 1, 1, 0, 1], [0, 0]]
+        for model in ("base", "other"):
+            assert as_read_by(sent, model)[0].values.tolist() == ragged(sent, "token_ids").values.tolist()
+
+
+def test_rows_of_one_batch_have_prompts_for_the_same_models() -> None:
+    with pytest.raises(TrajectoryError, match=r"prompts for different models: \[\(\), \('teacher',\)\]"):
+        make_generated([make_trajectory(), make_trajectory(scorer_prompts={"teacher": np.array([1], np.int32)})])
 
 
 def test_rows_of_one_batch_have_equally_many_candidates() -> None:

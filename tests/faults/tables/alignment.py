@@ -98,7 +98,7 @@ FAULTS = (
     ),
     Fault(
         "token weights left out of a term",
-        "learner/loss/terms.py",
+        "learner/loss/term.py",
         "weights = config.weight * chunk.plan.weights\n",
         "weights = config.weight * torch.ones_like(chunk.plan.weights)\n",
         ("tests/learner/loss/test_terms.py",),

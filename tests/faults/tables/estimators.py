@@ -3,7 +3,8 @@
 from tests.faults.fault import Fault, expectation
 
 POLICY_GRADIENT = "learner/loss/policy_gradient.py"
-TERMS = "learner/loss/terms.py"
+TERM = "learner/loss/term.py"
+ADVANTAGE_TERMS = "learner/loss/advantage_terms.py"
 EVALUATORS = "learner/loss/evaluators.py"
 
 FAULTS = (
@@ -51,14 +52,14 @@ FAULTS = (
     ),
     Fault(
         "a condition is left out",
-        TERMS,
+        TERM,
         "    return weights * _is_chosen(config, chunk)\n",
         "    return weights\n",
         ("tests/learner/loss/test_terms.py::test_weights_and_conditions_count_over_the_whole_vocabulary_too",),
     ),
     Fault(
         "a term's weight is left out",
-        TERMS,
+        TERM,
         "weights = config.weight * chunk.plan.weights",
         "weights = chunk.plan.weights",
         ("tests/learner/loss/test_terms.py::test_weights_and_conditions_count_over_the_whole_vocabulary_too",),
@@ -137,14 +138,14 @@ FAULTS = (
     ),
     Fault(
         "no weight takes the temperature out",
-        TERMS,
+        ADVANTAGE_TERMS,
         "        losses = losses * (-shift).clamp(max=LARGEST_LOG_RATIO).exp()\n",
         "",
         expectation("thinking-machines", "1.3-on-policy"),
     ),
     Fault(
         "the older student's probabilities at the sampling temperature",
-        TERMS,
+        ADVANTAGE_TERMS,
         "return (chunk.rollout + chunk.plan.normaliser[:, None]) * self._temperature",
         "return chunk.rollout",
         expectation("thinking-machines-frozen", "0.7-on-policy"),
@@ -172,7 +173,7 @@ FAULTS = (
     ),
     Fault(
         "a mixed target over candidates is not normalised",
-        TERMS,
+        ADVANTAGE_TERMS,
         'log_target = target_buckets(term.target, tokens.candidate_logprobs, chunk.inside, "generalized")',
         "log_target = log_linear(term.target, tokens.candidate_logprobs)",
         ("tests/conformance/test_published_objectives.py::test_direct_opd_leaves_a_student_that_equals_its_target",),
@@ -186,29 +187,35 @@ FAULTS = (
     ),
     Fault(
         "the sampled token among the student's candidates",
-        TERMS,
+        ADVANTAGE_TERMS,
         "columns = slice(0 if chunk.sampled_candidates else 1, None)",
         "columns = slice(1, None)",
         expectation("async-opd"),
     ),
-    Fault("draws summed up", TERMS, "return losses.mean(-1)\n", "return losses.sum(-1)\n", expectation("async-opd")),
+    Fault(
+        "draws summed up",
+        ADVANTAGE_TERMS,
+        "return losses.mean(-1)\n",
+        "return losses.sum(-1)\n",
+        expectation("async-opd"),
+    ),
     Fault(
         "candidates count alike",
-        TERMS,
+        ADVANTAGE_TERMS,
         "return (losses * rollout.exp()).sum(-1)",
         "return losses.sum(-1)",
         expectation("direct-opd"),
     ),
     Fault(
         "the baseline of the wrong sign",
-        TERMS,
+        ADVANTAGE_TERMS,
         'added = added + chunk.compare(DIVERGENCES["reverse_kl"], 0.0, self.config.target, "tail")',
         'added = added - chunk.compare(DIVERGENCES["reverse_kl"], 0.0, self.config.target, "tail")',
         ("tests/conformance/test_published_objectives.py::test_vopd_takes_the_kl_over_the_top_k_off_each_sample",),
     ),
     Fault(
         "later advantages left out",
-        TERMS,
+        ADVANTAGE_TERMS,
         "added = added + chunk.plan.later_advantages[self._name]",
         "added = added",
         expectation("minillm"),
@@ -229,14 +236,14 @@ FAULTS = (
     ),
     Fault(
         "trusted tokens taken for outliers",
-        TERMS,
+        TERM,
         "trusted = tokens.uniform < log_ratio",
         "trusted = tokens.uniform > log_ratio",
         expectation("tropd"),
     ),
     Fault(
         "positive log-ratios taken for the others",
-        TERMS,
+        TERM,
         'return log_ratio > 0 if config.when == "log_ratio_positive"',
         'return log_ratio < 0 if config.when == "log_ratio_positive"',
         expectation("aopd"),

@@ -1,6 +1,7 @@
 """Which trajectories of a step may be learned from as they arrive, and what a rank is told of them."""
 
-from cluster.config.objective import ObjectiveConfig, TaskRewardTerm
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.terms import TaskRewardTerm
 from cluster.contracts.batches import BatchHandle
 from learner.batching.arrivals import BatchBuffer
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from cluster.config.objective import ObjectiveConfig, TaskRewardTerm
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.terms import TaskRewardTerm
 from learner.batching.arrivals import group_advantages
 
 

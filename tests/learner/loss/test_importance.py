@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.objective import ImportanceConfig
+from cluster.config.terms import ImportanceConfig
 from learner.loss.policy_gradient import SURROGATES, importance_ratio
 
 RATIOS = [0.5, 1.0, 4.0]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cluster.config.objective import PolicyGradientTerm
+from cluster.config.terms import PolicyGradientTerm
 from learner.loss.policy_gradient import LOG_RATIO_MAPS
 
 TARGET, STUDENT = 0.4, 0.1  # D = log 4

@@ -78,6 +78,24 @@ def test_sampled_tokens_and_the_most_likely_ones_get_the_scores_of_the_places_be
     assert metrics == {"teacher/retries": 0}
 
 
+def test_a_row_with_a_prompt_for_the_teacher_is_sent_with_it_and_others_stay_as_they_are() -> None:
+    own = {"teacher": np.array([6, 8], np.int32)}
+    rows = [make_trajectory(scorer_prompts=own), make_trajectory(scorer_prompts={"teacher": np.empty(0, np.int32)})]
+
+    async def run(server: FakeServer) -> Scores:
+        backend = HttpBackend(teacher_at(server), max_model_len=64)
+        scores, _ = await backend.score(make_generated(rows), SAMPLED)
+        await backend.shutdown()
+        return scores
+
+    with FakeServer() as server:
+        scores = asyncio.run(run(server))
+        sent = sorted(request["prompt"] for request in server.requests)
+    assert sent == [[1, 2, 3, 4, 5], [6, 8, 3, 4, 5]]
+    pairs = [(8, 3), (3, 4), (4, 5), (2, 3), (3, 4), (4, 5)]
+    assert scores["logprobs"] == pytest.approx([server.table[pair] for pair in pairs], abs=1e-6)
+
+
 def test_rows_that_are_asked_for_before_the_form_is_known_find_it_each_by_itself() -> None:
     late = [False, True]  # the second row's first answer comes after all of the first row's
 

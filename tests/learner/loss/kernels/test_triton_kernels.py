@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.objective import DivergenceTerm
 from cluster.config.presets import PRESETS
+from cluster.config.terms import DivergenceTerm
 from learner.loss.divergences import DIVERGENCES
 from learner.loss.evaluators import takes_fused
 from learner.loss.kernels.choice import choose_kernels

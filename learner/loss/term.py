@@ -1,0 +1,133 @@
+"""Defines what a kind of term computes, of which tokens it reads what, and how terms are weighted and added up."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.config.terms import OUTSIDE_SUPPORT, AnyTerm, Target
+from learner.loss.divergences import Divergence, to_buckets
+from learner.loss.policy_gradient import importance_ratio
+from learner.loss.targets import log_linear, log_normaliser, target_buckets
+from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Holds some completion tokens and what the student says of them."""
+
+    tokens: CompletionTokens
+    plan: TokenPlan
+    student: Tensor  # [n, 1 + k] log-probabilities of the sampled token and the candidates; a leaf of the graph
+    sampled_candidates: bool = False  # the candidates are independent draws, like the sampled token
+    inside: Tensor | None = None  # [n, k] which candidates take part; None: all
+    exact_kl: Callable[[Target], Tensor] | None = None  # [n] KL(student || target); None: the candidates' is used
+
+    @property
+    def rollout(self) -> Tensor:
+        """Return the rollout worker's log-probabilities, [n, 1 + k], or [n, 1] where candidates are the teacher's."""
+        return torch.cat([self.tokens.rollout_logprobs[:, None], self.tokens.candidate_rollout_logprobs], dim=-1)
+
+    def compare(self, divergence: Divergence, parameter: float, target: Target, truncation: str) -> Tensor:
+        """Return the divergence between student and target over the candidates, [n]."""
+        student = to_buckets(self.student[:, 1:], self.inside, truncation)
+        buckets = target_buckets(target, self.tokens.candidate_logprobs, self.inside, truncation)
+        return divergence.losses(student, buckets, parameter)
+
+    @property
+    def is_outside(self) -> Tensor:
+        """Return whether the sampled token is none of the candidates that take part, [n]."""
+        is_sampled = self.tokens.candidate_ids == self.tokens.target_ids[:, None]
+        return ~(is_sampled if self.inside is None else is_sampled & self.inside).any(-1)
+
+    def sampled_target(self, target: Target) -> Tensor:
+        """Return the target's log-probability of the sampled token, normalised like the candidates', [n]."""
+        return log_linear(target, self.tokens.logprobs) - log_normaliser(
+            target, self.tokens.candidate_logprobs, self.inside
+        )
+
+    def residual(self, divergence: Divergence, parameter: float, target: Target) -> Tensor:
+        """Return what the tail's bucket leaves out, estimated by a sampled token outside the candidates, [n].
+
+        A divergence's gradient by p(v) is a slope s of the log-ratio d(v), and that of the bucket gives every token of
+        the tail the slope of the tail's own ratio. The difference, s(d(v)) - s(d(tail)), weighs the gradient of log p
+        of the sampled token, with the importance ratio (ResOPD, arXiv 2610.04882). A baseline b is taken off it, and
+        b times the tail's mass is added, which leaves the expectation as it is: what the slopes of the candidates by
+        themselves come to on average, for that of the tail's tokens is not known.
+        """
+        logprobs, inside = (self.student[:, 1:], self.tokens.candidate_logprobs), self.inside
+        tail = to_buckets(logprobs[0], inside, "tail")[:, -1]
+        support = to_buckets(logprobs[0], inside, "renormalized").detach()
+        ratios = [
+            (self.sampled_target(target) - self.student[:, 0])[:, None],
+            (target_buckets(target, logprobs[1], inside, "tail")[:, -1] - tail)[:, None],
+            target_buckets(target, logprobs[1], inside, "renormalized") - support,
+        ]
+        _, slopes = divergence.at(parameter).by_autograd(torch.cat(ratios, dim=-1).detach(), parameter)
+        baseline = (support.exp() * slopes[:, 2:]).sum(-1)
+        weight = importance_ratio(self.student[:, 0], self.tokens.rollout_logprobs)
+        mass = 1 - to_buckets(logprobs[0], inside, "generalized").exp().sum(-1)  # below the tail's floor too
+        return weight * self.is_outside * (slopes[:, 0] - slopes[:, 1] - baseline) + baseline * mass
+
+
+class LossTerm(Protocol):
+    """Computes one term of an objective. What it needs sampled and scored, its configuration says (`Needs`)."""
+
+    config: Any  # its section of the run file
+
+    @property
+    def divergence(self) -> tuple[Divergence, float] | None:
+        """Return the divergence that it is, with its parameter; None if it reads sampled tokens alone.
+
+        Whole distributions, where they are shipped, are compared by the divergence, and `losses` is not called.
+        """
+        return None
+
+    def losses(self, chunk: Chunk) -> Tensor:
+        """Return the loss of each token, [n], not weighted yet; differentiable by the chunk's log-probabilities."""
+
+    def later_advantages(self, _tokens: CompletionTokens, _first_pass: Evaluation | None) -> Tensor | None:
+        """Return what the tokens after each one add to its advantage, [n]; None: nothing."""
+        return None
+
+    def trusted_trajectory(self, _tokens: CompletionTokens, _first_pass: Evaluation | None) -> Tensor | None:
+        """Return whether each token's trajectory counts, [n]; None: all do."""
+        return None
+
+
+def sum_of_terms(terms: Mapping[str, LossTerm], chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Return the terms' losses [n] and the gradient of their sum by the chunk's log-probabilities [n, 1 + k]."""
+    student = chunk.student.requires_grad_()
+    with torch.enable_grad():
+        losses = 0.0 * student.sum(-1)  # a term without a gradient, such as one without candidates, needs a graph too
+        for term in terms.values():
+            weights = token_weights(term.config, chunk)
+            losses = losses + term.losses(chunk) * weights
+        total = losses.sum()
+    (gradient,) = torch.autograd.grad(total, student)
+    return losses.detach(), gradient
+
+
+def token_weights(config: AnyTerm, chunk: Chunk) -> Tensor:
+    """Return how much each token counts in the term, [n]."""
+    weights = config.weight * chunk.plan.weights
+    if config.when == "always":
+        return weights
+    return weights * _is_chosen(config, chunk)
+
+
+def _is_chosen(config: AnyTerm, chunk: Chunk) -> Tensor:
+    """Return at which tokens the term's condition holds, [n]; each pair of conditions splits the tokens in two."""
+    tokens = chunk.tokens
+    if config.when == OUTSIDE_SUPPORT:
+        return chunk.is_outside
+    if config.when.startswith("teacher_entropy"):
+        above = tokens.teacher_entropy > config.threshold
+        return above if config.when == "teacher_entropy_above" else ~above
+    log_ratio = log_linear(config.target, tokens.logprobs) - chunk.student[:, 0]
+    if config.when.startswith("log_ratio"):
+        return log_ratio > 0 if config.when == "log_ratio_positive" else ~(log_ratio > 0)
+    trusted = tokens.uniform < log_ratio.clamp(max=0.0).exp()
+    return trusted if config.when == "trusted" else ~trusted
