@@ -24,6 +24,7 @@ from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, 
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
+from cluster.run.self_teachers import TeacherGates
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
 from cluster.run.supervisor import Supervisor
 from teacher_workers.audit.runner import ScoreAudit
@@ -133,6 +134,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
     """
     audit = ScoreAudit(current_config(run.config, run.pipeline), run.pipeline.teachers.pools, run.directory.score_audit)
     observation, checkpoints, balancer = PoolObservation(run), Checkpoints(run), make_balancer(run)
+    evaluations = Evaluations(run)
     return [
         run.ledger,
         make_scaling(run),
@@ -140,7 +142,8 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         observation,
         checkpoints,
         *([] if balancer is None else [balancer]),
-        Evaluations(run),
+        evaluations,
+        TeacherGates(run, evaluations),
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
         ScoreAudits(run, audit),

@@ -223,6 +223,10 @@ class TeacherPool(Pool):
             metrics=merge((sent.metrics, scored.metrics)),
             spans=(*sent.spans, self._span(hop)),
             scored_by={**sent.scored_by, **({self.name: self.checkpoint} if self.checkpoint else {})},
+            teacher_versions={
+                **sent.teacher_versions,
+                **({self.name: scored.scorer_version} if self.teacher.source is not None else {}),
+            },
         )
 
     def maintain(self) -> None:
@@ -240,9 +244,17 @@ class TeacherPool(Pool):
         return lost
 
     def abandon(self) -> None:
+        """Forget all batches, and let weights of an earlier version follow where weights are sent."""
         self.outstanding.clear()
         self._lost.clear()
         self.replicas.forget_loads()
+        for replica in self.replicas.serving if self.teacher.is_refreshed else ():
+            try:
+                answer = self.replicas.actor(replica).abandon.remote()
+                waiting_for = f"{self.replicas.name(replica)} to abandon its batches"
+                self.replicas.cluster.get(answer, self._timeouts.call_seconds, waiting_for)
+            except PreceptorError as error:  # it died, or an update of its weights never ended
+                self.replicas.lose(replica, error)
 
     def score_everywhere(self, handles: Sequence[BatchHandle], request: ScoreRequest) -> list[list[BatchHandle]]:
         """Score the same batches on every replica, to compare them; one list per replica, in the batches' order."""

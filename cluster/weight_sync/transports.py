@@ -89,6 +89,10 @@ TRANSPORTS: dict[str, Transport] = {
 }
 
 
+# To teachers: the actor reads the LM head from what arrives, which a transfer from GPU to GPU does not show it.
+TEACHER_TRANSPORT = "object_store"
+
+
 def vllm_backend(transport: str) -> str:
     """Return the name under which vLLM knows a transport's receiver; vLLM's own are called `nccl` and `ipc` too."""
     return f"preceptor_{transport}"

@@ -181,8 +181,45 @@ def test_a_teacher_that_is_the_student_has_its_model_and_its_engine() -> None:
         (["teachers.main.model=other"], "model is 'other', but from = 'student' makes it 'student'"),
         (["teachers.main.url=http://host/v1"], "from = 'student' is served by workers of the run"),
         (["teachers.main.from=teacher"], "Invalid enum value 'teacher'"),
+        (["teachers.main.refresh=daily"], "Invalid enum value 'daily' - at|teachers.main.refresh: Invalid enum"),
+        (["teachers.main.refresh={}"], "sets nothing; set one of every, ema and gate"),
+        (["teachers.main.refresh={every=2, ema=0.1}"], "sets every and ema; set one of every, ema and gate"),
+        (["teachers.main.refresh={every=0}"], "teachers.main.refresh.every"),
+        (["teachers.main.refresh={ema=1.5}"], "teachers.main.refresh.ema"),
+        (["teachers.main.refresh={gate='train/kl'}"], "teachers.main.refresh.gate"),
+        (["teachers.main.refresh={every=2, better='lower'}"], "better = 'lower' is for a gate's metric"),
+        (["teachers.main.refresh={gate='held_out/accuracy'}"], "set prompts.held_out and evaluation.every_steps"),
+        (["teachers.main.refresh=live", "teachers.main.slot=a"], "remove slot, or leave it 'frozen'"),
+        (["teachers.main.refresh=live", "teachers.main.engine.quantization=fp8"], "remove quantization, or leave it"),
+        (
+            ["teachers.main.refresh=live", "objective.support=full", "rollout.max_staleness=1"],
+            "set rollout.max_staleness = 0",
+        ),
     ],
 )
 def test_a_teacher_is_the_student_or_another_model(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_run_config(SELF, overrides)
+
+
+def test_refresh_is_for_teachers_that_are_the_student() -> None:
+    with pytest.raises(ConfigError, match=r"teachers\.main\.refresh is for teachers that are the student"):
+        make_config("teachers.main.refresh=live")
+
+
+@pytest.mark.parametrize(
+    ("refresh", "versions"),
+    [
+        ("frozen", [0, 0, 0, 0, 0]),
+        ("live", [0, 1, 2, 3, 4]),
+        ("{every=1}", [0, 1, 2, 3, 4]),
+        ("{every=3}", [0, 0, 0, 3, 3]),
+        ("{ema=0.1}", [0, 1, 2, 3, 4]),
+        ("{gate='held_out/accuracy'}", [None] * 5),
+    ],
+)
+def test_a_refresh_says_which_version_scores_each_step(refresh: str, versions: list[int | None]) -> None:
+    evaluated = ["prompts.held_out=held_out.jsonl", "evaluation.every_steps=2"]
+    teacher = parse_run_config(SELF, [*evaluated, f"teachers.main.refresh={refresh}"]).teachers["main"]
+    assert [teacher.version_due(step) for step in range(5)] == versions
+    assert teacher.is_refreshed == (refresh != "frozen")
