@@ -116,6 +116,14 @@ def teacher(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """Say how a run stands, while it lives or after."""
+    if options.watch:
+        if options.json:
+            raise ConfigError("--watch shows the run until it ends, --json prints it once; give one of them")
+        from cluster.monitoring.watch import watch_status
+
+        with suppress(KeyboardInterrupt):  # it is how one leaves
+            watch_status(options.run)
+        return 0
     from cluster.monitoring.status import print_status
 
     print_status(options.run, options.json)
@@ -262,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
         add[name]("job_id", metavar="JOB_ID")
     for name in ("status", "plan"):
         add[name]("--json", action="store_true", help="print one JSON object")
+    add["status"]("--watch", action="store_true", help="show it until the run ends, or until Ctrl-C")
     _add_init(add["init"])
     add["train"]("--resume", type=Path, metavar="RUN_DIRECTORY")
     add["scale"]("sizes", nargs="+", metavar="rollout=6|teachers.NAME=3")

@@ -10,6 +10,7 @@ from cluster.elastic.replace_teacher import TeacherChanges, current_config
 from cluster.elastic.scale import make_scaling
 from cluster.elastic.teacher_log import in_force
 from cluster.models.model_files import load_tokenizer
+from cluster.monitoring.run_lock import run_lock
 from cluster.monitoring.sinks import TerminalView, terminal_view
 from cluster.monitoring.status_file import KeptStatus
 from cluster.monitoring.trackers import check_trackers
@@ -25,6 +26,7 @@ from cluster.run.pools import start_pipeline, start_student_rollouts, start_teac
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
 from cluster.run.self_teachers import TeacherGates
+from cluster.run.served_teachers import ServedTeachers
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
 from cluster.run.supervisor import Supervisor
 from teacher_workers.audit.runner import ScoreAudit
@@ -36,18 +38,24 @@ def start_training(config: Config) -> RunSummary:
     check_trackers(config)
     load_hooks(config)  # one that cannot be imported ends the command before anything starts
     config, inputs = _prepare(config)
-    with terminal_view(config.run.steps) as view, ray_session(config) as session:
+    with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         directory = RunDirectory.create(config)
-        write_record(directory, inputs)
-        _announce(view, session, placement, inputs, directory)
-        return _train(config, inputs, placement, view, directory)
+        with run_lock(directory):
+            write_record(directory, inputs)
+            _announce(view, session, placement, inputs, directory)
+            return _train(config, inputs, placement, view, directory)
 
 
 def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
     """Continue a run from its last intact checkpoint; from its beginning when none was written."""
     check_trackers(config)
     load_hooks(config)
+    with run_lock(directory):
+        return _resume(directory, config)
+
+
+def _resume(directory: RunDirectory, config: Config) -> RunSummary:
     config = in_force(directory.teachers, directory.read_config(), config)
     warnings: list[str] = []
     state = find_resume_point(directory, config, warnings.append)
@@ -62,7 +70,7 @@ def resume_training(directory: RunDirectory, config: Config) -> RunSummary:
         write_record(directory, inputs)
     else:
         warnings += compare_prompts(directory, began_with, inputs)
-    with terminal_view(config.run.steps) as view, ray_session(config) as session:
+    with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs, directory)
         for warning in warnings:
@@ -80,7 +88,7 @@ def evaluate_models(config: Config) -> None:
     config, inputs = _prepare(config)
     if not inputs.held_out_ids:
         raise CheckpointError("prompts.held_out: the run file names no held-out prompts to evaluate on")
-    with terminal_view(config.run.steps) as view, ray_session(config) as session:
+    with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
         with start_student_rollouts(config, inputs, placement) as pool:
@@ -92,7 +100,7 @@ def evaluate_models(config: Config) -> None:
 def check_run(config: Config) -> bool:
     """Print the placement, run every self-check and return whether all passed."""
     config, inputs = _prepare(config)
-    with terminal_view(config.run.steps) as view, ray_session(config) as session:
+    with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
         view.say("  ok    tokenizers: teachers read the student's token ids as the same tokens")
@@ -118,7 +126,7 @@ def _train(
             beginning.teacher_accuracy |= _measure_teachers(config, inputs, placement, view, directory)
 
     with (
-        KeptStatus(directory.status),
+        KeptStatus(directory.status, config.run.steps),
         start_pipeline(config, inputs, placement, before_teachers=measure_teachers) as pipeline,
         stop_on_signals(view.say) as stop,
     ):
@@ -139,6 +147,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         run.ledger,
         make_scaling(run),
         TeacherChanges(run, audit),
+        ServedTeachers(run),
         observation,
         checkpoints,
         *([] if balancer is None else [balancer]),

@@ -20,7 +20,7 @@ from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle, BatchSource, PoolState, Span, Stage
 from cluster.contracts.errors import ActorDiedError, LearnerDiedError
-from cluster.contracts.metrics import Metric, Sum, merge
+from cluster.contracts.metrics import Max, Metric, Sum, merge
 from cluster.contracts.trajectory import Floats
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.arrivals import BatchBuffer
@@ -72,11 +72,14 @@ class LearnerGroup:
         while self._heads_due and self._heads_due[0][0] <= step:
             _, config = self._heads_due.pop(0)
             self._ask("read_teacher_heads", config, waiting_for="the learner to read the teachers' LM heads")
+        weights = self._config.objective.scheduled_weights(step)
+        objective = self._config.objective.at(step) if weights else None
         with self._deaths_reported():
-            num_tokens, parts = self._accumulate(batches, None, waiting_for=f"the learner to compute step {step}")
+            num_tokens, parts = self._accumulate(batches, objective, waiting_for=f"the learner to compute step {step}")
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}", stage="learn")
         busy_seconds = sum(part["busy_seconds"].value for part in (*parts, *taken)) / len(self._actors)
-        return merge([*parts, *taken]) | {"busy_seconds": Sum(busy_seconds)}
+        scheduled = {f"weight/{name}": Max(weight) for name, weight in weights.items()}
+        return merge([*parts, *taken]) | {"busy_seconds": Sum(busy_seconds)} | scheduled
 
     def replace_teachers(self, teachers: Mapping[str, TeacherConfig], first_step: int) -> None:
         """Read the LM heads of other teachers, where the objective needs any, before step `first_step` (from 0)."""

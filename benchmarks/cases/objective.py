@@ -136,6 +136,7 @@ class Bench:
             length=torch.full((n,), n, device=self.device),
             uniform=torch.rand(n, generator=self.random, device=self.device),
             task_advantage=torch.zeros(n, device=self.device),
+            reward=torch.zeros(n, device=self.device),
         )
         places = torch.arange(n, device=self.device)
         wide = {"hidden": self.normal(n, case.teacher_widths * self.sizes.width)} if case.teacher_widths else {}

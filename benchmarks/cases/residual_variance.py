@@ -169,6 +169,7 @@ def gradients(terms: Mapping[str, Any], student: Tensor, teacher: Tensor, candid
         length=torch.ones(n, dtype=torch.long),
         uniform=zeros,
         task_advantage=zeros,
+        reward=zeros,
     )
     table = {"support": "topk", "support_size": len(candidates), "terms": terms}
     objective = Objective(msgspec.convert(table, ObjectiveConfig))

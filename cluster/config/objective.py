@@ -8,9 +8,20 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from msgspec import Meta, field
+from msgspec.structs import replace
 
 from cluster.config.fields import Items, NonNegative, Section
-from cluster.config.terms import OUTSIDE_SUPPORT, TEACHER, AnyTerm, DivergenceTerm, Support, TaskRewardTerm
+from cluster.config.terms import (
+    OF_GROUP,
+    OF_MODELS,
+    OUTSIDE_SUPPORT,
+    TEACHER,
+    AnyTerm,
+    DivergenceTerm,
+    Support,
+    TaskRewardTerm,
+    WeightSchedule,
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,34 @@ class ObjectiveConfig(Section, frozen=True):
                     f"objective.terms.{name}: when = 'outside_support' needs support topk, student_topk or "
                     f"intersection, found '{self.support}'"
                 )
+            if term.when in OF_MODELS and len(term.target) < 2:
+                raise ValueError(
+                    f"objective.terms.{name}: when = '{term.when}' compares the models of the term's target, which has "
+                    "one; name another, with coefficient 0 if it shall only be compared"
+                )
             if fault := term.fault(self.support):
                 raise ValueError(f"objective.terms.{name}: {fault}")
+
+    def check_other_samplers(self) -> None:
+        """Raise ValueError if a term cannot learn from rows that another sampler than the student's own wrote."""
+        for name, term in self.terms.items():
+            if not term.valid_for_other_samplers:
+                kind = term.__struct_config__.tag
+                raise ValueError(
+                    f"objective.terms.{name}: a {kind} learns from rows of another sampler by the current student's "
+                    "advantage and its ratio to the sampler; take importance.kind = 'truncated' and student = "
+                    "'current', or loss = 'cross_entropy'"
+                )
+
+    def scheduled_weights(self, step: int) -> dict[str, float]:
+        """Return the weights that change with the steps, as they are at optimizer step `step`, from 0."""
+        schedules = {name: term.weight for name, term in self.terms.items()}
+        return {name: weight.at(step) for name, weight in schedules.items() if isinstance(weight, WeightSchedule)}
+
+    def at(self, step: int) -> "ObjectiveConfig":
+        """Return the objective of optimizer step `step`, from 0: all weights are numbers."""
+        fixed = {name: replace(self.terms[name], weight=w) for name, w in self.scheduled_weights(step).items()}
+        return replace(self, terms={**self.terms, **fixed}) if fixed else self
 
     @property
     def needs(self) -> Needs:
@@ -71,6 +108,7 @@ class ObjectiveConfig(Section, frozen=True):
         num_candidates = 0 if self.support in ("sampled", "full") else self.support_size - sampled_candidates
         of_student = sampled_candidates or self.support == "student_topk"
         of_entropy = ("teacher_entropy_above", "teacher_entropy_below")
+        of_group = any(term.when in OF_GROUP for term in terms)
         return Needs(
             models=tuple(dict.fromkeys([TEACHER, *(model for term in terms for model in term.target)])),
             num_candidates=num_candidates,
@@ -82,7 +120,7 @@ class ObjectiveConfig(Section, frozen=True):
             first_pass=bool(weights.position_importance)
             or weights.entropy in ("student", "both")
             or any(term.needs_first_pass for term in terms),
-            divides_by_deviation=next(iter(self._normalisations()), None),
+            divides_by_deviation=next(iter(self._normalisations()), of_group or None),
         )
 
     def _normalisations(self) -> set[bool]:

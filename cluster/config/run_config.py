@@ -19,7 +19,15 @@ from cluster.config.stages import (
     TeacherConfig,
     WeightSyncConfig,
 )
-from cluster.config.terms import BASE, INITIAL_STUDENT, TEACHER, DivergenceTerm, PolicyGradientTerm
+from cluster.config.terms import (
+    BASE,
+    INITIAL_STUDENT,
+    OF_GROUP,
+    TEACHER,
+    CrossEntropyTerm,
+    DivergenceTerm,
+    PolicyGradientTerm,
+)
 from cluster.contracts.requests import ScoreRequest
 
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
@@ -244,8 +252,13 @@ def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
             f"objective.support = '{objective.support}' compares tokens of the student's whole distribution; {advice}"
         )
     for name, term in objective.terms.items():
+        if term.when in OF_GROUP and rollout.samples_per_prompt < 2:
+            raise ValueError(
+                f"objective.terms.{name}: when = '{term.when}' compares the samples of a prompt, and "
+                "rollout.samples_per_prompt is 1; set it to 2 or more, or take 'reward_positive'"
+            )
         has_residual = isinstance(term, DivergenceTerm) and term.has_residual and not objective.needs.hidden
-        if cuts and (has_residual or not isinstance(term, DivergenceTerm)):
+        if cuts and (has_residual or not isinstance(term, DivergenceTerm | CrossEntropyTerm)):
             kind = "the residual of a divergence" if has_residual else f"a {term.__struct_config__.tag}"
             raise ValueError(
                 f"objective.terms.{name}: {kind} learns from the sampled tokens, and top_p and top_k keep some from "

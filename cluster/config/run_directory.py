@@ -26,6 +26,7 @@ class RunDirectory:
         self.config = path / "config.json"  # the resolved configuration
         self.prompts = path / "prompts.json"  # how many prompts the run began with, and their checksums
         self.status = path / "status.json"  # kept fresh while the run lives
+        self.lock = path / "lock"  # held by the process that trains
         # One JSON object per step, alarm, decision of the balancer, checkpoint of a teacher, held-out completion.
         self.metrics, self.ledger = path / "metrics.jsonl", path / "ledger.jsonl"
         self.alarms, self.moves = path / "alarms.jsonl", path / "moves.jsonl"

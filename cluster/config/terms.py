@@ -5,13 +5,13 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, field
 
-from cluster.config.fields import LARGEST_FLOAT, Finite, Fraction, NonNegative, Positive, Section
+from cluster.config.fields import LARGEST_FLOAT, Count, Finite, Fraction, NonNegative, Positive, Section
 from cluster.contracts.import_path import is_import_path
 
 Support = Literal["sampled", "samples", "topk", "student_topk", "intersection", "full"]
 DIVERGENCE_NAMES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl")
 Truncation = Literal["generalized", "renormalized", "tail"]
-LogRatioMap = Literal["identity", "clip", "soft_log", "tanh", "power", "proximal", "forward_kl", "jsd"]
+LogRatioMap = Literal["identity", "clip", "soft_log", "tanh", "power", "proximal", "forward_kl", "jsd", "constant"]
 ImportanceKind = Literal["none", "ratio", "truncated", "icepop", "sequence_mask", "ppo_clip"]
 Condition = Literal[
     "always",
@@ -22,6 +22,14 @@ Condition = Literal[
     "trusted",
     "untrusted",
     "outside_support",
+    "reward_positive",
+    "reward_not_positive",
+    "advantage_positive",
+    "advantage_not_positive",
+    "outcome_agrees",
+    "outcome_disagrees",
+    "models_agree",
+    "models_disagree",
 ]
 Target = dict[str, Finite]  # model -> its coefficient in the log-linear target
 
@@ -29,6 +37,10 @@ TEACHER = "teacher"  # in a target: the teacher that the prompt is routed to
 BASE = "base"  # in a target: what that teacher's `base` field names
 INITIAL_STUDENT = "initial_student"  # in a target: the student before training
 OUTSIDE_SUPPORT = "outside_support"  # a condition: the sampled token is none of the support's candidates
+# Conditions that compare the trajectory's reward with its prompt's other samples.
+OF_GROUP = ("advantage_positive", "advantage_not_positive", "outcome_agrees", "outcome_disagrees")
+OF_MODELS = ("models_agree", "models_disagree")  # conditions on all models that the target names
+OF_PREFIX = ("always", "teacher_entropy_above", "teacher_entropy_below")  # conditions that read no sampled token
 NO_TARGET = "target names no model with a coefficient other than 0"
 
 
@@ -46,15 +58,39 @@ class ImportanceConfig(Section, frozen=True):
             raise ValueError(f"low = {self.low} is not below high = {self.high}; no ratio would be left between them")
 
 
+class WeightSchedule(Section, frozen=True):
+    """Moves a weight linearly from one value to another over the first optimizer steps; then it stays.
+
+    Example:
+        >>> [WeightSchedule(start=1.0, to=0.0, over_steps=10).at(step) for step in (0, 4, 10, 99)]
+        [1.0, 0.6, 0.0, 0.0]
+    """
+
+    to: Finite
+    over_steps: Count  # the first step that has all of `to`; steps count from 0
+    start: Finite = field(name="from")
+
+    def at(self, step: int) -> float:
+        """Return the weight of optimizer step `step`, from 0: it depends on nothing else."""
+        share = min(1.0, step / self.over_steps)
+        return (1 - share) * self.start + share * self.to
+
+    @property
+    def largest(self) -> float:
+        """Return the end that is farther from 0."""
+        return max(self.start, self.to, key=abs)
+
+
 class Term(Section, frozen=True):
     """Holds what all terms have: how much they count, and at which tokens.
 
     Besides, each kind of term says of itself whether it `needs_first_pass` of whole trajectories under the current
-    student, whether its gradient `is_zero_at_the_student`, when all models of its target are the student, and its
+    student, whether its gradient `is_zero_at_the_student`, when all models of its target are the student, whether it is
+    `valid_for_other_samplers`: trajectories that another model, or the student with another prompt, wrote, and its
     `fault`: what it cannot have together under a support.
     """
 
-    weight: Finite = 1.0
+    weight: Finite | WeightSchedule = 1.0
     when: Condition = "always"
     threshold: NonNegative = 0.8  # nats; of teacher_entropy_above and teacher_entropy_below
 
@@ -68,9 +104,10 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
     log_ratio_map: LogRatioMap = "identity"
     bound: Positive = 5.0  # clip, tanh: the largest absolute value
     scale: Positive = 1.0  # tanh: the log-ratio at which it bends, in nats
-    alpha: Positive = 1.0  # power: the exponent; proximal: the target's share of the mixture
+    alpha: Positive = 1.0  # power: the exponent; proximal: the target's share; constant: minus the advantage
     student: Literal["current", "rollout", "none"] = "current"  # whose probability the log-ratio divides by
-    baseline: Literal["none", "kl"] = "none"  # kl: minus the divergence of the prefix, over the support
+    # Over the support, of the prefix. kl: minus the divergence; support_mean: the mean advantage of its tokens
+    baseline: Literal["none", "kl", "support_mean"] = "none"
     discount: Fraction = 0.0  # of later tokens' advantages in this token's
     importance: ImportanceConfig = ImportanceConfig()
 
@@ -81,7 +118,12 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
 
     @property
     def is_zero_at_the_student(self) -> bool:
-        return math.isclose(sum(self.target.values()), 0.0 if self.student == "none" else 1.0)
+        expected = 0.0 if self.student == "none" else 1.0
+        return math.isclose(sum(self.target.values()), expected) and self.log_ratio_map != "constant"
+
+    @property
+    def valid_for_other_samplers(self) -> bool:
+        return self.importance.kind != "none" and self.student != "rollout"
 
     def fault(self, support: Support) -> str | None:
         if not any(self.target.values()):
@@ -91,12 +133,8 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
                 f"over = 'support' needs tokens that the student chose, found objective.support = '{support}'; "
                 "use samples or student_topk"
             )
-        if self.baseline == "kl" and self.over == "support":
-            return (
-                "baseline = 'kl' lowers the variance of one draw; a sum over candidates has none; use over = 'sampled'"
-            )
-        if self.baseline == "kl" and support in ("sampled", "samples"):
-            return f"baseline = 'kl' needs support topk, student_topk, intersection or full, found '{support}'"
+        if fault := self._fault_of_baseline(support):
+            return fault
         if self.log_ratio_map in ("power", "proximal", "forward_kl", "jsd") and self.student == "none":
             return f"log_ratio_map = '{self.log_ratio_map}' compares with the student, but student = 'none'"
         if self.normalize_weights and (self.over, support) != ("support", "student_topk"):
@@ -107,11 +145,35 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
             return "discount adds up advantages along the written text; it needs over = 'sampled'"
         return None
 
+    def _fault_of_baseline(self, support: Support) -> str | None:
+        name = f"baseline = '{self.baseline}'"
+        if self.baseline == "none":
+            return None
+        if self.over == "support":
+            return f"{name} lowers the variance of one draw; a sum over candidates has none; use over = 'sampled'"
+        if support in ("sampled", "samples"):
+            return f"{name} needs support topk, student_topk, intersection or full, found '{support}'"
+        if self.baseline == "kl":
+            return None
+        if self.when not in OF_PREFIX:
+            return (
+                f"{name} changes nothing in expectation only where all tokens of a prefix count, but when = "
+                f"'{self.when}' depends on the sampled token; leave one of them out"
+            )
+        if self.log_ratio_map == "constant":
+            return f"{name} would leave nothing of log_ratio_map = 'constant'"
+        if self.student == "rollout":
+            return (
+                f"{name} is the mean over the current student's probabilities; student = 'rollout' divides by another"
+            )
+        return None
+
 
 class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
     """Differentiates a divergence between student and target over the support."""
 
     needs_first_pass: ClassVar[bool] = False
+    valid_for_other_samplers: ClassVar[bool] = True  # the residual has a ratio
 
     target: Target = field(default_factory=lambda: {TEACHER: 1.0})
     divergence: str = "reverse_kl"  # one of DIVERGENCE_NAMES, or one of your own as package.module:NAME
@@ -166,8 +228,33 @@ class TaskRewardTerm(Term, tag_field="loss", tag="task_reward", frozen=True):
     def needs_first_pass(self) -> bool:
         return self.importance.kind == "sequence_mask"
 
+    @property
+    def valid_for_other_samplers(self) -> bool:
+        return self.importance.kind != "none"
+
     def fault(self, _support: Support) -> str | None:
         return None  # a reward goes with every support
 
 
-AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm
+class GateConfig(Section, frozen=True):
+    """Weighs each token by sigmoid(kappa (log p - gamma)), p the student's: little where it would never write it."""
+
+    kappa: Positive = 2.0
+    gamma: Finite = -3.5  # nats
+
+
+class CrossEntropyTerm(Term, tag_field="loss", tag="cross_entropy", frozen=True):
+    """Takes -log p of the written token: imitates the sampler, and is meant for rows that another one wrote."""
+
+    target: ClassVar[Target] = {TEACHER: 1.0}  # of `when`
+    needs_first_pass: ClassVar[bool] = False
+    is_zero_at_the_student: ClassVar[bool] = False
+    valid_for_other_samplers: ClassVar[bool] = True
+
+    gate: GateConfig | None = None
+
+    def fault(self, _support: Support) -> str | None:
+        return None  # written tokens go with every support
+
+
+AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm | CrossEntropyTerm

@@ -1,4 +1,4 @@
-"""Shows a run's metrics at the terminal, as a live table or as plain lines."""
+"""Shows a run's metrics at the terminal, as a live view or as plain lines."""
 
 import math
 import sys
@@ -8,11 +8,13 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from cluster.contracts.files import Record
+from cluster.monitoring.run_view import RunView
 
-# What the terminal shows of a record: label, name of the metric, format.
+REFRESHES_PER_SECOND = 1.0  # each takes some milliseconds, in which the loop may wait for Python
+
+# What a plain line shows of a record: label, name of the metric, format.
 _COLUMNS = [
     ("step", "step", "{:.0f}"),
     ("KL/token", "train/kl", "{:.4f}"),
@@ -28,7 +30,6 @@ _COLUMNS = [
     ("learn s", "learn/seconds", "{:.2f}"),
     ("sync s", "sync/seconds", "{:.2f}"),
 ]
-_ROWS_SHOWN = 12
 
 
 class TerminalView(Protocol):
@@ -36,6 +37,9 @@ class TerminalView(Protocol):
 
     def say(self, line: str) -> None:
         """Show one line that stays."""
+
+    def warn(self, line: str) -> None:
+        """Show an alarm, which also stays in sight until the next one."""
 
     def show(self, record: Record) -> None:
         """Show one step's metrics."""
@@ -51,6 +55,9 @@ class PlainView:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
+    def warn(self, line: str) -> None:
+        self.say(line)
+
     def show(self, record: Record) -> None:
         self.say("  ".join(f"{label} {text}" for label, text in _cells(record)))
 
@@ -59,45 +66,45 @@ class PlainView:
 
 
 class LiveView:
-    """Redraws a table of the last steps in place."""
+    """Keeps how the run stands at the foot of the terminal.
 
-    def __init__(self, console: Console, live: Live, total_steps: int) -> None:
+    A thread of its own draws it, so that the loop waits for no terminal; what is said scrolls by above.
+    """
+
+    def __init__(self, console: Console, name: str, total_steps: int) -> None:
         self._console = console
-        self._live = live
-        self._total_steps = total_steps
-        self._records: list[Record] = []
+        self._view = RunView(name, total_steps, ascii_only=console.options.ascii_only)
+        self._live = Live(self._view, console=console, refresh_per_second=REFRESHES_PER_SECOND)
 
     def say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False)
 
+    def warn(self, line: str) -> None:
+        self._view.alarm = line
+        self.say(line)
+
     def show(self, record: Record) -> None:
-        self._records = [*self._records, record][-_ROWS_SHOWN:]
-        self._live.update(self._table(), refresh=True)
+        self._view.add(record)
+        if not self._live.is_started:
+            self._live.start()
 
     def finish(self) -> None:
+        self._view.state = "all steps done" if self._view.is_over else "stopped"
         self._live.stop()
-
-    def _table(self) -> Table:
-        table = Table(title=f"step {self._records[-1]['step']:.0f} of {self._total_steps}", expand=True)
-        shown = {label for record in self._records for label, _ in _cells(record)}
-        labels = [label for label, _, _ in _COLUMNS if label in shown]
-        for label in labels:
-            table.add_column(label, justify="right")
-        for record in self._records:
-            cells = dict(_cells(record))
-            table.add_row(*(cells.get(label, "") for label in labels))
-        return table
 
 
 @contextmanager
-def terminal_view(total_steps: int) -> Iterator[TerminalView]:
-    """Give a live table on a terminal, plain lines elsewhere."""
+def terminal_view(name: str, total_steps: int) -> Iterator[TerminalView]:
+    """Give a live view on a terminal, plain lines elsewhere."""
     console = Console()
-    if not console.is_terminal:
+    if not (console.is_interactive and sys.stdout.isatty()):
         yield PlainView()
         return
-    with Live(console=console, auto_refresh=False) as live:
-        yield LiveView(console, live, total_steps)
+    view = LiveView(console, name, total_steps)
+    try:
+        yield view
+    finally:
+        view.finish()
 
 
 def _cells(record: Record) -> list[tuple[str, str]]:

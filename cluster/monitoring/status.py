@@ -70,7 +70,7 @@ def read_report(path: Path) -> RunReport:
         state=status.state if status else "unknown",
         error=status.error if status else "",
         step=status.step if status and status.step else int(latest.get("step", 0)),
-        steps=config.run.steps,
+        steps=(status and status.steps) or config.run.steps,
         seconds_since_change=round(time.time() - status.changed_at, 1) if status else None,
         tokens_per_second=latest.get("step/tokens_per_second"),
         queued_completions=latest.get("generate/queued_completions"),

@@ -33,6 +33,7 @@ class Status(msgspec.Struct, frozen=True):
     started_at: float
     changed_at: float
     step: int = 0  # done
+    steps: int = 0  # that the run is to do, which a resumed run may have changed; 0: written by an older version
     pools: tuple[PoolState, ...] = ()
     error: str = ""  # what ended it
 
@@ -54,14 +55,15 @@ class StatusFile:
 class KeptStatus:
     """Keeps the file of a run while the context lasts, and leaves in it how the run ended."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, steps: int) -> None:
+        """Take the file, and how many steps the run is to do."""
+        self._path, self._steps = path, steps
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._give_signs_of_life, name="status", daemon=True)
 
     def __enter__(self) -> None:
         now = time.time()
-        _write(self._path, Status("starting", os.getpid(), socket.gethostname(), now, now))
+        _write(self._path, Status("starting", os.getpid(), socket.gethostname(), now, now, steps=self._steps))
         self._thread.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

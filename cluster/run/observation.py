@@ -118,7 +118,7 @@ class AlarmActions(StepHook):
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         raised = self._alarms.check(metrics)
         for alarm in raised:
-            self.run.view.say(str(alarm))
+            self.run.view.warn(str(alarm))
             self._file.write(
                 {
                     "step": alarm.step,

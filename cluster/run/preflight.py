@@ -14,7 +14,7 @@ from cluster.actors.cluster import RAY
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.config.stages import Dtype, TeacherConfig
-from cluster.config.terms import TEACHER, PolicyGradientTerm
+from cluster.config.terms import TEACHER, PolicyGradientTerm, WeightSchedule
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
@@ -209,8 +209,10 @@ def gradient_checks(
             continue
         # Advantages that are the tokens' log-probabilities, in place of the log-ratios that should be 0.
         discount = term.discount if isinstance(term, PolicyGradientTerm) else 0.0
-        known = PolicyGradientTerm(weight=term.weight, student="none", discount=discount)
-        at_optimum, scale = (measure(msgspec.structs.replace(objective, terms={name: one})) for one in (term, known))
+        weight = term.weight.largest if isinstance(term.weight, WeightSchedule) else term.weight
+        checked = msgspec.structs.replace(term, weight=weight)
+        known = PolicyGradientTerm(weight=weight, student="none", discount=discount)
+        at_optimum, scale = (measure(msgspec.structs.replace(objective, terms={name: one})) for one in (checked, known))
         noise = min(max(at_optimum["sampler_learner_gap"], ROUNDING_NATS[dtype]), AGREEMENT_NATS[dtype])
         rounding = noise * sum(map(abs, term.target.values()))
         per_nat = scale["gradient_norm"] / logprob_nats if logprob_nats else 0.0

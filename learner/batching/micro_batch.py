@@ -1,5 +1,6 @@
 """Lays the trajectories of one micro-batch out in a grid of tokens, with flat completion columns beside it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,6 +80,7 @@ class Trajectory:
     candidate_rollout_logprobs: NDArray[Any]  # [completion_tokens, k], or [completion_tokens, 0]
     scores: Mapping[str, Mapping[str, NDArray[Any]]]  # model -> signal -> [completion_tokens] or [completion_tokens, k]
     wide_scores: Mapping[str, Mapping[str, NDArray[Any]]]  # the same of signals that have the model's own width
+    reward: float = math.nan  # NaN: none
 
 
 def trajectories(batches: Sequence[pa.RecordBatch], task_advantages: Sequence[float] | None = None) -> list[Trajectory]:
@@ -139,6 +141,11 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         max((getattr(row, name).shape[1] for row in placed), default=0)
         for name in ("candidate_ids", "candidate_rollout_logprobs")
     )
+
+    def of_each(name: str) -> Tensor:
+        values = [np.full(length, getattr(row, name)) for row, length in zip(placed, lengths, strict=True)]
+        return _join(values, np.float32)
+
     uniform = [uniform_numbers(seed, row.trajectory_id, length) for row, length in zip(placed, lengths, strict=True)]
     return CompletionTokens(
         target_ids=_join([row.token_ids[row.loss_mask != 0] for row in placed], np.int64),
@@ -150,9 +157,8 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         position=_join([np.arange(length) for length in lengths], np.int64),
         length=_join([np.full(length, length) for length in lengths], np.int64),
         uniform=_join(uniform, np.float32),
-        task_advantage=_join(
-            [np.full(length, row.task_advantage) for row, length in zip(placed, lengths, strict=True)], np.float32
-        ),
+        task_advantage=of_each("task_advantage"),
+        reward=of_each("reward"),
     )
 
 
@@ -185,6 +191,7 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Traje
             trajectory_id=batch["trajectory_id"][row].as_py(),
             route=batch["teacher"][row].as_py(),
             task_advantage=next(task_advantages),
+            reward=math.nan if (reward := batch["reward"][row].as_py()) is None else reward,
             scores=_pick(scores, row),
             wide_scores=_pick(wide_scores, row),
             **{name: column[row] for name, column in columns.items()},

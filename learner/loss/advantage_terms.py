@@ -117,4 +117,18 @@ class PolicyGradientLoss(AdvantageLoss):
             added = added + chunk.exact_kl(self.config.target)
         elif self.config.baseline == "kl":
             added = added + chunk.compare(DIVERGENCES["reverse_kl"], 0.0, self.config.target, "tail")
+        elif self.config.baseline == "support_mean":
+            added = added - self._support_mean(chunk)
         return added
+
+    def _support_mean(self, chunk: Chunk) -> Tensor:
+        """Return the sum of p times mapped log-ratio over the support, [n] (Residual Advantage, arXiv 2610.11519)."""
+
+        def mapped(log_target: Tensor, student: Tensor) -> Tensor:
+            return self._advantage(log_target, student, student)
+
+        if chunk.exact_mean is not None:
+            return chunk.exact_mean(self.config.target, mapped)
+        student = chunk.student[:, 1:]
+        values = student.exp() * mapped(log_linear(self.config.target, chunk.tokens.candidate_logprobs), student)
+        return (values if chunk.inside is None else values * chunk.inside).sum(-1)

@@ -3,7 +3,7 @@
 Each returns losses and overwrites the logits by the gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -133,6 +133,10 @@ def _evaluate_block(
         log_target = log_softmax(mixed_logits(target, models, out=spare[0]), of_target)
         return divergence.exact(student, p, log_target, parameter, spare)
 
+    def mean(target: Target, function: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        log_target = log_softmax(mixed_logits(target, models, out=spare[0]), of_target)
+        return vecdot(p, function(log_target, student))
+
     losses, by_logits = torch.zeros_like(entropy), logits[:, :width]
     compared = [(term.config, term.divergence) for term in terms.values() if term.divergence is not None]
     logits[:, width if compared else 0 :] = 0
@@ -146,7 +150,8 @@ def _evaluate_block(
             torch.mul(gradient, weights[:, None], out=by_logits)
     others = {name: term for name, term in terms.items() if term.divergence is None}
     if others:
-        chunk = Chunk(tokens, plan, sampled.clone(), exact_kl=lambda target: compare(target, REVERSE_KL, 0.0)[0])
+        exact_kl = lambda target: compare(target, REVERSE_KL, 0.0)[0]  # noqa: E731
+        chunk = Chunk(tokens, plan, sampled.clone(), exact_kl=exact_kl, exact_mean=mean)
         of_others, by_sampled = sum_of_terms(others, chunk)
         losses = losses + of_others
         if mass is not None:

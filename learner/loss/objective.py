@@ -21,12 +21,13 @@ class Objective:
     """Minimises what a configuration says: `plan` reads whole trajectories, `evaluate` any of their tokens.
 
     `kernels` are used where they take the logits; None: plain torch everywhere. `temperature` is that of the sampler.
+    Scheduled weights are those of step 0; pass `config.at(step)` for another.
     """
 
     def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None, temperature: float = 1.0) -> None:
         self.needs, self.kernels, self.temperature = config.needs, kernels, temperature
         self._token_weights = config.token_weights
-        self._terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.terms.items()}
+        self._terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
 
     @torch.no_grad()
     def plan(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> TokenPlan:

@@ -1,6 +1,6 @@
 """Makes advantages of the log-ratio D = log target - log student, and losses of advantages.
 
-All maps of D are 0 where target and student agree.
+All maps of D but the constant are 0 where target and student agree.
 """
 
 import math
@@ -38,6 +38,8 @@ LOG_RATIO_MAPS: dict[str, Callable[[Tensor, Tensor, PolicyGradientTerm], Tensor]
     "forward_kl": lambda q, p, _: (q - p).clamp(max=LARGEST_LOG_RATIO).expm1(),
     # Log((1 + target/student) / 2) / 2: its policy gradient is that of the Jensen-Shannon divergence (OPD+).
     "jsd": lambda q, p, _: (functional.softplus(q - p) - math.log(2)) / 2,
+    # No teacher: a control arm (OPSA, arXiv 2608.31046). Only with a condition is its expectation other than 0.
+    "constant": lambda q, _, term: torch.full_like(q, -term.alpha),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cluster.config.terms import OUTSIDE_SUPPORT, AnyTerm, Target
+from cluster.config.terms import AnyTerm, Target
 from learner.loss.divergences import Divergence, to_buckets
 from learner.loss.policy_gradient import importance_ratio
 from learner.loss.targets import log_linear, log_normaliser, target_buckets
@@ -24,6 +24,8 @@ class Chunk:
     sampled_candidates: bool = False  # the candidates are independent draws, like the sampled token
     inside: Tensor | None = None  # [n, k] which candidates take part; None: all
     exact_kl: Callable[[Target], Tensor] | None = None  # [n] KL(student || target); None: the candidates' is used
+    # [n] the student's mean over the vocabulary of a function of log target and log student; None: the candidates'
+    exact_mean: Callable[[Target, Callable[[Tensor, Tensor], Tensor]], Tensor] | None = None
 
     @property
     def rollout(self) -> Tensor:
@@ -112,6 +114,7 @@ def sum_of_terms(terms: Mapping[str, LossTerm], chunk: Chunk) -> tuple[Tensor, T
 
 def token_weights(config: AnyTerm, chunk: Chunk) -> Tensor:
     """Return how much each token counts in the term, [n]."""
+    assert isinstance(config.weight, float | int), "`Objective` takes one step's"
     weights = config.weight * chunk.plan.weights
     if config.when == "always":
         return weights
@@ -120,14 +123,36 @@ def token_weights(config: AnyTerm, chunk: Chunk) -> Tensor:
 
 def _is_chosen(config: AnyTerm, chunk: Chunk) -> Tensor:
     """Return at which tokens the term's condition holds, [n]; each pair of conditions splits the tokens in two."""
-    tokens = chunk.tokens
-    if config.when == OUTSIDE_SUPPORT:
-        return chunk.is_outside
-    if config.when.startswith("teacher_entropy"):
-        above = tokens.teacher_entropy > config.threshold
-        return above if config.when == "teacher_entropy_above" else ~above
-    log_ratio = log_linear(config.target, tokens.logprobs) - chunk.student[:, 0]
-    if config.when.startswith("log_ratio"):
-        return log_ratio > 0 if config.when == "log_ratio_positive" else ~(log_ratio > 0)
-    trusted = tokens.uniform < log_ratio.clamp(max=0.0).exp()
-    return trusted if config.when == "trusted" else ~trusted
+    if config.when in OTHERWISE:
+        return ~CONDITIONS[OTHERWISE[config.when]](config, chunk)
+    return CONDITIONS[config.when](config, chunk)
+
+
+def _log_ratio(config: AnyTerm, chunk: Chunk) -> Tensor:
+    return log_linear(config.target, chunk.tokens.logprobs) - chunk.student[:, 0]
+
+
+def _models_agree(config: AnyTerm, chunk: Chunk) -> Tensor:
+    is_above = torch.stack([chunk.tokens.logprobs[model] > chunk.student[:, 0] for model in config.target])
+    return is_above.all(0) | ~is_above.any(0)
+
+
+CONDITIONS: dict[str, Callable[[AnyTerm, Chunk], Tensor]] = {
+    "teacher_entropy_above": lambda term, chunk: chunk.tokens.teacher_entropy > term.threshold,
+    "log_ratio_positive": lambda term, chunk: _log_ratio(term, chunk) > 0,
+    "trusted": lambda term, chunk: chunk.tokens.uniform < _log_ratio(term, chunk).clamp(max=0.0).exp(),
+    "outside_support": lambda _, chunk: chunk.is_outside,
+    "reward_positive": lambda _, chunk: chunk.tokens.reward > 0,  # not without a reward
+    "advantage_positive": lambda _, chunk: chunk.tokens.task_advantage > 0,
+    "outcome_agrees": lambda term, chunk: _log_ratio(term, chunk) * chunk.tokens.task_advantage > 0,
+    "models_agree": _models_agree,
+}
+OTHERWISE = {
+    "teacher_entropy_below": "teacher_entropy_above",
+    "log_ratio_not_positive": "log_ratio_positive",
+    "untrusted": "trusted",
+    "reward_not_positive": "reward_positive",
+    "advantage_not_positive": "advantage_positive",
+    "outcome_disagrees": "outcome_agrees",
+    "models_disagree": "models_agree",
+}

@@ -27,6 +27,7 @@ class CompletionTokens:
     length: Tensor  # [n] int64: completion tokens of the trajectory
     uniform: Tensor  # [n] in [0, 1): random, and the same whenever this token of this trajectory is seen
     task_advantage: Tensor  # [n]: of the trajectory's reward within its group; 0 without a reward
+    reward: Tensor  # [n]: the trajectory's; NaN without one
 
     def __len__(self) -> int:
         return len(self.target_ids)

@@ -25,7 +25,8 @@ FLOOR = -87.0  # of ids that a teacher lacks or excludes: the log of float32's s
 class TeacherBackend(Protocol):
     """Scores the sampled tokens of trajectories with one teacher; one object per actor, made in its event loop.
 
-    The driver asks the class: `signals`, `can_generate`, `fault`, `check` and `identity` need no object or hardware.
+    The driver asks the class: `signals`, `can_generate`, `fault`, `check`, `identity` and `absence` need no object or
+    hardware.
     """
 
     signals: ClassVar[frozenset[str]]  # names that requests may contain; those at import paths as the run file has them
@@ -62,6 +63,11 @@ class TeacherBackend(Protocol):
     @classmethod
     def identity(cls, teacher: TeacherConfig) -> str:
         """Return a fingerprint of what answers, which differs as soon as the answers may."""
+
+    @classmethod
+    def absence(cls, teacher: TeacherConfig) -> str:
+        """Return why what answers cannot be reached now, as half a sentence; "" if it can, or is of this run."""
+        return ""
 
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
         """Return the signals of `request.signals` for all tokens whose loss_mask is 1, and metrics of the backend.

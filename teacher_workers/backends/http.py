@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts
 
 START_RETRY_SECONDS = 2.0  # of the driver's questions, before the run; the user waits for the answer
+ABSENCE_SECONDS = 10.0  # without an answer, after which a server counts as away
 PROBE_TOKENS = 32
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # in the text of a token that is a part of a character
 MIN_EVEN_TOKENS = 8  # so many alike scores are no text's
@@ -95,6 +96,18 @@ class HttpBackend(TeacherBackend):
         """Return a digest of the served name and of what the first server says is behind it."""
         model = _run(_each(teacher, CompletionsClient.served_model))[0]
         return hashlib.sha256(f"{teacher.model}\n{model.root}".encode()).hexdigest()
+
+    @classmethod
+    def absence(cls, teacher: TeacherConfig) -> str:
+        """Ask every server for its models; name those that do not answer."""
+        absences = []
+        for url in teacher.urls:
+            server = msgspec.structs.replace(teacher, url=url, request_timeout_seconds=ABSENCE_SECONDS)
+            try:
+                _run(_each(server, CompletionsClient.served_model, retry_seconds=0.0))
+            except ModelError as error:
+                absences.append(str(error))
+        return "; ".join(absences)
 
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
         """Score all rows at once, as far as the client lets them."""
@@ -168,11 +181,15 @@ def _run(coroutine: Coroutine[Any, Any, Answer]) -> Answer:
         raise ModelError(str(error)) from error
 
 
-async def _each(teacher: TeacherConfig, ask: Callable[[CompletionsClient], Awaitable[Answer]]) -> list[Answer]:
+async def _each(
+    teacher: TeacherConfig,
+    ask: Callable[[CompletionsClient], Awaitable[Answer]],
+    retry_seconds: float = START_RETRY_SECONDS,
+) -> list[Answer]:
     """Ask every server by itself, in the order of the URLs."""
     answers = []
     for url in teacher.urls:
-        client = CompletionsClient(msgspec.structs.replace(teacher, url=url), START_RETRY_SECONDS)
+        client = CompletionsClient(msgspec.structs.replace(teacher, url=url), retry_seconds)
         try:
             answers.append(await ask(client))
         finally:

@@ -98,6 +98,7 @@ def _probe_tokens(target_ids: Tensor) -> CompletionTokens:
         length=torch.full_like(target_ids, len(target_ids)),
         uniform=torch.zeros_like(flat),
         task_advantage=torch.zeros_like(flat),
+        reward=torch.zeros_like(flat),
     )
 
 

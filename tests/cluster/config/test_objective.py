@@ -4,7 +4,15 @@ import pytest
 from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
 from cluster.config.presets import PRESETS
 from cluster.config.run_file import config_from_json, dump_run_config, parse_run_config
-from cluster.config.terms import DivergenceTerm, ImportanceConfig, PolicyGradientTerm, TaskRewardTerm
+from cluster.config.terms import (
+    CrossEntropyTerm,
+    DivergenceTerm,
+    GateConfig,
+    ImportanceConfig,
+    PolicyGradientTerm,
+    TaskRewardTerm,
+    WeightSchedule,
+)
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import ScoreRequest
 from tests.builders import MINIMAL_RUN, make_config
@@ -20,6 +28,9 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (ImportanceConfig, "kind low high dual_clip"),
         (DivergenceTerm, "weight when threshold target divergence truncation residual beta skew parameter"),
         (TaskRewardTerm, "weight when threshold divide_by_deviation importance"),
+        (CrossEntropyTerm, "weight when threshold gate"),
+        (GateConfig, "kappa gamma"),
+        (WeightSchedule, "to over_steps start"),
         (
             PolicyGradientTerm,
             "weight when threshold target over normalize_weights log_ratio_map bound scale alpha student baseline "
@@ -29,6 +40,18 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
 )
 def test_the_knobs_of_the_objective_are_these_and_no_others(section: type, fields: str) -> None:
     assert " ".join(section.__struct_fields__) == fields
+
+
+def test_a_weight_may_move_over_the_first_steps_and_survives_the_run_directory() -> None:
+    crossfade = "objective.terms.main.weight={from = 0.0, to = 2.0, over_steps = 4}"
+    config = make_config("objective.preset=opd-grpo", crossfade, "objective.terms.reward.weight=3")
+    assert config_from_json(dump_run_config(config)) == config
+    assert config.objective.scheduled_weights(3) == {"main": 1.5}
+    weights = [[term.weight for term in config.objective.at(step).terms.values()] for step in (0, 1, 4, 1000)]
+    assert weights == [[0.0, 3.0], [0.5, 3.0], [2.0, 3.0], [2.0, 3.0]]
+    assert config.objective.needs == make_config("objective=opd-grpo").objective.needs
+    with pytest.raises(ConfigError, match=r"terms.main.weight: Object missing required field `to`"):
+        make_config("objective.preset=opd-grpo", "objective.terms.main.weight={from = 0.0, over_steps = 4}")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -98,6 +121,23 @@ def test_a_target_replaces_the_preset_s_whole() -> None:
             "terms.main: when = 'outside_support' needs support topk, student_topk or intersection, found 'full'",
         ),
         ("preset = 'delta-opd'", "teachers.main: .* has the model 'base', so set its base"),
+        ("preset = 'gkd'\nterms.main.when = 'models_agree'", "terms.main: .* compares the models .*, which has one"),
+        (
+            "preset = 'thinking-machines'\nterms.main.baseline = 'support_mean'",
+            "baseline = 'support_mean' needs support topk, student_topk, intersection or full, found 'sampled'",
+        ),
+        (
+            "preset = 'vopd'\nterms.main = {baseline = 'support_mean', when = 'reward_positive'}",
+            "only where all tokens of a prefix count, but when = 'reward_positive' depends",
+        ),
+        (
+            "preset = 'vopd'\nterms.main = {baseline = 'support_mean', log_ratio_map = 'constant'}",
+            "would leave nothing of log_ratio_map = 'constant'",
+        ),
+        (
+            "preset = 'vopd'\nterms.main = {baseline = 'support_mean', student = 'rollout'}",
+            "student = 'rollout' divides by another",
+        ),
     ],
 )
 def test_an_objective_that_means_nothing_is_one_sentence(objective: str, sentence: str) -> None:
@@ -123,6 +163,42 @@ def test_what_is_learned_from_sampled_tokens_needs_all_of_them_to_be_possible(cu
         make_config(cut)
     assert make_config("objective.terms.main.residual=false", "objective.preset=tail-topk", cut)
     assert make_config("objective=exact-reverse-kl", cut).objective.needs.hidden
+
+
+def test_rows_of_another_sampler_need_a_ratio_or_no_sampled_advantage() -> None:
+    for valid in (
+        "objective=tail-topk",
+        "objective=mopd",
+        "objective=gkd",
+        "objective.terms={x={loss='cross_entropy'}}",
+    ):
+        make_config(valid).objective.check_other_samplers()
+    no_ratio = "objective.terms.main.importance.kind=none"
+    for refused in (("objective=thinking-machines-frozen",), ("objective.preset=thinking-machines", no_ratio)):
+        with pytest.raises(ValueError, match=r"terms.main: a policy_gradient learns .* take importance.kind"):
+            make_config(*refused).objective.check_other_samplers()
+    with pytest.raises(ValueError, match=r"terms.reward: a task_reward learns"):
+        make_config(
+            "objective.preset=opd-grpo", "objective.terms.reward.importance.kind=none"
+        ).objective.check_other_samplers()
+
+
+@pytest.mark.parametrize("when", ["advantage_positive", "outcome_disagrees"])
+def test_what_compares_the_samples_of_a_prompt_needs_several(when: str) -> None:
+    condition = ("objective.preset=thinking-machines", f"objective.terms.main.when={when}")
+    assert make_config(*condition, "rollout.samples_per_prompt=2").objective.needs.divides_by_deviation
+    assert make_config("objective=thinking-machines").objective.needs.divides_by_deviation is None
+    with pytest.raises(ConfigError, match=rf"terms.main: when = '{when}' compares the samples .* is 1; set it to 2"):
+        make_config(*condition, "rollout.samples_per_prompt=1")
+
+
+def test_a_constant_advantage_is_not_checked_where_student_and_teacher_agree() -> None:
+    control = make_config("objective.preset=thinking-machines", "objective.terms.main.log_ratio_map=constant")
+    assert not control.objective.terms["main"].is_zero_at_the_student
+
+
+def test_imitated_rows_may_have_been_sampled_in_any_way() -> None:
+    assert make_config("objective.terms={main={loss='cross_entropy', gate={gamma=-2}}}", "rollout.top_p=0.9")
 
 
 def test_later_advantages_of_an_older_student_need_temperature_1() -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from rich.live import Live
 
 from cluster.contracts.errors import CheckpointError
 from cluster.contracts.files import RecordsFile
-from cluster.monitoring.sinks import LiveView, PlainView
+from cluster.monitoring.sinks import LiveView, PlainView, terminal_view
 
 
 def test_each_step_is_one_json_object_and_nan_is_null(tmp_path: Path) -> None:
@@ -31,21 +30,32 @@ def test_a_pipe_gets_one_plain_line_per_step(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "step 4  KL/token 0.2500\n"
 
 
-def test_a_terminal_gets_a_table_of_the_latest_steps() -> None:
+def test_a_terminal_gets_what_is_said_above_and_how_the_run_stands_below() -> None:
     console = Console(file=StringIO(), force_terminal=True, width=120)
-    with Live(console=console, auto_refresh=False) as live:
-        view = LiveView(console, live, total_steps=20)
-        view.say("Ray dashboard: http://127.0.0.1:8265")
-        for step in range(1, 15):
-            view.show({"step": step, "train/kl": step / 100})
-        view.finish()
-        view.say("held-out accuracy: student 0.49 -> 0.90")
+    view = LiveView(console, "demo", total_steps=20)
+    view.say("Ray dashboard: http://127.0.0.1:8265")
+    for step in range(1, 15):
+        view.show({"step": step, "train/kl": step / 100})
+    view.warn("alarm long at step 14: rollout/truncated_ratio is 0.6")
+    view.finish()
+    view.finish()  # as the end of the context does
+    view.say("held-out accuracy: student 0.49 -> 0.90")
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "Ray dashboard: http://127.0.0.1:8265" in shown
-    assert "step 14 of 20" in shown
-    assert "0.1400" in shown.rsplit("step 14 of 20", 1)[1]
-    assert shown.rstrip().endswith("held-out accuracy: student 0.49 -> 0.90")  # below the table
-    assert "0.0200" not in shown.rsplit("step 14 of 20", 1)[1]  # twelve rows at a time
+    assert "step 14 of 20, stopped" in shown
+    assert "0.0100 -> 0.1400" in shown
+    assert "last alarm long at step 14" in shown
+    assert shown.rstrip().endswith("held-out accuracy: student 0.49 -> 0.90")  # below the view
+
+
+def test_a_pipe_gets_plain_lines_even_where_colours_are_forced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with terminal_view("demo", 20) as view:
+        view.show({"step": 4, "train/kl": 0.25})
+        view.warn("alarm long at step 4: rollout/truncated_ratio is 0.6")
+    assert capsys.readouterr().out == "step 4  KL/token 0.2500\nalarm long at step 4: rollout/truncated_ratio is 0.6\n"
 
 
 def test_a_last_line_that_a_crash_cut_short_does_not_count_and_goes(tmp_path: Path) -> None:

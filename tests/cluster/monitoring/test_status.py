@@ -43,7 +43,7 @@ def see(directory: RunDirectory, **figures: float) -> None:
 
 
 def test_a_run_that_lives_shows_its_step_its_pools_and_their_figures(directory: RunDirectory) -> None:
-    with KeptStatus(directory.status):
+    with KeptStatus(directory.status, steps=10):
         assert read_report(directory.path).state == "starting"
         see(directory, **{"step/tokens_per_second": 123.0, "generate/queued_completions": 6.5})
         report = read_report(directory.path)
@@ -60,7 +60,7 @@ def test_the_latest_moves_of_the_balancer_are_shown(
 ) -> None:
     for step in range(1, 8):
         RecordsFile(directory.moves).write({"step": step, "sentence": f"rollout {step} -> {step + 1}", "moved": True})
-    with KeptStatus(directory.status):
+    with KeptStatus(directory.status, steps=10):
         see(directory)
         report = read_report(directory.path)
         print_status(directory.path, as_json=False)
@@ -69,7 +69,7 @@ def test_the_latest_moves_of_the_balancer_are_shown(
 
 
 def do_a_step_and_raise(directory: RunDirectory, error: Exception) -> None:
-    with KeptStatus(directory.status):
+    with KeptStatus(directory.status, steps=10):
         see(directory)
         raise error
 
@@ -86,14 +86,14 @@ def test_the_file_says_how_the_run_ended(directory: RunDirectory, error: Excepti
 
 
 def test_a_run_that_came_to_its_end_is_ended_however_long_ago(directory: RunDirectory) -> None:
-    with KeptStatus(directory.status):
+    with KeptStatus(directory.status, steps=10):
         see(directory)
     os.utime(directory.status, (0, 0))
     assert read_report(directory.path).state == "ended"
 
 
 def test_a_run_whose_process_is_gone_is_lost(directory: RunDirectory) -> None:
-    with KeptStatus(directory.status):
+    with KeptStatus(directory.status, steps=10):
         gone = subprocess.Popen([sys.executable, "-c", ""])
         gone.wait()
         change_status(directory.status, pid=gone.pid)
@@ -101,7 +101,7 @@ def test_a_run_whose_process_is_gone_is_lost(directory: RunDirectory) -> None:
 
 
 def test_a_run_on_another_machine_is_lost_when_it_falls_silent(directory: RunDirectory) -> None:
-    with KeptStatus(directory.status):
+    with KeptStatus(directory.status, steps=10):
         change_status(directory.status, pid=0, host="elsewhere", state="running")
         assert read_report(directory.path).state == "running"
         before = time.time() - SILENCE_SECONDS - 1
@@ -124,7 +124,7 @@ def test_checkpoints_alarms_and_the_latest_evaluation_are_shown(directory: RunDi
 
 
 def test_people_get_lines_and_a_table(directory: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
-    with KeptStatus(directory.status):
+    with KeptStatus(directory.status, steps=10):
         see(directory, **{"step/tokens_per_second": 1234.0, "held_out/accuracy": 0.5})
         assert main(["status", str(directory.path)]) == 0
     shown = capsys.readouterr().out
@@ -161,3 +161,8 @@ def test_a_damaged_status_is_one_sentence(directory: RunDirectory, capsys: pytes
     directory.status.write_text('{"state": "asleep"}')
     assert main(["status", str(directory.path)]) == 1
     assert f"{directory.status}: not a run's status" in capsys.readouterr().err
+
+
+def test_a_resumed_run_shows_the_steps_that_it_does_now(directory: RunDirectory) -> None:
+    with KeptStatus(directory.status, steps=25):  # as --resume run.steps=25 does; config.json says 10
+        assert read_report(directory.path).steps == 25

@@ -68,7 +68,7 @@ from cluster.nodes.ray_session import end_run
 from cluster.monitoring.status_file import KeptStatus
 config = embedded_config([f"run.directory={sys.argv[1]}", "run.name=run"])
 Path(sys.argv[1], "run").mkdir()
-with KeptStatus(Path(sys.argv[1], "run", "status.json")):
+with KeptStatus(Path(sys.argv[1], "run", "status.json"), steps=10):
     end_run(config, "head:6379", 45.4)
 """
 
@@ -91,7 +91,7 @@ def test_another_run_of_that_name_is_left_alone(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", TRAINING, str(tmp_path)], capture_output=True, check=False)
     before = (tmp_path / "run/status.json").read_bytes()
     only_checking = TRAINING.replace('Path(sys.argv[1], "run").mkdir()\n', "").replace(
-        'with KeptStatus(Path(sys.argv[1], "run", "status.json")):', "if True:"
+        'with KeptStatus(Path(sys.argv[1], "run", "status.json"), steps=10):', "if True:"
     )
     found = subprocess.run(
         [sys.executable, "-c", only_checking, str(tmp_path)], capture_output=True, text=True, check=False

@@ -292,7 +292,7 @@ def test_a_resumed_run_repeats_no_sample_and_no_record(tmp_path: Path) -> None:
 def test_a_step_is_recorded_with_its_pools_and_everybody_is_told(tmp_path: Path) -> None:
     config = config_in(tmp_path, "run.steps=9", "logging.trace_steps=1")
     directory = RunDirectory.create(config)
-    with KeptStatus(directory.status):
+    with KeptStatus(directory.status, config.run.steps):
         run, _ = make_run(directory, config)
         with run.hooks.ending():
             finish(run, range(1, 2), truncated_ratio=0.0)

@@ -4,7 +4,7 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.placement.placement import cluster_nodes, plan_placement
 from cluster.run.inputs import Inputs
 from cluster.run.pools import start_student_as_teacher
-from cluster.run.preflight import mirror
+from cluster.run.preflight import gradient_checks, mirror
 from rollout_workers.prompts import PromptOrder, PromptSet
 from tests.builders import make_config
 
@@ -40,6 +40,18 @@ def test_only_terms_that_vanish_at_the_student_are_checked_there() -> None:
     assert checked_terms(tempered) == []
     rewarded = make_config("objective=opd-grpo").objective
     assert checked_terms(rewarded) == ["main"]
+
+
+def test_a_term_whose_weight_begins_at_0_is_checked_at_its_largest() -> None:
+    weight = "objective.terms.main.weight={from = 0.0, to = -2.0, over_steps = 10}"
+    weights = []
+
+    def measure(objective: ObjectiveConfig) -> dict[str, float]:
+        weights.extend(term.weight for term in objective.terms.values())
+        return {"gradient_norm": 0.0, "sampler_learner_gap": 0.0}
+
+    gradient_checks(make_config("objective.preset=tail-topk", weight).objective, measure, 1.0, "float32")
+    assert weights == [-2.0, -2.0]
 
 
 def test_the_student_takes_a_teachers_place_while_ray_still_holds_that_teachers_name(ray_cluster: None) -> None:

@@ -143,3 +143,11 @@ def test_the_head_of_a_replaced_teacher_is_read_before_its_first_step_where_the_
             group.replace_teachers({"only": TeacherConfig("3")}, first_step=3)
         heads.append(report(group.step(ReadyBatches([handle_of(5)]), step))["teacher_head"])
     assert heads == expected
+
+
+def test_a_scheduled_weight_is_that_of_the_step_whatever_steps_came_before(start) -> None:
+    weight = "objective.terms.main.weight={from = 1.0, to = 0.5, over_steps = 10}"
+    group = start("objective.preset=tail-topk", weight)
+    for step, expected in [(0, 1.0), (4, 0.8), (10, 0.5), (11, 0.5), (4, 0.8)]:
+        figures = report(group.step(ReadyBatches([handle_of(1)]), step))
+        assert figures["main_weight"] == figures["weight/main"] == pytest.approx(expected)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -65,6 +66,15 @@ def test_every_token_knows_its_trajectory_and_its_place_in_it(rows):
     assert tokens.position.tolist() == [0, 0, 1, 0]
     assert tokens.length.tolist() == [1, 2, 2, 1]
     assert tokens.task_advantage.tolist() == [3, 1, 1, 2]
+
+
+def test_every_token_knows_the_reward_of_its_trajectory_or_that_there_is_none(rows):
+    tokens = build_micro_batch(((1, 0),), [replace(rows[0], reward=0.5), rows[1]], seed=0).tokens
+    assert str(tokens.reward.tolist()) == "[nan, 0.5, 0.5]"
+    scored = make_scored(OBJECTIVES["sampled"], [(3, 2), (3, 1)], "only")
+    assert [row.reward for row in trajectories([scored])] == [1.0, 0.0]
+    unknown = scored.set_column(scored.schema.get_field_index("reward"), "reward", pa.array([None, 0.0], pa.float32()))
+    assert str([row.reward for row in trajectories([unknown])]) == "[nan, 0.0]"
 
 
 def test_tokens_between_two_completions_are_not_targets():

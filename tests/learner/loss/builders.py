@@ -80,6 +80,7 @@ def make_tokens(
         "length": counts[trajectory],
         "uniform": torch.full((n,), 0.5, dtype=dtype),
         "task_advantage": torch.zeros(n, dtype=dtype),
+        "reward": torch.full((n,), torch.nan, dtype=dtype),
     }
     for model, values in columns.pop("logprobs", {}).items():
         made["scores"][model]["logprobs"] = values

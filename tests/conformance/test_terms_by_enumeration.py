@@ -1,0 +1,158 @@
+"""What terms beyond the presets expect, by exact enumeration in float64 of every token that may be written.
+
+One prefix; each expected gradient is written down as the formula of its source, and differentiated by autograd.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.learner.loss.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
+
+VOCABULARY, SUPPORT_SIZE = 11, 4
+STUDENT, TEACHER, BASE = (random_logprobs(1, VOCABULARY, seed=seed, scale=1.5) for seed in (0, 1, 2))
+OTHER = random_logprobs(1, VOCABULARY, seed=3)
+STALE = (STUDENT + random_logprobs(1, VOCABULARY, seed=4, scale=0.6)).log_softmax(-1)
+ROLLOUTS = {"on-policy": STUDENT, "stale": STALE}
+OF_ANY_AGE = pytest.mark.parametrize("rollout", ROLLOUTS.values(), ids=ROLLOUTS)
+
+
+def expected_gradient(
+    terms: dict[str, Any],
+    rollout: Tensor = STUDENT,
+    support: str = "sampled",
+    student: Tensor = STUDENT,
+    **columns: Any,
+) -> Tensor:
+    """Return the mean gradient by the logits over what the rollout worker may write, [vocabulary]."""
+    sized = {} if support in ("sampled", "full") else {"support_size": SUPPORT_SIZE}
+    objective = make_objective(support=support, terms=terms, **sized)
+    models = {"teacher": TEACHER.expand(VOCABULARY, -1), "base": BASE.expand(VOCABULARY, -1)}
+    chooser = rollout if objective.needs.candidates_from == "student" else TEACHER
+    candidates = chooser.topk(objective.needs.num_candidates).indices.expand(VOCABULARY, -1)
+    tokens = make_tokens(
+        torch.arange(VOCABULARY),
+        models,
+        rollout.expand(VOCABULARY, -1),
+        candidates,
+        student_chose=objective.needs.candidates_from == "student",
+        lengths=[1] * VOCABULARY,
+        **columns,
+    )
+    by_token = gradient_of(evaluate(objective, student.expand(VOCABULARY, -1), tokens, models))
+    return rollout.exp()[0] @ by_token
+
+
+def slope(loss: Callable[[Tensor], Tensor], student: Tensor = STUDENT) -> Tensor:
+    """Return the gradient by the logits of a function of the student's log-probabilities, [vocabulary]."""
+    leaf = student.clone().requires_grad_()
+    return torch.autograd.grad(loss(leaf.log_softmax(-1)).sum(), leaf)[0][0]
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    assert expected.norm() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("support", ["sampled", "full", "topk"])
+def test_cross_entropy_pulls_the_student_to_whatever_wrote(support: str) -> None:
+    found = expected_gradient({"main": {"loss": "cross_entropy"}}, OTHER, support)
+    assert_same(found, slope(lambda p: (OTHER.exp() * (OTHER - p)).sum(-1)))
+
+
+def test_a_gate_takes_the_weight_from_tokens_that_the_student_would_never_write() -> None:
+    """Sigmoid(kappa (log p - gamma)), without a gradient of its own."""
+    gate = {"kappa": 3.0, "gamma": -2.0}
+    weight = 1 / (1 + (-3 * (STUDENT + 2)).exp())
+    found = expected_gradient({"main": {"loss": "cross_entropy", "gate": gate}}, OTHER)
+    assert_same(found, slope(lambda p: -(OTHER.exp() * weight * p).sum(-1)))
+
+
+def test_cross_entropy_on_the_student_s_own_tokens_says_nothing_unless_some_are_chosen() -> None:
+    assert expected_gradient({"main": {"loss": "cross_entropy"}}).norm() < 1e-15
+    chosen = {"loss": "cross_entropy", "when": "log_ratio_positive"}
+    better = (TEACHER > STUDENT).double()
+    assert_same(expected_gradient({"main": chosen}), slope(lambda p: -(STUDENT.exp() * better * p).sum(-1)))
+
+
+BETTER = TEACHER > STUDENT
+REWARD = torch.linspace(-1, 1, VOCABULARY, dtype=torch.float64)  # that of a completion that begins with the token
+CHOSEN = {
+    "log_ratio_positive": BETTER,
+    "reward_positive": REWARD > 0,
+    "advantage_positive": REWARD > 0.5,
+    "outcome_agrees": (REWARD > 0.5) == BETTER,
+    "models_agree": (BASE > STUDENT) == BETTER,
+}
+
+
+@OF_ANY_AGE
+@pytest.mark.parametrize("when", CHOSEN)
+def test_a_condition_and_its_contrary_split_the_tokens(when: str, rollout: Tensor) -> None:
+    contrary = {"outcome_agrees": "outcome_disagrees", "models_agree": "models_disagree"}
+    target = {"teacher": 1.0, "base": 0.0} if when == "models_agree" else {"teacher": 1.0}
+    term = {"loss": "policy_gradient", "target": target}
+    columns = {"reward": REWARD, "task_advantage": REWARD - 0.5}
+
+    def expected(chosen: Tensor) -> Tensor:
+        return slope(lambda p: (STUDENT.exp() * chosen * (STUDENT - TEACHER) * p).sum(-1))
+
+    chosen = CHOSEN[when].reshape(1, -1)
+    assert 1 < chosen.sum() < VOCABULARY - 1
+    assert_same(expected_gradient({"main": {**term, "when": when}}, rollout, **columns), expected(chosen.double()))
+    otherwise = contrary.get(when, when.replace("positive", "not_positive"))
+    found = expected_gradient({"main": {**term, "when": otherwise}}, rollout, **columns)
+    assert_same(found, expected(1 - chosen.double()))
+
+
+def test_a_text_without_a_reward_is_not_positive_and_one_that_is_as_good_as_the_others_neither() -> None:
+    nothing = torch.full((VOCABULARY,), torch.nan, dtype=torch.float64)
+    level = torch.zeros(VOCABULARY, dtype=torch.float64)
+    term = {"loss": "policy_gradient"}
+    everything = expected_gradient({"main": term})
+    for when in ("reward_not_positive", "advantage_not_positive", "outcome_disagrees"):
+        found = expected_gradient({"main": {**term, "when": when}}, reward=nothing, task_advantage=level)
+        assert_same(found, everything)
+
+
+@OF_ANY_AGE
+@pytest.mark.parametrize("support", ["topk", "student_topk", "intersection", "full"])
+@pytest.mark.parametrize(
+    ("fields", "phi"),
+    [
+        ({"log_ratio_map": "power"}, TEACHER.exp() - STUDENT.exp()),
+        ({"log_ratio_map": "clip", "bound": 0.5}, (TEACHER - STUDENT).clamp(-0.5, 0.5)),
+        ({"target": {"teacher": 1.0, "base": -1.0}, "student": "none"}, TEACHER - BASE),
+    ],
+    ids=["power", "clip", "delta"],
+)
+def test_the_mean_over_the_support_changes_nothing_in_expectation(
+    support: str, fields: dict[str, Any], phi: Tensor, rollout: Tensor
+) -> None:
+    term = {"loss": "policy_gradient", "baseline": "support_mean", **fields}
+    found = expected_gradient({"main": term}, rollout, support)
+    assert_same(found, slope(lambda p: -(STUDENT.exp() * phi * p).sum(-1)))
+
+
+def test_the_residual_advantage_is_that_of_the_paper() -> None:
+    """A(y) = d(y) - sum of p d, d = q - p (arXiv 2610.11519): of each token, over the vocabulary and over a support."""
+    d, every = TEACHER.exp() - STUDENT.exp(), torch.arange(VOCABULARY)
+    models = {"teacher": TEACHER.expand(VOCABULARY, -1)}
+    term = {"loss": "policy_gradient", "log_ratio_map": "power", "baseline": "support_mean"}
+    for support, listed in [("full", every), ("topk", TEACHER[0].topk(SUPPORT_SIZE).indices)]:
+        objective = make_objective(support=support, terms={"main": term}, support_size=SUPPORT_SIZE)
+        candidates = listed.expand(VOCABULARY, -1) if support == "topk" else None
+        tokens = make_tokens(every, models, STUDENT.expand(VOCABULARY, -1), candidates)
+        losses = evaluate(objective, STUDENT.expand(VOCABULARY, -1), tokens, models).losses
+        torch.testing.assert_close(losses, -(d - (STUDENT.exp() * d)[:, listed].sum())[0])
+
+
+@OF_ANY_AGE
+def test_a_constant_advantage_pushes_down_what_is_chosen_and_else_nothing(rollout: Tensor) -> None:
+    term = {"loss": "policy_gradient", "log_ratio_map": "constant", "alpha": 0.5}
+    assert expected_gradient({"main": term}, rollout).norm() < 1e-15
+    found = expected_gradient({"main": {**term, "when": "log_ratio_not_positive"}}, rollout)
+    assert_same(found, slope(lambda p: 0.5 * (STUDENT.exp() * ~BETTER * p).sum(-1)))
