@@ -63,14 +63,18 @@ class SelfTeachers:
 
     def publish(self, name: str, workers: Sequence[ActorHandle], version: int) -> WeightSyncReport:
         """Bring a teacher's weights, as `version`, to these workers of its pool; rank 0's report is the group's."""
-        with self._weights_of(name):
+        with self.weights_of(name):
             return self._senders[name].publish(workers, version)
 
     def head_of(self, name: str, head: LmHead) -> LmHead:
         """Return a teacher's LM head with its present weights."""
         tensors = [one.name for one in self._engine.student.manifest("float32") if head.has(one.name)]
-        with self._weights_of(name), self._engine.full_parameters(tensors) as parameters:
+        with self.weights_of(name), self._engine.full_parameters(tensors) as parameters:
             return head.updated(parameters)
+
+    def weights_of(self, name: str) -> AbstractContextManager[None]:
+        """Let the student have a teacher's weights while the context lasts, in which it is only read."""
+        return self._engine.holding(self._kept[name]) if name in self._kept else nullcontext()
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy, in host memory, of this rank's part of all that is kept; not collective."""
@@ -97,7 +101,3 @@ class SelfTeachers:
 
     def _named(self, teacher: str) -> dict[str, Tensor]:
         return {f"{PREFIX}{teacher}.{position}": part for position, part in enumerate(self._kept[teacher])}
-
-    def _weights_of(self, name: str) -> AbstractContextManager[None]:
-        """Let the student have a teacher's weights while the context lasts."""
-        return self._engine.holding(self._kept[name]) if name in self._kept else nullcontext()

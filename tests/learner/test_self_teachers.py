@@ -43,7 +43,7 @@ def copy(engine: ReferenceEngine) -> list[Tensor]:
 @contextmanager
 def served(teachers: SelfTeachers, engine: ReferenceEngine) -> Iterator[list[Tensor]]:
     """Give what the teacher's pool would be sent."""
-    with teachers._weights_of("only"):
+    with teachers.weights_of("only"):
         yield copy(engine)
 
 
