@@ -20,6 +20,9 @@ from cluster.contracts.metrics import merge
 from cluster.contracts.requests import ScoreRequest
 
 TEACHER_ACTOR = "teacher_workers.actor:TeacherActor"
+# Of an actor at once. Batches that wait for the end of a weight update must leave a place for the calls that bring it;
+# by default Ray lets 1,000 in.
+MAX_CALLS = 1_000_000
 
 Route = Sequence[tuple[str, ScoreRequest]]  # teachers that score a batch, in order, and what is requested of each
 
@@ -133,6 +136,8 @@ def start_pool(
     def arguments(actor_name: str) -> tuple[Any, ...]:
         return actor_name, teacher, max_model_len
 
+    if teacher.is_refreshed:
+        options = [{**option, "max_concurrency": MAX_CALLS} for option in options]
     label = label or f"teacher-{name}"
     replicas = TeacherReplicas(label, TEACHER_ACTOR, {name: teacher}, arguments, options, cluster, supervision)
     return TeacherPool(name, replicas, timeouts)
