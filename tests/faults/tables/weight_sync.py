@@ -42,7 +42,7 @@ FAULTS = (
     ),
     Fault(
         "prefix of old weights kept",
-        "rollout_workers/vllm_engine.py",
+        "cluster/vllm/weight_sync/updates.py",
         'pause_scheduler_async(mode="keep", clear_cache=True)',
         'pause_scheduler_async(mode="keep", clear_cache=False)',
         (
