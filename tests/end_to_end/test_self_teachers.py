@@ -32,21 +32,25 @@ from tests.cluster.run.contexts import make_run_context
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(900)]
 
-STEPS = 5
+STEPS, PROMPTS, SAMPLES = 5, 4, 4
 SETTINGS = (
     f"teachers.countdown.model={EMBEDDED / 'student'}",
     "teachers.countdown.from=student",
     "teachers.countdown.engine.dtype=float32",
     "rollout.engine.dtype=float32",
     "learner.dtype=float32",
+    "learner.num_workers=1",
     "learner.learning_rate=1e-3",
     "learner.warmup_steps=0",
     f"run.steps={STEPS}",
-    "prompts.prompts_per_step=8",
-    "rollout.samples_per_prompt=4",
-    "rollout.rows_per_batch=4",
-    "evaluation.num_prompts=4",
+    f"prompts.prompts_per_step={PROMPTS}",
+    f"rollout.samples_per_prompt={SAMPLES}",
+    "rollout.rows_per_batch=2",
+    "rollout.max_completion_tokens=24",
+    "learner.zero_stage=0",
+    "evaluation.num_prompts=1",
     "evaluation.teacher_too=false",
+    "score_audit.rows=0",
     "checkpoint.every_steps=1",
     f"checkpoint.keep_last={STEPS}",
     "checkpoint.export=false",
@@ -156,23 +160,18 @@ def versions(directory: RunDirectory) -> list[tuple[int, int]]:
 
 
 @dataclass
-class Results:
-    """What the runs of one session left."""
+class Disturbed:
+    """One run whose teacher takes every second step's weights, and what became of it from its checkpoints."""
 
     pools: Pools
     undisturbed: RunDirectory
-    killed: RunDirectory
-    resumed: dict[int, RunDirectory]
-    ahead: RunDirectory
-    ahead_rows: list[list[int]]
-    live: RunDirectory
-    every_one: RunDirectory
+    resumed: RunDirectory  # after step 3, when the teacher has the weights of step 2
+    killed: RunDirectory  # resumed after step 1; its teacher's only worker dies in step 4
 
 
 @pytest.fixture(scope="module")
-def results(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
-    """Run with a teacher of every second step: undisturbed, with a death, resumed, ahead; then live, and every step."""
-    folder = tmp_path_factory.mktemp("selves")
+def disturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disturbed]:
+    folder = tmp_path_factory.mktemp("disturbed")
     config = configured(folder, "undisturbed", "{every=2}")
     with started(config) as pools:
         replicas = pools.pipeline.teachers.pools["countdown"].replicas
@@ -183,72 +182,94 @@ def results(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
         undisturbed = RunDirectory.create(config)
         pools.run(undisturbed)
-        resumed = {}
-        for step in (1, 3):
-            resumed[step] = copy_until(undisturbed, step, folder / f"from-{step}")
-            pools.run(resumed[step], resumed=True)
-        runs = {}
-        for name, refresh, overrides in (
-            ("killed", "{every=2}", ()),
-            ("ahead", "{ema=0.5}", ("rollout.max_staleness=2",)),
-            ("live", "live", ()),
-            ("every_one", "{every=1}", ()),
-        ):
-            pools.start_anew(configured(folder, name, refresh, *overrides))
-            runs[name] = RunDirectory.create(pools.config)
-            rows = pools.run(runs[name], before_step=kill if name == "killed" else lambda step: None)
-            if name == "ahead":
-                ahead_rows = rows
-        yield Results(pools, undisturbed, resumed=resumed, ahead_rows=ahead_rows, **runs)
+        resumed, killed = (copy_until(undisturbed, step, folder / f"from-{step}") for step in (3, 1))
+        pools.run(resumed, resumed=True)
+        pools.run(killed, resumed=True, before_step=kill)
+        yield Disturbed(pools, undisturbed, resumed, killed)
 
 
-def test_the_student_as_its_own_teacher_loses_nothing_at_first(results: Results) -> None:
-    first = records(results.live)[0]
-    assert abs(first["train/kl"]) < 1e-5
-    assert abs(first["teacher/sampled_kl"]) < 1e-5
-    later = records(results.undisturbed)[1]  # the teacher is one step behind
-    assert abs(later["train/kl"]) > 1e-4
+@dataclass
+class Kinds:
+    """Runs whose teachers follow the student at once, and one that runs ahead of its average."""
+
+    inputs: Inputs
+    live: RunDirectory
+    every_one: RunDirectory
+    ahead: RunDirectory
+    ahead_rows: list[list[int]]
 
 
-def test_every_step_is_scored_by_the_version_of_its_refresh(results: Results) -> None:
-    assert versions(results.undisturbed) == [(0, 0), (0, 0), (2, 2), (2, 2), (4, 4)]
-    assert versions(results.live) == [(step, step) for step in range(STEPS)]
-    assert [record["teacher_age/max"] for record in records(results.undisturbed)] == [0, 1, 0, 1, 0]
+@pytest.fixture(scope="module")
+def kinds(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kinds]:
+    folder = tmp_path_factory.mktemp("kinds")
+    configs = [
+        configured(folder, "live", "live", "run.steps=3"),
+        configured(folder, "every_one", "{every=1}", "run.steps=3"),
+        configured(folder, "ahead", "{ema=0.5}", "rollout.max_staleness=2"),
+    ]
+    directories = [RunDirectory.create(config) for config in configs]
+    with started(configs[0]) as pools:
+        pools.run(directories[0])
+        for config, directory in zip(configs[1:], directories[1:], strict=True):
+            pools.start_anew(config)
+            rows = pools.run(directory)
+        yield Kinds(pools.inputs, *directories, ahead_rows=rows)
 
 
-def test_every_step_is_as_live_as_live(results: Results) -> None:
-    assert versions(results.every_one) == versions(results.live)
-    assert losses(results.every_one) == pytest.approx(losses(results.live), abs=1e-6)
+def test_the_student_as_its_own_teacher_loses_nothing(kinds: Kinds) -> None:
+    for record in records(kinds.live):  # the reward alone moves it
+        assert abs(record["train/kl"]) < 1e-5
+        assert abs(record["teacher/sampled_kl"]) < 1e-5
+    assert abs(records(kinds.ahead)[-1]["train/kl"]) > 1e-4  # an average is another model
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_a_resumed_run_has_the_same_versions_and_losses(results: Results, step: int) -> None:
-    assert versions(results.resumed[step]) == versions(results.undisturbed)
-    assert losses(results.resumed[step]) == pytest.approx(losses(results.undisturbed), abs=1e-5)
+def test_every_step_is_as_live_as_live(kinds: Kinds) -> None:
+    assert versions(kinds.live) == versions(kinds.every_one) == [(0, 0), (1, 1), (2, 2)]
+    assert losses(kinds.every_one) == pytest.approx(losses(kinds.live), abs=1e-6)
 
 
-def test_a_teacher_that_died_comes_back_with_the_weights_of_the_others(results: Results) -> None:
-    assert results.pools.pipeline.teachers.pools["countdown"].replicas.num_restarts == 1
-    assert versions(results.killed) == versions(results.undisturbed)
-    assert losses(results.killed) == pytest.approx(losses(results.undisturbed), abs=1e-5)
-    disturbed, other = (read_ledger(run.ledger) for run in (results.killed, results.undisturbed))
-    assert [record.trajectory_ids for record in disturbed] == [record.trajectory_ids for record in other]
-
-
-def test_rows_of_a_run_ahead_are_scored_by_the_teacher_of_their_moment(results: Results) -> None:
-    for step, rows in enumerate(results.ahead_rows):
-        assert len(rows) == 8 * 4
+def test_rows_of_a_run_ahead_are_scored_by_the_teacher_of_their_moment(kinds: Kinds) -> None:
+    for step, rows in enumerate(kinds.ahead_rows):
+        assert len(rows) == PROMPTS * SAMPLES
         assert all(step - 2 <= version <= step for version in rows)
-        assert versions(results.ahead)[step] == (min(rows), max(rows))
-        record = records(results.ahead)[step]
+        assert versions(kinds.ahead)[step] == (min(rows), max(rows))
+        record = records(kinds.ahead)[step]
         assert record["teacher_age/max"] == step - min(rows)
         assert record["teacher_age/mean"] == pytest.approx(step - sum(rows) / len(rows))
-    assert set(results.ahead_rows[2]) != {2}  # some were scored before step 2 was learned from
+    assert set(kinds.ahead_rows[2]) != {2}  # some were scored before the steps before were learned from
 
 
-def test_the_ledgers_say_that_every_version_was_due(results: Results) -> None:
-    for directory in (results.undisturbed, results.killed, results.live, results.ahead, *results.resumed.values()):
-        config, ledger = directory.read_config(), read_ledger(directory.ledger)
-        # The policy versions of this test's runs go on from those before.
-        records = [msgspec.structs.replace(record, policy_versions=(at, at)) for at, record in enumerate(ledger)]
-        assert audit(records, config, results.pools.inputs.train) == STEPS * 8
+def test_every_step_is_scored_by_the_version_of_its_refresh(disturbed: Disturbed) -> None:
+    assert versions(disturbed.undisturbed) == [(0, 0), (0, 0), (2, 2), (2, 2), (4, 4)]
+    assert [record["teacher_age/max"] for record in records(disturbed.undisturbed)] == [0, 1, 0, 1, 0]
+    assert abs(records(disturbed.undisturbed)[1]["train/kl"]) > 1e-4  # the teacher is one step behind
+
+
+def test_a_resumed_run_has_the_same_versions_and_losses(disturbed: Disturbed) -> None:
+    assert versions(disturbed.resumed) == versions(disturbed.undisturbed)
+    assert losses(disturbed.resumed) == pytest.approx(losses(disturbed.undisturbed), abs=1e-5)
+
+
+def test_a_teacher_that_died_comes_back_with_the_weights_that_it_had(disturbed: Disturbed) -> None:
+    assert disturbed.pools.pipeline.teachers.pools["countdown"].replicas.num_restarts == 1
+    assert versions(disturbed.killed) == versions(disturbed.undisturbed)
+    assert losses(disturbed.killed) == pytest.approx(losses(disturbed.undisturbed), abs=1e-5)
+    killed, undisturbed = (read_ledger(run.ledger) for run in (disturbed.killed, disturbed.undisturbed))
+    assert [record.trajectory_ids for record in killed] == [record.trajectory_ids for record in undisturbed]
+
+
+def check_ledger(directory: RunDirectory, inputs: Inputs) -> None:
+    """Audit a ledger; the policy versions of this test's runs go on from those before."""
+    config, ledger = directory.read_config(), read_ledger(directory.ledger)
+    checked = [msgspec.structs.replace(record, policy_versions=(at, at)) for at, record in enumerate(ledger)]
+    assert audit(checked, config, inputs.train) == config.run.steps * PROMPTS
+
+
+def test_the_ledgers_say_that_every_version_was_due(disturbed: Disturbed) -> None:
+    for directory in (disturbed.undisturbed, disturbed.resumed, disturbed.killed):
+        check_ledger(directory, disturbed.pools.inputs)
+
+
+def test_the_ledger_of_a_run_ahead_says_so_too(kinds: Kinds) -> None:
+    for directory in (kinds.live, kinds.every_one, kinds.ahead):
+        check_ledger(directory, kinds.inputs)
