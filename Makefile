@@ -2,7 +2,7 @@
 PYTHON ?= $(if $(wildcard .venv/preceptor.stamp),.venv/bin/python,python3)
 BIN := .venv/bin
 
-.PHONY: install demo test test-all chaos check bench
+.PHONY: install demo test test-all chaos check bench docs
 
 # What every process would compile anew is compiled once. The scheduler (tests/xdist_scheduler.py) keeps its own order.
 define run-tests
@@ -33,3 +33,11 @@ check: install
 
 bench: install
 	@$(BIN)/python -m benchmarks
+
+# The site's tools have an environment of their own: none of them is in the locks.
+docs:
+	@$(PYTHON) -m venv build/docs
+	@build/docs/bin/python -m pip install --quiet --disable-pip-version-check "pip>=25.1"
+	@build/docs/bin/python -m pip install --quiet --disable-pip-version-check --group docs
+	@build/docs/bin/sphinx-build --fail-on-warning --keep-going --quiet docs build/site
+	@echo "build/site/index.html"

@@ -18,7 +18,7 @@ INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the process's exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     with suppress(FileNotFoundError):  # the current folder was removed
         # A console script, unlike `python -m`, does not look there for what a run file names by its import path. At the
         # end it shadows nothing; Ray passes the folder on to the workers.
@@ -164,6 +164,16 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def fit_projection(options: argparse.Namespace) -> int:
+    """Fit the projection bank that a run file names to what its student writes, and say how much it keeps."""
+    config = _load(options)
+    from cluster.run.fit_projection import FitOptions, fit_bank_of_run
+
+    for line in fit_bank_of_run(config, FitOptions(options.rank, options.rows, options.teacher)):
+        sys.stdout.write(f"{line}\n")
+    return 0
+
+
 def init(options: argparse.Namespace) -> int:
     """Write a first run file for two models and prompts, and say what was chosen and why."""
     from cluster.init import InitOptions, write_run_file
@@ -244,6 +254,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": verify,
     "export": export,
     "plan": plan,
+    "fit-projection": fit_projection,
     "demo": demo,
     "submit": submit,
     "follow": follow,
@@ -251,7 +262,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="preceptor", description="On-policy distillation of language models.")
     parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Interleaving)
@@ -260,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(command=run)
         add[name] = command.add_argument
-    for name in ("train", "eval", "check", "plan", "submit"):
+    for name in ("train", "eval", "check", "plan", "submit", "fit-projection"):
         add[name]("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
     for name in ("scale", "teacher", "status", "verify", "export"):
         add[name]("run", type=Path, metavar="RUN_DIRECTORY")
@@ -285,6 +296,9 @@ def _parser() -> argparse.ArgumentParser:
     add["plan"]("--gpu-memory", type=float, metavar="GIB", help="of each GPU; without --rates")
     add["plan"]("--picture", type=Path, metavar="FILE.png", help="draw the prediction")
     add["plan"]("--save-rates", type=Path, metavar="FILE", help="write the rates of a run directory")
+    add["fit-projection"]("--rank", type=int, default=8, metavar="N", help="dimensions of each layer")
+    add["fit-projection"]("--rows", type=int, default=16_384, metavar="N", help="sampled tokens to fit it to, at most")
+    add["fit-projection"]("--teacher", metavar="NAME", help="of [teachers.NAME], where there are several")
     add["demo"]("arguments", nargs="*", metavar="section.field=value")
     add["submit"]("--resume", action="store_true", help="go on with the run from its last checkpoint")
     add["submit"]("--no-wait", action="store_true", help="return when the job is submitted")

@@ -56,6 +56,8 @@ def accumulate(
         result = engine.forward(batch, objective, teacher_heads)
         engine.backward(result.loss, completes_step and following is None)
         metrics = describe(result, batch.tokens.to(result.loss.device), objective.needs.sampled_candidates)
+        if objective.needs.last_states or objective.needs.layer_states:
+            metrics |= {"state_error": _mean(result.columns[-1])} if len(batch.tokens) else {}
         # Only now: a GPU has just begun when `backward` returns, and reading the metrics waits for it.
         parts.append(metrics | {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)})
     return merge(parts)

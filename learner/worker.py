@@ -18,6 +18,7 @@ from cluster.contracts.import_path import load_object
 from cluster.contracts.metrics import Max, Metric, Sum
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
+from cluster.models.model_checks import ignored_ids
 from cluster.weight_sync.manifest import WeightSyncReport
 from cluster.weight_sync.transports import TRANSPORTS, choose
 from learner.batching.arrivals import RankShare
@@ -78,7 +79,9 @@ class LearnerActor:
         """Train the engine's weights; the heads are for objectives over the whole vocabulary."""
         self._engine, self._teacher_heads = engine, teacher_heads
         self._kernels = choose_kernels(_device(), self._config.objective.needs.hidden)
-        self._objective = Objective(self._config.objective, self._kernels, self._config.rollout.temperature)
+        config, rollout = self._config, self._config.rollout
+        self._ignored_ids = ignored_ids(config.student, config.objective.token_weights, rollout.stop_token_ids)
+        self._objective = Objective(config.objective, self._kernels, rollout.temperature, self._ignored_ids)
         _, transport = choose(self._config, torch.cuda.is_available())
         make_sender = load_object(TRANSPORTS[transport].sender, "weight_sync.transport")
         self._sender: WeightSender = make_sender(engine, self._config)
@@ -99,7 +102,7 @@ class LearnerActor:
         micro_batches = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
         minimised = self._objective
         if objective is not None:
-            minimised = Objective(objective, self._kernels, self._config.rollout.temperature)
+            minimised = Objective(objective, self._kernels, self._config.rollout.temperature, self._ignored_ids)
         return accumulate(self._engine, micro_batches, minimised, self._teacher_heads, completes_step)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:

@@ -12,6 +12,7 @@ from tests.architecture import PACKAGES, ROOT, broken_layers
 DOORS = {
     "vllm": {
         "cluster.vllm.engine",
+        "cluster.vllm.layer_states",
         "cluster.vllm.compat",
         "rollout_workers.candidates.vllm_processor",
         "cluster.vllm.weight_sync.loading",

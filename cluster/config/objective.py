@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 from msgspec.structs import replace
 
-from cluster.config.fields import Items, NonNegative, Section
+from cluster.config.fields import CountOrZero, Items, NonNegative, Section
 from cluster.config.terms import (
     OF_GROUP,
     OF_MODELS,
@@ -18,6 +18,7 @@ from cluster.config.terms import (
     TEACHER,
     AnyTerm,
     DivergenceTerm,
+    RepresentationTerm,
     Support,
     TaskRewardTerm,
     WeightSchedule,
@@ -39,6 +40,8 @@ class Needs:
     sampled_candidates: bool  # the candidates are independent draws of the student, like the sampled token
     intersection: bool  # only those candidates count that the student, now, has among its most likely ones too
     hidden: bool  # whole distributions, from the models' hidden states and LM heads
+    last_states: tuple[str, ...]  # models whose last hidden states the student's are compared with
+    layer_states: tuple[str, ...]  # models that send hidden states of `representation`'s layers
     teacher_entropy: bool  # at every position
     first_pass: bool  # what the current student says of a whole trajectory, before its first loss
     divides_by_deviation: bool | None  # how rewards within a prompt's samples are normalised; None: no rewards
@@ -49,8 +52,15 @@ class TokenWeightsConfig(Section, frozen=True):
 
     first_tokens: Items | None = None  # only so many at the start of each completion
     first_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None  # only this part of each completion
+    skip_first: CountOrZero = 0  # not so many at the start of each completion
+    special_tokens: bool = True  # false: not what the tokenizer calls special, but for tokens that end a completion
+    stop_tokens: bool = True  # false: not the tokens that end a completion
     position_importance: NonNegative = 0.0  # extra weight of early tokens (IW-OPD's gamma)
     entropy: Literal["none", "student", "teacher", "both"] = "none"  # FiRe: unsure student, sure teacher
+
+    def __post_init__(self) -> None:
+        if self.first_tokens is not None and self.skip_first >= self.first_tokens:
+            raise ValueError(f"skip_first = {self.skip_first} leaves nothing of first_tokens = {self.first_tokens}")
 
 
 class ObjectiveConfig(Section, frozen=True):
@@ -80,6 +90,8 @@ class ObjectiveConfig(Section, frozen=True):
                 )
             if fault := term.fault(self.support):
                 raise ValueError(f"objective.terms.{name}: {fault}")
+        if len({(term.layers, term.bank) for term in self._of_states() if not term.reads_last}) > 1:
+            raise ValueError("objective.terms: all representation terms must have the same layers and bank")
 
     def check_other_samplers(self) -> None:
         """Raise ValueError if a term cannot learn from rows that another sampler than the student's own wrote."""
@@ -115,13 +127,27 @@ class ObjectiveConfig(Section, frozen=True):
             candidates_from=None if not num_candidates else "student" if of_student else "teacher",
             sampled_candidates=sampled_candidates,
             intersection=self.support == "intersection",
-            hidden=self.support == "full",
+            hidden=self.support == "full" and any(not isinstance(term, RepresentationTerm) for term in terms),
+            last_states=self._compared(reads_last=True),
+            layer_states=self._compared(reads_last=False),
             teacher_entropy=weights.entropy in ("teacher", "both") or any(term.when in of_entropy for term in terms),
             first_pass=bool(weights.position_importance)
             or weights.entropy in ("student", "both")
             or any(term.needs_first_pass for term in terms),
             divides_by_deviation=next(iter(self._normalisations()), of_group or None),
         )
+
+    @property
+    def representation(self) -> RepresentationTerm | None:
+        """Return a term that reads the layers that the models send; all that do read the same."""
+        return next((term for term in self._of_states() if not term.reads_last), None)
+
+    def _compared(self, reads_last: bool) -> tuple[str, ...]:
+        terms = [term for term in self._of_states() if term.reads_last == reads_last]
+        return tuple(dict.fromkeys(model for term in terms for model in term.target))
+
+    def _of_states(self) -> list[RepresentationTerm]:
+        return [term for term in self.terms.values() if isinstance(term, RepresentationTerm)]
 
     def _normalisations(self) -> set[bool]:
         return {term.divide_by_deviation for term in self.terms.values() if isinstance(term, TaskRewardTerm)}

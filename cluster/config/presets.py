@@ -55,6 +55,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         outside=_sampled(when="outside_support"),
     ),
     "many-faces": _on("intersection", 20, main=_divergence("reverse_kl", truncation="renormalized")),
+    # Of a teacher with another tokenizer: [teachers.NAME] tokenizer = "aligned".
+    "cross-tokenizer": _on("student_topk", 16, main=_divergence("reverse_kl", truncation="renormalized")),
     "sdpo": _on("student_topk", 20, main=_divergence("jsd", beta=0.5, truncation="tail")),
     "rethinking": _on(
         "student_topk",
@@ -81,6 +83,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "delta-opd": _on("sampled", main=_sampled(target={"teacher": 1.0, "base": -1.0}, student="none")),
     "beta-opsd": _on("full", main=_divergence("reverse_kl", target={"teacher": 0.5, "initial_student": 0.5})),
     "beta-opsd-returns": _on("sampled", main=_sampled(target={"teacher": 0.5, "initial_student": 0.5}, discount=0.99)),
+    # Hidden states.
+    "oprd": _on("sampled", main={"loss": "representation", "layers": "all"}),
+    "last-opd": _on(
+        "topk",
+        16,
+        main=_divergence("reverse_kl", truncation="tail", weight={"from": 0.0, "to": 1.0, "over_steps": 10}),
+        states={"loss": "representation", "weight": {"from": 1.0, "to": 0.0, "over_steps": 10}},
+    ),
     # With the verifier's reward.
     "opd-grpo": _on("sampled", main=_sampled(), reward={"loss": "task_reward"}),
 }

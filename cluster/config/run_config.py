@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from cluster.config.alarms import AlarmConfig
+from cluster.config.aligned import check_aligned
 from cluster.config.fields import Count, CountOrZero, Finite, Items, Positive, Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.stages import (
@@ -27,6 +28,7 @@ from cluster.config.terms import (
     CrossEntropyTerm,
     DivergenceTerm,
     PolicyGradientTerm,
+    RepresentationTerm,
 )
 from cluster.contracts.requests import ScoreRequest
 
@@ -170,6 +172,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_slots(self)
         _check_balance(self)
         _check_sampling(self.objective, self.rollout)
+        check_aligned(self)
         rollout = self.rollout
         completions = self.prompts.prompts_per_step * rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
@@ -188,6 +191,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 "after every step, in its own dtype; only teachers are quantised"
             )
         _check_prompts(self)
+        _check_contexts(self)
 
     @property
     def routes(self) -> list[str]:
@@ -213,16 +217,29 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         scorers = []
         for model in needs.models:
             chooses = model == TEACHER and needs.candidates_from == "teacher"
+            teacher = self.teachers[self.scoring_teacher(model, route)]
             request = ScoreRequest(
                 model=model,
                 top_k=needs.num_candidates if chooses else 0,
                 given_candidates=bool(needs.num_candidates) and not chooses,
                 entropy=model == TEACHER and needs.teacher_entropy,
-                hidden=needs.hidden,
-                further=self.teachers[self.scoring_teacher(model, route)].signals,
+                hidden=needs.hidden or model in needs.last_states,
+                layers=model in needs.layer_states,
+                aligned=teacher.is_aligned,
+                further=teacher.signals,
+                compared_rows=0.0 if teacher.context is None else teacher.context.compared_rows,
             )
             scorers.append((self.scoring_teacher(model, route), request))
         return scorers
+
+    @property
+    def reads_columns(self) -> bool:
+        """Return whether further columns of the prompts may be read: by code of the user's, or by a context."""
+        return self.environment.reads_columns or self.has_contexts
+
+    @property
+    def has_contexts(self) -> bool:
+        return any(teacher.context is not None for teacher in self.teachers.values())
 
     def scoring_teacher(self, model: str, route: str) -> str:
         """Return which [teachers.NAME] a target's model is for rows of this route."""
@@ -243,6 +260,12 @@ def _check_prompts(config: Config) -> None:
         )
 
 
+def _check_contexts(config: Config) -> None:
+    for name, teacher in config.teachers.items():
+        if teacher.shuffled_context and teacher.context is None:
+            raise ValueError(f"teachers.{name}: shuffled_context = true, but there is no context to shuffle; set one")
+
+
 def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
     """Check that the objective can make up for how the rollout workers sample."""
     cuts = (rollout.top_p, rollout.top_k) != (1.0, 0)
@@ -258,7 +281,7 @@ def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
                 "rollout.samples_per_prompt is 1; set it to 2 or more, or take 'reward_positive'"
             )
         has_residual = isinstance(term, DivergenceTerm) and term.has_residual and not objective.needs.hidden
-        if cuts and (has_residual or not isinstance(term, DivergenceTerm | CrossEntropyTerm)):
+        if cuts and (has_residual or not isinstance(term, DivergenceTerm | CrossEntropyTerm | RepresentationTerm)):
             kind = "the residual of a divergence" if has_residual else f"a {term.__struct_config__.tag}"
             raise ValueError(
                 f"objective.terms.{name}: {kind} learns from the sampled tokens, and top_p and top_k keep some from "

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, field
 
-from cluster.config.fields import LARGEST_FLOAT, Count, Finite, Fraction, NonNegative, Positive, Section
+from cluster.config.fields import LARGEST_FLOAT, Count, Finite, Fraction, NonNegative, Positive, Section, Text
 from cluster.contracts.import_path import is_import_path
 
 Support = Literal["sampled", "samples", "topk", "student_topk", "intersection", "full"]
@@ -180,6 +180,8 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
     truncation: Truncation = "tail"  # support "full" needs none and ignores it
     # Adds what a tail's bucket leaves out, from sampled tokens outside the support. Not written: of reverse_kl
     residual: bool | None = None
+    # A token contributes at most so many nats to a position's divergence, and beyond pulls no more (OPSD's tau)
+    entry_clip: Positive | None = None
     beta: Fraction = 0.5  # jsd: 0 is forward KL, 1 is reverse KL
     skew: Fraction = 0.1  # skewed divergences: how far the second distribution is mixed with the first
     parameter: Finite = 0.0  # of a divergence of your own
@@ -192,7 +194,7 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
     def has_residual(self) -> bool:
         """Return whether sampled tokens correct the tail."""
         wanted = self.divergence == "reverse_kl" if self.residual is None else self.residual
-        return wanted and self.truncation == "tail"
+        return wanted and self.truncation == "tail" and self.entry_clip is None
 
     def fault(self, support: Support) -> str | None:
         if not any(self.target.values()):
@@ -209,6 +211,8 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
             )
         if self.residual and self.truncation != "tail":
             return f"residual corrects the bucket of truncation = 'tail', found truncation = '{self.truncation}'"
+        if self.residual and self.entry_clip is not None:
+            return "residual makes up for tokens outside the support in full, and entry_clip bounds each; leave one out"
         forward = {"forward_kl": 0.0, "jsd": self.beta, "skewed_forward_kl": self.skew}
         if self.residual and forward.get(self.divergence) == 0:
             return "residual weighs a token of the forward KL by target / student, which has no bound; leave it out"
@@ -236,6 +240,42 @@ class TaskRewardTerm(Term, tag_field="loss", tag="task_reward", frozen=True):
         return None  # a reward goes with every support
 
 
+class RepresentationTerm(Term, tag_field="loss", tag="representation", frozen=True):
+    """Draws hidden states of the student to those of the target, at the rows that predict the sampled tokens."""
+
+    needs_first_pass: ClassVar[bool] = False
+    valid_for_other_samplers: ClassVar[bool] = True
+
+    target: Target = field(default_factory=lambda: {TEACHER: 1.0})  # of states: their coefficients sum to 1
+    # Of the student, from 1; the last one after the final norm. A teacher of another depth has those at the same
+    # relative depth.
+    layers: Literal["last", "all"] | tuple[Count, ...] = "last"
+    # By what student and target are divided, per layer and token: the target's root mean square; each one's own length.
+    normalise: Literal["none", "rms", "l2"] = "none"
+    bank: Text | None = None  # file of `preceptor fit-projection`; None: widths are equal, and whole states travel
+
+    @property
+    def is_zero_at_the_student(self) -> bool:
+        return self.bank is None  # a bank's maps of student and teacher are two
+
+    @property
+    def reads_last(self) -> bool:
+        """Return whether the target's last hidden states are all that it reads; else its layers are sent."""
+        return self.layers == "last" and self.bank is None
+
+    def fault(self, _support: Support) -> str | None:
+        if not math.isclose(sum(self.target.values()), 1.0):
+            return (
+                f"the coefficients of target sum to {sum(self.target.values()):g}; a mixture of hidden states is one "
+                "only if they sum to 1"
+            )
+        if self.when == OUTSIDE_SUPPORT:
+            return "when = 'outside_support' is about the sampled token; hidden states are compared before it is known"
+        if not self.layers:
+            return "layers = [] names none; write 'last', 'all' or the student's layers from 1"
+        return None
+
+
 class GateConfig(Section, frozen=True):
     """Weighs each token by sigmoid(kappa (log p - gamma)), p the student's: little where it would never write it."""
 
@@ -257,4 +297,4 @@ class CrossEntropyTerm(Term, tag_field="loss", tag="cross_entropy", frozen=True)
         return None  # written tokens go with every support
 
 
-AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm | CrossEntropyTerm
+AnyTerm = PolicyGradientTerm | DivergenceTerm | TaskRewardTerm | CrossEntropyTerm | RepresentationTerm

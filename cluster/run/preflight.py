@@ -14,16 +14,17 @@ from cluster.actors.cluster import RAY
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.config.stages import Dtype, TeacherConfig
-from cluster.config.terms import TEACHER, PolicyGradientTerm, WeightSchedule
+from cluster.config.terms import TEACHER, PolicyGradientTerm, RepresentationTerm, WeightSchedule
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Floats, ragged
+from cluster.contracts.trajectory import Floats, ragged, strict_tokens
 from cluster.contracts.wire import from_wire
 from cluster.placement.placement import Placement
 from cluster.run.inputs import Inputs, train_requests, train_sampling
 from cluster.run.pools import Pipeline, start_pipeline, start_student_as_teacher
-from teacher_workers.audit.checks import AGREEMENT_NATS
+from rollout_workers.contexts.builder import plain_contexts
+from teacher_workers.audit.checks import AGREEMENT_NATS, hidden_tolerance
 from teacher_workers.router import TeacherRouter
 
 NUM_PROMPTS = 8  # enough for a few hundred tokens; the checks notice gross disagreement
@@ -64,7 +65,7 @@ NO_GPU = CheckResult(
 
 def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> list[CheckResult]:
     """Start the run's pools, check them, then start a scorer of the student's own weights and check that too."""
-    config = sample_plainly(config)
+    config, inputs = sample_plainly(config), replace(inputs, contexts=plain_contexts(inputs.contexts))
     # The learner takes no part in scoring, so it can be the one of the mirrored run.
     mirrored = mirror(config)
     with start_pipeline(config, inputs, placement, learner_config=mirrored) as pipeline:
@@ -74,7 +75,8 @@ def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> lis
         student = np.concatenate([pipeline.learner.student_logprobs(handle) for handle in handles])
         results = [check_sampler_gap(_read(config, handles), student, looser_dtype(config))]
         for name, pool in pipeline.teachers.pools.items():
-            replicas = [_read(config, scored) for scored in pool.score_everywhere(handles, ScoreRequest(TEACHER))]
+            request = ScoreRequest(TEACHER, aligned=config.teachers[name].is_aligned)
+            replicas = [_read(config, scored) for scored in pool.score_everywhere(handles, request)]
             dtype = config.teachers[name].engine.dtype
             results += [check_replicas(name, replicas, dtype), check_not_uniform(name, replicas[0])]
         if placement.on_gpu and not placement.teachers[mirrored.routes[0]].gpus_per_worker:
@@ -90,13 +92,18 @@ def sample_plainly(config: Config) -> Config:
 
 
 def mirror(config: Config) -> Config:
-    """Return the run with the student's own weights for every teacher, served as the rollout workers serve them."""
+    """Return the run with the student's own weights for every teacher, served as the rollout workers serve them.
+
+    A projection bank, which maps two other models, is left out with its terms.
+    """
     student = config.student
+    compared = {name: term for name, term in config.objective.terms.items() if getattr(term, "bank", None) is None}
     teachers = {
         name: TeacherConfig(
             student.model,
             trust_remote_code=student.trust_remote_code,
             base=teacher.base,
+            states=None if teacher.states is None or teacher.states.bank is not None else teacher.states,
             # On a shared GPU it takes the teacher's place.
             engine=msgspec.structs.replace(
                 config.rollout.engine, gpu_memory_fraction=teacher.engine.gpu_memory_fraction, sleep=False
@@ -104,7 +111,8 @@ def mirror(config: Config) -> Config:
         )
         for name, teacher in config.teachers.items()
     }
-    return msgspec.structs.replace(config, teachers=teachers)
+    objective = msgspec.structs.replace(config.objective, terms=compared)
+    return msgspec.structs.replace(config, teachers=teachers, objective=objective)
 
 
 def _against_itself(
@@ -140,12 +148,16 @@ def _read(config: Config, handles: Sequence[BatchHandle]) -> pa.RecordBatch:
     return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
+def _teacher_logprobs(scored: pa.RecordBatch) -> Floats:
+    """Return the scores of all tokens that the teacher has scored."""
+    logprobs, strict = ragged(scored, "teacher_logprobs").values, strict_tokens(scored)
+    return logprobs if strict is None else logprobs[strict]
+
+
 def check_replicas(name: str, replicas: Sequence[pa.RecordBatch], dtype: Dtype) -> CheckResult:
     """Compare the scores that each replica of one teacher gave to the same trajectories."""
-    first = ragged(replicas[0], "teacher_logprobs").values
-    gap = max(
-        (float(np.abs(ragged(other, "teacher_logprobs").values - first).mean()) for other in replicas[1:]), default=0.0
-    )
+    first = _teacher_logprobs(replicas[0])
+    gap = max((float(np.abs(_teacher_logprobs(other) - first).mean()) for other in replicas[1:]), default=0.0)
     return CheckResult(
         f"teacher {name}: replicas agree",
         f"{gap:.2e} nats between {len(replicas)} replica(s)",
@@ -156,7 +168,7 @@ def check_replicas(name: str, replicas: Sequence[pa.RecordBatch], dtype: Dtype) 
 
 def check_not_uniform(name: str, scored: pa.RecordBatch) -> CheckResult:
     """Notice a teacher that gives every token the same probability, as one with unloaded weights does."""
-    spread = float(ragged(scored, "teacher_logprobs").values.std())
+    spread = float(_teacher_logprobs(scored).std())
     return CheckResult(
         f"teacher {name}: scores are not uniform",
         f"standard deviation {spread:.3f} nats",
@@ -207,6 +219,10 @@ def gradient_checks(
     for name, term in objective.terms.items():
         if not term.is_zero_at_the_student:
             continue
+        if isinstance(term, RepresentationTerm):
+            measured = measure(msgspec.structs.replace(objective, terms={name: term}))
+            results.append(check_states_at_optimum(name, measured["state_error"], dtype))
+            continue
         # Advantages that are the tokens' log-probabilities, in place of the log-ratios that should be 0.
         discount = term.discount if isinstance(term, PolicyGradientTerm) else 0.0
         weight = term.weight.largest if isinstance(term.weight, WeightSchedule) else term.weight
@@ -218,6 +234,19 @@ def gradient_checks(
         per_nat = scale["gradient_norm"] / logprob_nats if logprob_nats else 0.0
         results.append(check_gradient_at_optimum(name, at_optimum["gradient_norm"], rounding * per_nat))
     return results
+
+
+def check_states_at_optimum(term: str, error: float, dtype: Dtype) -> CheckResult:
+    """Check that the learner's hidden states are the engine's, but for rounding, which grows from layer to layer.
+
+    `error` is the mean distance over the length; rows that are shifted by one are about as far apart as they are long.
+    """
+    return CheckResult(
+        f"term '{term}' at student = teacher",
+        f"hidden states {error:.2e} of their length apart",
+        error <= hidden_tolerance(AGREEMENT_NATS[dtype]),
+        "the learner and the scoring engine compute different hidden states; compare their dtypes, and the check above",
+    )
 
 
 def check_gradient_at_optimum(term: str, gradient_norm: float, rounding_norm: float) -> CheckResult:

@@ -9,6 +9,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import msgspec
+
 from cluster.actors.worker_output import last_error, own_output
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import ModelError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
+LAYERS_VARIABLE = "PRECEPTOR_ENGINE_LAYERS"  # a LayersToSend in JSON, for the engine's processes; "": none
 SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU
 OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself; the rest is for what vLLM does not count
 BYTES_PER_GIB = 1 << 30
@@ -30,6 +33,15 @@ POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"
 
 
 @dataclass(frozen=True)
+class LayersToSend:
+    """Says which layers of its model a pooling engine returns behind the last hidden states (`layer_states.py`)."""
+
+    layers: tuple[int, ...]  # from 1, of the engine's own model; the last is after the final norm
+    bank: str | None = None  # file of a projection bank whose teacher has these layers; None: states as they are
+    digest: str = ""  # of that bank
+
+
+@dataclass(frozen=True)
 class EngineRole:
     """Says what an engine is for."""
 
@@ -37,6 +49,7 @@ class EngineRole:
     prefix_caching: bool
     tokenizer: bool  # without one the engine can neither find stop strings nor know the EOS token
     pooling: bool = False  # return last hidden states instead of generating
+    layers: LayersToSend | None = None  # return those layers' states behind them
     sleeps: bool = False  # whether it is to give its GPU memory back for a time
     priorities: bool = False  # when not all requests fit, those of the lowest priority run first
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # processed: after temperature, top-p
@@ -83,6 +96,7 @@ def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
 def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":
     """Start an engine and its process, in a running event loop; raise ModelError if vLLM refuses the model."""
     prepare_environment(engine)
+    os.environ[LAYERS_VARIABLE] = "" if role.layers is None else msgspec.json.encode(role.layers).decode()
     if PYTHON_VARIABLE in os.environ:
         multiprocessing.set_executable(os.environ[PYTHON_VARIABLE])
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -95,6 +109,8 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     if current_platform.is_cpu() and arguments["enforce_eager"]:
         # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if role.layers is not None:
+        arguments["enforce_eager"] = True  # a compiled model does not call the hooks on its layers
     arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
     arguments |= early_logits_processors(role.logits_processors)
     try:

@@ -1,6 +1,6 @@
 """Computes what a run's objective makes of logits: the sum of its terms, with the gradient by the logits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,8 +10,10 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.terms import TEACHER
 from learner.loss.evaluators import evaluate_full, evaluate_fused, evaluate_listed, takes_fused
 from learner.loss.kernels.interface import RowKernels
+from learner.loss.representation import Alignment, RepresentationLoss, Scores, align
 from learner.loss.softmax import at_least_float32, temperature_normaliser
 from learner.loss.targets import log_linear
+from learner.loss.term import Chunk
 from learner.loss.terms import TERMS
 from learner.loss.token_weights import entropy_weights, is_early, position_importance
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
@@ -21,13 +23,22 @@ class Objective:
     """Minimises what a configuration says: `plan` reads whole trajectories, `evaluate` any of their tokens.
 
     `kernels` are used where they take the logits; None: plain torch everywhere. `temperature` is that of the sampler.
-    Scheduled weights are those of step 0; pass `config.at(step)` for another.
+    Scheduled weights are those of step 0; pass `config.at(step)` for another. Sampled `ignored_ids` have weight 0.
     """
 
-    def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        kernels: RowKernels | None = None,
+        temperature: float = 1.0,
+        ignored_ids: Collection[int] = (),
+    ) -> None:
         self.needs, self.kernels, self.temperature = config.needs, kernels, temperature
+        self._ignored_ids = torch.tensor(sorted(ignored_ids), dtype=torch.int64)
         self._token_weights = config.token_weights
-        self._terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
+        terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
+        self._of_states = {name: term for name, term in terms.items() if isinstance(term, RepresentationLoss)}
+        self._terms = {name: term for name, term in terms.items() if name not in self._of_states}
 
     @torch.no_grad()
     def plan(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> TokenPlan:
@@ -73,9 +84,42 @@ class Objective:
             result = evaluate_full(self._terms, logits, tokens, plan, models, with_gradient)
         return replace(result, at_sampling_temperature=result.logprobs / self.temperature - plan.normaliser)
 
+    @property
+    def reads_logits(self) -> bool:
+        """Return whether there are terms with a gradient by the logits."""
+        return bool(self._terms)
+
+    def student_layers(self, depth: int) -> tuple[int, ...]:
+        """Return the layers of a student of so many whose hidden states `align` compares, each once."""
+        return tuple(sorted({layer for term in self._of_states.values() for layer in term.layers(depth)}))
+
+    def align(
+        self,
+        states: Mapping[int, Tensor],
+        scores: Scores,
+        tokens: CompletionTokens,
+        plan: TokenPlan,
+        logprobs: Tensor,
+        depth: int,
+    ) -> Alignment:
+        """Compare the student's hidden states with the target's at the rows that predict some tokens.
+
+        Args:
+            states: layer -> [n, width], of `student_layers(depth)`, at least one.
+            scores: model -> signal -> [n, width]: what the models sent.
+            tokens, plan: as in `evaluate`.
+            logprobs: the current student's of the sampled tokens, [n].
+            depth: layers that the student has.
+        """
+        return align(self._of_states, states, scores, Chunk(tokens, plan, logprobs[:, None]), depth)
+
     def _weights(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor:
         config = self._token_weights
-        weights = is_early(tokens.position, tokens.length, config.first_tokens, config.first_fraction).float()
+        weights = is_early(
+            tokens.position, tokens.length, config.first_tokens, config.first_fraction, config.skip_first
+        ).float()
+        if len(self._ignored_ids):
+            weights = weights * ~torch.isin(tokens.target_ids, self._ignored_ids.to(weights.device))
         if config.position_importance and first_pass is not None:
             log_ratio = log_linear({TEACHER: 1.0}, tokens.logprobs) - first_pass.logprobs
             weights = weights * position_importance(log_ratio, tokens.trajectory, config.position_importance)

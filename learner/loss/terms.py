@@ -5,9 +5,17 @@ from typing import Any
 
 from torch import Tensor
 
-from cluster.config.terms import CrossEntropyTerm, DivergenceTerm, PolicyGradientTerm, TaskRewardTerm, Term
+from cluster.config.terms import (
+    CrossEntropyTerm,
+    DivergenceTerm,
+    PolicyGradientTerm,
+    RepresentationTerm,
+    TaskRewardTerm,
+    Term,
+)
 from learner.loss.advantage_terms import PolicyGradientLoss, TaskRewardLoss
 from learner.loss.divergences import Divergence, find_divergence
+from learner.loss.representation import RepresentationLoss
 from learner.loss.term import Chunk, LossTerm
 
 
@@ -16,7 +24,7 @@ class DivergenceLoss(LossTerm):
 
     def __init__(self, name: str, config: DivergenceTerm, temperature: float) -> None:
         self.config = config
-        divergence = find_divergence(config.divergence)
+        divergence = find_divergence(config.divergence).clipped(config.entry_clip)
         self._divergence = divergence, float(getattr(config, divergence.parameter))
 
     @property
@@ -45,5 +53,6 @@ TERMS: dict[type[Term], Callable[[str, Any, float], LossTerm]] = {
     DivergenceTerm: DivergenceLoss,
     PolicyGradientTerm: PolicyGradientLoss,
     TaskRewardTerm: TaskRewardLoss,
+    RepresentationTerm: RepresentationLoss,
     CrossEntropyTerm: CrossEntropyLoss,
 }

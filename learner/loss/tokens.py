@@ -50,6 +50,12 @@ class CompletionTokens:
         """Return the teacher's entropy, [n]; [0] where the objective does not need it."""
         return self.signal("entropy").get("teacher", self.rollout_logprobs[:0])
 
+    @property
+    def shared(self) -> Tensor | None:
+        """Return which candidates are tokens of all models, [n, k]; None: all are."""
+        columns = list(self.signal("shared").values())
+        return torch.stack(columns).bool().all(0) if columns else None
+
     def signal(self, name: str) -> Mapping[str, Tensor]:
         """Return one signal of every model that sent it."""
         return {model: signals[name] for model, signals in self.scores.items() if name in signals}
@@ -84,6 +90,7 @@ class Evaluation:
     entropy: Tensor  # [n] of the current student over the whole vocabulary, in nats
     candidate_mass: Tensor  # [n] the student's probability of all candidates together; 0 where there are none
     at_sampling_temperature: Tensor | None = None  # [n] as logprobs; None: that temperature is 1
+    state_errors: Tensor | None = None  # [n] distance from the target over its length; None: of no states
     logits_gradient: Tensor | None = None  # of a chunk: [n, vocabulary], of the loss by the student's logits
 
     @property
@@ -94,7 +101,8 @@ class Evaluation:
     @property
     def columns(self) -> tuple[Tensor, ...]:
         """Return what is known of each token, in the order of the fields."""
-        return self.losses, self.logprobs, self.entropy, self.candidate_mass, self.sampler_logprobs
+        errors = torch.zeros_like(self.losses) if self.state_errors is None else self.state_errors
+        return self.losses, self.logprobs, self.entropy, self.candidate_mass, self.sampler_logprobs, errors
 
 
 def map_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:

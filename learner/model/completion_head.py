@@ -5,7 +5,7 @@ chunk, none of them computed again, and at most one chunk of [chunk, vocabulary]
 multiplies what the walk has accumulated.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -84,24 +84,59 @@ class CompletionHead(nn.Module):
         self.chunk_tokens: int | None = None  # None: what the device's CHUNK_LOGITS allow
 
     def forward(
-        self, hidden: Tensor, batch: MicroBatch, objective: "Objective | None", teacher_heads: TeacherHeads
+        self,
+        hidden: Tensor,
+        batch: MicroBatch,
+        objective: "Objective | None",
+        teacher_heads: TeacherHeads,
+        states: Mapping[int, Tensor] | None = None,
+        depth: int = 0,
     ) -> tuple[Tensor, ...]:
         """Return Evaluation's fields as a plain tuple, which DeepSpeed's hooks can look into.
 
-        `hidden` is [completion_tokens, width], of the places that predict the completion tokens. Without an objective,
-        the losses are 0.
+        Args:
+            hidden: [completion_tokens, width], of the places that predict the completion tokens.
+            batch: the micro-batch.
+            objective: None: the losses are 0.
+            teacher_heads: of the objective's models, where it compares whole distributions.
+            states: layer -> as hidden, of the layers that the objective compares with the models'.
+            depth: layers of the student.
         """
         with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         chunk_tokens = self.chunk_tokens or chunk_size(len(self.weight), hidden.device)
         rounds = hidden.device.type == "cpu" if self.rounds_logits is None else self.rounds_logits
 
-        def walk(projection: Projection) -> Evaluation:
+        def walk(projection: Projection, states: StudentStates) -> Evaluation:
             if objective is None or not len(batch.tokens):
                 return run_first_pass(projection, batch, chunk_tokens)
-            return evaluate_objective(projection, batch, objective, teacher_heads, chunk_tokens)
+            return evaluate_objective(projection, batch, objective, teacher_heads, chunk_tokens, states)
 
         apply: Callable[..., tuple[Tensor, ...]] = ObjectiveFunction.apply
-        return apply(hidden, self.weight, self.bias, replace(self.scaling, rounds=rounds), with_gradient, walk)
+        states, scaling = states or {}, replace(self.scaling, rounds=rounds)
+        layers = depth, tuple(states)
+        return apply(hidden, self.weight, self.bias, scaling, with_gradient, walk, layers, *states.values())
+
+
+class StudentStates:
+    """Holds the student's states of the layers that are compared, and sums up the gradients by them."""
+
+    def __init__(self, layers: tuple[int, tuple[int, ...]], values: Sequence[Tensor], with_gradient: bool) -> None:
+        """Take the student's depth and the layers, and of each layer [completion_tokens, width]."""
+        self.depth, names = layers
+        self._values = dict(zip(names, values, strict=True))
+        # In the states' dtype: a token's gradient is written once.
+        self.gradients = {layer: torch.zeros_like(state) for layer, state in self._values.items() if with_gradient}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, chosen: Tensor) -> dict[int, Tensor]:
+        return {layer: values[chosen] for layer, values in self._values.items()}
+
+    def backward(self, chosen: Tensor, gradients: Mapping[int, Tensor]) -> None:
+        """Take in the gradients by the states of some tokens, which come once."""
+        for layer, of_layer in self.gradients.items():
+            of_layer[chosen] = gradients[layer].to(of_layer.dtype)
 
 
 class ObjectiveFunction(torch.autograd.Function):
@@ -115,11 +150,14 @@ class ObjectiveFunction(torch.autograd.Function):
         bias: Tensor | None,
         scaling: LogitScaling,
         with_gradient: bool,
-        walk: Callable[[Projection], Evaluation],
+        walk: Callable[[Projection, StudentStates], Evaluation],
+        layers: tuple[int, tuple[int, ...]],
+        *states: Tensor,
     ) -> tuple[Tensor, ...]:
         projection = Projection(hidden, weight, bias, scaling, with_gradient)
-        result = walk(projection)
-        ctx.gradients, ctx.dtype = projection.gradients, weight.dtype
+        aligned = StudentStates(layers, states, with_gradient)
+        result = walk(projection, aligned)
+        ctx.gradients, ctx.dtype, ctx.of_states = projection.gradients, weight.dtype, aligned.gradients
         ctx.mark_non_differentiable(*result.columns)
         ctx.set_materialize_grads(False)
         return result.loss, *result.columns
@@ -131,33 +169,52 @@ class ObjectiveFunction(torch.autograd.Function):
         assert gradients is not None, "the gradients of one forward are handed out once"
         of_hidden, of_weight, of_bias = gradients  # overwritten: they are as large as the weight
         by_bias = None if of_bias is None else of_bias.mul_(loss_gradient).to(ctx.dtype)
-        return of_hidden.mul_(loss_gradient), of_weight.mul_(loss_gradient).to(ctx.dtype), by_bias, None, None, None
+        by_weight = of_weight.mul_(loss_gradient).to(ctx.dtype)
+        by_states, ctx.of_states = [values.mul_(loss_gradient) for values in ctx.of_states.values()], {}
+        return of_hidden.mul_(loss_gradient), by_weight, by_bias, None, None, None, None, *by_states
 
 
 def evaluate_objective(
-    projection: Projection, batch: MicroBatch, objective: "Objective", teacher_heads: TeacherHeads, chunk_tokens: int
+    projection: Projection,
+    batch: MicroBatch,
+    objective: "Objective",
+    teacher_heads: TeacherHeads,
+    chunk_tokens: int,
+    states: StudentStates,
 ) -> Evaluation:
-    """Return what the objective makes of the batch's tokens; the gradients go into the projection."""
+    """Return what the objective makes of the batch's tokens; the gradients go into the projection and the states."""
     tokens, kernels = batch.tokens, objective.kernels
     first_pass = None
     if objective.needs.first_pass:
         first_pass = run_first_pass(projection, batch, chunk_tokens, kernels, objective.temperature)
     plan = objective.plan(tokens, first_pass)
-    columns = [torch.zeros_like(tokens.rollout_logprobs) for _ in range(5)]
+    columns = [torch.zeros_like(tokens.rollout_logprobs) for _ in range(6)]
     for chunk in _chunks(batch, chunk_tokens):
         places = chunk.places
         result = objective.evaluate(
             projection.logits(places),
             tokens[places],
             plan[places],
-            {model: teacher_heads[chunk.route][model].logits(hidden) for model, hidden in chunk.hidden.items()},
-            with_gradient=projection.gradients is not None,
+            _model_logits(objective, chunk, teacher_heads),
+            with_gradient=projection.gradients is not None and objective.reads_logits,
         )
         if result.logits_gradient is not None:
             projection.backward(places, result.logits_gradient)
+        if len(states):
+            of_chunk = states[places], chunk.scores, tokens[places], plan[places]
+            losses, errors, gradients = objective.align(*of_chunk, result.logprobs, states.depth)
+            states.backward(places, gradients)
+            result = replace(result, losses=result.losses + losses, state_errors=errors)
         for column, values in zip(columns, result.columns, strict=True):
             column[places] = values
     return Evaluation(columns[0].sum(), *columns)
+
+
+def _model_logits(objective: "Objective", chunk: RoutedTokens, teacher_heads: TeacherHeads) -> dict[str, Tensor]:
+    """Return the models' logits of a chunk's tokens, where the objective compares whole distributions."""
+    if not objective.needs.hidden:
+        return {}
+    return {model: teacher_heads[chunk.route][model].logits(hidden) for model, hidden in chunk.hidden.items()}
 
 
 def run_first_pass(

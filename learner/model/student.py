@@ -95,23 +95,34 @@ class Student(nn.Module):
         self, batch: MicroBatch, objective: "Objective | None" = None, teacher_heads: TeacherHeads | None = None
     ) -> tuple[Tensor, ...]:
         """Return Evaluation's fields as a plain tuple; without an objective, the losses are 0."""
-        hidden = self._masked(batch) if self.kernel is None else self._packed(batch, self.kernel)
-        return self.head(hidden, batch, objective, teacher_heads or {})
+        depth = self.causal_lm.config.get_text_config().num_hidden_layers
+        layers = () if objective is None else objective.student_layers(depth)
+        # Of each layer, or of none: the model returns all that it has computed.
+        further = {"output_hidden_states": True} if any(layer < depth for layer in layers) else {}
+        if self.kernel is None:
+            decoded, predicting = self._masked(batch, further), batch.predicting
+        else:
+            decoded = self._packed(batch, self.kernel, further)
+            predicting = torch.searchsorted(batch.places, batch.predicting)
 
-    def _masked(self, batch: MicroBatch) -> Tensor:
-        """Return the hidden states that predict completion tokens, from the whole grid."""
-        decoded = self.causal_lm.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-        )
-        return decoded.last_hidden_state.flatten(0, 1).index_select(0, batch.predicting)
+        def predict(states: Tensor) -> Tensor:
+            return states.flatten(0, 1).index_select(0, predicting)
 
-    def _packed(self, batch: MicroBatch, kernel: Kernel) -> Tensor:
-        """Return the same from one row of all tokens, without the grid's padding."""
+        hidden = predict(decoded.last_hidden_state)
+        states = {layer: hidden if layer == depth else predict(decoded.hidden_states[layer]) for layer in layers}
+        return self.head(hidden, batch, objective, teacher_heads or {}, states, depth)
+
+    def _masked(self, batch: MicroBatch, further: dict[str, Any]) -> Any:
+        """Return what the decoder says of the whole grid."""
+        ids, positions = batch.input_ids, batch.position_ids
+        return self.causal_lm.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, **further)
+
+    def _packed(self, batch: MicroBatch, kernel: Kernel, further: dict[str, Any]) -> Any:
+        """Return the same of one row of all tokens, without the grid's padding."""
         ids, positions = (part.flatten()[batch.places][None] for part in (batch.input_ids, batch.position_ids))
         packing = Packing(Segments.of(batch.lengths, ids.device), kernel)
-        decoded = self.causal_lm.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, packing=packing)
-        predicting = torch.searchsorted(batch.places, batch.predicting)
-        return decoded.last_hidden_state[0].index_select(0, predicting)
+        further = {**further, "packing": packing}
+        return self.causal_lm.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False, **further)
 
 
 def check_forward(student: Student, name: str) -> None:

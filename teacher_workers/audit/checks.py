@@ -29,6 +29,8 @@ from teacher_workers.audit.probes import Probes
 # Mean absolute difference, in nats, that two implementations of the same model may show: vLLM and transformers in bf16
 # differ by 0.05 on a 99M-parameter student whose text is still poor; a shift by one token shows as several nats.
 AGREEMENT_NATS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
+HIDDEN_PER_NAT = 2.0  # a hidden state's tolerance: in bfloat16, two tenths of its length
+MAX_HIDDEN = 0.3  # unrelated states after the same norm are at least as far apart
 FLOOR_NATS = -20.0  # below it, scores of one model in two batches differ most, and training least
 
 
@@ -38,6 +40,11 @@ class Tolerance:
 
     nats: float
     hidden: float  # of a hidden state: length of the difference / length
+
+
+def hidden_tolerance(nats: float) -> float:
+    """Return how far apart two implementations of a model may have its hidden states, over their length."""
+    return min(MAX_HIDDEN, HIDDEN_PER_NAT * nats)
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,14 @@ from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints, version_field
 from cluster.contracts.wire import from_wire
-from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Fault, Tolerance, audit_answers
-from teacher_workers.audit.probes import MIN_SCORED_TOKENS, Probes, choose_rows, make_probes
+from cluster.models.alignment import load_token_map
+from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Fault, Tolerance, audit_answers, hidden_tolerance
+from teacher_workers.audit.probes import MIN_SCORED_TOKENS, MIN_TOKENS, Probes, choose_rows, make_probes
 from teacher_workers.audit.reference import Origin, Reference, load_reference, save_reference
 from teacher_workers.backends.base import find_backend
 
 if TYPE_CHECKING:
     from teacher_workers.pool import TeacherPool
-
-HIDDEN_PER_NAT = 2.0  # a hidden state's tolerance: in bfloat16, two tenths of its length
-MAX_HIDDEN = 0.3  # unrelated states after the same norm are at least as far apart
 
 _log = logging.getLogger("preceptor")
 
@@ -62,7 +60,7 @@ def audited_teacher(config: Config, name: str, pool: "TeacherPool", folder: Path
     engine = teacher.engine
     # Quantised layers round what they multiply, so they are no more exact than the coarsest dtype.
     nats = config.score_audit.tolerance_nats or AGREEMENT_NATS["bfloat16" if engine.quantization else engine.dtype]
-    tolerance = Tolerance(nats, min(MAX_HIDDEN, HIDDEN_PER_NAT * nats))
+    tolerance = Tolerance(nats, hidden_tolerance(nats))
     identity = find_backend(teacher).identity(teacher)
     origin = Origin(teacher.model, engine.dtype, engine.quantization, identity, request, teacher.backend)
     subject = AuditedTeacher(name, teacher, pool, request, tolerance, origin, folder / f"{name}.arrow")
@@ -82,6 +80,15 @@ def audited_teacher(config: Config, name: str, pool: "TeacherPool", folder: Path
     return subject
 
 
+def in_tokens_of(teacher: TeacherConfig, rows: list[Ints]) -> list[Ints]:
+    """Return rows of the student in the teacher's tokens; those that its tokenizer would change are left out."""
+    if not teacher.is_aligned:
+        return rows
+    token_map = load_token_map(teacher)
+    written = [token_map.rewrite(tokens) for tokens in rows]
+    return [tokens for tokens in written if tokens is not None and len(tokens) >= MIN_TOKENS]
+
+
 def audit_request(config: Config, name: str) -> ScoreRequest:
     """Return what an audit requests of a teacher: all that the run does in any role, and the entropy if there is."""
     requests = [request for route in config.routes for teacher, request in config.scorers(route) if teacher == name]
@@ -92,6 +99,7 @@ def audit_request(config: Config, name: str) -> ScoreRequest:
         given_candidates=not top_k and any(request.given_candidates for request in requests),
         entropy="entropy" in find_backend(config.teachers[name]).signals,
         hidden=any(request.hidden for request in requests),
+        layers=any(request.layers for request in requests),
         further=config.teachers[name].signals,
     )
 
@@ -176,7 +184,7 @@ class ScoreAudit:
         if not rows:
             _log.warning("score_audit: no row is long enough to audit teachers with; their scores are not audited")
         for subject in self._subjects:
-            subject.rows = subject.rows or rows
+            subject.rows = subject.rows or in_tokens_of(subject.teacher, rows)
 
     def is_due(self, step: int) -> bool:
         """Tell whether, after this many steps, a replica is to be audited; never while an audit is under way."""

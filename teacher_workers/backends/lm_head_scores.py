@@ -33,6 +33,7 @@ CHUNK_LOGITS = 1 << 23
 MIN_CHUNK_TOKENS = 128
 GPU_CHUNK_LOGITS = 1 << 27  # 512 MiB: a GPU needs larger products to be busy
 
+MEASURED_TOKENS = 64  # of a batch, for the mass of shared tokens: a metric needs no more
 UNIFORM_TOLERANCE = 1e-5  # nats; float32 log-probabilities near -12 are exact to 1e-6, no real text is this even
 
 
@@ -42,8 +43,10 @@ class HiddenStatesBackend(TeacherBackend, ABC):
     signals = frozenset({"logprobs", "candidate_ids", "candidate_logprobs", "entropy", "hidden"})
     reads_scorer_prompts = True
 
-    def __init__(self, head: LmHead) -> None:
-        self._head = head
+    def __init__(self, head: LmHead, layers_width: int = 0) -> None:
+        """Take the head, and how many values of other layers the engine returns behind each last hidden state."""
+        self._head, self._layers_width = head, layers_width
+        self.shared_ids: Tensor | None = None  # tokens that a student of another tokenizer has too; None: all are
         self._num_requests = 0
         # The head runs beside the event loop, which goes on feeding the engine with the next batches. One thread: each
         # thread that calls torch brings a set of OpenMP threads of its own.
@@ -53,7 +56,8 @@ class HiddenStatesBackend(TeacherBackend, ABC):
     async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[Tensor, int]:
         """Return the last hidden states of one trajectory, and how many of its positions the engine had cached.
 
-        They are [sampled_tokens, width], after the final norm, and predict the tokens whose loss_mask is 1.
+        They are [sampled_tokens, width + layers_width], after the final norm, and predict the tokens whose loss_mask
+        is 1; the values of other layers stand behind them.
         """
 
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
@@ -67,12 +71,22 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         rows, first = range(len(token_ids)), self._num_requests
         self._num_requests += len(token_ids)
         states = await asyncio.gather(
-            *(self.hidden_states(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
+            *(self._states_of(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
         )
         hidden, cached = [values for values, _ in states], sum(num_cached for _, num_cached in states)
         loop = asyncio.get_running_loop()
         scores = await loop.run_in_executor(self._head_thread, self._apply_head, batch, request, hidden)
-        return scores, {f"{request.model}/prefix_hit_ratio": Mean(float(cached), float(len(token_ids.values)))}
+        metrics = {f"{request.model}/prefix_hit_ratio": Mean(float(cached), float(len(token_ids.values)))}
+        if self.shared_ids is not None:
+            some = torch.cat(hidden)[:MEASURED_TOKENS, : self._head.weight.shape[1]]
+            mass = await loop.run_in_executor(self._head_thread, shared_mass, self._head, some, self.shared_ids)
+            metrics[f"{request.model}/teacher_shared_mass"] = Mean(mass.sum().item(), float(len(mass)))
+        return scores, metrics
+
+    async def _states_of(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[Tensor, int]:
+        if not loss_mask.any():  # a row without a context, of which nothing is learned
+            return torch.empty(0, self._head.weight.shape[1] + self._layers_width), 0
+        return await self.hidden_states(request_id, token_ids, loss_mask)
 
     def move_head(self, device: str) -> None:
         self._head = self._head.to(device)
@@ -83,13 +97,25 @@ class HiddenStatesBackend(TeacherBackend, ABC):
     def _apply_head(self, batch: pa.RecordBatch, request: ScoreRequest, hidden: Sequence[Tensor]) -> Scores:
         if request.given_candidates and not num_candidates_of(batch):
             raise ScoreError(f"{request.model} is to score candidates, but the batch has none")
-        refuse_misplaced(batch, hidden, self._head.weight.shape[1])
+        width = self._head.weight.shape[1]
+        refuse_misplaced(batch, hidden, width + self._layers_width)
         sampled = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
         candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
-        scores = score_tokens(self._head, torch.cat(list(hidden)), sampled, request, candidates)
+        states = torch.cat([values for values in hidden if len(values)] or list(hidden))
+        last, layers = states.split([width, self._layers_width], dim=-1)
+        scores = score_tokens(self._head, last, sampled, request, candidates)
+        if request.layers:
+            scores = {**scores, "layers": _bits(layers)}
         num_excluded = 0 if self._head.excluded_ids is None else len(self._head.excluded_ids)
         refuse_uniform(scores["logprobs"], self._head.vocabulary_size - num_excluded)
         return scores
+
+
+@torch.inference_mode()
+def shared_mass(head: LmHead, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Return the probability of all `ids` together at each position, [n], for hidden states [n, width]."""
+    probabilities = head.logits(hidden.to(head.weight.device)).softmax(-1)
+    return probabilities[:, ids.to(head.weight.device)].sum(-1)
 
 
 def refuse_misplaced(batch: pa.RecordBatch, hidden: Sequence[Tensor], width: int) -> None:
@@ -157,9 +183,14 @@ def score_tokens(
     if request.entropy:
         scores["entropy"] = entropy
     if request.hidden:
-        bits = hidden.view(torch.uint16) if hidden.dtype == torch.bfloat16 else hidden  # numpy has no bfloat16
-        scores["hidden"] = bits.contiguous().numpy()
+        scores["hidden"] = _bits(hidden)
     return scores
+
+
+def _bits(states: Tensor) -> NDArray[Any]:
+    """Return states as numpy, which has no bfloat16: uint16 holds its bits."""
+    states = states.contiguous()
+    return (states.view(torch.uint16) if states.dtype == torch.bfloat16 else states).numpy()
 
 
 def chunk_size(head: LmHead) -> int:

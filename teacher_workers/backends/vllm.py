@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.errors import ActorDiedError, ConfigError, ScoreError
+from cluster.contracts.errors import ActorDiedError, ConfigError, ModelError, ScoreError
 from cluster.contracts.trajectory import Bytes, Ints
+from cluster.models.hidden_layers import load_bank, paired_layers
 from cluster.models.lm_head import load_lm_head
 from cluster.models.model_checks import ModelFacts, read_model
+from cluster.models.model_files import load_model_config
 from cluster.models.weight_files import fingerprint
-from cluster.vllm.engine import EngineRole, build_engine
+from cluster.vllm.engine import EngineRole, LayersToSend, build_engine
 from cluster.vllm.weight_sync.updates import EngineUpdates
 from cluster.vllm.weight_sync.worker_extension import UPDATE_CALLS
 from cluster.weight_sync.transports import TEACHER_TRANSPORT, vllm_backend
@@ -32,18 +34,21 @@ class VllmBackend(HiddenStatesBackend):
     Engines on GPUs sleep by vLLM's sleep mode; those on CPUs, which have none, end and start again.
     """
 
+    signals = HiddenStatesBackend.signals | {"layers"}
     can_generate = True
     takes_weights = True
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Read the LM head and start the engine; raise ModelError if that fails."""
         head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype, teacher.excluded_token_ids)
+        layers = layers_to_send(teacher)
         self._teacher = teacher
         self._role = EngineRole(
             max_model_len=max_model_len,
             prefix_caching=True,  # for the prompts that several trajectories share
             tokenizer=False,
             pooling=True,
+            layers=layers,
             sleeps=sleeps,
             weight_transfer_backend=vllm_backend(TEACHER_TRANSPORT) if teacher.is_refreshed else None,
             worker_extension=UPDATE_CALLS if teacher.is_refreshed else None,
@@ -52,7 +57,8 @@ class VllmBackend(HiddenStatesBackend):
         self._engine: AsyncLLM | None = self._build()  # None: it sleeps where engines have no sleep mode
         # After the engine has taken its share of the GPU's memory: head and logits live in what gpu_memory_fraction
         # leaves free.
-        super().__init__(head.to("cuda" if torch.cuda.is_available() else "cpu"))
+        width = 0 if layers is None else len(layers.layers) * sent_width(layers, head.weight.shape[1])
+        super().__init__(head.to("cuda" if torch.cuda.is_available() else "cpu"), width)
 
     @classmethod
     def check(cls, teacher: TeacherConfig, student: ModelFacts) -> ModelFacts:
@@ -62,7 +68,10 @@ class VllmBackend(HiddenStatesBackend):
 
     @classmethod
     def identity(cls, teacher: TeacherConfig) -> str:
-        return fingerprint(teacher.model)
+        """Return the files' fingerprint; of a teacher whose states are projected, with the hash of the bank."""
+        layers = layers_to_send(teacher)
+        bank = "" if layers is None or layers.bank is None else f"-bank-{layers.digest}"
+        return f"{fingerprint(teacher.model)}{bank}"
 
     @property
     def is_dead(self) -> bool:
@@ -154,3 +163,25 @@ class VllmBackend(HiddenStatesBackend):
 
     def _build(self) -> "AsyncLLM":
         return build_engine(self._teacher.model, self._teacher.trust_remote_code, self._teacher.engine, self._role)
+
+
+def layers_to_send(teacher: TeacherConfig) -> LayersToSend | None:
+    """Return which of its own layers a teacher sends; raise ModelError if its bank is missing or of another model."""
+    states = teacher.states
+    if states is None:
+        return None
+    depth = load_model_config(teacher.model, teacher.trust_remote_code).get_text_config().num_hidden_layers
+    if states.bank is None:
+        return LayersToSend(paired_layers(states.layers, states.student_depth, depth))
+    bank = load_bank(states.bank)
+    if bank.depths["teacher"] != depth:
+        raise ModelError(
+            f"projection bank '{states.bank}': was fitted for a teacher of {bank.depths['teacher']} layers, "
+            f"'{teacher.model}' has {depth}; fit one for it with `preceptor fit-projection`"
+        )
+    return LayersToSend(bank.select(states.layers).layers["teacher"], states.bank, bank.digest)
+
+
+def sent_width(layers: LayersToSend, model_width: int) -> int:
+    """Return how many values a teacher of this width sends of each layer."""
+    return model_width if layers.bank is None else load_bank(layers.bank).rank

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.cli import _parser, _split, train
+from cluster.cli import _split, make_parser, train
 from cluster.install.install import SUPPORTED_PYTHONS
 from cluster.placement.placement import NodeResources, plan_placement
 from tests.builders import make_config
@@ -72,7 +72,7 @@ def test_the_job_uses_kuberays_fields_only(job: dict[str, Any]) -> None:
 
 
 def test_the_jobs_command_is_one_of_ours_and_leaves_time_to_stop(job: dict[str, Any]) -> None:
-    assert _parser().parse_args(["train", *arguments(job)]).command is train
+    assert make_parser().parse_args(["train", *arguments(job)]).command is train
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "1800"}}
 
 
@@ -148,7 +148,7 @@ def test_the_batch_job_starts_a_closed_cluster_and_passes_slurms_signal_on(
     calls = (tmp_path / "calls").read_text().splitlines()
     [train_call] = [call for call in calls if call.startswith("preceptor ")]
     assert train_call == f"preceptor train /shared/run.toml run.directory={tmp_path} run.name=name run.steps=9"
-    assert _parser().parse_args(train_call.split()[1:]).command is train
+    assert make_parser().parse_args(train_call.split()[1:]).command is train
     sruns = sorted(call for call in calls if call.startswith("srun "))
     assert any("--nodes=1 --ntasks=1" in call and "ray start --head" in call for call in sruns)
     assert any("--nodes=2 --ntasks=2" in call and "ray start --address=" in call for call in sruns)

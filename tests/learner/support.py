@@ -67,6 +67,13 @@ OBJECTIVES = {
     "full": objective_of("gkd"),
     "first_pass": objective_of("minillm"),
     "reward": objective_of("opd-grpo"),
+    "states": objective_of(
+        "thinking-machines",
+        terms={
+            "last": {"loss": "representation", "weight": 2.0, "normalise": "l2"},
+            "layers": {"loss": "representation", "layers": [1, 2], "weight": 0.1, "normalise": "rms"},
+        },
+    ),
 }
 
 
@@ -92,7 +99,9 @@ def make_scored(
             width = VOCABULARY if head is None else head.weight.shape[1]
             hidden = torch.from_numpy(random.normal(size=(completion, width)).astype(np.float32) * 2)
             logits = hidden if head is None else head.logits(hidden)
-            batch = add_scores(batch, model, _scores(batch, objective, model, logits, hidden))
+            last = hidden[:, : SMALL["hidden_size"]] if objective.needs.last_states else hidden
+            layers = torch.cat([last.flip(-1), last.flip(0)], dim=-1)
+            batch = add_scores(batch, model, _scores(batch, objective, model, logits, last, layers))
         batches.append(batch)
     return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
@@ -103,7 +112,10 @@ def score_by(causal_lm: PreTrainedModel, objective: ObjectiveConfig, batch: pa.R
     for row in batch.select([column.name for column in generated_schema()]).to_pylist():
         ids, mask = torch.tensor(row["token_ids"]), torch.tensor(row["loss_mask"])
         with torch.no_grad():
-            hidden = causal_lm.get_decoder()(input_ids=ids[None]).last_hidden_state[0, :-1][mask[1:] != 0]
+            decoded = causal_lm.get_decoder()(input_ids=ids[None], output_hidden_states=True)
+            hidden, *layers = (
+                states[0, :-1][mask[1:] != 0] for states in (decoded.last_hidden_state, *decoded.hidden_states[1:])
+            )
             logits = causal_lm.get_output_embeddings()(hidden)
         logprobs, targets = logits.log_softmax(-1), ids[mask != 0]
         arrays = {"token_ids": ids.int().numpy(), "loss_mask": mask.to(torch.uint8).numpy()}
@@ -114,7 +126,7 @@ def score_by(causal_lm: PreTrainedModel, objective: ObjectiveConfig, batch: pa.R
             arrays |= {"candidate_ids": best.indices.int().numpy(), "candidate_rollout_logprobs": best.values.numpy()}
         one = make_generated([GeneratedTrajectory(**{**row, **arrays})])
         for model in objective.needs.models:
-            one = add_scores(one, model, _scores(one, objective, model, logits, hidden))
+            one = add_scores(one, model, _scores(one, objective, model, logits, hidden, torch.cat(layers, -1)))
         scored.append(one)
     return pa.Table.from_batches(scored).combine_chunks().to_batches()[0]
 
@@ -214,7 +226,9 @@ def _random_row(
     )
 
 
-def _scores(batch: pa.RecordBatch, objective: ObjectiveConfig, model: str, logits: Tensor, hidden: Tensor) -> Scores:
+def _scores(
+    batch: pa.RecordBatch, objective: ObjectiveConfig, model: str, logits: Tensor, hidden: Tensor, layers: Tensor
+) -> Scores:
     """Return what a model of these logits [completion_tokens, vocabulary] says of a batch of one row."""
     logprobs = logits.float().log_softmax(-1)
     token_ids, mask = ragged(batch, "token_ids").values, ragged(batch, "loss_mask").values
@@ -231,7 +245,8 @@ def _scores(batch: pa.RecordBatch, objective: ObjectiveConfig, model: str, logit
         "candidate_ids": chosen,
         "candidate_logprobs": of_candidates,
         "entropy": -(logprobs.exp() * logprobs).sum(-1).numpy() if objective.needs.teacher_entropy else None,
-        "hidden": hidden.numpy() if objective.needs.hidden else None,
+        "hidden": hidden.numpy() if objective.needs.hidden or model in objective.needs.last_states else None,
+        "layers": layers.numpy() if model in objective.needs.layer_states else None,
     }
     return {name: values for name, values in scores.items() if values is not None}
 

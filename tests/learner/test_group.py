@@ -46,7 +46,7 @@ from tests.learner.support import (
 pytestmark = pytest.mark.slow
 
 STEPS = 3
-MEASURED = ["sampled", "topk", "samples", "first_pass", "reward", "full"]
+MEASURED = ["sampled", "topk", "samples", "first_pass", "reward", "full", "states"]
 STREAMED = ["topk", "samples", "full"]
 OWN_OPTIMUM = [name for name in MEASURED if name != "reward"]
 

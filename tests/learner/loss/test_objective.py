@@ -50,7 +50,7 @@ def test_loss_and_gradient_are_zero_where_student_and_all_models_agree(
     assert gradient_of(results).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("oprd", "last-opd")])  # states, at first
 def test_the_objective_moves_a_student_that_differs(preset: str) -> None:
     results = evaluate(*random_case(preset))
     assert gradient_of(results).norm() > 1e-3

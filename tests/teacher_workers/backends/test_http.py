@@ -381,8 +381,8 @@ def test_objectives_that_need_more_than_a_server_says_are_refused_before_anythin
         refused = {preset for preset in PRESETS if not works(preset, server.url)}
     whole_vocabulary = {"gkd", "exact-reverse-kl", "exact-forward-kl", "distillm", "beta-opsd"}
     chosen_by_the_student = {"sdpo", "rethinking", "async-opd", "vopd", "direct-opd"}
-    more_than_20, entropy = {"generalized-topk", "tropd"}, {"eopd"}
-    assert refused == whole_vocabulary | chosen_by_the_student | more_than_20 | entropy
+    more_than_20, entropy, states = {"generalized-topk", "tropd"}, {"eopd"}, {"oprd", "last-opd"}
+    assert refused == whole_vocabulary | chosen_by_the_student | more_than_20 | entropy | states
 
 
 def test_the_refusal_says_which_objectives_work() -> None:
