@@ -2,7 +2,7 @@
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from cluster.vllm.weight_sync.worker_extension import UpdateCalls
+from cluster.vllm.weight_sync.updates import UpdateCalls
 from cluster.weight_sync.transports import TRANSPORTS, vllm_backend
 from rollout_workers.candidates.vllm_processor import CandidateCalls
 

@@ -18,8 +18,7 @@ from cluster.models.model_checks import ModelFacts, read_model
 from cluster.models.model_files import load_model_config
 from cluster.models.weight_files import fingerprint
 from cluster.vllm.engine import EngineRole, LayersToSend, build_engine
-from cluster.vllm.weight_sync.updates import EngineUpdates
-from cluster.vllm.weight_sync.worker_extension import UPDATE_CALLS
+from cluster.vllm.weight_sync.updates import UPDATE_CALLS, EngineUpdates
 from cluster.weight_sync.transports import TEACHER_TRANSPORT, vllm_backend
 from teacher_workers.backends.arriving_head import ArrivingHead
 from teacher_workers.backends.lm_head_scores import HiddenStatesBackend, predicting_rows

@@ -1,11 +1,11 @@
 """Takes new weights into a vLLM engine while its actor runs: the same for rollout and teacher workers.
 
-The learner's senders call the verbs of `WeightVerbs` on the actors; each passes on to an engine's `EngineUpdates`.
-Importing this loads no vLLM.
+The learner's senders call the verbs of `WeightVerbs` on the actors; each passes on to an engine's `EngineUpdates`, which
+calls vLLM's workers. Importing this loads no vLLM.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,6 +33,30 @@ class TakesWeights(Protocol):
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights, drop caches computed with the old ones, go on; return the received checksum."""
+
+
+UPDATE_CALLS = "cluster.vllm.weight_sync.updates.UpdateCalls"  # as vLLM names classes
+
+
+class UpdateCalls:
+    """Adds the calls that `collective_rpc` makes by name to vLLM's worker class.
+
+    They start and finish updates, with what the receivers of `TRANSPORTS` add to vLLM's own steps.
+    """
+
+    weight_transfer_engine: Any  # one of TRANSPORTS' receivers
+    start_weight_update: Callable[[], None]
+    finish_weight_update: Callable[[], None]
+
+    def begin_update(self) -> None:
+        self.weight_transfer_engine.begin()
+        self.start_weight_update()
+
+    def finish_and_report(self) -> dict[str, Any]:
+        """Finish the update and return its outcome as plain values, which vLLM can pass between processes."""
+        self.finish_weight_update()
+        report: dict[str, Any] = self.weight_transfer_engine.end()
+        return report
 
 
 class EngineUpdates:

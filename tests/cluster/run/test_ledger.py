@@ -39,7 +39,7 @@ def batch_of(requests: list[RolloutRequest], oldest: int = 0, newest: int = 0) -
         ids,
         (4,) * len(ids),
         (2,) * len(ids),
-        tuple(request.prompt_id for request in requests),
+        prompt_ids=tuple(request.prompt_id for request in requests),
         min_policy_versions=(oldest,) * len(ids),
         max_policy_versions=(newest,) * len(ids),
     )
