@@ -156,13 +156,9 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         observation,
         checkpoints,
         *([] if balancer is None else [balancer]),
-<<<<<<< HEAD
         evaluations,
         TeacherGates(run, evaluations),
-=======
-        Evaluations(run),
         KeptRows(run),
->>>>>>> main
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
         ScoreAudits(run, audit),

@@ -1,7 +1,7 @@
 """Takes new weights into a vLLM engine while its actor runs: the same for rollout and teacher workers.
 
-The learner's senders call the verbs of `WeightVerbs` on the actors; each passes on to an engine's `EngineUpdates`, which
-calls vLLM's workers. Importing this loads no vLLM.
+The learner's senders call the verbs of `WeightVerbs` on the actors; each passes on to an engine's `EngineUpdates`,
+which calls vLLM's workers. Importing this loads no vLLM.
 """
 
 import asyncio
