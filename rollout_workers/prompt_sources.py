@@ -198,7 +198,7 @@ def hub_or_cache(source: DataSource) -> Iterator[None]:
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     before = constants.HF_HUB_OFFLINE
     if source.kind == "hub" and not before:
