@@ -2,7 +2,37 @@
 
 from tests.faults.fault import Fault
 
+STATES = "learner/loss/representation.py"
+OF_STATES = ("tests/learner/loss/test_representation.py",)
 FAULTS = (
+    Fault(
+        "states divided by the student's mean square",
+        STATES,
+        "scale = target.square()",
+        "scale = student.square()",
+        OF_STATES,
+    ),
+    Fault(
+        "a target's coefficients are not used",
+        STATES,
+        "torch.stack([share * sent",
+        "torch.stack([sent",
+        OF_STATES,
+    ),
+    Fault(
+        "layers are added up instead of averaged",
+        STATES,
+        ".square().mean((1, 2))",
+        ".square().sum(1).mean(-1)",
+        OF_STATES,
+    ),
+    Fault(
+        "the student's states are not taken from their mean",
+        "cluster/models/hidden_layers.py",
+        "(wide - mean) @",
+        "wide @",
+        OF_STATES,
+    ),
     Fault(
         "advantage of the wrong sign",
         "learner/loss/policy_gradient.py",
