@@ -21,11 +21,13 @@ from cluster.run.checkpoints import Checkpoints, RunState, StepEnd, find_resume_
 from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_samples
 from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
+from cluster.run.kept_rows import KeptRows
 from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
 from cluster.run.served_teachers import ServedTeachers
+from cluster.run.start_record import record_start
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
 from cluster.run.supervisor import Supervisor
 from teacher_workers.audit.runner import ScoreAudit
@@ -102,7 +104,9 @@ def check_run(config: Config) -> bool:
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
-        view.say("  ok    tokenizers: teachers read the student's token ids as the same tokens")
+        others = [name for name, teacher in config.teachers.items() if teacher.is_aligned]
+        read = f"{', '.join(others)} by their bytes, all other" if others else "teachers"
+        view.say(f"  ok    tokenizers: {read} read the student's token ids as the same tokens")
         view.say(f"  ok    context: every engine has room for {inputs.max_model_len} tokens")
         results = run_live_checks(config, inputs, placement)
         for result in results:
@@ -119,6 +123,7 @@ def _train(
     state: RunState | None = None,
 ) -> RunSummary:
     beginning = state or RunSummary()
+    record_start(directory, 0 if state is None else state.step, placement)
 
     def measure_teachers() -> None:
         if isinstance(beginning, RunSummary):  # a resumed run knows
@@ -150,6 +155,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         checkpoints,
         *([] if balancer is None else [balancer]),
         Evaluations(run),
+        KeptRows(run),
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
         ScoreAudits(run, audit),

@@ -95,6 +95,10 @@ class LearnerGroup:
             num_tokens, parts = self._accumulate(batches, objective, waiting_for="the learner's gradient")
         return merge([*parts, *self._ask("discard_step", num_tokens, waiting_for="the learner's gradient")])
 
+    def take_kept_rows(self) -> list[Any]:
+        """Ask every rank, without waiting, for what it has kept of the step, and return references."""
+        return [actor.take_kept_rows.remote() for actor in self._actors]
+
     def student_logprobs(self, handle: BatchHandle) -> Floats:
         """Return the current student's log-probability of every completion token of the batch, rows in order."""
         return self._ask("student_logprobs", [handle.reference], waiting_for="the student's log-probabilities")[0]
@@ -154,7 +158,7 @@ class LearnerGroup:
     def _accumulate(
         self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str
     ) -> tuple[int, list[dict[str, Metric]]]:
-        """Add up the gradients of batches as they come; return their completion tokens and the ranks' metrics."""
+        """Add up the gradients of batches as they come; return the tokens learned from and the ranks' metrics."""
         config = self._config
         arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt)
         planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
@@ -192,7 +196,7 @@ class LearnerGroup:
         send(planner.all_rounds() or [((),) * config.learner.num_workers], completes_step=True)
         collect(list(pending))
         self._spans += spans
-        return arrivals.num_completion_tokens, answers
+        return max(1, arrivals.num_loss_tokens), answers
 
     def _due_rounds(self, planner: RoundPlanner, num_pending: int) -> Sequence[Round]:
         """Return the rounds to send while batches still arrive.

@@ -1,7 +1,7 @@
 """Renders and tokenises the prompts of a run, and says all that is wrong with them in one sentence."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ def load_prompts(
     splits: Sequence[str] = TRAIN_SPLITS,
     say: Say = lambda line: None,
     now: datetime | None = None,
+    teacher_tokenizers: Mapping[str, "PreTrainedTokenizerBase"] | None = None,
 ) -> PromptSet:
     """Read prompts and tokenise them, in the order of the source.
 
@@ -40,6 +41,7 @@ def load_prompts(
         splits: of a data set that has several, in order of preference.
         say: receives one line on what the settings did to the prompts.
         now: what templates take for the time; a resumed run's is when it began, so that its prompts are the same.
+        teacher_tokenizers: of teachers that read their prompts in tokens of their own, by name.
 
     Raises:
         PromptError: the source is missing or empty, or rows are malformed or do not fit; counts them and names some.
@@ -47,7 +49,7 @@ def load_prompts(
     settings = config.prompts
     if settings.template == "chat" and tokenizer.chat_template is None:
         raise PromptError(f"{source}: the student's tokenizer has no chat template; set prompts.template = 'raw'")
-    loading = _Loading(str(source), tokenizer, config, now or datetime.now())
+    loading = _Loading(str(source), tokenizer, config, now or datetime.now(), teacher_tokenizers or {})
     for where, row in read_rows(str(source), splits):
         loading.add(where, row)
     prompts = loading.tokenise(context_tokens)
@@ -59,8 +61,16 @@ def load_prompts(
 class _Loading:
     """Collects the prompts of one source, and what is wrong with its rows."""
 
-    def __init__(self, source: str, tokenizer: "PreTrainedTokenizerBase", config: Config, now: datetime) -> None:
+    def __init__(
+        self,
+        source: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        config: Config,
+        now: datetime,
+        teacher_tokenizers: Mapping[str, "PreTrainedTokenizerBase"],
+    ) -> None:
         self._source, self._tokenizer, self._config = source, tokenizer, config
+        self._teacher_tokenizers = teacher_tokenizers
         self._reader = RowReader(config)
         self._now = now
         self._absent_columns = list(config.prompts.columns.values())  # of those that are named, in no row so far
@@ -100,6 +110,7 @@ class _Loading:
                     self._num_too_long += 1
             except PromptError as error:
                 self._problems.append((where, error))
+        of_teachers = self._tokenise_for_teachers([(prompt, teacher) for _, prompt, teacher in kept])
         self._refuse()
         return PromptSet.of_columns(
             {
@@ -109,9 +120,29 @@ class _Loading:
                 "domain": [prompt.domain or "" for _, prompt, _ in kept],
                 "teacher": [teacher for _, _, teacher in kept],
                 "columns": [_as_json(prompt.columns) for _, prompt, _ in kept],
+                "teacher_token_ids": of_teachers,
                 "source": [_source(config, prompt) for _, prompt, _ in kept],
             }
         )
+
+    def _tokenise_for_teachers(self, prompts: Sequence[tuple[PromptRow, str]]) -> list[Sequence[int] | None]:
+        """Return each prompt as its teacher reads it; None where the teacher reads the student's tokens."""
+        read: list[Sequence[int] | None] = [None] * len(prompts)
+        settings = self._config.prompts
+        for name, tokenizer in self._teacher_tokenizers.items():
+            if settings.template == "chat" and tokenizer.chat_template is None:
+                raise PromptError(f"teachers.{name}: its tokenizer has no chat template; set prompts.template = 'raw'")
+            numbers = [number for number, (_, teacher) in enumerate(prompts) if teacher == name]
+            try:
+                whose = f"teachers.{name}"
+                texts = [render(prompts[number][0], tokenizer, settings, self._now, whose) for number in numbers]
+            except PromptError as error:
+                self._problems.append((self._source, error))
+                continue
+            ids = tokenizer(texts, add_special_tokens=settings.template == "raw")["input_ids"] if texts else []
+            for number, of_prompt in zip(numbers, ids, strict=True):
+                read[number] = of_prompt
+        return read
 
     def describe(self) -> list[str]:
         """Say what the settings did to the prompts."""

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 from msgspec.structs import replace
 
-from cluster.config.fields import Items, NonNegative, Section
+from cluster.config.fields import CountOrZero, Items, NonNegative, Section
 from cluster.config.terms import (
     OF_GROUP,
     OF_MODELS,
@@ -52,8 +52,15 @@ class TokenWeightsConfig(Section, frozen=True):
 
     first_tokens: Items | None = None  # only so many at the start of each completion
     first_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None  # only this part of each completion
+    skip_first: CountOrZero = 0  # not so many at the start of each completion
+    special_tokens: bool = True  # false: not what the tokenizer calls special, but for tokens that end a completion
+    stop_tokens: bool = True  # false: not the tokens that end a completion
     position_importance: NonNegative = 0.0  # extra weight of early tokens (IW-OPD's gamma)
     entropy: Literal["none", "student", "teacher", "both"] = "none"  # FiRe: unsure student, sure teacher
+
+    def __post_init__(self) -> None:
+        if self.first_tokens is not None and self.skip_first >= self.first_tokens:
+            raise ValueError(f"skip_first = {self.skip_first} leaves nothing of first_tokens = {self.first_tokens}")
 
 
 class ObjectiveConfig(Section, frozen=True):

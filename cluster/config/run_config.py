@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from cluster.config.alarms import AlarmConfig
+from cluster.config.aligned import check_aligned
 from cluster.config.fields import Count, CountOrZero, Finite, Items, Positive, Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.stages import (
@@ -126,6 +127,8 @@ class LoggingConfig(Section):
 
     tensorboard: bool | None = None  # event files in the run directory; None: where the package is installed
     wandb_project: Text | None = None  # also to Weights & Biases, whose package is not among the dependencies
+    kept_rows: CountOrZero = 4  # trajectories of each step that `preceptor report` shows token by token; 0: none
+    kept_mib: Positive = 64.0  # of them in the run directory; beyond it, every second step's go
     trace_steps: CountOrZero = 10  # first and last steps of which trace.json shows every call to a worker; 0: none
 
 
@@ -170,6 +173,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_slots(self)
         _check_balance(self)
         _check_sampling(self.objective, self.rollout)
+        check_aligned(self)
         rollout = self.rollout
         completions = self.prompts.prompts_per_step * rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
@@ -222,6 +226,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 entropy=model == TEACHER and needs.teacher_entropy,
                 hidden=needs.hidden or model in needs.last_states,
                 layers=model in needs.layer_states,
+                aligned=teacher.is_aligned,
                 further=teacher.signals,
                 compared_rows=0.0 if teacher.context is None else teacher.context.compared_rows,
             )

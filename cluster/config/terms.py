@@ -180,6 +180,8 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
     truncation: Truncation = "tail"  # support "full" needs none and ignores it
     # Adds what a tail's bucket leaves out, from sampled tokens outside the support. Not written: of reverse_kl
     residual: bool | None = None
+    # A token contributes at most so many nats to a position's divergence, and beyond pulls no more (OPSD's tau)
+    entry_clip: Positive | None = None
     beta: Fraction = 0.5  # jsd: 0 is forward KL, 1 is reverse KL
     skew: Fraction = 0.1  # skewed divergences: how far the second distribution is mixed with the first
     parameter: Finite = 0.0  # of a divergence of your own
@@ -192,7 +194,7 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
     def has_residual(self) -> bool:
         """Return whether sampled tokens correct the tail."""
         wanted = self.divergence == "reverse_kl" if self.residual is None else self.residual
-        return wanted and self.truncation == "tail"
+        return wanted and self.truncation == "tail" and self.entry_clip is None
 
     def fault(self, support: Support) -> str | None:
         if not any(self.target.values()):
@@ -209,6 +211,8 @@ class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):
             )
         if self.residual and self.truncation != "tail":
             return f"residual corrects the bucket of truncation = 'tail', found truncation = '{self.truncation}'"
+        if self.residual and self.entry_clip is not None:
+            return "residual makes up for tokens outside the support in full, and entry_clip bounds each; leave one out"
         forward = {"forward_kl": 0.0, "jsd": self.beta, "skewed_forward_kl": self.skew}
         if self.residual and forward.get(self.divergence) == 0:
             return "residual weighs a token of the forward KL by target / student, which has no bound; leave it out"

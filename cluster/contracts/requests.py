@@ -58,6 +58,7 @@ class ScoreRequest:
     entropy: bool = False  # of its distribution at every completion position
     hidden: bool = False  # its last hidden states
     layers: bool = False  # hidden states of the layers that teachers.NAME.states names
+    aligned: bool = False  # only where its own tokens and the student's cover the same bytes, and which those are
     further: tuple[str, ...] = ()  # import paths of signals that contracts/signals.py does not list
     compared_rows: float = 0.0  # share of the rows with a prompt of the model's own that it scores without it too
 
@@ -76,5 +77,7 @@ class ScoreRequest:
             "entropy": self.entropy,
             "hidden": self.hidden,
             "layers": self.layers,
+            "aligned": self.aligned,
+            "shared": self.aligned and self.given_candidates,
         }
         return frozenset(name for name, is_requested in requested.items() if is_requested).union(self.further)

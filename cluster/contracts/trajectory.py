@@ -198,6 +198,16 @@ def _listed(schema: pa.Schema, key: bytes) -> list[str]:
     return [name for name in schema.metadata.get(key, b"").decode(errors="replace").split(",") if name]
 
 
+def strict_tokens(batch: pa.RecordBatch) -> NDArray[np.bool_] | None:
+    """Return which completion tokens all models scored, [completion_tokens]; None: all tokens are.
+
+    A teacher with a tokenizer of its own scores only where its tokens and the student's coincide.
+    """
+    names = [SIGNALS["aligned"].column(model) for model in models_in(batch.schema)]
+    columns = [ragged(batch, name).values != 0 for name in names if name in batch.schema.names]
+    return np.logical_and.reduce(columns) if columns else None
+
+
 def num_candidates_of(batch: pa.RecordBatch) -> int:
     """Return how many candidates each completion token has; 0 when there are none."""
     if "candidate_ids" not in batch.schema.names:

@@ -1,9 +1,10 @@
 """Checks, before any engine starts, that a model's files are whole and go together."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cluster.config.objective import TokenWeightsConfig
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError
@@ -66,6 +67,21 @@ def read_model(section: StudentConfig | TeacherConfig, is_student: bool) -> Mode
         width=getattr(text, "hidden_size", 0),
         depth=getattr(text, "num_hidden_layers", 0),
     )
+
+
+def ignored_ids(student: StudentConfig, weights: TokenWeightsConfig, stop_token_ids: Collection[int]) -> frozenset[int]:
+    """Return the tokens that have no loss: special ones, or those that end a completion, as the weights say.
+
+    `stop_token_ids` end completions besides those of the student's own files.
+    """
+    if weights.special_tokens and weights.stop_tokens:
+        return frozenset()
+    tokenizer = load_tokenizer(student.model, student.trust_remote_code)
+    config = load_model_config(student.model, student.trust_remote_code)
+    stops = ModelFacts(tokenizer, 0, 0, read_stop_ids(student.model, config)).stops.union(stop_token_ids)
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ignored = set() if weights.special_tokens else added.union(tokenizer.all_special_ids) - stops
+    return frozenset(ignored if weights.stop_tokens else ignored | stops)
 
 
 def _refuse_quantised(model: str, config: "PretrainedConfig") -> None:

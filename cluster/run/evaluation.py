@@ -70,7 +70,8 @@ class Evaluator:
 
         def scorers(route: str) -> "Route":
             # At another temperature the samples' log-probabilities are not those of the model itself.
-            return [(route, ScoreRequest(TEACHER))] if sampling.temperature == 1 else []
+            request = ScoreRequest(TEACHER, aligned=self.config.teachers[route].is_aligned)
+            return [(route, request)] if sampling.temperature == 1 else []
 
         return self._describe(flow.run(requests, sampling, scorers))
 

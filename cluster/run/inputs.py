@@ -62,8 +62,10 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     now = now or datetime.now()
     notes: list[str] = []
 
+    own_tokenizers = {name: facts.tokenizer for name, facts in teachers.items() if config.teachers[name].is_aligned}
+
     def load(source: str, splits: Sequence[str]) -> PromptSet:
-        return load_prompts(source, student.tokenizer, config, context, splits, notes.append, now)
+        return load_prompts(source, student.tokenizer, config, context, splits, notes.append, now, own_tokenizers)
 
     prompts = train = load(config.prompts.train, TRAIN_SPLITS)
     if config.prompts.held_out is not None:
@@ -81,9 +83,21 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         pairs=pairs,
         notes=(*notes, *plan.notes),
         read_at=now,
-        scorer_prompt_tokens=plan.prompt_tokens,
+        scorer_prompt_tokens={
+            **plan.prompt_tokens,
+            **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
+        },
         contexts=plan.settings,
     )
+
+
+def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int) -> int:
+    """Return the longest prompt of an aligned teacher, with room for completions of up to twice as many tokens.
+
+    What is longer still is cut, and not learned from.
+    """
+    completion = config.rollout.max_completion_tokens
+    return min(prompts.longest_of(name) + completion, capacity - completion - 1)
 
 
 def check_support(config: Config, vocabulary: int) -> None:

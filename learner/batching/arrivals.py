@@ -45,7 +45,7 @@ class BatchBuffer:
 
     objective: ObjectiveConfig  # says whether a task reward is compared within a prompt's samples
     samples_per_prompt: int  # trajectories whose ids, divided by this number, are equal belong together
-    num_completion_tokens: int = 0
+    num_loss_tokens: int = 0  # completion tokens that are learned from: the step's loss is divided by them
     _handles: list[BatchHandle] = field(default_factory=list)
     _places: list[tuple[int, int]] = field(default_factory=list)  # of each trajectory: batch, row in it
     _advantages: list[list[float]] = field(default_factory=list)  # of each batch's rows
@@ -57,7 +57,7 @@ class BatchBuffer:
         self._places += [(len(self._handles), row) for row in range(len(handle.trajectory_ids))]
         self._handles.append(handle)
         self._advantages.append([0.0] * len(handle.trajectory_ids))
-        self.num_completion_tokens += sum(handle.num_completion_tokens)
+        self.num_loss_tokens += sum(handle.num_loss_tokens or handle.num_completion_tokens)
         divides = self.objective.needs.divides_by_deviation
         if divides is None:
             return list(range(first, len(self._places)))

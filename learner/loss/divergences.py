@@ -9,7 +9,7 @@ part of the vocabulary has neither property (Zhu et al. 2026, arXiv 2605.11182, 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Divergence:
         parameter: the field of a run file's term that holds the parameter.
         kernel: its name among the Triton kernels; None: plain torch computes it everywhere.
         ends: which divergence of the table it is at which parameter, where phi would be 0 or a slower way to say so.
+        largest_entry: what a single token contributes at most; one that is cut has no gradient of its own.
 
     Example:
         >>> Divergence(lambda d, _: -d).losses(torch.zeros(1, 1), torch.ones(1, 1), 0.0)  # -1 + e - 1
@@ -47,16 +48,22 @@ class Divergence:
     parameter: str = "parameter"
     kernel: str | None = None
     ends: Mapping[float, str] = field(default_factory=dict)
+    largest_entry: float | None = None
+
+    def clipped(self, largest_entry: float | None) -> "Divergence":
+        """Return the divergence with another bound of each token's contribution; no kernel knows of one."""
+        return self if largest_entry is None else replace(self, kernel=None, largest_entry=largest_entry)
 
     def at(self, parameter: float) -> "Divergence":
         """Return the divergence that this one is at the parameter."""
-        return DIVERGENCES[self.ends[parameter]] if parameter in self.ends else self
+        return DIVERGENCES[self.ends[parameter]].clipped(self.largest_entry) if parameter in self.ends else self
 
     def losses(self, student: Tensor, target: Tensor, parameter: float) -> Tensor:
         """Return the form that is fit for part of a vocabulary, [tokens], from log-probabilities [tokens, k]."""
         value, p = self.at(parameter).phi(target - student, parameter), student.exp()
         tangent = self.tangent(parameter)
-        return (p * value + tangent * p - tangent * target.exp()).sum(-1)
+        entries = p * value + tangent * p - tangent * target.exp()
+        return (entries if self.largest_entry is None else entries.clamp(max=self.largest_entry)).sum(-1)
 
     def exact(
         self, logprobs: Tensor, probabilities: Tensor, target: Tensor, parameter: float, spare: Tensor
@@ -67,10 +74,25 @@ class Divergence:
         The spare memory, [2, n, vocabulary], is overwritten.
         """
         log_ratio = target.sub_(logprobs)
+        if self.largest_entry is not None:
+            return self._clipped_exact(log_ratio, probabilities, parameter, self.largest_entry)
         value, slope = (self.at(parameter).value_and_slope or self.by_autograd)(log_ratio, parameter, spare)
         losses = vecdot(probabilities, value)
         mean = losses if slope is value else vecdot(probabilities, slope)
         return losses, torch.sub(slope, mean[:, None], out=target).mul_(probabilities)
+
+    def _clipped_exact(self, log_ratio: Tensor, p: Tensor, parameter: float, largest: float) -> tuple[Tensor, Tensor]:
+        """Return the sum of min(p phi, largest), [n], and its gradient by the logits, [n, vocabulary].
+
+        What is cut off has no slope, so a constant in the others' slopes no longer cancels: each is phi - phi', which
+        is that of `by_autograd` less phi'(0). The latter's part is 0 to the bit where nothing is cut off.
+        """
+        value, slope = self.by_autograd(log_ratio, parameter)
+        entries = p * value
+        is_cut = entries > largest
+        slope = slope.masked_fill(is_cut, 0.0) + self.tangent(parameter) * is_cut
+        losses, gradient = entries.clamp(max=largest).sum(-1), p * (slope - vecdot(p, slope)[:, None])
+        return losses, gradient
 
     def by_autograd(self, log_ratio: Tensor, parameter: float, _spare: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return phi and its slope, less what this is at 0: there equality moves nothing, to the bit."""

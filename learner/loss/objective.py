@@ -1,6 +1,6 @@
 """Computes what a run's objective makes of logits: the sum of its terms, with the gradient by the logits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,11 +23,18 @@ class Objective:
     """Minimises what a configuration says: `plan` reads whole trajectories, `evaluate` any of their tokens.
 
     `kernels` are used where they take the logits; None: plain torch everywhere. `temperature` is that of the sampler.
-    Scheduled weights are those of step 0; pass `config.at(step)` for another.
+    Scheduled weights are those of step 0; pass `config.at(step)` for another. Sampled `ignored_ids` have weight 0.
     """
 
-    def __init__(self, config: ObjectiveConfig, kernels: RowKernels | None = None, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        kernels: RowKernels | None = None,
+        temperature: float = 1.0,
+        ignored_ids: Collection[int] = (),
+    ) -> None:
         self.needs, self.kernels, self.temperature = config.needs, kernels, temperature
+        self._ignored_ids = torch.tensor(sorted(ignored_ids), dtype=torch.int64)
         self._token_weights = config.token_weights
         terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
         self._of_states = {name: term for name, term in terms.items() if isinstance(term, RepresentationLoss)}
@@ -108,7 +115,11 @@ class Objective:
 
     def _weights(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor:
         config = self._token_weights
-        weights = is_early(tokens.position, tokens.length, config.first_tokens, config.first_fraction).float()
+        weights = is_early(
+            tokens.position, tokens.length, config.first_tokens, config.first_fraction, config.skip_first
+        ).float()
+        if len(self._ignored_ids):
+            weights = weights * ~torch.isin(tokens.target_ids, self._ignored_ids.to(weights.device))
         if config.position_importance and first_pass is not None:
             log_ratio = log_linear({TEACHER: 1.0}, tokens.logprobs) - first_pass.logprobs
             weights = weights * position_importance(log_ratio, tokens.trajectory, config.position_importance)

@@ -24,7 +24,7 @@ class DivergenceLoss(LossTerm):
 
     def __init__(self, name: str, config: DivergenceTerm, temperature: float) -> None:
         self.config = config
-        divergence = find_divergence(config.divergence)
+        divergence = find_divergence(config.divergence).clipped(config.entry_clip)
         self._divergence = divergence, float(getattr(config, divergence.parameter))
 
     @property

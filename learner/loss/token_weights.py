@@ -21,9 +21,12 @@ def is_trusted_trajectory(student: Tensor, rollout: Tensor, trajectory: Tensor, 
     return (mean >= low) & (mean <= high)
 
 
-def is_early(position: Tensor, length: Tensor, tokens: int | None, fraction: float | None) -> Tensor:
-    """Return whether the token is one of the first so many, and in the first fraction, of its completion, [n]."""
-    early = torch.ones_like(position, dtype=torch.bool)
+def is_early(position: Tensor, length: Tensor, tokens: int | None, fraction: float | None, skipped: int = 0) -> Tensor:
+    """Return whether the token is one of the first so many, and in the first fraction, of its completion, [n].
+
+    The first `skipped` are not.
+    """
+    early = position >= skipped
     if tokens is not None:
         early &= position < tokens
     if fraction is not None:

@@ -98,10 +98,14 @@ BACKENDS = {
     "vllm": "teacher_workers.backends.vllm:VllmBackend",
     "http": "teacher_workers.backends.http:HttpBackend",
 }
+ALIGNED_BACKEND = "teacher_workers.backends.aligned:AlignedBackend"  # around another, where tokenizers differ
 
 
 def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
     """Return the class of `teachers.NAME.backend`, a name in BACKENDS or an import path; else raise ConfigError."""
+    if teacher.is_aligned:
+        aligned: type[TeacherBackend] = load_object(ALIGNED_BACKEND, "a teacher backend")
+        return aligned
     name = teacher.backend
     if not is_import_path(name) and name not in BACKENDS:
         raise ConfigError(f"there is no teacher backend '{name}'; expected one of {sorted(BACKENDS)} or an import path")

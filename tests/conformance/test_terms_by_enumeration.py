@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.config.terms import DivergenceTerm
+from learner.loss.divergences import DIVERGENCES
+from learner.loss.terms import DivergenceLoss
 from tests.learner.loss.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
 
 VOCABULARY, SUPPORT_SIZE = 11, 4
@@ -156,3 +159,73 @@ def test_a_constant_advantage_pushes_down_what_is_chosen_and_else_nothing(rollou
     assert expected_gradient({"main": term}, rollout).norm() < 1e-15
     found = expected_gradient({"main": {**term, "when": "log_ratio_not_positive"}}, rollout)
     assert_same(found, slope(lambda p: 0.5 * (STUDENT.exp() * ~BETTER * p).sum(-1)))
+
+
+TAU = 0.02
+ENTRIES: dict[str, tuple[dict[str, float], Callable[[Tensor, Tensor], Tensor]]] = {  # of student and teacher
+    "reverse_kl": ({}, lambda p, q: p.exp() * (p - q)),
+    "forward_kl": ({}, lambda p, q: q.exp() * (q - p)),
+    "jsd": (
+        {"beta": 0.5},
+        lambda p, q: (q.exp() * (q - log_mean(p, q)) + p.exp() * (p - log_mean(p, q))) / 2,
+    ),
+    "jsd as forward_kl": ({"beta": 0.0}, lambda p, q: q.exp() * (q - p)),
+    "skewed_reverse_kl": ({"skew": 0.5}, lambda p, q: p.exp() * (p - log_mean(p, q))),
+    "skewed_forward_kl": ({"skew": 0.5}, lambda p, q: q.exp() * (q - log_mean(p, q))),
+}
+
+
+def log_mean(p: Tensor, q: Tensor) -> Tensor:
+    return ((p.exp() + q.exp()) / 2).log()
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_no_token_of_the_vocabulary_contributes_more_than_the_clip(name: str) -> None:
+    """OPSD's sum of min(entry, tau), as its code has it, differentiated by autograd."""
+    fields, entries = ENTRIES[name]
+    term = {"loss": "divergence", "divergence": name.split()[0], "entry_clip": TAU, **fields}
+    cut = entries(STUDENT, TEACHER) > TAU
+    assert 0 < cut.sum() < VOCABULARY
+    found = expected_gradient({"main": term}, support="full")
+    assert_same(found, slope(lambda p: entries(p, TEACHER).clamp(max=TAU).sum(-1)))
+    objective = make_objective(support="full", terms={"main": term})
+    models = {"teacher": TEACHER}
+    results = evaluate(objective, STUDENT, make_tokens(torch.tensor([0]), models), models)
+    assert results.losses.item() == pytest.approx(entries(STUDENT, TEACHER).clamp(max=TAU).sum().item())
+
+
+@pytest.mark.parametrize("truncation", ["tail", "generalized", "renormalized"])
+def test_no_candidate_and_no_tail_contributes_more_than_the_clip(truncation: str) -> None:
+    """Of the form that is at least 0: p log(p / q) - p + q, over the teacher's candidates and the bucket."""
+    listed = TEACHER[0].topk(SUPPORT_SIZE).indices
+
+    def buckets(logprobs: Tensor) -> Tensor:
+        kept = logprobs[:, listed]
+        if truncation == "renormalized":
+            return kept.log_softmax(-1)
+        rest = (1 - kept.exp().sum(-1, keepdim=True)).log()
+        return torch.cat([kept, rest], -1) if truncation == "tail" else kept
+
+    def entries(p: Tensor) -> Tensor:
+        ours, theirs = buckets(p), buckets(TEACHER)
+        return ours.exp() * (ours - theirs) - ours.exp() + theirs.exp()
+
+    cut = entries(STUDENT) > TAU
+    assert 0 < cut.sum() < cut.numel()
+    term = {"loss": "divergence", "entry_clip": TAU, "truncation": truncation}
+    assert_same(expected_gradient({"main": term}, support="topk"), slope(lambda p: entries(p).clamp(max=TAU).sum(-1)))
+
+
+@pytest.mark.parametrize("support", ["full", "topk"])
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd"])
+def test_a_clip_leaves_a_student_alone_that_equals_its_teacher(name: str, support: str) -> None:
+    term = {"loss": "divergence", "divergence": name, "entry_clip": 1e-3}
+    assert expected_gradient({"main": term}, support=support, student=TEACHER).abs().max() < 1e-15
+
+
+def test_a_clipped_divergence_has_no_kernel_and_every_other_keeps_its_own() -> None:
+    for name in ("reverse_kl", "jsd"):
+        for clip, kernel in ((None, DIVERGENCES[name].kernel), (TAU, None)):
+            term = DivergenceLoss("main", DivergenceTerm(divergence=name, beta=1.0, entry_clip=clip), 1.0)
+            divergence, parameter = term.divergence
+            assert divergence.at(parameter).kernel == (kernel and "reverse_kl")

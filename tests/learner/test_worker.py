@@ -115,3 +115,20 @@ def test_ratios_are_taken_at_the_temperature_at_which_the_student_wrote(make_con
     assert figures["importance_mean"] == pytest.approx(1, abs=1e-5)
     assert figures["sampler_learner_gap"] < 1e-5
     assert abs(figures["loss"]) > 1e-3  # of the student to a teacher that is the sharper one
+
+
+def test_tokens_that_end_a_completion_are_learned_unless_the_run_file_says_otherwise(make_config, make_worker, scored):
+    """Here every token ends one; `<1>` does by the student's own files."""
+    every = sorted(set(ragged(scored, "token_ids").values.tolist()))
+    lengths = ragged(scored, "token_ids").lengths.tolist()
+    share = RankShare((scored,), (0.0,) * len(lengths), plan_step(lengths, 1, 64)[0])
+    losses = []
+    for learned in ("true", "false"):
+        config = make_config(
+            "objective.support_size=8",
+            f"rollout.stop_token_ids={every}",
+            f"objective.token_weights.stop_tokens={learned}",
+        )
+        losses.append(report(make_worker(config).accumulate(share, completes_step=True))["loss"])
+    assert losses[0] > 0.1
+    assert losses[1] == 0

@@ -24,9 +24,12 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
     ("section", "fields"),
     [
         (ObjectiveConfig, "preset support support_size terms token_weights"),
-        (TokenWeightsConfig, "first_tokens first_fraction position_importance entropy"),
+        (
+            TokenWeightsConfig,
+            "first_tokens first_fraction skip_first special_tokens stop_tokens position_importance entropy",
+        ),
         (ImportanceConfig, "kind low high dual_clip"),
-        (DivergenceTerm, "weight when threshold target divergence truncation residual beta skew parameter"),
+        (DivergenceTerm, "weight when threshold target divergence truncation residual entry_clip beta skew parameter"),
         (TaskRewardTerm, "weight when threshold divide_by_deviation importance"),
         (CrossEntropyTerm, "weight when threshold gate"),
         (GateConfig, "kappa gamma"),
@@ -82,6 +85,7 @@ def test_a_reverse_kl_with_a_tail_is_corrected_unless_the_run_file_says_otherwis
     assert not has_residual("objective=generalized-topk")
     assert not has_residual("objective=sdpo")
     assert has_residual("objective.preset=sdpo", "objective.terms.main.residual=true")
+    assert not has_residual("objective.preset=tail-topk", "objective.terms.main.entry_clip=0.1")
 
 
 def test_a_target_replaces_the_preset_s_whole() -> None:
@@ -115,6 +119,14 @@ def test_a_target_replaces_the_preset_s_whole() -> None:
         (
             "terms.main = {loss = 'divergence', truncation = 'generalized', residual = true}",
             "residual corrects .*'tail', found truncation = 'generalized'",
+        ),
+        (
+            "terms.main = {loss = 'divergence', residual = true, entry_clip = 0.1}",
+            "entry_clip bounds each; leave one out",
+        ),
+        (
+            "token_weights = {first_tokens = 4, skip_first = 4}",
+            "skip_first = 4 leaves nothing of first_tokens = 4",
         ),
         (
             "preset = 'exact-reverse-kl'\nterms.main.when = 'outside_support'",

@@ -216,8 +216,8 @@ FAULTS = (
     Fault(
         "the learner forgets the sampling temperature",
         "learner/worker.py",
-        "self._objective = Objective(self._config.objective, self._kernels, self._config.rollout.temperature)",
-        "self._objective = Objective(self._config.objective, self._kernels)",
+        "self._objective = Objective(config.objective, self._kernels, rollout.temperature, self._ignored_ids)",
+        "self._objective = Objective(config.objective, self._kernels, 1.0, self._ignored_ids)",
         ("tests/learner/test_worker.py::test_ratios_are_taken_at_the_temperature_at_which_the_student_wrote",),
     ),
     Fault(

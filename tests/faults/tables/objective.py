@@ -46,6 +46,27 @@ FAULTS = (
         ("tests/learner/loss/test_exact.py",),
     ),
     Fault(
+        "an entry that is cut pulls on",
+        "learner/loss/divergences.py",
+        "slope = slope.masked_fill(is_cut, 0.0) +",
+        "slope = slope +",
+        ("tests/conformance/test_terms_by_enumeration.py",),
+    ),
+    Fault(
+        "a clipped divergence without the tangent of what is cut",
+        "learner/loss/divergences.py",
+        " + self.tangent(parameter) * is_cut",
+        "",
+        ("tests/conformance/test_terms_by_enumeration.py",),
+    ),
+    Fault(
+        "kernels take a clipped divergence",
+        "learner/loss/divergences.py",
+        "replace(self, kernel=None, largest_entry=largest_entry)",
+        "replace(self, largest_entry=largest_entry)",
+        ("tests/conformance/test_terms_by_enumeration.py",),
+    ),
+    Fault(
         "skewed reverse KL mixes the wrong share",
         "learner/loss/divergences.py",
         "lambda d, skew: -_log_mixture(d, 1 - skew)",

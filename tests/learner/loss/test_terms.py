@@ -4,14 +4,18 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
-from cluster.config.presets import PRESETS
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.presets import PRESETS, expand_preset
+from learner.loss.objective import Objective
 from learner.loss.tokens import CompletionTokens
 from tests.learner.loss.builders import (
     LENGTHS,
+    VOCABULARY,
     evaluate,
     gradient_of,
     make_objective,
@@ -143,6 +147,18 @@ def test_token_weights_multiply_every_term() -> None:
     expected = plain.losses[: LENGTHS[0]] * importance * torch.tensor([1, 1, 1, 0, 0, 0, 0])
     torch.testing.assert_close(results.losses[: LENGTHS[0]], expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(gradient_of(results)[1], gradient_of(plain)[1] * importance[1], atol=1e-6, rtol=0)
+
+
+def test_skipped_and_ignored_tokens_pull_nothing_and_the_others_as_before() -> None:
+    objective, logits, tokens, models = random_case("opd-grpo")
+    plain = evaluate(objective, logits, tokens, models)
+    ignored = int(tokens.target_ids[3])
+    config = msgspec.convert(expand_preset({"preset": "opd-grpo", "token_weights": {"skip_first": 2}}), ObjectiveConfig)
+    results = evaluate(Objective(config, ignored_ids={ignored, VOCABULARY}), logits, tokens, models)
+    counts = (tokens.position >= 2) & (tokens.target_ids != ignored)
+    assert counts[:7].tolist()[:4] == [False, False, True, False]
+    torch.testing.assert_close(results.losses, plain.losses * counts)
+    torch.testing.assert_close(gradient_of(results), gradient_of(plain) * counts[:, None])
 
 
 def test_entropy_weights_use_the_models_that_are_asked_for() -> None:

@@ -55,6 +55,8 @@ def test_early_tokens_are_counted_per_completion(
     tokens: int | None, fraction: float | None, expected: list[int]
 ) -> None:
     assert is_early(POSITION, LENGTH, tokens, fraction).long().tolist() == expected
+    skipped = [early * later for early, later in zip(expected, [0, 1, 1, 0, 0, 1], strict=True)]
+    assert is_early(POSITION, LENGTH, tokens, fraction, skipped=1).long().tolist() == skipped
 
 
 def test_early_tokens_weigh_more_by_the_share_of_log_ratio_still_to_come() -> None:
