@@ -25,7 +25,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -237,13 +237,12 @@ def measure(student: Model, teacher: Model, sets: Mapping[str, Questions]) -> di
     return distances | entropies
 
 
-def study(seed: int, steps: int, pretraining_steps: int) -> list[dict[str, Any]]:
-    """Return the outcome of every arm with one seed; they share model, prompts and sampling."""
+def study(seed: int, arms: Sequence[str], steps: int, pretraining_steps: int) -> Iterator[dict[str, Any]]:
+    """Yield the outcome of every arm with one seed; they share model, prompts and sampling."""
     teacher = pretrain(seed, pretraining_steps).eval()
     draw = torch.Generator().manual_seed(500 + seed)
     table = torch.randperm(BASE, generator=draw)
-    outcomes = []
-    for arm in ARMS:
+    for arm in arms:
         draw = torch.Generator().manual_seed(700 + seed)
         shared = None if arm == "instance" else table
         names = {"train": PROMPTS, "held_out": HELD_OUT, "stream": steps * ROWS}
@@ -258,8 +257,7 @@ def study(seed: int, steps: int, pretraining_steps: int) -> list[dict[str, Any]]
             f"teacher {outcome['teacher_with_context']:.3f}  {time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        outcomes.append(outcome)
-    return outcomes
+        yield outcome
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -322,10 +320,11 @@ def main() -> int:
     log = options.output.with_suffix(".jsonl")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     for seed in seeds:
-        done = {(one["seed"], one["arm"]) for one in read_outcomes(log)}
-        if not done.issuperset((seed, arm) for arm in ARMS):
-            with log.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(one) + "\n" for one in study(seed, options.steps, options.pretraining_steps))
+        done = {one["arm"] for one in read_outcomes(log) if one["seed"] == seed}
+        if missing := [arm for arm in ARMS if arm not in done]:
+            for outcome in study(seed, missing, options.steps, options.pretraining_steps):
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(outcome) + "\n")
     outcomes = [one for one in read_outcomes(log) if one["seed"] in seeds]
     rows = rows_of(outcomes)
     print_rows(rows)
@@ -336,7 +335,7 @@ def main() -> int:
 
 
 def read_outcomes(log: Path) -> list[dict[str, Any]]:
-    """Return the outcomes of finished seeds."""
+    """Return the outcomes so far."""
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 

@@ -1,7 +1,7 @@
 """Names published methods as whole: `method = "sdpo"` stands for a teacher, its context, an objective and sampling.
 
-Each entry is what a run file would say; whatever the file says itself comes first. What lies under `teacher` goes to every
-teacher that the file has, or to `[teachers.self]`, the student itself. Sources: `docs/self_distillation.md`.
+Each entry is what a run file would say; whatever the file says itself comes first. What lies under `teacher` goes to
+every teacher that the file has, or to `[teachers.self]`, the student itself. Sources: `docs/self_distillation.md`.
 """
 
 from typing import Any
@@ -36,9 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
             "refresh": {"ema": 0.05},
             "context": {
                 "template": "{% if attempt or feedback %}{{ prompt }}\n\n"
-                "{% if attempt %}A correct solution:\n{{ attempt }}"
-                "{% else %}Your last attempt failed:\n{{ feedback }}{% endif %}"
-                "\n\nCorrectly solve the original question.{% endif %}"
+                "{% if attempt %}A correct solution:\n{{ attempt }}\n\n"
+                "{% else %}Your last attempt failed:\n{{ feedback }}\n\n{% endif %}"
+                "Correctly solve the original question.{% endif %}"
             },
         },
         "objective": {"preset": "sdpo"},
@@ -60,12 +60,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "objective": {
             "support": "student_topk",
             "support_size": 100,
-            "terms": {
-                "main": {"loss": "divergence", "divergence": "jsd", "beta": 0.5, "truncation": "renormalized"}
-            },
+            "terms": {"main": {"loss": "divergence", "divergence": "jsd", "beta": 0.5, "truncation": "renormalized"}},
         },
     },
-    # On-policy context distillation, microsoft/LMOps: what was learned from experience moves from a prompt into weights.
+    # On-policy context distillation, microsoft/LMOps: what a prompt says of earlier experience moves into weights.
     "opcd": {
         "teacher": {
             "from": "student",
@@ -75,7 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "objective": {
             "support": "topk",
             "support_size": 256,
-            "terms": {"main": {"loss": "divergence", "divergence": "reverse_kl", "truncation": "renormalized"}},
+            "terms": {"main": {"loss": "divergence", "divergence": "reverse_kl", "residual": False}},
         },
         "rollout": {"temperature": 0.6},
         "prompts": {"prompts_per_step": 128},

@@ -17,8 +17,8 @@ import msgspec
 
 from cluster.config.alarms import AlarmConfig, with_default_alarms
 from cluster.config.fields import Section
-from cluster.config.objective import ObjectiveConfig
 from cluster.config.methods import expand_method
+from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig

@@ -32,7 +32,9 @@ class ContextTemplate:
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         try:
             parsed = environment.parse(text)
-            self.names = meta.find_undeclared_variables(parsed) - environment.globals.keys()
+            # What is set in a branch counts as undeclared there.
+            own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}
+            self.names = meta.find_undeclared_variables(parsed) - own - environment.globals.keys()
             self._optional = {
                 test.node.name
                 for test in parsed.find_all(nodes.Test)
