@@ -208,6 +208,7 @@ def train(arm: str, teacher: Model, sets: Mapping[str, Questions], seed: int, st
         result = objective.evaluate(
             logits.detach().clone(), tokens, plan, {"teacher": flat.clone()}, with_gradient=True
         )
+        assert result.logits_gradient is not None
         optimizer.zero_grad()
         logits.backward(result.logits_gradient / len(tokens))
         optimizer.step()
