@@ -139,6 +139,14 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    """Put runs side by side: settings that differ, and what came of them."""
+    from cluster.monitoring.compare import print_comparison
+
+    print_comparison(options.runs, options.json)
+    return 0
+
+
 def verify(options: argparse.Namespace) -> int:
     """Prove from a run's ledger that every trajectory was learned from exactly once."""
     from cluster.run.ledger import verify_run
@@ -261,6 +269,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "teacher": teacher,
     "status": status,
     "report": report,
+    "compare": compare,
     "verify": verify,
     "export": export,
     "plan": plan,
@@ -289,7 +298,8 @@ def make_parser() -> argparse.ArgumentParser:
         add[name]("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS")
     for name in ("follow", "stop"):
         add[name]("job_id", metavar="JOB_ID")
-    for name in ("status", "plan"):
+    add["compare"]("runs", type=Path, nargs="+", metavar="RUN_DIRECTORY")
+    for name in ("status", "compare", "plan"):
         add[name]("--json", action="store_true", help="print one JSON object")
     add["status"]("--watch", action="store_true", help="show it until the run ends, or until Ctrl-C")
     _add_init(add["init"])
