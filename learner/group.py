@@ -20,7 +20,7 @@ from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle, BatchSource, PoolState, Span, Stage
 from cluster.contracts.errors import ActorDiedError, LearnerDiedError
-from cluster.contracts.metrics import Max, Metric, Sum, merge
+from cluster.contracts.metrics import Max, Metric, Sum, merge, report
 from cluster.contracts.trajectory import Floats
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.arrivals import BatchBuffer
@@ -189,10 +189,30 @@ class LearnerGroup:
             collect([reference for reference in pending if reference in ready])
             send(self._due_rounds(planner, len(pending)))
         planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
-        send(planner.all_rounds() or [((),) * config.learner.num_workers], completes_step=True)
+        rounds = planner.all_rounds() or [((),) * config.learner.num_workers]
+        answers += self._read_step(rounds, arrivals, objective, waiting_for)
+        send(rounds, completes_step=True)
         collect(list(pending))
         self._spans += spans
         return arrivals.num_completion_tokens, answers
+
+    def _read_step(
+        self, rounds: Sequence[Round], arrivals: BatchBuffer, objective: ObjectiveConfig | None, waiting_for: str
+    ) -> list[dict[str, Metric]]:
+        """Let the ranks read the whole step, of which nothing was sent yet, if they need means over it to learn."""
+        if not arrivals.objective.needs.step_means:
+            return []
+        parts: list[dict[str, Metric]] = []
+        for first in range(0, len(rounds), ROUNDS_PER_CALL):
+            shares = map(arrivals.share, zip(*rounds[first : first + ROUNDS_PER_CALL], strict=True))
+            calls = [
+                actor.advantage_sums.remote(share, objective) for actor, share in zip(self._actors, shares, strict=True)
+            ]
+            parts += self._cluster.get(calls, self._config.ray.call_timeout_seconds, waiting_for, self._names)
+        sums = merge(parts)
+        busy_seconds = sums.pop("busy_seconds")
+        arrivals.step_means = report(sums)
+        return [{"busy_seconds": busy_seconds}]
 
     def _due_rounds(self, planner: RoundPlanner, num_pending: int) -> Sequence[Round]:
         """Return the rounds to send while batches still arrive.

@@ -1,7 +1,7 @@
 """Runs one rank of the learner: scored trajectories in, new weights out."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,14 +15,14 @@ from ray.actor import ActorHandle
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.import_path import load_object
-from cluster.contracts.metrics import Max, Metric, Sum
+from cluster.contracts.metrics import Max, Metric, Sum, merge
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.model_checks import ignored_ids
 from cluster.weight_sync.manifest import WeightSyncReport
 from cluster.weight_sync.transports import TRANSPORTS, choose
 from learner.batching.arrivals import RankShare
-from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.batching.plan import plan_step
 from learner.checkpointing.export import export
 from learner.checkpointing.manifest import WrittenShard, shard_name
@@ -94,14 +94,34 @@ class LearnerActor:
         self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None = None
     ) -> dict[str, Metric]:
         """Add the gradients of this rank's share of a round; `objective`, of the same support, replaces the run's."""
-        batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
-        rows = trajectories(batches, share.task_advantages)
-        # One micro-batch at a time: hidden states are large.
-        micro_batches = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
         minimised = self._objective
-        if objective is not None:
-            minimised = Objective(objective, self._kernels, self._config.rollout.temperature, self._ignored_ids)
-        return accumulate(self._engine, micro_batches, minimised, self._teacher_heads, completes_step)
+        if objective is not None or share.step_means:
+            minimised = Objective(
+                objective or self._config.objective,
+                self._kernels,
+                self._config.rollout.temperature,
+                self._ignored_ids,
+                share.step_means,
+            )
+        return accumulate(self._engine, self._micro_batches(share), minimised, self._teacher_heads, completes_step)
+
+    def advantage_sums(self, share: RankShare, objective: ObjectiveConfig | None = None) -> dict[str, Metric]:
+        """Return what the current student makes of this rank's share of the mean advantages over a step."""
+        temperature, started = self._config.rollout.temperature, perf_counter()
+        read = Objective(objective or self._config.objective, self._kernels, temperature, self._ignored_ids)
+        sums: list[dict[str, Metric]] = []
+        for batch in self._micro_batches(share):
+            with torch.no_grad():
+                result = self._engine.forward(batch)
+            if len(batch.tokens):
+                sums.append({**read.advantage_sums(batch.tokens.to(result.logprobs.device), result)})
+        return merge(sums) | {"busy_seconds": Sum(perf_counter() - started)}
+
+    def _micro_batches(self, share: RankShare) -> Iterator[MicroBatch]:
+        """Yield the share's micro-batches one at a time: hidden states are large."""
+        batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
+        rows = trajectories(batches, share.task_advantages, share.weights)
+        return (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""

@@ -137,6 +137,7 @@ class Bench:
             uniform=torch.rand(n, generator=self.random, device=self.device),
             task_advantage=torch.zeros(n, device=self.device),
             reward=torch.zeros(n, device=self.device),
+            weight=torch.ones(n, device=self.device),
         )
         places = torch.arange(n, device=self.device)
         wide = {"hidden": self.normal(n, case.teacher_widths * self.sizes.width)} if case.teacher_widths else {}
