@@ -102,7 +102,9 @@ def check_run(config: Config) -> bool:
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
-        view.say("  ok    tokenizers: teachers read the student's token ids as the same tokens")
+        others = [name for name, teacher in config.teachers.items() if teacher.is_aligned]
+        read = f"{', '.join(others)} by their bytes, all other" if others else "teachers"
+        view.say(f"  ok    tokenizers: {read} read the student's token ids as the same tokens")
         view.say(f"  ok    context: every engine has room for {inputs.max_model_len} tokens")
         results = run_live_checks(config, inputs, placement)
         for result in results:

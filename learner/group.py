@@ -154,7 +154,7 @@ class LearnerGroup:
     def _accumulate(
         self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str
     ) -> tuple[int, list[dict[str, Metric]]]:
-        """Add up the gradients of batches as they come; return their completion tokens and the ranks' metrics."""
+        """Add up the gradients of batches as they come; return the tokens learned from and the ranks' metrics."""
         config = self._config
         arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt)
         planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
@@ -194,7 +194,7 @@ class LearnerGroup:
         send(rounds, completes_step=True)
         collect(list(pending))
         self._spans += spans
-        return arrivals.num_completion_tokens, answers
+        return max(1, arrivals.num_loss_tokens), answers
 
     def _read_step(
         self, rounds: Sequence[Round], arrivals: BatchBuffer, objective: ObjectiveConfig | None, waiting_for: str

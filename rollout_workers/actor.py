@@ -17,6 +17,7 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.pool import RolloutActorSettings
@@ -62,6 +63,9 @@ class RolloutActor:
             settings.rows_per_batch,
             environment_named(settings.environment.kind),
             settings.environment.max_observation_tokens,
+            lambda prompts: (
+                None if settings.contexts is None else ContextBuilder(settings.contexts, tokenizer, prompts)
+            ),
         )
         self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
 

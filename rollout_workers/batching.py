@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Generic, TypeVar
 
-from cluster.contracts.trajectory import GeneratedTrajectory
+from rollout_workers.contexts.groups import Attempt, GroupBarrier, Released
 
 # Of the time since the rollout began, the share that a finished trajectory waits for its batch to fill. A rollout's
 # last completions come one by one, and teacher and learner could read them meanwhile; yet each batch costs every stage
@@ -16,7 +16,7 @@ MIN_PATIENCE_SECONDS = 0.01
 BEHIND_SECONDS = 0.05  # an idle driver requests a rollout's next batch within a few milliseconds
 MAX_GROWTH = 4
 
-Task = asyncio.Task[GeneratedTrajectory]
+Task = asyncio.Task[Attempt]
 Row = TypeVar("Row")
 
 
@@ -92,19 +92,20 @@ class Filling(Generic[Row]):
         return list(self._pending.values())
 
 
-async def in_batches(tasks: Sequence[Task], size: BatchSize) -> AsyncIterator[tuple[list[GeneratedTrajectory], bool]]:
-    """Yield what the tasks, at least one, return, in the order in which they finish, and whether nothing follows.
+async def in_batches(
+    tasks: Sequence[Task], size: BatchSize, barrier: GroupBarrier
+) -> AsyncIterator[tuple[list[Released], bool]]:
+    """Yield what the tasks, at least one, return, in the order in which the barrier releases it.
 
-    All rows of a batch are for the same teacher. Each request for a batch tells `size` how fast they are taken.
+    All rows of a batch are for the same teacher; with each batch comes whether nothing follows. Each request for a
+    batch tells `size` how fast they are taken.
     """
     finished: asyncio.Queue[Task] = asyncio.Queue()
     for task in tasks:
         task.add_done_callback(finished.put_nowait)
-    filling = Filling[GeneratedTrajectory](len(tasks), size.rows, started=perf_counter())
+    filling = Filling[Released](len(tasks), size.rows, started=perf_counter())
     while filling.missing:
-        done = await _next(finished, filling.due_at)
-        rows = filling.overdue() if done is None else filling.add(done.result().teacher, done.result(), perf_counter())
-        if rows:
+        for rows in await _next_batches(finished, filling, barrier):
             yielded = perf_counter()
             yield rows, False
             size.adapt(perf_counter() - yielded, finished.qsize())
@@ -113,6 +114,21 @@ async def in_batches(tasks: Sequence[Task], size: BatchSize) -> AsyncIterator[tu
     for rows in others:
         yield rows, False
     yield last, True
+
+
+async def _next_batches(
+    finished: asyncio.Queue[Task], filling: Filling[Released], barrier: GroupBarrier
+) -> list[list[Released]]:
+    """Wait for a task or for a time that is due, and return the batches that leave then, if any."""
+    due = [time for time in (filling.due_at, barrier.due_at) if time is not None]
+    done = await _next(finished, min(due, default=None))
+    now = perf_counter()
+    released = barrier.overdue(now) if done is None else barrier.add(done.result(), now)
+    full = [filling.add(attempt.trajectory.teacher, (attempt, group), now) for attempt, group in released]
+    batches = [rows for rows in full if rows]
+    if done is None and filling.missing and filling.due_at is not None and filling.due_at <= now:
+        batches.append(filling.overdue())
+    return batches
 
 
 async def _next(finished: asyncio.Queue[Task], until: float | None) -> Task | None:

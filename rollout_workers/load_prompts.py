@@ -1,26 +1,25 @@
 """Renders and tokenises the prompts of a run, and says all that is wrong with them in one sentence."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from jinja2 import TemplateError
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import PromptError
-from rollout_workers.prompt_rows import PromptRow, RowReader
+from rollout_workers.prompt_row import PromptRow
+from rollout_workers.prompt_rows import RowReader
 from rollout_workers.prompt_sources import TRAIN_SPLITS, Row, read_rows, value_at
 from rollout_workers.prompts import PromptSet
+from rollout_workers.rendering import has_own_system, render
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NAMED_PROBLEMS = 3  # that the sentence shows
-# A chat template is a program of the model's author, and what it does to messages can fail in as many ways.
-_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 Say = Callable[[str], None]
 
 
@@ -32,6 +31,7 @@ def load_prompts(
     splits: Sequence[str] = TRAIN_SPLITS,
     say: Say = lambda line: None,
     now: datetime | None = None,
+    teacher_tokenizers: Mapping[str, "PreTrainedTokenizerBase"] | None = None,
 ) -> PromptSet:
     """Read prompts and tokenise them, in the order of the source.
 
@@ -41,6 +41,7 @@ def load_prompts(
         splits: of a data set that has several, in order of preference.
         say: receives one line on what the settings did to the prompts.
         now: what templates take for the time; a resumed run's is when it began, so that its prompts are the same.
+        teacher_tokenizers: of teachers that read their prompts in tokens of their own, by name.
 
     Raises:
         PromptError: the source is missing or empty, or rows are malformed or do not fit; counts them and names some.
@@ -48,7 +49,7 @@ def load_prompts(
     settings = config.prompts
     if settings.template == "chat" and tokenizer.chat_template is None:
         raise PromptError(f"{source}: the student's tokenizer has no chat template; set prompts.template = 'raw'")
-    loading = _Loading(str(source), tokenizer, config, now or datetime.now())
+    loading = _Loading(str(source), tokenizer, config, now or datetime.now(), teacher_tokenizers or {})
     for where, row in read_rows(str(source), splits):
         loading.add(where, row)
     prompts = loading.tokenise(context_tokens)
@@ -60,10 +61,18 @@ def load_prompts(
 class _Loading:
     """Collects the prompts of one source, and what is wrong with its rows."""
 
-    def __init__(self, source: str, tokenizer: "PreTrainedTokenizerBase", config: Config, now: datetime) -> None:
+    def __init__(
+        self,
+        source: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        config: Config,
+        now: datetime,
+        teacher_tokenizers: Mapping[str, "PreTrainedTokenizerBase"],
+    ) -> None:
         self._source, self._tokenizer, self._config = source, tokenizer, config
+        self._teacher_tokenizers = teacher_tokenizers
         self._reader = RowReader(config)
-        self._template_kwargs = {"strftime_now": now.strftime, **config.prompts.chat_template_kwargs}
+        self._now = now
         self._absent_columns = list(config.prompts.columns.values())  # of those that are named, in no row so far
         self._num_rows = 0
         self._columns: dict[str, None] = {}  # names of all columns, in order
@@ -101,6 +110,7 @@ class _Loading:
                     self._num_too_long += 1
             except PromptError as error:
                 self._problems.append((where, error))
+        of_teachers = self._tokenise_for_teachers([(prompt, teacher) for _, prompt, teacher in kept])
         self._refuse()
         return PromptSet.of_columns(
             {
@@ -110,8 +120,29 @@ class _Loading:
                 "domain": [prompt.domain or "" for _, prompt, _ in kept],
                 "teacher": [teacher for _, _, teacher in kept],
                 "columns": [_as_json(prompt.columns) for _, prompt, _ in kept],
+                "teacher_token_ids": of_teachers,
+                "source": [_source(config, prompt) for _, prompt, _ in kept],
             }
         )
+
+    def _tokenise_for_teachers(self, prompts: Sequence[tuple[PromptRow, str]]) -> list[Sequence[int] | None]:
+        """Return each prompt as its teacher reads it; None where the teacher reads the student's tokens."""
+        read: list[Sequence[int] | None] = [None] * len(prompts)
+        settings = self._config.prompts
+        for name, tokenizer in self._teacher_tokenizers.items():
+            if settings.template == "chat" and tokenizer.chat_template is None:
+                raise PromptError(f"teachers.{name}: its tokenizer has no chat template; set prompts.template = 'raw'")
+            numbers = [number for number, (_, teacher) in enumerate(prompts) if teacher == name]
+            try:
+                whose = f"teachers.{name}"
+                texts = [render(prompts[number][0], tokenizer, settings, self._now, whose) for number in numbers]
+            except PromptError as error:
+                self._problems.append((self._source, error))
+                continue
+            ids = tokenizer(texts, add_special_tokens=settings.template == "raw")["input_ids"] if texts else []
+            for number, of_prompt in zip(numbers, ids, strict=True):
+                read[number] = of_prompt
+        return read
 
     def describe(self) -> list[str]:
         """Say what the settings did to the prompts."""
@@ -126,7 +157,7 @@ class _Loading:
         if num_answers:
             done = "is left out" if settings.last_answer == "drop" else "the student continues"
             lines.append(f"{num_answers:,} end with the assistant's message, which {done}")
-        if not self._config.environment.reads_columns and (further := self._reader.further(self._columns)):
+        if not self._config.reads_columns and (further := self._reader.further(self._columns)):
             lines.append(f"nothing reads the columns {', '.join(further)}")
         words = re.findall(r"\w+", str(self._tokenizer.chat_template))
         unread = [name for name in settings.chat_template_kwargs if name not in words]
@@ -135,34 +166,11 @@ class _Loading:
         return lines
 
     def _render(self, prompt: PromptRow) -> str:
-        """Return the text that the student reads; a chat template writes its own special tokens."""
+        """Return the text that the student reads."""
         settings = self._config.prompts
-        if settings.template == "raw":
-            if not isinstance(prompt.prompt, str):
-                raise PromptError("`prompt` is a conversation, but prompts.template = 'raw' takes a text")
-            if prompt.tools or prompt.chat_template_kwargs:
-                raise PromptError("the row has tools or chat_template_kwargs, but prompts.template = 'raw' reads none")
-            return prompt.prompt
-        messages = [{"role": "user", "content": prompt.prompt}] if isinstance(prompt.prompt, str) else prompt.prompt
-        if settings.system_prompt is not None:
-            if any(message["role"] in ("system", "developer") for message in messages):
-                self._num_own_system += 1
-            else:
-                messages = [{"role": "system", "content": settings.system_prompt}, *messages]
-        continues = prompt.ends_in_answer and settings.last_answer == "prefill"
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=prompt.tools or None,
-                    add_generation_prompt=not continues,
-                    continue_final_message=continues,
-                    tokenize=False,
-                    **{**self._template_kwargs, **(prompt.chat_template_kwargs or {})},
-                )
-            )
-        except _TEMPLATE_ERRORS as error:
-            raise PromptError(f"the chat template of the student refuses the prompt: {error}") from error
+        if settings.system_prompt is not None and has_own_system(prompt):
+            self._num_own_system += 1
+        return render(prompt, self._tokenizer, settings, self._now, "the student")
 
     def _refuse(self) -> None:
         if self._num_too_long == self._num_rows:
@@ -203,6 +211,10 @@ def _route(teacher: str | None, names: Sequence[str]) -> str:
     if teacher is None or teacher not in names:
         raise PromptError(f"teacher is {teacher!r}; expected one of {names}")
     return teacher
+
+
+def _source(config: Config, prompt: PromptRow) -> str | None:
+    return msgspec.json.encode(prompt).decode() if config.has_contexts else None
 
 
 def _as_json(columns: dict[str, Any]) -> str | None:

@@ -23,6 +23,8 @@ from rollout_workers.scheduling import ExpectedLengths, spread
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
+    from rollout_workers.contexts.builder import ContextSettings
+
 ROLLOUT_ACTOR = "rollout_workers.actor:RolloutActor"
 
 _log = logging.getLogger("preceptor")
@@ -39,6 +41,7 @@ class RolloutActorSettings:
     weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
+    contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
 
 
 @dataclass(frozen=True)

@@ -9,28 +9,8 @@ import msgspec
 from cluster.config.run_config import Config, PromptsConfig
 from cluster.contracts.errors import PromptError
 from rollout_workers.environments.verifiers import VERIFIERS, check_answer
+from rollout_workers.prompt_row import Messages, PromptRow
 from rollout_workers.prompt_sources import Row, guess_columns, value_at
-
-Messages = list[dict[str, Any]]
-
-
-class PromptRow(msgspec.Struct, frozen=True):
-    """Holds one prompt before it is tokenised."""
-
-    prompt: str | Messages
-    answer: str | None = None
-    domain: str | None = None
-    teacher: str | None = None
-    tools: Messages | None = None  # JSON schemas
-    chat_template_kwargs: dict[str, Any] | None = None
-    columns: dict[str, Any] = {}  # further ones, for rewards and environments
-    ends_in_answer: bool = False  # the conversation's last message is the assistant's
-
-    @property
-    def text(self) -> str:
-        """Return the prompt as its file gives it; of a conversation, the last message."""
-        return self.prompt if isinstance(self.prompt, str) else str(self.prompt[-1].get("content") or "")
-
 
 _FIELDS = ("prompt", "answer", "domain", "teacher", "tools", "chat_template_kwargs")
 # Where a field is looked for without prompts.columns: under its own name, and as TRL, OpenAI and verl call it.
@@ -46,7 +26,7 @@ class RowReader:
     """Makes prompts of rows as the run file says."""
 
     def __init__(self, config: Config) -> None:
-        self._settings, self._reads_columns = config.prompts, config.environment.reads_columns
+        self._settings, self._reads_columns = config.prompts, config.reads_columns
         self._verifiers = [kind for kind in config.environment.weights if kind in VERIFIERS]
         named = config.prompts.columns
         self._paths = {name: (named[name],) if name in named else usual for name, usual in _USUAL_COLUMNS.items()}

@@ -10,9 +10,11 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
+from cluster.contracts.errors import PromptError
 from cluster.contracts.trajectory import ragged
 from cluster.weight_sync.manifest import checksum
 from rollout_workers.environments.base import Prompt
+from rollout_workers.prompt_row import PromptRow
 
 _SCHEMA = pa.schema(
     [
@@ -22,6 +24,9 @@ _SCHEMA = pa.schema(
         pa.field("domain", pa.string(), nullable=False),
         pa.field("teacher", pa.string(), nullable=False),
         pa.field("columns", pa.string(), nullable=True),  # further columns as a JSON object
+        # As the prompt's teacher reads it, where that has a tokenizer of its own.
+        pa.field("teacher_token_ids", pa.list_(pa.int32()), nullable=True),
+        pa.field("source", pa.string(), nullable=True),  # the whole row as a JSON object, where contexts are made of it
     ]
 )
 
@@ -67,7 +72,21 @@ class PromptSet:
         names = ("text", "teacher", "domain", "answer", "columns")
         text, teacher, domain, answer, columns = (self._table[name][prompt_id].as_py() for name in names)
         further = {} if columns is None else msgspec.json.decode(columns)
-        return Prompt(self._token_ids[prompt_id], text, teacher, domain, answer, further)
+        own = self._table["teacher_token_ids"][prompt_id].as_py()
+        of_teacher = None if own is None else np.array(own, np.int32)
+        return Prompt(self._token_ids[prompt_id], text, teacher, domain, answer, further, of_teacher)
+
+    def longest_of(self, teacher: str) -> int:
+        """Return the tokens of the longest prompt that a teacher with its own tokenizer reads."""
+        own = zip(self._table["teacher"].to_pylist(), self._table["teacher_token_ids"], strict=True)
+        return max((len(ids) for name, ids in own if name == teacher and ids.is_valid), default=0)
+
+    def source(self, prompt_id: int) -> PromptRow:
+        """Return the row of the file; raise PromptError if the prompts were read without, for no context needs it."""
+        encoded = self._table["source"][prompt_id].as_py()
+        if encoded is None:
+            raise PromptError(f"prompt {prompt_id} was read without the row that a teacher's context is made of")
+        return msgspec.json.decode(encoded, type=PromptRow)
 
     def to_wire(self) -> pa.Buffer:
         sink = pa.BufferOutputStream()
@@ -84,14 +103,16 @@ class PromptSet:
     @classmethod
     def of_columns(cls, columns: Mapping[str, Sequence[Any]]) -> "PromptSet":
         """Return prompts from their columns by name; each has one value per prompt."""
-        return cls(pa.RecordBatch.from_pydict(dict(columns), schema=_SCHEMA))
+        absent = [None] * len(columns["token_ids"])
+        optional = {"source": absent, "teacher_token_ids": absent}
+        return cls(pa.RecordBatch.from_pydict({**optional, **columns}, schema=_SCHEMA))
 
     @classmethod
     def of_token_ids(cls, token_ids: "Sequence[Sequence[int]]", teacher: str) -> "PromptSet":
         """Return prompts of given tokens, without texts or answers, all of one teacher."""
         nothing, absent = [""] * len(token_ids), [None] * len(token_ids)
         teachers = [teacher] * len(token_ids)
-        values = (token_ids, nothing, absent, nothing, teachers, absent)
+        values = (token_ids, nothing, absent, nothing, teachers, absent, absent, absent)
         return cls.of_columns(dict(zip(_SCHEMA.names, values, strict=True)))
 
     @classmethod

@@ -41,6 +41,8 @@ class ExpectedLengths:
 
     def observe(self, handle: BatchHandle) -> None:
         for prompt_id, num_tokens in zip(handle.prompt_ids, handle.num_completion_tokens, strict=True):
+            if not num_tokens:  # of a masked row, which says nothing of its length
+                continue
             self._by_prompt[prompt_id].add(num_tokens, PROMPT_MEMORY)
             self._by_domain[self.domain_of(prompt_id)].add(num_tokens, DOMAIN_MEMORY)
             self._overall.add(num_tokens, DOMAIN_MEMORY)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.config.terms import TEACHER
 from cluster.contracts.metrics import Max, Mean, Metric, Sum
 from cluster.contracts.requests import Completion, RolloutRequest
 from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints
@@ -44,6 +45,7 @@ def build_trajectory(
         rollout_logprobs=np.concatenate([part.logprobs for part in completions]),
         finish_reason=finish_reason,
         reward=reward,
+        scorer_prompts={} if prompt.teacher_token_ids is None else {TEACHER: prompt.teacher_token_ids},
         candidate_ids=_joined([part.candidate_ids for part in completions]),
         candidate_rollout_logprobs=_joined([part.candidate_logprobs for part in completions]),
     )

@@ -1,7 +1,7 @@
 """Turns requests into Arrow batches of trajectories, as they finish."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
@@ -10,15 +10,18 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.contracts.errors import PreceptorError, RolloutError, WeightSyncError
-from cluster.contracts.metrics import Metrics
+from cluster.contracts.metrics import Metrics, merge
 from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints, make_generated
 from rollout_workers.batching import BatchSize, in_batches
-from rollout_workers.environments.base import NewEnvironment, Outcome, Services, SingleTurn, TokenIds
+from rollout_workers.contexts.builder import ContextBuilder
+from rollout_workers.contexts.groups import Attempt, GroupBarrier, Released
+from rollout_workers.environments.base import NewEnvironment, Observation, Outcome, Services, SingleTurn, TokenIds
 from rollout_workers.prompts import PromptSet, turn_seed
 from rollout_workers.trajectory_builder import build_trajectory, rollout_metrics, token_ids_of
 
+NewContexts = Callable[[PromptSet], ContextBuilder | None]  # None: all models read the student's prompt
 RolloutBatch = tuple[pa.RecordBatch, Metrics, bool]  # finished trajectories, and whether none follow
 
 
@@ -32,19 +35,25 @@ class RolloutWorker:
         rows_per_batch: int,
         environment: NewEnvironment = SingleTurn,
         max_observation_tokens: int = 0,
+        contexts: NewContexts = lambda prompts: None,
     ) -> None:
-        """Take the engine, what makes each trajectory's environment, and how many tokens that may add to one prompt."""
+        """Take the engine, what makes each trajectory's environment, and how many tokens that may add to one prompt.
+
+        `contexts` makes what builds the prompts of teachers that read another than the student's.
+        """
         self.engine = engine  # also for the weight sync
         self._services = services
         self._batch_size = BatchSize(rows_per_batch)
         self._environment = environment
         self._max_observation_tokens = max_observation_tokens
         self._prompts: PromptSet | None = None
+        self._new_contexts = contexts
+        self._contexts: ContextBuilder | None = None
         self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
         self._num_requests = 0
 
     def set_prompts(self, prompts: PromptSet) -> None:
-        self._prompts = prompts
+        self._prompts, self._contexts = prompts, self._new_contexts(prompts)
 
     async def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int = 0
@@ -60,10 +69,14 @@ class RolloutWorker:
         last = perf_counter()
         tasks = [asyncio.create_task(self._rollout(request, sampling, priority)) for request in requests]
         try:
-            async for rows, is_last in in_batches(tasks, self._batch_size):
+            async for released, is_last in in_batches(tasks, self._batch_size, self._barrier(requests, sampling)):
                 now = perf_counter()
-                metrics = rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
-                yield make_generated(rows), metrics | self._services.verifier.metrics(), is_last
+                rows = [attempt.trajectory for attempt, _ in released]
+                metrics: Metrics = rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
+                if self._contexts is not None:
+                    rows, of_contexts = self._with_contexts(self._contexts, released, sampling)
+                    metrics = {**metrics, **of_contexts}
+                yield make_generated(rows), {**metrics, **self._services.verifier.metrics()}, is_last
                 last = now
         finally:
             for unfinished in tasks:
@@ -87,7 +100,19 @@ class RolloutWorker:
         self._services.verifier.close()
         await self.engine.shutdown()
 
-    async def _rollout(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> GeneratedTrajectory:
+    def _barrier(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> GroupBarrier:
+        contexts = self._contexts if sampling.contexts == "all" else None
+        if contexts is None:
+            return GroupBarrier(requests, wait_seconds=0, waits=lambda route: False)
+        return GroupBarrier(requests, contexts.wait_seconds, contexts.waits)
+
+    def _with_contexts(
+        self, contexts: ContextBuilder, released: Sequence[Released], sampling: SamplingSettings
+    ) -> tuple[list[GeneratedTrajectory], Metrics]:
+        built = [contexts.add(attempt, group, sampling.contexts) for attempt, group in released]
+        return [row for row, _ in built], merge([metrics for _, metrics in built])
+
+    async def _rollout(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
         """Sample and step until the environment has an outcome, or a limit ends the trajectory.
 
         The finish reason is the last completion's. At a limit it is "length": all tokens that the trajectory may sample
@@ -119,15 +144,31 @@ class RolloutWorker:
             with _failures_of_environment(request):
                 answer = await environment.step(completion)
                 if isinstance(answer, Outcome):
-                    return build_trajectory(request, prompt, segments, completion.finish_reason, answer.reward)
+                    return self._attempt(request, segments, completion.finish_reason, answer)
                 observed = _as_ids(answer.token_ids)
             capacity -= len(observed)
             if capacity < 0 and not self._max_observation_tokens:
                 raise self._too_long(request, len(observed))
             if completion.finish_reason == "abort" or tokens_left <= 0 or capacity < 0:
                 reason: FinishReason = "abort" if completion.finish_reason == "abort" else "length"
-                return build_trajectory(request, prompt, segments, reason, answer.reward)
+                return self._attempt(request, segments, reason, answer)
             segments.append(observed)
+
+    def _attempt(
+        self,
+        request: RolloutRequest,
+        segments: Sequence[Ints | Completion],
+        finish_reason: FinishReason,
+        answer: Observation | Outcome,
+    ) -> Attempt:
+        assert self._prompts is not None
+        prompt = self._prompts.prompt(request.prompt_id)
+        row = build_trajectory(request, prompt, segments, finish_reason, answer.reward)
+        if self._contexts is None:
+            return Attempt(row)
+        *_, last = (segment for segment in segments if isinstance(segment, Completion))
+        feedback = answer.feedback if isinstance(answer, Outcome) else ""
+        return Attempt(row, self._services.text_of(last), feedback)
 
     def _too_long(self, request: RolloutRequest, num_tokens: int) -> RolloutError:
         return RolloutError(

@@ -17,10 +17,12 @@ from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
 from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
+from cluster.contracts.signals import SIGNALS
 from cluster.contracts.trajectory import add_scores, ragged
 from cluster.contracts.wire import from_wire
 from cluster.vllm.engine import prepare_environment
 from teacher_workers.backends.base import TeacherBackend, find_backend
+from teacher_workers.context_effect import context_effect
 
 
 class TeacherWorker:
@@ -44,6 +46,8 @@ class TeacherWorker:
                 raise ScoreError(f"the backend sent {sorted(scores)}; the request was for {sorted(request.signals)}")
             # In a thread, for it reads every value, and the event loop must go on feeding the engine.
             scored = await asyncio.to_thread(add_scores, batch, request.model, scores)
+            if request.compared_rows:
+                metrics = {**metrics, **await context_effect(self.backend, batch, request)}
         except ScoreError as error:
             raise type(error)(f"{self._name}: {error}") from error
         return scored, _metrics(scored, request.model, metrics, perf_counter() - started)
@@ -90,7 +94,11 @@ def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model:
 
 
 def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: float) -> dict[str, Metric]:
-    logprobs = ragged(scored, f"{model}_logprobs").values
+    logprobs, rollout_logprobs = (ragged(scored, name).values for name in (f"{model}_logprobs", "rollout_logprobs"))
+    aligned = SIGNALS["aligned"].column(model)
+    if aligned in scored.schema.names:
+        strict = ragged(scored, aligned).values != 0
+        logprobs, rollout_logprobs = logprobs[strict], rollout_logprobs[strict]
     num_tokens, num_scored = float(as_read_by(scored, model)[0].offsets[-1]), float(len(logprobs))
     metrics: dict[str, Metric] = {
         f"{model}/tokens": Sum(num_tokens),
@@ -101,6 +109,6 @@ def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: f
     }
     if model == TEACHER:
         # One-sample estimate of KL(sampler || teacher); of the student itself when it sampled at temperature 1.
-        gap = ragged(scored, "rollout_logprobs").values - logprobs
+        gap = rollout_logprobs - logprobs
         metrics["teacher/sampled_kl"] = Mean(float(gap.sum(dtype=np.float64)), num_scored)
     return metrics

@@ -8,12 +8,13 @@ that a worker makes and yields from a streaming generator does not: Ray loses it
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.pieces import Pieces
-from cluster.contracts.trajectory import ragged
+from cluster.contracts.trajectory import ragged, strict_tokens
 from cluster.contracts.wire import wire_pieces
 
 # Ray sends return values below 100 kB inside its reply to the caller: small batches would pass through the driver.
@@ -32,6 +33,7 @@ def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[Pieces, BatchHandle]:
         trajectory_ids=tuple(batch["trajectory_id"].to_pylist()),
         num_tokens=tuple(ragged(batch, "token_ids").lengths.tolist()),
         num_completion_tokens=tuple(ragged(batch, "rollout_logprobs").lengths.tolist()),
+        num_loss_tokens=_num_loss_tokens(batch),
         prompt_ids=tuple(batch["prompt_id"].to_pylist()),
         rewards=tuple(batch["reward"].to_pylist()),
         min_policy_versions=tuple(batch["min_policy_version"].to_pylist()),
@@ -39,6 +41,14 @@ def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[Pieces, BatchHandle]:
         metrics=metrics,
     )
     return wire_pieces(batch), handle
+
+
+def _num_loss_tokens(batch: pa.RecordBatch) -> tuple[int, ...]:
+    strict = strict_tokens(batch)
+    if strict is None:
+        return ()
+    ends = ragged(batch, "rollout_logprobs").offsets
+    return tuple(np.diff(np.concatenate([[0], np.cumsum(strict)])[ends]).tolist())
 
 
 def add_environment(option: Mapping[str, Any], variables: Mapping[str, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, field
 
 from cluster.config.alarms import AlarmConfig
+from cluster.config.aligned import check_aligned
 from cluster.config.fields import Count, CountOrZero, Finite, Items, Positive, Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.stages import (
@@ -170,6 +171,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_slots(self)
         _check_balance(self)
         _check_sampling(self.objective, self.rollout)
+        check_aligned(self)
         rollout = self.rollout
         completions = self.prompts.prompts_per_step * rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
@@ -188,6 +190,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 "after every step, in its own dtype; only teachers are quantised"
             )
         _check_prompts(self)
+        _check_contexts(self)
 
     @property
     def routes(self) -> list[str]:
@@ -213,6 +216,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         scorers = []
         for model in needs.models:
             chooses = model == TEACHER and needs.candidates_from == "teacher"
+            teacher = self.teachers[self.scoring_teacher(model, route)]
             request = ScoreRequest(
                 model=model,
                 top_k=needs.num_candidates if chooses else 0,
@@ -220,10 +224,21 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 entropy=model == TEACHER and needs.teacher_entropy,
                 hidden=needs.hidden or model in needs.last_states,
                 layers=model in needs.layer_states,
-                further=self.teachers[self.scoring_teacher(model, route)].signals,
+                aligned=teacher.is_aligned,
+                further=teacher.signals,
+                compared_rows=0.0 if teacher.context is None else teacher.context.compared_rows,
             )
             scorers.append((self.scoring_teacher(model, route), request))
         return scorers
+
+    @property
+    def reads_columns(self) -> bool:
+        """Return whether further columns of the prompts may be read: by code of the user's, or by a context."""
+        return self.environment.reads_columns or self.has_contexts
+
+    @property
+    def has_contexts(self) -> bool:
+        return any(teacher.context is not None for teacher in self.teachers.values())
 
     def scoring_teacher(self, model: str, route: str) -> str:
         """Return which [teachers.NAME] a target's model is for rows of this route."""
@@ -242,6 +257,12 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
+
+
+def _check_contexts(config: Config) -> None:
+    for name, teacher in config.teachers.items():
+        if teacher.shuffled_context and teacher.context is None:
+            raise ValueError(f"teachers.{name}: shuffled_context = true, but there is no context to shuffle; set one")
 
 
 def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
+from cluster.config.context import ContextConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 
 
@@ -32,6 +33,7 @@ def check_limits(num_workers: int, min_workers: int, max_workers: int | None) ->
 Dtype = Literal["float32", "bfloat16", "float16"]
 GpuFraction = Annotated[float, Meta(gt=0, le=1)]  # of one GPU's memory
 MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
+ALIGNED = "aligned"  # a teacher's tokenizer that is not the student's
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 
 
@@ -73,6 +75,15 @@ class RolloutConfig(Section):
         check_limits(self.num_workers, self.min_workers, self.max_workers)
 
 
+class AlignmentConfig(Section):
+    """Says what an aligned teacher's tokens are aligned with; the run sets it."""
+
+    student: Text  # the model whose tokenizer the completions are written with
+    trust_remote_code: bool = False
+    stop_ids: tuple[CountOrZero, ...] = ()  # that end the student's turns
+    digest: str = ""  # of the map from the student's tokens to the teacher's
+
+
 class StatesConfig(Section):
     """Says which layers' hidden states a teacher sends; the run takes it from the objective and the student's files."""
 
@@ -97,12 +108,18 @@ class TeacherConfig(Section):
     # ordinary tokens that one side has alone.
     accept_differences: tuple[Literal["eos", "tokens"], ...] = ()
     excluded_token_ids: tuple[CountOrZero, ...] = ()  # have no probability; tokens that only the teacher has are added
+    context: ContextConfig | None = None  # what it reads in the place of the student's prompt; None: the same
+    shuffled_context: bool = False  # the control of `context`: that of another prompt
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     # Servers with prompt log-probabilities, which divide the rows: "http://host:8000/v1". The workers need no GPU; of
     # `engine` count `max_concurrent_sequences`, the requests in flight per worker, and `dtype`, that of the servers.
     url: Text | tuple[Text, ...] | None = None
     api_key_env: Text | None = None  # name of the environment variable that holds the servers' key
-    tokenizer: Text | None = None  # of the servers' model, to compare with the student's; None: taken to be the same
+    # With a url: of the servers' model, to compare with the student's; None: taken to be the same. Without: "same", or
+    # "aligned", a tokenizer of its own whose tokens are aligned with the student's.
+    tokenizer: Text | None = None
+    min_coverage: Fraction = 0.5  # aligned: least share of the student's tokens that are tokens of the teacher's text
+    alignment: AlignmentConfig | None = None  # aligned: what with; the run sets it
     request_timeout_seconds: Positive = 120.0
     retry_seconds: NonNegative = 600.0  # of failures that may pass: server away or busy, error 5xx, no answer in time
     states: StatesConfig | None = None  # what of its layers it sends; the run sets it
@@ -112,12 +129,10 @@ class TeacherConfig(Section):
         if self.num_workers:
             check_limits(self.num_workers, self.min_workers, self.max_workers)
         if self.url is None:
-            if self.backend == "http":
-                raise ValueError("backend = 'http' needs a url")
-            only_with_url = {"api_key_env": self.api_key_env, "tokenizer": self.tokenizer}
-            if given := [name for name, value in only_with_url.items() if value is not None]:
-                raise ValueError(f"{given[0]} is for teachers with a url; set url, or remove it")
+            self._check_without_url()
             return
+        if self.tokenizer == ALIGNED:
+            raise ValueError("tokenizer = 'aligned' needs the teacher's own files, found a url")
         if not self.urls:
             raise ValueError("url = [] names no server")
         for url in self.urls:
@@ -127,10 +142,25 @@ class TeacherConfig(Section):
         force_setattr(self, "engine", replace(self.engine, tensor_parallel=0))
 
     @property
+    def is_aligned(self) -> bool:
+        """Return whether the teacher has a tokenizer of its own, whose tokens are aligned with the student's."""
+        return self.tokenizer == ALIGNED
+
+    @property
     def urls(self) -> tuple[str, ...]:
         """Return the URLs of the servers, without a slash at the end."""
         urls = (self.url,) if isinstance(self.url, str) else self.url or ()
         return tuple(url.rstrip("/") for url in urls)
+
+    def _check_without_url(self) -> None:
+        if self.backend == "http":
+            raise ValueError("backend = 'http' needs a url")
+        if self.api_key_env is not None:
+            raise ValueError("api_key_env is for teachers with a url; set url, or remove it")
+        if self.tokenizer not in (None, "same", ALIGNED):
+            raise ValueError(
+                f"tokenizer is '{self.tokenizer}'; expected 'same' or 'aligned', or a url, whose servers' it is"
+            )
 
 
 def _check_url(url: str) -> None:

@@ -56,6 +56,7 @@ class BatchHandle:
     trajectory_ids: tuple[int, ...]
     num_tokens: tuple[int, ...]  # prompt + completion, per row
     num_completion_tokens: tuple[int, ...]  # per row
+    num_loss_tokens: tuple[int, ...] = ()  # per row: completion tokens that are learned from; empty: all are
     prompt_ids: tuple[int, ...] = ()  # per row
     rewards: tuple[float | None, ...] = ()  # per row
     min_policy_versions: tuple[int, ...] = ()  # per row

@@ -5,6 +5,10 @@ from typing import Literal
 
 from cluster.contracts.columns import FinishReason, Floats, Ints
 
+# Which prompts of their own scoring models get: all, so that rows without one are masked; those that are known before
+# a completion is; or none.
+ContextUse = Literal["all", "of_prompt", "none"]
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -19,6 +23,7 @@ class SamplingSettings:
     num_candidates: int = 0  # tokens besides the sampled one to return per position
     candidates: Literal["topk", "sampled"] = "topk"  # the most likely ones, or independent samples
     stop_repetition: int = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
+    contexts: ContextUse = "all"  # of a run whose teachers have any
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,9 @@ class ScoreRequest:
     entropy: bool = False  # of its distribution at every completion position
     hidden: bool = False  # its last hidden states
     layers: bool = False  # hidden states of the layers that teachers.NAME.states names
+    aligned: bool = False  # only where its own tokens and the student's cover the same bytes, and which those are
     further: tuple[str, ...] = ()  # import paths of signals that contracts/signals.py does not list
+    compared_rows: float = 0.0  # share of the rows with a prompt of the model's own that it scores without it too
 
     @property
     def signals(self) -> frozenset[str]:
@@ -70,5 +77,7 @@ class ScoreRequest:
             "entropy": self.entropy,
             "hidden": self.hidden,
             "layers": self.layers,
+            "aligned": self.aligned,
+            "shared": self.aligned and self.given_candidates,
         }
         return frozenset(name for name, is_requested in requested.items() if is_requested).union(self.further)

@@ -1,10 +1,17 @@
 """Says what a scoring model reads of each trajectory: the student's prompt, or its own, before the same completion."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 
-from cluster.contracts.columns import Ragged, ragged
-from cluster.contracts.trajectory import prompt_field, prompted_models_in
+from cluster.contracts.columns import Ints, Ragged, ragged
+from cluster.contracts.trajectory import (
+    generated_schema,
+    list_column,
+    prompt_field,
+    prompted_models_in,
+)
 
 
 def as_read_by(batch: pa.RecordBatch, model: str) -> tuple[Ragged, Ragged]:
@@ -37,3 +44,29 @@ def as_read_by(batch: pa.RecordBatch, model: str) -> tuple[Ragged, Ragged]:
         masks.append(mask)
     offsets = np.cumsum([0, *(len(mask) for mask in masks[1:])], dtype=np.int64)
     return Ragged(np.concatenate(ids), offsets), Ragged(np.concatenate(masks), offsets)
+
+
+def rows_with_prompts(batch: pa.RecordBatch, model: str) -> Ints:
+    """Return the rows that have sampled tokens and a prompt of the scoring model's own."""
+    if model not in prompted_models_in(batch.schema):
+        return np.empty(0, np.int32)
+    prompts, sampled = ragged(batch, prompt_field(model).name), ragged(batch, "rollout_logprobs")
+    return np.flatnonzero((prompts.lengths > 0) & (sampled.lengths > 0)).astype(np.int32)
+
+
+def to_score_again(
+    batch: pa.RecordBatch, rows: Ints, prompted_models: Sequence[str], candidate_ids: Ints | None = None
+) -> pa.RecordBatch:
+    """Return some rows as they were generated, to be scored once more.
+
+    They have prompts for `prompted_models` alone, and these candidates, [completion_tokens of the rows, k], or none.
+    """
+    chosen = batch.take(pa.array(rows))
+    schema = generated_schema(0 if candidate_ids is None else candidate_ids.shape[1], prompted_models)
+    columns = {field.name: chosen[field.name] for field in schema if field.name in batch.schema.names}
+    if candidate_ids is not None:
+        offsets = pa.array(ragged(chosen, "rollout_logprobs").offsets.astype(np.int32))
+        zeros = np.zeros(candidate_ids.shape, np.float32)  # no sampler has said anything of them
+        columns["candidate_ids"] = list_column(offsets, candidate_ids)
+        columns["candidate_rollout_logprobs"] = list_column(offsets, zeros)
+    return pa.record_batch([columns[field.name] for field in schema], schema=schema)

@@ -57,6 +57,10 @@ SIGNALS: dict[str, Signal] = {
         Signal("entropy", audited="position"),  # in nats
         # The last hidden states after the final norm; uint16 holds bfloat16's bits, which numpy cannot.
         Signal("hidden", (pa.float32(), pa.float16(), pa.uint16()), "model", is_rechecked=False, audited="position"),
+        # Of a teacher with a tokenizer of its own: 1 where one token of either side covers the same bytes, and which
+        # candidates are tokens of both. All else that it says counts there alone.
+        Signal("aligned", (pa.uint8(),)),
+        Signal("shared", (pa.uint8(),), "candidates"),
         # Hidden states of several layers, one after the other, or what a projection bank makes of them.
         Signal("layers", (pa.float32(), pa.float16(), pa.uint16()), "model", is_rechecked=False, audited="position"),
     )

@@ -143,7 +143,7 @@ def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBa
     offsets = pc.subtract(offsets, offsets[0])  # a slice's offsets begin in the middle of its parent
     fields, columns = list(batch.schema), list(batch.columns)
     for name in sorted(signals, key=[*SIGNALS, *signals].index):
-        columns.append(_list_column(offsets, scores[name]))
+        columns.append(list_column(offsets, scores[name]))
         fields.append(pa.field(signals[name].column(model), columns[-1].type, nullable=False))
     models = ",".join([*models_in(batch.schema), model])
     metadata = {**batch.schema.metadata, b"stage": b"scored", b"models": models.encode()}
@@ -198,6 +198,16 @@ def _listed(schema: pa.Schema, key: bytes) -> list[str]:
     return [name for name in schema.metadata.get(key, b"").decode(errors="replace").split(",") if name]
 
 
+def strict_tokens(batch: pa.RecordBatch) -> NDArray[np.bool_] | None:
+    """Return which completion tokens all models scored, [completion_tokens]; None: all tokens are.
+
+    A teacher with a tokenizer of its own scores only where its tokens and the student's coincide.
+    """
+    names = [SIGNALS["aligned"].column(model) for model in models_in(batch.schema)]
+    columns = [ragged(batch, name).values != 0 for name in names if name in batch.schema.names]
+    return np.logical_and.reduce(columns) if columns else None
+
+
 def num_candidates_of(batch: pa.RecordBatch) -> int:
     """Return how many candidates each completion token has; 0 when there are none."""
     if "candidate_ids" not in batch.schema.names:
@@ -213,10 +223,10 @@ def _column(field: pa.Field, values: list[Any]) -> pa.Array:
     dtype = (item.value_type if is_fixed else item).to_pandas_dtype()
     empty: NDArray[Any] = np.empty((0, item.list_size) if is_fixed else 0, dtype)
     offsets = pa.array(np.cumsum([0, *(len(value) for value in values)], dtype=np.int32))
-    return _list_column(offsets, np.concatenate([empty, *values]).astype(dtype, copy=False))
+    return list_column(offsets, np.concatenate([empty, *values]).astype(dtype, copy=False))
 
 
-def _list_column(offsets: pa.Array, values: NDArray[Any]) -> pa.Array:
+def list_column(offsets: pa.Array, values: NDArray[Any]) -> pa.Array:
     """Make a list column of [total] values or [total, width] rows without copying them."""
     inner = pa.array(np.ascontiguousarray(values).reshape(-1))
     if values.ndim == 2:

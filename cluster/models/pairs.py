@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 
 from cluster.config.run_config import Config
-from cluster.config.stages import StatesConfig, TeacherConfig
+from cluster.config.stages import AlignmentConfig, StatesConfig, TeacherConfig
 from cluster.contracts.errors import ModelError
+from cluster.models.alignment import TokenMap
 from cluster.models.model_checks import ModelFacts
+from cluster.models.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +61,7 @@ class Pairs:
     stop_token_ids: tuple[int, ...] = ()  # that end the turns of one model, and not of all
     excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
     lines: tuple[str, ...] = ()  # for the user
+    alignments: Mapping[str, AlignmentConfig] = field(default_factory=dict)  # of teachers with other tokenizers
     states: Mapping[str, StatesConfig] = field(default_factory=dict)  # by teacher: what it sends of its layers
 
     def apply(self, config: Config) -> Config:
@@ -73,7 +76,9 @@ class Pairs:
         """
         rollout = replace(config.rollout, stop_token_ids=_union(config.rollout.stop_token_ids, self.stop_token_ids))
         teachers = {
-            name: replace(excluding(section, self.excluded_ids), states=self.states.get(name))
+            name: replace(section, alignment=self.alignments[name])
+            if name in self.alignments
+            else replace(excluding(section, self.excluded_ids), states=self.states.get(name))
             for name, section in config.teachers.items()
         }
         return replace(config, rollout=rollout, teachers=teachers)
@@ -82,8 +87,12 @@ class Pairs:
 def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> Pairs:
     """Compare every teacher of a run with the student; raise ModelError for a difference that is not accepted."""
     stop_ids = config.rollout.stop_token_ids
+    others = {name: facts for name, facts in teachers.items() if config.teachers[name].is_aligned}
+    aligned = {name: align(name, config, student, facts) for name, facts in others.items()}
+    teachers = {name: facts for name, facts in teachers.items() if name not in aligned}
     pairs = {name: compare(name, config.teachers[name], student, facts, stop_ids) for name, facts in teachers.items()}
-    lines = [pair.accepted for pair in pairs.values() if pair.accepted]
+    lines = [line for _, line in aligned.values()]
+    lines += [pair.accepted for pair in pairs.values() if pair.accepted]
     lines += [
         f"warning: teachers.{name} is the student's own model, from which it learns nothing"
         for name in config.routes
@@ -92,7 +101,28 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
     ends = [student.stops, *(pair.stop_ids for pair in pairs.values())]
     further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
-    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), tuple(lines))
+    alignments = {name: alignment for name, (alignment, _) in aligned.items()}
+    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), tuple(lines), alignments)
+
+
+def align(name: str, config: Config, student: ModelFacts, teacher: ModelFacts) -> tuple[AlignmentConfig, str]:
+    """Compare the tokens of an aligned teacher with the student's; return what its section gets, and a line.
+
+    Raises:
+        ModelError: the bytes of a tokenizer's tokens are not known, or it has no end of a turn.
+    """
+    section, stop_ids = config.teachers[name], sorted(student.stops | set(config.rollout.stop_token_ids))
+    ours, theirs = TokenBytes(student.tokenizer, config.student.model), TokenBytes(teacher.tokenizer, section.model)
+    if "eos" not in theirs.roles:
+        raise ModelError(f"teachers.{name}: its tokenizer names no EOS, so the student cannot learn where to end")
+    token_map = TokenMap(ours, theirs, stop_ids)
+    line = (
+        f"teachers.{name}: aligned with the student's tokens by their bytes; {len(token_map.shared_ids):,} tokens are "
+        f"shared, of {len(ours.of_id):,} and {len(theirs.of_id):,} (map {token_map.digest})"
+    )
+    return AlignmentConfig(
+        config.student.model, config.student.trust_remote_code, tuple(stop_ids), token_map.digest
+    ), line
 
 
 def excluding(section: TeacherConfig, token_ids: Sequence[int]) -> TeacherConfig:

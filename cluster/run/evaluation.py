@@ -70,7 +70,8 @@ class Evaluator:
 
         def scorers(route: str) -> "Route":
             # At another temperature the samples' log-probabilities are not those of the model itself.
-            return [(route, ScoreRequest(TEACHER))] if sampling.temperature == 1 else []
+            request = ScoreRequest(TEACHER, aligned=self.config.teachers[route].is_aligned)
+            return [(route, request)] if sampling.temperature == 1 else []
 
         return self._describe(flow.run(requests, sampling, scorers))
 
@@ -119,7 +120,8 @@ class Evaluations(StepHook):
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         """Evaluate where it is due; without held-out prompts, keep the step's own KL."""
         if not self.run.inputs.held_out_ids:
-            self.run.history.note_kl(metrics["train/kl"])
+            if "train/kl" in metrics:  # no row of the step had a context
+                self.run.history.note_kl(metrics["train/kl"])
         elif self.run.is_over or is_due(step, self.run.config.evaluation.every_steps):
             return {f"held_out/{name}": value for name, value in self._evaluate(step).metrics.items()}
         return {}

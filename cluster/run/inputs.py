@@ -11,6 +11,8 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.aligned_states import states_to_send
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
+from rollout_workers.contexts.builder import ContextSettings
+from rollout_workers.contexts.plan import plan_contexts
 from rollout_workers.environments.base import environment_named
 from rollout_workers.environments.verifier_process import check_rewards
 from rollout_workers.load_prompts import load_prompts
@@ -34,6 +36,7 @@ class Inputs:
     read_at: datetime = field(default_factory=datetime.now)  # what chat templates took for the time
     # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
+    contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
 
     def scoring_model_len(self, *teachers: str) -> int:
         """Return the context that the engines of these teachers must offer."""
@@ -59,12 +62,16 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     now = now or datetime.now()
     notes: list[str] = []
 
+    own_tokenizers = {name: facts.tokenizer for name, facts in teachers.items() if config.teachers[name].is_aligned}
+
     def load(source: str, splits: Sequence[str]) -> PromptSet:
-        return load_prompts(source, student.tokenizer, config, context, splits, notes.append, now)
+        return load_prompts(source, student.tokenizer, config, context, splits, notes.append, now, own_tokenizers)
 
     prompts = train = load(config.prompts.train, TRAIN_SPLITS)
     if config.prompts.held_out is not None:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
+    capacities = {name: facts.context_tokens for name, facts in teachers.items()}
+    plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -74,9 +81,23 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         + config.rollout.max_completion_tokens
         + 1,
         pairs=pairs,
-        notes=tuple(notes),
+        notes=(*notes, *plan.notes),
         read_at=now,
+        scorer_prompt_tokens={
+            **plan.prompt_tokens,
+            **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
+        },
+        contexts=plan.settings,
     )
+
+
+def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int) -> int:
+    """Return the longest prompt of an aligned teacher, with room for completions of up to twice as many tokens.
+
+    What is longer still is cut, and not learned from.
+    """
+    completion = config.rollout.max_completion_tokens
+    return min(prompts.longest_of(name) + completion, capacity - completion - 1)
 
 
 def check_support(config: Config, vocabulary: int) -> None:
@@ -139,4 +160,5 @@ def held_out_sampling(config: Config) -> SamplingSettings:
         config.evaluation.temperature,
         stop=rollout.stop,
         stop_token_ids=rollout.stop_token_ids,
+        contexts="of_prompt",
     )

@@ -130,7 +130,11 @@ def start_teacher_rollouts(
     teacher = with_gpus(config, placement.on_gpu).teachers[name]
     student = StudentConfig(teacher.model, teacher.trust_remote_code)
     settings = replace(
-        _rollout_settings(config, inputs), student=student, engine=teacher.engine, sampled_candidates=False
+        _rollout_settings(config, inputs),
+        student=student,
+        engine=teacher.engine,
+        sampled_candidates=False,
+        contexts=None,
     )
     return _start_rollouts(config, inputs, settings, placement.teachers[name], f"rollout-of-{name}")
 
@@ -158,6 +162,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         config.weight_sync.transport,
         environment=config.environment,
         sampled_candidates=config.objective.needs.sampled_candidates,
+        contexts=inputs.contexts,
     )
 
 

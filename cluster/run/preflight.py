@@ -18,11 +18,12 @@ from cluster.config.terms import TEACHER, PolicyGradientTerm, RepresentationTerm
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Floats, ragged
+from cluster.contracts.trajectory import Floats, ragged, strict_tokens
 from cluster.contracts.wire import from_wire
 from cluster.placement.placement import Placement
 from cluster.run.inputs import Inputs, train_requests, train_sampling
 from cluster.run.pools import Pipeline, start_pipeline, start_student_as_teacher
+from rollout_workers.contexts.builder import plain_contexts
 from teacher_workers.audit.checks import AGREEMENT_NATS, hidden_tolerance
 from teacher_workers.router import TeacherRouter
 
@@ -64,7 +65,7 @@ NO_GPU = CheckResult(
 
 def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> list[CheckResult]:
     """Start the run's pools, check them, then start a scorer of the student's own weights and check that too."""
-    config = sample_plainly(config)
+    config, inputs = sample_plainly(config), replace(inputs, contexts=plain_contexts(inputs.contexts))
     # The learner takes no part in scoring, so it can be the one of the mirrored run.
     mirrored = mirror(config)
     with start_pipeline(config, inputs, placement, learner_config=mirrored) as pipeline:
@@ -74,7 +75,8 @@ def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> lis
         student = np.concatenate([pipeline.learner.student_logprobs(handle) for handle in handles])
         results = [check_sampler_gap(_read(config, handles), student, looser_dtype(config))]
         for name, pool in pipeline.teachers.pools.items():
-            replicas = [_read(config, scored) for scored in pool.score_everywhere(handles, ScoreRequest(TEACHER))]
+            request = ScoreRequest(TEACHER, aligned=config.teachers[name].is_aligned)
+            replicas = [_read(config, scored) for scored in pool.score_everywhere(handles, request)]
             dtype = config.teachers[name].engine.dtype
             results += [check_replicas(name, replicas, dtype), check_not_uniform(name, replicas[0])]
         if placement.on_gpu and not placement.teachers[mirrored.routes[0]].gpus_per_worker:
@@ -146,12 +148,16 @@ def _read(config: Config, handles: Sequence[BatchHandle]) -> pa.RecordBatch:
     return pa.Table.from_batches(batches).combine_chunks().to_batches()[0]
 
 
+def _teacher_logprobs(scored: pa.RecordBatch) -> Floats:
+    """Return the scores of all tokens that the teacher has scored."""
+    logprobs, strict = ragged(scored, "teacher_logprobs").values, strict_tokens(scored)
+    return logprobs if strict is None else logprobs[strict]
+
+
 def check_replicas(name: str, replicas: Sequence[pa.RecordBatch], dtype: Dtype) -> CheckResult:
     """Compare the scores that each replica of one teacher gave to the same trajectories."""
-    first = ragged(replicas[0], "teacher_logprobs").values
-    gap = max(
-        (float(np.abs(ragged(other, "teacher_logprobs").values - first).mean()) for other in replicas[1:]), default=0.0
-    )
+    first = _teacher_logprobs(replicas[0])
+    gap = max((float(np.abs(_teacher_logprobs(other) - first).mean()) for other in replicas[1:]), default=0.0)
     return CheckResult(
         f"teacher {name}: replicas agree",
         f"{gap:.2e} nats between {len(replicas)} replica(s)",
@@ -162,7 +168,7 @@ def check_replicas(name: str, replicas: Sequence[pa.RecordBatch], dtype: Dtype) 
 
 def check_not_uniform(name: str, scored: pa.RecordBatch) -> CheckResult:
     """Notice a teacher that gives every token the same probability, as one with unloaded weights does."""
-    spread = float(ragged(scored, "teacher_logprobs").values.std())
+    spread = float(_teacher_logprobs(scored).std())
     return CheckResult(
         f"teacher {name}: scores are not uniform",
         f"standard deviation {spread:.3f} nats",

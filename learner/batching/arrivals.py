@@ -47,12 +47,12 @@ class BatchBuffer:
 
     objective: ObjectiveConfig  # says whether a task reward is compared within a prompt's samples
     samples_per_prompt: int  # trajectories whose ids, divided by this number, are equal belong together
-    num_completion_tokens: int = 0
+    num_loss_tokens: int = 0  # completion tokens that are learned from: the step's loss is divided by them
     step_means: Mapping[str, float] = field(default_factory=dict)  # for the ranks, once they are known
     _handles: list[BatchHandle] = field(default_factory=list)
     _places: list[tuple[int, int]] = field(default_factory=list)  # of each trajectory: batch, row in it
     _advantages: list[list[float]] = field(default_factory=list)  # of each batch's rows
-    _tokens: Counter[str] = field(default_factory=Counter)  # completion tokens by teacher
+    _tokens: Counter[str] = field(default_factory=Counter)  # of `num_loss_tokens`, by teacher
     _held: list[int] = field(default_factory=list)  # until the step's last batch is in, if the objective needs that
     _groups: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
@@ -69,8 +69,9 @@ class BatchBuffer:
         self._places += [(len(self._handles), row) for row in range(len(handle.trajectory_ids))]
         self._handles.append(handle)
         self._advantages.append([0.0] * len(handle.trajectory_ids))
-        self.num_completion_tokens += sum(handle.num_completion_tokens)
-        self._tokens[handle.teacher] += sum(handle.num_completion_tokens)
+        num_tokens = sum(handle.num_loss_tokens or handle.num_completion_tokens)
+        self.num_loss_tokens += num_tokens
+        self._tokens[handle.teacher] += num_tokens
         divides = self.objective.needs.divides_by_deviation
         if divides is None:
             return list(range(first, len(self._places)))
@@ -125,7 +126,7 @@ class BatchBuffer:
             return []
         given = {name: 1.0 if shares == "equal" else shares[name] for name, tokens in self._tokens.items() if tokens}
         share = given.get(handle.teacher, 0.0) / sum(given.values()) if given else 0.0
-        return [share * self.num_completion_tokens / max(n, 1)] * len(handle.trajectory_ids)
+        return [share * self.num_loss_tokens / max(n, 1)] * len(handle.trajectory_ids)
 
     def _release(self, key: int, divide_by_deviation: bool) -> list[int]:
         """Compare the samples of one prompt, and return them."""

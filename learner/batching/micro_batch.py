@@ -13,7 +13,14 @@ from torch import Tensor
 
 from cluster.contracts.errors import TrajectoryError
 from cluster.contracts.signals import find_signals
-from cluster.contracts.trajectory import Ragged, models_in, num_candidates_of, ragged, signal_paths
+from cluster.contracts.trajectory import (
+    Ragged,
+    models_in,
+    num_candidates_of,
+    ragged,
+    signal_paths,
+    strict_tokens,
+)
 from learner.batching.plan import Grid
 from learner.loss.tokens import CompletionTokens, map_tensors
 
@@ -68,13 +75,16 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Views the columns of one trajectory that the learner needs; models score it under their roles."""
+    """Views the columns of one trajectory that the learner needs; models score it under their roles.
+
+    Beside a teacher with its own tokenizer, completion tokens are those that it scored; no others are learned from.
+    """
 
     trajectory_id: int
     route: str
     task_advantage: float
     token_ids: NDArray[Any]  # [tokens]
-    loss_mask: NDArray[Any]  # [tokens]
+    loss_mask: NDArray[Any]  # [tokens] 1 where a completion token stands
     rollout_logprobs: NDArray[Any]  # [completion_tokens]
     candidate_ids: NDArray[Any]  # [completion_tokens, k]
     candidate_rollout_logprobs: NDArray[Any]  # [completion_tokens, k], or [completion_tokens, 0]
@@ -82,6 +92,16 @@ class Trajectory:
     wide_scores: Mapping[str, Mapping[str, NDArray[Any]]]  # the same of signals that have the model's own width
     reward: float = math.nan  # NaN: none
     weight: float = 1.0  # in every term
+    strict: NDArray[np.bool_] | None = None  # [sampled tokens] which of them are completion tokens; None: all
+
+    @property
+    def positions(self) -> NDArray[Any]:
+        """Return the places of the completion tokens among all that the student sampled."""
+        return np.arange(len(self.rollout_logprobs)) if self.strict is None else np.flatnonzero(self.strict)
+
+    @property
+    def num_sampled(self) -> int:
+        return len(self.rollout_logprobs) if self.strict is None else len(self.strict)
 
 
 def trajectories(
@@ -153,7 +173,7 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         values = [np.full(length, getattr(row, name)) for row, length in zip(placed, lengths, strict=True)]
         return _join(values, np.float32)
 
-    uniform = [uniform_numbers(seed, row.trajectory_id, length) for row, length in zip(placed, lengths, strict=True)]
+    uniform = [uniform_numbers(seed, row.trajectory_id, row.num_sampled)[row.positions] for row in placed]
     return CompletionTokens(
         target_ids=_join([row.token_ids[row.loss_mask != 0] for row in placed], np.int64),
         rollout_logprobs=_join([row.rollout_logprobs for row in placed], np.float32),
@@ -161,8 +181,8 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         candidate_rollout_logprobs=_join([row.candidate_rollout_logprobs for row in placed], np.float32, num_drawn),
         scores=_join_scores([row.scores for row in placed]),
         trajectory=_join([np.full(length, index) for index, length in enumerate(lengths)], np.int64),
-        position=_join([np.arange(length) for length in lengths], np.int64),
-        length=_join([np.full(length, length) for length in lengths], np.int64),
+        position=_join([row.positions for row in placed], np.int64),
+        length=_join([np.full(length, row.num_sampled) for row, length in zip(placed, lengths, strict=True)], np.int64),
         uniform=_join(uniform, np.float32),
         task_advantage=of_each("task_advantage"),
         reward=of_each("reward"),
@@ -194,7 +214,8 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float], weights: Iter
         for model, signals in (wide_scores if signal.width == "model" else scores).items():
             if not signal.is_shared and signal.column(model) in batch.schema.names:
                 signals[signal.name] = ragged(batch, signal.column(model))
-    return [
+    strict = strict_tokens(batch)
+    rows = [
         Trajectory(
             trajectory_id=batch["trajectory_id"][row].as_py(),
             route=batch["teacher"][row].as_py(),
@@ -207,6 +228,26 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float], weights: Iter
         )
         for row in range(batch.num_rows)
     ]
+    if strict is None:
+        return rows
+    of_rows = np.split(strict, logprobs.offsets[1:-1])
+    return [_only(row, keep) for row, keep in zip(rows, of_rows, strict=True)]
+
+
+def _only(row: Trajectory, keep: NDArray[np.bool_]) -> Trajectory:
+    """Return the trajectory with only those of its completion tokens; the others are read and not learned from."""
+    loss_mask = row.loss_mask.copy()
+    loss_mask[np.flatnonzero(loss_mask)[~keep]] = 0
+    return replace(
+        row,
+        loss_mask=loss_mask,
+        strict=keep,
+        rollout_logprobs=row.rollout_logprobs[keep],
+        candidate_ids=row.candidate_ids[keep],
+        candidate_rollout_logprobs=row.candidate_rollout_logprobs[keep],
+        scores=_pick(row.scores, keep),
+        wide_scores=_pick(row.wide_scores, keep),
+    )
 
 
 def _pick(scores: Mapping[str, Mapping[str, Any]], chosen: Any) -> dict[str, dict[str, Any]]:

@@ -40,6 +40,8 @@ def evaluate_listed(
     )
     gradient = softmax.gradient(ids, by_logprobs) if with_gradient else None
     probabilities = softmax.logprobs[:, 1:].exp() * (tokens.candidate_ids < logits.shape[-1])  # 0 of padded ones
+    if tokens.shared is not None:
+        probabilities = probabilities * tokens.shared
     mass = _mass(tokens.candidate_ids, probabilities, needs.sampled_candidates)
     return Evaluation(losses.sum(), losses, softmax.logprobs[:, 0], softmax.entropy, mass, logits_gradient=gradient)
 
@@ -163,10 +165,11 @@ def _evaluate_block(
 def _candidates(needs: Needs, logits: Tensor, tokens: CompletionTokens) -> tuple[Tensor, Tensor | None]:
     """Return the candidates and which of them take part, None being all.
 
-    A teacher whose vocabulary is padded may choose a token that the student does not have: it takes no part.
+    A teacher whose vocabulary is padded may choose a token that the student does not have: it takes no part. Nor does
+    one of the student's that is no token of a teacher with another tokenizer.
     """
     if needs.candidates_from != "teacher":
-        return tokens.candidate_ids, None
+        return tokens.candidate_ids, tokens.shared
     inside = tokens.candidate_ids < logits.shape[-1]
     candidates = tokens.candidate_ids.clamp(max=logits.shape[-1] - 1)
     if needs.intersection:

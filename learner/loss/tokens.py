@@ -51,6 +51,12 @@ class CompletionTokens:
         """Return the teacher's entropy, [n]; [0] where the objective does not need it."""
         return self.signal("entropy").get("teacher", self.rollout_logprobs[:0])
 
+    @property
+    def shared(self) -> Tensor | None:
+        """Return which candidates are tokens of all models, [n, k]; None: all are."""
+        columns = list(self.signal("shared").values())
+        return torch.stack(columns).bool().all(0) if columns else None
+
     def signal(self, name: str) -> Mapping[str, Tensor]:
         """Return one signal of every model that sent it."""
         return {model: signals[name] for model, signals in self.scores.items() if name in signals}

@@ -28,6 +28,7 @@ class Prompt:
     domain: str
     answer: str | None  # None: nothing to verify against
     columns: Mapping[str, Any] = field(default_factory=dict)  # further ones of the prompt's row
+    teacher_token_ids: Ints | None = None  # as a teacher with its own tokenizer reads it
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Outcome:
     """Ends a trajectory."""
 
     reward: float | None  # None: there is nothing to reward
+    feedback: str = ""  # what a teacher's context may say of the completion, such as the output of failed tests
 
 
 class Environment(Protocol):

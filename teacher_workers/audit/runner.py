@@ -26,8 +26,9 @@ from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import Ints
 from cluster.contracts.wire import from_wire
+from cluster.models.alignment import load_token_map
 from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Fault, Tolerance, audit_answers, hidden_tolerance
-from teacher_workers.audit.probes import MIN_SCORED_TOKENS, Probes, choose_rows, make_probes
+from teacher_workers.audit.probes import MIN_SCORED_TOKENS, MIN_TOKENS, Probes, choose_rows, make_probes
 from teacher_workers.audit.reference import Origin, Reference, load_reference, save_reference
 from teacher_workers.backends.base import find_backend
 
@@ -72,6 +73,15 @@ def audited_teacher(config: Config, name: str, pool: "TeacherPool", folder: Path
             was = f"{kept.origin.model} in {kept.origin.dtype}"
             _log.warning("teacher %s was %s; its scores are held against new ones from now on", name, was)
     return subject
+
+
+def in_tokens_of(teacher: TeacherConfig, rows: list[Ints]) -> list[Ints]:
+    """Return rows of the student in the teacher's tokens; those that its tokenizer would change are left out."""
+    if not teacher.is_aligned:
+        return rows
+    token_map = load_token_map(teacher)
+    written = [token_map.rewrite(tokens) for tokens in rows]
+    return [tokens for tokens in written if tokens is not None and len(tokens) >= MIN_TOKENS]
 
 
 def audit_request(config: Config, name: str) -> ScoreRequest:
@@ -169,7 +179,7 @@ class ScoreAudit:
         if not rows:
             _log.warning("score_audit: no row is long enough to audit teachers with; their scores are not audited")
         for subject in self._subjects:
-            subject.rows = subject.rows or rows
+            subject.rows = subject.rows or in_tokens_of(subject.teacher, rows)
 
     def is_due(self, step: int) -> bool:
         """Tell whether, after this many steps, a replica is to be audited; never while an audit is under way."""

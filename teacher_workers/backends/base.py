@@ -98,10 +98,14 @@ BACKENDS = {
     "vllm": "teacher_workers.backends.vllm:VllmBackend",
     "http": "teacher_workers.backends.http:HttpBackend",
 }
+ALIGNED_BACKEND = "teacher_workers.backends.aligned:AlignedBackend"  # around another, where tokenizers differ
 
 
 def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
     """Return the class of `teachers.NAME.backend`, a name in BACKENDS or an import path; else raise ConfigError."""
+    if teacher.is_aligned:
+        aligned: type[TeacherBackend] = load_object(ALIGNED_BACKEND, "a teacher backend")
+        return aligned
     name = teacher.backend
     if not is_import_path(name) and name not in BACKENDS:
         raise ConfigError(f"there is no teacher backend '{name}'; expected one of {sorted(BACKENDS)} or an import path")
@@ -114,8 +118,18 @@ def check_signals(config: Config) -> None:
     requested = {scorer: None for route in config.routes for scorer in config.scorers(route)}
     for name, request in requested:
         teacher = config.teachers[name]
-        if fault := find_backend(teacher).fault(teacher, request):
+        backend = find_backend(teacher)
+        if fault := backend.fault(teacher, request):
             raise ConfigError(f"teachers.{name}: {fault}")
+        if request.compared_rows:
+            again = ScoreRequest(request.model, given_candidates=True)
+            if fault := backend.fault(teacher, again):
+                raise ConfigError(f"teachers.{name}: context.compared_rows: {fault}")
+        if teacher.context is not None and not backend.reads_scorer_prompts:
+            raise ConfigError(
+                f"teachers.{name}: its backend '{teacher.backend}' reads the student's prompt alone; remove the "
+                "context, or let the backend read `as_read_by` and set reads_scorer_prompts"
+            )
 
 
 def check_teacher(name: str, teacher: TeacherConfig, student: "ModelFacts") -> "ModelFacts":

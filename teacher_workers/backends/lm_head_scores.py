@@ -33,6 +33,7 @@ CHUNK_LOGITS = 1 << 23
 MIN_CHUNK_TOKENS = 128
 GPU_CHUNK_LOGITS = 1 << 27  # 512 MiB: a GPU needs larger products to be busy
 
+MEASURED_TOKENS = 64  # of a batch, for the mass of shared tokens: a metric needs no more
 UNIFORM_TOLERANCE = 1e-5  # nats; float32 log-probabilities near -12 are exact to 1e-6, no real text is this even
 
 
@@ -45,6 +46,7 @@ class HiddenStatesBackend(TeacherBackend, ABC):
     def __init__(self, head: LmHead, layers_width: int = 0) -> None:
         """Take the head, and how many values of other layers the engine returns behind each last hidden state."""
         self._head, self._layers_width = head, layers_width
+        self.shared_ids: Tensor | None = None  # tokens that a student of another tokenizer has too; None: all are
         self._num_requests = 0
         # The head runs beside the event loop, which goes on feeding the engine with the next batches. One thread: each
         # thread that calls torch brings a set of OpenMP threads of its own.
@@ -69,12 +71,22 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         rows, first = range(len(token_ids)), self._num_requests
         self._num_requests += len(token_ids)
         states = await asyncio.gather(
-            *(self.hidden_states(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
+            *(self._states_of(str(first + row), token_ids[row], loss_mask[row]) for row in rows)
         )
         hidden, cached = [values for values, _ in states], sum(num_cached for _, num_cached in states)
         loop = asyncio.get_running_loop()
         scores = await loop.run_in_executor(self._head_thread, self._apply_head, batch, request, hidden)
-        return scores, {f"{request.model}/prefix_hit_ratio": Mean(float(cached), float(len(token_ids.values)))}
+        metrics = {f"{request.model}/prefix_hit_ratio": Mean(float(cached), float(len(token_ids.values)))}
+        if self.shared_ids is not None:
+            some = torch.cat(hidden)[:MEASURED_TOKENS, : self._head.weight.shape[1]]
+            mass = await loop.run_in_executor(self._head_thread, shared_mass, self._head, some, self.shared_ids)
+            metrics[f"{request.model}/teacher_shared_mass"] = Mean(mass.sum().item(), float(len(mass)))
+        return scores, metrics
+
+    async def _states_of(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[Tensor, int]:
+        if not loss_mask.any():  # a row without a context, of which nothing is learned
+            return torch.empty(0, self._head.weight.shape[1] + self._layers_width), 0
+        return await self.hidden_states(request_id, token_ids, loss_mask)
 
     def move_head(self, device: str) -> None:
         self._head = self._head.to(device)
@@ -89,13 +101,21 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         refuse_misplaced(batch, hidden, width + self._layers_width)
         sampled = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
         candidates = ragged(batch, "candidate_ids").values if request.given_candidates else None
-        last, layers = torch.cat(list(hidden)).split([width, self._layers_width], dim=-1)
+        states = torch.cat([values for values in hidden if len(values)] or list(hidden))
+        last, layers = states.split([width, self._layers_width], dim=-1)
         scores = score_tokens(self._head, last, sampled, request, candidates)
         if request.layers:
             scores = {**scores, "layers": _bits(layers)}
         num_excluded = 0 if self._head.excluded_ids is None else len(self._head.excluded_ids)
         refuse_uniform(scores["logprobs"], self._head.vocabulary_size - num_excluded)
         return scores
+
+
+@torch.inference_mode()
+def shared_mass(head: LmHead, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Return the probability of all `ids` together at each position, [n], for hidden states [n, width]."""
+    probabilities = head.logits(hidden.to(head.weight.device)).softmax(-1)
+    return probabilities[:, ids.to(head.weight.device)].sum(-1)
 
 
 def refuse_misplaced(batch: pa.RecordBatch, hidden: Sequence[Tensor], width: int) -> None:

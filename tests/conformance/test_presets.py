@@ -159,6 +159,13 @@ def forward_kl_on_top_k(case: Case) -> Tensor:
     return slope(case, lambda p: generalized(gathered(case.teacher, ids), gathered(p, ids)))
 
 
+def on_the_students(case: Case) -> Tensor:
+    """Of the tokens that the student listed, renormalised on both sides, the reverse KL."""
+    ids = top(case.rollout)
+    teacher = gathered(case.teacher, ids).log_softmax(-1)
+    return slope(case, lambda p: kl(gathered(p, ids).log_softmax(-1), teacher))
+
+
 def many_faces(case: Case) -> Tensor:
     """Of the teacher's top-k those that are in the student's too, renormalised on both sides."""
     of_both = [
@@ -231,6 +238,7 @@ AT_EACH_STATE: dict[str, Callable[[Case], Tensor]] = {
     "res-opd": reverse_kl,
     "tt-opd": reverse_kl,
     "many-faces": many_faces,
+    "cross-tokenizer": on_the_students,
     "sdpo": lambda c: slope(c, lambda p: jsd(with_rest(p, top(c.rollout)), with_rest(c.teacher, top(c.rollout)))),
     "rethinking": rethinking,
     "async-opd": reverse_kl,

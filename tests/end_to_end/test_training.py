@@ -109,6 +109,8 @@ def test_the_embedded_pair_passes_every_self_check() -> None:
         str(EMBEDDED / "demo.toml"),
         *EMBEDDED_PATHS,
         "teachers.countdown.num_workers=2",
+        # The check builds and sends contexts that say no more than the prompt: the student as its own teacher reads it.
+        "teachers.countdown.context.template={{ answer }} {{ prompt }}",
         f"objective={{support = 'topk', support_size = 16, terms = {{{terms}}}}}",
         *SHORT,
         "learner.num_workers=1",

@@ -136,5 +136,5 @@ def test_every_order_of_arrival_gives_the_gradient_of_the_batch_at_once(step, da
     for position, grids in enumerate(rounds, start=1):
         for worker, grid in zip(workers, grids, strict=False):
             worker.accumulate(arrivals.share((grid,)), completes_step=position == len(rounds), objective=objective)
-    found = gradients_of(engines[:num_ranks], arrivals.num_completion_tokens)
+    found = gradients_of(engines[:num_ranks], arrivals.num_loss_tokens)
     assert torch.linalg.vector_norm(found - at_once) <= 1e-6 * torch.linalg.vector_norm(at_once)

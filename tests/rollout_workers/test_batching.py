@@ -3,16 +3,23 @@
 import asyncio
 import time
 
-from cluster.contracts.trajectory import GeneratedTrajectory
+from cluster.contracts.requests import RolloutRequest
 from rollout_workers.batching import BEHIND_SECONDS, BatchSize, in_batches
+from rollout_workers.contexts.groups import Attempt, GroupBarrier
 from tests.builders import make_trajectory
 
 LONG = 1.0  # seconds; far above what a machine under load adds to a short wait
 
 
-async def write(trajectory_id: int, seconds: float, teacher: str = "only") -> GeneratedTrajectory:
+async def write(trajectory_id: int, seconds: float, teacher: str = "only") -> Attempt:
     await asyncio.sleep(seconds)
-    return make_trajectory(trajectory_id=trajectory_id, teacher=teacher)
+    return Attempt(make_trajectory(trajectory_id=trajectory_id, prompt_id=trajectory_id, teacher=teacher))
+
+
+def barrier(num_prompts: int, wait_seconds: float = LONG, waits: bool = False) -> GroupBarrier:
+    """Hold nothing back, unless the completions of a prompt wait for each other."""
+    requests = [RolloutRequest(number, number, 0, seed=0) for number in range(num_prompts)]
+    return GroupBarrier(requests, wait_seconds, lambda route: waits)
 
 
 def run(*completions: tuple[int, float, str], rows_per_batch: int) -> list[tuple[list[int], bool, bool]]:
@@ -21,8 +28,8 @@ def run(*completions: tuple[int, float, str], rows_per_batch: int) -> list[tuple
     async def scenario() -> list[tuple[list[int], bool, bool]]:
         tasks = [asyncio.create_task(write(*completion)) for completion in completions]
         return [
-            ([row.trajectory_id for row in rows], is_last, not all(task.done() for task in tasks))
-            async for rows, is_last in in_batches(tasks, BatchSize(rows_per_batch))
+            ([attempt.trajectory.trajectory_id for attempt, _ in rows], is_last, not all(task.done() for task in tasks))
+            async for rows, is_last in in_batches(tasks, BatchSize(rows_per_batch), barrier(len(tasks)))
         ]
 
     return asyncio.run(scenario())
@@ -56,7 +63,7 @@ def sizes_when_each_batch_is_requested_after(seconds: float) -> list[int]:
     async def scenario() -> list[int]:
         tasks = [asyncio.create_task(write(index, 0.0)) for index in range(23)]
         sizes = []
-        async for rows, _ in in_batches(tasks, BatchSize(2)):
+        async for rows, _ in in_batches(tasks, BatchSize(2), barrier(len(tasks))):
             sizes.append(len(rows))
             time.sleep(seconds)
         return sizes

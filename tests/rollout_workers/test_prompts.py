@@ -61,6 +61,33 @@ def test_a_conversation_keeps_its_roles(tmp_path: Path, tokenizer: PreTrainedTok
     assert prompts.prompt(0).token_ids.tolist() == [2, 6, 1, 4]
 
 
+def test_a_teacher_with_its_own_tokenizer_reads_the_messages_in_its_template(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    own = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
+        unk_token="<unk>",
+        chat_template="{% for message in messages %}three {{ message['content'] }} three{% endfor %}",
+    )
+    path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two"})
+    config = make_config("rollout.max_completion_tokens=8")
+    prompts = load_prompts(path, tokenizer, config, 16, teacher_tokenizers={"main": own})
+    [first, second] = PromptSet.from_wire(prompts.to_wire()).prompt(0), prompts.prompt(1)
+    assert first.token_ids.tolist() == [1, 3]  # user one
+    assert first.teacher_token_ids is not None
+    assert first.teacher_token_ids.tolist() == [5, 3, 5]  # three one three
+    assert second.teacher_token_ids is not None
+    assert (second.teacher_token_ids.tolist(), prompts.longest_of("main")) == ([5, 4, 5], 3)
+    assert load(path, tokenizer).prompt(0).teacher_token_ids is None
+
+
+def test_a_teacher_without_a_chat_template_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
+    path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one"})
+    with pytest.raises(PromptError, match=r"teachers.main: its tokenizer has no chat template"):
+        load_prompts(path, tokenizer, make_config(), 600, teacher_tokenizers={"main": bare})
+
+
 def test_the_wire_returns_the_same_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_prompts(tmp_path / "p.jsonl", {"prompt": "one"}, {"prompt": "two three", "answer": "x"})
     prompts = PromptSet.from_wire(load(path, tokenizer).to_wire())

@@ -17,7 +17,8 @@ FIELDS = {
     "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
     "stop stop_token_ids stop_repetition rows_per_batch max_staleness engine",
     "teachers": "model backend signals trust_remote_code num_workers slot min_workers max_workers accept_differences "
-    "excluded_token_ids base url api_key_env tokenizer request_timeout_seconds retry_seconds engine",
+    "excluded_token_ids context shuffled_context base url api_key_env tokenizer min_coverage alignment "
+    "request_timeout_seconds retry_seconds states engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
@@ -73,7 +74,7 @@ def test_a_url_says_all_that_a_teacher_elsewhere_needs() -> None:
         ("url='http://me:s3cret@host/v1'", r"url holds a user name or password, .*; put a key into an environment"),
         ("url=[]", "url = \\[\\] names no server"),
         ("api_key_env='KEY'", "teachers.main: api_key_env is for teachers with a url; set url, or remove it"),
-        ("tokenizer='t'", "teachers.main: tokenizer is for teachers with a url"),
+        ("tokenizer='t'", "teachers.main: tokenizer is 't'; expected 'same' or 'aligned'"),
         ("backend='http'", "teachers.main: backend = 'http' needs a url"),
     ],
 )

@@ -22,7 +22,7 @@ def test_without_a_task_reward_every_trajectory_is_released_as_it_comes():
     assert arrivals.add(handle("a", [4, 1])) == [0, 1]
     assert arrivals.add(handle("b", [9])) == [2]
     assert [arrivals.num_tokens(index) for index in range(3)] == [14, 11, 19]
-    assert arrivals.num_completion_tokens == 4 + 1 + 9
+    assert arrivals.num_loss_tokens == 4 + 1 + 9
 
 
 def test_a_task_reward_holds_trajectories_back_until_all_samples_of_their_prompt_are_there():

@@ -1,0 +1,140 @@
+"""Checks the contexts of a run's teachers on all of its prompts, before anything starts, and says how long they get."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from cluster.config.run_config import Config
+from cluster.contracts.errors import ConfigError, PreceptorError, PromptError
+from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext, user_text
+from rollout_workers.contexts.template import NAMES, compiled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rollout_workers.prompts import PromptSet
+
+# What a template may meet: a right attempt and feedback, or nothing of them.
+EXAMPLES: Sequence[Mapping[str, Any]] = (
+    {"attempt": "0", "attempts": [{"text": "0", "reward": 1.0}], "own_attempt": "0", "reward": 1.0, "feedback": "0"},
+    {"attempt": "", "attempts": [], "own_attempt": "", "reward": 0.0, "feedback": ""},
+)
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """Holds what the rollout workers must know of the contexts, and how much capacity teachers need for them."""
+
+    settings: ContextSettings | None = None  # None: no teacher has a context
+    prompt_tokens: Mapping[str, int] = field(default_factory=dict)  # [teachers.NAME] -> of its longest prompt
+    notes: tuple[str, ...] = ()
+
+
+def plan_contexts(
+    config: Config,
+    prompts: "PromptSet",
+    tokenizer: "PreTrainedTokenizerBase",
+    context_tokens: Mapping[str, int],
+    now: datetime,
+) -> ContextPlan:
+    """Render every prompt's contexts, as far as they do not show attempts.
+
+    Args:
+        config: of the run; has the teachers' contexts.
+        prompts: all of them.
+        tokenizer: the student's.
+        context_tokens: by [teachers.NAME], of its engine or servers.
+        now: what chat templates take for the time.
+
+    Raises:
+        ConfigError: a template is none, or reads what can never be there.
+        PromptError: a prompt lacks what a template reads, or does not fit with its context.
+    """
+    if not config.has_contexts:
+        return ContextPlan()
+    scorers, lengths, notes = [], dict[str, int](), []
+    for route in config.routes:
+        for name, request in config.scorers(route):
+            teacher = config.teachers[name]
+            if teacher.context is None:
+                continue
+            try:
+                _check_names(config, name, prompts)
+                scorer = ScorerContext(route, request.model, teacher.context, teacher.shuffled_context)
+                capacity = context_tokens[name] - config.rollout.max_completion_tokens
+                capacity -= config.environment.max_observation_tokens + 1  # a scoring engine generates one token
+                scorer, longest, lines = _measured(scorer, config, prompts, tokenizer, capacity, now)
+            except PreceptorError as error:
+                raise type(error)(f"teachers.{name}.context: {error}") from error
+            scorers.append(scorer)
+            lengths[name] = max(longest, lengths.get(name, 0))
+            notes += [f"teachers.{name}.context: {line}" for line in lines]
+    return ContextPlan(ContextSettings(tuple(scorers), config.prompts, now), lengths, tuple(notes))
+
+
+def _check_names(config: Config, name: str, prompts: "PromptSet") -> None:
+    """Raise ConfigError if the template of a teacher reads what no prompt and no completion of the run has."""
+    context = config.teachers[name].context
+    assert context is not None
+    template = compiled(context.template)
+    columns = {column for number in range(len(prompts)) for column in prompts.source(number).columns}
+    unknown = sorted(template.columns - columns)
+    if unknown:
+        raise ConfigError(
+            f"the template reads `{unknown[0]}`, and no prompt has such a column; there are "
+            f"{', '.join(sorted(columns)) or 'none'}, besides {', '.join(NAMES)}"
+        )
+    others = config.rollout.samples_per_prompt > 1 or context.own_attempt
+    if template.reads_group and not others:
+        raise ConfigError(
+            "the template reads other attempts at the prompt, and rollout.samples_per_prompt = 1 gives none; raise it"
+        )
+    if config.teachers[name].shuffled_context and len(prompts) < 2:
+        raise ConfigError("shuffled_context = true takes the context of another prompt, and there is only one prompt")
+
+
+def _measured(
+    scorer: ScorerContext,
+    config: Config,
+    prompts: "PromptSet",
+    tokenizer: "PreTrainedTokenizerBase",
+    capacity: int,
+    now: datetime,
+) -> tuple[ScorerContext, int, Sequence[str]]:
+    """Return the context with its limit of tokens, the tokens that its prompts may have, and what is to be said."""
+    builder = ContextBuilder(ContextSettings((scorer,), config.prompts, now), tokenizer, prompts)
+    numbers = [number for number in range(len(prompts)) if prompts.teacher(number) == scorer.route]
+    lengths = {number: _length(builder, scorer, number) for number in numbers}
+    longest = max(lengths.values(), default=0)
+    if scorer.template.reads_attempts:  # one of them, or the feedback, is as long as a completion
+        longest += config.rollout.max_completion_tokens + config.environment.max_observation_tokens
+    limit = min(capacity, scorer.config.max_tokens or capacity)
+    too_long = [number for number, length in lengths.items() if length > limit]
+    if too_long and config.prompts.too_long == "error":
+        raise PromptError(
+            f"{len(too_long):,} of {len(numbers):,} prompts have no room for it: {_name(builder, too_long[0])} has "
+            f"{lengths[too_long[0]]} tokens with it, of {limit} that fit; shorten it, or set prompts.too_long = "
+            '"skip", which learns nothing from such prompts'
+        )
+    notes = ["shuffled: the teacher reads that of another prompt"] if scorer.shuffled else []
+    absent = len(too_long) + sum(not length for length in lengths.values())
+    if absent == len(numbers) > 0:
+        raise PromptError(f"none of the {len(numbers):,} prompts has one, so nothing would be learned from")
+    if absent:
+        notes.append(f"{absent:,} of {len(numbers):,} prompts have none, and nothing is learned from them")
+    return replace(scorer, max_tokens=limit), min(longest, limit), notes
+
+
+def _length(builder: ContextBuilder, scorer: ScorerContext, number: int) -> int:
+    """Return the tokens of a prompt with its context; 0: it has none. Short texts stand for attempts and feedback."""
+    source = builder.prompts.source(number)
+    try:
+        texts = [scorer.template.render(builder.inputs(scorer, number, example)) for example in EXAMPLES]
+        return max(len(builder.tokens(source, text)) for text in dict.fromkeys(texts))
+    except PromptError as error:
+        raise PromptError(f"{_name(builder, number)}: {error}") from error
+
+
+def _name(builder: ContextBuilder, number: int) -> str:
+    return f"the prompt {user_text(builder.prompts.source(number))[:60]!r}"

@@ -1,0 +1,65 @@
+"""Compiles the Jinja template of a teacher's context, and says what it reads."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from cluster.contracts.errors import ConfigError, PromptError
+from rollout_workers.rendering import TEMPLATE_ERRORS
+
+OF_PROMPT = ("prompt", "answer", "domain", "columns")
+OF_ATTEMPT = ("own_attempt", "reward", "feedback")  # known when the completion itself is finished
+OF_GROUP = ("attempt", "attempts")  # known when the other completions of the prompt are finished too
+NAMES = (*OF_PROMPT, *OF_ATTEMPT, *OF_GROUP)
+
+
+class ContextTemplate:
+    """Renders one template, in Jinja's sandbox; a name that it reads and that is not there is an error.
+
+    Example:
+        >>> template = ContextTemplate("{{ prompt }} ({{ hint }})")
+        >>> sorted(template.columns), template.reads_group
+        (['hint'], False)
+        >>> template.render({"prompt": "2 + 2?", "hint": "even"})
+        '2 + 2? (even)'
+    """
+
+    def __init__(self, text: str) -> None:
+        """Compile a template; raise ConfigError if it is none."""
+        from jinja2 import StrictUndefined, TemplateError, meta
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        try:
+            self.names = meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
+            self._template = environment.from_string(text)
+        except TemplateError as error:
+            line = getattr(error, "lineno", None)
+            raise ConfigError(f"line {line}: {error}" if line else str(error)) from error
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Return the names that only a column of the prompts can have."""
+        return frozenset(self.names.difference(NAMES))
+
+    @property
+    def reads_group(self) -> bool:
+        return bool(self.names & {*OF_GROUP})
+
+    @property
+    def reads_attempts(self) -> bool:
+        """Return whether it reads anything that is not known before the completion is there."""
+        return bool(self.names & {*OF_GROUP, *OF_ATTEMPT})
+
+    def render(self, inputs: Mapping[str, Any]) -> str:
+        """Return the text; "" where nothing but white space comes out. Raise PromptError for what fails."""
+        try:
+            text = self._template.render(inputs)
+        except TEMPLATE_ERRORS as error:
+            raise PromptError(f"the template fails: {error}") from error
+        return text if text.strip() else ""
+
+
+@lru_cache(64)
+def compiled(text: str) -> ContextTemplate:
+    return ContextTemplate(text)
