@@ -71,12 +71,11 @@ class LearnerGroup:
         while self._heads_due and self._heads_due[0][0] <= step:
             _, config = self._heads_due.pop(0)
             self._ask("read_teacher_heads", config, waiting_for="the learner to read the teachers' LM heads")
-        weights = self._config.objective.scheduled_weights(step)
-        objective = self._config.objective.at(step) if weights else None
         with self._deaths_reported():
-            num_tokens, parts = self._accumulate(batches, objective, waiting_for=f"the learner to compute step {step}")
+            num_tokens, parts = self._accumulate(batches, None, f"the learner to compute step {step}", step)
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}", stage="learn")
         busy_seconds = sum(part["busy_seconds"].value for part in (*parts, *taken)) / len(self._actors)
+        weights = self._config.objective.scheduled_weights(step)
         scheduled = {f"weight/{name}": Max(weight) for name, weight in weights.items()}
         return merge([*parts, *taken]) | {"busy_seconds": Sum(busy_seconds)} | scheduled
 
@@ -94,6 +93,10 @@ class LearnerGroup:
         with self._deaths_reported():
             num_tokens, parts = self._accumulate(batches, objective, waiting_for="the learner's gradient")
         return merge([*parts, *self._ask("discard_step", num_tokens, waiting_for="the learner's gradient")])
+
+    def take_kept_rows(self) -> list[Any]:
+        """Ask every rank, without waiting, for what it has kept of the step, and return references."""
+        return [actor.take_kept_rows.remote() for actor in self._actors]
 
     def student_logprobs(self, handle: BatchHandle) -> Floats:
         """Return the current student's log-probability of every completion token of the batch, rows in order."""
@@ -152,11 +155,11 @@ class LearnerGroup:
             undo.pop_all()
 
     def _accumulate(
-        self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str
+        self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str, step: int = 0
     ) -> tuple[int, list[dict[str, Metric]]]:
         """Add up the gradients of batches as they come; return the tokens learned from and the ranks' metrics."""
         config = self._config
-        arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt)
+        arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt, step)
         planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
         pending: dict[Any, tuple[str, float]] = {}  # reference -> rank, and when it was called
         answers: list[dict[str, Metric]] = []

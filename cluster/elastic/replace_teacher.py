@@ -22,6 +22,7 @@ from cluster.contracts.errors import ActorError, ConfigError, ModelError, Precep
 from cluster.contracts.files import Record
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
+from cluster.models.aligned_states import check_states
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import compare, excluding
 from cluster.placement.capacity import missing_for
@@ -178,6 +179,7 @@ class TeacherChanges(StepHook):
                 "not end; start a new run with it"
             )
         check_support(config, facts.vocabulary)
+        check_states(config, student, {name: facts})
         needed = self.run.inputs.scoring_model_len(name)
         if facts.context_tokens < needed:
             raise ModelError(

@@ -38,6 +38,7 @@ class RankShare:
     task_advantages: tuple[float, ...]  # of the rows of `references`, in order
     grids: tuple[Grid, ...]  # indices count the rows of `references` in order
     weights: tuple[float, ...] = ()  # of the rows of `references`, in order; empty: all are 1
+    step: int = 0  # optimizer step, from 0, at which weights have what their schedules say
     step_means: Mapping[str, float] = field(default_factory=dict)  # term -> mean advantage over the whole step
 
 
@@ -47,6 +48,7 @@ class BatchBuffer:
 
     objective: ObjectiveConfig  # says whether a task reward is compared within a prompt's samples
     samples_per_prompt: int  # trajectories whose ids, divided by this number, are equal belong together
+    step: int = 0  # optimizer step, from 0
     num_loss_tokens: int = 0  # completion tokens that are learned from: the step's loss is divided by them
     step_means: Mapping[str, float] = field(default_factory=dict)  # for the ranks, once they are known
     _handles: list[BatchHandle] = field(default_factory=list)
@@ -113,6 +115,7 @@ class BatchBuffer:
             tuple(advantage for batch in used for advantage in self._advantages[batch]),
             tuple(tuple(tuple(local(index) for index in grid_row) for grid_row in grid) for grid in grids),
             tuple(weight for batch in used for weight in self._weights(self._handles[batch])),
+            self.step,
             self.step_means,
         )
 

@@ -36,10 +36,9 @@ class StubRank:
         if not tokens:
             raise ScoreError("the stub refuses an empty trajectory")
         time.sleep(tokens / 1000)
-        weights = {} if objective is None else {name: term.weight for name, term in objective.terms.items()}
         return {
             **{f"{name}_mean": Max(mean) for name, mean in share.step_means.items()},
-            **{f"{name}_weight": Max(float(weight)) for name, weight in weights.items()},
+            "step_of_weights": Max(float(share.step)),
             "tokens": Sum(float(tokens)),
             "rounds": Sum(1.0),
             "micro_batches": Sum(float(len(share.grids))),
