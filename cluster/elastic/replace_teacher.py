@@ -165,6 +165,8 @@ class TeacherChanges(StepHook):
             raise ConfigError(
                 f"there is no teacher {name!r}; this run has {', '.join(teachers.pools)}, and its prompts name no other"
             )
+        if config.teachers[name].source is not None:
+            raise ConfigError(f"teacher {name} is the student itself (from = 'student'), which no other model replaces")
         if any(name in replacement.pools for replacement in teachers.replacements):
             raise ConfigError(f"teacher {name} is being replaced already; wait until the new one has taken over")
         config = with_models(config, {name: model})

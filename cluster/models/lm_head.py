@@ -50,6 +50,7 @@ class LmHead:
     logit_factor: float = 1.0
     softcap: float | None = None  # logits are squeezed into (-softcap, softcap)
     excluded_ids: Tensor | None = None  # [ids] that have no probability
+    name: str = ""  # of the matrix in the model's files
 
     @property
     def vocabulary_size(self) -> int:
@@ -69,9 +70,34 @@ class LmHead:
         logits = scale_logits(logits, self.logit_factor, self.softcap)
         return logits if self.excluded_ids is None else logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)
 
+    def has(self, name: str) -> bool:
+        """Return whether a tensor of the model's checkpoint is part of the head; prefixes of names may differ."""
+        return _is_called(name, self.name) or (self.bias is not None and _is_called(name, _bias_name(self.name)))
+
+    def updated(self, tensors: Mapping[str, Tensor]) -> "LmHead":
+        """Return the head with new values, by their names; raise KeyError if the matrix is not among them."""
+
+        def new(own: str) -> Tensor:
+            values = next((values for name, values in tensors.items() if _is_called(name, own)), None)
+            if values is None:
+                raise KeyError(own)
+            return values[: self.vocabulary_size].to(self.weight.device, self.weight.dtype, copy=True)
+
+        bias = None if self.bias is None else new(_bias_name(self.name))
+        return replace(self, weight=new(self.name), bias=bias)
+
     def to(self, device: torch.device | str) -> "LmHead":
         bias, excluded = (None if part is None else part.to(device) for part in (self.bias, self.excluded_ids))
         return replace(self, weight=self.weight.to(device), bias=bias, excluded_ids=excluded)
+
+
+def _is_called(name: str, other: str) -> bool:
+    """Tell whether two names are of one tensor, which may have a prefix in one of them."""
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
+
+
+def _bias_name(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
 
 
 def scale_logits(logits: Tensor, logit_factor: float, softcap: float | None) -> Tensor:
@@ -122,8 +148,7 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids
         )
     if len(weight) < vocabulary_size:
         raise ModelError(f"model '{model}': its LM head '{name}' has {len(weight)} rows for {vocabulary_size} tokens")
-    bias_name = name.removesuffix("weight") + "bias"
-    bias = _read(model, shards, bias_name, vocabulary_size) if bias_name in shards else None
+    bias = _read(model, shards, _bias_name(name), vocabulary_size) if _bias_name(name) in shards else None
     torch_dtype = getattr(torch, dtype)
     excluded = [token_id for token_id in excluded_ids if token_id < vocabulary_size]
     return LmHead(
@@ -131,6 +156,7 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids
         None if bias is None else bias.to(torch_dtype),
         *read_logit_scaling(config),
         torch.tensor(excluded) if excluded else None,
+        name,
     )
 
 

@@ -96,7 +96,7 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
     lines += [
         f"warning: teachers.{name} is the student's own model, from which it learns nothing"
         for name in config.routes
-        if _is_same(config.student.model, config.teachers[name].model)
+        if config.teachers[name].source is None and _is_same(config.student.model, config.teachers[name].model)
     ]
     ends = [student.stops, *(pair.stop_ids for pair in pairs.values())]
     further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model

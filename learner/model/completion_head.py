@@ -42,6 +42,25 @@ def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
     return {route: {model: loaded[name] for model, name in of_route.items()} for route, of_route in names.items()}
 
 
+def with_updated_head(
+    config: Config, heads: TeacherHeads, name: str, update: Callable[[LmHead], LmHead]
+) -> TeacherHeads:
+    """Return the heads with another one of [teachers.NAME], which `update` makes, once, if the objective has it."""
+    of_teacher = [
+        head
+        for route, models in heads.items()
+        for model, head in models.items()
+        if config.scoring_teacher(model, route) == name
+    ]
+    if not of_teacher:
+        return heads
+    new = update(of_teacher[0])
+    return {
+        route: {model: new if config.scoring_teacher(model, route) == name else head for model, head in models.items()}
+        for route, models in heads.items()
+    }
+
+
 # Float32 logits alive at once, of each model. Every chunk reads and writes the whole gradient of the weight: for 1,024
 # tokens of 151,936 on a CPU, the products take 18 % longer in chunks of 128 than in one, 7 % in 256, 1 % in 441.
 CPU_CHUNK_LOGITS = 1 << 26  # 256 MiB

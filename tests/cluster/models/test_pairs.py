@@ -207,6 +207,11 @@ def test_a_student_that_teaches_itself_is_warned_about(folder: Path) -> None:
     )
 
 
+def test_a_student_that_is_meant_to_teach_itself_is_not(folder: Path) -> None:
+    itself = config(folder, f"teachers.main.model={folder}/student", "teachers.main.from=student")
+    assert load_inputs(itself).pairs.lines == ()
+
+
 def test_the_tokens_of_one_teacher_are_excluded_by_all(folder: Path) -> None:
     from transformers import AutoTokenizer
 
