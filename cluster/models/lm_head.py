@@ -50,8 +50,8 @@ class LmHead:
     logit_factor: float = 1.0
     softcap: float | None = None  # logits are squeezed into (-softcap, softcap)
     excluded_ids: Tensor | None = None  # [ids] that have no probability
-    stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all
     name: str = ""  # of the matrix in the model's files
+    stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all
 
     @property
     def vocabulary_size(self) -> int:
@@ -167,8 +167,8 @@ def load_lm_head(
         None if bias is None else bias.to(torch_dtype),
         *read_logit_scaling(config),
         torch.tensor(excluded) if excluded else None,
-        tuple(token_id for token_id in stop_class if token_id < vocabulary_size),
         name,
+        tuple(token_id for token_id in stop_class if token_id < vocabulary_size),
     )
 
 
