@@ -22,8 +22,8 @@ from cluster.contracts.errors import ActorError, ConfigError, ModelError, Precep
 from cluster.contracts.files import Record
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
-from cluster.models.model_checks import read_model
-from cluster.models.pairs import compare, excluding
+from cluster.models.model_checks import ModelFacts, read_model
+from cluster.models.pairs import align, compare, excluding
 from cluster.placement.capacity import missing_for
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import PoolPlacement
@@ -171,6 +171,8 @@ class TeacherChanges(StepHook):
         facts = backend.check(config.teachers[name], student)
         if backend.identity(config.teachers[name]) == teachers.pools[name].checkpoint:
             raise ConfigError(f"teacher {name} is {model} already, with these very files")
+        if config.teachers[name].is_aligned:
+            return self._checked_map(name, config, student, facts)
         pair = compare(name, config.teachers[name], student, facts, config.rollout.stop_token_ids)
         if facts.tokenizer.eos_token_id not in student.stops.union(config.rollout.stop_token_ids):
             raise ModelError(
@@ -185,6 +187,16 @@ class TeacherChanges(StepHook):
             )
         section = excluding(config.teachers[name], pair.excluded_ids)
         return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
+
+    def _checked_map(self, name: str, config: Config, student: ModelFacts, facts: ModelFacts) -> Config:
+        """Return the configuration if an aligned teacher's tokens are those that its prompts were written in."""
+        teacher, began_with = config.teachers[name], self.run.config.teachers[name].alignment
+        if began_with is None or align(name, config, student, facts)[0].digest != began_with.digest:
+            raise ModelError(
+                f"model '{teacher.model}': its tokens are not those of teacher {name}, in which it "
+                "reads this run's prompts; start a new run with it"
+            )
+        return config
 
     def _switch(self, replacement: Replacement, step: int) -> None:
         teachers = self._pipeline.teachers
