@@ -64,14 +64,20 @@ def write_models(out: Path, embedded: Path, steps: int = STEPS, seed: int = 0) -
     texts = transcript_texts(np.random.default_rng(seed))
     bpe, pieces = bpe_tokenizer(texts), pieces_tokenizer(texts)
     for name in ("student", "teacher"):
-        save(
-            with_tokenizer(Qwen3ForCausalLM.from_pretrained(embedded / name, dtype=torch.float32), bpe), bpe, out / name
-        )
-    other = with_tokenizer(Qwen3ForCausalLM.from_pretrained(embedded / "teacher", dtype=torch.float32), pieces)
+        save(with_tokenizer(_read(embedded / name), bpe), bpe, out / name)
+    other = with_tokenizer(_read(embedded / "teacher"), pieces)
     draw = partial(draw_batch, spelled=spelled_words(pieces))
     phase = Phase(steps, draw, matrix_lr=0.005, other_lr=2e-3, warmup_steps=20, decay_fraction=0.7)
     train(other, phase, np.random.default_rng([seed, steps]))
     save(other, pieces, out / "other_teacher")
+
+
+def write_untrained(out: Path, embedded: Path, seed: int = 0) -> None:
+    """Write the pair with two tokenizers that both merge every number, which needs no training."""
+    texts = transcript_texts(np.random.default_rng(seed))
+    bpe, pieces = bpe_tokenizer(texts), pieces_tokenizer(texts, BPE_MERGES)
+    save(with_tokenizer(_read(embedded / "student"), bpe), bpe, out / "student")
+    save(with_tokenizer(_read(embedded / "teacher"), pieces), pieces, out / "teacher")
 
 
 def transcript_texts(rng: np.random.Generator) -> list[str]:
@@ -162,6 +168,10 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory:
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def _read(folder: Path) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _padded(rows: list[np.ndarray], value: int | bool) -> Ints | Bools:
