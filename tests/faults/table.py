@@ -15,6 +15,7 @@ from tests.faults.tables import (
     rollouts,
     run,
     teachers,
+    tokenizers,
     weight_sync,
 )
 
@@ -27,6 +28,7 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "weight_sync": weight_sync.FAULTS,
     "rollouts": rollouts.FAULTS,
     "teachers": teachers.FAULTS,
+    "tokenizers": tokenizers.FAULTS,
     "models": models.FAULTS,
     "run": run.FAULTS,
     "first_run": first_run.FAULTS,
