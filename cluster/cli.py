@@ -130,6 +130,23 @@ def status(options: argparse.Namespace) -> int:
     return 0
 
 
+def report(options: argparse.Namespace) -> int:
+    """Write one HTML file that shows runs: curves, tokens, answers, advice; while they go on or after."""
+    from cluster.report.report import write_report
+
+    out = write_report(options.runs, options.out)
+    sys.stdout.write(f"{out} ({out.stat().st_size / 1e6:.1f} MB)\n")
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Put runs side by side: settings that differ, and what came of them."""
+    from cluster.monitoring.compare import print_comparison
+
+    print_comparison(options.runs, options.json)
+    return 0
+
+
 def verify(options: argparse.Namespace) -> int:
     """Prove from a run's ledger that every trajectory was learned from exactly once."""
     from cluster.run.ledger import verify_run
@@ -161,6 +178,16 @@ def plan(options: argparse.Namespace) -> int:
     from cluster.simulation.command import PlanOptions, print_plan
 
     print_plan(config, PlanOptions(options.rates, options.gpus, options.picture, options.save_rates, options.json))
+    return 0
+
+
+def fit_projection(options: argparse.Namespace) -> int:
+    """Fit the projection bank that a run file names to what its student writes, and say how much it keeps."""
+    config = _load(options)
+    from cluster.run.fit_projection import FitOptions, fit_bank_of_run
+
+    for line in fit_bank_of_run(config, FitOptions(options.rank, options.rows, options.teacher)):
+        sys.stdout.write(f"{line}\n")
     return 0
 
 
@@ -241,9 +268,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "scale": scale,
     "teacher": teacher,
     "status": status,
+    "report": report,
+    "compare": compare,
     "verify": verify,
     "export": export,
     "plan": plan,
+    "fit-projection": fit_projection,
     "demo": demo,
     "submit": submit,
     "follow": follow,
@@ -260,7 +290,7 @@ def make_parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=run.__doc__, description=run.__doc__)
         command.set_defaults(command=run)
         add[name] = command.add_argument
-    for name in ("train", "eval", "check", "plan", "submit"):
+    for name in ("train", "eval", "check", "plan", "submit", "fit-projection"):
         add[name]("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
     for name in ("scale", "teacher", "status", "verify", "export"):
         add[name]("run", type=Path, metavar="RUN_DIRECTORY")
@@ -268,7 +298,8 @@ def make_parser() -> argparse.ArgumentParser:
         add[name]("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS")
     for name in ("follow", "stop"):
         add[name]("job_id", metavar="JOB_ID")
-    for name in ("status", "plan"):
+    add["compare"]("runs", type=Path, nargs="+", metavar="RUN_DIRECTORY")
+    for name in ("status", "compare", "plan"):
         add[name]("--json", action="store_true", help="print one JSON object")
     add["status"]("--watch", action="store_true", help="show it until the run ends, or until Ctrl-C")
     _add_init(add["init"])
@@ -280,11 +311,16 @@ def make_parser() -> argparse.ArgumentParser:
     add["export"]("--step", type=int, metavar="N", help="of the checkpoint; else that of the last intact one")
     add["export"]("--to", type=Path, metavar="FOLDER", help="a new one; else RUN_DIRECTORY/export-step-N")
     add["export"]("--push-to-hub", metavar="ID", help="send it there too, by the token in HF_TOKEN")
+    add["report"]("runs", nargs="+", type=Path, metavar="RUN_DIRECTORY")
+    add["report"]("--out", type=Path, metavar="FILE.html", help="else report.html in the first run's directory")
     add["plan"]("--rates", type=Path, metavar="FILE|RUN_DIRECTORY", help="how fast stages are, to predict a step")
     add["plan"]("--gpus", type=int, help="to place the run on; with --rates, to share out")
     add["plan"]("--gpu-memory", type=float, metavar="GIB", help="of each GPU; without --rates")
     add["plan"]("--picture", type=Path, metavar="FILE.png", help="draw the prediction")
     add["plan"]("--save-rates", type=Path, metavar="FILE", help="write the rates of a run directory")
+    add["fit-projection"]("--rank", type=int, default=8, metavar="N", help="dimensions of each layer")
+    add["fit-projection"]("--rows", type=int, default=16_384, metavar="N", help="sampled tokens to fit it to, at most")
+    add["fit-projection"]("--teacher", metavar="NAME", help="of [teachers.NAME], where there are several")
     add["demo"]("arguments", nargs="*", metavar="section.field=value")
     add["submit"]("--resume", action="store_true", help="go on with the run from its last checkpoint")
     add["submit"]("--no-wait", action="store_true", help="return when the job is submitted")

@@ -21,11 +21,13 @@ from cluster.run.checkpoints import Checkpoints, RunState, StepEnd, find_resume_
 from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_samples
 from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
+from cluster.run.kept_rows import KeptRows
 from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
 from cluster.run.served_teachers import ServedTeachers
+from cluster.run.start_record import record_start
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
 from cluster.run.supervisor import Supervisor
 from teacher_workers.audit.runner import ScoreAudit
@@ -121,6 +123,7 @@ def _train(
     state: RunState | None = None,
 ) -> RunSummary:
     beginning = state or RunSummary()
+    record_start(directory, 0 if state is None else state.step, placement)
 
     def measure_teachers() -> None:
         if isinstance(beginning, RunSummary):  # a resumed run knows
@@ -152,6 +155,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         checkpoints,
         *([] if balancer is None else [balancer]),
         Evaluations(run),
+        KeptRows(run),
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
         ScoreAudits(run, audit),

@@ -95,6 +95,10 @@ class LearnerGroup:
             num_tokens, parts = self._accumulate(batches, objective, waiting_for="the learner's gradient")
         return merge([*parts, *self._ask("discard_step", num_tokens, waiting_for="the learner's gradient")])
 
+    def take_kept_rows(self) -> list[Any]:
+        """Ask every rank, without waiting, for what it has kept of the step, and return references."""
+        return [actor.take_kept_rows.remote() for actor in self._actors]
+
     def student_logprobs(self, handle: BatchHandle) -> Floats:
         """Return the current student's log-probability of every completion token of the batch, rows in order."""
         return self._ask("student_logprobs", [handle.reference], waiting_for="the student's log-probabilities")[0]

@@ -1,7 +1,7 @@
 """Runs forward, objective and backward over micro-batches of one rank, and returns their metrics."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain, pairwise
 from time import perf_counter
 
@@ -13,6 +13,7 @@ from cluster.config.terms import TEACHER
 from cluster.contracts.metrics import Max, Mean, Metric, Quantile, Sum, merge
 from learner.batching.micro_batch import MicroBatch
 from learner.engines.base import TrainEngine
+from learner.kept_rows import Watch
 from learner.loss.objective import Objective
 from learner.loss.tokens import CompletionTokens, Evaluation
 from learner.model.completion_head import TeacherHeads
@@ -44,10 +45,12 @@ def accumulate(
     objective: Objective,
     teacher_heads: TeacherHeads,
     completes_step: bool,
+    keep: Callable[[Watch, Evaluation], Mapping[str, Metric]] | None = None,
 ) -> dict[str, Metric]:
     """Run forward and backward over some of a step's micro-batches; the gradients' sums stay in the engine.
 
     Every rank has as many micro-batches in this call, at least one; `completes_step` says that no others follow.
+    `keep` receives what the watches of micro-batches have read, and returns metrics of it.
     """
     parts: list[dict[str, Metric]] = []
     for batch, following in pairwise(chain(batches, [None])):
@@ -59,6 +62,8 @@ def accumulate(
         if objective.needs.last_states or objective.needs.layer_states:
             metrics |= {"state_error": _mean(result.columns[-1])} if len(batch.tokens) else {}
         # Only now: a GPU has just begun when `backward` returns, and reading the metrics waits for it.
+        if batch.watch is not None and keep is not None:
+            metrics |= keep(batch.watch, result)
         parts.append(metrics | {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)})
     return merge(parts)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,6 +16,7 @@ from ray.actor import ActorHandle
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.import_path import load_object
+from cluster.contracts.kept_rows import Taken
 from cluster.contracts.metrics import Max, Metric, Sum
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
@@ -29,6 +31,7 @@ from learner.checkpointing.manifest import WrittenShard, shard_name
 from learner.checkpointing.shards import ShardWriter, random_state, read_shard, set_random_state, split_random_state
 from learner.engines.base import TrainEngine
 from learner.engines.torch import ReferenceEngine
+from learner.kept_rows import KeptRows
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
 from learner.model.completion_head import TeacherHeads, load_teacher_heads
@@ -53,7 +56,7 @@ class LearnerActor:
     ) -> None:
         self._config, self._rank, self._world_size = config, rank, world_size
         self._fetch = fetch or self._fetch_from_ray
-        self._writer = ShardWriter()
+        self._writer, self._kept = ShardWriter(), KeptRows(config)
 
     def address(self) -> str:
         """Return where the group can meet: rank 0's answer counts; not collective."""
@@ -98,10 +101,17 @@ class LearnerActor:
         rows = trajectories(batches, share.task_advantages)
         # One micro-batch at a time: hidden states are large.
         micro_batches = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
-        minimised = self._objective
         if objective is not None:
-            minimised = Objective(objective, self._kernels, self._config.rollout.temperature, self._ignored_ids)
-        return accumulate(self._engine, micro_batches, minimised, self._teacher_heads, completes_step)
+            measured = Objective(objective, self._kernels, self._config.rollout.temperature, self._ignored_ids)
+            return accumulate(self._engine, micro_batches, measured, self._teacher_heads, completes_step)
+        kept = self._kept
+        watched = (kept.watch(batch, grid, rows) for batch, grid in zip(micro_batches, share.grids, strict=True))
+        keep = partial(kept.add, batches=batches)
+        return accumulate(self._engine, watched, self._objective, self._teacher_heads, completes_step, keep)
+
+    def take_kept_rows(self) -> Taken:
+        """Return, once, this rank's kept rows since they were taken last; not collective."""
+        return self._kept.take()
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""

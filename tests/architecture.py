@@ -17,10 +17,10 @@ EXAMPLES = "examples/extend"
 
 # The redesigned house was held to 155 files and 22,000 lines, and had 153 and 21,881. What came since may add: the
 # first hour (prompts of any format, rewards, teachers behind a URL, pairs, export, init, logs) 20 files and 3,300
-# lines, the second round of objectives 12 files and 2,300 lines, teachers that know more 8 files and 1,500 lines, the
-# report and what people watch 8 files and 1,300 lines.
-MAX_FILES = 155 + 20 + 12 + 8 + 8
-MAX_LINES = 22_000 + 3_300 + 2_300 + 1_500 + 1_300
+# lines, the second round of objectives 20 files and 3,000 lines, teachers that know more 16 files and 2,700 lines, the
+# report and what people watch 16 files and 2,200 lines.
+MAX_FILES = 155 + 20 + 20 + 16 + 16
+MAX_LINES = 22_000 + 3_300 + 3_000 + 2_700 + 2_200
 MAX_FUNCTION_LINES = 50
 MAX_FILE_LINES = 400
 MAX_IMPORT_DEPTH = 12
@@ -46,6 +46,7 @@ LAYERS = {
     "cluster.run": 3,
     "cluster.elastic": 3,
     "cluster.simulation": 3,
+    "cluster.report": 3,
     "cluster": 4,  # the command line
 }
 

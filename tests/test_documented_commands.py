@@ -127,7 +127,9 @@ def test_every_target_of_make_is_there(command: Command) -> None:
 
 
 def runs_here(command: Command) -> bool:
-    return command.form.split()[1] in ("init", "status") or command.form == "preceptor plan --gpu-memory --gpus"
+    return (
+        command.form.split()[1] in ("compare", "init", "status") or command.form == "preceptor plan --gpu-memory --gpus"
+    )
 
 
 @pytest.mark.parametrize("command", [command for command in ALL if command.is_line and not command.needs], ids=str)
@@ -152,7 +154,7 @@ def test_needs_are_said_in_the_same_words() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with what the commands name: MODEL, prompts.jsonl, RUN.toml and runs/run, which has ended."""
+    """Stand in a folder with what commands name: MODEL, prompts.jsonl, RUN.toml and runs that have ended."""
     monkeypatch.chdir(tmp_path)
     Path("MODEL").symlink_to(EMBEDDED / "student")
     lines = (EMBEDDED / "train.jsonl").read_text().splitlines(keepends=True)
@@ -160,10 +162,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     models = f'student.model = "{EMBEDDED}/student"\nteachers.main.model = "{EMBEDDED}/teacher"\n'
     prompts = 'prompts = { train = "prompts.jsonl", template = "raw" }\nrollout.max_completion_tokens = 24\n'
     Path("RUN.toml").write_text(models + prompts)
-    directory = RunDirectory.create(make_config("run.steps=3"))
-    with KeptStatus(directory.status, steps=3):
-        RecordsFile(directory.metrics).write({"step": 3, "train/kl": 0.5})
-        change_status(directory.status, state="running", step=3)
+    for name in ("run", "other"):
+        directory = RunDirectory.create(make_config("run.steps=3", f"run.name={name}"))
+        with KeptStatus(directory.status, steps=3):
+            RecordsFile(directory.metrics).write({"step": 3, "train/kl": 0.5})
+            change_status(directory.status, state="running", step=3)
     return tmp_path
 
 
@@ -188,6 +191,9 @@ def test_every_toml_block_is_a_part_of_a_run_file(document: Path, text: str) -> 
         tree[name] = {**section, **tree.get(name, {})}
     for teacher in tree["teachers"].values():
         teacher.setdefault("model", "teacher")
+    if "base" in text:
+        tree["teachers"]["before"] = {"model": "before"}
+        tree["teachers"]["main"].setdefault("base", "before")
     assert config_from_json(msgspec.json.encode(tree).decode(), source=document.name) is not None
 
 
@@ -206,7 +212,7 @@ def test_every_external_link_is_a_whole_address(document: Path) -> None:
 def test_the_site_shows_every_document_and_its_tools_are_in_no_lock() -> None:
     index = (ROOT / "docs" / "index.md").read_text()
     pages = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in (ROOT / "docs").rglob("*.md")}
-    assert pages - {"index"} <= set(index.split())
+    assert pages - {"index"} <= set(index.split()), "add the page to a toctree of docs/index.md"
     group = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["docs"]
     for lock in (ROOT / "cluster" / "install").glob("*.lock"):
         assert not {name.split("==")[0] for name in group} & {line.split("==")[0] for line in lock.read_text().split()}

@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows, row
 from cluster.config.objective import ObjectiveConfig
-from cluster.config.terms import DivergenceTerm, ImportanceConfig, PolicyGradientTerm
+from cluster.config.terms import DivergenceTerm, ImportanceConfig, PolicyGradientTerm, RepresentationTerm
 from cluster.models.lm_head import LmHead
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.choice import choose_kernels
@@ -51,6 +51,9 @@ SAMPLES = ObjectiveConfig(
     terms={"main": PolicyGradientTerm(over="support", importance=ImportanceConfig())},
 )
 
+LAST_STATES = ObjectiveConfig(
+    support="sampled", terms={"main": PolicyGradientTerm(), "states": RepresentationTerm(normalise="rms")}
+)
 WITHOUT_RESIDUAL = ObjectiveConfig(support="topk", support_size=16, terms={"main": DivergenceTerm(residual=False)})
 
 
@@ -89,6 +92,7 @@ def exact(divergence: str) -> ObjectiveConfig:
 
 CASES = [
     Case("sampled policy gradient", SAMPLED, bar=1.1),
+    Case("sampled policy gradient and last states", LAST_STATES, bar=1.1),
     Case("policy gradient over 16 draws", SAMPLES, bar=1.1),
     Case("top-16 and tail, reverse KL", ObjectiveConfig(support="topk", support_size=16), bar=1.1),
     Case("top-16 and tail, no residual", WITHOUT_RESIDUAL, bar=1.1),
@@ -139,7 +143,8 @@ class Bench:
             reward=torch.zeros(n, device=self.device),
         )
         places = torch.arange(n, device=self.device)
-        wide = {"hidden": self.normal(n, case.teacher_widths * self.sizes.width)} if case.teacher_widths else {}
+        widths = 1 if case.config.needs.last_states else case.teacher_widths
+        wide = {"hidden": self.normal(n, widths * self.sizes.width)} if widths else {}
         routes = (RoutedTokens(ROUTE, places, {"teacher": wide}),)
         return MicroBatch(nothing, nothing, nothing, places, (n,), tokens, routes)
 
@@ -148,7 +153,8 @@ class Bench:
         hidden = self.hidden.detach().requires_grad_()
         heads = {ROUTE: {"teacher": self.teacher_heads[case.teacher_widths]}} if case.teacher_widths else {}
         objective = Objective(case.config, None if plain else self.kernels)
-        loss, *_ = self.head(hidden, self.batches[case.name], objective, heads)
+        states = dict.fromkeys(objective.student_layers(1), hidden)
+        loss, *_ = self.head(hidden, self.batches[case.name], objective, heads, states, depth=1)
         torch.autograd.backward(loss / self.num_tokens)
         self.head.weight.grad = None
 

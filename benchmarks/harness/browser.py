@@ -27,6 +27,7 @@ class Page:
         """Open a tab; takes the two ends of the pipes."""
         self._commands, self._answers, self._read, self._last_id = commands, answers, b"", 0
         self._session: str | None = None
+        self.events: list[dict[str, Any]] = []  # what the browser said of itself; `observe` chooses
         target = self._call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
@@ -34,6 +35,11 @@ class Page:
         """Show so many points of a page, each as so many pixels."""
         size = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
         self._call("Emulation.setDeviceMetricsOverride", **size)
+
+    def observe(self) -> None:
+        """Keep, as events, exceptions, console lines and requests of the pages that are opened from now on."""
+        for domain in ("Runtime", "Log", "Network"):
+            self._call(f"{domain}.enable")
 
     def set_cookie(self, url: str, name: str, value: str) -> None:
         """Send a cookie to the host of an address from now on."""
@@ -75,7 +81,7 @@ class Page:
             message["sessionId"] = self._session
         os.write(self._commands, json.dumps(message).encode() + b"\0")
         while (answer := self._next()).get("id") != self._last_id:
-            pass  # an event
+            self.events.append(answer)
         if "error" in answer:
             raise SystemExit(f"chromium: {method}: {answer['error']['message']}")
         return answer["result"]

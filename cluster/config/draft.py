@@ -52,7 +52,7 @@ class Draft:
 
     def reasons(self) -> list[str]:
         return [
-            f"{field} = {_toml(choice.value)}: {choice.why}" for field, choice in self.choices.items() if choice.why
+            f"{field} = {to_toml(choice.value)}: {choice.why}" for field, choice in self.choices.items() if choice.why
         ]
 
     def render(self, head: Sequence[str] = ()) -> str:
@@ -63,13 +63,13 @@ class Draft:
             lines += ["", f"[{section}]"] if fields else []
             for field in fields:
                 choice = self.choices[field]
-                line = f"{field.rpartition('.')[2]} = {_toml(choice.value)}"
+                line = f"{field.rpartition('.')[2]} = {to_toml(choice.value)}"
                 lines.append(f"{line}  # {in_one_line(choice.why)}" if choice.why else line)
         return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _toml(value: Any) -> str:
+def to_toml(value: Any) -> str:
     """Return a value in TOML, whose texts, numbers and truth values are written as in JSON."""
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{name} = {_toml(part)}" for name, part in value.items()) + " }"
+        return "{ " + ", ".join(f"{name} = {to_toml(part)}" for name, part in value.items()) + " }"
     return json.dumps(value, ensure_ascii=False)

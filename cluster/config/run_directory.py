@@ -31,11 +31,13 @@ class RunDirectory:
         self.metrics, self.ledger = path / "metrics.jsonl", path / "ledger.jsonl"
         self.alarms, self.moves = path / "alarms.jsonl", path / "moves.jsonl"
         self.teachers, self.samples = path / "teachers.jsonl", path / "samples.jsonl"
+        self.starts = path / "starts.jsonl"  # of each start of the run: after which step, when, on what machines
         self.score_audit = path / "score_audit"  # each teacher's first answers to the trajectories of its audits
         self.scaling = ControlFiles(path / "scale-request.json", path / "scale-answer.json")
         self.replacing = ControlFiles(path / "teacher-request.json", path / "teacher-answer.json")
         self.tensorboard = path / "tensorboard"
         self.trace = path / "trace.json"
+        self.kept_rows = path / "kept_rows"  # a few trajectories of each step, as contracts/kept_rows.py has them
         self.logs = path / "logs"  # what failed workers and their engines have printed
         self.checkpoints = path / "checkpoints"  # each complete or absent
         self.export = path / "export"  # the trained student as a Hugging Face directory

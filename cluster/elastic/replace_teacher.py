@@ -22,6 +22,7 @@ from cluster.contracts.errors import ActorError, ConfigError, ModelError, Precep
 from cluster.contracts.files import Record
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
+from cluster.models.aligned_states import check_states
 from cluster.models.model_checks import ModelFacts, read_model
 from cluster.models.pairs import align, compare, excluding
 from cluster.placement.capacity import missing_for
@@ -171,6 +172,7 @@ class TeacherChanges(StepHook):
         facts = backend.check(config.teachers[name], student)
         if backend.identity(config.teachers[name]) == teachers.pools[name].checkpoint:
             raise ConfigError(f"teacher {name} is {model} already, with these very files")
+        self._check_room(name, model, facts)
         if config.teachers[name].is_aligned:
             return self._checked_map(name, config, student, facts)
         pair = compare(name, config.teachers[name], student, facts, config.rollout.stop_token_ids)
@@ -180,21 +182,24 @@ class TeacherChanges(StepHook):
                 "not end; start a new run with it"
             )
         check_support(config, facts.vocabulary)
+        check_states(config, student, {name: facts})
+        section = excluding(config.teachers[name], pair.excluded_ids)
+        return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
+
+    def _check_room(self, name: str, model: str, facts: ModelFacts) -> None:
         needed = self.run.inputs.scoring_model_len(name)
         if facts.context_tokens < needed:
             raise ModelError(
                 f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"
             )
-        section = excluding(config.teachers[name], pair.excluded_ids)
-        return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
 
     def _checked_map(self, name: str, config: Config, student: ModelFacts, facts: ModelFacts) -> Config:
         """Return the configuration if an aligned teacher's tokens are those that its prompts were written in."""
         teacher, began_with = config.teachers[name], self.run.config.teachers[name].alignment
         if began_with is None or align(name, config, student, facts)[0].digest != began_with.digest:
             raise ModelError(
-                f"model '{teacher.model}': its tokens are not those of teacher {name}, in which it "
-                "reads this run's prompts; start a new run with it"
+                f"model '{teacher.model}': its tokens are not those of teacher {name}, in which it reads "
+                "this run's prompts; start a new run with it"
             )
         return config
 

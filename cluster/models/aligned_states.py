@@ -11,7 +11,17 @@ from cluster.models.model_checks import ModelFacts
 
 
 def states_to_send(config: Config, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> dict[str, StatesConfig]:
-    """Return, of each [teachers.NAME] that sends layers, which ones.
+    """Return, of each [teachers.NAME] that sends layers, which ones; raise ConfigError as `check_states` does."""
+    check_states(config, student, teachers)
+    reads = config.objective.representation
+    if reads is None:
+        return {}
+    states = StatesConfig(chosen_layers(reads.layers, student.depth), student.depth, reads.bank)
+    return dict.fromkeys(sorted(_scorers(config, config.objective.needs.layer_states)), states)
+
+
+def check_states(config: Config, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> None:
+    """Check some teachers of a run, by name.
 
     Raises:
         ConfigError: a layer or the bank is missing, or the models' states cannot be compared as the objective says.
@@ -22,11 +32,6 @@ def states_to_send(config: Config, student: ModelFacts, teachers: Mapping[str, M
                 _check(config, term, student, teachers)
             except ModelError as error:
                 raise ConfigError(f"objective.terms.{name}: {error}") from error
-    reads = config.objective.representation
-    if reads is None:
-        return {}
-    states = StatesConfig(chosen_layers(reads.layers, student.depth), student.depth, reads.bank)
-    return dict.fromkeys(sorted(_scorers(config, config.objective.needs.layer_states)), states)
 
 
 def _check(config: Config, term: RepresentationTerm, student: ModelFacts, teachers: Mapping[str, ModelFacts]) -> None:
@@ -34,7 +39,7 @@ def _check(config: Config, term: RepresentationTerm, student: ModelFacts, teache
     bank = None if term.bank is None else load_bank(term.bank).select(layers)
     if bank is not None:
         _check_side(bank, "student", "the student", student, term)
-    for name in sorted(_scorers(config, term.target)):
+    for name in sorted(_scorers(config, term.target) & teachers.keys()):
         teacher = teachers[name]
         if bank is not None:
             _check_side(bank, "teacher", f"teachers.{name}", teacher, term)

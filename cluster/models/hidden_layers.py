@@ -109,7 +109,8 @@ class ProjectionBank:
 
         metadata = {"kind": KIND, "layers": json.dumps(self.layers), "depths": json.dumps(self.depths)}
         partial = path.with_name(f"{path.name}.partial")
-        save_file(self._tensors(), partial, metadata | {"digest": self.digest})
+        values = {name: tensor.clone() for name, tensor in self._tensors().items()}  # none of another's memory
+        save_file(values, partial, metadata | {"digest": self.digest})
         partial.replace(path)
 
     def _tensors(self) -> "dict[str, Tensor]":

@@ -129,7 +129,7 @@ class RunView:
             notes = [f"{metrics['serving']:.0f}/{metrics['wanted']:.0f} serve"]
             notes += [f"{rate:,.0f} tokens/s"] if math.isfinite(rate) else []
             notes += [f"{restarts:.0f} restarted"] if restarts > 0 else []
-            table.add_row(name, self._bar(busy), Text(f"{busy:.0%} busy", justify="right"), ", ".join(notes))
+            table.add_row(Text(name), self._bar(busy), Text(f"{busy:.0%} busy", justify="right"), ", ".join(notes))
         return table
 
     def _curves_drawn(self) -> Table:

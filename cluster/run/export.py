@@ -12,6 +12,7 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError, ConfigError
 from cluster.run.checkpoints import find_resume_point
+from cluster.run.model_readme import MARK, README, add_readme
 from learner.checkpointing.checkpoint import checkpoints, step_folder, step_of
 
 if TYPE_CHECKING:
@@ -31,12 +32,16 @@ def export_run(directory: RunDirectory, step: int | None, folder: Path | None, s
     target = folder or directory.export.with_name(f"{directory.export.name}-step-{step_of(checkpoint)}")
     if target.exists():
         raise CheckpointError(f"{target}: is there already; remove it, or choose another folder with --to")
+    import torch
     import transformers
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, warns
     from learner.checkpointing.export import export_checkpoint
 
     transformers.utils.logging.disable_progress_bar()
     export_checkpoint(config, checkpoint, target)
+    add_readme(target, directory, config, step_of(checkpoint), say)
     say(f"student after step {step_of(checkpoint)}: {target}")
     return target
 
@@ -66,14 +71,26 @@ def hub_api() -> "HfApi":
 
 
 def push(api: "HfApi", folder: Path, repo_id: str) -> str:
-    """Upload a folder to a model repository, made as a private one if there is none; return its address."""
+    """Upload a folder to a model repository, made as a private one if there is none; return its address.
+
+    A README.md that its owner wrote there stays.
+    """
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:
         address = api.create_repo(repo_id, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Student distilled by Preceptor")
+        kept = [README] if _has_own_readme(api, repo_id) else None
+        message = "Student distilled by Preceptor"
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=kept)
     except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"{folder}: is written, but could not be sent to the hub as {repo_id}: {error}"
         ) from error
     return str(address)
+
+
+def _has_own_readme(api: "HfApi", repo_id: str) -> bool:
+    """Return whether the repository has a README.md that Preceptor did not write."""
+    if not api.file_exists(repo_id, README):
+        return False
+    return MARK not in Path(api.hf_hub_download(repo_id, README)).read_text(encoding="utf-8", errors="replace")

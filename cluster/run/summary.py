@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config.run_config import Config
 from cluster.run.hooks import RunContext, StepHook
+from cluster.run.model_readme import add_readme
 
 if TYPE_CHECKING:
     from cluster.run.evaluation import Evaluation
@@ -56,6 +57,7 @@ class RunResult(StepHook):
         run.view.finish()
         if run.config.checkpoint.export:
             run.pipeline.learner.export(run.directory.export)
+            add_readme(run.directory.export, run.directory, run.config, run.config.run.steps, run.view.say)
             run.view.say(f"student: {run.directory.export}")
         run.view.say(f"metrics: {run.directory.metrics}")
         for line in summary(run.config, run.history, seconds, steps=run.config.run.steps - run.first_step):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,9 @@ from cluster.contracts.trajectory import (
 )
 from learner.batching.plan import Grid
 from learner.loss.tokens import CompletionTokens, map_tensors
+
+if TYPE_CHECKING:
+    from learner.kept_rows import Watch
 
 PAD_TOKEN_ID = 0  # any id of the vocabulary: no completion token attends to it
 
@@ -67,9 +70,10 @@ class MicroBatch:
     lengths: tuple[int, ...]  # tokens of each trajectory, in the order of `places`; of an empty grid, its one pad's
     tokens: CompletionTokens
     routes: tuple[RoutedTokens, ...]  # every completion token is in one of them
+    watch: "Watch | None" = None  # reads what the forward says of rows that are kept
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = {name: value.to(device) for name, value in vars(self).items() if name not in ("routes", "lengths")}
+        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
         return replace(self, **moved, routes=tuple(route.to(device) for route in self.routes))
 
 

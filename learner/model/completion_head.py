@@ -172,17 +172,21 @@ def evaluate_objective(
     columns = [torch.zeros_like(tokens.rollout_logprobs) for _ in range(6)]
     for chunk in _chunks(batch, chunk_tokens):
         places = chunk.places
+        logits, chosen, of_chosen = projection.logits(places), tokens[places], plan[places]
+        models = _model_logits(objective, chunk, teacher_heads)
+        if batch.watch is not None:
+            batch.watch.see(places, logits, chosen, of_chosen.weights, models)
         result = objective.evaluate(
-            projection.logits(places),
-            tokens[places],
-            plan[places],
-            _model_logits(objective, chunk, teacher_heads),
+            logits,
+            chosen,
+            of_chosen,
+            models,
             with_gradient=projection.gradients is not None and objective.reads_logits,
         )
         if result.logits_gradient is not None:
             projection.backward(places, result.logits_gradient)
         if len(states):
-            of_chunk = states[places], chunk.scores, tokens[places], plan[places]
+            of_chunk = states[places], chunk.scores, chosen, of_chosen
             losses, errors, gradients = objective.align(*of_chunk, result.logprobs, states.depth)
             states.backward(places, gradients)
             result = replace(result, losses=result.losses + losses, state_errors=errors)

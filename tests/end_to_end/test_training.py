@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.demo import EMBEDDED
@@ -54,6 +55,7 @@ def test_the_export_is_the_last_policy_and_loads_anywhere(short_run: ShortRun) -
         for new, old in zip(exported.parameters(), before.parameters(), strict=True)
     ]
     assert all(changed)
+    assert "| accuracy, held-out prompts |" in ModelCard.load(short_run.path / "export" / "README.md").text
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(EMBEDDED / "student").get_vocab()
 
 

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MixtralConfig
 
 from cluster.cli import main
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError
+from cluster.contracts.files import RecordsFile
 from cluster.models.weight_files import weight_files
 from cluster.run.export import push
+from cluster.run.model_readme import MARK
 from learner.checkpointing import checkpoint
 from learner.checkpointing.manifest import Layout, shard_name
 from learner.checkpointing.shards import write_shard
@@ -134,8 +137,9 @@ def test_a_run_without_checkpoints_has_nothing_to_export(run: Run, capsys: pytes
 class Hub:
     """Keeps what was sent, as huggingface_hub's HfApi would send it."""
 
-    def __init__(self) -> None:
+    def __init__(self, card: Path | None = None) -> None:
         self.sent: list[Any] = []
+        self.card = card  # that the repository has
 
     def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> str:
         if "//" in repo_id:
@@ -143,8 +147,17 @@ class Hub:
         self.sent.append((repo_id, private, exist_ok))
         return f"https://hub/{repo_id}"
 
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        self.sent.append((repo_id, sorted(path.name for path in folder_path.iterdir())))
+    def file_exists(self, repo_id: str, name: str) -> bool:
+        return self.card is not None and name == "README.md"
+
+    def hf_hub_download(self, repo_id: str, name: str) -> str:
+        return str(self.card)
+
+    def upload_folder(
+        self, repo_id: str, folder_path: Path, commit_message: str, ignore_patterns: list[str] | None
+    ) -> None:
+        names = {path.name for path in folder_path.iterdir()} - set(ignore_patterns or ())
+        self.sent.append((repo_id, sorted(names)))
 
 
 def test_the_folder_is_sent_to_a_private_repository(tmp_path: Path) -> None:
@@ -154,3 +167,30 @@ def test_the_folder_is_sent_to_a_private_repository(tmp_path: Path) -> None:
     assert hub.sent == [("me/student", True, True), ("me/student", ["config.json"])]
     with pytest.raises(CheckpointError, match="is written, but could not be sent to the hub as me//student: Repo id"):
         push(hub, tmp_path, "me//student")  # type: ignore[arg-type]
+
+
+def test_a_card_that_its_owner_wrote_in_the_repository_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    for name in ("config.json", "README.md"):
+        (folder / name).write_text(f"new\n{MARK}\n")
+    ours, theirs = tmp_path / "ours.md", tmp_path / "theirs.md"
+    ours.write_text(f"old\n{MARK}\n")
+    theirs.write_text("---\nlicense: mit\n---\nmy own words\n")
+    for card, sent in (
+        (None, ["README.md", "config.json"]),
+        (ours, ["README.md", "config.json"]),
+        (theirs, ["config.json"]),
+    ):
+        hub = Hub(card)
+        push(hub, folder, "me/student")  # type: ignore[arg-type]
+        assert hub.sent[-1] == ("me/student", sent)
+
+
+def test_an_export_has_a_model_card_with_the_metrics_until_its_step(run: Run) -> None:
+    for step in range(1, 5):
+        RecordsFile(run.directory.metrics).write({"step": step, "train/kl": 1.0 / step})
+    assert run.export("--step", "2") == 0
+    card = ModelCard.load(run.directory.path / "export-step-2" / "README.md")
+    assert card.data.library_name == "transformers"
+    assert "| KL to the teacher per token, step's own prompts | 1 (step 1) | 0.5 (step 2) |" in card.text

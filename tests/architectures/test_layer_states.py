@@ -1,0 +1,41 @@
+"""Of every layer, vLLM sends what transformers calls `hidden_states`; an engine per model, no Ray."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.architectures.layer_states import DEPTH, RANK
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+TOLERANCE = 1e-4  # of a state's length, in float32; another layer, or another row, is about as far off as it is long
+
+
+def tried(*names: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.architectures.layer_states", *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check(answer: dict[str, Any]) -> None:
+    assert len(answer["layers"]) == DEPTH
+    assert max(answer["layers"]) < TOLERANCE, answer
+    assert max(answer["last"], answer["projected"]) < TOLERANCE, answer
+    assert min(answer["last without norm"], answer["shifted"]) > 0.1, answer
+    assert answer["widths"] == [64, DEPTH * RANK]
+
+
+def test_every_layer_of_a_llama_is_transformers_own() -> None:
+    (answer,) = tried("llama")
+    check(answer)
+
+
+@pytest.mark.exhaustive
+def test_every_layer_of_other_families_is_transformers_own() -> None:
+    # Residual sums, none, norms behind the blocks, attention beside the MLP, and what runs by transformers' classes.
+    for answer in tried("qwen3", "gpt2", "gemma2", "gemma3", "granite", "cohere2", "mixtral", "olmo2"):
+        check(answer)
