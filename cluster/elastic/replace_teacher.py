@@ -24,7 +24,7 @@ from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Messa
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
 from cluster.models.aligned_states import check_states
 from cluster.models.model_checks import ModelFacts, read_model
-from cluster.models.pairs import align, compare, excluding
+from cluster.models.pairs import align, by_role, compare, excluding, merging
 from cluster.placement.capacity import missing_for
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import PoolPlacement
@@ -80,7 +80,10 @@ def current_config(config: Config, pipeline: Pipeline) -> Config:
 def _as_served(config: Config, pools: Mapping[str, TeacherPool]) -> Config:
     served = {
         name: msgspec.structs.replace(
-            config.teachers[name], model=pool.teacher.model, excluded_token_ids=pool.teacher.excluded_token_ids
+            config.teachers[name],
+            model=pool.teacher.model,
+            excluded_token_ids=pool.teacher.excluded_token_ids,
+            stop_class=pool.teacher.stop_class,
         )
         for name, pool in pools.items()
     }
@@ -165,6 +168,8 @@ class TeacherChanges(StepHook):
             raise ConfigError(
                 f"there is no teacher {name!r}; this run has {', '.join(teachers.pools)}, and its prompts name no other"
             )
+        if config.teachers[name].source is not None:
+            raise ConfigError(f"teacher {name} is the student itself (from = 'student'), which no other model replaces")
         if any(name in replacement.pools for replacement in teachers.replacements):
             raise ConfigError(f"teacher {name} is being replaced already; wait until the new one has taken over")
         config = with_models(config, {name: model})
@@ -172,7 +177,7 @@ class TeacherChanges(StepHook):
         facts = backend.check(config.teachers[name], student)
         if backend.identity(config.teachers[name]) == teachers.pools[name].checkpoint:
             raise ConfigError(f"teacher {name} is {model} already, with these very files")
-        self._check_room(name, model, facts)
+        self._check_context_length(name, model, facts)
         if config.teachers[name].is_aligned:
             return self._checked_map(name, config, student, facts)
         pair = compare(name, config.teachers[name], student, facts, config.rollout.stop_token_ids)
@@ -183,10 +188,12 @@ class TeacherChanges(StepHook):
             )
         check_support(config, facts.vocabulary)
         check_states(config, student, {name: facts})
-        section = excluding(config.teachers[name], pair.excluded_ids)
+        written, stop_class = self.run.config.teachers[name].excluded_token_ids, config.rollout.stop_class or ()
+        stop_class = (*stop_class, *sorted(pair.own_stop_ids)) if stop_class else ()
+        section = merging(excluding(config.teachers[name], pair.excluded_ids), stop_class, written)
         return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
 
-    def _check_room(self, name: str, model: str, facts: ModelFacts) -> None:
+    def _check_context_length(self, name: str, model: str, facts: ModelFacts) -> None:
         needed = self.run.inputs.scoring_model_len(name)
         if facts.context_tokens < needed:
             raise ModelError(
@@ -201,7 +208,8 @@ class TeacherChanges(StepHook):
                 f"model '{teacher.model}': its tokens are not those of teacher {name}, in which it reads "
                 "this run's prompts; start a new run with it"
             )
-        return config
+        section = msgspec.structs.replace(teacher, stop_class=by_role(facts) if len(facts.stops) > 1 else ())
+        return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
 
     def _switch(self, replacement: Replacement, step: int) -> None:
         teachers = self._pipeline.teachers

@@ -65,7 +65,7 @@ def write_models(out: Path, embedded: Path, steps: int = STEPS, seed: int = 0) -
     bpe, pieces = bpe_tokenizer(texts), pieces_tokenizer(texts)
     for name in ("student", "teacher"):
         save(with_tokenizer(_read(embedded / name), bpe), bpe, out / name)
-    other = with_tokenizer(_read(embedded / "teacher"), pieces)
+    other = with_tokenizer(_read(embedded / "teacher"), pieces, learns_digits=True)
     draw = partial(draw_batch, spelled=spelled_words(pieces))
     phase = Phase(steps, draw, matrix_lr=0.004, other_lr=2e-3, warmup_steps=10, decay_fraction=0.8)
     train(other, phase, np.random.default_rng([seed, steps]))
@@ -126,8 +126,14 @@ def pieces_tokenizer(texts: list[str], merges: int = PIECES_MERGES) -> PreTraine
     return _wrapped(tokenizer)
 
 
-def with_tokenizer(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Return the model with an embedding for each of the tokenizer's tokens, which is that of the same word."""
+def with_tokenizer(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, learns_digits: bool = False
+) -> Qwen3ForCausalLM:
+    """Return the model with an embedding for each of the tokenizer's tokens, which is that of the same word.
+
+    A digit without a space, which no word is, begins as half of its number if the model `learns_digits`: equal ones
+    would stay equal for long.
+    """
     words = build_tokenizer().get_vocab()
     size = -(-len(tokenizer) // 16) * 16
     spelled = [tokenizer.decode([token_id]).strip() for token_id in range(len(tokenizer))]
@@ -136,7 +142,6 @@ def with_tokenizer(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) 
         words.get(word, RESERVED) if starts else RESERVED for word, starts in zip(spelled, starts_word, strict=True)
     ]
     rows[: len(SPECIAL)] = [PAD, BOS, EOS, words["<unk>"]]
-    # A digit without a space begins as half of the number that it is, or all digits would be one token.
     halves = [words.get(word, RESERVED) for word in spelled]
     old = model.get_input_embeddings().weight.detach()
     new = old[torch.tensor([*rows, *[RESERVED] * (size - len(rows))])].clone()
