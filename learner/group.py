@@ -51,6 +51,7 @@ class LearnerGroup:
         self._num_restarts = 0
         self._spans: list[Span] = []
         self._published_version = 0
+        self._teacher_versions: dict[str, int] = {}  # of teachers that are the student, published last
         self._heads_due: list[tuple[int, Config]] = []  # steps before which LM heads are read again; config
         self._begin(self._names)
 
@@ -117,6 +118,26 @@ class LearnerGroup:
         The gradients of a step under way are not touched.
         """
         answers = [actor.publish_weights.remote([rollout_worker], self._published_version) for actor in self._actors]
+        return answers[0]
+
+    def refresh_teacher(
+        self, name: str, workers: Sequence[ActorHandle], version: int, takes_weights: bool
+    ) -> WeightSyncReport:
+        """Bring the weights of a teacher that is the student, as `version`, to every worker of its pool.
+
+        Where it `takes_weights`, they are the student's of now, or its average; else those that it had before.
+        """
+        waiting_for = f"the learner to bring version {version} to teacher {name}"
+        report, *_ = self._ask(
+            "refresh_teacher", name, list(workers), version, takes_weights, waiting_for=waiting_for, stage="sync"
+        )
+        self._teacher_versions[name] = version
+        return report
+
+    def bring_teacher(self, name: str, worker: ActorHandle) -> Any:
+        """Begin to send one worker of a teacher the weights that the others have; as `bring_weights`."""
+        version = self._teacher_versions[name]
+        answers = [actor.bring_teacher.remote(name, worker, version) for actor in self._actors]
         return answers[0]
 
     def begin_checkpoint(self, folder: Path, state: Mapping[str, Any]) -> PendingCheckpoint:

@@ -35,9 +35,10 @@ from learner.engines.torch import ReferenceEngine
 from learner.kept_rows import KeptRows
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
-from learner.model.completion_head import TeacherHeads, load_teacher_heads
+from learner.model.completion_head import TeacherHeads, load_teacher_heads, with_updated_head
 from learner.model.student import load_student
 from learner.rendezvous import free_address
+from learner.self_teachers import SelfTeachers
 from learner.train_step import accumulate, learning_rate_at
 from learner.weight_sync.object_store import WeightSender
 
@@ -70,6 +71,7 @@ class LearnerActor:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
         student = load_student(config.student, config.learner, device)
+        student.head.stop_class = config.rollout.stop_class or ()
         teacher_heads = load_teacher_heads(config, device)
         for states in filter(None, (teacher.states for teacher in config.teachers.values())):
             if states.bank is not None:
@@ -91,6 +93,7 @@ class LearnerActor:
         _, transport = choose(self._config, torch.cuda.is_available())
         make_sender = load_object(TRANSPORTS[transport].sender, "weight_sync.transport")
         self._sender: WeightSender = make_sender(engine, self._config)
+        self._self_teachers = SelfTeachers(engine, self._config)
 
     def read_teacher_heads(self, config: Config) -> None:
         """Read the LM heads of a configuration's teachers in place of those before; not collective."""
@@ -122,6 +125,7 @@ class LearnerActor:
         learning_rate = learning_rate_at(step, self._config.run.steps, self._config.learner)
         started = perf_counter()
         gradient_norm = self._engine.step(learning_rate, num_tokens)
+        self._self_teachers.average()
         return {
             "gradient_norm": Max(gradient_norm),
             "learning_rate": Max(learning_rate),
@@ -159,10 +163,26 @@ class LearnerActor:
         """Bring the current weights to the rollout workers; rank 0's report is the group's."""
         return self._sender.publish(rollout_workers, policy_version)
 
+    def refresh_teacher(
+        self, name: str, workers: Sequence[ActorHandle], version: int, takes_weights: bool
+    ) -> WeightSyncReport:
+        """Bring a teacher's weights to its pool, if it `takes_weights` the student's of now, and read its LM head."""
+        if takes_weights:
+            self._self_teachers.take(name)
+        report = self._self_teachers.publish(name, workers, version)
+        self._teacher_heads = with_updated_head(
+            self._config, self._teacher_heads, name, lambda head: self._self_teachers.head_of(name, head)
+        )
+        return report
+
+    def bring_teacher(self, name: str, worker: ActorHandle, version: int) -> None:
+        """Bring a teacher's weights to one more worker of its pool."""
+        self._self_teachers.publish(name, [worker], version)
+
     def begin_shard(self, partial: Path) -> float:
         """Copy this rank's state, begin to write the copy, and return for how many seconds training was held up."""
         started = perf_counter()
-        state = self._engine.snapshot() | random_state()
+        state = self._engine.snapshot() | random_state() | self._self_teachers.snapshot()
         self._writer.begin(partial / shard_name(self._engine.rank), state)
         return perf_counter() - started
 
@@ -177,7 +197,7 @@ class LearnerActor:
     def load_shard(self, folder: Path) -> None:
         """Restore this rank's part of a checkpoint."""
         generators, state = split_random_state(read_shard(folder / shard_name(self._engine.rank)))
-        self._engine.restore(state)
+        self._engine.restore(self._self_teachers.restore(state))
         set_random_state(generators)
 
     def export(self, folder: Path) -> None:

@@ -14,6 +14,7 @@ from tests.faults.tables import (
     presets,
     rollouts,
     run,
+    self_teachers,
     teachers,
     weight_sync,
 )
@@ -27,8 +28,10 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "weight_sync": weight_sync.FAULTS,
     "rollouts": rollouts.FAULTS,
     "teachers": teachers.FAULTS,
+    "self_teachers": self_teachers.FAULTS,
     "models": models.FAULTS,
     "run": run.FAULTS,
     "first_run": first_run.FAULTS,
 }
+GROUPS = {"minimised": ("objective", "estimators", "presets")}  # of areas
 FAULTS = tuple(fault for faults in AREAS.values() for fault in faults)

@@ -218,3 +218,10 @@ def test_an_empty_batch_has_the_schema_of_a_full_one() -> None:
     full = add_scores(make_generated([make_trajectory()]), "teacher", make_scores(3, top_k=2))
     assert empty.schema.equals(full.schema, check_metadata=True)
     assert stage_of(empty) == "scored"
+
+
+def test_every_row_says_which_version_of_each_models_weights_scored_it() -> None:
+    batch = make_generated([make_trajectory(), make_trajectory(trajectory_id=1)])
+    batch = add_scores(add_scores(batch, "teacher", make_scores(6), version=7), "base", make_scores(6))
+    sent = from_wire(to_wire(batch.slice(1)), "scored")
+    assert (sent["teacher_version"].to_pylist(), sent["base_version"].to_pylist()) == ([7], [0])
