@@ -26,6 +26,7 @@ from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, 
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
+from cluster.run.self_teachers import TeacherGates
 from cluster.run.served_teachers import ServedTeachers
 from cluster.run.start_record import record_start
 from cluster.run.summary import RunResult, RunSummary, describe_evaluation
@@ -146,6 +147,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
     """
     audit = ScoreAudit(current_config(run.config, run.pipeline), run.pipeline.teachers.pools, run.directory.score_audit)
     observation, checkpoints, balancer = PoolObservation(run), Checkpoints(run), make_balancer(run)
+    evaluations = Evaluations(run)
     return [
         run.ledger,
         make_scaling(run),
@@ -154,7 +156,8 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         observation,
         checkpoints,
         *([] if balancer is None else [balancer]),
-        Evaluations(run),
+        evaluations,
+        TeacherGates(run, evaluations),
         KeptRows(run),
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
@@ -174,8 +177,8 @@ def _measure_teachers(
         return accuracies
     for name in config.routes:
         teacher = config.teachers[name]
-        if not teacher.num_workers or not find_backend(teacher).can_generate:
-            continue
+        if teacher.source is not None or not teacher.num_workers or not find_backend(teacher).can_generate:
+            continue  # a teacher that is the student answers as the student does
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
         with start_teacher_rollouts(config, inputs, placement, name) as pool:
             evaluation = Evaluator(config, inputs, tokenizer).evaluate_pool(pool)

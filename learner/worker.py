@@ -1,13 +1,14 @@
 """Runs one rank of the learner: scored trajectories in, new weights out."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 import transformers
@@ -17,14 +18,15 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.import_path import load_object
 from cluster.contracts.kept_rows import Taken
-from cluster.contracts.metrics import Max, Metric, Sum
+from cluster.contracts.metrics import Max, Metric, Sum, merge
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
+from cluster.models.hidden_layers import load_bank
 from cluster.models.model_checks import ignored_ids
 from cluster.weight_sync.manifest import WeightSyncReport
 from cluster.weight_sync.transports import TRANSPORTS, choose
 from learner.batching.arrivals import RankShare
-from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch, trajectories
 from learner.batching.plan import plan_step
 from learner.checkpointing.export import export
 from learner.checkpointing.manifest import WrittenShard, shard_name
@@ -34,9 +36,10 @@ from learner.engines.torch import ReferenceEngine
 from learner.kept_rows import KeptRows
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
-from learner.model.completion_head import TeacherHeads, load_teacher_heads
+from learner.model.completion_head import TeacherHeads, load_teacher_heads, with_updated_head
 from learner.model.student import load_student
 from learner.rendezvous import free_address
+from learner.self_teachers import SelfTeachers
 from learner.train_step import accumulate, learning_rate_at
 from learner.weight_sync.object_store import WeightSender
 
@@ -69,7 +72,11 @@ class LearnerActor:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
         student = load_student(config.student, config.learner, device)
+        student.head.stop_class = config.rollout.stop_class or ()
         teacher_heads = load_teacher_heads(config, device)
+        for states in filter(None, (teacher.states for teacher in config.teachers.values())):
+            if states.bank is not None:
+                load_bank(states.bank, states.digest)  # the objective reads it again; here, it must be the driver's
         if config.learner.zero_stage == 0:
             self.use(ReferenceEngine(student, config.learner), teacher_heads)
         else:
@@ -87,6 +94,7 @@ class LearnerActor:
         _, transport = choose(self._config, torch.cuda.is_available())
         make_sender = load_object(TRANSPORTS[transport].sender, "weight_sync.transport")
         self._sender: WeightSender = make_sender(engine, self._config)
+        self._self_teachers = SelfTeachers(engine, self._config)
 
     def read_teacher_heads(self, config: Config) -> None:
         """Read the LM heads of a configuration's teachers in place of those before; not collective."""
@@ -97,27 +105,49 @@ class LearnerActor:
         self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None = None
     ) -> dict[str, Metric]:
         """Add the gradients of this rank's share of a round; `objective`, of the same support, replaces the run's."""
-        batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
-        rows = trajectories(batches, share.task_advantages)
-        # One micro-batch at a time: hidden states are large.
-        micro_batches = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
+        batches, rows, micro_batches = self._read(share)
+        minimised = self._objective_of(share, objective)
         if objective is not None:
-            measured = Objective(objective, self._kernels, self._config.rollout.temperature, self._ignored_ids)
-            return accumulate(self._engine, micro_batches, measured, self._teacher_heads, completes_step)
+            return accumulate(self._engine, micro_batches, minimised, self._teacher_heads, completes_step)
         kept = self._kept
         watched = (kept.watch(batch, grid, rows) for batch, grid in zip(micro_batches, share.grids, strict=True))
         keep = partial(kept.add, batches=batches)
-        return accumulate(self._engine, watched, self._objective, self._teacher_heads, completes_step, keep)
+        return accumulate(self._engine, watched, minimised, self._teacher_heads, completes_step, keep)
+
+    def advantage_sums(self, share: RankShare, objective: ObjectiveConfig | None = None) -> dict[str, Metric]:
+        """Return what the current student makes of this rank's share of the mean advantages over a step."""
+        started, read = perf_counter(), self._objective_of(share, objective)
+        sums: list[dict[str, Metric]] = []
+        for batch in self._read(share)[-1]:
+            with torch.no_grad():
+                result = self._engine.forward(batch)
+            if len(batch.tokens):
+                sums.append({**read.advantage_sums(batch.tokens.to(result.logprobs.device), result)})
+        return merge(sums) | {"busy_seconds": Sum(perf_counter() - started)}
 
     def take_kept_rows(self) -> Taken:
         """Return, once, this rank's kept rows since they were taken last; not collective."""
         return self._kept.take()
+
+    def _objective_of(self, share: RankShare, objective: ObjectiveConfig | None) -> Objective:
+        """Return what is minimised in a round: the run's objective, as it is in the step, or another one."""
+        config = objective or self._config.objective.at(share.step)
+        if config is self._config.objective and not share.step_means:
+            return self._objective
+        return Objective(config, self._kernels, self._config.rollout.temperature, self._ignored_ids, share.step_means)
+
+    def _read(self, share: RankShare) -> tuple[list[pa.RecordBatch], list[Trajectory], Iterable[MicroBatch]]:
+        """Return a share's batches, their rows, and its micro-batches, one at a time: hidden states are large."""
+        batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
+        rows = trajectories(batches, share.task_advantages, share.weights)
+        return batches, rows, (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""
         learning_rate = learning_rate_at(step, self._config.run.steps, self._config.learner)
         started = perf_counter()
         gradient_norm = self._engine.step(learning_rate, num_tokens)
+        self._self_teachers.average()
         return {
             "gradient_norm": Max(gradient_norm),
             "learning_rate": Max(learning_rate),
@@ -155,10 +185,26 @@ class LearnerActor:
         """Bring the current weights to the rollout workers; rank 0's report is the group's."""
         return self._sender.publish(rollout_workers, policy_version)
 
+    def refresh_teacher(
+        self, name: str, workers: Sequence[ActorHandle], version: int, takes_weights: bool
+    ) -> WeightSyncReport:
+        """Bring a teacher's weights to its pool, if it `takes_weights` the student's of now, and read its LM head."""
+        if takes_weights:
+            self._self_teachers.take(name)
+        report = self._self_teachers.publish(name, workers, version)
+        self._teacher_heads = with_updated_head(
+            self._config, self._teacher_heads, name, lambda head: self._self_teachers.head_of(name, head)
+        )
+        return report
+
+    def bring_teacher(self, name: str, worker: ActorHandle, version: int) -> None:
+        """Bring a teacher's weights to one more worker of its pool."""
+        self._self_teachers.publish(name, [worker], version)
+
     def begin_shard(self, partial: Path) -> float:
         """Copy this rank's state, begin to write the copy, and return for how many seconds training was held up."""
         started = perf_counter()
-        state = self._engine.snapshot() | random_state()
+        state = self._engine.snapshot() | random_state() | self._self_teachers.snapshot()
         self._writer.begin(partial / shard_name(self._engine.rank), state)
         return perf_counter() - started
 
@@ -173,7 +219,7 @@ class LearnerActor:
     def load_shard(self, folder: Path) -> None:
         """Restore this rank's part of a checkpoint."""
         generators, state = split_random_state(read_shard(folder / shard_name(self._engine.rank)))
-        self._engine.restore(state)
+        self._engine.restore(self._self_teachers.restore(state))
         set_random_state(generators)
 
     def export(self, folder: Path) -> None:

@@ -7,16 +7,16 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
-from cluster.contracts.errors import RolloutError, WeightSyncError
+from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.vllm.weight_sync.updates import WeightVerbs
 from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifier_process import VerifierProcess
@@ -27,7 +27,7 @@ from rollout_workers.worker import RolloutBatch, RolloutWorker
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
 
-class RolloutActor:
+class RolloutActor(WeightVerbs):
     """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
 
     def __init__(self, settings: RolloutActorSettings) -> None:
@@ -35,9 +35,10 @@ class RolloutActor:
         self._rollouts: dict[int, AsyncGenerator[RolloutBatch]] = {}
         self._running: dict[int, asyncio.Task[RolloutBatch]] = {}  # waits for the next batch of a call
         self._watching: asyncio.Task[None] | None = None  # None: there is no engine yet
-        self._is_updating = False
-        self._held_version: int | None = None
-        self._arriving_version: int | None = None
+
+    @property
+    def weights(self) -> RolloutWorker:
+        return self._worker
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
@@ -51,7 +52,12 @@ class RolloutActor:
 
         tokenizer = AutoTokenizer.from_pretrained(student.model, trust_remote_code=student.trust_remote_code)
         engine = VllmRolloutEngine(
-            student, settings.engine, settings.max_model_len, settings.weight_transport, settings.sampled_candidates
+            student,
+            settings.engine,
+            settings.max_model_len,
+            settings.weight_transport,
+            settings.sampled_candidates,
+            settings.merges_stops,
         )
         self._worker = RolloutWorker(
             engine,
@@ -99,8 +105,7 @@ class RolloutActor:
 
     async def abandon(self) -> None:
         """Give up all rollouts, and be ready for weights of any policy version; during an update this is refused."""
-        if self._is_updating:
-            raise WeightSyncError("an update of the weights was begun and never ended; the engine must be started anew")
+        self.refuse_half_updated()
         running = list(self._running.values())
         for task in running:
             task.cancel()
@@ -109,37 +114,6 @@ class RolloutActor:
             await rollout.aclose()
         self._rollouts.clear()
         self._worker.forget_version()
-
-    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        await self._worker.engine.init_weight_transfer(init_info)
-
-    async def held_version(self) -> int | None:
-        """Return the policy version whose changes alone this worker can take; None: it needs whole parameters."""
-        return self._held_version
-
-    async def start_weight_update(self, first: Sequence[Any] = ()) -> None:
-        """Pause generation and make the engine ready to receive, once the objects of `first` are on this node."""
-        for reference in first:
-            await reference
-        self._held_version = self._arriving_version = None
-        self._is_updating = True
-        await self._worker.engine.start_weight_update()
-
-    async def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive one bucket; a `reference` (in a list, so that Ray leaves it alone) is fetched to become `buffer`."""
-        self._arriving_version = update_info.get("kept_as")
-        if "reference" in update_info:
-            others = {name: value for name, value in update_info.items() if name != "reference"}
-            [reference] = update_info["reference"]
-            update_info = others | {"buffer": await reference}
-        await self._worker.engine.update_weights(update_info)
-
-    async def finish_weight_update(self, policy_version: int) -> str:
-        """Install the weights as `policy_version`, go on generating, and return their checksum."""
-        checksum = await self._worker.finish_weight_update(policy_version)
-        self._held_version = self._arriving_version
-        self._is_updating = False
-        return checksum
 
     async def shutdown(self) -> None:
         if self._watching is not None:

@@ -1,29 +1,29 @@
 """Samples seeded completions with log-probabilities by vLLM, whose weights are replaced while requests run."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
-from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.platforms import current_platform
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineGenerateError
 
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import EngineConfig
-from cluster.contracts.errors import ActorDiedError, RolloutError, WeightSyncError
+from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings
-from cluster.vllm.compat import TokenVersions, VLLMClientError, label_weights
+from cluster.vllm.compat import TokenVersions, VLLMClientError
 from cluster.vllm.engine import EngineRole, build_engine
+from cluster.vllm.weight_sync.updates import EngineUpdates, raised_as_death
 from cluster.weight_sync.transports import vllm_backend
 from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded, candidates_from_bytes
 from rollout_workers.vllm_requests import read_completion, sampling_params
-from rollout_workers.weight_sync.shared_memory import mappable
 
 CANDIDATES = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
 PROCESSORS = (f"{CANDIDATES}:CandidateProcessor", f"{CANDIDATES}:CandidateProcessorV2")
+STOPS = "rollout_workers.stop_class_processor"
+MERGING = (f"{STOPS}:StopClassProcessor", f"{STOPS}:StopClassProcessorV2")
 WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 
@@ -71,10 +71,10 @@ class VllmRolloutEngine:
         max_model_len: int,
         transport: str | None,
         sampled_candidates: bool = False,
+        merges_stops: bool = False,
     ) -> None:
-        """Start the engine; `sampled_candidates`: requests may want them, which costs time at each decoding step."""
+        """Start the engine; requests may want sampled candidates, or a class of stop ids, if it is said here."""
         self._policy_version = 0  # of the weights that sample; 0: those that vLLM loaded
-        self._buffers: list[pa.Buffer] = []  # of the update under way
         self._candidates = CandidateFetcher(self._take_candidates) if sampled_candidates else None
         self._engine = build_engine(
             student.model,
@@ -90,9 +90,10 @@ class VllmRolloutEngine:
                 sleeps=engine.sleep,
                 weight_transfer_backend=vllm_backend(transport) if transport else None,
                 worker_extension=WORKER_EXTENSION,
-                logits_processors=PROCESSORS if sampled_candidates else None,
+                logits_processors=(MERGING,) * merges_stops + (PROCESSORS,) * sampled_candidates,
             ),
         )
+        self._updates = EngineUpdates(self._engine, "rollout")
         self._sleeps = engine.sleep and current_platform.is_sleep_mode_available()
         self._use = SleepWhenIdle(self._sleep, self._wake)
 
@@ -114,7 +115,7 @@ class VllmRolloutEngine:
         async with self._use.awake():
             try:
                 params = sampling_params(request_id, sampling, seed)
-                with _raised_as_death():
+                with raised_as_death("rollout"):
                     async for request in self._engine.generate(prompt, params, request_id, priority=priority):
                         [output] = request.outputs
                         versions.add(output, self._policy_version)
@@ -134,42 +135,19 @@ class VllmRolloutEngine:
         return bool(self._engine.errored)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        await self._updates.init_weight_transfer(init_info)
 
     async def start_weight_update(self) -> None:
-        """Pause, keeping running requests, whose keys and values are computed anew under the new weights."""
-        # Clearing the caches here, while nothing runs, covers both running requests and shared prefixes: vLLM puts the
-        # former back in its queue. A reset after the update would fail as long as a request holds a block.
-        # vLLM's `pause_generation` does the same and then sleeps for 20 ms, so that outputs on their way reach their
-        # callers before it returns. Nothing here waits for that: each output carries the label of its weights.
         await self._use.begin()
-        with _raised_as_death():
-            await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
-            await self._engine.collective_rpc("begin_update")
+        await self._updates.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive one bucket; where `update_info["buffer"]` holds its bytes, vLLM's processes map them."""
-        buffer = update_info.get("buffer")
-        if buffer is None:
-            await self._update_weights(update_info)
-            return
-        # Until the update ends: vLLM may read a bucket once more when a later one completes a packed layer.
-        self._buffers.append(buffer)
-        with mappable(buffer) as region:
-            described = {name: value for name, value in update_info.items() if name != "buffer"}
-            await self._update_weights(described | asdict(region))
+        await self._updates.update_weights(update_info)
 
     async def finish_weight_update(self, policy_version: int) -> str:
-        """Install the weights, resume, and return the checksum of all ranks; raise WeightSyncError for a fault."""
-        with _raised_as_death():
-            # Nothing runs yet, so the label may come before or after the weights; both are sent at once.
-            reports, _ = await asyncio.gather(
-                self._engine.collective_rpc("finish_and_report"), label_weights(self._engine, policy_version)
-            )
-            self._buffers.clear()
-            checksum = common_checksum(reports, policy_version)
-            self._policy_version = policy_version
-            await self._engine.resume_generation()
+        checksum = await self._updates.install(policy_version)
+        self._policy_version = policy_version
+        await self._updates.resume()
         await self._use.end()
         return checksum
 
@@ -178,31 +156,18 @@ class VllmRolloutEngine:
 
     async def _sleep(self) -> None:
         if self._sleeps:
-            with _raised_as_death():
+            with raised_as_death("rollout"):
                 await self._engine.sleep(level=1)  # weights go to host memory, the cache is dropped
 
     async def _wake(self) -> None:
         if self._sleeps:
-            with _raised_as_death():
+            with raised_as_death("rollout"):
                 await self._engine.wake_up()
-
-    async def _update_weights(self, update_info: dict[str, Any]) -> None:
-        with _raised_as_death():
-            await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
 
     async def _take_candidates(self, wanted: Mapping[str, int], given_up: list[str]) -> dict[str, Encoded]:
         # Every rank of the engine samples the same candidates; all of them forget.
         [taken, *_] = await self._engine.collective_rpc("take_candidates", args=(wanted, given_up))
         return {key: (ids, logprobs) for key, (ids, logprobs) in taken.items()}
-
-
-@contextmanager
-def _raised_as_death() -> Iterator[None]:
-    """Raise ActorDiedError, as calls to a dead actor do, where the engine's process is gone."""
-    try:
-        yield
-    except EngineDeadError as error:
-        raise ActorDiedError("the process of a rollout engine is gone") from error
 
 
 async def _with_candidates(
@@ -213,17 +178,3 @@ async def _with_candidates(
     if len(ids) != num_tokens:
         raise RolloutError(f"request {request_id}: vLLM sampled candidates at {len(ids)} of its {num_tokens} tokens")
     return replace(completion, candidate_ids=ids, candidate_logprobs=logprobs)
-
-
-def common_checksum(reports: Sequence[dict[str, Any]], policy_version: int) -> str:
-    """Return the checksum that all tensor-parallel workers report; raise WeightSyncError for a fault of one."""
-    for rank, report in enumerate(reports):
-        if report["fault"] is not None:
-            raise WeightSyncError(f"weights of policy version {policy_version}, engine rank {rank}: {report['fault']}")
-    checksums = {report["checksum"] for report in reports}
-    if len(checksums) != 1:
-        raise WeightSyncError(
-            f"weights of policy version {policy_version}: the engine's ranks received different bytes, "
-            f"with checksums {sorted(checksums)}"
-        )
-    return str(checksums.pop())

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,7 +42,7 @@ class RolloutWorker:
 
         `contexts` makes what builds the prompts of teachers that read another than the student's.
         """
-        self.engine = engine  # also for the weight sync
+        self.engine = engine
         self._services = services
         self._batch_size = BatchSize(rows_per_batch)
         self._environment = environment
@@ -81,6 +82,15 @@ class RolloutWorker:
         finally:
             for unfinished in tasks:
                 unfinished.cancel()
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        await self.engine.init_weight_transfer(init_info)
+
+    async def start_weight_update(self) -> None:
+        await self.engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        await self.engine.update_weights(update_info)
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the received weights as `policy_version`, which must rise, resume, and return their checksum."""

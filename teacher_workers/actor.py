@@ -18,11 +18,13 @@ from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import SIGNALS
-from cluster.contracts.trajectory import add_scores, ragged
+from cluster.contracts.trajectory import add_scores, ragged, version_field
 from cluster.contracts.wire import from_wire
 from cluster.vllm.engine import prepare_environment
+from cluster.vllm.weight_sync.updates import WeightVerbs
 from teacher_workers.backends.base import TeacherBackend, find_backend
 from teacher_workers.context_effect import context_effect
+from teacher_workers.served_weights import ServedWeights
 
 
 class TeacherWorker:
@@ -31,6 +33,7 @@ class TeacherWorker:
     def __init__(self, name: str, backend: TeacherBackend) -> None:
         self._name = name
         self.backend = backend
+        self.weights = ServedWeights(backend)
 
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[pa.RecordBatch, Metrics]:
         """Score all rows.
@@ -41,19 +44,20 @@ class TeacherWorker:
         """
         started = perf_counter()
         try:
-            scores, metrics = await self.backend.score(batch, request)
+            async with self.weights.in_use() as version:
+                scores, metrics = await self.backend.score(batch, request)
+                if request.compared_rows:
+                    metrics = {**metrics, **await context_effect(self.backend, batch, request)}
             if scores.keys() != request.signals:
                 raise ScoreError(f"the backend sent {sorted(scores)}; the request was for {sorted(request.signals)}")
             # In a thread, for it reads every value, and the event loop must go on feeding the engine.
-            scored = await asyncio.to_thread(add_scores, batch, request.model, scores)
-            if request.compared_rows:
-                metrics = {**metrics, **await context_effect(self.backend, batch, request)}
+            scored = await asyncio.to_thread(add_scores, batch, request.model, scores, version)
         except ScoreError as error:
             raise type(error)(f"{self._name}: {error}") from error
         return scored, _metrics(scored, request.model, metrics, perf_counter() - started)
 
 
-class TeacherActor:
+class TeacherActor(WeightVerbs):
     """Runs one TeacherWorker in an actor and keeps trajectory bytes in the object store."""
 
     def __init__(self, name: str, teacher: TeacherConfig, max_model_len: int) -> None:
@@ -62,6 +66,11 @@ class TeacherActor:
         self._max_model_len = max_model_len
         self._worker: TeacherWorker | None = None  # None: not started
         self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def weights(self) -> ServedWeights:
+        assert self._worker is not None, "weights come when the actor has started"
+        return self._worker.weights
 
     async def start(self) -> None:
         """Build the backend; here and not in the constructor, because its engine belongs to the event loop."""
@@ -72,6 +81,10 @@ class TeacherActor:
         """Score one batch; Ray has fetched its bytes to this node before the call."""
         assert self._worker is not None, "a pool sends batches to actors that have started"
         return pack_scored(wire, *await self._worker.score(from_wire(wire), request), request.model)
+
+    async def abandon(self) -> None:
+        """Be ready for weights of any version; during an update this is refused."""
+        self.refuse_half_updated()
 
     async def shutdown(self) -> None:
         if self._watching is not None:
@@ -90,7 +103,8 @@ def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model:
     """Return a scored batch's bytes and handle; `wire` is the batch as it came."""
     scored, handle = pack(batch, metrics)
     added = Mean(float(scored.size - wire.size), float(sum(handle.num_completion_tokens)))
-    return scored, replace(handle, metrics={**handle.metrics, f"{model}/bytes_per_token": added})
+    metrics = {**handle.metrics, f"{model}/bytes_per_token": added}
+    return scored, replace(handle, metrics=metrics, scorer_version=batch[version_field(model).name][0].as_py())
 
 
 def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: float) -> dict[str, Metric]:

@@ -20,6 +20,9 @@ from cluster.contracts.metrics import merge
 from cluster.contracts.requests import ScoreRequest
 
 TEACHER_ACTOR = "teacher_workers.actor:TeacherActor"
+# Of an actor at once. Batches that wait for the end of a weight update must leave a place for the calls that bring it;
+# by default Ray lets 1,000 in.
+MAX_CALLS = 1_000_000
 
 Route = Sequence[tuple[str, ScoreRequest]]  # teachers that score a batch, in order, and what is requested of each
 
@@ -133,6 +136,8 @@ def start_pool(
     def arguments(actor_name: str) -> tuple[Any, ...]:
         return actor_name, teacher, max_model_len
 
+    if teacher.is_refreshed:
+        options = [{**option, "max_concurrency": MAX_CALLS} for option in options]
     label = label or f"teacher-{name}"
     replicas = TeacherReplicas(label, TEACHER_ACTOR, {name: teacher}, arguments, options, cluster, supervision)
     return TeacherPool(name, replicas, timeouts)
@@ -223,6 +228,10 @@ class TeacherPool(Pool):
             metrics=merge((sent.metrics, scored.metrics)),
             spans=(*sent.spans, self._span(hop)),
             scored_by={**sent.scored_by, **({self.name: self.checkpoint} if self.checkpoint else {})},
+            teacher_versions={
+                **sent.teacher_versions,
+                **({self.name: scored.scorer_version} if self.teacher.source is not None else {}),
+            },
         )
 
     def maintain(self) -> None:
@@ -240,9 +249,17 @@ class TeacherPool(Pool):
         return lost
 
     def abandon(self) -> None:
+        """Forget all batches, and let weights of an earlier version follow where weights are sent."""
         self.outstanding.clear()
         self._lost.clear()
         self.replicas.forget_loads()
+        for replica in self.replicas.serving if self.teacher.is_refreshed else ():
+            try:
+                answer = self.replicas.actor(replica).abandon.remote()
+                waiting_for = f"{self.replicas.name(replica)} to abandon its batches"
+                self.replicas.cluster.get(answer, self._timeouts.call_seconds, waiting_for)
+            except PreceptorError as error:  # it died, or an update of its weights never ended
+                self.replicas.lose(replica, error)
 
     def score_everywhere(self, handles: Sequence[BatchHandle], request: ScoreRequest) -> list[list[BatchHandle]]:
         """Score the same batches on every replica, to compare them; one list per replica, in the batches' order."""

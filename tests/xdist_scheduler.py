@@ -48,7 +48,7 @@ FIRST = (
     "cluster/install/test_install.py",
     "learner/checkpointing/test_checkpoints_beside_training.py",
     "learner/engines/test_zero.py",
-    "rollout_workers/weight_sync/test_object_store.py",
+    "cluster/vllm/weight_sync/test_object_store.py",
     "teacher_workers/test_replacement.py",
     "teacher_workers/audit/test_runner.py",
     "learner/batching/test_arriving_batches.py",

@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
+from cluster.vllm.weight_sync.shared_memory import mappable
 from cluster.weight_sync.manifest import new_digest
-from rollout_workers.weight_sync.shared_memory import mappable
 
 
 class MappingActor:
@@ -43,7 +43,7 @@ class MappingActor:
 
 def check_buckets(pipe: Connection) -> None:
     """Answer each bucket with the checksum to its end; after None begin anew. Ends when the other end is gone."""
-    from rollout_workers.weight_sync.object_store import BucketMessage, map_memory
+    from cluster.vllm.weight_sync.object_store import BucketMessage, map_memory
 
     digest = new_digest()
     with suppress(EOFError):

@@ -57,7 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "many-faces": _on("intersection", 20, main=_divergence("reverse_kl", truncation="renormalized")),
     # Of a teacher with another tokenizer: [teachers.NAME] tokenizer = "aligned".
     "cross-tokenizer": _on("student_topk", 16, main=_divergence("reverse_kl", truncation="renormalized")),
-    "sdpo": _on("student_topk", 20, main=_divergence("jsd", beta=0.5, truncation="tail")),
+    "sdpo": _on("student_topk", 100, main=_divergence("jsd", beta=0.5, truncation="tail")),
+    "sdpo-feedback": _on("student_topk", 100, main=_divergence("reverse_kl", truncation="tail", residual=False)),
     "rethinking": _on(
         "student_topk",
         16,
@@ -108,12 +109,12 @@ def expand_preset(written: Any) -> Any:
         return written
     if name not in PRESETS:
         raise ConfigError(f"objective.preset: no preset is called '{name}'; there are {', '.join(PRESETS)}")
-    return _merged(PRESETS[name], written)
+    return merged(PRESETS[name], written)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
     """Lay one tree over the other; a target is replaced whole, for its coefficients mean something together only."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    laid = {key: value if key == "target" else _merged(below.get(key), value) for key, value in above.items()}
+    laid = {key: value if key == "target" else merged(below.get(key), value) for key, value in above.items()}
     return {**below, **laid}

@@ -15,6 +15,7 @@ from cluster.config.stages import (
     MAX_TEMPERATURE,
     BalanceConfig,
     LearnerConfig,
+    RefreshConfig,
     RolloutConfig,
     TeacherConfig,
     WeightSyncConfig,
@@ -150,6 +151,7 @@ class RayConfig(Section):
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Holds the settings of a whole run."""
 
+    method: Text | None = None  # a name of methods.py; whatever else is written overrides it
     run: RunConfig = RunConfig()
     student: StudentConfig
     prompts: PromptsConfig
@@ -169,6 +171,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check_targets(self)
+        _check_shares(self)
+        _check_self_teachers(self)
         _check_slots(self)
         _check_balance(self)
         _check_sampling(self.objective, self.rollout)
@@ -313,12 +317,55 @@ def _check_targets(config: Config) -> None:
             )
 
 
+def _check_shares(config: Config) -> None:
+    """Check that the shares of teachers, where they are given, are those of the teachers that prompts go to."""
+    shares = config.objective.token_weights.teacher_shares
+    if isinstance(shares, dict) and shares.keys() != set(config.routes):
+        raise ValueError(
+            f"objective.token_weights.teacher_shares names {sorted(shares)}; expected all teachers that prompts go to, "
+            f"{sorted(config.routes)}"
+        )
+
+
 def _check_bases(teachers: dict[str, TeacherConfig]) -> None:
     for name, teacher in teachers.items():
         if teacher.base == name:
             raise ValueError(f"teachers.{name}.base names the teacher itself; name the model that it was trained from")
         if teacher.base is not None and teacher.base not in teachers:
             raise ValueError(f"teachers.{name}.base is '{teacher.base}'; there are {sorted(teachers)}")
+
+
+def _check_self_teachers(config: Config) -> None:
+    """Check that what is said to be the student can be, and can take its weights when it is to."""
+    for name, teacher in config.teachers.items():
+        if teacher.source is None and teacher.is_refreshed:
+            raise ValueError(f"teachers.{name}.refresh is for teachers that are the student; set from = 'student'")
+        if teacher.source is not None and teacher.url is not None:
+            raise ValueError(f"teachers.{name}: from = 'student' is served by workers of the run; remove url")
+        if teacher.source is not None and teacher.model != config.student.model:
+            raise ValueError(
+                f"teachers.{name}: model is '{teacher.model}', but from = 'student' makes it '{config.student.model}'; "
+                "remove one of the two"
+            )
+        if teacher.is_refreshed and (reason := _why_not_refreshed(config, teacher)):
+            raise ValueError(f"teachers.{name}.refresh: {reason}, or leave it 'frozen'")
+
+
+def _why_not_refreshed(config: Config, teacher: TeacherConfig) -> str | None:
+    """Say what keeps a teacher from taking the student's weights during the run, and how to change it."""
+    if teacher.slot is not None:
+        return "the engines of a slot take no weights while they sleep; remove slot"
+    if teacher.engine.quantization is not None:
+        return f"new weights come in the engine's dtype, not in {teacher.engine.quantization}; remove quantization"
+    if config.objective.needs.hidden and config.rollout.max_staleness:
+        return (
+            "the objective multiplies hidden states by the teacher's LM head, and rows of one step may be of several "
+            "versions of it; set rollout.max_staleness = 0, or an objective.support other than 'full'"
+        )
+    is_gated = isinstance(teacher.refresh, RefreshConfig) and teacher.refresh.gate is not None
+    if is_gated and (config.prompts.held_out is None or not config.evaluation.every_steps):
+        return "its gate reads evaluations; set prompts.held_out and evaluation.every_steps"
+    return None
 
 
 def _check_slots(config: Config) -> None:

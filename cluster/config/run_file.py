@@ -17,6 +17,7 @@ import msgspec
 
 from cluster.config.alarms import AlarmConfig, with_default_alarms
 from cluster.config.fields import Section
+from cluster.config.methods import expand_method
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from cluster.config.run_config import Config
@@ -82,12 +83,13 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
         _apply_override(tree, override)
         _spell_out(tree, f"override '{override}'")
     _check_texts(tree, source)
+    tree = expand_method(tree)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
     tree["alarms"] = with_default_alarms(tree.get("alarms", {}))
     _check_names(tree, source)
     try:
-        return msgspec.convert(_with_initial_student(tree), Config)
+        return msgspec.convert(_with_initial_student(_with_students_model(tree)), Config)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_in_our_words(error, tree)}") from error
 
@@ -103,6 +105,20 @@ def _spell_out(tree: dict[str, Any], source: str) -> None:
         if field in fields and isinstance(tree.setdefault(new_section, {}), dict):
             _log.warning("%s: %s is now %s; rename it", source, old, new)
             tree[new_section][new_field] = fields.pop(field)
+
+
+def _with_students_model(tree: dict[str, Any]) -> dict[str, Any]:
+    """Give teachers that are the student itself its model, and what they do not say of their engine from the rollouts'.
+
+    Weights travel in the engine's dtype, and rollout engines alone sleep.
+    """
+    engine = {field: value for field, value in _entries(tree, "rollout.engine").items() if field != "sleep"}
+    teachers = dict(_entries(tree, "teachers"))
+    for name, teacher in teachers.items():
+        if isinstance(teacher, dict) and teacher.get("from") == "student":
+            of_teacher = {"engine": {**engine, **_entries(teacher, "engine")}}
+            teachers[name] = {**_entries(tree, "student"), **teacher, **of_teacher}
+    return {**tree, "teachers": teachers} if teachers else tree
 
 
 def _with_initial_student(tree: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,8 @@ class RolloutConfig(Section):
     top_k: CountOrZero = 0  # 0: whole vocabulary
     stop: tuple[Text, ...] = ()
     stop_token_ids: tuple[CountOrZero, ...] = ()  # end a completion too; the ids that end the teachers' turns are added
+    # Ids that count as one token, the first for all. None: all that end a completion on either side; []: each by itself
+    stop_class: tuple[CountOrZero, ...] | None = None
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
@@ -73,6 +75,23 @@ class RolloutConfig(Section):
 
     def __post_init__(self) -> None:
         check_limits(self.num_workers, self.min_workers, self.max_workers)
+
+
+class RefreshConfig(Section):
+    """Sets when, and how, a teacher that is the student takes the student's weights; one of the first three is set."""
+
+    every: Count | None = None  # optimizer steps from one time to the next
+    ema: Annotated[float, Meta(gt=0, le=1)] | None = None  # after every step: weights += ema * (student's - weights)
+    # A held-out metric such as "held_out/accuracy": when it is better than ever before, after an evaluation.
+    gate: Annotated[str, Meta(pattern=r"^held_out/.")] | None = None
+    better: Literal["higher", "lower"] = "higher"  # of the gate's metric
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("every", "ema", "gate") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"sets {' and '.join(given) or 'nothing'}; set one of every, ema and gate")
+        if self.better == "lower" and self.gate is None:
+            raise ValueError("better = 'lower' is for a gate's metric; set gate, or remove it")
 
 
 class AlignmentConfig(Section):
@@ -90,12 +109,17 @@ class StatesConfig(Section):
     layers: tuple[Count, ...]  # of the student, from 1
     student_depth: Count  # layers that the student has; those of a teacher of another depth are paired with them
     bank: Text | None = None  # file that projects the states; None: they travel as they are
+    digest: str = ""  # of that bank, as the driver has it: it must be the same on every node
 
 
 class TeacherConfig(Section):
     """One teacher and its pool of scorers."""
 
-    model: Text  # Hugging Face directory or hub id; with `url`, the name that the servers have for it
+    # Hugging Face directory or hub id; with `url`, the name that the servers have for it; with `from`, the student's.
+    model: Text
+    source: Literal["student"] | None = field(default=None, name="from")  # "student": the teacher is the student itself
+    # When it takes the student's weights; frozen: never; live: after every step.
+    refresh: Literal["frozen", "live"] | RefreshConfig = "frozen"
     backend: Text = "vllm"  # what scores: a name of teacher_workers/backends/base.py, or package.module:Class
     signals: tuple[Text, ...] = ()  # more of what it says of each token, beside what the objective needs: import paths
     trust_remote_code: bool = False
@@ -108,6 +132,7 @@ class TeacherConfig(Section):
     # ordinary tokens that one side has alone.
     accept_differences: tuple[Literal["eos", "tokens"], ...] = ()
     excluded_token_ids: tuple[CountOrZero, ...] = ()  # have no probability; tokens that only the teacher has are added
+    stop_class: tuple[CountOrZero, ...] = ()  # the run's, and the ids that end this teacher's turns; the run sets it
     context: ContextConfig | None = None  # what it reads in the place of the student's prompt; None: the same
     shuffled_context: bool = False  # the control of `context`: that of another prompt
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
@@ -140,6 +165,25 @@ class TeacherConfig(Section):
         if self.backend == "vllm":
             force_setattr(self, "backend", "http")
         force_setattr(self, "engine", replace(self.engine, tensor_parallel=0))
+
+    @property
+    def is_refreshed(self) -> bool:
+        """Return whether its weights change while a run goes on."""
+        return self.refresh != "frozen"
+
+    def version_due(self, step: int) -> int | None:
+        """Return how many optimizer steps are behind its weights after so many of the run; None: its gate decides.
+
+        Example:
+            >>> every = TeacherConfig("student", source="student", refresh=RefreshConfig(every=4))
+            >>> [every.version_due(step) for step in (0, 3, 4, 9)]
+            [0, 0, 4, 8]
+        """
+        if not isinstance(self.refresh, RefreshConfig):
+            return step if self.refresh == "live" else 0
+        if self.refresh.gate is not None:
+            return None
+        return step - step % (self.refresh.every or 1)
 
     @property
     def is_aligned(self) -> bool:

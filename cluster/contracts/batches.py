@@ -66,6 +66,8 @@ class BatchHandle:
     metrics: Metrics = field(default_factory=dict)
     spans: tuple[Span, ...] = ()  # of the calls that made it, in order; the pools fill them in
     scored_by: Mapping[str, str] = field(default_factory=dict)  # [teachers.NAME] -> fingerprint of its checkpoint
+    scorer_version: int = 0  # of the weights of the model that scored last
+    teacher_versions: Mapping[str, int] = field(default_factory=dict)  # [teachers.NAME] -> version, of self-teachers
 
 
 class BatchSource(Protocol):

@@ -8,7 +8,9 @@ One row is one trajectory: a prompt and one completion. Three kinds of list colu
 - per policy version after the first (`version_changes`): the completion token at which it begins to write.
 
 Candidates are further tokens per position on which models are compared, chosen by the student or by its teacher. Each
-scoring model adds columns under its role in the objective's target: `teacher_logprobs`, `base_logprobs`, and so on.
+scoring model adds columns under its role in the objective's target: `teacher_logprobs`, `base_logprobs`, and so on; and
+`teacher_version`, one value per row: after how many optimizer steps a teacher that is the student took the weights that
+scored the row (0: those that the run began with, or of another model).
 
 A scoring model may read another prompt than the student's: a batch of a run with such models has a list column for each
 of them, `teacher_prompt_ids`, and `context_hash`; `scorer_prompts.py` reads them.
@@ -35,7 +37,7 @@ from cluster.contracts.signals import SIGNALS, Scores, Signal, find_signal, find
 
 Stage = Literal["generated", "scored"]
 
-SCHEMA_VERSION = "3"
+SCHEMA_VERSION = "4"
 
 _GENERATED_FIELDS = [
     pa.field("trajectory_id", pa.int64(), nullable=False),  # unique in the run
@@ -87,6 +89,11 @@ def prompt_field(model: str) -> pa.Field:
     return pa.field(f"{model}_prompt_ids", pa.list_(pa.int32()), nullable=False)
 
 
+def version_field(model: str) -> pa.Field:
+    """Return the column that says which version of a scoring model's weights scored each row."""
+    return pa.field(f"{model}_version", pa.int64(), nullable=False)
+
+
 def generated_schema(num_candidates: int = 0, prompted_models: Sequence[str] = ()) -> pa.Schema:
     """Return the schema of a batch that no model has scored.
 
@@ -127,10 +134,10 @@ def make_generated(rows: Sequence[GeneratedTrajectory]) -> pa.RecordBatch:
     return batch
 
 
-def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBatch:
+def add_scores(batch: pa.RecordBatch, model: str, scores: Scores, version: int = 0) -> pa.RecordBatch:
     """Return the batch with one more model's columns; the present columns are shared, not copied.
 
-    `model` is the scorer's role in the objective's target: "teacher", "base", ...
+    `model` is the scorer's role in the objective's target: "teacher", "base", ...; `version` is of its weights.
 
     Raises:
         ScoreError: the model has scored this batch before, a column is of the wrong shape, or a value is not finite.
@@ -141,7 +148,8 @@ def add_scores(batch: pa.RecordBatch, model: str, scores: Scores) -> pa.RecordBa
     _check_scores(batch, model, {signals[name]: values for name, values in scores.items()})
     offsets = batch["rollout_logprobs"].offsets
     offsets = pc.subtract(offsets, offsets[0])  # a slice's offsets begin in the middle of its parent
-    fields, columns = list(batch.schema), list(batch.columns)
+    fields = [*batch.schema, version_field(model)]
+    columns = [*batch.columns, pa.array(np.full(batch.num_rows, version, np.int64))]
     for name in sorted(signals, key=[*SIGNALS, *signals].index):
         columns.append(list_column(offsets, scores[name]))
         fields.append(pa.field(signals[name].column(model), columns[-1].type, nullable=False))
@@ -158,6 +166,9 @@ def check_values(batch: pa.RecordBatch) -> None:
     columns = sampled_columns(batch.schema)
     present = {name: columns[name].is_rechecked for name in batch.schema.names if name in columns}
     check_rows(batch, present, get_args(FinishReason))
+    for model in models_in(batch.schema):
+        if (batch[version_field(model).name].to_numpy() < 0).any():
+            raise TrajectoryError(f"{version_field(model).name} is negative")
     for model in prompted_models_in(batch.schema):
         if (ragged(batch, prompt_field(model).name).values < 0).any():
             raise TrajectoryError(f"{prompt_field(model).name} holds a negative token id")

@@ -17,6 +17,7 @@ from cluster.contracts.trajectory import (
     prompted_models_in,
     sampled_columns,
     stage_of,
+    version_field,
 )
 
 
@@ -107,7 +108,8 @@ def _check_schema(schema: pa.Schema) -> None:
     further = list(schema)[len(expected) :]
     names = [field.name for field in further]
     _check_further(schema, further, names)
-    needed = {f"{model}_logprobs": f"{models} scored it" for model in models}
+    scored = f"{models} scored it"
+    needed = {name: scored for model in models for name in (f"{model}_logprobs", version_field(model).name)}
     needed |= dict.fromkeys(_prompt_types(schema), "models read prompts of their own")
     for name in sorted(needed.keys() - set(names)):
         raise TrajectoryError(f"wire: column '{name}' is missing; the batch says that {needed[name]}")
@@ -116,12 +118,13 @@ def _check_schema(schema: pa.Schema) -> None:
 def _check_further(schema: pa.Schema, further: list[pa.Field], names: list[str]) -> None:
     """Check the columns that follow those of every batch; `names` are theirs."""
     try:
-        signals, prompts = sampled_columns(schema), _prompt_types(schema)
+        signals = sampled_columns(schema)
     except ConfigError as error:
         raise TrajectoryError(f"wire: {error}") from error
+    of_rows = {field.name: field.type for field in map(version_field, models_in(schema))} | _prompt_types(schema)
     num_candidates = next((_width(field) for field in further if field.name == "candidate_ids"), 0)
     for field in further:
-        types = [prompts[field.name]] if field.name in prompts else []
+        types = [of_rows[field.name]] if field.name in of_rows else []
         if field.name in signals:
             types = signals[field.name].arrow_types(num_candidates, _width(field))
         if names.count(field.name) > 1 or field.nullable or not any(field.type.equals(one) for one in types):

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from cluster.config.stages import Dtype
 from cluster.contracts.errors import ModelError
 from cluster.models.model_files import load_model_config
+from cluster.models.stop_class import EXCLUDED_LOGIT, merge_logits
 from cluster.models.weight_files import find_file, open_weights, weight_files
 
 # The last parts of the names that models give these tensors; a checkpoint has one of each at most, or one per
@@ -37,7 +38,6 @@ LOGIT_FACTORS = {
 }
 COMPARED_ROWS = 4096  # of two matrices at once
 WIDTHS = ("hidden_size", "word_embed_proj_dim")  # the latter: OPT, whose last layer is projected
-EXCLUDED_LOGIT = -1e6  # finite, for 0 times -inf is no entropy; float32 still has its distance to any other logit
 MULTIPLIED_BY_LOGITS_SCALING = "hyperclovax"  # the one family that multiplies by what Granite divides by
 
 
@@ -50,6 +50,8 @@ class LmHead:
     logit_factor: float = 1.0
     softcap: float | None = None  # logits are squeezed into (-softcap, softcap)
     excluded_ids: Tensor | None = None  # [ids] that have no probability
+    name: str = ""  # of the matrix in the model's files
+    stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all
 
     @property
     def vocabulary_size(self) -> int:
@@ -67,11 +69,40 @@ class LmHead:
             logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
             logits = logits if self.bias is None else logits.add_(self.bias)
         logits = scale_logits(logits, self.logit_factor, self.softcap)
-        return logits if self.excluded_ids is None else logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)
+        if self.excluded_ids is not None:
+            logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)
+        if self.stop_class:
+            merge_logits(logits, self.stop_class)
+        return logits
+
+    def has(self, name: str) -> bool:
+        """Return whether a tensor of the model's checkpoint is part of the head; prefixes of names may differ."""
+        return _is_called(name, self.name) or (self.bias is not None and _is_called(name, _bias_name(self.name)))
+
+    def updated(self, tensors: Mapping[str, Tensor]) -> "LmHead":
+        """Return the head with new values, by their names; raise KeyError if the matrix is not among them."""
+
+        def new(own: str) -> Tensor:
+            values = next((values for name, values in tensors.items() if _is_called(name, own)), None)
+            if values is None:
+                raise KeyError(own)
+            return values[: self.vocabulary_size].to(self.weight.device, self.weight.dtype, copy=True)
+
+        bias = None if self.bias is None else new(_bias_name(self.name))
+        return replace(self, weight=new(self.name), bias=bias)
 
     def to(self, device: torch.device | str) -> "LmHead":
         bias, excluded = (None if part is None else part.to(device) for part in (self.bias, self.excluded_ids))
         return replace(self, weight=self.weight.to(device), bias=bias, excluded_ids=excluded)
+
+
+def _is_called(name: str, other: str) -> bool:
+    """Tell whether two names are of one tensor, which may have a prefix in one of them."""
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
+
+
+def _bias_name(name: str) -> str:
+    return name.removesuffix("weight") + "bias"
 
 
 def scale_logits(logits: Tensor, logit_factor: float, softcap: float | None) -> Tensor:
@@ -101,10 +132,16 @@ def read_logit_scaling(config: Any) -> tuple[float, float | None]:
     return factor, settings.get("final_logit_softcapping")  # Gemma
 
 
-def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids: Sequence[int] = ()) -> LmHead:
+def load_lm_head(
+    model: str,
+    trust_remote_code: bool,
+    dtype: Dtype,
+    excluded_ids: Sequence[int] = (),
+    stop_class: Sequence[int] = (),
+) -> LmHead:
     """Read the head of a Hugging Face directory or hub id; rows beyond the vocabulary, which only pad it, are cut.
 
-    The probability of `excluded_ids` goes to the other tokens in proportion.
+    The probability of `excluded_ids` goes to the other tokens in proportion, that of `stop_class` to its first id.
 
     Raises:
         ModelError: the model has no safetensors, no tensor in them is known to be its head, or the head is quantised.
@@ -122,8 +159,7 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids
         )
     if len(weight) < vocabulary_size:
         raise ModelError(f"model '{model}': its LM head '{name}' has {len(weight)} rows for {vocabulary_size} tokens")
-    bias_name = name.removesuffix("weight") + "bias"
-    bias = _read(model, shards, bias_name, vocabulary_size) if bias_name in shards else None
+    bias = _read(model, shards, _bias_name(name), vocabulary_size) if _bias_name(name) in shards else None
     torch_dtype = getattr(torch, dtype)
     excluded = [token_id for token_id in excluded_ids if token_id < vocabulary_size]
     return LmHead(
@@ -131,6 +167,8 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids
         None if bias is None else bias.to(torch_dtype),
         *read_logit_scaling(config),
         torch.tensor(excluded) if excluded else None,
+        name,
+        tuple(token_id for token_id in stop_class if token_id < vocabulary_size),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.config.run_config import Config
-from cluster.config.stages import EngineConfig
+from cluster.config.stages import EngineConfig, RefreshConfig
 from cluster.models.model_size import ModelSize
 from cluster.vllm.engine import BYTES_PER_GIB, OWN_GPU_FRACTION
 
@@ -99,12 +99,15 @@ def _learner(config: Config, size: ModelSize, gpu_gib: float | None) -> WorkerMe
     value, ranks, stage = DTYPE_BYTES[learner.dtype], learner.num_workers, learner.zero_stage
     weights = size.parameters * value / (ranks if stage == 3 else 1)
     gradients = size.parameters * 4 / (ranks if stage >= 2 else 1)
-    optimizer = size.parameters * 12 / ranks if learner.offload_optimizer == "none" or gpu_gib is None else 0
+    # Masters and moments; and what each teacher has that took the student's weights some steps ago, or their average.
+    kept = sum(isinstance(teacher.refresh, RefreshConfig) for teacher in config.teachers.values())
+    is_offloaded = learner.offload_optimizer == "cpu" and gpu_gib is not None
+    optimizer = 0 if is_offloaded else size.parameters * (12 + 4 * kept) / ranks
     layer = (6 * size.width + 4 * size.inner_width + 3 * size.width + 4 * size.kv_width) * value
-    kept = size.width * value * size.layers + layer if learner.gradient_checkpointing else layer * size.layers
+    activations = size.width * value * size.layers + layer if learner.gradient_checkpointing else layer * size.layers
     head_gradient = size.head_parameters * 4
     working = RESERVE_GIB + LEARNED_LOGITS_GIB[gpu_gib is not None]
-    working += _gib(learner.micro_batch_tokens * kept + head_gradient)
+    working += _gib(learner.micro_batch_tokens * activations + head_gradient)
     available = None
     if gpu_gib is not None:
         available = gpu_gib * (learner.gpu_memory_fraction if config.ray.share_gpu else 1.0)

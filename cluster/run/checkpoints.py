@@ -12,7 +12,7 @@ from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import CheckpointError, LearnerDiedError, LostBytesError, PreceptorError, RunStopped
 from cluster.contracts.files import Record, RecordsFile
-from cluster.run.hooks import RunContext, StepHook
+from cluster.run.hooks import RunContext, StepHook, TeacherState
 from cluster.run.ledger import LedgerState
 from cluster.run.summary import RunSummary
 from learner.checkpointing.checkpoint import checkpoints, prune, read_state, step_folder, step_of, tidy
@@ -28,6 +28,7 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step: int  # completed
     history: RunSummary
     ledger: LedgerState
+    teachers: dict[str, TeacherState] = {}  # [teachers.NAME] whose weights change
 
 
 class Checkpoints(StepHook):
@@ -53,7 +54,7 @@ class Checkpoints(StepHook):
         step = self._saved_step = run.ledger.finished_step
         RecordsFile(run.directory.metrics).sync()  # a resumed run reads it again
         self.complete()
-        state = RunState(step, run.history, run.ledger.state())
+        state = RunState(step, run.history, run.ledger.state(), dict(run.teacher_states))
         folder = step_folder(self._directory, step)
         self._pending = run.pipeline.learner.begin_checkpoint(folder, msgspec.to_builtins(state))
 

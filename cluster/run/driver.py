@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from cluster.run.flow import Flow, StepBatches
 from cluster.run.hooks import Hooks, RunContext
 from cluster.run.inputs import train_requests, train_sampling
+from cluster.run.self_teachers import SelfTeachers
 from cluster.run.step_metrics import Stopwatch, step_record
 
 
@@ -54,6 +55,8 @@ def train(run: RunContext, hooks: Hooks) -> None:
     under_way: dict[int, StepBatches] = {}
     learner.publish_weights(rollouts.actors, policy_version=run.first_step)
     rollouts.bring_weights_with(learner.bring_weights)  # to workers that are started again
+    self_teachers = SelfTeachers(run)
+    self_teachers.begin()
     hooks.begin()
 
     for step in range(run.first_step, config.run.steps):
@@ -69,4 +72,6 @@ def train(run: RunContext, hooks: Hooks) -> None:
             learned = learner.step(ledger.watch(step + 1, batches), step)
             with watch.measure("sync"):
                 synced = learner.publish_weights(rollouts.actors, policy_version=step + 1)
-        hooks.after_step(step + 1, step_record(step + 1, batches, learned, synced, watch), batches.finished)
+            refreshed = self_teachers.after(step + 1)
+        record = step_record(step + 1, batches, learned, synced, watch)
+        hooks.after_step(step + 1, {**record, **refreshed}, batches.finished)

@@ -112,6 +112,7 @@ class Evaluations(StepHook):
         student = run.config.student
         tokenizer = load_tokenizer(student.model, student.trust_remote_code)
         self._evaluator = Evaluator(run.config, run.inputs, tokenizer)
+        self.latest: dict[str, float] = {}  # held-out metrics of the last evaluation of this attempt, by their names
 
     def begin(self) -> None:
         if self.run.first_step == 0 and self.run.inputs.held_out_ids:
@@ -123,13 +124,15 @@ class Evaluations(StepHook):
             if "train/kl" in metrics:  # no row of the step had a context
                 self.run.history.note_kl(metrics["train/kl"])
         elif self.run.is_over or is_due(step, self.run.config.evaluation.every_steps):
-            return {f"held_out/{name}": value for name, value in self._evaluate(step).metrics.items()}
+            self._evaluate(step)
+            return self.latest
         return {}
 
     def _evaluate(self, step: int) -> Evaluation:
         evaluation = self._evaluator.evaluate_run(self.run.flow)
         write_samples(self.run.directory.samples, step, "student", evaluation.samples)
         self.run.history.note_evaluation(evaluation)
+        self.latest = {f"held_out/{name}": value for name, value in evaluation.metrics.items()}
         return evaluation
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from threading import Event
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from cluster.config.run_config import Config
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import PreceptorError
@@ -21,6 +23,13 @@ if TYPE_CHECKING:
     from cluster.run.ledger import Ledger
     from cluster.run.pools import Pipeline
     from cluster.run.summary import RunSummary
+
+
+class TeacherState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Says what a teacher has whose weights follow the student's; part of every checkpoint."""
+
+    version: int = 0  # optimizer steps behind its weights
+    best: float | None = None  # value of its gate's metric so far
 
 
 @dataclass
@@ -39,6 +48,7 @@ class RunContext:
     stop: Event  # from outside: the run stops after its step, with a checkpoint
     is_first_attempt: bool = True  # of this driver process: else the pools have run before
     error: PreceptorError | None = None  # set by a hook: the run stops after its step in the same way, and raises it
+    teacher_states: dict[str, TeacherState] = field(default_factory=dict)  # [teachers.NAME] whose weights change
     flow: "Flow" = field(init=False)  # set before the hooks begin
 
     @property

@@ -38,6 +38,8 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seeds_checksum: str
     policy_versions: tuple[int, int]  # lowest and highest that sampled a token of the step
     teachers: dict[str, str] = {}
+    # Of teachers that are the student: lowest and highest version that scored a row of the step.
+    teacher_versions: dict[str, tuple[int, int]] = {}
 
     @classmethod
     def of(cls, step: int, requests: Sequence[RolloutRequest], versions: tuple[int, int]) -> "LedgerRecord":
@@ -113,6 +115,7 @@ class CheckedBatches:
         self._all_ids = frozenset(self._missing)
         self._versions: list[int] = []
         self._teachers: dict[str, str] = {}
+        self._teacher_versions: dict[str, tuple[int, int]] = {}
 
     @property
     def is_exhausted(self) -> bool:
@@ -131,7 +134,7 @@ class CheckedBatches:
         """Return what was consumed, which must be all that the step requested."""
         self._check_complete()
         record = LedgerRecord.of(self._step, self._requests, (min(self._versions), max(self._versions)))
-        return msgspec.structs.replace(record, teachers=self._teachers)
+        return msgspec.structs.replace(record, teachers=self._teachers, teacher_versions=self._teacher_versions)
 
     def _count(self, handle: BatchHandle) -> None:
         for teacher, checkpoint in handle.scored_by.items():
@@ -139,6 +142,9 @@ class CheckedBatches:
                 self._fail(
                     f"two checkpoints of teacher {teacher} scored it, {self._teachers[teacher]} and {checkpoint}"
                 )
+        for teacher, version in handle.teacher_versions.items():
+            lowest, highest = self._teacher_versions.get(teacher, (version, version))
+            self._teacher_versions[teacher] = min(lowest, version), max(highest, version)
         for trajectory_id, prompt_id in zip(handle.trajectory_ids, handle.prompt_ids, strict=True):
             if trajectory_id not in self._all_ids:
                 self._fail(f"trajectory {trajectory_id} came, which it does not ask for")
@@ -192,9 +198,26 @@ def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -
         lowest, highest = record.policy_versions
         if not index - config.rollout.max_staleness <= lowest <= highest <= index:
             wrong.append("policy_versions")
+        if not _has_due_versions(record, config, index):
+            wrong.append("teacher_versions")
         if wrong:
             raise TrainingError(f"ledger record {index + 1}: {wrong[0]} is not what the run asks for in this step")
     return len(records) * config.prompts.prompts_per_step
+
+
+def _has_due_versions(record: LedgerRecord, config: Config, step: int) -> bool:
+    """Tell whether the teachers that are the student scored step `step`, from 0, with weights that they had by then.
+
+    The step's rows were requested when one up to `max_staleness` steps earlier was to be learned from.
+    """
+    selves = {name: teacher for name, teacher in config.teachers.items() if teacher.source is not None}
+    if record.teacher_versions.keys() != record.teachers.keys() & selves.keys():
+        return False
+    for name, (lowest, highest) in record.teacher_versions.items():
+        first, last = (selves[name].version_due(max(0, at)) for at in (step - config.rollout.max_staleness, step))
+        if not (0 if first is None else first) <= lowest <= highest <= (step if last is None else last):
+            return False
+    return True
 
 
 def verify_run(directory: RunDirectory) -> str:

@@ -30,8 +30,8 @@ class Stopwatch:
         return self.ended[stage] - self.started[stage]
 
 
-# Of a run without slots or a balancer.
-DEFAULTS = {"slot/switches": 0.0, "slot/switch_seconds": 0.0, "balance/moves": 0.0}
+# Of a run without slots, a balancer or teachers that are the student.
+DEFAULTS = {"slot/switches": 0.0, "slot/switch_seconds": 0.0, "balance/moves": 0.0, "teacher_age/max": 0.0}
 
 
 def step_record(
@@ -58,6 +58,7 @@ def step_record(
         **report(merge(handle.metrics for handle in scored)),
         **_by_teacher(scored),
         **_staleness(step, scored),
+        **_teacher_ages(step, scored),
         **{f"train/{name}": value for name, value in values.items()},
         "step/seconds": whole,
         "step/tokens_per_second": completion_tokens / whole,
@@ -80,6 +81,19 @@ def _staleness(step: int, scored: Sequence[BatchHandle]) -> dict[str, float]:
     """Return how many updates old the oldest token of each trajectory was when it was learned from."""
     ages = [step - 1 - version for handle in scored for version in handle.min_policy_versions]
     return {"staleness/mean": sum(ages) / len(ages), "staleness/max": max(ages)} if ages else {}
+
+
+def _teacher_ages(step: int, scored: Sequence[BatchHandle]) -> dict[str, float]:
+    """Return each self-teacher's newest version, and how many updates old their versions were when learned from."""
+    ages, newest = [], dict[str, int]()
+    for handle in scored:
+        for name, version in handle.teacher_versions.items():
+            ages += [step - 1 - version] * len(handle.trajectory_ids)
+            newest[name] = max(version, newest.get(name, 0))
+    if not ages:
+        return {}
+    of_each = {f"teacher_version/{name}": float(version) for name, version in newest.items()}
+    return {**of_each, "teacher_age/mean": sum(ages) / len(ages), "teacher_age/max": float(max(ages))}
 
 
 def _mean_queue(scored: Sequence[BatchHandle], stage: Stage, since: float | None, window_seconds: float) -> float:

@@ -75,6 +75,7 @@ class Supervisor:
             length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness),
             stop=self.stop,
             is_first_attempt=self._is_first_attempt,
+            teacher_states=dict(start.teachers) if isinstance(start, RunState) else {},
         )
         self._is_first_attempt = False
         hooks = Hooks(self.make_hooks(run))
@@ -99,8 +100,8 @@ class Supervisor:
         self.view.say(f"{error}; the learner is started again, and the run goes back to its last checkpoint")
         time.sleep(delay)
         try:
-            self.pipeline.teachers.abandon()
             self.pipeline.learner.start_again()
+            self.pipeline.teachers.abandon()
             self.pipeline.rollouts.abandon()
         except ActorDiedError as another:
             return self._rewind(another)

@@ -76,17 +76,21 @@ class Transport:
 TRANSPORTS: dict[str, Transport] = {
     "object_store": Transport(
         sender="learner.weight_sync.object_store:make_sender",
-        receiver="rollout_workers.weight_sync.object_store:ObjectStoreReceiver",
+        receiver="cluster.vllm.weight_sync.object_store:ObjectStoreReceiver",
     ),
     "nccl": Transport(
         sender="learner.weight_sync.gpu_sender:make_nccl_sender",
-        receiver="rollout_workers.weight_sync.nccl_and_ipc:NcclReceiver",
+        receiver="cluster.vllm.weight_sync.nccl_and_ipc:NcclReceiver",
     ),
     "ipc": Transport(
         sender="learner.weight_sync.gpu_sender:make_ipc_sender",
-        receiver="rollout_workers.weight_sync.nccl_and_ipc:IpcReceiver",
+        receiver="cluster.vllm.weight_sync.nccl_and_ipc:IpcReceiver",
     ),
 }
+
+
+# To teachers: the actor reads the LM head from what arrives, which a transfer from GPU to GPU does not show it.
+TEACHER_TRANSPORT = "object_store"
 
 
 def vllm_backend(transport: str) -> str:

@@ -45,11 +45,35 @@ class TrainEngine(Protocol):
         All tensors that one parameter becomes may come with each of them.
         """
 
+    def masters(self) -> Sequence[Tensor]:
+        """Return the float32 weights that this rank's optimizer updates, as they are cut; not collective."""
+
+    def holding(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Let the student have other weights, cut as `masters`, while the context lasts; they hold its own meanwhile.
+
+        Gradients that were added up stay as they are; there is no forward or step inside.
+        """
+
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy, in host memory, of this rank's part of what training changes."""
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot of a group with as many ranks; raise CheckpointError if it is of another model."""
+
+
+EXCHANGED_VALUES = 1 << 26  # at once, so that no second copy of the weights lives
+
+
+@torch.no_grad()
+def exchange(some: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Swap the values of tensors of the same shapes."""
+    for one, other in zip(some, others, strict=True):
+        for ours, theirs in zip(
+            one.view(-1).split(EXCHANGED_VALUES), other.view(-1).split(EXCHANGED_VALUES), strict=True
+        ):
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
 
 
 class PausableAdamW(torch.optim.AdamW):

@@ -9,7 +9,7 @@ from torch import Tensor
 from cluster.config.stages import LearnerConfig
 from learner.batching.micro_batch import MicroBatch
 from learner.checkpointing.shards import flatten, host_copy, unflatten
-from learner.engines.base import PausableAdamW, adamw_settings, paused
+from learner.engines.base import PausableAdamW, adamw_settings, exchange, paused
 from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
 from learner.model.completion_head import TeacherHeads
@@ -61,6 +61,19 @@ class ReferenceEngine:
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         parameters, form = dict(self.student.causal_lm.named_parameters()), self.student.checkpoint_format
         yield form.convert({name: parameters[name].detach() for name in form.parameters_of(names)})
+
+    def masters(self) -> Sequence[Tensor]:
+        return self._masters
+
+    @contextmanager
+    def holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        exchange(self._masters, weights)
+        self._update_weights()
+        try:
+            yield
+        finally:
+            exchange(self._masters, weights)
+            self._update_weights()
 
     def snapshot(self) -> dict[str, Tensor]:
         return host_copy(flatten(self._masters, self._optimizer.state_dict()["state"]))

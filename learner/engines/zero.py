@@ -22,7 +22,7 @@ from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError
 from learner.batching.micro_batch import MicroBatch
 from learner.checkpointing.shards import flatten, host_copy, unflatten
-from learner.engines.base import PausableAdamW, adamw_settings, paused
+from learner.engines.base import PausableAdamW, adamw_settings, exchange, paused
 from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
 from learner.model.completion_head import TeacherHeads
@@ -102,17 +102,34 @@ class ZeroEngine:
         with deepspeed.zero.GatheredParameters(list(chosen.values())) if self._is_sharded else nullcontext():
             yield form.convert({name: parameter.detach() for name, parameter in chosen.items()})
 
+    def masters(self) -> list[Tensor]:
+        """Return the fp32 weights that this rank's optimizer updates, with the padding of their partition."""
+        optimizer = self._engine.optimizer
+        if self._is_sharded:
+            return list(optimizer.fp32_partitioned_groups_flat)
+        return list(optimizer.single_partition_of_fp32_groups)
+
+    @contextmanager
+    def holding(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        exchange(self.masters(), weights)
+        self._follow_masters()
+        try:
+            yield
+        finally:
+            exchange(self.masters(), weights)
+            self._follow_masters()
+
     def snapshot(self) -> dict[str, Tensor]:
         """Return a copy, in host memory, of this rank's master weights and their optimizer state."""
         state = self._engine.optimizer.state_dict()
-        return host_copy(flatten(self._masters(), state[self._optimizer_key]["state"]))
+        return host_copy(flatten(self.masters(), state[self._optimizer_key]["state"]))
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a snapshot of a group with the same number of ranks and the same stage.
 
         What is no tensor in DeepSpeed's own state (loss scaler, slices, settings) stays that of this engine.
         """
-        weights, values = unflatten(state, self._masters())
+        weights, values = unflatten(state, self.masters())
         optimizer = self._engine.optimizer
         own_state = optimizer.state_dict()
         own_state[self._weights_key] = weights
@@ -125,12 +142,16 @@ class ZeroEngine:
         else:
             optimizer.update_lp_params()  # the weights that compute, from the masters of all ranks
 
-    def _masters(self) -> list[Tensor]:
-        """Return the fp32 weights that this rank's optimizer updates, with the padding of their partition."""
+    def _follow_masters(self) -> None:
+        """Let the weights that compute be the masters of all ranks, rounded."""
         optimizer = self._engine.optimizer
-        if self._is_sharded:
-            return list(optimizer.fp32_partitioned_groups_flat)
-        return list(optimizer.single_partition_of_fp32_groups)
+        if not self._is_sharded:
+            optimizer.update_lp_params()
+            return
+        optimizer.checkpoint_event_prologue()
+        for computing, master in zip(optimizer.fp16_partitioned_groups_flat, self.masters(), strict=True):
+            computing.data.copy_(master.data)
+        optimizer.checkpoint_event_epilogue()
 
 
 def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | PausableCPUAdam:

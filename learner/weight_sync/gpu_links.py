@@ -2,7 +2,7 @@
 
 `NcclLink` is for engines on GPUs of their own: rank 0 broadcasts to all their ranks at once. `IpcLink` is for engines
 that share a GPU with a rank of the learner: they read that rank's buffer in place. The receiving ends are vLLM's, with
-`rollout_workers/weight_sync/nccl_and_ipc.py` in front, which drops the fields that an older vLLM does not know.
+`cluster/vllm/weight_sync/nccl_and_ipc.py` in front, which drops the fields that an older vLLM does not know.
 """
 
 from collections.abc import Callable

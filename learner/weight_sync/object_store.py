@@ -54,20 +54,22 @@ class WeightUpdate:
         encoder: Payload,
         base_version: int | None,
         timeout_seconds: float,
+        kind: str = "rollout",
     ) -> None:
         """Find out which workers can decode.
 
         Args:
-            workers: the rollout actors.
+            workers: the actors of a pool.
             policy_version: what they will run on.
             payload, encoder: the name of what travels, and this end of it.
             base_version: of an incremental payload, what was sent before; None: nothing, or that update failed.
             timeout_seconds: for each answer of the workers.
+            kind: what errors call them.
         """
         self._started = time.perf_counter()
         self._paused: float | None = None
-        self._policy_version = policy_version
-        self._recipients = Recipients(workers, timeout_seconds)
+        self._policy_version, self._kind = policy_version, kind
+        self._recipients = Recipients(workers, timeout_seconds, kind)
         self._encoder, self._base_version = encoder, base_version
         self._common = {"payload": payload, "kept_as": policy_version if encoder.is_incremental else None}
         self._can_decode = self._compare_versions()
@@ -120,7 +122,7 @@ class WeightUpdate:
         received = self._recipients.answers(
             self._recipients.call("finish_weight_update", versions), "answer finish_weight_update"
         )
-        check_received(received, self._digest.hexdigest(), self._policy_version)
+        check_received(received, self._digest.hexdigest(), self._policy_version, self._kind)
         now = time.perf_counter()
         return WeightSyncReport(
             policy_version=self._policy_version,
@@ -164,7 +166,7 @@ class WeightUpdate:
         return self._digest.hexdigest()
 
 
-def check_received(received: Mapping[int, str], sent: str, policy_version: int) -> None:
+def check_received(received: Mapping[int, str], sent: str, policy_version: int, kind: str = "rollout") -> None:
     """Compare the workers' checksums with the sender's.
 
     Raises:
@@ -173,7 +175,7 @@ def check_received(received: Mapping[int, str], sent: str, policy_version: int) 
     for position, digest in received.items():
         if digest != sent:
             raise WeightSyncError(
-                f"rollout worker {position}: policy version {policy_version} was sent with checksum {sent} and arrived "
+                f"{kind} worker {position}: policy version {policy_version} was sent with checksum {sent} and arrived "
                 f"with {digest}; the worker must not be used"
             )
 
@@ -198,12 +200,20 @@ class ObjectStoreSender:
     Args:
         engine: holds the weights.
         config: what is sent, and how large a buffer may be, which is also the memory that a gather takes under ZeRO-3.
-        dtype: what travels; the rollout engines' own.
+        dtype: what travels; the engines' own.
         timeout_seconds: for each answer of the workers.
+        kind: what errors call the workers.
     """
 
-    def __init__(self, engine: TrainEngine, config: WeightSyncConfig, dtype: str, timeout_seconds: float) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        engine: TrainEngine,
+        config: WeightSyncConfig,
+        dtype: str,
+        timeout_seconds: float,
+        kind: str = "rollout",
+    ) -> None:
+        self._engine, self._kind = engine, kind
         self._timeout_seconds = timeout_seconds
         self._payload = config.payload
         self._encoder = make_payload(config.payload)
@@ -222,7 +232,7 @@ class ObjectStoreSender:
             return self._take_part(policy_version)
         base_version, self._base_version = self._base_version, None  # until this update has succeeded
         update = WeightUpdate(
-            workers, policy_version, self._payload, self._encoder, base_version, self._timeout_seconds
+            workers, policy_version, self._payload, self._encoder, base_version, self._timeout_seconds, self._kind
         )
         for bucket in self._buckets:
             # One bucket at a time: gathering the whole model under ZeRO-3 needs a second full copy on every rank.

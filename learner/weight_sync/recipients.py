@@ -1,4 +1,4 @@
-"""Calls the rollout workers that one weight update goes to."""
+"""Calls the workers that one weight update goes to."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,13 +12,15 @@ from cluster.contracts.errors import ActorDiedError
 
 
 class Recipients:
-    """Calls rollout workers by position, and passes over those that die.
+    """Calls workers of one pool by position, and passes over those that die.
 
     The pool notices a death by itself, and the next actor in that place gets the weights then.
     """
 
-    def __init__(self, workers: Sequence[ActorHandle], timeout_seconds: float) -> None:
+    def __init__(self, workers: Sequence[ActorHandle], timeout_seconds: float, kind: str = "rollout") -> None:
+        """Take the workers; errors call them `kind` workers."""
         self.workers = dict(enumerate(workers))  # those that live
+        self._kind = kind
         self._timeout_seconds = timeout_seconds
 
     def call(self, method: str, arguments: Mapping[int, Any]) -> dict[int, Any]:
@@ -31,19 +33,19 @@ class Recipients:
         """Raise the error of any answer that is there, without waiting; of a worker that is gone, ActorDiedError."""
         if references:
             ready, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=0)
-            RAY.get(ready, self._timeout_seconds, "rollout workers")
+            RAY.get(ready, self._timeout_seconds, f"{self._kind} workers")
 
     def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
         """Return the answers of the workers that live; from now on the others are passed over."""
         try:
-            answers = RAY.get(list(references.values()), self._timeout_seconds, f"rollout workers to {what_for}")
+            answers = RAY.get(list(references.values()), self._timeout_seconds, f"{self._kind} workers to {what_for}")
             return dict(zip(references, answers, strict=True))
         except ActorDiedError:
             living = {}
             for position, reference in references.items():
                 with suppress(ActorDiedError):
                     living[position] = RAY.get(
-                        reference, self._timeout_seconds, f"rollout worker {position} to {what_for}"
+                        reference, self._timeout_seconds, f"{self._kind} worker {position} to {what_for}"
                     )
             self.workers = {position: self.workers[position] for position in living}
             return living

@@ -24,7 +24,7 @@ from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.trajectory import Ints
+from cluster.contracts.trajectory import Ints, version_field
 from cluster.contracts.wire import from_wire
 from cluster.models.alignment import load_token_map
 from teacher_workers.audit.checks import AGREEMENT_NATS, Answer, Fault, Tolerance, audit_answers, hidden_tolerance
@@ -64,6 +64,11 @@ def audited_teacher(config: Config, name: str, pool: "TeacherPool", folder: Path
     identity = find_backend(teacher).identity(teacher)
     origin = Origin(teacher.model, engine.dtype, engine.quantization, identity, request, teacher.backend)
     subject = AuditedTeacher(name, teacher, pool, request, tolerance, origin, folder / f"{name}.arrow")
+    if teacher.is_refreshed:
+        _log.warning(
+            "teacher %s follows the student; audits compare its replicas, and not with its first answers", name
+        )
+        return subject
     kept = load_reference(subject.path)
     if kept is not None:
         subject.rows = kept.rows
@@ -246,7 +251,7 @@ def _shortest_row(handle: BatchHandle) -> float:
 
 
 def _ask(subject: AuditedTeacher, replicas: Mapping[int, str], deadline: float) -> _Audit:
-    audit = _Audit(subject, make_probes(subject.rows, subject.request), deadline)
+    audit = _Audit(subject, make_probes(subject.rows, subject.request, subject.teacher.stop_class), deadline)
     for half, batch in (("rows", audit.probes.rows), ("perturbed", audit.probes.perturbed)):
         wire, handle = pack(batch, {})
         handle = replace(handle, reference=wire)  # the bytes themselves: a few kilobytes that Ray sends with the call
@@ -280,17 +285,26 @@ def _conclude(audit: _Audit) -> list[Fault]:
         _log.warning("score_audit: no answer from %s in time; they are not checked", late)
     kept = subject.reference
     reference = None if kept is None else kept.for_request(subject.request)
-    answers: dict[str, Answer | ScoreError] = {
-        replica: Answer(**halves) for replica, halves in audit.batches.items() if len(halves) == 2
-    }
-    answers |= audit.errors
+    whole = {replica: Answer(**halves) for replica, halves in audit.batches.items() if len(halves) == 2}
+    answers: dict[str, Answer | ScoreError] = {**_of_newest_version(whole), **audit.errors}
     result = audit_answers(subject.name, audit.probes, answers, reference, subject.tolerance, subject.request)
-    if kept is None and result.trusted is not None:
+    if kept is None and result.trusted is not None and not subject.teacher.is_refreshed:
         subject.reference = Reference(subject.origin, result.trusted)
         save_reference(subject.path, subject.reference)
     faults = [_with_advice(subject, fault) for fault in result.faults]
     _quarantine(subject, faults)
     return faults
+
+
+def _of_newest_version(answers: Mapping[str, Answer]) -> dict[str, Answer]:
+    """Leave out answers that are of older weights, in whole or in part: the teacher took new ones meanwhile."""
+    column = version_field(TEACHER).name
+    versions = {
+        replica: {version for batch in (answer.rows, answer.perturbed) for version in batch[column].to_pylist()}
+        for replica, answer in answers.items()
+    }
+    newest = max((version for of_replica in versions.values() for version in of_replica), default=0)
+    return {replica: answer for replica, answer in answers.items() if versions[replica] == {newest}}
 
 
 def _with_advice(subject: AuditedTeacher, fault: Fault) -> Fault:

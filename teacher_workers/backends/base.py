@@ -4,7 +4,7 @@ Importing this loads no backend: the driver asks a backend's class before any ac
 environment of vLLM and OpenMP first.
 """
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pyarrow as pa
 
@@ -31,6 +31,7 @@ class TeacherBackend(Protocol):
 
     signals: ClassVar[frozenset[str]]  # names that requests may contain; those at import paths as the run file has them
     reads_scorer_prompts: ClassVar[bool] = False  # whether `score` reads rows as `as_read_by` gives them
+    takes_weights: ClassVar[bool] = False  # whether it has the verbs of weight updates; needed to follow the student
     can_generate: ClassVar[bool] = False  # whether vLLM can serve teachers.NAME.model, to measure the teacher itself
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
@@ -90,6 +91,18 @@ class TeacherBackend(Protocol):
     async def wake(self) -> None:
         """Take the hardware again."""
 
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Open the receiving end of weight updates, once."""
+
+    async def start_weight_update(self) -> None:
+        """Get ready to receive weights; no score is requested until they are installed."""
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive one bucket, whose bytes `update_info["buffer"]` keeps."""
+
+    async def finish_weight_update(self, policy_version: int) -> str:
+        """Install the weights, drop what was computed with the old ones, and return the received checksum."""
+
     async def shutdown(self) -> None:
         """End every process that the backend started."""
 
@@ -134,7 +147,10 @@ def check_signals(config: Config) -> None:
 
 def check_teacher(name: str, teacher: TeacherConfig, student: "ModelFacts") -> "ModelFacts":
     """Return what the backend says of a teacher; what it raises begins with the teacher's name."""
+    backend = find_backend(teacher)
     try:
-        return find_backend(teacher).check(teacher, student)
+        if teacher.is_refreshed and not backend.takes_weights:
+            raise ConfigError(f"its backend '{teacher.backend}' takes no weights; leave refresh = 'frozen'")
+        return backend.check(teacher, student)
     except PreceptorError as error:
         raise type(error)(f"teachers.{name}: {error}") from error

@@ -18,6 +18,9 @@ from cluster.models.model_checks import ModelFacts, read_model
 from cluster.models.model_files import load_model_config
 from cluster.models.weight_files import fingerprint
 from cluster.vllm.engine import EngineRole, LayersToSend, build_engine
+from cluster.vllm.weight_sync.updates import UPDATE_CALLS, EngineUpdates
+from cluster.weight_sync.transports import TEACHER_TRANSPORT, vllm_backend
+from teacher_workers.backends.arriving_head import ArrivingHead
 from teacher_workers.backends.lm_head_scores import HiddenStatesBackend, predicting_rows
 
 if TYPE_CHECKING:
@@ -32,10 +35,17 @@ class VllmBackend(HiddenStatesBackend):
 
     signals = HiddenStatesBackend.signals | {"layers"}
     can_generate = True
+    takes_weights = True
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Read the LM head and start the engine; raise ModelError if that fails."""
-        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype, teacher.excluded_token_ids)
+        head = load_lm_head(
+            teacher.model,
+            teacher.trust_remote_code,
+            teacher.engine.dtype,
+            teacher.excluded_token_ids,
+            teacher.stop_class,
+        )
         layers = layers_to_send(teacher)
         self._teacher = teacher
         self._role = EngineRole(
@@ -45,7 +55,10 @@ class VllmBackend(HiddenStatesBackend):
             pooling=True,
             layers=layers,
             sleeps=sleeps,
+            weight_transfer_backend=vllm_backend(TEACHER_TRANSPORT) if teacher.is_refreshed else None,
+            worker_extension=UPDATE_CALLS if teacher.is_refreshed else None,
         )
+        self._arriving_head = ArrivingHead()
         self._engine: AsyncLLM | None = self._build()  # None: it sleeps where engines have no sleep mode
         # After the engine has taken its share of the GPU's memory: head and logits live in what gpu_memory_fraction
         # leaves free.
@@ -91,6 +104,24 @@ class VllmBackend(HiddenStatesBackend):
             # In a thread, for it takes seconds in which the actor must give signs of life.
             self._engine = await asyncio.to_thread(self._build)
         self.move_head("cuda" if torch.cuda.is_available() else "cpu")
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        await self._updates.init_weight_transfer(init_info)
+
+    async def start_weight_update(self) -> None:
+        assert self._engine is not None, "engines that take weights share their hardware with no other"
+        self._updates = EngineUpdates(self._engine, "teacher")
+        await self._updates.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._arriving_head.read(self._head, update_info)
+        await self._updates.update_weights(update_info)
+
+    async def finish_weight_update(self, policy_version: int) -> str:
+        checksum = await self._updates.install(policy_version)
+        self._head = self._arriving_head.install(self._head)
+        await self._updates.resume()
+        return checksum
 
     async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
         """Return the hidden states after the final norm, on CPU, in the dtype that the engine runs in.
@@ -147,7 +178,7 @@ def layers_to_send(teacher: TeacherConfig) -> LayersToSend | None:
     depth = load_model_config(teacher.model, teacher.trust_remote_code).get_text_config().num_hidden_layers
     if states.bank is None:
         return LayersToSend(paired_layers(states.layers, states.student_depth, depth))
-    bank = load_bank(states.bank)
+    bank = load_bank(states.bank, states.digest)
     if bank.depths["teacher"] != depth:
         raise ModelError(
             f"projection bank '{states.bank}': was fitted for a teacher of {bank.depths['teacher']} layers, "

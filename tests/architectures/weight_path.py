@@ -21,6 +21,7 @@ import torch
 
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import LearnerConfig
+from cluster.vllm.weight_sync.shared_memory import shared_memory
 from cluster.weight_sync.manifest import Bucket, checksum, new_digest, plan_buckets, total_bytes
 from cluster.weight_sync.transports import Encoded, make_payload, vllm_backend
 from learner.checkpointing.export import export
@@ -28,7 +29,6 @@ from learner.engines.torch import ReferenceEngine
 from learner.model.student import load_student
 from learner.weight_sync.object_store import pack
 from rollout_workers.vllm_engine import WORKER_EXTENSION
-from rollout_workers.weight_sync.shared_memory import shared_memory
 from tests.builders import make_config
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}

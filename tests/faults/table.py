@@ -14,7 +14,9 @@ from tests.faults.tables import (
     presets,
     rollouts,
     run,
+    self_teachers,
     teachers,
+    tokenizers,
     weight_sync,
 )
 
@@ -27,8 +29,11 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "weight_sync": weight_sync.FAULTS,
     "rollouts": rollouts.FAULTS,
     "teachers": teachers.FAULTS,
+    "tokenizers": tokenizers.FAULTS,
+    "self_teachers": self_teachers.FAULTS,
     "models": models.FAULTS,
     "run": run.FAULTS,
     "first_run": first_run.FAULTS,
 }
+GROUPS = {"minimised": ("objective", "estimators", "presets")}  # of areas
 FAULTS = tuple(fault for faults in AREAS.values() for fault in faults)

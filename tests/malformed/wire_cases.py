@@ -72,22 +72,28 @@ def as_file() -> bytes:
 NAMES = BATCH.schema.names
 NAN, INF = float("nan"), float("inf")
 WRONG_BATCHES: dict[str, tuple[pa.RecordBatch, str]] = {
-    "no metadata": (BATCH.replace_schema_metadata(None), "trajectory schema version None, expected 3"),
-    "older version": (described(**{"preceptor.trajectory": "2"}), "trajectory schema version b'2', expected 3"),
-    "newer version": (described(**{"preceptor.trajectory": "4"}), "run the same release on every node"),
+    "no metadata": (BATCH.replace_schema_metadata(None), "trajectory schema version None, expected 4"),
+    "older version": (described(**{"preceptor.trajectory": "3"}), "trajectory schema version b'3', expected 4"),
+    "newer version": (described(**{"preceptor.trajectory": "5"}), "run the same release on every node"),
     "version empty": (described(**{"preceptor.trajectory": ""}), "trajectory schema version b''"),
     "no stage": (described(stage=None), "stage None does not go with the scores of ['teacher', 'base']"),
     "stage unknown": (described(stage="learned"), "stage b'learned'"),
     "stage generated with scores": (described(stage="generated"), "stage b'generated'"),
     "no models": (described(models=None), "stage b'scored' does not go with the scores of []"),
     "model without columns": (described(models="teacher,base,other"), "column 'other_logprobs' is missing"),
-    "columns without model": (described(models="teacher"), "column 'base_logprobs"),
+    "columns without model": (described(models="teacher"), "column 'base_version"),
     "first column missing": (ordered(*NAMES[1:]), "column 0 is 'prompt_id"),
     "reward missing": (ordered(*[name for name in NAMES if name != "reward"]), "column 12 is"),
     "scores missing": (
         ordered(*[name for name in NAMES if name != "teacher_logprobs"]),
         "'teacher_logprobs' is missing",
     ),
+    "version of the weights missing": (
+        ordered(*[name for name in NAMES if name != "base_version"]),
+        "'base_version' is missing",
+    ),
+    "version of the weights as text": (replaced("base_version", ["1"] * 3, pa.string()), "of another type or width"),
+    "version of the weights negative": (cell("teacher_version", 1, lambda _: -1), "teacher_version is negative"),
     "nothing but an id": (ordered("trajectory_id"), "column 1 is missing, expected 'prompt_id: int64'"),
     "columns in another order": (ordered(NAMES[1], NAMES[0], *NAMES[2:]), "column 0 is 'prompt_id"),
     "further column": (BATCH.append_column("note", pa.array(["a", "b", "c"])), "column 'note: string' is unknown"),

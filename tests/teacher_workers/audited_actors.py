@@ -19,7 +19,10 @@ class Stage:
         self._workers: dict[str, Any] = {}
 
     async def score(self, name: str, engine: str, wire: Any, request: ScoreRequest) -> tuple[Pieces, BatchHandle]:
-        """Score as replica `name`, whose engine is a class of `faulty_engines`, `silent` or `dying`."""
+        """Score as replica `name`, whose engine is a class of `faulty_engines`, `silent` or `dying`.
+
+        It may be followed by `:SEED` and by `@VERSION` of its weights.
+        """
         from tests.teacher_workers import faulty_engines
 
         if engine == "dying":
@@ -27,10 +30,12 @@ class Stage:
         if engine == "silent":
             await asyncio.sleep(1000)
         if (name, engine) not in self._workers:
-            kind, _, seed = engine.partition(":")
+            described, _, version = engine.partition("@")
+            kind, _, seed = described.partition(":")
             self._workers[name, engine] = faulty_engines.make_worker(
                 name, getattr(faulty_engines, kind)("float32", int(seed or 0))
             )
+            await self._workers[name, engine].weights.finish_weight_update(int(version or 0))
         return pack(*await self._workers[name, engine].score(from_wire(wire), request))
 
 

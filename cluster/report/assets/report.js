@@ -9,7 +9,7 @@
     ["Throughput", "tokens per second", { "step/tokens_per_second": "whole step", "generate/tokens_per_second": "generate", "score/tokens_per_second": "score", "learn/tokens_per_second": "learn" }],
     ["Idle share of each pool", "share of time", { "pool/*/idle_share": "*" }],
     ["Loss", "per token", { "train/loss": "loss" }],
-    ["Length of the gradient", "before clipping", { "train/gradient_norm": "norm" }],
+    ["Gradient norm", "before clipping", { "train/gradient_norm": "norm" }],
     ["Probability on the candidates", "", { "train/student_candidate_mass": "student", "train/teacher_candidate_mass": "teacher" }],
     ["Cut and repeating completions", "share", { "rollout/truncated_ratio": "cut at the limit", "rollout/repetition_ratio": "repeating" }],
     ["Sampler and learner apart", "nats per token", { "train/sampler_learner_gap": "mean" }],

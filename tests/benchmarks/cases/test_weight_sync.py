@@ -15,9 +15,9 @@ from benchmarks.cases.weight_sync import SyncEngine, Synthetic, take_step
 from benchmarks.harness.mapping_actor import check_buckets
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import LearnerConfig
+from cluster.vllm.weight_sync.shared_memory import mappable
 from cluster.weight_sync.manifest import checksum, total_bytes
 from learner.model.student import load_student
-from rollout_workers.weight_sync.shared_memory import mappable
 from tests.tiny_qwen3 import write_tiny_qwen3
 
 

@@ -15,10 +15,10 @@ FIELDS = {
     "prompts": "train held_out columns answer_after template system_prompt chat_template_kwargs last_answer too_long "
     "prompts_per_step shuffle",
     "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
-    "stop stop_token_ids stop_repetition rows_per_batch max_staleness engine",
-    "teachers": "model backend signals trust_remote_code num_workers slot min_workers max_workers accept_differences "
-    "excluded_token_ids context shuffled_context base url api_key_env tokenizer min_coverage alignment "
-    "request_timeout_seconds retry_seconds states engine",
+    "stop stop_token_ids stop_class stop_repetition rows_per_batch max_staleness engine",
+    "teachers": "model source refresh backend signals trust_remote_code num_workers slot min_workers max_workers "
+    "accept_differences excluded_token_ids stop_class context shuffled_context base url api_key_env tokenizer "
+    "min_coverage alignment request_timeout_seconds retry_seconds states engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
@@ -39,6 +39,8 @@ FIELDS = {
 def test_the_knobs_are_these_and_no_others() -> None:
     found = {}
     for field in msgspec.structs.fields(Config):
+        if field.name == "method":  # a text
+            continue
         section = field.type
         if field.name == "teachers":
             section = section.__args__[0].__args__[1]
@@ -157,3 +159,70 @@ def test_the_verifier_is_still_read_from_where_it_stood_with_one_warning(caplog:
         "run file: evaluation.verifier is now environment.verifier; rename it"
     ]
     assert make_config("evaluation.verifier=math", "environment.verifier=regex").environment.verifier == "regex"
+
+
+SELF = MINIMAL_RUN.replace('model = "teacher"', 'from = "student"')
+
+
+def test_a_teacher_that_is_the_student_has_its_model_and_its_engine() -> None:
+    overrides = ["rollout.engine.dtype=float32", "rollout.engine.sleep=true", "teachers.main.engine.kv_cache_gib=2"]
+    config = parse_run_config(SELF, [*overrides, "student.trust_remote_code=true"])
+    teacher = config.teachers["main"]
+    assert (teacher.model, teacher.trust_remote_code, teacher.source, teacher.refresh) == (
+        "student",
+        True,
+        "student",
+        "frozen",
+    )
+    assert (teacher.engine.dtype, teacher.engine.kv_cache_gib, teacher.engine.sleep) == ("float32", 2.0, False)
+    assert config_from_json(dump_run_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teachers.main.model=other"], "model is 'other', but from = 'student' makes it 'student'"),
+        (["teachers.main.url=http://host/v1"], "from = 'student' is served by workers of the run"),
+        (["teachers.main.from=teacher"], "Invalid enum value 'teacher'"),
+        (["teachers.main.refresh=daily"], "Invalid enum value 'daily' - at|teachers.main.refresh: Invalid enum"),
+        (["teachers.main.refresh={}"], "sets nothing; set one of every, ema and gate"),
+        (["teachers.main.refresh={every=2, ema=0.1}"], "sets every and ema; set one of every, ema and gate"),
+        (["teachers.main.refresh={every=0}"], "teachers.main.refresh.every"),
+        (["teachers.main.refresh={ema=1.5}"], "teachers.main.refresh.ema"),
+        (["teachers.main.refresh={gate='train/kl'}"], "teachers.main.refresh.gate"),
+        (["teachers.main.refresh={every=2, better='lower'}"], "better = 'lower' is for a gate's metric"),
+        (["teachers.main.refresh={gate='held_out/accuracy'}"], "set prompts.held_out and evaluation.every_steps"),
+        (["teachers.main.refresh=live", "teachers.main.slot=a"], "remove slot, or leave it 'frozen'"),
+        (["teachers.main.refresh=live", "teachers.main.engine.quantization=fp8"], "remove quantization, or leave it"),
+        (
+            ["teachers.main.refresh=live", "objective.support=full", "rollout.max_staleness=1"],
+            "set rollout.max_staleness = 0",
+        ),
+    ],
+)
+def test_a_teacher_is_the_student_or_another_model(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_run_config(SELF, overrides)
+
+
+def test_refresh_is_for_teachers_that_are_the_student() -> None:
+    with pytest.raises(ConfigError, match=r"teachers\.main\.refresh is for teachers that are the student"):
+        make_config("teachers.main.refresh=live")
+
+
+@pytest.mark.parametrize(
+    ("refresh", "versions"),
+    [
+        ("frozen", [0, 0, 0, 0, 0]),
+        ("live", [0, 1, 2, 3, 4]),
+        ("{every=1}", [0, 1, 2, 3, 4]),
+        ("{every=3}", [0, 0, 0, 3, 3]),
+        ("{ema=0.1}", [0, 1, 2, 3, 4]),
+        ("{gate='held_out/accuracy'}", [None] * 5),
+    ],
+)
+def test_a_refresh_says_which_version_scores_each_step(refresh: str, versions: list[int | None]) -> None:
+    evaluated = ["prompts.held_out=held_out.jsonl", "evaluation.every_steps=2"]
+    teacher = parse_run_config(SELF, [*evaluated, f"teachers.main.refresh={refresh}"]).teachers["main"]
+    assert [teacher.version_due(step) for step in range(5)] == versions
+    assert teacher.is_refreshed == (refresh != "frozen")

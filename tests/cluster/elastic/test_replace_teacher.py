@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from cluster.actors.cluster import PoolTimeouts
@@ -255,6 +256,16 @@ def test_what_cannot_be_a_teacher_of_the_run_is_refused_in_one_sentence(run: Run
     )
     other = str(write_tiny_qwen3(tmp_path / "other"))
     assert refusal(run, other).startswith(f"teachers.{NAME}: its tokenizer is not the student's: ")
+
+
+def test_the_student_itself_is_not_replaced(run: Run) -> None:
+    teachers = {NAME: msgspec.structs.replace(run.config.teachers[NAME], source="student", model=STUDENT)}
+    run.config, run.workers.teachers = msgspec.structs.replace(run.config, teachers=teachers), teachers
+    run.open(first_step=0)
+    assert (
+        refusal(run, TEACHER)
+        == f"teacher {NAME} is the student itself (from = 'student'), which no other model replaces"
+    )
 
 
 def test_a_checkpoint_whose_context_is_too_short_or_whose_weights_are_missing_is_refused(

@@ -43,6 +43,16 @@ def test_stage_2_keeps_whole_weights_and_shards_the_rest() -> None:
     assert memory("learner.offload_optimizer=cpu")["learner"].state == pytest.approx(1_720_574_976 * 4 / GIB)
 
 
+def test_an_average_of_the_student_is_kept_beside_the_masters() -> None:
+    text = 'student.model = "s"\nprompts.train = "p"\n' + "".join(
+        f'teachers.{name}.from = "student"\nteachers.{name}.refresh = {refresh}\n'
+        for name, refresh in {"a": "{ ema = 0.1 }", "b": "{ every = 2 }", "c": '"live"', "d": '"frozen"'}.items()
+    )
+    config = parse_run_config(text, ["learner.num_workers=4"])
+    [*_, learner] = estimate(config, {STUDENT: QWEN3_1_7B}, 2048, 80.0)
+    assert learner.state == pytest.approx(1_720_574_976 * (16 + 2 * 4) / 4 / GIB)
+
+
 def test_checkpointing_keeps_one_vector_per_layer_and_token() -> None:
     with_all, checkpointed = memory()["learner"], memory("learner.gradient_checkpointing=true")["learner"]
     assert checkpointed.working < with_all.working / 3

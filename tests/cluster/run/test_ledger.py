@@ -5,15 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from cluster.config.run_config import Config
+from cluster.config.run_file import parse_run_config
 from cluster.contracts.batches import BatchHandle, BatchSource, ReadyBatches
 from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.requests import RolloutRequest
 from cluster.run.inputs import Inputs, train_requests
 from cluster.run.ledger import Ledger, LedgerRecord, audit, read_ledger
 from rollout_workers.prompts import PromptOrder, PromptSet
-from tests.builders import make_config
+from tests.builders import MINIMAL_RUN, make_config
 
 PROMPTS_PER_STEP, SAMPLES = 3, 2
 ORDER = PromptOrder(num_prompts=5, seed=3, shuffle=True)
@@ -36,7 +39,7 @@ def batch_of(requests: list[RolloutRequest], oldest: int = 0, newest: int = 0) -
         ids,
         (4,) * len(ids),
         (2,) * len(ids),
-        tuple(request.prompt_id for request in requests),
+        prompt_ids=tuple(request.prompt_id for request in requests),
         min_policy_versions=(oldest,) * len(ids),
         max_policy_versions=(newest,) * len(ids),
     )
@@ -214,3 +217,45 @@ def test_the_records_are_plain_json(tmp_path: Path) -> None:
     make_ledger(tmp_path / "ledger.jsonl", 1)
     [record] = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert record["trajectory_ids"] == [[0, 5]]
+
+
+def selves(*overrides: str) -> Config:
+    text = MINIMAL_RUN.replace('model = "teacher"', 'from = "student"')
+    common = [f"prompts.prompts_per_step={PROMPTS_PER_STEP}", f"rollout.samples_per_prompt={SAMPLES}"]
+    return parse_run_config(text, [*common, *overrides])
+
+
+def record_of(step: int, versions: dict[str, tuple[int, int]]) -> LedgerRecord:
+    record = LedgerRecord.of(step, train_requests(CONFIG, INPUTS, step - 1), (step - 1, step - 1))
+    return msgspec.structs.replace(record, teachers={"main": "a1"}, teacher_versions=versions)
+
+
+def test_a_record_says_which_versions_of_the_student_itself_scored(tmp_path: Path) -> None:
+    rows = requests_of(0)
+    parts = ((rows[:4], 3), (rows[4:], 1))
+    scored = [replace(batch_of(part), teacher_versions={"main": version}) for part, version in parts]
+    consume(Ledger(tmp_path / "ledger.jsonl", first_step=0), 1, scored)
+    assert read_ledger(tmp_path / "ledger.jsonl")[0].teacher_versions == {"main": (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("refresh", "max_staleness", "right", "wrong"),
+    [
+        ("frozen", 0, [(0, 0), (0, 0), (0, 0)], (1, 1)),
+        ("live", 0, [(0, 0), (1, 1), (2, 2)], (2, 3)),
+        ("live", 0, [(0, 0), (1, 1), (2, 2)], (1, 2)),  # older than the step
+        ("live", 2, [(0, 0), (0, 1), (0, 2)], (2, 3)),
+        ("live", 1, [(0, 0), (0, 1), (1, 2)], (0, 2)),  # older than staleness explains
+        ("{every=2}", 0, [(0, 0), (0, 0), (2, 2)], (1, 1)),
+        ("{every=2}", 1, [(0, 0), (0, 0), (0, 2)], (3, 3)),
+    ],
+)
+def test_an_audit_holds_the_versions_against_the_refresh(
+    refresh: str, max_staleness: int, right: list[tuple[int, int]], wrong: tuple[int, int]
+) -> None:
+    config = selves(f"teachers.main.refresh={refresh}", f"rollout.max_staleness={max_staleness}")
+    records = [record_of(step, {"main": versions}) for step, versions in enumerate(right, start=1)]
+    assert audit(records, config, ORDER) == 3 * PROMPTS_PER_STEP
+    for versions in ({"main": wrong}, {}):
+        with pytest.raises(TrainingError, match="ledger record 3: teacher_versions is not what the run asks for"):
+            audit([*records[:2], record_of(3, versions)], config, ORDER)

@@ -83,3 +83,12 @@ def test_queues_are_what_waited_over_the_seconds_of_the_step() -> None:
     record = step_record(3, make_batches([handle]), BUSY, SYNCED, WATCH)
     assert record["generate/queued_completions"] == pytest.approx(2 * 3.0 / 7.5)  # two, owed from 0 s to 3 s
     assert record["score/queued_batches"] == pytest.approx(1.5 / 7.5)
+
+
+def test_the_age_of_a_self_teacher_counts_the_updates_since_its_weights() -> None:
+    old = replace(make_handle((30, 20, 12), Mean(1.0, 1)), teacher_versions={"self": 0})
+    new = replace(make_handle((15,), Mean(1.0, 1)), teacher_versions={"self": 2})
+    record = step_record(3, make_batches([old, new]), BUSY, SYNCED, WATCH)
+    assert (record["teacher_version/self"], record["teacher_age/mean"], record["teacher_age/max"]) == (2.0, 1.5, 2.0)
+    other = step_record(3, make_batches([make_handle((30,), Mean(1.0, 1))]), BUSY, SYNCED, WATCH)
+    assert other["teacher_age/max"] == 0.0

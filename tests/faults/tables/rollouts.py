@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "template reads the time of the resumption",
         "cluster/run/inputs.py",
-        "context, splits, notes.append, now)",
-        "context, splits, notes.append)",
+        "context, splits, notes.append, now, own_tokenizers)",
+        "context, splits, notes.append, None, own_tokenizers)",
         ("tests/cluster/run/test_prompt_record.py",),
     ),
     Fault(
@@ -156,10 +156,10 @@ FAULTS = (
     ),
     Fault(
         "absent part of a packed parameter not noticed",
-        "rollout_workers/weight_sync/loading.py",
+        "cluster/vllm/weight_sync/loading.py",
         "if not received_names.isdisjoint(parts):",
         "if received_names.isdisjoint(parts):",
-        ("tests/rollout_workers/weight_sync/test_loading.py::test_one_absent_part_of_a_packed_parameter_is_missing",),
+        ("tests/cluster/vllm/weight_sync/test_loading.py::test_one_absent_part_of_a_packed_parameter_is_missing",),
     ),
     Fault(
         "trajectory ids in 32 bits",

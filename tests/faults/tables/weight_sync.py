@@ -12,7 +12,7 @@ FAULTS = (
     ),
     Fault(
         "tied head left as it was",
-        "rollout_workers/weight_sync/object_store.py",
+        "cluster/vllm/weight_sync/object_store.py",
         "self._tied_layers = tied_layers(self.model)",
         "self._tied_layers: list[Any] = []",
         (
@@ -21,17 +21,17 @@ FAULTS = (
     ),
     Fault(
         "an expert that stays behind not noticed",
-        "rollout_workers/weight_sync/loading.py",
+        "cluster/vllm/weight_sync/loading.py",
         "if info.load_numel < size:",
         "if not info.load_numel:",
-        ("tests/rollout_workers/weight_sync/test_loading.py",),
+        ("tests/cluster/vllm/weight_sync/test_loading.py",),
     ),
     Fault(
         "experts packed at the first load alone",
-        "rollout_workers/weight_sync/loading.py",
+        "cluster/vllm/weight_sync/loading.py",
         "        method.moe_kernel = None\n",
         "        pass\n",
-        ("tests/rollout_workers/weight_sync/test_loading.py",),
+        ("tests/cluster/vllm/weight_sync/test_loading.py",),
     ),
     Fault(
         "router jitters while the learner trains",
@@ -42,7 +42,7 @@ FAULTS = (
     ),
     Fault(
         "prefix of old weights kept",
-        "rollout_workers/vllm_engine.py",
+        "cluster/vllm/weight_sync/updates.py",
         'pause_scheduler_async(mode="keep", clear_cache=True)',
         'pause_scheduler_async(mode="keep", clear_cache=False)',
         (
@@ -58,7 +58,7 @@ FAULTS = (
     ),
     Fault(
         "changes applied to another base",
-        "rollout_workers/weight_sync/object_store.py",
+        "cluster/vllm/weight_sync/object_store.py",
         "message.base_version != self._kept_version:",
         "self._kept_version is None:",
         (

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,50 @@ with engine.full_parameters(["model.norm.weight"]) as found:
     assert torch.equal(found["model.norm.weight"], torch.ones(64))
 print("sharded")
 """
+KEEPS_AN_AVERAGE = """
+import sys, torch
+from cluster.config.run_file import parse_run_config
+from learner.engines.zero import ZeroEngine
+from learner.model.student import load_student
+from learner.self_teachers import SelfTeachers
+
+folder, store, stage, dtype, rank = sys.argv[1:]
+config = parse_run_config(
+    f"student.model = '{folder}'\\nprompts.train = 'p'\\nteachers.only.from = 'student'\\n"
+    f"teachers.only.refresh = {{ ema = 0.5 }}\\nlearner.zero_stage = {stage}\\nlearner.dtype = '{dtype}'\\n"
+    "learner.num_workers = 2\\nrollout.engine.dtype = 'float32'"
+)
+student = load_student(config.student, config.learner)
+engine = ZeroEngine(student, config.learner, int(rank), 2, "file://" + store)
+names = ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+
+def weights():
+    with engine.full_parameters(names) as parameters:
+        return [parameters[name].float().clone() for name in names]
+
+teachers, first = SelfTeachers(engine, config), weights()
+for _ in range(3):
+    with torch.no_grad():
+        for master in engine.masters():
+            master.add_(0.25)
+    with engine.holding([master.clone() for master in engine.masters()]):
+        pass  # the weights that compute follow
+    teachers.average()
+last = weights()
+with teachers.weights_of("only"):
+    average = weights()
+tolerance = {"float32": 1e-6, "bfloat16": 2**-7}[dtype]
+for before, after, mean, again in zip(first, last, average, weights(), strict=True):
+    torch.testing.assert_close(after, before + 0.75, rtol=tolerance, atol=tolerance)
+    # 0.5 of the average before and 0.5 of 0.25, 0.5 and 0.75
+    torch.testing.assert_close(mean, before + 0.53125, rtol=tolerance, atol=tolerance)
+    assert torch.equal(again, after), "the student is another one afterwards"
+restored = SelfTeachers(engine, config)
+assert restored.restore(teachers.snapshot()) == {}
+with restored.weights_of("only"):
+    assert all(torch.equal(*pair) for pair in zip(weights(), average, strict=True)), "another average"
+print("kept")
+"""
 LOOKS_FOR_NO_COMPILER = """
 import deepspeed
 from learner.engines.zero import _skip_shared_memory_op
@@ -54,3 +99,20 @@ def test_stage_3_never_brings_the_whole_student_to_a_device(student_folder: Path
 
 def test_on_a_gpu_deepspeed_tries_no_compilers() -> None:
     assert run(LOOKS_FOR_NO_COMPILER, DS_ACCELERATOR="cuda") == "not looked"
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [("3", "float32"), pytest.param("2", "bfloat16", marks=pytest.mark.exhaustive)]
+)
+def test_two_ranks_lend_their_parts_of_an_average_to_the_student(
+    stage: str, dtype: str, student_folder: Path, tmp_path: Path
+) -> None:
+    arguments = (str(student_folder), str(tmp_path / "store"), stage, dtype)
+    with ThreadPoolExecutor(2) as threads:
+        ranks = [
+            threads.submit(
+                run, KEEPS_AN_AVERAGE, *arguments, str(rank), RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu"
+            )
+            for rank in range(2)
+        ]
+        assert [rank.result() for rank in ranks] == ["kept", "kept"]

@@ -19,12 +19,12 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdat
 from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
 from cluster.contracts.errors import WeightSyncError
+from cluster.vllm.weight_sync.nccl_and_ipc import IpcReceiver, NcclReceiver, VllmReceiver
 from cluster.weight_sync.ipc_handles import HANDLE_FIELDS, rebuild_arguments
 from cluster.weight_sync.manifest import plan_buckets, total_bytes
 from learner.model.student import Student
 from learner.weight_sync.gpu_links import IpcLink, NcclLink, first_rank
 from learner.weight_sync.gpu_sender import ipc_link
-from rollout_workers.weight_sync.nccl_and_ipc import IpcReceiver, NcclReceiver, VllmReceiver
 from tests.learner.weight_sync.fake_gpus import (
     BUCKET_BYTES,
     PARAMETERS,

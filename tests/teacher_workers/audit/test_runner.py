@@ -194,3 +194,40 @@ def test_weights_of_the_same_shapes_have_another_fingerprint(models: dict[str, P
 )
 def test_an_audit_asks_for_what_the_objective_asks_for_and_the_entropy(objective: str, request_: ScoreRequest) -> None:
     assert audit_request(make_config(f"objective={objective}"), "main") == request_
+
+
+@pytest.fixture
+def refreshed(models: dict[str, Path]) -> Config:
+    model = models["first"]
+    return make_config(
+        f"student.model={model}",
+        f"teachers.main.model={model}",
+        "teachers.main.from=student",
+        "teachers.main.refresh=live",
+        "objective=thinking-machines",
+    )
+
+
+def test_a_teacher_that_follows_the_student_is_not_held_against_its_first_answers(
+    stage: Any, refreshed: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool = right(stage, ZERO, ONE)
+    audit = start(refreshed, pool, tmp_path)
+    assert audit.finish() == []
+    pool.engines |= {ZERO: "RightEngine:7@50", ONE: "RightEngine:7@50"}
+    audit.begin(50)
+    assert audit.finish() == []
+    assert not (tmp_path / "main.arrow").exists()
+    assert "teacher main follows the student; audits compare its replicas" in caplog.text
+    pool.engines |= {ZERO: "RightEngine:8@100", ONE: "RightEngine:9@100"}
+    audit.begin(100)
+    with pytest.raises(ScoreError, match="score the same rows differently"):
+        audit.finish()
+
+
+def test_answers_of_two_versions_are_not_compared(stage: Any, refreshed: Config, tmp_path: Path) -> None:
+    pool = StagedPool(stage, {ZERO: "RightEngine:7@2", ONE: "RightEngine@1", TWO: "RightEngine:7@2"})
+    assert start(refreshed, pool, tmp_path).finish() == []
+    pool.engines[ZERO] = "RightEngine:8@3"  # it alone is the newest
+    audit = start(refreshed, pool, tmp_path)
+    assert audit.finish() == []

@@ -19,9 +19,7 @@ import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from cluster.weight_sync.manifest import Bucket, Bytes, TensorSpec, checksum, new_digest
-from cluster.weight_sync.transports import Encoded, Payload, make_payload
-from rollout_workers.weight_sync.loading import (
+from cluster.vllm.weight_sync.loading import (
     fault_of_incomplete,
     missing_parameters,
     repack_tied,
@@ -29,6 +27,8 @@ from rollout_workers.weight_sync.loading import (
     take_expert_kernels,
     tied_layers,
 )
+from cluster.weight_sync.manifest import Bucket, Bytes, TensorSpec, checksum, new_digest
+from cluster.weight_sync.transports import Encoded, Payload, make_payload
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

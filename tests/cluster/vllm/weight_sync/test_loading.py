@@ -8,14 +8,14 @@ import torch
 from torch import nn
 from vllm.model_executor.model_loader.reload import initialize_layerwise_reload, record_metadata_for_reloading
 
-from rollout_workers.weight_sync.loading import (
+from cluster.vllm.weight_sync.loading import (
     fault_of_incomplete,
     missing_parameters,
     return_expert_kernels,
     take_expert_kernels,
     tied_layers,
 )
-from rollout_workers.weight_sync.nccl_and_ipc import NcclReceiver
+from cluster.vllm.weight_sync.nccl_and_ipc import NcclReceiver
 
 
 def load_expert(param: nn.Parameter, loaded: torch.Tensor, expert: int) -> None:

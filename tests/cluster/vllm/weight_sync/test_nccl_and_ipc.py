@@ -7,7 +7,7 @@ import pytest
 import torch
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo
 
-from rollout_workers.weight_sync.nccl_and_ipc import NcclReceiver
+from cluster.vllm.weight_sync.nccl_and_ipc import NcclReceiver
 
 
 class AsksForItsRank(Exception):

@@ -8,8 +8,8 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
 
 from cluster.vllm.compat import REUSES_STREAMS, taken_by
+from cluster.vllm.weight_sync.loading import fault_of_incomplete, tied_layers
 from cluster.weight_sync.ipc_handles import rebuild_arguments
-from rollout_workers.weight_sync.loading import fault_of_incomplete, tied_layers
 
 
 class VllmReceiver:

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 import ray
 
-from rollout_workers.vllm_engine import common_checksum
-from rollout_workers.weight_sync.object_store import BucketMessage, map_memory, reason_of
-from rollout_workers.weight_sync.shared_memory import mappable, region_in_store, shared_memory
+from cluster.vllm.weight_sync.object_store import BucketMessage, map_memory, reason_of
+from cluster.vllm.weight_sync.shared_memory import mappable, region_in_store, shared_memory
+from cluster.vllm.weight_sync.updates import common_checksum
 
 
 def test_bytes_outlive_the_senders_descriptor() -> None:
@@ -24,7 +24,7 @@ def test_bytes_outlive_the_senders_descriptor() -> None:
 
 READ = """
 import hashlib, sys
-from rollout_workers.weight_sync.object_store import BucketMessage, map_memory, reason_of
+from cluster.vllm.weight_sync.object_store import BucketMessage, map_memory, reason_of
 for path, num_bytes, offset in zip(*[iter(sys.argv[1:])] * 3):
     message = BucketMessage([""], [""], [], "", path, int(num_bytes), int(offset))
     print(hashlib.md5(map_memory(message)).hexdigest())
