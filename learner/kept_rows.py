@@ -104,7 +104,10 @@ class KeptRows:
     def __init__(self, config: Config) -> None:
         self._count, self._seed = config.logging.kept_rows, config.run.seed
         self._per_step = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
-        self._begin(-1)
+        self._step = -1  # whose rows these are
+        self._chosen: list[KeptRow] = []
+        self._worst: list[KeptRow] = []  # at most one
+        self._largest_ratio = -np.inf
 
     def watch(self, batch: MicroBatch, grid: Grid, rows: Sequence[Trajectory]) -> MicroBatch:
         """Return the micro-batch with a watch on the rows of its grid that are kept; without one if none is."""
@@ -152,10 +155,7 @@ class KeptRows:
 
     def _begin(self, step: int) -> None:
         """Forget what was kept before."""
-        self._step = step
-        self._chosen: list[KeptRow] = []
-        self._worst: list[KeptRow] = []  # at most one
-        self._largest_ratio = -np.inf
+        self._step, self._chosen, self._worst, self._largest_ratio = step, [], [], -np.inf
 
 
 def log_ratios(tokens: CompletionTokens, lengths: Sequence[int]) -> NDArray[np.float64]:
