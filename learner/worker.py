@@ -20,6 +20,7 @@ from cluster.contracts.kept_rows import Taken
 from cluster.contracts.metrics import Max, Metric, Sum
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
+from cluster.models.hidden_layers import load_bank
 from cluster.models.model_checks import ignored_ids
 from cluster.weight_sync.manifest import WeightSyncReport
 from cluster.weight_sync.transports import TRANSPORTS, choose
@@ -70,7 +71,11 @@ class LearnerActor:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
         student = load_student(config.student, config.learner, device)
+        student.head.stop_class = config.rollout.stop_class or ()
         teacher_heads = load_teacher_heads(config, device)
+        for states in filter(None, (teacher.states for teacher in config.teachers.values())):
+            if states.bank is not None:
+                load_bank(states.bank, states.digest)  # the objective reads it again; here, it must be the driver's
         if config.learner.zero_stage == 0:
             self.use(ReferenceEngine(student, config.learner), teacher_heads)
         else:

@@ -153,6 +153,7 @@ class RayConfig(Section):
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Holds the settings of a whole run."""
 
+    method: Text | None = None  # a name of methods.py; whatever else is written overrides it
     run: RunConfig = RunConfig()
     student: StudentConfig
     prompts: PromptsConfig

@@ -2,7 +2,37 @@
 
 from tests.faults.fault import Fault
 
+STATES = "learner/loss/representation.py"
+OF_STATES = ("tests/learner/loss/test_representation.py",)
 FAULTS = (
+    Fault(
+        "states divided by the student's mean square",
+        STATES,
+        "scale = target.square()",
+        "scale = student.square()",
+        OF_STATES,
+    ),
+    Fault(
+        "a target's coefficients are not used",
+        STATES,
+        "torch.stack([share * sent",
+        "torch.stack([sent",
+        OF_STATES,
+    ),
+    Fault(
+        "layers are added up instead of averaged",
+        STATES,
+        ".square().mean((1, 2))",
+        ".square().sum(1).mean(-1)",
+        OF_STATES,
+    ),
+    Fault(
+        "the student's states are not taken from their mean",
+        "cluster/models/hidden_layers.py",
+        "(wide - mean) @",
+        "wide @",
+        OF_STATES,
+    ),
     Fault(
         "advantage of the wrong sign",
         "learner/loss/policy_gradient.py",
@@ -193,5 +223,79 @@ FAULTS = (
         '"kl": _mean(result.logprobs - tokens.logprobs[TEACHER])',
         '"kl": _mean(tokens.rollout_logprobs - tokens.logprobs[TEACHER])',
         ("tests/learner/test_train_step.py::test_figures_are_means_over_completion_tokens",),
+    ),
+    Fault(
+        "a class of stop ids has the largest of their probabilities",
+        "cluster/models/stop_class.py",
+        "total = members.logsumexp(-1)",
+        "total = members.amax(-1)",
+        ("tests/cluster/models/test_stop_class.py",),
+    ),
+    Fault(
+        "merged stop ids keep their own probability",
+        "cluster/models/stop_class.py",
+        "        if rows is None:\n            logits[:, token_id] = EXCLUDED_LOGIT",
+        "        if rows is None:\n            logits[:, token_id] = members[:, 1]",
+        ("tests/learner/loss/test_stop_class.py",),
+    ),
+    Fault(
+        "the gradient of a class goes to its first id",
+        "learner/model/projection.py",
+        "            split_gradient(gradient, self._scaling.stop_class, self._shares)\n",
+        "            pass\n",
+        (
+            "tests/learner/model/test_completion_head.py::test_a_class_of_stop_ids_is_trained_as_one_token_whichever_of_them_was_written",
+        ),
+    ),
+    Fault(
+        "a written stop id is compared by itself",
+        "learner/model/completion_head.py",
+        "        batch = with_merged_ids(batch, self.stop_class)\n",
+        "",
+        (
+            "tests/learner/model/test_completion_head.py::test_a_class_of_stop_ids_is_trained_as_one_token_whichever_of_them_was_written",
+        ),
+    ),
+    Fault(
+        "a teacher scores the written stop id by itself",
+        "teacher_workers/backends/lm_head_scores.py",
+        "    ids = merge_ids(ids, head.stop_class)\n",
+        "",
+        ("tests/teacher_workers/backends/test_lm_head_scores.py::test_ids_that_end_completions_are_scored_as_one",),
+    ),
+    Fault(
+        "stop ids are merged in all rows of the sampler",
+        "rollout_workers/stop_class_processor.py",
+        "    if len(classes) < len(logits):\n",
+        "    if False:\n",
+        ("tests/rollout_workers/test_stop_class_processor.py",),
+    ),
+    Fault(
+        "a student's tail is floored",
+        "learner/loss/term.py",
+        "        tail = torch.where(is_small, self.log_tail, buckets[:, -1])\n",
+        "        tail = buckets[:, -1]\n",
+        ("tests/learner/loss/test_small_tails.py",),
+    ),
+    Fault(
+        "a sure student is pulled off a teacher as sure",
+        "learner/loss/term.py",
+        "            is_small &= ~is_tail_floored(self.tokens.candidate_logprobs[model], self.inside)\n",
+        "            pass\n",
+        ("tests/learner/loss/test_small_tails.py",),
+    ),
+    Fault(
+        "a small tail's gradient reaches the candidates too",
+        "learner/loss/tails.py",
+        "    by_logits[row, candidates[row, column]] = of_candidates\n",
+        "",
+        ("tests/learner/loss/test_small_tails.py",),
+    ),
+    Fault(
+        "candidates that take no part are not of the tail",
+        "learner/loss/tails.py",
+        "torch.ones_like(candidates) if inside is None else inside",
+        "torch.ones_like(candidates)",
+        ("tests/learner/loss/test_small_tails.py",),
     ),
 )
