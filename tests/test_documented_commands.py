@@ -190,7 +190,8 @@ def test_every_toml_block_is_a_part_of_a_run_file(document: Path, text: str) -> 
     for name, section in defaults.items():
         tree[name] = {**section, **tree.get(name, {})}
     for teacher in tree["teachers"].values():
-        teacher.setdefault("model", "teacher")
+        if "from" not in teacher:
+            teacher.setdefault("model", "teacher")
     if "base" in text:
         tree["teachers"]["before"] = {"model": "before"}
         tree["teachers"]["main"].setdefault("base", "before")
