@@ -126,7 +126,8 @@ class TrackioTracker:
         self._table: Any = trackio.Table
 
     def on_step(self, sample: StepSample) -> None:
-        self._run.log(_finite(sample.record), step=sample.step)
+        metrics = {name: value for name, value in _finite(sample.record).items() if name != "step"}  # a reserved name
+        self._run.log(metrics, step=sample.step)
 
     def add_table(self, rows: Sequence[SampleRow], step: int) -> None:
         self._run.log({TABLE: self._table(columns=list(SAMPLE_COLUMNS), data=[list(row) for row in rows])}, step=step)

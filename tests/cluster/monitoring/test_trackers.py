@@ -129,7 +129,7 @@ def test_trackio_gets_the_metrics_under_the_runs_name(trackio_calls: list[tuple[
     observer.close("ended")
     (_, arguments), logged, finished = trackio_calls
     assert (arguments["project"], arguments["name"], arguments["resume"]) == ("mine", "second", "allow")
-    assert logged == ("log", {"step": 3, "train/kl": 0.5}, 3)
+    assert logged == ("log", {"train/kl": 0.5}, 3)
     assert finished == ("finish", None)
 
 
