@@ -196,6 +196,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases.objective", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=TIMED_TOKENS, help="that are timed")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--memory-tokens", type=int, nargs="+", default=MEMORY_TOKENS)
     parser.add_argument(
         "--output", type=Path, help="JSON file to write; default: benchmarks/results/DATE-objective.json"
@@ -204,12 +205,18 @@ def main() -> int:
     torch.set_num_threads(CPU_THREADS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = Sizes(device, dtype, timed_tokens=options.tokens, memory_tokens=tuple(options.memory_tokens))
+    sizes = Sizes(
+        device,
+        dtype,
+        vocabulary=options.vocabulary,
+        timed_tokens=options.tokens,
+        memory_tokens=tuple(options.memory_tokens),
+    )
     rows = [*time_rows(sizes, options.repeats), *memory_rows(sizes)]
     print_rows(rows)
     output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-objective.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    described = {"command": COMMAND, "device": name_of(device), **describe_machine()}
+    described = {"command": " ".join([COMMAND, *sys.argv[1:]]), "device": name_of(device), **describe_machine()}
     output.write_text(json.dumps({"machine": described, "rows": rows}, indent=1) + "\n")
     return 0 if all(found["met"] for found in rows if "met" in found) else 1
 
