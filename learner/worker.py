@@ -70,6 +70,7 @@ class LearnerActor:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
         student = load_student(config.student, config.learner, device)
+        student.head.stop_class = config.rollout.stop_class or ()
         teacher_heads = load_teacher_heads(config, device)
         if config.learner.zero_stage == 0:
             self.use(ReferenceEngine(student, config.learner), teacher_heads)

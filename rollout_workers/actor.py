@@ -52,7 +52,12 @@ class RolloutActor(WeightVerbs):
 
         tokenizer = AutoTokenizer.from_pretrained(student.model, trust_remote_code=student.trust_remote_code)
         engine = VllmRolloutEngine(
-            student, settings.engine, settings.max_model_len, settings.weight_transport, settings.sampled_candidates
+            student,
+            settings.engine,
+            settings.max_model_len,
+            settings.weight_transport,
+            settings.sampled_candidates,
+            settings.merges_stops,
         )
         self._worker = RolloutWorker(
             engine,

@@ -41,6 +41,7 @@ class RolloutActorSettings:
     weight_transport: str | None  # a key of TRANSPORTS; None: the weights never change
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
+    merges_stops: bool = False  # whether they may have a class of stop ids
     contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
 
 

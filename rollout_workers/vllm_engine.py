@@ -22,6 +22,8 @@ from rollout_workers.vllm_requests import read_completion, sampling_params
 
 CANDIDATES = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
 PROCESSORS = (f"{CANDIDATES}:CandidateProcessor", f"{CANDIDATES}:CandidateProcessorV2")
+STOPS = "rollout_workers.stop_class_processor"
+MERGING = (f"{STOPS}:StopClassProcessor", f"{STOPS}:StopClassProcessorV2")
 WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 
@@ -69,8 +71,9 @@ class VllmRolloutEngine:
         max_model_len: int,
         transport: str | None,
         sampled_candidates: bool = False,
+        merges_stops: bool = False,
     ) -> None:
-        """Start the engine; `sampled_candidates`: requests may want them, which costs time at each decoding step."""
+        """Start the engine; requests may want sampled candidates, or a class of stop ids, if it is said here."""
         self._policy_version = 0  # of the weights that sample; 0: those that vLLM loaded
         self._candidates = CandidateFetcher(self._take_candidates) if sampled_candidates else None
         self._engine = build_engine(
@@ -87,7 +90,7 @@ class VllmRolloutEngine:
                 sleeps=engine.sleep,
                 weight_transfer_backend=vllm_backend(transport) if transport else None,
                 worker_extension=WORKER_EXTENSION,
-                logits_processors=PROCESSORS if sampled_candidates else None,
+                logits_processors=(MERGING,) * merges_stops + (PROCESSORS,) * sampled_candidates,
             ),
         )
         self._updates = EngineUpdates(self._engine, "rollout")

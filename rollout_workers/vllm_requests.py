@@ -14,6 +14,7 @@ from cluster.contracts.trajectory import FinishReason, Ints
 from cluster.vllm.compat import OUTPUT_KIND
 from rollout_workers.candidates.sampled import CandidateRequest
 from rollout_workers.candidates.vllm_processor import request_candidates
+from rollout_workers.stop_class_processor import request_merging
 
 FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}  # vLLM's are the same
 REPETITIONS = 4  # of a passage, one after the other, that end a completion
@@ -21,6 +22,9 @@ REPETITIONS = 4  # of a passage, one after the other, that end a completion
 
 def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> SamplingParams:
     count, is_sampled = sampling.num_candidates, sampling.candidates == "sampled"
+    extra = request_merging(sampling.stop_class) if len(sampling.stop_class) > 1 else {}
+    if is_sampled and count:
+        extra |= request_candidates(CandidateRequest(request_id, count, seed))
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -34,7 +38,7 @@ def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> S
         flat_logprobs=True,
         detokenize=bool(sampling.stop),
         output_kind=OUTPUT_KIND,
-        extra_args=request_candidates(CandidateRequest(request_id, count, seed)) if is_sampled and count else None,
+        extra_args=extra or None,
     )
 
 

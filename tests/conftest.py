@@ -113,6 +113,7 @@ def rollouts(ray_cluster: None, tiny_student: Path) -> "Iterator[RolloutDeployme
         rows_per_batch=4,
         weight_transport="object_store",
         sampled_candidates=True,
+        merges_stops=True,
     )
     pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=500, call_seconds=120), "shared")
     pool.wait_until_ready()

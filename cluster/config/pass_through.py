@@ -44,7 +44,7 @@ OWNED_BY_ENGINES = {
     "scheduling_policy": "the oldest step comes first",
     "logprobs_mode": "the loss needs the probabilities that tokens were sampled with",
     "max_logprobs": "it follows from the objective",
-    "logits_processors": "the objective's candidates need it",
+    "logits_processors": "the objective's candidates and classes of stop ids need it",
     "runner": "it follows from what the engine is for",
     "convert": "it follows from what the engine is for",
     "skip_tokenizer_init": "it follows from what the engine is for",

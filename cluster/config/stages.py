@@ -66,6 +66,8 @@ class RolloutConfig(Section):
     top_k: CountOrZero = 0  # 0: whole vocabulary
     stop: tuple[Text, ...] = ()
     stop_token_ids: tuple[CountOrZero, ...] = ()  # end a completion too; the ids that end the teachers' turns are added
+    # Ids that count as one token, the first for all. None: all that end a completion on either side; []: each by itself
+    stop_class: tuple[CountOrZero, ...] | None = None
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
@@ -129,6 +131,7 @@ class TeacherConfig(Section):
     # ordinary tokens that one side has alone.
     accept_differences: tuple[Literal["eos", "tokens"], ...] = ()
     excluded_token_ids: tuple[CountOrZero, ...] = ()  # have no probability; tokens that only the teacher has are added
+    stop_class: tuple[CountOrZero, ...] = ()  # the run's, and the ids that end this teacher's turns; the run sets it
     context: ContextConfig | None = None  # what it reads in the place of the student's prompt; None: the same
     shuffled_context: bool = False  # the control of `context`: that of another prompt
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"

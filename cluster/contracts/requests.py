@@ -22,6 +22,7 @@ class SamplingSettings:
     stop_token_ids: tuple[int, ...] = ()  # besides the EOS of the model that samples
     num_candidates: int = 0  # tokens besides the sampled one to return per position
     candidates: Literal["topk", "sampled"] = "topk"  # the most likely ones, or independent samples
+    stop_class: tuple[int, ...] = ()  # ids that count as one token; the first is sampled for all
     stop_repetition: int = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     contexts: ContextUse = "all"  # of a run whose teachers have any
 

@@ -24,7 +24,7 @@ from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Messa
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
 from cluster.models.aligned_states import check_states
 from cluster.models.model_checks import read_model
-from cluster.models.pairs import compare, excluding
+from cluster.models.pairs import compare, excluding, merging
 from cluster.placement.capacity import missing_for
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import PoolPlacement
@@ -80,7 +80,10 @@ def current_config(config: Config, pipeline: Pipeline) -> Config:
 def _as_served(config: Config, pools: Mapping[str, TeacherPool]) -> Config:
     served = {
         name: msgspec.structs.replace(
-            config.teachers[name], model=pool.teacher.model, excluded_token_ids=pool.teacher.excluded_token_ids
+            config.teachers[name],
+            model=pool.teacher.model,
+            excluded_token_ids=pool.teacher.excluded_token_ids,
+            stop_class=pool.teacher.stop_class,
         )
         for name, pool in pools.items()
     }
@@ -187,7 +190,9 @@ class TeacherChanges(StepHook):
             raise ModelError(
                 f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"
             )
-        section = excluding(config.teachers[name], pair.excluded_ids)
+        written, stop_class = self.run.config.teachers[name].excluded_token_ids, config.rollout.stop_class or ()
+        stop_class = (*stop_class, *sorted(pair.own_stop_ids)) if stop_class else ()
+        section = merging(excluding(config.teachers[name], pair.excluded_ids), stop_class, written)
         return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
 
     def _switch(self, replacement: Replacement, step: int) -> None:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from cluster.config.stages import Dtype
 from cluster.contracts.errors import ModelError
 from cluster.models.model_files import load_model_config
+from cluster.models.stop_class import EXCLUDED_LOGIT, merge_logits
 from cluster.models.weight_files import find_file, open_weights, weight_files
 
 # The last parts of the names that models give these tensors; a checkpoint has one of each at most, or one per
@@ -37,7 +38,6 @@ LOGIT_FACTORS = {
 }
 COMPARED_ROWS = 4096  # of two matrices at once
 WIDTHS = ("hidden_size", "word_embed_proj_dim")  # the latter: OPT, whose last layer is projected
-EXCLUDED_LOGIT = -1e6  # finite, for 0 times -inf is no entropy; float32 still has its distance to any other logit
 MULTIPLIED_BY_LOGITS_SCALING = "hyperclovax"  # the one family that multiplies by what Granite divides by
 
 
@@ -51,6 +51,7 @@ class LmHead:
     softcap: float | None = None  # logits are squeezed into (-softcap, softcap)
     excluded_ids: Tensor | None = None  # [ids] that have no probability
     name: str = ""  # of the matrix in the model's files
+    stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all
 
     @property
     def vocabulary_size(self) -> int:
@@ -68,7 +69,11 @@ class LmHead:
             logits = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
             logits = logits if self.bias is None else logits.add_(self.bias)
         logits = scale_logits(logits, self.logit_factor, self.softcap)
-        return logits if self.excluded_ids is None else logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)
+        if self.excluded_ids is not None:
+            logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)
+        if self.stop_class:
+            merge_logits(logits, self.stop_class)
+        return logits
 
     def has(self, name: str) -> bool:
         """Return whether a tensor of the model's checkpoint is part of the head; prefixes of names may differ."""
@@ -127,10 +132,16 @@ def read_logit_scaling(config: Any) -> tuple[float, float | None]:
     return factor, settings.get("final_logit_softcapping")  # Gemma
 
 
-def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids: Sequence[int] = ()) -> LmHead:
+def load_lm_head(
+    model: str,
+    trust_remote_code: bool,
+    dtype: Dtype,
+    excluded_ids: Sequence[int] = (),
+    stop_class: Sequence[int] = (),
+) -> LmHead:
     """Read the head of a Hugging Face directory or hub id; rows beyond the vocabulary, which only pad it, are cut.
 
-    The probability of `excluded_ids` goes to the other tokens in proportion.
+    The probability of `excluded_ids` goes to the other tokens in proportion, that of `stop_class` to its first id.
 
     Raises:
         ModelError: the model has no safetensors, no tensor in them is known to be its head, or the head is quantised.
@@ -157,6 +168,7 @@ def load_lm_head(model: str, trust_remote_code: bool, dtype: Dtype, excluded_ids
         *read_logit_scaling(config),
         torch.tensor(excluded) if excluded else None,
         name,
+        tuple(token_id for token_id in stop_class if token_id < vocabulary_size),
     )
 
 

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from cluster.config.run_config import Config
 from cluster.config.stages import AlignmentConfig, StatesConfig, TeacherConfig
-from cluster.contracts.errors import ModelError
+from cluster.contracts.errors import ConfigError, ModelError
 from cluster.models.alignment import TokenMap
 from cluster.models.model_checks import ModelFacts
 from cluster.models.token_bytes import TokenBytes
@@ -30,6 +30,7 @@ class Pair:
 
     excluded_ids: tuple[int, ...] = ()  # tokens that only the teacher has
     stop_ids: frozenset[int] = frozenset()  # that end the teacher's turns, and are the same tokens for the student
+    own_stop_ids: frozenset[int] = frozenset()  # that end them and are the teacher's alone
     accepted: str = ""  # the differences, for the user; "": none
 
 
@@ -50,8 +51,9 @@ def compare(
     ]
     if unused:
         parts.append(f"not used and different: its {', '.join(unused)}")
-    ends = frozenset(teacher.stops - tokens.teacher_only.keys())
-    return Pair(tuple(sorted(tokens.teacher_only)), ends, f"teachers.{name}: {'; '.join(parts)}" if parts else "")
+    ends, own = teacher.stops - tokens.teacher_only.keys(), teacher.stops & tokens.teacher_only.keys()
+    accepted = f"teachers.{name}: {'; '.join(parts)}" if parts else ""
+    return Pair(tuple(sorted(tokens.teacher_only)), ends, own, accepted)
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Pairs:
 
     stop_token_ids: tuple[int, ...] = ()  # that end the turns of one model, and not of all
     excluded_ids: tuple[int, ...] = ()  # tokens that only teachers have; of all, for targets may mix their logits
+    stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all; empty: each by itself
+    stop_classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of each teacher, in its own ids
     lines: tuple[str, ...] = ()  # for the user
     alignments: Mapping[str, AlignmentConfig] = field(default_factory=dict)  # of teachers with other tokenizers
     states: Mapping[str, StatesConfig] = field(default_factory=dict)  # by teacher: what it sends of its layers
@@ -74,13 +78,17 @@ class Pairs:
             >>> Pairs(stop_token_ids=(7,)).apply(make_config()).rollout.stop_token_ids
             (7,)
         """
-        rollout = replace(config.rollout, stop_token_ids=_union(config.rollout.stop_token_ids, self.stop_token_ids))
-        teachers = {
-            name: replace(section, alignment=self.alignments[name])
-            if name in self.alignments
-            else replace(excluding(section, self.excluded_ids), states=self.states.get(name))
-            for name, section in config.teachers.items()
-        }
+        stop_token_ids = _union(config.rollout.stop_token_ids, self.stop_token_ids)
+        rollout = replace(config.rollout, stop_token_ids=stop_token_ids)
+        if self.stop_class:
+            rollout = replace(rollout, stop_class=self.stop_class)
+        teachers = {}
+        for name, section in config.teachers.items():
+            if name in self.alignments:
+                section = replace(section, alignment=self.alignments[name])
+            else:
+                section = replace(excluding(section, self.excluded_ids), states=self.states.get(name))
+            teachers[name] = merging(section, self.stop_classes.get(name, ()), config.teachers[name].excluded_token_ids)
         return replace(config, rollout=rollout, teachers=teachers)
 
 
@@ -101,8 +109,55 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
     ends = [student.stops, *(pair.stop_ids for pair in pairs.values())]
     further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}
+    has_more = any(pair.own_stop_ids for pair in pairs.values())
+    all_ends = frozenset.union(*ends, stop_ids)
+    stop_class = find_stop_class(config, student, teachers.values(), all_ends, has_more)
+    stop_classes = {name: (*stop_class, *sorted(pair.own_stop_ids)) for name, pair in pairs.items() if stop_class}
+    if config.rollout.stop_class != ():
+        stop_classes |= {name: by_role(facts) for name, facts in others.items() if len(facts.stops) > 1}
+    if stop_class:
+        vocabulary = {token_id: token for token, token_id in student.tokenizer.get_vocab().items()}
+        named = ", ".join(repr(vocabulary.get(token_id, token_id)) for token_id in stop_class)
+        lines.append(f"{named} end completions and count as one token, the first (rollout.stop_class)")
     alignments = {name: alignment for name, (alignment, _) in aligned.items()}
-    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), tuple(lines), alignments)
+    return Pairs(tuple(sorted(further)), tuple(sorted(excluded)), stop_class, stop_classes, tuple(lines), alignments)
+
+
+def find_stop_class(
+    config: Config, student: ModelFacts, teachers: Iterable[ModelFacts], ends: Iterable[int], has_more: bool
+) -> tuple[int, ...]:
+    """Return the ids that end completions, as one class; none where there is one, or the run file wants none.
+
+    The student's EOS comes first, or the lowest id: it is written for all of them, and every model has it. `has_more`:
+    a teacher has further ids of its own.
+
+    Raises:
+        ConfigError: ids are to be merged and the rollout engine cannot do so.
+    """
+    written, eos = config.rollout.stop_class, student.tokenizer.eos_token_id
+    shared = min([student.vocabulary, *(teacher.vocabulary for teacher in teachers)])
+    by_default = sorted(ends, key=lambda token_id: (token_id != eos, token_id))
+    known = [token_id for token_id in (by_default if written is None else written) if token_id < student.vocabulary]
+    known.sort(key=lambda token_id: token_id >= shared)
+    if not known or known[0] >= shared or len(known) + has_more < 2:
+        return ()
+    if "speculative_config" in config.rollout.engine.extra:
+        raise ConfigError(
+            f"rollout.engine.extra.speculative_config: vLLM decodes speculatively without logits processors, which "
+            f"make one token of the ids {known} that end a completion; leave it out, or set rollout.stop_class = []"
+        )
+    return tuple(known)
+
+
+def by_role(facts: ModelFacts) -> tuple[int, ...]:
+    """Return the ids that end a model's turns, its EOS first."""
+    return tuple(sorted(facts.stops, key=lambda token_id: (token_id != facts.tokenizer.eos_token_id, token_id)))
+
+
+def merging(section: TeacherConfig, stop_class: Sequence[int], excluded: Sequence[int]) -> TeacherConfig:
+    """Return a teacher's section that counts the class as one token, without the ids that the run file excludes."""
+    kept = [token_id for token_id in section.excluded_token_ids if token_id in excluded or token_id not in stop_class]
+    return replace(section, stop_class=tuple(stop_class), excluded_token_ids=tuple(kept))
 
 
 def align(name: str, config: Config, student: ModelFacts, teacher: ModelFacts) -> tuple[AlignmentConfig, str]:

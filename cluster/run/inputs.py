@@ -55,7 +55,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     teachers = {name: check_teacher(name, teacher, student) for name, teacher in config.teachers.items()}
     pairs = replace(compare_all(config, student, teachers), states=states_to_send(config, student, teachers))
     models = [student, *teachers.values()]
-    check_support(config, min(model.vocabulary for model in models))
+    check_support(config, min(model.vocabulary for model in models) - len(pairs.stop_class[1:]))
     environment_named(config.environment.kind)  # refuses a wrong name before anything starts
     check_rewards(config.environment.weights)
     context = min(model.context_tokens for model in models)
@@ -146,6 +146,7 @@ def train_sampling(config: Config, max_completion_tokens: int | None = None) -> 
         rollout.top_k,
         rollout.stop,
         rollout.stop_token_ids,
+        stop_class=rollout.stop_class or (),
         stop_repetition=rollout.stop_repetition,
         num_candidates=needs.num_candidates if needs.candidates_from == "student" else 0,
         candidates="sampled" if needs.sampled_candidates else "topk",

@@ -134,6 +134,7 @@ def start_teacher_rollouts(
         student=student,
         engine=teacher.engine,
         sampled_candidates=False,
+        merges_stops=False,
         contexts=None,
     )
     return _start_rollouts(config, inputs, settings, placement.teachers[name], f"rollout-of-{name}")
@@ -162,6 +163,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         config.weight_sync.transport,
         environment=config.environment,
         sampled_candidates=config.objective.needs.sampled_candidates,
+        merges_stops=len(config.rollout.stop_class or ()) > 1,
         contexts=inputs.contexts,
     )
 

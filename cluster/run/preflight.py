@@ -103,6 +103,7 @@ def mirror(config: Config) -> Config:
             student.model,
             trust_remote_code=student.trust_remote_code,
             base=teacher.base,
+            stop_class=config.rollout.stop_class or (),
             states=None if teacher.states is None or teacher.states.bank is not None else teacher.states,
             # On a shared GPU it takes the teacher's place.
             engine=msgspec.structs.replace(

@@ -4,7 +4,7 @@ All other files are written as if there were one vLLM. What vLLM has decides, no
 Importing this imports vLLM. `tests/compat/vllm_names.py` lists what is used of vLLM and checks any source tree for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -71,15 +71,15 @@ async def label_weights(engine: Any, policy_version: int) -> None:
         await engine.update_weight_version(str(policy_version))
 
 
-def early_logits_processors(classes: tuple[str, str] | None) -> dict[str, Any]:
+def early_logits_processors(classes: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """Return the engine arguments that name the logits processors, for model runners V1 and V2, if those decide."""
-    return {} if classes is None or HAS_LOGITS_PROCESSORS_V2 else {"logits_processors": [classes[0]]}
+    return {} if not classes or HAS_LOGITS_PROCESSORS_V2 else {"logits_processors": [v1 for v1, _ in classes]}
 
 
-def late_logits_processors(config: Any, classes: tuple[str, str] | None) -> None:
+def late_logits_processors(config: Any, classes: Sequence[tuple[str, str]]) -> None:
     """Set them in a finished VllmConfig, which alone knows which model runner it leads to."""
-    if classes is not None and HAS_LOGITS_PROCESSORS_V2:
-        config.model_config.logits_processors = [classes[config.use_v2_model_runner]]
+    if classes and HAS_LOGITS_PROCESSORS_V2:
+        config.model_config.logits_processors = [pair[config.use_v2_model_runner] for pair in classes]
 
 
 def taken_by(message: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class EngineRole:
     max_logprobs: int = 1
     weight_transfer_backend: str | None = None  # None: the weights never change
     worker_extension: str | None = None  # class whose methods are added to vLLM's workers, as "module.Class"
-    logits_processors: tuple[str, str] | None = None  # for vLLM's model runners V1 and V2, as "module:Class"
+    # In the order in which they work, each for vLLM's model runners V1 and V2, as "module:Class".
+    logits_processors: tuple[tuple[str, str], ...] = ()
 
 
 def prepare_environment(engine: EngineConfig) -> None:

@@ -207,6 +207,11 @@ def to_buckets(logprobs: Tensor, inside: Tensor | None, truncation: str) -> Tens
     return with_tail(kept) if truncation == "tail" else kept
 
 
+def is_tail_floored(logprobs: Tensor, inside: Tensor | None) -> Tensor:
+    """Return whether what log-probabilities [tokens, k] leave to others counts as SMALLEST_TAIL, [tokens]."""
+    return to_buckets(logprobs, inside, "generalized").logsumexp(dim=-1) >= math.log1p(-SMALLEST_TAIL)
+
+
 def with_tail(logprobs: Tensor) -> Tensor:
     """Append the log-probability of all other tokens: [tokens, k] -> [tokens, k + 1].
 

@@ -14,6 +14,7 @@ from cluster.config.terms import Target
 from learner.loss.divergences import DIVERGENCES, Divergence
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.softmax import any_softmax, kth_largest, log_softmax, row_blocks
+from learner.loss.tails import find_log_tail, gradient_with_tail
 from learner.loss.targets import mixed_logits
 from learner.loss.term import Chunk, LossTerm, sum_of_terms, token_weights
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
@@ -35,10 +36,15 @@ def evaluate_listed(
     candidates, inside = _candidates(needs, logits, tokens)
     ids = torch.cat([tokens.target_ids[:, None], candidates], dim=-1)
     softmax = any_softmax(logits, ids, kernels)
-    losses, by_logprobs = sum_of_terms(
-        terms, Chunk(tokens, plan, softmax.logprobs.clone(), needs.sampled_candidates, inside)
+    log_tail = None if needs.sampled_candidates else find_log_tail(softmax, candidates, inside)
+    losses, by_logprobs, by_tail = sum_of_terms(
+        terms, Chunk(tokens, plan, softmax.logprobs.clone(), needs.sampled_candidates, inside, log_tail=log_tail)
     )
-    gradient = softmax.gradient(ids, by_logprobs) if with_gradient else None
+    gradient = None
+    if with_gradient and log_tail is not None and by_tail is not None:
+        gradient = gradient_with_tail(softmax, ids, inside, by_logprobs, log_tail, by_tail)
+    elif with_gradient:
+        gradient = softmax.gradient(ids, by_logprobs)
     probabilities = softmax.logprobs[:, 1:].exp() * (tokens.candidate_ids < logits.shape[-1])  # 0 of padded ones
     if tokens.shared is not None:
         probabilities = probabilities * tokens.shared
@@ -154,7 +160,7 @@ def _evaluate_block(
     if others:
         exact_kl = lambda target: compare(target, REVERSE_KL, 0.0)[0]  # noqa: E731
         chunk = Chunk(tokens, plan, sampled.clone(), exact_kl=exact_kl, exact_mean=mean)
-        of_others, by_sampled = sum_of_terms(others, chunk)
+        of_others, by_sampled, _ = sum_of_terms(others, chunk)
         losses = losses + of_others
         if mass is not None:
             p.mul_(mass)

@@ -25,12 +25,20 @@ class Softmax:
     logprobs: Tensor  # [n, ids] of the tokens asked for
     entropy: Tensor  # [n] in nats
 
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Return all probabilities of some rows, by index, in memory of their own."""
+        return self.probabilities[rows]
+
+    def multiplied(self, factors: Tensor) -> Tensor:
+        """Return the probabilities times a factor per row, in their memory."""
+        return self.probabilities.mul_(factors[:, None])
+
     def gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
         """Turn the gradient by log-probabilities of ids [n, m] into that by all logits, in the probabilities' memory.
 
         A log-probability's derivative by the logits is its one-hot vector minus the probabilities.
         """
-        return self.probabilities.mul_(-gradient.sum(-1, keepdim=True)).scatter_add_(-1, ids, gradient)
+        return self.multiplied(-gradient.sum(-1)).scatter_add_(-1, ids, gradient)
 
 
 @dataclass(frozen=True)
@@ -43,10 +51,18 @@ class FusedSoftmax:
     logprobs: Tensor  # [n, ids] of the tokens asked for
     entropy: Tensor  # [n] in nats
 
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Return all probabilities of some rows, by index, in memory of their own."""
+        return Normaliser(self.whole.peak[rows], self.whole.log_sum[rows]).logprobs(self.logits[rows]).exp_()
+
+    def multiplied(self, factors: Tensor) -> Tensor:
+        """Return the probabilities times a factor per row, in the logits' memory."""
+        self.kernels.write_probabilities(self.logits, self.whole, factors)
+        return self.logits
+
     def gradient(self, ids: Tensor, gradient: Tensor) -> Tensor:
         """Turn the gradient by log-probabilities of ids [n, m] into that by all logits, in their memory."""
-        self.kernels.write_probabilities(self.logits, self.whole, -gradient.sum(-1))
-        return self.logits.scatter_add_(-1, ids, gradient)
+        return self.multiplied(-gradient.sum(-1)).scatter_add_(-1, ids, gradient)
 
 
 def softmax_of(logits: Tensor, ids: Tensor) -> Softmax:
@@ -111,9 +127,14 @@ def log_softmax(logits: Tensor, out: Tensor) -> Tensor:
 
 def row_blocks(values: Tensor) -> list[slice]:
     """Cut the rows of [n, vocabulary] into blocks, the first being the largest; at least one, if an empty one."""
-    elements = CPU_BLOCK_ELEMENTS if values.device.type == "cpu" else GPU_BLOCK_ELEMENTS
-    size = max(1, elements // values.shape[-1])
+    size = rows_at_once(values)
     return [slice(start, min(start + size, len(values))) for start in range(0, max(1, len(values)), size)]
+
+
+def rows_at_once(values: Tensor) -> int:
+    """Return how many rows of [n, vocabulary] a block has."""
+    elements = CPU_BLOCK_ELEMENTS if values.device.type == "cpu" else GPU_BLOCK_ELEMENTS
+    return max(1, elements // values.shape[-1])
 
 
 def at_least_float32(values: Tensor) -> Tensor:

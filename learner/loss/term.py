@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cluster.config.terms import AnyTerm, Target
-from learner.loss.divergences import Divergence, to_buckets
+from learner.loss.divergences import Divergence, is_tail_floored, to_buckets
 from learner.loss.policy_gradient import importance_ratio
 from learner.loss.targets import log_linear, log_normaliser, target_buckets
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
@@ -24,6 +24,8 @@ class Chunk:
     sampled_candidates: bool = False  # the candidates are independent draws, like the sampled token
     inside: Tensor | None = None  # [n, k] which candidates take part; None: all
     exact_kl: Callable[[Target], Tensor] | None = None  # [n] KL(student || target); None: the candidates' is used
+    # [n] of all tokens but the candidates, also where these leave no more than the floor of a tail; another leaf.
+    log_tail: Tensor | None = None
     # [n] the student's mean over the vocabulary of a function of log target and log student; None: the candidates'
     exact_mean: Callable[[Target, Callable[[Tensor, Tensor], Tensor]], Tensor] | None = None
 
@@ -34,9 +36,24 @@ class Chunk:
 
     def compare(self, divergence: Divergence, parameter: float, target: Target, truncation: str) -> Tensor:
         """Return the divergence between student and target over the candidates, [n]."""
-        student = to_buckets(self.student[:, 1:], self.inside, truncation)
+        student = self.student_buckets(target, truncation)
         buckets = target_buckets(target, self.tokens.candidate_logprobs, self.inside, truncation)
         return divergence.losses(student, buckets, parameter)
+
+    def student_buckets(self, target: Target, truncation: str) -> Tensor:
+        """Return the student's log-probabilities of what a truncation compares, [n, k] or [n, k + 1].
+
+        Its own tail below the floor is taken from its logits where the target has more: the teacher's is known from
+        candidates alone, so where both are at the floor, they are equal as far as that goes.
+        """
+        buckets = to_buckets(self.student[:, 1:], self.inside, truncation)
+        if self.log_tail is None or truncation != "tail":
+            return buckets
+        is_small = is_tail_floored(self.student[:, 1:], self.inside)
+        for model in (model for model, share in target.items() if share):
+            is_small &= ~is_tail_floored(self.tokens.candidate_logprobs[model], self.inside)
+        tail = torch.where(is_small, self.log_tail, buckets[:, -1])
+        return torch.cat([buckets[:, :-1], tail[:, None]], dim=-1)
 
     @property
     def is_outside(self) -> Tensor:
@@ -60,7 +77,7 @@ class Chunk:
         themselves come to on average, for that of the tail's tokens is not known.
         """
         logprobs, inside = (self.student[:, 1:], self.tokens.candidate_logprobs), self.inside
-        tail = to_buckets(logprobs[0], inside, "tail")[:, -1]
+        tail = self.student_buckets(target, "tail")[:, -1]
         support = to_buckets(logprobs[0], inside, "renormalized").detach()
         ratios = [
             (self.sampled_target(target) - self.student[:, 0])[:, None],
@@ -99,17 +116,21 @@ class LossTerm(Protocol):
         return None
 
 
-def sum_of_terms(terms: Mapping[str, LossTerm], chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """Return the terms' losses [n] and the gradient of their sum by the chunk's log-probabilities [n, 1 + k]."""
+def sum_of_terms(terms: Mapping[str, LossTerm], chunk: Chunk) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the terms' losses [n], and the gradients of their sum by the chunk's leaves.
+
+    These are its log-probabilities, [n, 1 + k], and that of the tail, [n]; None: it is not given, or not read.
+    """
     student = chunk.student.requires_grad_()
+    tail = [] if chunk.log_tail is None else [chunk.log_tail.requires_grad_()]
     with torch.enable_grad():
         losses = 0.0 * student.sum(-1)  # a term without a gradient, such as one without candidates, needs a graph too
         for term in terms.values():
             weights = token_weights(term.config, chunk)
             losses = losses + term.losses(chunk) * weights
         total = losses.sum()
-    (gradient,) = torch.autograd.grad(total, student)
-    return losses.detach(), gradient
+    gradient, *of_tail = torch.autograd.grad(total, [student, *tail], allow_unused=True)
+    return losses.detach(), gradient, next(iter(of_tail), None)
 
 
 def token_weights(config: AnyTerm, chunk: Chunk) -> Tensor:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from cluster.config.run_config import Config
 from cluster.config.stages import HeadDtype
 from cluster.models.lm_head import LmHead, load_lm_head
+from cluster.models.stop_class import merge_ids
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.softmax import at_least_float32, read_tokens, temperature_normaliser
@@ -37,7 +38,13 @@ def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
     loaded = {}
     for name in sorted({name for of_route in names.values() for name in of_route.values()}):
         teacher = config.teachers[name]
-        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype, teacher.excluded_token_ids)
+        head = load_lm_head(
+            teacher.model,
+            teacher.trust_remote_code,
+            teacher.engine.dtype,
+            teacher.excluded_token_ids,
+            teacher.stop_class,
+        )
         loaded[name] = head.to(device)
     return {route: {model: loaded[name] for model, name in of_route.items()} for route, of_route in names.items()}
 
@@ -82,6 +89,7 @@ class CompletionHead(nn.Module):
         self.scaling = scaling
         self.rounds_logits = None if dtype is None else dtype != "float32"
         self.chunk_tokens: int | None = None  # None: what the device's CHUNK_LOGITS allow
+        self.stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all
 
     def forward(
         self,
@@ -105,6 +113,8 @@ class CompletionHead(nn.Module):
         with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         chunk_tokens = self.chunk_tokens or chunk_size(len(self.weight), hidden.device)
         rounds = hidden.device.type == "cpu" if self.rounds_logits is None else self.rounds_logits
+        scaling = replace(self.scaling, rounds=rounds, stop_class=self.stop_class)
+        batch = with_merged_ids(batch, self.stop_class)
 
         def walk(projection: Projection, states: StudentStates) -> Evaluation:
             if objective is None or not len(batch.tokens):
@@ -112,7 +122,7 @@ class CompletionHead(nn.Module):
             return evaluate_objective(projection, batch, objective, teacher_heads, chunk_tokens, states)
 
         apply: Callable[..., tuple[Tensor, ...]] = ObjectiveFunction.apply
-        states, scaling = states or {}, replace(self.scaling, rounds=rounds)
+        states = states or {}
         layers = depth, tuple(states)
         return apply(hidden, self.weight, self.bias, scaling, with_gradient, walk, layers, *states.values())
 
@@ -237,6 +247,14 @@ def run_first_pass(
         logprobs[places], entropy[places] = read_tokens(logits, target_ids, kernels)
         sampler[places] = logprobs[places] / temperature - normaliser
     return Evaluation(losses.sum(), losses, logprobs, entropy, mass, sampler)
+
+
+def with_merged_ids(batch: MicroBatch, stop_class: Sequence[int]) -> MicroBatch:
+    """Return the batch with the first id of the class wherever tokens are compared, but not where they are read."""
+    if not stop_class:
+        return batch
+    targets, candidates = (merge_ids(ids, stop_class) for ids in (batch.tokens.target_ids, batch.tokens.candidate_ids))
+    return replace(batch, tokens=replace(batch.tokens, target_ids=targets, candidate_ids=candidates))
 
 
 def chunk_size(vocabulary_size: int, device: torch.device) -> int:

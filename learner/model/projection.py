@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cluster.models.stop_class import merge_logits, split_gradient
 from learner.model.wide_products import multiplies_wide
 
 
@@ -16,6 +17,7 @@ class LogitScaling:
     factor: float = 1.0
     softcap: float | None = None  # logits are squeezed into (-softcap, softcap)
     rounds: bool = True  # the product, to the weight's dtype; the gradients' products always are
+    stop_class: tuple[int, ...] = ()  # ids that count as one token, the first for all
 
 
 class Projection:
@@ -34,6 +36,7 @@ class Projection:
         self._wide = weight.float() if is_wide else None
         self._buffer = hidden.new_empty(0, len(weight), dtype=torch.float32)
         self._slope: Tensor | None = None  # of the soft cap at the latest logits
+        self._shares: Tensor | None = None  # of each id in its class, at the latest logits
         # Sums over the chunks so far, by what the head was given: hidden states in their dtype; weight and bias in
         # float32 whatever they are, for many chunks add up.
         self.gradients: tuple[Tensor, Tensor, Tensor | None] | None = None
@@ -60,12 +63,16 @@ class Projection:
             logits.div_(softcap).tanh_()
             self._slope = None if self.gradients is None else 1 - logits.square()
             logits *= softcap
+        if self._scaling.stop_class:
+            self._shares = merge_logits(logits, self._scaling.stop_class)
         return logits
 
     def backward(self, chosen: Tensor, gradient: Tensor) -> None:
         """Take in the gradient [n, vocabulary] by the latest logits, which were those of the same tokens."""
         assert self.gradients is not None, "the projection was made without gradients"
         of_hidden, of_weight, of_bias = self.gradients
+        if self._shares is not None:
+            split_gradient(gradient, self._scaling.stop_class, self._shares)
         if self._slope is not None:
             gradient *= self._slope
         if self._scaling.factor != 1.0:

@@ -54,8 +54,12 @@ def choose_rows(batches: Sequence[pa.RecordBatch], count: int) -> list[Ints]:
     return sorted(distinct.values(), key=lambda tokens: (len(tokens) <= MIN_SCORED_TOKENS, len(tokens)))[:count]
 
 
-def make_probes(rows: Sequence[Ints], request: ScoreRequest) -> Probes:
-    """Build rows, of at least MIN_TOKENS each, and perturbed rows; with candidates if the request gives them."""
+def make_probes(rows: Sequence[Ints], request: ScoreRequest, stop_class: Sequence[int] = ()) -> Probes:
+    """Build rows, of at least MIN_TOKENS each, and perturbed rows; with candidates if the request gives them.
+
+    The first id of the class stands in them for all, for it is what teachers say something of.
+    """
+    rows = [np.where(np.isin(tokens, stop_class), stop_class[:1] or 0, tokens).astype(np.int32) for tokens in rows]
     replaced = tuple(_position(_num_scored(tokens), row) for row, tokens in enumerate(rows))
     perturbed = []
     for row, tokens in enumerate(rows):

@@ -251,7 +251,7 @@ def _shortest_row(handle: BatchHandle) -> float:
 
 
 def _ask(subject: AuditedTeacher, replicas: Mapping[int, str], deadline: float) -> _Audit:
-    audit = _Audit(subject, make_probes(subject.rows, subject.request), deadline)
+    audit = _Audit(subject, make_probes(subject.rows, subject.request, subject.teacher.stop_class), deadline)
     for half, batch in (("rows", audit.probes.rows), ("perturbed", audit.probes.perturbed)):
         wire, handle = pack(batch, {})
         handle = replace(handle, reference=wire)  # the bytes themselves: a few kilobytes that Ray sends with the call

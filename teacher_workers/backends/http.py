@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,7 +59,7 @@ class HttpBackend(TeacherBackend):
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Prepare to ask; a server that is away is waited for when it is needed."""
         self._client, self._urls = CompletionsClient(teacher), ", ".join(teacher.urls)
-        self._excluded, self._spare = frozenset(teacher.excluded_token_ids), _spare(teacher)
+        self._teacher, self._excluded = teacher, frozenset(teacher.excluded_token_ids)
         self._retries_reported = 0
 
     @classmethod
@@ -72,7 +72,7 @@ class HttpBackend(TeacherBackend):
             return f"{missing}; {WORKS}"
         if request.top_k:
             try:
-                _run(_check_top_k(teacher, request.top_k + _spare(teacher)))
+                _run(_check_top_k(teacher, request.top_k + _spare(teacher, request.top_k)))
             except ModelError as error:
                 return str(error)
         return None
@@ -128,14 +128,17 @@ class HttpBackend(TeacherBackend):
     async def _score_row(self, token_ids: Ints, loss_mask: Bytes, top_k: int) -> tuple[Floats, Ints, Floats]:
         """Return logprobs [sampled_tokens], and ids and logprobs [sampled_tokens, top_k] of the most likely tokens."""
         places = np.flatnonzero(loss_mask)
-        positions = await self._client.score(token_ids, top_k + self._spare) if len(places) else []
-        listed = [_without(positions[place - 1], self._excluded) for place in places]
-        return _columns(listed, token_ids[places], top_k)
+        count, stop_class = top_k + _spare(self._teacher, top_k), self._teacher.stop_class
+        positions = await self._client.score(token_ids, count) if len(places) else []
+        listed = [_merged(_without(positions[place - 1], self._excluded), stop_class) for place in places]
+        sampled = np.where(np.isin(token_ids[places], stop_class), stop_class[:1] or 0, token_ids[places])
+        return _columns(listed, sampled, top_k)
 
 
-def _spare(teacher: TeacherConfig) -> int:
-    """Return how many tokens more than needed are asked for, since excluded ones may be among them."""
-    return min(len(teacher.excluded_token_ids), MAX_SPARE_TOKENS)
+def _spare(teacher: TeacherConfig, top_k: int) -> int:
+    """Return how many tokens more than needed are asked for: excluded and merged ones may be among them."""
+    merged = len(teacher.stop_class[1:])  # a server that names no ids lists the given token alone
+    return min(len(teacher.excluded_token_ids) + (merged if top_k else min(1, merged)), MAX_SPARE_TOKENS)
 
 
 def _without(position: Position, excluded: frozenset[int]) -> Listed:
@@ -146,6 +149,15 @@ def _without(position: Position, excluded: frozenset[int]) -> Listed:
         return listed
     rest = math.log1p(-min(excluded_mass, 1 - LEAST_MASS))
     return {token_id: FLOOR if token_id in excluded else logprob - rest for token_id, logprob in listed.items()}
+
+
+def _merged(listed: Listed, stop_class: Sequence[int]) -> Listed:
+    """Return the listed log-probabilities, the class's under its first id; what is not listed counts as 0."""
+    members = [math.exp(listed[token_id]) for token_id in stop_class if token_id in listed]
+    if not members:
+        return listed
+    others = {token_id: logprob for token_id, logprob in listed.items() if token_id not in stop_class}
+    return {stop_class[0]: math.log(sum(members)), **others}
 
 
 def _columns(positions: list[Listed], sampled: Ints, top_k: int) -> tuple[Floats, Ints, Floats]:

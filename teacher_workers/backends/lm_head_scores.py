@@ -24,6 +24,7 @@ from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import Bytes, Floats, Ints, num_candidates_of, ragged
 from cluster.models.lm_head import LmHead
+from cluster.models.stop_class import merge_ids
 from teacher_workers.backends.base import FLOOR, TeacherBackend
 
 ABSENT = -1e4  # instead of a logit: its exponential is 0, and its product with that is too
@@ -107,7 +108,8 @@ class HiddenStatesBackend(TeacherBackend, ABC):
         if request.layers:
             scores = {**scores, "layers": _bits(layers)}
         num_excluded = 0 if self._head.excluded_ids is None else len(self._head.excluded_ids)
-        refuse_uniform(scores["logprobs"], self._head.vocabulary_size - num_excluded)
+        is_text = ~np.isin(sampled, self._head.stop_class)  # a class of stop ids is likelier than one token
+        refuse_uniform(scores["logprobs"][is_text], self._head.vocabulary_size - num_excluded)
         return scores
 
 
@@ -169,6 +171,7 @@ def score_tokens(
     """
     given = np.empty((len(target_ids), 0), np.int32) if candidate_ids is None else candidate_ids
     ids = torch.from_numpy(np.concatenate([target_ids[:, None], given], axis=1).astype(np.int64))  # [tokens, 1 + k]
+    ids = merge_ids(ids, head.stop_class)
     device, chunk_tokens = head.weight.device, chunk_size(head)
     chunks = [
         _score_chunk(head, chunk.to(device), chunk_ids.to(device), request)

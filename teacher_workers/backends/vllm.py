@@ -39,7 +39,13 @@ class VllmBackend(HiddenStatesBackend):
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Read the LM head and start the engine; raise ModelError if that fails."""
-        head = load_lm_head(teacher.model, teacher.trust_remote_code, teacher.engine.dtype, teacher.excluded_token_ids)
+        head = load_lm_head(
+            teacher.model,
+            teacher.trust_remote_code,
+            teacher.engine.dtype,
+            teacher.excluded_token_ids,
+            teacher.stop_class,
+        )
         layers = layers_to_send(teacher)
         self._teacher = teacher
         self._role = EngineRole(

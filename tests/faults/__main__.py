@@ -1,7 +1,8 @@
 """Applies each seeded fault to a copy of the tree, and prints which test of `make test` catches it.
 
 `python -m tests.faults [NAME...] [--jobs N] [--output FILE]`. Mutation tools make faults by rules of syntax; ours are
-chosen by hand, so a table of texts and this file are all that it takes.
+chosen by hand, so a table of texts and this file are all that it takes. `python -m tests.faults minimised --forked`
+applies all faults of what the student minimises, in minutes: their tests start no engine, and run in forks.
 """
 
 import argparse
@@ -20,7 +21,8 @@ from time import perf_counter
 
 from benchmarks.harness.report import describe_machine
 from tests.faults.fault import Fault
-from tests.faults.table import AREAS, FAULTS
+from tests.faults.forked import run_in_fork
+from tests.faults.table import AREAS, FAULTS, GROUPS
 
 ROOT = Path(__file__).parents[2]
 # A fault that only keeps a file from being imported is no fault that an expert would make.
@@ -43,11 +45,13 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults or areas of tests/faults/table.py; none: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults at a time")
     parser.add_argument("--output", type=Path, help="file for the results as JSON")
+    parser.add_argument("--forked", action="store_true", help="import what tests share once; they must start no engine")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - {fault.name for fault in FAULTS} - set(AREAS)
+    names = [name for group in arguments.names for name in GROUPS.get(group, (group,))]
+    unknown = set(names) - {fault.name for fault in FAULTS} - set(AREAS)
     if unknown:
         parser.error(f"there is no fault or area called {', '.join(sorted(unknown))}")
-    named = {*arguments.names, *(fault.name for area in arguments.names for fault in AREAS.get(area, ()))}
+    named = {*names, *(fault.name for area in names for fault in AREAS.get(area, ()))}
     faults = [fault for fault in FAULTS if not named or fault.name in named]
     started = perf_counter()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
@@ -61,7 +65,7 @@ def main() -> int:
             return 1
         print(f"{len(tests)} test files and tests pass without a fault, {clean.seconds:.0f} s", flush=True)
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            outcomes = list(pool.map(lambda fault: try_fault(fault, whole), faults))
+            outcomes = list(pool.map(lambda fault: try_fault(fault, whole, arguments.forked), faults))
     num_caught = sum(outcome.caught_by is not None for outcome in outcomes)
     seconds = perf_counter() - started
     print(f"{num_caught} of {len(faults)} faults caught, {seconds:.0f} s")
@@ -80,7 +84,7 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def try_fault(fault: Fault, whole: Path) -> Outcome:
+def try_fault(fault: Fault, whole: Path, is_forked: bool = False) -> Outcome:
     """Run the fault's tests on a copy that has it, and print what became of it."""
     tree = whole.parent / fault.name
     shutil.copytree(whole, tree, copy_function=os.link)
@@ -88,7 +92,7 @@ def try_fault(fault: Fault, whole: Path) -> Outcome:
     text = fault.applied_to(path.read_text(encoding="utf-8"))
     path.unlink()  # it is a link to the file without the fault
     path.write_text(text, encoding="utf-8")
-    outcome = run_tests(tree, fault.tests, "-x", "-n0")
+    outcome = run_tests(tree, fault.tests, "-x", "-n0", is_forked=is_forked)
     shutil.rmtree(tree)
     caught = (
         f"caught by {outcome.caught_by}" if outcome.caught_by else f"NOT CAUGHT: {outcome.remark or 'its tests pass'}"
@@ -97,27 +101,35 @@ def try_fault(fault: Fault, whole: Path) -> Outcome:
     return outcome
 
 
-def run_tests(tree: Path, tests: Sequence[str], *options: str) -> Outcome:
+def run_tests(tree: Path, tests: Sequence[str], *options: str, is_forked: bool = False) -> Outcome:
     """Run tests of a tree, as far as `make test` runs them."""
     report = tree.parent / f"{tree.name}.xml"  # outside, for the trees share their files
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not exhaustive", "-p", "no:cacheprovider"]
-    command += ["-o", "junit_family=xunit1", f"--junitxml={report}", *options, *tests]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
-    started = perf_counter()
-    try:
-        finished = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return Outcome(None, f"the tests took more than {LIMIT_SECONDS} s", perf_counter() - started)
+    arguments = ["-q", "-m", "not exhaustive", "-p", "no:cacheprovider"]
+    arguments += ["-o", "junit_family=xunit1", f"--junitxml={report}", *options, *tests]
+    log, started = tree.parent / f"{tree.name}.log", perf_counter()
+    code = run_in_fork(tree, arguments, log, LIMIT_SECONDS) if is_forked else run_apart(tree, arguments, log)
     seconds = perf_counter() - started
-    if not finished.returncode:
+    if code is None:
+        return Outcome(None, f"the tests took more than {LIMIT_SECONDS} s", seconds)
+    if not code:
         return Outcome(None, "", seconds)
     test, message = first_failure(report)
-    if test and finished.returncode == 1 and not message.startswith(BROKEN):
+    if test and code == 1 and not message.startswith(BROKEN):
         return Outcome(test, "a test failed", seconds)
-    last_line = (finished.stdout + finished.stderr).strip().rpartition("\n")[2]
-    return Outcome(None, f"pytest ended with {finished.returncode}: {message or last_line}", seconds)
+    last_line = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    return Outcome(None, f"pytest ended with {code}: {message or last_line}", seconds)
+
+
+def run_apart(tree: Path, arguments: Sequence[str], log: Path) -> int | None:
+    """Run pytest in a process of its own, and return its exit code; None: it took too long."""
+    command, environment = [sys.executable, "-m", "pytest", *arguments], {**os.environ, "PYTHONPATH": str(tree)}
+    with log.open("w", encoding="utf-8") as output:
+        try:
+            return subprocess.run(
+                command, cwd=tree, env=environment, stdout=output, stderr=output, timeout=LIMIT_SECONDS
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return None
 
 
 def first_failure(report: Path) -> tuple[str, str]:

@@ -33,4 +33,5 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "run": run.FAULTS,
     "first_run": first_run.FAULTS,
 }
+GROUPS = {"minimised": ("objective", "estimators", "presets")}  # of areas
 FAULTS = tuple(fault for faults in AREAS.values() for fault in faults)

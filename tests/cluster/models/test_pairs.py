@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.errors import ModelError
+from cluster.contracts.errors import ConfigError, ModelError
 from cluster.models.model_checks import ModelFacts, read_model
-from cluster.models.pairs import Pair, compare
+from cluster.models.pairs import Pair, by_role, compare
 from cluster.run.inputs import held_out_sampling, load_inputs, train_sampling
 from tests.builders import make_config
 from tests.tiny_qwen3 import write_tiny_qwen3
@@ -170,8 +170,14 @@ def test_completions_end_where_either_model_does(folder: Path) -> None:
         load_inputs(config(folder))
     accepting = config(folder, 'teachers.main.accept_differences=["eos"]')
     inputs = load_inputs(accepting)
-    assert train_sampling(inputs.pairs.apply(accepting)).stop_token_ids == (3,)
-    assert inputs.pairs.lines == ("teachers.main: completions end at 'halt' too",)
+    resolved = inputs.pairs.apply(accepting)
+    assert train_sampling(resolved).stop_token_ids == (3,)
+    assert train_sampling(resolved).stop_class == resolved.teachers["main"].stop_class == (1, 3)
+    assert inputs.pairs.lines == (
+        "teachers.main: completions end at 'halt' too",
+        "'<eos>', 'halt' end completions and count as one token, the first (rollout.stop_class)",
+    )
+    assert load_inputs(resolved).pairs.apply(resolved) == resolved  # as a run that goes on has it
 
 
 def test_completions_of_a_teacher_end_where_the_student_does(folder: Path) -> None:
@@ -224,3 +230,51 @@ def test_the_tokens_of_one_teacher_are_excluded_by_all(folder: Path) -> None:
         "main": (112,),
         "other": (112,),
     }
+
+
+def test_the_students_eos_stands_for_all_ids_that_end_completions_and_the_run_file_may_say_another(
+    folder: Path,
+) -> None:
+    change(folder / "student" / "generation_config.json", eos_token_id=[1, 4])
+    several = load_inputs(config(folder))
+    assert several.pairs.stop_class == (1, 4)
+    named = load_inputs(config(folder, "rollout.stop_token_ids=[6]"))
+    assert named.pairs.stop_class == (1, 4, 6)
+    written = config(folder, "rollout.stop_class=[4,1]")
+    assert load_inputs(written).pairs.apply(written).teachers["main"].stop_class == (4, 1)
+    off = config(folder, "rollout.stop_class=[]")
+    resolved = load_inputs(off).pairs.apply(off)
+    assert (resolved.rollout.stop_class, resolved.teachers["main"].stop_class) == ((), ())
+    assert train_sampling(resolved).stop_class == held_out_sampling(several.pairs.apply(off)).stop_class == ()
+
+
+def test_ids_that_end_the_turns_of_a_teacher_alone_count_for_it_and_are_not_excluded(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "<end>"]})
+    tokenizer.save_pretrained(folder / "teacher")
+    change(folder / "teacher" / "generation_config.json", eos_token_id=[1, 113])
+    resolved = load_inputs(config(folder)).pairs.apply(config(folder))
+    assert resolved.rollout.stop_class == (1,)
+    assert resolved.teachers["main"].stop_class == (1, 113)
+    assert resolved.teachers["main"].excluded_token_ids == (112,)
+    without = config(folder, "teachers.main.excluded_token_ids=[113]")
+    assert load_inputs(without).pairs.apply(without).teachers["main"].excluded_token_ids == (112, 113)
+    off = config(folder, "rollout.stop_class=[]")
+    assert load_inputs(off).pairs.apply(off).teachers["main"].excluded_token_ids == (112, 113)
+    assert load_inputs(resolved).pairs.apply(resolved) == resolved
+
+
+def test_speculative_decoding_is_refused_where_stop_ids_are_merged(folder: Path) -> None:
+    speculates = 'rollout.engine.extra={speculative_config={method="ngram",num_speculative_tokens=2}}'
+    load_inputs(config(folder, speculates))  # there is one stop id
+    change(folder / "student" / "generation_config.json", eos_token_id=[1, 4])
+    with pytest.raises(ConfigError, match=r"one token of the ids \[1, 4\] .* or set rollout.stop_class = \[\]"):
+        load_inputs(config(folder, speculates))
+    load_inputs(config(folder, speculates, "rollout.stop_class=[]"))
+
+
+def test_the_stop_ids_of_a_teacher_with_tokens_of_its_own_are_one_by_its_roles() -> None:
+    assert by_role(INSTRUCT) == (4, 3)
+    assert by_role(BASE) == (3,)

@@ -16,7 +16,7 @@ from cluster.vllm.compat import (
     taken_by,
 )
 
-CLASSES = ("module:V1", "module:V2")
+CLASSES, OTHERS = ("module:V1", "module:V2"), ("module:OtherV1", "module:OtherV2")
 
 
 def output_of(num_tokens: int, labels: list[tuple[str, int, int]]) -> CompletionOutput:
@@ -45,18 +45,18 @@ def test_a_completion_under_one_version_has_it_everywhere() -> None:
 @pytest.mark.parametrize("uses_v2", [False, True])
 def test_the_logits_processor_is_that_of_the_model_runner(uses_v2: bool) -> None:
     config = SimpleNamespace(use_v2_model_runner=uses_v2, model_config=SimpleNamespace(logits_processors=None))
-    early = early_logits_processors(CLASSES)
-    late_logits_processors(config, CLASSES)
+    early = early_logits_processors([CLASSES, OTHERS])
+    late_logits_processors(config, [CLASSES, OTHERS])
     if HAS_LOGITS_PROCESSORS_V2:
-        assert (early, config.model_config.logits_processors) == ({}, [CLASSES[uses_v2]])
+        assert (early, config.model_config.logits_processors) == ({}, [CLASSES[uses_v2], OTHERS[uses_v2]])
     else:
-        assert (early, config.model_config.logits_processors) == ({"logits_processors": [CLASSES[0]]}, None)
+        assert (early, config.model_config.logits_processors) == ({"logits_processors": [CLASSES[0], OTHERS[0]]}, None)
 
 
 def test_without_draws_no_logits_processor_is_named() -> None:
     config = SimpleNamespace(use_v2_model_runner=True, model_config=SimpleNamespace(logits_processors=None))
-    late_logits_processors(config, None)
-    assert (early_logits_processors(None), config.model_config.logits_processors) == ({}, None)
+    late_logits_processors(config, ())
+    assert (early_logits_processors(()), config.model_config.logits_processors) == ({}, None)
 
 
 def test_how_weights_are_packed_is_said_exactly_once() -> None:

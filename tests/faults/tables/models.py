@@ -28,8 +28,8 @@ FAULTS = (
     Fault(
         "an excluded token keeps its share of the normaliser",
         "cluster/models/lm_head.py",
-        "return logits if self.excluded_ids is None else logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)",
-        "return logits",
+        "            logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)\n",
+        "            pass\n",
         ("tests/teacher_workers/backends/test_lm_head_scores.py",),
     ),
     Fault(

@@ -22,6 +22,7 @@ from transformers import (
 from cluster.config.run_config import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.models.lm_head import LmHead
+from cluster.models.stop_class import EXCLUDED_LOGIT
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
@@ -108,6 +109,35 @@ def test_gradients_of_a_whole_student_equal_plain_autograd_over_all_logits(kind,
     for name, parameter in student.causal_lm.named_parameters():
         scale = parameter.grad.abs().max().item()
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5 * max(1.0, scale), rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_class_of_stop_ids_is_trained_as_one_token_whichever_of_them_was_written(name):
+    """The first id has what all come to together; its gradient reaches each by its share."""
+    objective = OBJECTIVES[name]
+    heads = random_heads(objective, {ROUTE: 40}) if name == "full" else None
+    batch = batch_of(objective, heads)
+    stops = (7, 5, int(batch.tokens.target_ids[0]))
+    head, hidden = make_head(), make_hidden(len(batch.tokens))
+    logits = (hidden.detach() @ head.weight.t()).detach().requires_grad_()
+    merged = logits.index_copy(1, torch.tensor(stops), torch.full((len(logits), 3), EXCLUDED_LOGIT))
+    merged = merged.index_copy(1, torch.tensor([7]), logits[:, list(stops)].logsumexp(-1, keepdim=True))
+    identity = CompletionHead(nn.Linear(VOCABULARY, VOCABULARY, bias=False), LogitScaling())
+    with torch.no_grad():
+        identity.weight.copy_(torch.eye(VOCABULARY))
+    one_id = torch.tensor([7 if token_id in stops else token_id for token_id in range(VOCABULARY)])
+    targets, candidates = one_id[batch.tokens.target_ids], one_id[batch.tokens.candidate_ids]
+    as_one = replace(batch, tokens=replace(batch.tokens, target_ids=targets, candidate_ids=candidates))
+    assert targets[0] == 7
+    expected = evaluate(identity, merged, as_one, objective, heads)
+    expected.loss.backward()
+    head.stop_class, head.chunk_tokens = stops, 9
+    found = evaluate(head, hidden, batch, objective, heads)
+    found.loss.backward()
+    torch.testing.assert_close(found.losses, expected.losses, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(hidden.grad, logits.grad @ head.weight.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(head.weight.grad, logits.grad.t() @ hidden.detach(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("preset", ["exact-reverse-kl", "exact-forward-kl"])

@@ -1,5 +1,6 @@
 """The candidates that real vLLM rollout actors choose, against transformers at the same prefixes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import SamplingSettings
+from cluster.models.stop_class import merge_logits
 from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, rows_of
-from tests.tiny_qwen3 import NUM_WORDS, expected_logprobs
+from tests.tiny_qwen3 import EOS, HALT, NUM_WORDS, expected_logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
 
@@ -22,6 +24,15 @@ def expected(rollouts: RolloutDeployment, row: dict[str, Any], temperature: floa
     """Return [completion_tokens, vocabulary] by transformers."""
     sampled = np.flatnonzero(row["loss_mask"])
     return expected_logprobs(rollouts.student, row["token_ids"].tolist(), temperature)[sampled - 1]
+
+
+def expected_of_class(
+    rollouts: RolloutDeployment, row: dict[str, Any], stop_class: Sequence[int], temperature: float
+) -> torch.Tensor:
+    """Return the same of a model that has one token in place of the class, before the temperature."""
+    before = expected(rollouts, row).clone()
+    merge_logits(before, stop_class)
+    return (before / temperature).log_softmax(-1)
 
 
 def gaps(row: dict[str, Any], expected: torch.Tensor) -> torch.Tensor:
@@ -117,3 +128,25 @@ def test_sampled_candidates_beside_a_truncated_distribution_are_refused(rollouts
 def test_without_candidates_there_are_no_columns_for_them(rollouts: RolloutDeployment) -> None:
     [row] = rollouts.generate(rollouts.requests([0]), SamplingSettings(4, 1.0))
     assert not [name for name in row if "candidate" in name]
+
+
+@pytest.mark.parametrize("candidates", ["topk", "sampled"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_ids_that_end_completions_are_written_and_scored_as_one(
+    rollouts: RolloutDeployment, temperature: float, candidates: Any
+) -> None:
+    stops = (EOS, HALT, *range(10, 16))
+    sampling = SamplingSettings(
+        24, temperature, stop_token_ids=stops, stop_class=stops, num_candidates=6, candidates=candidates
+    )
+    rows = rollouts.generate(rollouts.requests(list(range(NUM_PROMPTS)) * 2), sampling)
+    assert sum(row["finish_reason"] == "stop" for row in rows) > 5
+    for row in rows:
+        wanted = expected_of_class(rollouts, row, stops, temperature)
+        written = row["token_ids"][row["loss_mask"] != 0]
+        assert not np.isin(written, stops[1:]).any()
+        assert (written[-1] == EOS) == (row["finish_reason"] == "stop")
+        of_written = wanted.gather(-1, torch.from_numpy(written).long()[:, None])[:, 0]
+        assert (of_written - torch.tensor(row["rollout_logprobs"])).abs().max() < 1e-4
+        assert gaps(row, wanted).max() < 1e-4
+        assert not np.isin(row["candidate_ids"], stops[1:]).any()

@@ -118,6 +118,29 @@ def test_a_server_that_names_tokens_by_their_texts_scores_the_sampled_ones() -> 
 
 
 @pytest.mark.parametrize("request_", [SAMPLED, TOP_3])
+def test_ids_that_end_completions_have_the_probability_of_all_that_the_server_lists(request_: ScoreRequest) -> None:
+    with FakeServer() as server:
+        table = server.table
+        likely = int(np.argmax(table[2]))  # behind the first place, where 3 was sampled
+        assert likely != 3
+        scores, _ = score(teacher_at(server, stop_class=(3, likely)), request_)
+    total = np.logaddexp(table[2][3], table[2][likely])
+    assert scores["logprobs"][0] == pytest.approx(total, abs=1e-6)
+    assert scores["logprobs"][2] == pytest.approx(table[5][9], abs=1e-6)
+    if request_.top_k:
+        merged = np.array(table[2])
+        merged[[3, likely]] = total, -np.inf
+        assert scores["candidate_ids"][0].tolist() == np.argsort(-merged)[:3].tolist()
+        assert scores["candidate_logprobs"][0] == pytest.approx(np.sort(merged)[::-1][:3], abs=1e-6)
+
+
+def test_a_server_that_lists_the_given_token_alone_scores_it_alone() -> None:
+    with FakeServer("echo of texts") as server:
+        scores, _ = score(teacher_at(server, stop_class=(3, 6, 7)), SAMPLED)
+    assert scores["logprobs"] == pytest.approx([server.table[pair] for pair in PAIRS], abs=1e-6)
+
+
+@pytest.mark.parametrize("request_", [SAMPLED, TOP_3])
 def test_an_excluded_token_gives_its_probability_to_all_others(request_: ScoreRequest) -> None:
     with FakeServer() as server:
         table = server.table

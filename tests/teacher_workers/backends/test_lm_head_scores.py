@@ -1,5 +1,6 @@
 """Scores from hidden states against a log-softmax over the whole vocabulary in fp64."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -165,3 +166,28 @@ def test_a_token_is_predicted_by_the_position_before_it() -> None:
 def test_another_number_of_hidden_states_than_tokens_is_refused() -> None:
     with pytest.raises(ScoreError, match="5 hidden states for 6 tokens"):
         predicting_rows(torch.zeros(5, 1), np.array([0, 0, 1, 1, 1, 1], np.uint8))
+
+
+@pytest.mark.parametrize("asked", [{"given_candidates": True}, {"top_k": NUM_CANDIDATES}])
+def test_ids_that_end_completions_are_scored_as_one(
+    asked: dict[str, Any], head: LmHead, hidden: torch.Tensor, expected: torch.Tensor
+) -> None:
+    """Ids 11, 3 and 5; the last has no probability, for it was excluded by name."""
+    merged = replace(head, stop_class=(11, 3, 5), excluded_ids=torch.tensor([5]))
+    written = np.resize(np.array([3, 11, 8], np.int32), NUM_TOKENS)
+    candidates = np.resize(np.array([8, 3, 2], np.int32), (NUM_TOKENS, 3))
+    request = ScoreRequest("teacher", entropy=True, **asked)
+    scores = score_tokens(merged, hidden, written, request, candidates if request.given_candidates else None)
+    kept = expected - torch.log1p(-expected[:, [5]].exp())
+    kept[:, 5] = -1e4
+    kept[:, 11] = torch.logaddexp(kept[:, 11], kept[:, 3])
+    kept[:, 3] = -1e4
+    stands_for = np.where(written == 3, 11, written)
+    np.testing.assert_allclose(scores["logprobs"], gather(kept, stands_for[:, None])[:, 0], rtol=2e-7, atol=2e-6)
+    np.testing.assert_allclose(scores["entropy"], -(kept.exp() * kept).sum(-1).numpy(), rtol=1e-6, atol=2e-6)
+    if request.top_k:
+        np.testing.assert_array_equal(scores["candidate_ids"], kept.topk(NUM_CANDIDATES).indices.numpy())
+        assert not np.isin(scores["candidate_ids"], [3, 5]).any()
+    else:
+        of_candidates = gather(kept, np.where(candidates == 3, 11, candidates))
+        np.testing.assert_allclose(scores["candidate_logprobs"], of_candidates, rtol=2e-7, atol=2e-6)

@@ -145,6 +145,21 @@ def test_sampled_tokens_correct_the_tail_with_kernels_as_without(interpreter: Pr
     same(interpreter.submit(evaluate_interpreted, case).result(SECONDS), evaluate(case, None))
 
 
+def test_a_tail_that_candidates_cannot_say_is_added_up_with_kernels_as_without(
+    interpreter: ProcessPoolExecutor,
+) -> None:
+    logits, teacher = logits_of(VOCABULARY, seed=0), logits_of(VOCABULARY, seed=1)
+    logits[1:3].scatter_add_(-1, teacher[1:3].topk(6).indices, torch.full((2, 6), 30.0))
+    term = {"loss": "divergence", "divergence": "forward_kl"}
+    table = {"support": "topk", "support_size": 6, "terms": {"main": term}}
+    case = Case(table, logits.numpy(), {"teacher": teacher.numpy()}, (0, 1, 2, 3), num_candidates=6)
+    expected = evaluate(case, None)
+    same(interpreter.submit(evaluate_interpreted, case).result(SECONDS), expected)
+    lost = torch.from_numpy(expected["gradient"])[1:3].scatter(-1, teacher[1:3].topk(6).indices, 0.0)
+    of_teacher = teacher[1:3].softmax(-1).scatter(-1, teacher[1:3].topk(6).indices, 0.0)
+    np.testing.assert_allclose(-lost.sum(-1), of_teacher.sum(-1), rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_zero_where_student_and_target_agree(
     interpreter: ProcessPoolExecutor, name: str
