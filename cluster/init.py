@@ -26,7 +26,7 @@ from cluster.placement.proposal import Machine, choose_hardware
 from cluster.run.inputs import Inputs, load_inputs
 from cluster.simulation.dry_run import describe_memory, model_sizes
 from rollout_workers.environments.verifiers import check_answer
-from rollout_workers.prompt_sources import HELD_OUT_SPLITS, guess_columns, read_rows, value_at
+from rollout_workers.prompt_sources import HELD_OUT_SPLITS, guess_columns, hub_or_cache, read_rows, value_at
 
 HELD_OUT_NAMES = ("held_out", "validation", "valid", "val", "dev", "test", "eval")  # in the place of "train"
 # Published runs of on-policy distillation, whole models: 1e-6 to 1e-5 from 1.7B to 8B. Those of small models are from
@@ -118,7 +118,8 @@ def _held_out(data: str) -> str | None:
     import datasets
 
     try:
-        splits = datasets.get_dataset_split_names(source.place, source.subset)
+        with hub_or_cache(source):
+            splits = datasets.get_dataset_split_names(source.place, source.subset)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError):
         return None  # reading the prompts says what is wrong
     place = source.place if source.subset is None else f"{source.place}/{source.subset}"

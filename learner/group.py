@@ -20,7 +20,7 @@ from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.batches import BatchHandle, BatchSource, PoolState, Span, Stage
 from cluster.contracts.errors import ActorDiedError, LearnerDiedError
-from cluster.contracts.metrics import Max, Metric, Sum, merge
+from cluster.contracts.metrics import Max, Metric, Sum, merge, report
 from cluster.contracts.trajectory import Floats
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.arrivals import BatchBuffer
@@ -72,12 +72,11 @@ class LearnerGroup:
         while self._heads_due and self._heads_due[0][0] <= step:
             _, config = self._heads_due.pop(0)
             self._ask("read_teacher_heads", config, waiting_for="the learner to read the teachers' LM heads")
-        weights = self._config.objective.scheduled_weights(step)
-        objective = self._config.objective.at(step) if weights else None
         with self._deaths_reported():
-            num_tokens, parts = self._accumulate(batches, objective, waiting_for=f"the learner to compute step {step}")
+            num_tokens, parts = self._accumulate(batches, None, f"the learner to compute step {step}", step)
         taken = self._ask("take_step", num_tokens, step, waiting_for=f"the learner to take step {step}", stage="learn")
         busy_seconds = sum(part["busy_seconds"].value for part in (*parts, *taken)) / len(self._actors)
+        weights = self._config.objective.scheduled_weights(step)
         scheduled = {f"weight/{name}": Max(weight) for name, weight in weights.items()}
         return merge([*parts, *taken]) | {"busy_seconds": Sum(busy_seconds)} | scheduled
 
@@ -177,11 +176,11 @@ class LearnerGroup:
             undo.pop_all()
 
     def _accumulate(
-        self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str
+        self, batches: BatchSource, objective: ObjectiveConfig | None, waiting_for: str, step: int = 0
     ) -> tuple[int, list[dict[str, Metric]]]:
         """Add up the gradients of batches as they come; return the tokens learned from and the ranks' metrics."""
         config = self._config
-        arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt)
+        arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt, step)
         planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
         pending: dict[Any, tuple[str, float]] = {}  # reference -> rank, and when it was called
         answers: list[dict[str, Metric]] = []
@@ -214,10 +213,30 @@ class LearnerGroup:
             collect([reference for reference in pending if reference in ready])
             send(self._due_rounds(planner, len(pending)))
         planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
-        send(planner.all_rounds() or [((),) * config.learner.num_workers], completes_step=True)
+        rounds = planner.all_rounds() or [((),) * config.learner.num_workers]
+        answers += self._read_step(rounds, arrivals, objective, waiting_for)
+        send(rounds, completes_step=True)
         collect(list(pending))
         self._spans += spans
         return max(1, arrivals.num_loss_tokens), answers
+
+    def _read_step(
+        self, rounds: Sequence[Round], arrivals: BatchBuffer, objective: ObjectiveConfig | None, waiting_for: str
+    ) -> list[dict[str, Metric]]:
+        """Let the ranks read the whole step, of which nothing was sent yet, if they need means over it to learn."""
+        if not arrivals.objective.needs.step_means:
+            return []
+        parts: list[dict[str, Metric]] = []
+        for first in range(0, len(rounds), ROUNDS_PER_CALL):
+            shares = map(arrivals.share, zip(*rounds[first : first + ROUNDS_PER_CALL], strict=True))
+            calls = [
+                actor.advantage_sums.remote(share, objective) for actor, share in zip(self._actors, shares, strict=True)
+            ]
+            parts += self._cluster.get(calls, self._config.ray.call_timeout_seconds, waiting_for, self._names)
+        sums = merge(parts)
+        busy_seconds = sums.pop("busy_seconds")
+        arrivals.step_means = report(sums)
+        return [{"busy_seconds": busy_seconds}]
 
     def _due_rounds(self, planner: RoundPlanner, num_pending: int) -> Sequence[Round]:
         """Return the rounds to send while batches still arrive.

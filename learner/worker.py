@@ -1,13 +1,14 @@
 """Runs one rank of the learner: scored trajectories in, new weights out."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 import transformers
@@ -17,14 +18,15 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.import_path import load_object
 from cluster.contracts.kept_rows import Taken
-from cluster.contracts.metrics import Max, Metric, Sum
+from cluster.contracts.metrics import Max, Metric, Sum, merge
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
+from cluster.models.hidden_layers import load_bank
 from cluster.models.model_checks import ignored_ids
 from cluster.weight_sync.manifest import WeightSyncReport
 from cluster.weight_sync.transports import TRANSPORTS, choose
 from learner.batching.arrivals import RankShare
-from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch, trajectories
 from learner.batching.plan import plan_step
 from learner.checkpointing.export import export
 from learner.checkpointing.manifest import WrittenShard, shard_name
@@ -72,6 +74,9 @@ class LearnerActor:
         student = load_student(config.student, config.learner, device)
         student.head.stop_class = config.rollout.stop_class or ()
         teacher_heads = load_teacher_heads(config, device)
+        for states in filter(None, (teacher.states for teacher in config.teachers.values())):
+            if states.bank is not None:
+                load_bank(states.bank, states.digest)  # the objective reads it again; here, it must be the driver's
         if config.learner.zero_stage == 0:
             self.use(ReferenceEngine(student, config.learner), teacher_heads)
         else:
@@ -100,21 +105,42 @@ class LearnerActor:
         self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None = None
     ) -> dict[str, Metric]:
         """Add the gradients of this rank's share of a round; `objective`, of the same support, replaces the run's."""
-        batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
-        rows = trajectories(batches, share.task_advantages)
-        # One micro-batch at a time: hidden states are large.
-        micro_batches = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
+        batches, rows, micro_batches = self._read(share)
+        minimised = self._objective_of(share, objective)
         if objective is not None:
-            measured = Objective(objective, self._kernels, self._config.rollout.temperature, self._ignored_ids)
-            return accumulate(self._engine, micro_batches, measured, self._teacher_heads, completes_step)
+            return accumulate(self._engine, micro_batches, minimised, self._teacher_heads, completes_step)
         kept = self._kept
         watched = (kept.watch(batch, grid, rows) for batch, grid in zip(micro_batches, share.grids, strict=True))
         keep = partial(kept.add, batches=batches)
-        return accumulate(self._engine, watched, self._objective, self._teacher_heads, completes_step, keep)
+        return accumulate(self._engine, watched, minimised, self._teacher_heads, completes_step, keep)
+
+    def advantage_sums(self, share: RankShare, objective: ObjectiveConfig | None = None) -> dict[str, Metric]:
+        """Return what the current student makes of this rank's share of the mean advantages over a step."""
+        started, read = perf_counter(), self._objective_of(share, objective)
+        sums: list[dict[str, Metric]] = []
+        for batch in self._read(share)[-1]:
+            with torch.no_grad():
+                result = self._engine.forward(batch)
+            if len(batch.tokens):
+                sums.append({**read.advantage_sums(batch.tokens.to(result.logprobs.device), result)})
+        return merge(sums) | {"busy_seconds": Sum(perf_counter() - started)}
 
     def take_kept_rows(self) -> Taken:
         """Return, once, this rank's kept rows since they were taken last; not collective."""
         return self._kept.take()
+
+    def _objective_of(self, share: RankShare, objective: ObjectiveConfig | None) -> Objective:
+        """Return what is minimised in a round: the run's objective, as it is in the step, or another one."""
+        config = objective or self._config.objective.at(share.step)
+        if config is self._config.objective and not share.step_means:
+            return self._objective
+        return Objective(config, self._kernels, self._config.rollout.temperature, self._ignored_ids, share.step_means)
+
+    def _read(self, share: RankShare) -> tuple[list[pa.RecordBatch], list[Trajectory], Iterable[MicroBatch]]:
+        """Return a share's batches, their rows, and its micro-batches, one at a time: hidden states are large."""
+        batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
+        rows = trajectories(batches, share.task_advantages, share.weights)
+        return batches, rows, (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""

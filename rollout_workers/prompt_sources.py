@@ -1,6 +1,7 @@
 """Reads the rows of prompts: JSON lines, JSON, Parquet, CSV, a folder of such files, or a data set of the hub."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from cluster.contracts.files import read_file
 
 Row = dict[str, Any]
 
+HUB_SECONDS = 5.0  # that the hub has to answer at all
 MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
 TRAIN_SPLITS, HELD_OUT_SPLITS = ("train",), ("test", "validation")  # of a data set, the first that it has
 # Names of the columns that hold prompts and answers in public data sets, the likeliest first.
@@ -173,7 +175,8 @@ def _dataset(source: DataSource, splits: Sequence[str]) -> pa.Table:
         if source.kind == "folder" and any(file.exists() for file in saved):
             loaded = datasets.load_from_disk(source.place)
         else:
-            loaded = datasets.load_dataset(source.place, source.subset, split=source.split)
+            with hub_or_cache(source):
+                loaded = datasets.load_dataset(source.place, source.subset, split=source.split)
         return _split_of(source, loaded, splits).with_format("arrow")[:]
     except ConnectionError as error:
         raise PromptError(
@@ -185,6 +188,28 @@ def _dataset(source: DataSource, splits: Sequence[str]) -> pa.Table:
             f"{source.place}: cannot load the data set: {error}; "
             f"subset and split are written {source.place}/SUBSET:SPLIT"
         ) from error
+
+
+@contextmanager
+def hub_or_cache(source: DataSource) -> Iterator[None]:
+    """Look into the cache alone while the context lasts, if the hub has the data set and cannot be reached.
+
+    `datasets` would try for half a minute first.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
+
+    before = constants.HF_HUB_OFFLINE
+    if source.kind == "hub" and not before:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        except HTTPError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _split_of(source: DataSource, loaded: Any, splits: Sequence[str]) -> Any:

@@ -35,6 +35,7 @@ def main() -> None:
         "staleness.png": ("*-staleness.json", draw_staleness),
         "soak.png": ("*-soak.json", draw_soak),
         "end_to_end.png": ("latest.json", draw_end_to_end),
+        "privileged_context.png": ("*-privileged-context.json", draw_privileged_context),
     }
     for name, (pattern, draw) in drawings.items():
         source = newest(folder, pattern)
@@ -89,6 +90,24 @@ def draw_soak(document: Document, output: Path) -> None:
     for axes in (above, below):
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
+    save(figure, output)
+
+
+def draw_privileged_context(document: Document, output: Path) -> None:
+    """Draw accuracy without context over the steps, on training and on held-out prompts: a line per arm and seed."""
+    figure = Figure(figsize=INCHES, layout="constrained")
+    parts = figure.subplots(1, 2, sharey=True)
+    arms = list(dict.fromkeys(outcome["arm"] for outcome in document["outcomes"]))
+    colors = dict(zip(arms, COLORS, strict=False))
+    for axes, column, title in ((parts[0], 1, "training prompts"), (parts[1], 2, "held-out prompts")):
+        for outcome in document["outcomes"]:
+            steps, values = zip(*((point[0], point[column]) for point in outcome["curve"]), strict=True)
+            axes.plot(steps, values, color=colors[outcome["arm"]], linewidth=1, alpha=0.7)
+        axes.set(xlabel="optimizer steps", title=title, ylim=(0, 1.02))
+        axes.spines[["top", "right"]].set_visible(False)
+    parts[0].set_ylabel("right digits, without context")
+    handles = [Patch(color=color, label=arm) for arm, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(arms), frameon=False)
     save(figure, output)
 
 

@@ -141,6 +141,7 @@ class Bench:
             uniform=torch.rand(n, generator=self.random, device=self.device),
             task_advantage=torch.zeros(n, device=self.device),
             reward=torch.zeros(n, device=self.device),
+            weight=torch.ones(n, device=self.device),
         )
         places = torch.arange(n, device=self.device)
         widths = 1 if case.config.needs.last_states else case.teacher_widths

@@ -170,6 +170,7 @@ def gradients(terms: Mapping[str, Any], student: Tensor, teacher: Tensor, candid
         uniform=zeros,
         task_advantage=zeros,
         reward=zeros,
+        weight=zeros + 1,
     )
     table = {"support": "topk", "support_size": len(candidates), "terms": terms}
     objective = Objective(msgspec.convert(table, ObjectiveConfig))

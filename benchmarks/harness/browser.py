@@ -70,9 +70,20 @@ class Page:
             time.sleep(CHECK_SECONDS)
         return text
 
-    def picture(self, path: Path) -> None:
-        """Write what is shown as a PNG."""
-        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
+    def picture(self, path: Path, element: str | None = None) -> None:
+        """Write what is shown as a PNG, or all of the element that a CSS selector finds."""
+        parameters: dict[str, Any] = {"format": "png"}
+        if element is not None:
+            box = f"document.querySelector({json.dumps(element)}).getBoundingClientRect()"
+            sides = self.evaluate(f"(box => [box.x + scrollX, box.y + scrollY, box.width, box.height])({box})")
+            clip = dict(zip(("x", "y", "width", "height"), sides, strict=True)) | {"scale": 1}
+            parameters |= {"clip": clip, "captureBeyondViewport": True}
+        path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", **parameters)["data"]))
+
+    def prefer(self, scheme: str, medium: str = "screen") -> None:
+        """Take the user to prefer `light` or `dark` pages; the medium may be `print`."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self._call("Emulation.setEmulatedMedia", media=medium, features=features)
 
     def _call(self, method: str, **parameters: Any) -> Any:
         self._last_id += 1
@@ -113,6 +124,7 @@ def chromium() -> Iterator[Page]:
         process = subprocess.Popen(
             ["bash", "-c", launch, "browser", program, *options],
             pass_fds=(theirs, their_answers),
+            env={**os.environ, "TMPDIR": folder},  # its own goes with it
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

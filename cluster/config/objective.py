@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 from msgspec.structs import replace
 
-from cluster.config.fields import CountOrZero, Items, NonNegative, Section
+from cluster.config.fields import CountOrZero, Items, NonNegative, Positive, Section
 from cluster.config.terms import (
     OF_GROUP,
     OF_MODELS,
@@ -18,6 +18,7 @@ from cluster.config.terms import (
     TEACHER,
     AnyTerm,
     DivergenceTerm,
+    PolicyGradientTerm,
     RepresentationTerm,
     Support,
     TaskRewardTerm,
@@ -45,6 +46,8 @@ class Needs:
     teacher_entropy: bool  # at every position
     first_pass: bool  # what the current student says of a whole trajectory, before its first loss
     divides_by_deviation: bool | None  # how rewards within a prompt's samples are normalised; None: no rewards
+    step_means: bool  # mean advantages of the whole step under the current student, before its first loss
+    whole_step: bool  # all of a step's trajectories, before its first loss
 
 
 class TokenWeightsConfig(Section, frozen=True):
@@ -55,6 +58,8 @@ class TokenWeightsConfig(Section, frozen=True):
     skip_first: CountOrZero = 0  # not so many at the start of each completion
     special_tokens: bool = True  # false: not what the tokenizer calls special, but for tokens that end a completion
     stop_tokens: bool = True  # false: not the tokens that end a completion
+    # How much each teacher's tokens count together, in a step: as many as they are, all teachers alike, or as given
+    teacher_shares: Literal["tokens", "equal"] | dict[str, Positive] = "tokens"
     position_importance: NonNegative = 0.0  # extra weight of early tokens (IW-OPD's gamma)
     entropy: Literal["none", "student", "teacher", "both"] = "none"  # FiRe: unsure student, sure teacher
 
@@ -121,6 +126,7 @@ class ObjectiveConfig(Section, frozen=True):
         of_student = sampled_candidates or self.support == "student_topk"
         of_entropy = ("teacher_entropy_above", "teacher_entropy_below")
         of_group = any(term.when in OF_GROUP for term in terms)
+        step_means = any(isinstance(term, PolicyGradientTerm) and term.baseline == "batch_mean" for term in terms)
         return Needs(
             models=tuple(dict.fromkeys([TEACHER, *(model for term in terms for model in term.target)])),
             num_candidates=num_candidates,
@@ -135,6 +141,8 @@ class ObjectiveConfig(Section, frozen=True):
             or weights.entropy in ("student", "both")
             or any(term.needs_first_pass for term in terms),
             divides_by_deviation=next(iter(self._normalisations()), of_group or None),
+            step_means=step_means,
+            whole_step=step_means or weights.teacher_shares != "tokens",
         )
 
     @property

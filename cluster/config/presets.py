@@ -108,12 +108,12 @@ def expand_preset(written: Any) -> Any:
         return written
     if name not in PRESETS:
         raise ConfigError(f"objective.preset: no preset is called '{name}'; there are {', '.join(PRESETS)}")
-    return _merged(PRESETS[name], written)
+    return merged(PRESETS[name], written)
 
 
-def _merged(below: Any, above: Any) -> Any:
+def merged(below: Any, above: Any) -> Any:
     """Lay one tree over the other; a target is replaced whole, for its coefficients mean something together only."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    laid = {key: value if key == "target" else _merged(below.get(key), value) for key, value in above.items()}
+    laid = {key: value if key == "target" else merged(below.get(key), value) for key, value in above.items()}
     return {**below, **laid}

@@ -151,6 +151,7 @@ class RayConfig(Section):
 class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Holds the settings of a whole run."""
 
+    method: Text | None = None  # a name of methods.py; whatever else is written overrides it
     run: RunConfig = RunConfig()
     student: StudentConfig
     prompts: PromptsConfig
@@ -170,6 +171,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check_targets(self)
+        _check_shares(self)
         _check_self_teachers(self)
         _check_slots(self)
         _check_balance(self)
@@ -313,6 +315,16 @@ def _check_targets(config: Config) -> None:
                 f"objective: a target has the model '{model}'; expected teacher, base, initial_student or one of "
                 f"{sorted(config.teachers)}"
             )
+
+
+def _check_shares(config: Config) -> None:
+    """Check that the shares of teachers, where they are given, are those of the teachers that prompts go to."""
+    shares = config.objective.token_weights.teacher_shares
+    if isinstance(shares, dict) and shares.keys() != set(config.routes):
+        raise ValueError(
+            f"objective.token_weights.teacher_shares names {sorted(shares)}; expected all teachers that prompts go to, "
+            f"{sorted(config.routes)}"
+        )
 
 
 def _check_bases(teachers: dict[str, TeacherConfig]) -> None:

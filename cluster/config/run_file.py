@@ -17,6 +17,7 @@ import msgspec
 
 from cluster.config.alarms import AlarmConfig, with_default_alarms
 from cluster.config.fields import Section
+from cluster.config.methods import expand_method
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from cluster.config.run_config import Config
@@ -82,6 +83,7 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
         _apply_override(tree, override)
         _spell_out(tree, f"override '{override}'")
     _check_texts(tree, source)
+    tree = expand_method(tree)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
     tree["alarms"] = with_default_alarms(tree.get("alarms", {}))

@@ -109,6 +109,7 @@ class StatesConfig(Section):
     layers: tuple[Count, ...]  # of the student, from 1
     student_depth: Count  # layers that the student has; those of a teacher of another depth are paired with them
     bank: Text | None = None  # file that projects the states; None: they travel as they are
+    digest: str = ""  # of that bank, as the driver has it: it must be the same on every node
 
 
 class TeacherConfig(Section):

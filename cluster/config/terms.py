@@ -106,8 +106,9 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
     scale: Positive = 1.0  # tanh: the log-ratio at which it bends, in nats
     alpha: Positive = 1.0  # power: the exponent; proximal: the target's share; constant: minus the advantage
     student: Literal["current", "rollout", "none"] = "current"  # whose probability the log-ratio divides by
-    # Over the support, of the prefix. kl: minus the divergence; support_mean: the mean advantage of its tokens
-    baseline: Literal["none", "kl", "support_mean"] = "none"
+    # Over the support, of the prefix. kl: minus the divergence; support_mean: the mean advantage of its tokens.
+    # batch_mean: the mean advantage of the step's sampled tokens
+    baseline: Literal["none", "kl", "support_mean", "batch_mean"] = "none"
     discount: Fraction = 0.0  # of later tokens' advantages in this token's
     importance: ImportanceConfig = ImportanceConfig()
 
@@ -146,27 +147,27 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
         return None
 
     def _fault_of_baseline(self, support: Support) -> str | None:
-        name = f"baseline = '{self.baseline}'"
         if self.baseline == "none":
             return None
-        if self.over == "support":
-            return f"{name} lowers the variance of one draw; a sum over candidates has none; use over = 'sampled'"
-        if support in ("sampled", "samples"):
-            return f"{name} needs support topk, student_topk, intersection or full, found '{support}'"
-        if self.baseline == "kl":
-            return None
-        if self.when not in OF_PREFIX:
-            return (
-                f"{name} changes nothing in expectation only where all tokens of a prefix count, but when = "
-                f"'{self.when}' depends on the sampled token; leave one of them out"
-            )
-        if self.log_ratio_map == "constant":
-            return f"{name} would leave nothing of log_ratio_map = 'constant'"
-        if self.student == "rollout":
-            return (
-                f"{name} is the mean over the current student's probabilities; student = 'rollout' divides by another"
-            )
-        return None
+        name, is_mean, of_step = f"baseline = '{self.baseline}'", self.baseline != "kl", self.baseline == "batch_mean"
+        faults = {
+            f"{name} lowers the variance of one draw; a sum over candidates has none; use over = 'sampled'": (
+                self.over == "support"
+            ),
+            f"{name} needs support topk, student_topk, intersection or full, found '{support}'": (
+                support in ("sampled", "samples") and not of_step
+            ),
+            f"{name} changes nothing in expectation only where all tokens of a prefix count, but when = '{self.when}' "
+            "depends on the sampled token; leave one of them out": is_mean and self.when not in OF_PREFIX,
+            f"{name} would leave nothing of log_ratio_map = 'constant'": is_mean and self.log_ratio_map == "constant",
+            f"{name} is a mean under the current student; student = 'rollout' divides by another": (
+                is_mean and self.student == "rollout"
+            ),
+            f"{name} is the mean over the step, of log-ratios alone; leave out when = '{self.when}' and discount": (
+                of_step and (self.discount > 0 or self.when != "always")
+            ),
+        }
+        return next((fault for fault, holds in faults.items() if holds), None)
 
 
 class DivergenceTerm(Term, tag_field="loss", tag="divergence", frozen=True):

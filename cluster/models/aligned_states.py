@@ -16,7 +16,8 @@ def states_to_send(config: Config, student: ModelFacts, teachers: Mapping[str, M
     reads = config.objective.representation
     if reads is None:
         return {}
-    states = StatesConfig(chosen_layers(reads.layers, student.depth), student.depth, reads.bank)
+    digest = "" if reads.bank is None else load_bank(reads.bank).digest
+    states = StatesConfig(chosen_layers(reads.layers, student.depth), student.depth, reads.bank, digest)
     return dict.fromkeys(sorted(_scorers(config, config.objective.needs.layer_states)), states)
 
 

@@ -118,8 +118,12 @@ class ProjectionBank:
         return {name: parts[part][side] for name in TENSORS for side, part in [name.split(".")]}  # type: ignore[index]
 
 
-def load_bank(path: str) -> ProjectionBank:
-    """Read a bank; raise ModelError, which says how to make one, if it is missing, damaged or something else."""
+def load_bank(path: str, digest: str = "") -> ProjectionBank:
+    """Read a bank, of this digest if one is given.
+
+    Raises:
+        ModelError: it is missing, damaged, another one or something else; says how to make one.
+    """
     from safetensors import SafetensorError, safe_open
 
     advice = "make it with `preceptor fit-projection`"
@@ -142,4 +146,6 @@ def load_bank(path: str) -> ProjectionBank:
     )
     if bank.digest != metadata.get("digest"):
         raise ModelError(f"projection bank '{path}': its values are not those it was written with; {advice} again")
+    if digest and bank.digest != digest:
+        raise ModelError(f"projection bank '{path}': is another one on this node than on the driver's; copy it there")
     return bank

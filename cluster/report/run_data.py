@@ -10,7 +10,7 @@ from typing import Any
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
-from cluster.config.terms import DivergenceTerm, Term
+from cluster.config.terms import DivergenceTerm, Term, WeightSchedule
 from cluster.contracts.files import RecordsFile
 from cluster.monitoring.status_file import Status, read_status
 
@@ -175,6 +175,8 @@ def _term_in_words(name: str, term: Term, support: str, objective: ObjectiveConf
         loss += ", target " + " + ".join(f"{share:g} log {model}" for model, share in target.items())
     if term.when != "always":
         loss += f", where {term.when.replace('_', ' ')}"
+    if isinstance(term.weight, WeightSchedule):
+        return f"{term.weight.start:g} to {term.weight.to:g}, over {term.weight.over_steps} steps, x {loss}"
     return loss if term.weight == 1 else f"{term.weight:g} x {loss}"
 
 

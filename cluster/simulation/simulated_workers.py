@@ -22,6 +22,7 @@ from learner.batching.arrivals import RankShare
 from rollout_workers.batching import Filling
 from rollout_workers.pool import RolloutActorSettings
 
+FORWARD_SHARE = 1 / 3  # of a forward in forward and backward, as its products are
 ROUNDING_TOKENS = 1e-6  # by which sums of fractions of tokens may be off
 
 
@@ -291,12 +292,18 @@ class SimulatedRank(_Worker):
         self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None
     ) -> SimulatedReference:
         """Take the time of the rank's micro-batches."""
+        return self._clock.compute(self._seconds(share))
+
+    def advantage_sums(self, share: RankShare, objective: ObjectiveConfig | None) -> SimulatedReference:
+        """Take the time of a forward without a backward."""
+        return self._clock.compute(self._seconds(share) * FORWARD_SHARE)
+
+    def _seconds(self, share: RankShare) -> float:
         lengths = [tokens for wire in share.references for tokens in wire.value.num_tokens]
         tokens = sum(lengths[index] for grid in share.grids for row in grid for index in row)
         rates = self._clock.rates
         num_micro_batches = sum(bool(grid) for grid in share.grids)
-        seconds = tokens / rates.tokens_per_second + rates.seconds_per_micro_batch * num_micro_batches
-        return self._clock.compute(seconds)
+        return tokens / rates.tokens_per_second + rates.seconds_per_micro_batch * num_micro_batches
 
     def take_step(self, num_tokens: int, step: int) -> SimulatedReference:
         return self._clock.compute(self._clock.rates.optimizer_seconds)

@@ -69,7 +69,9 @@ class LayerStates:
     def __init__(self, model: nn.Module, depth: int, to_send: LayersToSend) -> None:
         """Hook the layers of a model of so many; raise ModelError if the model is built in an unknown way."""
         self._layers, self._depth = to_send.layers, depth
-        self._bank: ProjectionBank | None = None if to_send.bank is None else read_bank(to_send)
+        self._bank: ProjectionBank | None = None
+        if to_send.bank is not None:
+            self._bank = load_bank(to_send.bank, to_send.digest)
         self._collected: dict[int, Tensor] = {}
         # Whether a layer's two outputs add up to the residual stream; None: not known before the model has run.
         self._adds_residual: bool | None = None
@@ -147,12 +149,3 @@ def find_decoder(model: nn.Module, depth: int) -> tuple[nn.ModuleList, nn.Module
         f"vLLM's {type(model).__name__} has no list of {depth} decoder layers with a final norm beside it, so their "
         "states cannot be sent; compare the last layer alone (layers = 'last', without a bank)"
     )
-
-
-def read_bank(to_send: LayersToSend) -> ProjectionBank:
-    """Read the bank on this node; raise ModelError if it is another one than the run's."""
-    assert to_send.bank is not None
-    bank = load_bank(to_send.bank)
-    if bank.digest != to_send.digest:
-        raise ModelError(f"projection bank '{to_send.bank}': is another one on this node than on the driver's")
-    return bank

@@ -1,7 +1,7 @@
 """Keeps a step's trajectories on the driver while they arrive: which may be learned from, and where they are."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,9 @@ class RankShare:
     references: tuple[Any, ...]  # to wire bytes; inside a dataclass, so Ray hands them over unresolved
     task_advantages: tuple[float, ...]  # of the rows of `references`, in order
     grids: tuple[Grid, ...]  # indices count the rows of `references` in order
+    weights: tuple[float, ...] = ()  # of the rows of `references`, in order; empty: all are 1
+    step: int = 0  # optimizer step, from 0, at which weights have what their schedules say
+    step_means: Mapping[str, float] = field(default_factory=dict)  # term -> mean advantage over the whole step
 
 
 @dataclass
@@ -45,19 +48,32 @@ class BatchBuffer:
 
     objective: ObjectiveConfig  # says whether a task reward is compared within a prompt's samples
     samples_per_prompt: int  # trajectories whose ids, divided by this number, are equal belong together
+    step: int = 0  # optimizer step, from 0
     num_loss_tokens: int = 0  # completion tokens that are learned from: the step's loss is divided by them
+    step_means: Mapping[str, float] = field(default_factory=dict)  # for the ranks, once they are known
     _handles: list[BatchHandle] = field(default_factory=list)
     _places: list[tuple[int, int]] = field(default_factory=list)  # of each trajectory: batch, row in it
     _advantages: list[list[float]] = field(default_factory=list)  # of each batch's rows
+    _tokens: Counter[str] = field(default_factory=Counter)  # of `num_loss_tokens`, by teacher
+    _held: list[int] = field(default_factory=list)  # until the step's last batch is in, if the objective needs that
     _groups: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, handle: BatchHandle) -> list[int]:
         """Take in a batch and return the trajectories that may be learned from now, of this batch or earlier ones."""
+        released = self._take_in(handle)
+        if not self.objective.needs.whole_step:
+            return released
+        self._held += released
+        return []
+
+    def _take_in(self, handle: BatchHandle) -> list[int]:
         first = len(self._places)
         self._places += [(len(self._handles), row) for row in range(len(handle.trajectory_ids))]
         self._handles.append(handle)
         self._advantages.append([0.0] * len(handle.trajectory_ids))
-        self.num_loss_tokens += sum(handle.num_loss_tokens or handle.num_completion_tokens)
+        num_tokens = sum(handle.num_loss_tokens or handle.num_completion_tokens)
+        self.num_loss_tokens += num_tokens
+        self._tokens[handle.teacher] += num_tokens
         divides = self.objective.needs.divides_by_deviation
         if divides is None:
             return list(range(first, len(self._places)))
@@ -71,10 +87,11 @@ class BatchBuffer:
 
     def rest(self) -> list[int]:
         """Return the trajectories still held back once no batch follows: of prompts without all their samples."""
+        held, self._held = self._held, []
         divides = self.objective.needs.divides_by_deviation
         if divides is None:
-            return []
-        return [index for key in list(self._groups) for index in self._release(key, divides)]
+            return held
+        return held + [index for key in list(self._groups) for index in self._release(key, divides)]
 
     def num_tokens(self, index: int) -> int:
         """Return the prompt and completion tokens of a trajectory."""
@@ -97,7 +114,22 @@ class BatchBuffer:
             tuple(self._handles[batch].reference for batch in used),
             tuple(advantage for batch in used for advantage in self._advantages[batch]),
             tuple(tuple(tuple(local(index) for index in grid_row) for grid_row in grid) for grid in grids),
+            tuple(weight for batch in used for weight in self._weights(self._handles[batch])),
+            self.step,
+            self.step_means,
         )
+
+    def _weights(self, handle: BatchHandle) -> list[float]:
+        """Return the weights of a batch's rows; none where every token counts as one.
+
+        A teacher of share s and n of the step's N tokens has s N / n: its mean loss counts s, whatever n is.
+        """
+        shares, n = self.objective.token_weights.teacher_shares, self._tokens[handle.teacher]
+        if shares == "tokens":
+            return []
+        given = {name: 1.0 if shares == "equal" else shares[name] for name, tokens in self._tokens.items() if tokens}
+        share = given.get(handle.teacher, 0.0) / sum(given.values()) if given else 0.0
+        return [share * self.num_loss_tokens / max(n, 1)] * len(handle.trajectory_ids)
 
     def _release(self, key: int, divide_by_deviation: bool) -> list[int]:
         """Compare the samples of one prompt, and return them."""

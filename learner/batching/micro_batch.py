@@ -95,6 +95,7 @@ class Trajectory:
     scores: Mapping[str, Mapping[str, NDArray[Any]]]  # model -> signal -> [completion_tokens] or [completion_tokens, k]
     wide_scores: Mapping[str, Mapping[str, NDArray[Any]]]  # the same of signals that have the model's own width
     reward: float = math.nan  # NaN: none
+    weight: float = 1.0  # in every term
     strict: NDArray[np.bool_] | None = None  # [sampled tokens] which of them are completion tokens; None: all
 
     @property
@@ -107,15 +108,21 @@ class Trajectory:
         return len(self.rollout_logprobs) if self.strict is None else len(self.strict)
 
 
-def trajectories(batches: Sequence[pa.RecordBatch], task_advantages: Sequence[float] | None = None) -> list[Trajectory]:
-    """View all rows of batches, which must have the same columns, in order; without advantages, these are 0."""
+def trajectories(
+    batches: Sequence[pa.RecordBatch], task_advantages: Sequence[float] | None = None, weights: Sequence[float] = ()
+) -> list[Trajectory]:
+    """View all rows of batches, which must have the same columns, in order.
+
+    Without advantages, these are 0, and without weights, these are 1.
+    """
     kinds = {(num_candidates_of(batch), ", ".join(sorted(batch.schema.names))) for batch in batches}
     if len(kinds) > 1:
         described = "; ".join(f"{width} candidates, columns {names}" for width, names in sorted(kinds))
         raise TrajectoryError(f"learner: the batches of one step differ in what they carry: {described}")
     num_rows = sum(batch.num_rows for batch in batches)
     advantages = iter([0.0] * num_rows if task_advantages is None else task_advantages)
-    return [row for batch in batches for row in _rows(batch, advantages)]
+    weight = iter(weights or [1.0] * num_rows)
+    return [row for batch in batches for row in _rows(batch, advantages, weight)]
 
 
 def build_micro_batch(grid: Grid, rows: Sequence[Trajectory], seed: int) -> MicroBatch:
@@ -183,6 +190,7 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         uniform=_join(uniform, np.float32),
         task_advantage=of_each("task_advantage"),
         reward=of_each("reward"),
+        weight=of_each("weight"),
     )
 
 
@@ -197,7 +205,7 @@ def _routes(placed: Sequence[Trajectory]) -> tuple[RoutedTokens, ...]:
     return tuple(routes)
 
 
-def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Trajectory]:
+def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float], weights: Iterator[float]) -> list[Trajectory]:
     logprobs = ragged(batch, "rollout_logprobs")
     nothing = Ragged(np.empty((len(logprobs.values), 0), np.float32), logprobs.offsets)
     columns = {
@@ -216,6 +224,7 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float]) -> list[Traje
             trajectory_id=batch["trajectory_id"][row].as_py(),
             route=batch["teacher"][row].as_py(),
             task_advantage=next(task_advantages),
+            weight=next(weights),
             reward=math.nan if (reward := batch["reward"][row].as_py()) is None else reward,
             scores=_pick(scores, row),
             wide_scores=_pick(wide_scores, row),

@@ -90,6 +90,14 @@ class PolicyGradientLoss(AdvantageLoss):
         advantages = self._advantage(log_linear(term.target, tokens.logprobs), student, tokens.rollout_logprobs)
         return later_returns(advantages, tokens.trajectory, term.discount)
 
+    def centred_advantages(self, tokens: CompletionTokens, first_pass: Evaluation) -> Tensor | None:
+        """Return the mapped log-ratios, if the term takes their mean off (Delta-MOPD, arXiv 2610.10460)."""
+        if self.config.baseline != "batch_mean":
+            return None
+        return self._advantage(
+            log_linear(self.config.target, tokens.logprobs), first_pass.logprobs, first_pass.logprobs
+        )
+
     def _advantage(self, log_target: Tensor, student: Tensor | None, rollout: Tensor) -> Tensor:
         """Return the mapped log-ratio; student is None where the term divides by another probability."""
         divisors = {"current": student, "rollout": rollout, "none": torch.zeros_like(log_target)}
@@ -111,8 +119,8 @@ class PolicyGradientLoss(AdvantageLoss):
         later advantages would change the expectation, for it would leave nothing of them.
         """
         added = torch.zeros_like(chunk.student[:, 0])
-        if self.config.discount:
-            added = added + chunk.plan.later_advantages[self._name]
+        if self.config.discount or self.config.baseline == "batch_mean":
+            added = added + chunk.plan.added_advantages[self._name]
         if self.config.baseline == "kl" and chunk.exact_kl is not None:
             added = added + chunk.exact_kl(self.config.target)
         elif self.config.baseline == "kl":

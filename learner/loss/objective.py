@@ -1,5 +1,6 @@
 """Computes what a run's objective makes of logits: the sum of its terms, with the gradient by the logits."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.terms import TEACHER
+from cluster.contracts.metrics import Mean
 from learner.loss.evaluators import evaluate_full, evaluate_fused, evaluate_listed, takes_fused
 from learner.loss.kernels.interface import RowKernels
 from learner.loss.representation import Alignment, RepresentationLoss, Scores, align
@@ -24,6 +26,7 @@ class Objective:
 
     `kernels` are used where they take the logits; None: plain torch everywhere. `temperature` is that of the sampler.
     Scheduled weights are those of step 0; pass `config.at(step)` for another. Sampled `ignored_ids` have weight 0.
+    `step_means` are what `advantage_sums` of all of a step's tokens come to, if `needs.step_means`.
     """
 
     def __init__(
@@ -32,8 +35,10 @@ class Objective:
         kernels: RowKernels | None = None,
         temperature: float = 1.0,
         ignored_ids: Collection[int] = (),
+        step_means: Mapping[str, float] | None = None,
     ) -> None:
         self.needs, self.kernels, self.temperature = config.needs, kernels, temperature
+        self._step_means = {name: mean if math.isfinite(mean) else 0.0 for name, mean in (step_means or {}).items()}
         self._ignored_ids = torch.tensor(sorted(ignored_ids), dtype=torch.int64)
         self._token_weights = config.token_weights
         terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
@@ -50,10 +55,22 @@ class Objective:
             raise ValueError(
                 "plan: the objective looks at whole trajectories under the current student; pass first_pass"
             )
-        later = {name: term.later_advantages(tokens, first_pass) for name, term in self._terms.items()}
+        if self.needs.step_means and not self._step_means:
+            raise ValueError("plan: the objective subtracts mean advantages of the whole step; pass step_means")
+        added = {name: term.later_advantages(tokens, first_pass) for name, term in self._terms.items()}
         trusted = {name: term.trusted_trajectory(tokens, first_pass) for name, term in self._terms.items()}
         weights = self._weights(tokens, first_pass)
-        return TokenPlan(weights, _given(later), _given(trusted), torch.zeros_like(weights))
+        means = {name: torch.full_like(tokens.rollout_logprobs, -mean) for name, mean in self._step_means.items()}
+        return TokenPlan(weights, _given(added) | means, _given(trusted), torch.zeros_like(weights))
+
+    @torch.no_grad()
+    def advantage_sums(self, tokens: CompletionTokens, first_pass: Evaluation) -> dict[str, Mean]:
+        """Return some tokens' part of the mean advantages, by weight, of the terms that subtract the step's."""
+        weights, sums = self._weights(tokens, first_pass).double(), {}
+        for name, term in self._terms.items():
+            if (advantages := term.centred_advantages(tokens, first_pass)) is not None:
+                sums[name] = Mean(float((weights * advantages).sum()), float(weights.sum()))
+        return sums
 
     @torch.no_grad()
     def evaluate(
@@ -115,9 +132,9 @@ class Objective:
 
     def _weights(self, tokens: CompletionTokens, first_pass: Evaluation | None) -> Tensor:
         config = self._token_weights
-        weights = is_early(
+        weights = tokens.weight * is_early(
             tokens.position, tokens.length, config.first_tokens, config.first_fraction, config.skip_first
-        ).float()
+        )
         if len(self._ignored_ids):
             weights = weights * ~torch.isin(tokens.target_ids, self._ignored_ids.to(weights.device))
         if config.position_importance and first_pass is not None:

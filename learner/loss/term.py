@@ -111,6 +111,10 @@ class LossTerm(Protocol):
         """Return what the tokens after each one add to its advantage, [n]; None: nothing."""
         return None
 
+    def centred_advantages(self, _tokens: CompletionTokens, _first_pass: Evaluation) -> Tensor | None:
+        """Return the advantages of which the step's mean is taken off, [n]; None: it is not."""
+        return None
+
     def trusted_trajectory(self, _tokens: CompletionTokens, _first_pass: Evaluation | None) -> Tensor | None:
         """Return whether each token's trajectory counts, [n]; None: all do."""
         return None

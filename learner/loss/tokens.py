@@ -28,6 +28,7 @@ class CompletionTokens:
     uniform: Tensor  # [n] in [0, 1): random, and the same whenever this token of this trajectory is seen
     task_advantage: Tensor  # [n]: of the trajectory's reward within its group; 0 without a reward
     reward: Tensor  # [n]: the trajectory's; NaN without one
+    weight: Tensor  # [n]: of the trajectory, in every term
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -69,7 +70,8 @@ class TokenPlan:
     """Holds what an objective has derived from whole trajectories for n completion tokens; without gradient."""
 
     weights: Tensor  # [n] how much each token counts in every term
-    later_advantages: Mapping[str, Tensor]  # term -> [n] the discounted advantages of the tokens after this one
+    # Term -> [n] what is added to a token's advantage: discounted ones of later tokens, or minus the step's mean
+    added_advantages: Mapping[str, Tensor]
     trusted_trajectory: Mapping[str, Tensor]  # term -> [n] whether the trajectory's importance ratio is within bounds
     normaliser: Tensor  # [n] of the student at the sampling temperature (`temperature_normaliser`); `evaluate` knows it
 

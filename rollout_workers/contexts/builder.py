@@ -144,20 +144,21 @@ class ContextBuilder:
 
     def tokens(self, source: PromptRow, text: str) -> Ints:
         """Return a prompt's tokens with a text in the place of the user's last message; none for an empty text."""
-        if not text:
-            return NONE
-        settings = self.settings.prompts
+        return self.tokenise([self.prompt_with(source, text)])[0] if text else NONE
+
+    def prompt_with(self, source: PromptRow, text: str) -> str:
+        """Return what the student's template makes of a prompt with a text in the place of the user's last message."""
         prompt: Any = text
         if not isinstance(source.prompt, str):
             last = _last_of_user(source.prompt)
-            prompt = [
-                {**message, "content": text} if at == last else message for at, message in enumerate(source.prompt)
-            ]
-        rendered = render(
-            msgspec.structs.replace(source, prompt=prompt), self._tokenizer, settings, self.settings.now, "the student"
-        )
-        ids = self._tokenizer(rendered, add_special_tokens=settings.template == "raw")["input_ids"]
-        return np.asarray(ids, np.int32)
+            prompt = [*source.prompt]
+            prompt[last] = {**prompt[last], "content": text}
+        changed, settings = msgspec.structs.replace(source, prompt=prompt), self.settings
+        return render(changed, self._tokenizer, settings.prompts, settings.now, "the student")
+
+    def tokenise(self, rendered: Sequence[str]) -> list[Ints]:
+        ids = self._tokenizer(list(rendered), add_special_tokens=self.settings.prompts.template == "raw")["input_ids"]
+        return [np.asarray(of_one, np.int32) for of_one in ids]
 
     def inputs(self, scorer: ScorerContext, prompt_id: int, attempts: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a template reads of a prompt's row, and of the attempts, as `shown_attempts` gives them."""

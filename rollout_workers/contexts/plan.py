@@ -105,7 +105,7 @@ def _measured(
     """Return the context with its limit of tokens, the tokens that its prompts may have, and what is to be said."""
     builder = ContextBuilder(ContextSettings((scorer,), config.prompts, now), tokenizer, prompts)
     numbers = [number for number in range(len(prompts)) if prompts.teacher(number) == scorer.route]
-    lengths = {number: _length(builder, scorer, number) for number in numbers}
+    lengths = _lengths(builder, scorer, numbers)
     longest = max(lengths.values(), default=0)
     if scorer.template.reads_attempts:  # one of them, or the feedback, is as long as a completion
         longest += config.rollout.max_completion_tokens + config.environment.max_observation_tokens
@@ -126,14 +126,22 @@ def _measured(
     return replace(scorer, max_tokens=limit), min(longest, limit), notes
 
 
-def _length(builder: ContextBuilder, scorer: ScorerContext, number: int) -> int:
-    """Return the tokens of a prompt with its context; 0: it has none. Short texts stand for attempts and feedback."""
-    source = builder.prompts.source(number)
-    try:
-        texts = [scorer.template.render(builder.inputs(scorer, number, example)) for example in EXAMPLES]
-        return max(len(builder.tokens(source, text)) for text in dict.fromkeys(texts))
-    except PromptError as error:
-        raise PromptError(f"{_name(builder, number)}: {error}") from error
+def _lengths(builder: ContextBuilder, scorer: ScorerContext, numbers: Sequence[int]) -> dict[int, int]:
+    """Return each prompt's tokens with its context, in which short texts stand for attempts; 0: it has none."""
+    rendered: dict[int, str] = {}
+    examples = EXAMPLES if scorer.template.reads_attempts else EXAMPLES[:1]
+    for number in numbers:
+        source = builder.prompts.source(number)
+        try:
+            texts = [scorer.template.render(builder.inputs(scorer, number, example)) for example in examples]
+            if longest := max(texts, key=len):
+                rendered[number] = builder.prompt_with(source, longest)
+        except PromptError as error:
+            raise PromptError(f"{_name(builder, number)}: {error}") from error
+    # One call for all of them: called once per prompt, a tokenizer spends its time in Python.
+    token_ids = builder.tokenise(list(rendered.values())) if rendered else []
+    lengths = {number: len(ids) for number, ids in zip(rendered, token_ids, strict=True)}
+    return {number: lengths.get(number, 0) for number in numbers}
 
 
 def _name(builder: ContextBuilder, number: int) -> str:

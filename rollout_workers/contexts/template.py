@@ -26,12 +26,20 @@ class ContextTemplate:
 
     def __init__(self, text: str) -> None:
         """Compile a template; raise ConfigError if it is none."""
-        from jinja2 import StrictUndefined, TemplateError, meta
+        from jinja2 import StrictUndefined, TemplateError, meta, nodes
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         try:
-            self.names = meta.find_undeclared_variables(environment.parse(text)) - environment.globals.keys()
+            parsed = environment.parse(text)
+            # What is set in a branch counts as undeclared there.
+            own = {name.name for name in parsed.find_all(nodes.Name) if name.ctx == "store"}
+            self.names = meta.find_undeclared_variables(parsed) - own - environment.globals.keys()
+            self._optional = {
+                test.node.name
+                for test in parsed.find_all(nodes.Test)
+                if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
+            }
             self._template = environment.from_string(text)
         except TemplateError as error:
             line = getattr(error, "lineno", None)
@@ -39,8 +47,8 @@ class ContextTemplate:
 
     @property
     def columns(self) -> frozenset[str]:
-        """Return the names that only a column of the prompts can have."""
-        return frozenset(self.names.difference(NAMES))
+        """Return the names that a column of the prompts must have; one that is tested for may be missing."""
+        return frozenset(self.names.difference(NAMES, self._optional))
 
     @property
     def reads_group(self) -> bool:

@@ -178,7 +178,7 @@ def layers_to_send(teacher: TeacherConfig) -> LayersToSend | None:
     depth = load_model_config(teacher.model, teacher.trust_remote_code).get_text_config().num_hidden_layers
     if states.bank is None:
         return LayersToSend(paired_layers(states.layers, states.student_depth, depth))
-    bank = load_bank(states.bank)
+    bank = load_bank(states.bank, states.digest)
     if bank.depths["teacher"] != depth:
         raise ModelError(
             f"projection bank '{states.bank}': was fitted for a teacher of {bank.depths['teacher']} layers, "

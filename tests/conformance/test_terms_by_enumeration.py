@@ -3,17 +3,21 @@
 One prefix; each expected gradient is written down as the formula of its source, and differentiated by autograd.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
+from cluster.config.objective import ObjectiveConfig
 from cluster.config.terms import DivergenceTerm
 from learner.loss.divergences import DIVERGENCES
+from learner.loss.objective import Objective
 from learner.loss.terms import DivergenceLoss
-from tests.learner.loss.builders import evaluate, gradient_of, make_objective, make_tokens, random_logprobs
+from tests.learner.loss.builders import evaluate, first_pass, gradient_of, make_objective, make_tokens, random_logprobs
 
 VOCABULARY, SUPPORT_SIZE = 11, 4
 STUDENT, TEACHER, BASE = (random_logprobs(1, VOCABULARY, seed=seed, scale=1.5) for seed in (0, 1, 2))
@@ -229,3 +233,45 @@ def test_a_clipped_divergence_has_no_kernel_and_every_other_keeps_its_own() -> N
             term = DivergenceLoss("main", DivergenceTerm(divergence=name, beta=1.0, entry_clip=clip), 1.0)
             divergence, parameter = term.divergence
             assert divergence.at(parameter).kernel == (kernel and "reverse_kl")
+
+
+@OF_ANY_AGE
+def test_the_mean_of_a_step_of_two_tokens_leaves_half_of_the_gradient(rollout: Tensor) -> None:
+    """A token's own advantage is half of the mean, and the other's is a baseline: of N tokens, 1 - 1/N is left."""
+    config = msgspec.convert(
+        {"support": "sampled", "terms": {"main": {"loss": "policy_gradient", "baseline": "batch_mean"}}},
+        ObjectiveConfig,
+    )
+    every, models = torch.arange(VOCABULARY), {"teacher": TEACHER.expand(VOCABULARY, -1)}
+    logits = STUDENT.expand(VOCABULARY, -1)
+    tokens = make_tokens(every, models, rollout.expand(VOCABULARY, -1), lengths=[1] * VOCABULARY)
+    of_mean = [gradient_of(evaluate(Objective(config, step_means={"main": m}), logits, tokens)) for m in (0.0, 1.0)]
+    without, by_mean = of_mean[0], of_mean[1] - of_mean[0]  # the gradient is a straight line in the mean
+    advantage, written = (TEACHER - STUDENT)[0], rollout.exp()[0]
+    found = torch.zeros(VOCABULARY, dtype=torch.float64)
+    for first, second in itertools.product(range(VOCABULARY), repeat=2):
+        mean = (advantage[first] + advantage[second]) / 2
+        both = without[first] + without[second] + mean * (by_mean[first] + by_mean[second])
+        found += written[first] * written[second] * both / 2
+    assert_same(found, slope(lambda p: (p.exp() * (p - TEACHER)).sum(-1)) / 2)
+    with pytest.raises(ValueError, match="pass step_means"):
+        Objective(config).plan(tokens, None)
+
+
+def test_the_mean_of_a_step_is_that_of_its_tokens_by_weight() -> None:
+    config = msgspec.convert(
+        {
+            "support": "sampled",
+            "terms": {"main": {"loss": "policy_gradient", "baseline": "batch_mean", "log_ratio_map": "power"}},
+            "token_weights": {"skip_first": 1},
+        },
+        ObjectiveConfig,
+    )
+    models = {"teacher": TEACHER.expand(VOCABULARY, -1)}
+    weight = torch.tensor([1.0] * 5 + [2.0] * 6, dtype=torch.float64)
+    tokens = make_tokens(torch.arange(VOCABULARY), models, lengths=[5, 6], weight=weight)
+    read = first_pass(STUDENT.expand(VOCABULARY, -1), tokens)
+    (mean,) = Objective(config).advantage_sums(tokens, read).values()
+    counted = weight * torch.tensor([0.0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1])
+    expected = (counted * (TEACHER.exp() - STUDENT.exp())[0]).sum() / counted.sum()
+    assert mean.value == pytest.approx(expected.item())

@@ -21,11 +21,15 @@ engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
 [teachers.itself]
 model = "{EMBEDDED / "student"}"
 engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
+[teachers.itself.context]  # waits for the other completion of the prompt, and says no more than the prompt
+template = "{{% if attempts %}}{{{{ prompt }}}}{{% endif %}}"
+compared_rows = 1.0
 [prompts]
 template = "raw"
 train = "TRAIN"
 [rollout]
 max_completion_tokens = 48
+samples_per_prompt = 2
 engine = {{ dtype = "float32", kv_cache_gib = 0.25 }}
 [objective]
 preset = "thinking-machines"
@@ -52,5 +56,7 @@ def test_each_prompt_is_scored_by_the_teacher_that_it_names_and_nothing_stays_of
         assert run.left() == []
     first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     assert first["teacher/better/sampled_kl"] > 0.5
-    # On the first step the student still is its second teacher.
+    # On the first step the student still is its second teacher, whose context is the prompt.
     assert abs(first["teacher/itself/sampled_kl"]) < 1e-3
+    assert abs(first["teacher/context_kl"]) < 1e-5
+    assert (first["context/missing_rows"], first["context/tokens"] > 5) == (0, True)

@@ -7,7 +7,7 @@ from typing import Any
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ScoreError
-from cluster.contracts.metrics import Max, Metric, Sum
+from cluster.contracts.metrics import Max, Mean, Metric, Sum
 from cluster.weight_sync.manifest import WeightSyncReport
 from learner.batching.arrivals import RankShare
 
@@ -36,9 +36,9 @@ class StubRank:
         if not tokens:
             raise ScoreError("the stub refuses an empty trajectory")
         time.sleep(tokens / 1000)
-        weights = {} if objective is None else {name: term.weight for name, term in objective.terms.items()}
         return {
-            **{f"{name}_weight": Max(float(weight)) for name, weight in weights.items()},
+            **{f"{name}_mean": Max(mean) for name, mean in share.step_means.items()},
+            "step_of_weights": Max(float(share.step)),
             "tokens": Sum(float(tokens)),
             "rounds": Sum(1.0),
             "micro_batches": Sum(float(len(share.grids))),
@@ -46,6 +46,11 @@ class StubRank:
             "largest_round_tokens": Max(float(tokens)),
             "busy_seconds": Sum(tokens / 1000),
         }
+
+    def advantage_sums(self, share: RankShare, objective: ObjectiveConfig | None) -> dict[str, Metric]:
+        """Say that every token has its trajectory's length for an advantage."""
+        lengths = [share.references[index] for grid in share.grids for row in grid for index in row]
+        return {"main": Mean(sum(length**2 for length in lengths), sum(lengths)), "busy_seconds": Sum(0.0)}
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         return {"busy_seconds": Sum(0.0), "teacher_head": Max(self._head), "step": Max(float(step))}

@@ -6,11 +6,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.batches import BatchHandle
+from cluster.contracts.metrics import merge, report
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import to_wire
 from learner.batching.arrivals import BatchBuffer
-from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.batching.plan import RoundPlanner, plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.loss.objective import Objective
@@ -33,7 +35,7 @@ MICRO_BATCH_TOKENS = 48
 def handle_of(batch: pa.RecordBatch) -> BatchHandle:
     return BatchHandle(
         batch,
-        "only",
+        batch["teacher"][0].as_py(),
         tuple(batch["trajectory_id"].to_pylist()),
         tuple(ragged(batch, "token_ids").lengths.tolist()),
         tuple(ragged(batch, "rollout_logprobs").lengths.tolist()),
@@ -58,7 +60,37 @@ STREAMED = {
     "reward": objective_of(
         "thinking-machines", terms={"main": {"importance": {"kind": "none"}}, "reward": WITHOUT_RATIO}
     ),
+    "mean": objective_of(
+        "thinking-machines", terms={"main": {"importance": {"kind": "none"}, "baseline": "batch_mean"}}
+    ),
+    "shares": objective_of("sdpo", support_size=8, token_weights={"teacher_shares": {"only": 1.0, "other": 3.0}}),
 }
+
+
+def of_two_teachers(scored: pa.RecordBatch) -> pa.RecordBatch:
+    """Route every other row to another teacher, without changing its scores."""
+    index = scored.schema.get_field_index("teacher")
+    names = [("only", "other")[row % 2] for row in range(scored.num_rows)]
+    return scored.set_column(index, scored.schema.field(index), pa.array(names, scored.schema.field(index).type))
+
+
+def weights_of(objective: ObjectiveConfig, scored: pa.RecordBatch) -> list[float]:
+    """Return what makes the mean losses of both teachers count their shares."""
+    shares, lengths = objective.token_weights.teacher_shares, ragged(scored, "rollout_logprobs").lengths.tolist()
+    if not isinstance(shares, dict):
+        return []
+    first, second = sum(lengths[::2]), sum(lengths[1::2])
+    return [
+        0.25 * sum(lengths) / first if row % 2 == 0 else 0.75 * sum(lengths) / second for row in range(len(lengths))
+    ]
+
+
+@torch.no_grad()
+def means_of(objective: ObjectiveConfig, engine: ReferenceEngine, batch: MicroBatch) -> dict[str, float]:
+    """Return the mean log-ratio of all tokens, if the objective takes it off."""
+    if not objective.needs.step_means:
+        return {}
+    return {"main": float((batch.tokens.logprobs["teacher"] - engine.forward(batch).logprobs).double().mean())}
 
 
 @pytest.fixture(scope="module", params=STREAMED)
@@ -67,11 +99,13 @@ def step(request, make_config):
     config = make_config(f"rollout.samples_per_prompt={SAMPLES_PER_PROMPT}")
     engines = [ReferenceEngine(load_student(config.student, config.learner), config.learner) for _ in range(2)]
     objective = STREAMED[request.param]
-    scored = make_scored(objective)
-    rows = trajectories([scored], advantages_of([scored]))
+    scored = of_two_teachers(make_scored(objective))
+    rows = trajectories([scored], advantages_of([scored]), weights_of(objective, scored))
     ((grid,),) = plan_step([len(row.token_ids) for row in rows], 1, 1000)
-    whole = WholeStep(Objective(objective), completion_tokens(scored))
-    accumulate_all(engines[0], [build_micro_batch(grid, rows, config.run.seed)], whole)
+    batch = build_micro_batch(grid, rows, config.run.seed)
+    means = means_of(objective, engines[0], batch)
+    whole = WholeStep(Objective(objective, step_means=means), completion_tokens(scored))
+    accumulate_all(engines[0], [batch], whole)
     at_once = gradients_of(engines[:1], completion_tokens(scored))
     workers = [LearnerActor(config, fetch=lambda batches: list(map(to_wire, batches))) for _ in engines]
     for worker, engine in zip(workers, engines, strict=True):
@@ -92,6 +126,13 @@ def test_every_order_of_arrival_gives_the_gradient_of_the_batch_at_once(step, da
         rounds += planner.all_rounds() if data.draw(st.booleans()) else planner.full_rounds()
     planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
     rounds += planner.all_rounds() or [((),) * num_ranks]
+    if objective.needs.step_means:
+        sums = merge(
+            worker.advantage_sums(arrivals.share((grid,)), objective)
+            for grids in rounds
+            for worker, grid in zip(workers, grids, strict=False)
+        )
+        arrivals.step_means = report({"main": sums["main"]})
     for position, grids in enumerate(rounds, start=1):
         for worker, grid in zip(workers, grids, strict=False):
             worker.accumulate(arrivals.share((grid,)), completes_step=position == len(rounds), objective=objective)

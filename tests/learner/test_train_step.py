@@ -79,6 +79,20 @@ def test_the_size_of_micro_batches_changes_nothing(make_config, name):
         assert (gradients - results[0][1]).norm() < 3e-6 * max(1, results[0][1].norm().item())
 
 
+def test_states_of_layers_and_their_gradients_are_the_same_packed_and_computed_again(make_config):
+    scored, heads, tokens = scored_for("states")
+    results = []
+    for setting in ("attention=masked", "attention=grouped", "gradient_checkpointing=true"):
+        engine = make_engine(make_config(f"learner.{setting}"))
+        (batches,) = plan_batches(scored, 100)
+        figures = report(accumulate_all(engine, batches, task_of("states", tokens, heads)))
+        results.append((figures, torch.cat([parameter.grad.flatten() for parameter in engine.student.parameters()])))
+    for figures, gradients in results[1:]:
+        assert figures["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-6)
+        assert figures["state_error"] == pytest.approx(results[0][0]["state_error"], rel=1e-6)
+        assert (gradients - results[0][1]).norm() < 1e-5 * results[0][1].norm()
+
+
 @pytest.mark.parametrize("name", HAS_OPTIMUM_AT_THE_TEACHER)
 def test_a_student_that_is_its_own_teacher_has_no_loss_and_no_gradient(make_config, scored, name):
     engine = make_engine(make_config())

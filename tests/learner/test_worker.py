@@ -132,3 +132,16 @@ def test_tokens_that_end_a_completion_are_learned_unless_the_run_file_says_other
         losses.append(report(make_worker(config).accumulate(share, completes_step=True))["loss"])
     assert losses[0] > 0.1
     assert losses[1] == 0
+
+
+def test_a_rank_takes_the_weights_that_the_step_has(make_config, make_worker, scored):
+    schedule = "objective.terms.main.weight={from = 1.0, to = 0.0, over_steps = 4}"
+    config = make_config("objective.support_size=8", "objective.preset=tail-topk", schedule)
+    worker, lengths = make_worker(config), ragged(scored, "token_ids").lengths.tolist()
+    losses = []
+    for step in (0, 1, 4, 0):
+        share = RankShare((scored,), (0.0,) * len(lengths), plan_step(lengths, 1, 64)[0], step=step)
+        losses.append(report(worker.accumulate(share, completes_step=True))["loss"])
+        worker.discard_step(completion_tokens(scored))
+    assert losses[0] > 0.1
+    assert losses == pytest.approx([losses[0], 0.75 * losses[0], 0, losses[0]], rel=1e-5)

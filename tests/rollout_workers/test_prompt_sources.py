@@ -1,6 +1,7 @@
 """What is read from each kind of source: which rows, under which names."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,13 @@ def test_a_folder_that_is_laid_out_as_on_the_hub_has_subsets_and_splits(tmp_path
 def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert_refused(lambda: rows("openai/gsm8k/main"), PromptError, "openai/gsm8k: there is no such file or folder, and")
+
+
+def test_a_hub_that_is_away_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"it waits {seconds} s to ask again"))
+    assert_refused(lambda: rows("openai/gsm8k/main"), PromptError, "openai/gsm8k: there is no such file or folder, and")
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
 
 
 def test_what_a_source_names_follows_from_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

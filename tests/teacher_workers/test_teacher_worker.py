@@ -64,6 +64,39 @@ def test_a_second_model_scores_what_the_first_one_chose() -> None:
     assert names == ["logprob", "prefix_hit_ratio", "scored_tokens", "seconds", "tokens"]
 
 
+class EngineWithLayers(ScriptedEngine):
+    """Gives the values of other layers behind each hidden state, which counts the tokens of its row."""
+
+    def __init__(self, hidden: torch.Tensor, layers: torch.Tensor) -> None:
+        super().__init__(hidden)
+        self._layers, self._layers_width = layers, layers.shape[-1]
+
+    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
+        hidden, cached = await super().hidden_states(request_id, token_ids, loss_mask)
+        count = torch.arange(len(hidden))[:, None]
+        return torch.cat([hidden, self._layers + count], dim=-1), cached
+
+
+def test_values_of_other_layers_are_a_column_of_their_own_and_no_score_reads_them() -> None:
+    engine = EngineWithLayers(HALF_3_QUARTER_5.log(), torch.tensor([7.0, 8.0, 9.0]))
+    worker, plain = TeacherWorker("teacher", engine), make_worker(HALF_3_QUARTER_5)
+    request = ScoreRequest("teacher", hidden=True, layers=True)
+    scored, _ = asyncio.run(worker.score(BATCH, request))
+    alone, _ = asyncio.run(plain.score(BATCH, ScoreRequest("teacher", hidden=True)))
+    assert ragged(scored, "teacher_layers")[1].tolist() == [[7, 8, 9], [8, 9, 10], [9, 10, 11]]
+    for name in ("teacher_logprobs", "teacher_hidden"):
+        assert ragged(scored, name).values.tolist() == ragged(alone, name).values.tolist()
+    without, _ = asyncio.run(worker.score(BATCH, TEACHER))
+    assert "teacher_layers" not in without.schema.names
+
+
+def test_an_engine_that_lacks_a_layer_is_refused() -> None:
+    engine = EngineWithLayers(HALF_3_QUARTER_5.log(), torch.tensor([7.0, 8.0, 9.0]))
+    engine._layers = engine._layers[:2]
+    with pytest.raises(ScoreError, match=r"hidden states of shape \[2, 114\], 2 .* this LM head need \[2, 115\]"):
+        asyncio.run(TeacherWorker("teacher", engine).score(BATCH, TEACHER))
+
+
 def test_candidates_that_nobody_chose_cannot_be_scored() -> None:
     with pytest.raises(ScoreError, match=r"^teacher-math-1: base is to score candidates, but the batch has none"):
         asyncio.run(make_worker(HALF_3_QUARTER_5).score(BATCH, ScoreRequest("base", given_candidates=True)))

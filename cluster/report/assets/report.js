@@ -9,7 +9,7 @@
     ["Throughput", "tokens per second", { "step/tokens_per_second": "whole step", "generate/tokens_per_second": "generate", "score/tokens_per_second": "score", "learn/tokens_per_second": "learn" }],
     ["Idle share of each pool", "share of time", { "pool/*/idle_share": "*" }],
     ["Loss", "per token", { "train/loss": "loss" }],
-    ["Length of the gradient", "before clipping", { "train/gradient_norm": "norm" }],
+    ["Gradient norm", "before clipping", { "train/gradient_norm": "norm" }],
     ["Probability on the candidates", "", { "train/student_candidate_mass": "student", "train/teacher_candidate_mass": "teacher" }],
     ["Cut and repeating completions", "share", { "rollout/truncated_ratio": "cut at the limit", "rollout/repetition_ratio": "repeating" }],
     ["Sampler and learner apart", "nats per token", { "train/sampler_learner_gap": "mean" }],
@@ -21,6 +21,7 @@
   // Okabe and Ito's colours, which people with any colour vision tell apart; black is the text's colour.
   const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00", "#7f7f7f"];
   const MOST_MARKS = 200;
+  const AT_ONCE = 4; // charts, before the page is ready; the others follow one by one
   const $ = (id) => document.getElementById(id);
   const make = (name, text, kind) => Object.assign(document.createElement(name), { textContent: text ?? "", className: kind ?? "" });
 
@@ -42,8 +43,8 @@
     const axis = { gridcolor: of("--line"), zerolinecolor: of("--line"), linecolor: of("--line"), automargin: true };
     return {
       title: { text: title, font: { size: 14 }, x: 0, xanchor: "left" }, font: { color: of("--ink"), size: 12 },
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 50, r: 10, t: 34, b: 70 }, height: 300,
-      legend: { orientation: "h", y: -0.22 }, hovermode: "x unified", hoverlabel: { bgcolor: of("--paper"), font: { color: of("--ink") } },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 50, r: 10, t: 34, b: 84 }, height: 310,
+      legend: { orientation: "h", y: -0.28 }, hovermode: "x unified", hoverlabel: { bgcolor: of("--paper"), font: { color: of("--ink") } },
       colorway: COLOURS, xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, title: { text: unit }, rangemode: "tozero" },
       shapes: more.shapes ?? [], barmode: more.barmode, bargap: more.bargap ?? 0.05,
     };
@@ -55,14 +56,13 @@
     $(parent).append(element);
     charts.push({ element, title, unit, traces, more });
   }
-  function redraw() {
+  function drawOne({ element, title, unit, traces, more }) {
     const axis = Number($("axis").value);
-    for (const { element, title, unit, traces, more } of charts) {
-      const drawn = traces.map(({ points, ...trace }) => (points ? { ...trace, x: points[axis], y: points[2] } : trace));
-      const named = more.marks ? { xaxis: { title: { text: axis ? "hours" : "step" } }, shapes: marks(axis) } : {};
-      Plotly.react(element, drawn, layout(title, unit, { ...more, ...named }), { responsive: true, displaylogo: false, displayModeBar: false });
-    }
+    const drawn = traces.map(({ points, ...trace }) => (points ? { ...trace, x: points[axis], y: points[2] } : trace));
+    const named = more.marks ? { xaxis: { title: { text: axis ? "hours" : "step" } }, shapes: marks(axis) } : {};
+    Plotly.react(element, drawn, layout(title, unit, { ...more, ...named }), { responsive: true, displaylogo: false, displayModeBar: false });
   }
+  const redraw = () => charts.forEach(drawOne);
   function marks(axis) {
     const shapes = [];
     for (const run of runs) {
@@ -113,7 +113,6 @@
   $("axis").addEventListener("change", redraw);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   matchMedia("print").addEventListener("change", redraw);
-  redraw();
 
   // ---- tokens
   const WORDS = {
@@ -250,5 +249,11 @@
   runs.forEach((one, place) => option($("token-run"), place, one.name));
   listRows();
   show(0);
+  charts.slice(0, AT_ONCE).forEach(drawOne);
   document.documentElement.dataset.ready = "yes";
+  for (const chart of charts.slice(AT_ONCE)) {
+    await new Promise((resolve) => setTimeout(resolve));  // the page answers meanwhile
+    drawOne(chart);
+  }
+  document.documentElement.dataset.ready = "all";
 })();

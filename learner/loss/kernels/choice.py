@@ -99,6 +99,7 @@ def _probe_tokens(target_ids: Tensor) -> CompletionTokens:
         uniform=torch.zeros_like(flat),
         task_advantage=torch.zeros_like(flat),
         reward=torch.zeros_like(flat),
+        weight=torch.ones_like(flat),
     )
 
 

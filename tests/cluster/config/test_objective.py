@@ -26,7 +26,8 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (ObjectiveConfig, "preset support support_size terms token_weights"),
         (
             TokenWeightsConfig,
-            "first_tokens first_fraction skip_first special_tokens stop_tokens position_importance entropy",
+            "first_tokens first_fraction skip_first special_tokens stop_tokens teacher_shares position_importance "
+            "entropy",
         ),
         (ImportanceConfig, "kind low high dual_clip"),
         (DivergenceTerm, "weight when threshold target divergence truncation residual entry_clip beta skew parameter"),
@@ -143,6 +144,18 @@ def test_a_target_replaces_the_preset_s_whole() -> None:
             "only where all tokens of a prefix count, but when = 'reward_positive' depends",
         ),
         (
+            "preset = 'thinking-machines'\nterms.main = {baseline = 'batch_mean', discount = 0.5}",
+            "baseline = 'batch_mean' is the mean over the step, of log-ratios alone; leave out .* and discount",
+        ),
+        (
+            "preset = 'thinking-machines'\nterms.main = {baseline = 'batch_mean', when = 'teacher_entropy_above'}",
+            "leave out when = 'teacher_entropy_above' and discount",
+        ),
+        (
+            "token_weights.teacher_shares = {maths = 1.0}",
+            r"teacher_shares names \['maths'\]; expected all teachers that prompts go to, \['main'\]",
+        ),
+        (
             "preset = 'vopd'\nterms.main = {baseline = 'support_mean', log_ratio_map = 'constant'}",
             "would leave nothing of log_ratio_map = 'constant'",
         ),
@@ -202,6 +215,14 @@ def test_what_compares_the_samples_of_a_prompt_needs_several(when: str) -> None:
     assert make_config("objective=thinking-machines").objective.needs.divides_by_deviation is None
     with pytest.raises(ConfigError, match=rf"terms.main: when = '{when}' compares the samples .* is 1; set it to 2"):
         make_config(*condition, "rollout.samples_per_prompt=1")
+
+
+def test_what_depends_on_the_whole_step_says_so() -> None:
+    shares = make_config("objective.preset=tail-topk", "objective.token_weights.teacher_shares=equal").objective.needs
+    mean = make_config("objective.preset=thinking-machines", "objective.terms.main.baseline=batch_mean").objective.needs
+    assert (shares.whole_step, shares.step_means, shares.first_pass) == (True, False, False)
+    assert (mean.whole_step, mean.step_means, mean.first_pass) == (True, True, False)
+    assert not make_config().objective.needs.whole_step
 
 
 def test_a_constant_advantage_is_not_checked_where_student_and_teacher_agree() -> None:

@@ -39,6 +39,8 @@ FIELDS = {
 def test_the_knobs_are_these_and_no_others() -> None:
     found = {}
     for field in msgspec.structs.fields(Config):
+        if field.name == "method":  # a text
+            continue
         section = field.type
         if field.name == "teachers":
             section = section.__args__[0].__args__[1]

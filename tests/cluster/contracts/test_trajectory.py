@@ -154,12 +154,20 @@ def test_bytes_of_something_else_are_refused() -> None:
         (make_scores(4096), 4),
         (make_scores(4096, top_k=16), 4 + 8 * 16),
         ({**make_scores(4096), "hidden": np.zeros((4096, 64), np.uint16)}, 4 + 2 * 64),
+        # The last layer of 1.5B and of 8B; all 28 layers of 1.5B, and of 28 and 36 what rank 8 and rank 4 leave.
+        ({**make_scores(512), "hidden": np.zeros((512, 1_536), np.uint16)}, 4 + 3_072),
+        ({**make_scores(512), "hidden": np.zeros((512, 4_096), np.uint16)}, 4 + 8_192),
+        ({**make_scores(64), "layers": np.zeros((64, 28 * 1_536), np.uint16)}, 4 + 86_016),
+        ({**make_scores(64), "layers": np.zeros((64, 36 * 4_096), np.uint16)}, 4 + 294_912),
+        ({**make_scores(4096), "layers": np.zeros((4096, 28 * 8), np.uint16)}, 4 + 448),
+        ({**make_scores(4096), "layers": np.zeros((4096, 36 * 4), np.uint16)}, 4 + 288),
     ],
 )
 def test_scores_cost_these_bytes_per_token(scores: Scores, bytes_per_token: int) -> None:
-    generated = make_generated([make_trajectory(completion=range(4096))])
+    num_tokens = len(scores["logprobs"])
+    generated = make_generated([make_trajectory(completion=range(num_tokens))])
     added = to_wire(add_scores(generated, "teacher", scores)).size - to_wire(generated).size
-    assert added / 4096 == pytest.approx(bytes_per_token, rel=0.02)
+    assert added / num_tokens == pytest.approx(bytes_per_token, rel=0.02)
 
 
 def changes(*positions: int) -> dict[str, Any]:

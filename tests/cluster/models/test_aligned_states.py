@@ -8,9 +8,9 @@ import torch
 
 from cluster.config.run_config import Config
 from cluster.config.stages import StatesConfig
-from cluster.contracts.errors import ConfigError
+from cluster.contracts.errors import ConfigError, ModelError
 from cluster.models.aligned_states import states_to_send
-from cluster.models.hidden_layers import ProjectionBank, paired_layers
+from cluster.models.hidden_layers import ProjectionBank, load_bank, paired_layers
 from cluster.models.model_checks import ModelFacts
 from tests.builders import make_config
 
@@ -102,3 +102,13 @@ def test_servers_send_no_states() -> None:
     config = run_with("all", "teachers.main.url=http://host:8000/v1")
     with pytest.raises(ConfigError, match=r"teachers.main: its backend 'http' does not send layers"):
         check_signals(config)
+
+
+def test_every_node_must_have_the_drivers_bank(tmp_path: Path) -> None:
+    path = write_bank(tmp_path / "bank", (8, 2), (12, 4))
+    config = run_with("all", f"objective.terms.s.bank={path}")
+    states = states_to_send(config, facts(8, 2), {"main": facts(12, 4)})["main"]
+    assert load_bank(path, states.digest).rank == 3
+    write_bank(tmp_path / "bank", (8, 3), (12, 4))
+    with pytest.raises(ModelError, match="another one on this node"):
+        load_bank(path, states.digest)

@@ -1,12 +1,19 @@
 """What the driver makes of the rows that the learner's ranks have kept."""
 
+from types import SimpleNamespace
+
 import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cluster.contracts.kept_rows import Taken
-from cluster.run.kept_rows import TokenTexts, join
+from cluster.config.run_directory import RunDirectory
+from cluster.contracts.errors import ActorDiedError
+from cluster.contracts.kept_rows import KeptRowFiles, Taken
+from cluster.demo import EMBEDDED
+from cluster.run.kept_rows import KeptRows, TokenTexts, join
+from tests.builders import make_config
+from tests.cluster.run.contexts import make_run_context
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +101,59 @@ def test_a_tokenizer_that_puts_spaces_between_words_shows_them():
     tokenizer.add_special_tokens(["<unk>", "<bos>"])
     of = TokenTexts(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", unk_token="<unk>"))
     assert of.of_sequence([2, 3, 2]) == [" 12", " +", " 12"]
+
+
+class Ranks:
+    """Stands for the learner and for Ray: answers are values, or errors that are raised."""
+
+    def __init__(self, *answers):
+        self._answers = list(answers)
+
+    def take_kept_rows(self):
+        return [self._answers.pop(0)]
+
+    def get(self, references, timeout_seconds, waiting_for):
+        if isinstance(references[0], Exception):
+            raise references[0]
+        return references
+
+
+@pytest.fixture
+def run_with(tmp_path):
+    """Return a function that makes the hook of a run whose ranks answer as given, and the run's directory."""
+    config = make_config(f"run.directory={tmp_path}", f"student.model={EMBEDDED / 'student'}")
+    directory = RunDirectory.create(config)
+
+    def make(*answers, first_step=0):
+        ranks = Ranks(*answers)
+        run = make_run_context(config, None, SimpleNamespace(learner=ranks), directory, first_step)
+        return KeptRows(run, ranks), KeptRowFiles(directory.kept_rows)
+
+    return make
+
+
+def kept_row(trajectory_id):
+    batch = pa.record_batch({"trajectory_id": [trajectory_id], "token_ids": pa.array([[36, 16]], pa.list_(pa.int32()))})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return taken(sink.getvalue().to_pybytes())
+
+
+def test_rows_are_written_beside_the_loop_and_a_step_whose_ranks_died_is_left_out(run_with):
+    hook, files = run_with(kept_row(7), ActorDiedError("learner-0 died"), kept_row(9))
+    for step in (1, 2, 3):
+        assert hook.after_step(step, {}, [])["kept_rows/write_seconds"] >= 0
+    hook.end(None)
+    assert [(step, rows["trajectory_id"].to_pylist()) for step, rows in files.read()] == [(1, [7]), (3, [9])]
+    assert next(files.read())[1]["token_texts"].to_pylist() == [[" 32", " 12"]]
+
+
+def test_a_resumed_run_keeps_the_rows_of_its_first_steps_alone(run_with):
+    hook, _ = run_with(kept_row(7), kept_row(8))
+    for step in (1, 2):
+        hook.after_step(step, {}, [])
+    hook.end(None)
+    hook, files = run_with(first_step=1)
+    hook.end(None)
+    assert [step for step, _ in files.read()] == [1]

@@ -8,7 +8,7 @@ from cluster.config.presets import PRESETS
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.config.run_file import parse_run_config
-from cluster.run.model_readme import MARK, add_readme, make_readme, objective_in_words, settings
+from cluster.run.model_readme import MARK, add_readme, make_readme, settings
 from tests.builders import make_config
 
 HUB_RUN = """
@@ -52,7 +52,7 @@ def test_the_front_matter_is_what_the_hub_reads_and_leaves_the_licence_open(tmp_
     assert card.data.license is None
     assert "`Qwen/Qwen3-1.7B-Base` after 40 of 100 steps of on-policy distillation" in card.text
     assert "| teachers | math (`Qwen/Qwen3-8B`), v1.5 (`org/other`) |" in card.text
-    assert "| objective | gkd: jsd on the whole vocabulary |" in card.text
+    assert "| objective | preset gkd; Jensen-Shannon divergence of student and target over the whole vocab" in card.text
     assert re.search(r"Packages: .*torch \d+\.\d+.*transformers \d+\.\d+", card.text)
     assert "## Measured" not in card.text  # no step says
 
@@ -69,11 +69,11 @@ def test_the_settings_shown_make_the_same_run_again() -> None:
 def test_the_settings_of_every_preset_make_its_objective_again(preset: str) -> None:
     config = make_config(f"objective={preset}", "teachers.main.base=other", "teachers.other.model=other")
     assert parse_run_config(settings(config)).objective == config.objective
-    assert objective_in_words(config.objective).startswith(f"{preset}: ")
+    assert f"| objective | preset {preset}; " in make_config_card(config)
 
 
 def make_config_card(config: Config) -> str:
-    return make_readme(config, [{"step": 1, "train/kl": 2.0}, {"step": 2, "train/kl": 0.25}], step=2)
+    return make_readme(config, [{"step": 1, "train/kl": 2.0}, {"step": 2, "train/kl": 0.25}], step=2, start={})
 
 
 def test_a_card_has_no_absolute_path_no_server_and_no_project() -> None:
@@ -82,6 +82,14 @@ def test_a_card_has_no_absolute_path_no_server_and_no_project() -> None:
         assert secret not in card
     assert 'rollout.engine.extra.download_dir = "cache"' in toml_of(card)
     assert ModelCard(card).data.base_model is None  # a folder is no model of the hub
+
+
+def test_versions_are_those_that_the_run_began_with_and_weights_may_move() -> None:
+    weight = "objective.terms.main.weight={from=1, to=0, over_steps=5}"
+    config = make_config("objective.terms.main.loss=divergence", weight)
+    text = make_readme(config, [], step=2, start={"packages": {"torch": "1.2.3"}})
+    assert "Packages: torch 1.2.3." in text
+    assert parse_run_config(settings(config)).objective == config.objective
 
 
 def test_a_file_of_the_user_stays_and_one_of_ours_is_written_anew(tmp_path: Path) -> None:

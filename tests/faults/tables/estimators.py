@@ -279,7 +279,7 @@ FAULTS = (
     Fault(
         "later advantages left out",
         ADVANTAGE_TERMS,
-        "added = added + chunk.plan.later_advantages[self._name]",
+        "added = added + chunk.plan.added_advantages[self._name]",
         "added = added",
         expectation("minillm"),
     ),

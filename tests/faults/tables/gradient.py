@@ -6,8 +6,8 @@ FAULTS = (
     Fault(
         "gradient divided by all tokens",
         "learner/batching/arrivals.py",
-        "self.num_completion_tokens += sum(handle.num_completion_tokens)",
-        "self.num_completion_tokens += sum(handle.num_tokens)",
+        "        self.num_loss_tokens += num_tokens\n",
+        "        self.num_loss_tokens += sum(handle.num_tokens)\n",
         ("tests/learner/batching/test_arrivals.py",),
     ),
     Fault(

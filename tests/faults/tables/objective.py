@@ -2,7 +2,37 @@
 
 from tests.faults.fault import Fault
 
+STATES = "learner/loss/representation.py"
+OF_STATES = ("tests/learner/loss/test_representation.py",)
 FAULTS = (
+    Fault(
+        "states divided by the student's mean square",
+        STATES,
+        "scale = target.square()",
+        "scale = student.square()",
+        OF_STATES,
+    ),
+    Fault(
+        "a target's coefficients are not used",
+        STATES,
+        "torch.stack([share * sent",
+        "torch.stack([sent",
+        OF_STATES,
+    ),
+    Fault(
+        "layers are added up instead of averaged",
+        STATES,
+        ".square().mean((1, 2))",
+        ".square().sum(1).mean(-1)",
+        OF_STATES,
+    ),
+    Fault(
+        "the student's states are not taken from their mean",
+        "cluster/models/hidden_layers.py",
+        "(wide - mean) @",
+        "wide @",
+        OF_STATES,
+    ),
     Fault(
         "advantage of the wrong sign",
         "learner/loss/policy_gradient.py",
@@ -149,6 +179,34 @@ FAULTS = (
         "* discount**width",
         "* discount",
         ("tests/learner/loss/test_token_weights.py",),
+    ),
+    Fault(
+        "shares of teachers over their tokens so far",
+        "learner/batching/arrivals.py",
+        "        self._held += released\n        return []\n",
+        "        return released\n",
+        ("tests/learner/batching/test_arrivals.py",),
+    ),
+    Fault(
+        "a teacher without tokens keeps its share",
+        "learner/batching/arrivals.py",
+        "for name, tokens in self._tokens.items() if tokens}",
+        "for name in self._tokens}",
+        ("tests/learner/batching/test_arrivals.py",),
+    ),
+    Fault(
+        "a step's mean without the tokens' weights",
+        "learner/loss/objective.py",
+        "weights, sums = self._weights(tokens, first_pass).double(), {}",
+        "weights, sums = torch.ones_like(tokens.weight).double(), {}",
+        ("tests/conformance/test_terms_by_enumeration.py",),
+    ),
+    Fault(
+        "a step's mean is added",
+        "learner/loss/objective.py",
+        "torch.full_like(tokens.rollout_logprobs, -mean)",
+        "torch.full_like(tokens.rollout_logprobs, mean)",
+        ("tests/conformance/test_terms_by_enumeration.py",),
     ),
     Fault(
         "samples of a prompt taken apart",

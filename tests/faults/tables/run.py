@@ -4,6 +4,20 @@ from tests.faults.fault import Fault
 
 FAULTS = (
     Fault(
+        "kept rows follow the micro-batches",
+        "learner/kept_rows.py",
+        "is_chosen = rows[index].trajectory_id in chosen",
+        "is_chosen = place < self._count",
+        ("tests/learner/test_kept_rows.py",),
+    ),
+    Fault(
+        "a report that trusts texts",
+        "cluster/report/report.py",
+        "autoescape=True",
+        "autoescape=False",
+        ("tests/cluster/report/test_report.py::test_a_hostile_text_is_shown_and_does_nothing",),
+    ),
+    Fault(
         "one step more in flight than allowed",
         "cluster/run/driver.py",
         "min(step + self.max_staleness + 1, self.num_steps)",

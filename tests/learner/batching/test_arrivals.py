@@ -1,6 +1,8 @@
 """Which trajectories of a step may be learned from as they arrive, and what a rank is told of them."""
 
-from cluster.config.objective import ObjectiveConfig
+import pytest
+
+from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
 from cluster.config.terms import TaskRewardTerm
 from cluster.contracts.batches import BatchHandle
 from learner.batching.arrivals import BatchBuffer
@@ -48,3 +50,29 @@ def test_a_prompt_without_all_its_samples_is_released_at_the_end():
     assert arrivals.rest() == [0, 1]
     assert arrivals.share((((0, 1),),)).task_advantages == (0.5, -0.5)
     assert arrivals.rest() == []
+
+
+def of_teachers(shares, *rows):
+    """Return what a rank is told of rows that came as batches of one: (teacher, completion tokens)."""
+    objective = ObjectiveConfig(token_weights=TokenWeightsConfig(teacher_shares=shares))
+    arrivals = BatchBuffer(objective, samples_per_prompt=1)
+    for teacher, tokens in rows:
+        assert arrivals.add(BatchHandle(teacher, teacher, (0,), (9,), (tokens,))) == []  # held back
+    assert arrivals.rest() == list(range(len(rows)))
+    assert arrivals.rest() == []
+    return arrivals.share((((tuple(range(len(rows)))),),)).weights
+
+
+def test_the_tokens_of_each_teacher_count_its_share_together_however_many_they_are():
+    rows = [("math", 30), ("code", 10), ("math", 60)]
+    assert of_teachers("equal", *rows) == pytest.approx((100 / 180, 5.0, 100 / 180))
+    assert of_teachers({"math": 3.0, "code": 1.0}, *rows) == pytest.approx((75 / 90, 2.5, 75 / 90))
+    # A teacher without tokens in the step leaves its share to the others.
+    assert of_teachers({"math": 3.0, "code": 1.0}, ("math", 30), ("code", 0)) == pytest.approx((1.0, 0.0))
+    assert of_teachers("equal", ("math", 0)) == (0.0,)
+
+
+def test_without_shares_a_rank_is_told_of_no_weights():
+    arrivals = BatchBuffer(ObjectiveConfig(), samples_per_prompt=1)
+    arrivals.add(handle("a", [4]))
+    assert arrivals.share((((0,),),)).weights == ()

@@ -150,4 +150,12 @@ def test_a_scheduled_weight_is_that_of_the_step_whatever_steps_came_before(start
     group = start("objective.preset=tail-topk", weight)
     for step, expected in [(0, 1.0), (4, 0.8), (10, 0.5), (11, 0.5), (4, 0.8)]:
         figures = report(group.step(ReadyBatches([handle_of(1)]), step))
-        assert figures["main_weight"] == figures["weight/main"] == pytest.approx(expected)
+        assert figures["weight/main"] == pytest.approx(expected)
+        assert figures["step_of_weights"] == step
+
+
+def test_ranks_learn_what_they_need_of_the_whole_step_before_its_first_gradient(start) -> None:
+    group = start("objective.preset=thinking-machines", "objective.terms.main.baseline=batch_mean")
+    figures = report(group.step(Scripted([(0.0, handle_of(10)), (0.5, handle_of(30))]), 0))
+    assert (figures["rounds"], figures["tokens"]) == (1, 40)  # the first batch waited for the other
+    assert figures["main_mean"] == (10 * 10 + 30 * 30) / 40

@@ -81,6 +81,7 @@ def make_tokens(
         "uniform": torch.full((n,), 0.5, dtype=dtype),
         "task_advantage": torch.zeros(n, dtype=dtype),
         "reward": torch.full((n,), torch.nan, dtype=dtype),
+        "weight": torch.ones(n, dtype=dtype),
     }
     for model, values in columns.pop("logprobs", {}).items():
         made["scores"][model]["logprobs"] = values

@@ -99,8 +99,8 @@ def test_a_trajectory_alone_gives_what_it_gives_in_company(preset: str) -> None:
     facts, facts_alone = first_pass(logits, tokens), first_pass(logits[rows], tokens[rows])
     plan, plan_alone = objective.plan(tokens, facts)[rows], objective.plan(tokens[rows], facts_alone)
     assert torch.equal(plan.weights, plan_alone.weights)
-    for name, later in plan.later_advantages.items():
-        assert torch.equal(later, plan_alone.later_advantages[name])
+    for name, later in plan.added_advantages.items():
+        assert torch.equal(later, plan_alone.added_advantages[name])
     whole = evaluate(objective, logits, tokens, models)
     alone = evaluate(objective, logits[rows], tokens[rows], {model: values[rows] for model, values in models.items()})
     torch.testing.assert_close(alone.losses, whole.losses[rows], atol=1e-14, rtol=1e-14)
@@ -195,7 +195,7 @@ def test_tokens_and_plans_are_chosen_alike() -> None:
     objective, logits, tokens, _ = random_case("minillm")
     plan = objective.plan(tokens, first_pass(logits, tokens))
     chosen = torch.tensor([5, 0, 9])
-    assert torch.equal(plan[chosen].later_advantages["main"], plan.later_advantages["main"][chosen])
+    assert torch.equal(plan[chosen].added_advantages["main"], plan.added_advantages["main"][chosen])
     assert torch.equal(tokens[chosen].logprobs["teacher"], tokens.logprobs["teacher"][chosen])
     assert len(plan[2:5]) == len(tokens[2:5]) == 3
     moved = tokens.to(torch.device("cpu"))
