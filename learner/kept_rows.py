@@ -104,6 +104,7 @@ class KeptRows:
     def __init__(self, config: Config) -> None:
         self._count, self._seed = config.logging.kept_rows, config.run.seed
         self._per_step = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
+        self._step = -1  # whose rows these are
         self._chosen: list[KeptRow] = []
         self._worst: list[KeptRow] = []  # at most one
         self._largest_ratio = -np.inf
@@ -115,6 +116,8 @@ class KeptRows:
         if not self._count or not len(batch.tokens):
             return batch
         step = rows[indices[0]].trajectory_id // self._per_step
+        if step != self._step:
+            self._begin(step)
         chosen = chosen_ids(self._seed, step, self._per_step, self._count)
         lengths = [len(rows[index].rollout_logprobs) for index in indices]
         ratios = log_ratios(batch.tokens, lengths)
@@ -147,8 +150,12 @@ class KeptRows:
         """Return the rows, and begin anew."""
         began = perf_counter()
         taken = Taken(_to_ipc(self._chosen), _to_ipc(self._worst), perf_counter() - began)
-        self._chosen, self._worst, self._largest_ratio = [], [], -np.inf
+        self._begin(-1)
         return taken
+
+    def _begin(self, step: int) -> None:
+        """Forget what was kept before."""
+        self._step, self._chosen, self._worst, self._largest_ratio = step, [], [], -np.inf
 
 
 def log_ratios(tokens: CompletionTokens, lengths: Sequence[int]) -> NDArray[np.float64]:
