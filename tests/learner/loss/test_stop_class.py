@@ -5,7 +5,9 @@ import torch
 
 from cluster.config.presets import PRESETS
 from cluster.models.stop_class import merge_logits, split_gradient
-from tests.learner.loss.builders import VOCABULARY, evaluate, gradient_of, random_case, small
+from learner.loss.objective import Objective
+from learner.loss.tokens import CompletionTokens
+from tests.learner.loss.builders import VOCABULARY, evaluate, gradient_of, make_objective, random_case, small
 
 
 def split(logits: torch.Tensor, token_id: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,7 +24,19 @@ def split(logits: torch.Tensor, token_id: int, seed: int) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("preset", PRESETS)
 def test_two_ids_that_end_completions_have_loss_and_gradient_of_one(preset: str, temperature: float) -> None:
     _, logits, tokens, models = random_case(preset)
-    objective = small(preset, temperature)
+    compare(small(preset, temperature), logits, tokens, models)
+
+
+def test_a_difference_of_two_models_makes_no_target_of_ids_that_count_as_another() -> None:
+    _, logits, tokens, models = random_case("gkd")
+    term = {"loss": "divergence", "divergence": "forward_kl", "target": {"teacher": 1.0, "base": -1.0}}
+    compare(make_objective(support="full", terms={"main": term}), logits, tokens, models)
+
+
+def compare(
+    objective: Objective, logits: torch.Tensor, tokens: CompletionTokens, models: dict[str, torch.Tensor]
+) -> None:
+    """Compare an objective on a vocabulary in which one token is split with the same on that which has it whole."""
     stop = int(tokens.target_ids.mode().values)
     assert (tokens.target_ids == stop).any()
     expected = evaluate(objective, logits, tokens, models)
