@@ -249,7 +249,11 @@ def test_the_students_eos_stands_for_all_ids_that_end_completions_and_the_run_fi
     off = config(folder, "rollout.stop_class=[]")
     resolved = load_inputs(off).pairs.apply(off)
     assert (resolved.rollout.stop_class, resolved.teachers["main"].stop_class) == ((), ())
-    assert train_sampling(resolved).stop_class == held_out_sampling(several.pairs.apply(off)).stop_class == ()
+    assert train_sampling(resolved).stop_class == held_out_sampling(resolved).stop_class == ()
+    held_out = held_out_sampling(several.pairs.apply(config(folder)))
+    assert (held_out.temperature, held_out.stop_class) == (1.0, (1, 4))
+    greedy = config(folder, "evaluation.temperature=0")
+    assert held_out_sampling(several.pairs.apply(greedy)).stop_class == ()  # as it will be used
 
 
 def test_ids_that_end_the_turns_of_a_teacher_alone_count_for_it_and_are_not_excluded(folder: Path) -> None:
