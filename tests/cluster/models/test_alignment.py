@@ -104,6 +104,7 @@ def test_a_permuted_vocabulary_is_the_same_text_in_other_ids() -> None:
 def test_pairs_are_the_tokens_that_cover_the_same_bytes() -> None:
     assert strict_pairs([b" 12", b" +", b" 3", b"0"], [b" ", b"12", b" +", b" 30"]) == [(1, 2)]
     assert strict_pairs([b"a", b"b"], [b"ab"]) == []
+    assert strict_pairs([b"\xc3", b"\xa9", b"x"], [b"\xc3\xa9", b"x"]) == [(2, 1)]  # a character in two parts
     assert strict_pairs([], []) == []
 
 
