@@ -173,6 +173,7 @@ def completion_tokens(student: Tensor, teacher: Tensor, ids: Tensor) -> Completi
         uniform=nothing,
         task_advantage=nothing,
         reward=torch.full((count,), torch.nan),
+        weight=torch.ones(count),
     )
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from cluster.actors.cluster import PoolTimeouts
-from cluster.config.stages import Dtype, EngineConfig, TeacherConfig
+from cluster.config.stages import Dtype, EngineConfig, StatesConfig, TeacherConfig
 from teacher_workers.pool import TeacherPool, start_pool
 from tests.tiny_qwen3 import CONTEXT_TOKENS, write_tiny_qwen3
 
 ENGINE = {"kv_cache_gib": 0.1, "cpu_threads": 1}
 
 
-def start(name: str, model: Path, dtype: Dtype, num_replicas: int) -> TeacherPool:
-    teacher = TeacherConfig(model=str(model), engine=EngineConfig(dtype=dtype, **ENGINE))
+def start(name: str, model: Path, dtype: Dtype, num_replicas: int, states: StatesConfig | None = None) -> TeacherPool:
+    teacher = TeacherConfig(model=str(model), engine=EngineConfig(dtype=dtype, **ENGINE), states=states)
     timeouts = PoolTimeouts(start_seconds=500, call_seconds=120)
     return start_pool(name, teacher, CONTEXT_TOKENS, [{"num_cpus": 1}] * num_replicas, timeouts)
 
@@ -27,9 +27,11 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def pools(ray_cluster: None, tiny_teacher: Path) -> Iterator[dict[str, TeacherPool]]:
-    """Start the tiny teacher in float32 as `exact`, and twice in bfloat16 as `coarse`."""
+    """Start the tiny teacher in float32 as `exact`, and twice in bfloat16 as `coarse`, which sends its two layers."""
     exact = start("exact", tiny_teacher, "float32", num_replicas=1)
-    coarse = start("coarse", tiny_teacher, "bfloat16", num_replicas=2)
+    coarse = start(
+        "coarse", tiny_teacher, "bfloat16", num_replicas=2, states=StatesConfig(layers=(1, 2), student_depth=2)
+    )
     for pool in (exact, coarse):
         pool.wait_until_ready()
     yield {"exact": exact, "coarse": coarse}

@@ -157,6 +157,26 @@ def test_bfloat16_hidden_states_give_the_scores_again(pools: dict[str, TeacherPo
     np.testing.assert_allclose(own, logprobs[np.arange(len(written)), written].numpy(), atol=atol)
 
 
+def test_states_of_every_layer_come_with_the_scores_of_one_prefill(pools: dict[str, TeacherPool], model: Any) -> None:
+    request = ScoreRequest("teacher", hidden=True, layers=True)
+    batches = [make_handle(70, longest=40), make_handle(70, longest=40)]  # the second's prompts are cached
+    for handle in TeacherRouter(pools, call_seconds=60).score(batches, lambda _: [("coarse", request)]):
+        batch = read(handle)
+        bits = ragged(batch, "teacher_layers")
+        assert bits.values.dtype == np.uint16
+        assert ragged(batch, "teacher_hidden").values.tolist() == bits.values[:, 64:].tolist()  # the last is normed
+        for row in range(batch.num_rows):
+            ids = torch.from_numpy(ragged(batch, "token_ids")[row].astype(np.int64))
+            predicting = np.flatnonzero(ragged(batch, "loss_mask")[row]) - 1
+            with torch.no_grad():
+                states = model.get_decoder()(ids[None], output_hidden_states=True).hidden_states[1:]
+            expected = torch.stack([layer[0, predicting] for layer in states], 1)
+            sent = torch.from_numpy(bits[row].copy()).view(torch.bfloat16).float().view_as(expected)
+            errors = (sent - expected).norm(dim=-1) / expected.norm(dim=-1)
+            assert errors.max() < 8 * BFLOAT16_STEP
+            assert ((sent[1:] - expected[:-1]).norm(dim=-1) / expected[:-1].norm(dim=-1)).min() > 16 * BFLOAT16_STEP
+
+
 def test_replicas_agree_on_a_trajectory_that_fills_the_context(pools: dict[str, TeacherPool]) -> None:
     handle = make_handle(0, num_rows=1, longest=CONTEXT_TOKENS - 5)
     assert handle.num_tokens == (CONTEXT_TOKENS,)
