@@ -133,6 +133,17 @@ def test_special_tokens_go_by_role_and_stops_by_class() -> None:
     assert alignment.student_positions[-1] == 1
 
 
+def test_positions_go_on_behind_a_special_token() -> None:
+    one, other = BYTES["byte-level"], BYTES["sentencepiece"]
+    ours = [*(one.write(b" the fox") or []), one.roles["eos"], *(one.write(b" lazy dog") or [])]
+    alignment = aligned(TokenMap(one, other), ours)
+    texts, theirs = one.read(ours), other.read(alignment.token_ids[alignment.teacher_positions].tolist())
+    assert texts is not None
+    assert theirs is not None
+    assert [texts[place] for place in alignment.student_positions] == theirs
+    assert theirs.index(b"<eos>") not in (0, len(theirs) - 1)
+
+
 def test_a_special_token_without_a_partner_is_its_text() -> None:
     student = TokenBytes(byte_level(10, special=(*SPECIAL, "<tool>")), "student")
     alignment = aligned(TokenMap(student, BYTES["sentencepiece"]), [4])
