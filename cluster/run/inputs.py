@@ -167,5 +167,7 @@ def held_out_sampling(config: Config) -> SamplingSettings:
         config.evaluation.temperature,
         stop=rollout.stop,
         stop_token_ids=rollout.stop_token_ids,
+        # At 1, the texts are as likely with a class as without; their scores know the class.
+        stop_class=(rollout.stop_class or ()) if config.evaluation.temperature == 1 else (),
         contexts="of_prompt",
     )
