@@ -177,13 +177,15 @@ def _measure_teachers(
         return accuracies
     for name in config.routes:
         teacher = config.teachers[name]
-        if teacher.source is not None or not teacher.num_workers or not find_backend(teacher).can_generate:
+        if not teacher.num_workers or not find_backend(teacher).can_generate:
+            continue
+        if teacher.source is not None and not inputs.has_own_prompts(name):
             continue  # a teacher that is the student answers as the student does
         tokenizer = load_tokenizer(teacher.model, teacher.trust_remote_code)
         with start_teacher_rollouts(config, inputs, placement, name) as pool:
             evaluation = Evaluator(config, inputs, tokenizer).evaluate_pool(pool)
         accuracies[name] = evaluation.accuracy
-        _say(view, f"teacher {name}", evaluation)
+        _say(view, f"teacher {name}{', with its context' if inputs.has_own_prompts(name) else ''}", evaluation)
         if directory is not None:
             write_samples(directory.samples, 0, f"teacher {name}", evaluation.samples)
     return accuracies

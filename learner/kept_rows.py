@@ -19,7 +19,7 @@ from cluster.config.run_config import Config
 from cluster.config.terms import TEACHER
 from cluster.contracts.kept_rows import MOST_CANDIDATES, Taken, chosen_ids
 from cluster.contracts.metrics import Sum
-from cluster.contracts.trajectory import ragged
+from cluster.contracts.trajectory import ragged, sampled_columns
 from learner.batching.micro_batch import MicroBatch, Trajectory
 from learner.batching.plan import Grid
 from learner.loss.tokens import CompletionTokens, Evaluation
@@ -104,6 +104,7 @@ class KeptRows:
     def __init__(self, config: Config) -> None:
         self._count, self._seed = config.logging.kept_rows, config.run.seed
         self._per_step = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
+        self._step = -1  # whose rows these are
         self._chosen: list[KeptRow] = []
         self._worst: list[KeptRow] = []  # at most one
         self._largest_ratio = -np.inf
@@ -115,6 +116,8 @@ class KeptRows:
         if not self._count or not len(batch.tokens):
             return batch
         step = rows[indices[0]].trajectory_id // self._per_step
+        if step != self._step:
+            self._begin(step)
         chosen = chosen_ids(self._seed, step, self._per_step, self._count)
         lengths = [len(rows[index].rollout_logprobs) for index in indices]
         ratios = log_ratios(batch.tokens, lengths)
@@ -131,7 +134,7 @@ class KeptRows:
         began = perf_counter()
         ends = np.cumsum([batch.num_rows for batch in batches])
         columns, start = watch.columns(result), 0
-        names = _narrow_names(batches[0].schema)  # those of all batches of a step
+        names = narrow_columns(batches[0].schema)  # those of all batches of a step
         for row in watch.rows:
             number = int(np.searchsorted(ends, row.index, side="right"))
             scored = batches[number].select(names).slice(row.index - (int(ends[number - 1]) if number else 0), 1)
@@ -147,8 +150,12 @@ class KeptRows:
         """Return the rows, and begin anew."""
         began = perf_counter()
         taken = Taken(_to_ipc(self._chosen), _to_ipc(self._worst), perf_counter() - began)
-        self._chosen, self._worst, self._largest_ratio = [], [], -np.inf
+        self._begin(-1)
         return taken
+
+    def _begin(self, step: int) -> None:
+        """Forget what was kept before."""
+        self._step, self._chosen, self._worst, self._largest_ratio = step, [], [], -np.inf
 
 
 def log_ratios(tokens: CompletionTokens, lengths: Sequence[int]) -> NDArray[np.float64]:
@@ -158,14 +165,10 @@ def log_ratios(tokens: CompletionTokens, lengths: Sequence[int]) -> NDArray[np.f
     return np.where(np.array(lengths) > 0, sums / np.maximum(lengths, 1), -np.inf)
 
 
-def _narrow_names(schema: pa.Schema) -> list[str]:
-    """Return the columns without those of a model's own width, which are most of the bytes."""
-    return [field.name for field in schema if not _is_wide(field)]
-
-
-def _is_wide(field: pa.Field) -> bool:
-    kind = field.type
-    return pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type) and "candidate" not in field.name
+def narrow_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns but for those of a model's own width, which are most of the bytes."""
+    signals = sampled_columns(schema)
+    return [name for name in schema.names if name not in signals or signals[name].width != "model"]
 
 
 def _to_ipc(rows: Sequence[KeptRow]) -> bytes | None:
@@ -175,7 +178,8 @@ def _to_ipc(rows: Sequence[KeptRow]) -> bytes | None:
     scored = pa.concat_batches([row.scored for row in rows])
     arrays = {name: scored[name] for name in scored.schema.names}
     for name in arrays:
-        if "candidate" in name:
+        kind = scored.schema.field(name).type
+        if pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type):
             column = ragged(scored, name)
             arrays[name] = _lists(column.values[:, :MOST_CANDIDATES], column.lengths)
     arrays["log_ratio"] = pa.array([row.log_ratio for row in rows], pa.float32())

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.contracts.errors import PromptError
-from cluster.contracts.trajectory import ragged
+from cluster.contracts.trajectory import Ints, ragged
 from cluster.weight_sync.manifest import checksum
 from rollout_workers.environments.base import Prompt
 from rollout_workers.prompt_row import PromptRow
@@ -93,6 +93,12 @@ class PromptSet:
         with pa.ipc.new_stream(sink, _SCHEMA) as writer:
             writer.write_batch(self._table)
         return sink.getvalue()
+
+    def with_token_ids(self, changed: Mapping[int, Ints]) -> "PromptSet":
+        """Return the same prompts, some of them, by their ids, with other tokens."""
+        token_ids = [changed.get(number, self._token_ids[number]) for number in range(len(self))]
+        column = pa.array(token_ids, type=_SCHEMA.field("token_ids").type)
+        return PromptSet(self._table.set_column(0, _SCHEMA.field("token_ids"), column))
 
     @classmethod
     def join(cls, parts: "Iterable[PromptSet]") -> "PromptSet":

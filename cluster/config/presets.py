@@ -57,7 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "many-faces": _on("intersection", 20, main=_divergence("reverse_kl", truncation="renormalized")),
     # Of a teacher with another tokenizer: [teachers.NAME] tokenizer = "aligned".
     "cross-tokenizer": _on("student_topk", 16, main=_divergence("reverse_kl", truncation="renormalized")),
-    "sdpo": _on("student_topk", 20, main=_divergence("jsd", beta=0.5, truncation="tail")),
+    "sdpo": _on("student_topk", 100, main=_divergence("jsd", beta=0.5, truncation="tail")),
+    "sdpo-feedback": _on("student_topk", 100, main=_divergence("reverse_kl", truncation="tail", residual=False)),
     "rethinking": _on(
         "student_topk",
         16,

@@ -23,8 +23,8 @@ from cluster.contracts.files import Record
 from cluster.elastic.control_files import ANSWER_SECONDS, ControlRequests, Message, ask_driver
 from cluster.elastic.teacher_log import TeacherLog, TeacherVersion, with_models
 from cluster.models.aligned_states import check_states
-from cluster.models.model_checks import read_model
-from cluster.models.pairs import compare, excluding, merging
+from cluster.models.model_checks import ModelFacts, read_model
+from cluster.models.pairs import align, by_role, compare, excluding, merging
 from cluster.placement.capacity import missing_for
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import PoolPlacement
@@ -177,6 +177,9 @@ class TeacherChanges(StepHook):
         facts = backend.check(config.teachers[name], student)
         if backend.identity(config.teachers[name]) == teachers.pools[name].checkpoint:
             raise ConfigError(f"teacher {name} is {model} already, with these very files")
+        self._check_context_length(name, model, facts)
+        if config.teachers[name].is_aligned:
+            return self._checked_map(name, config, student, facts)
         pair = compare(name, config.teachers[name], student, facts, config.rollout.stop_token_ids)
         if facts.tokenizer.eos_token_id not in student.stops.union(config.rollout.stop_token_ids):
             raise ModelError(
@@ -185,14 +188,27 @@ class TeacherChanges(StepHook):
             )
         check_support(config, facts.vocabulary)
         check_states(config, student, {name: facts})
+        written, stop_class = self.run.config.teachers[name].excluded_token_ids, config.rollout.stop_class or ()
+        stop_class = (*stop_class, *sorted(pair.own_stop_ids)) if stop_class else ()
+        section = merging(excluding(config.teachers[name], pair.excluded_ids), stop_class, written)
+        return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
+
+    def _check_context_length(self, name: str, model: str, facts: ModelFacts) -> None:
         needed = self.run.inputs.scoring_model_len(name)
         if facts.context_tokens < needed:
             raise ModelError(
                 f"model '{model}': its context is {facts.context_tokens} tokens, and this run needs {needed}"
             )
-        written, stop_class = self.run.config.teachers[name].excluded_token_ids, config.rollout.stop_class or ()
-        stop_class = (*stop_class, *sorted(pair.own_stop_ids)) if stop_class else ()
-        section = merging(excluding(config.teachers[name], pair.excluded_ids), stop_class, written)
+
+    def _checked_map(self, name: str, config: Config, student: ModelFacts, facts: ModelFacts) -> Config:
+        """Return the configuration if an aligned teacher's tokens are those that its prompts were written in."""
+        teacher, began_with = config.teachers[name], self.run.config.teachers[name].alignment
+        if began_with is None or align(name, config, student, facts)[0].digest != began_with.digest:
+            raise ModelError(
+                f"model '{teacher.model}': its tokens are not those of teacher {name}, in which it reads "
+                "this run's prompts; start a new run with it"
+            )
+        section = msgspec.structs.replace(teacher, stop_class=by_role(facts) if len(facts.stops) > 1 else ())
         return msgspec.structs.replace(config, teachers={**config.teachers, name: section})
 
     def _switch(self, replacement: Replacement, step: int) -> None:

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from cluster.config.pass_through import check_pass_through
 from cluster.config.run_config import Config
+from cluster.config.terms import TEACHER
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.aligned_states import states_to_send
@@ -37,6 +38,11 @@ class Inputs:
     # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
+
+    def has_own_prompts(self, route: str) -> bool:
+        """Return whether the teacher of a route reads contexts that follow from the prompts alone."""
+        scorers = () if self.contexts is None else self.contexts.scorers
+        return any((one.route, one.model) == (route, TEACHER) and not one.template.reads_attempts for one in scorers)
 
     def scoring_model_len(self, *teachers: str) -> int:
         """Return the context that the engines of these teachers must offer."""
@@ -161,5 +167,7 @@ def held_out_sampling(config: Config) -> SamplingSettings:
         config.evaluation.temperature,
         stop=rollout.stop,
         stop_token_ids=rollout.stop_token_ids,
+        # At 1, the texts are as likely with a class as without; their scores know the class.
+        stop_class=(rollout.stop_class or ()) if config.evaluation.temperature == 1 else (),
         contexts="of_prompt",
     )

@@ -14,10 +14,12 @@ from cluster.actors.restarts import RestartLimit
 from cluster.config.run_config import Config, StudentConfig
 from cluster.config.run_directory import RunDirectory
 from cluster.config.stages import TeacherConfig
+from cluster.models.model_files import load_tokenizer
 from cluster.placement.gpu_sharing import with_gpus
 from cluster.placement.placement import Placement, PoolPlacement
 from cluster.run.inputs import Inputs
 from learner.group import LearnerGroup
+from rollout_workers.contexts.plan import prompts_with_contexts
 from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from teacher_workers.backends.base import find_backend
 from teacher_workers.pool import TeacherPool, start_pool
@@ -136,8 +138,13 @@ def start_teacher_rollouts(
         sampled_candidates=False,
         merges_stops=False,
         contexts=None,
+        max_model_len=inputs.scoring_model_len(name),
     )
-    return _start_rollouts(config, inputs, settings, placement.teachers[name], f"rollout-of-{name}")
+    tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
+    own = prompts_with_contexts(inputs.contexts, name, inputs.prompts, inputs.held_out_ids, tokenizer)
+    return _start_rollouts(
+        config, replace(inputs, prompts=own or inputs.prompts), settings, placement.teachers[name], f"rollout-of-{name}"
+    )
 
 
 @contextmanager

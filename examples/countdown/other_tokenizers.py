@@ -4,7 +4,7 @@ python -m examples.countdown.other_tokenizers --out FOLDER
 
 Both are trained on the same transcripts. `bpe` is byte-level, in GPT-2's manner, and merges every number; the embedded
 student and teacher take it over with their weights, for each of its tokens is one of theirs. `pieces` is in the manner
-of SentencePiece and stops merging earlier, so that sums above 30 are spelled in two tokens; a teacher with it starts
+of SentencePiece and stops merging earlier, so that sums above 40 are spelled in two tokens; a teacher with it starts
 from the embedded one and is trained for a few minutes.
 """
 
@@ -37,9 +37,9 @@ from examples.countdown.task import (
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 NUM_TRANSCRIPTS = 64  # batches of them that the tokenizers are trained on
 BPE_MERGES = 75  # a space before each symbol and digit, then all numbers from 10 to 59
-PIECES_MERGES = 35  # all numbers of the lists, to 30; sums above them are spelled in two tokens
-STEPS = 250
-BATCH_SIZE = 64
+PIECES_MERGES = 45  # all numbers of the lists, to 30, and sums to 40; higher ones are spelled in two tokens
+PHASES = ((120, 2e-3, 0.8), (150, 1e-3, 1.0))  # steps, learning rate of the embedding, share of them in which it falls
+BATCH_SIZE = 32
 RESERVED = VOCABULARY_SIZE - 1  # an embedded token that stands in no text, and has the least probability
 
 logger = logging.getLogger(__name__)
@@ -51,27 +51,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--embedded", type=Path, default=Path("cluster/embedded"))
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    write_models(arguments.out, arguments.embedded, arguments.steps, arguments.seed)
+    write_models(arguments.out, arguments.embedded, arguments.seed)
 
 
-def write_models(out: Path, embedded: Path, steps: int = STEPS, seed: int = 0) -> None:
+def write_models(out: Path, embedded: Path, seed: int = 0) -> None:
     """Train both tokenizers and the teacher of the other one."""
     texts = transcript_texts(np.random.default_rng(seed))
     bpe, pieces = bpe_tokenizer(texts), pieces_tokenizer(texts)
     for name in ("student", "teacher"):
-        save(
-            with_tokenizer(Qwen3ForCausalLM.from_pretrained(embedded / name, dtype=torch.float32), bpe), bpe, out / name
-        )
-    other = with_tokenizer(Qwen3ForCausalLM.from_pretrained(embedded / "teacher", dtype=torch.float32), pieces)
+        save(with_tokenizer(_read(embedded / name), bpe), bpe, out / name)
+    other = with_tokenizer(_read(embedded / "teacher"), pieces, learns_digits=True)
     draw = partial(draw_batch, spelled=spelled_words(pieces))
-    phase = Phase(steps, draw, matrix_lr=0.005, other_lr=2e-3, warmup_steps=20, decay_fraction=0.7)
-    train(other, phase, np.random.default_rng([seed, steps]))
-    save(other, pieces, out / "other_teacher")
+    for steps, learning_rate, decay in PHASES:
+        phase = Phase(steps, draw, 0.004, learning_rate, warmup_steps=10, decay_fraction=decay)
+        train(other, phase, np.random.default_rng([seed, steps]))
+        save(other, pieces, out / "other_teacher")
+
+
+def write_untrained(out: Path, embedded: Path, seed: int = 0) -> None:
+    """Write the pair with two tokenizers that both merge every number, which needs no training."""
+    texts = transcript_texts(np.random.default_rng(seed))
+    bpe, pieces = bpe_tokenizer(texts), pieces_tokenizer(texts, BPE_MERGES)
+    save(with_tokenizer(_read(embedded / "student"), bpe), bpe, out / "student")
+    save(with_tokenizer(_read(embedded / "teacher"), pieces), pieces, out / "teacher")
 
 
 def transcript_texts(rng: np.random.Generator) -> list[str]:
@@ -120,8 +126,14 @@ def pieces_tokenizer(texts: list[str], merges: int = PIECES_MERGES) -> PreTraine
     return _wrapped(tokenizer)
 
 
-def with_tokenizer(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Return the model with an embedding for each of the tokenizer's tokens, which is that of the same word."""
+def with_tokenizer(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, learns_digits: bool = False
+) -> Qwen3ForCausalLM:
+    """Return the model with an embedding for each of the tokenizer's tokens, which is that of the same word.
+
+    A digit without a space, which no word is, begins as half of its number if the model `learns_digits`: equal ones
+    would stay equal for long.
+    """
     words = build_tokenizer().get_vocab()
     size = -(-len(tokenizer) // 16) * 16
     spelled = [tokenizer.decode([token_id]).strip() for token_id in range(len(tokenizer))]
@@ -130,8 +142,11 @@ def with_tokenizer(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) 
         words.get(word, RESERVED) if starts else RESERVED for word, starts in zip(spelled, starts_word, strict=True)
     ]
     rows[: len(SPECIAL)] = [PAD, BOS, EOS, words["<unk>"]]
+    halves = [words.get(word, RESERVED) for word in spelled]
     old = model.get_input_embeddings().weight.detach()
     new = old[torch.tensor([*rows, *[RESERVED] * (size - len(rows))])].clone()
+    is_digit = torch.tensor([word.isdigit() and not starts for word, starts in zip(spelled, starts_word, strict=True)])
+    new[: len(rows)][is_digit] = (new[: len(rows)] + old[torch.tensor(halves)])[is_digit] / 2
     model.resize_token_embeddings(size)
     with torch.no_grad():
         model.get_input_embeddings().weight.copy_(new)
@@ -158,10 +173,15 @@ def draw_batch(rng: np.random.Generator, spelled: list[list[int]]) -> Transcript
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write the model in bf16 with its tokenizer."""
+    """Write the model in bf16 with its tokenizer; the model takes on the rounding."""
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.to(torch.bfloat16).save_pretrained(directory)
+    model.to(torch.float32)
     tokenizer.save_pretrained(directory)
+
+
+def _read(folder: Path) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _padded(rows: list[np.ndarray], value: int | bool) -> Ints | Bools:

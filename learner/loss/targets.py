@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cluster.models.stop_class import EXCLUDED_LOGIT
 from learner.loss.divergences import LOWEST_LOGPROB, to_buckets
 
 
@@ -59,7 +60,9 @@ def mixed_logits(target: Mapping[str, float], model_logits: Mapping[str, Tensor]
     logits = model_logits[first]
     if is_one_model(target):
         return logits
+    # Ids without a probability: a difference of models would make one of what none of them has.
+    without = logits <= EXCLUDED_LOGIT / 2 if sum(target.values()) <= 0 else None
     mixed = logits.float().mul_(share) if out is None else torch.mul(logits, share, out=out)
     for model, of_model in others:
         mixed.add_(model_logits[model], alpha=of_model)
-    return mixed
+    return mixed if without is None else mixed.masked_fill_(without, EXCLUDED_LOGIT)

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from cluster.config.run_config import Config
+from cluster.config.terms import TEACHER
 from cluster.contracts.errors import ConfigError, PreceptorError, PromptError
 from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext, user_text
 from rollout_workers.contexts.template import NAMES, compiled
@@ -71,6 +72,31 @@ def plan_contexts(
             lengths[name] = max(longest, lengths.get(name, 0))
             notes += [f"teachers.{name}.context: {line}" for line in lines]
     return ContextPlan(ContextSettings(tuple(scorers), config.prompts, now), lengths, tuple(notes))
+
+
+def prompts_with_contexts(
+    settings: ContextSettings | None,
+    route: str,
+    prompts: "PromptSet",
+    numbers: Sequence[int],
+    tokenizer: "PreTrainedTokenizerBase",
+) -> "PromptSet | None":
+    """Return prompts of which some, of a route, are as the route's teacher reads them; None: it reads the student's.
+
+    Contexts that show attempts are none here.
+    """
+    scorers = () if settings is None else settings.scorers
+    of_route = [one for one in scorers if (one.route, one.model) == (route, TEACHER)]
+    if settings is None or not of_route or of_route[0].template.reads_attempts:
+        return None
+    builder, (scorer,) = ContextBuilder(settings, tokenizer, prompts), of_route
+    texts = {
+        number: scorer.template.render(builder.inputs(scorer, number, {}))
+        for number in numbers
+        if prompts.teacher(number) == route
+    }
+    sources = {number: builder.prompts.source(number) for number, text in texts.items() if text}
+    return prompts.with_token_ids({number: builder.tokens(row, texts[number]) for number, row in sources.items()})
 
 
 def _check_names(config: Config, name: str, prompts: "PromptSet") -> None:

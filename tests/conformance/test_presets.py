@@ -22,6 +22,8 @@ SHARES = torch.tensor([0.05, 0.06, 0.1, 0.12, 0.11, 0.09, 0.08, 0.07, 0.001, 0.0
 LEANINGS = torch.tensor([-1.0, 0.7, -1.0, -0.9, 1.0, 1.1, -2.8, -2.9, 5.7, 4.7, -0.2, -5.6], dtype=torch.float64)
 VOCABULARY, STATES, K = len(SHARES), 1 + len(SHARES), 5
 SIZES = {"async-opd": 2, "rethinking": 10}  # of supports, where not K: two draws, and tokens beyond the dual clip
+STEPS = {"last-opd": 4}  # of a schedule, where not its first: latent 1 -> 0 and tokens 0 -> 1 over ten steps
+WIDTH, DEPTH = 6, 3  # of hidden states
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,11 @@ AT_EACH_STATE: dict[str, Callable[[Case], Tensor]] = {
     "many-faces": many_faces,
     "cross-tokenizer": on_the_students,
     "sdpo": lambda c: slope(c, lambda p: jsd(with_rest(p, top(c.rollout)), with_rest(c.teacher, top(c.rollout)))),
+    # Their alpha of 1, which is the reverse KL; the 2 that their code clips ratios at is not part of it.
+    "sdpo-feedback": lambda c: slope(
+        c, lambda p: kl(with_rest(p, top(c.rollout)), with_rest(c.teacher, top(c.rollout)))
+    ),
+    "last-opd": lambda c: 0.4 * reverse_kl(c),
     "rethinking": rethinking,
     "async-opd": reverse_kl,
     "vopd": reverse_kl,
@@ -278,17 +285,29 @@ OF_COMPLETIONS: dict[str, Callable[[Case], Tensor]] = {
 }
 
 
+# Of the student's hidden states and the teacher's, each [states, layers, width], by which the gradient is.
+OF_STATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # (1 / layers) (1 / width) |h - h_T|^2 at each token's predicting row.
+    "oprd": lambda student, teacher: 2 * (student - teacher) / (DEPTH * WIDTH),
+    "last-opd": lambda student, teacher: 0.6 * 2 * (student - teacher) / WIDTH,
+}
+
+
+def visits(case: Case) -> Tensor:
+    """Return how often the older student comes to each state, [states]."""
+    return torch.cat([torch.ones(1, dtype=torch.float64), case.rollout[0].exp()])
+
+
 def expected_gradient(name: str, case: Case) -> Tensor:
     if name in OF_COMPLETIONS:
         return OF_COMPLETIONS[name](case)
-    visits = torch.cat([torch.ones(1, dtype=torch.float64), case.rollout[0].exp()])
-    return visits[:, None] * AT_EACH_STATE[name](case)
+    return visits(case)[:, None] * AT_EACH_STATE[name](case)
 
 
 def found_gradient(name: str, case: Case) -> Tensor:
     """Evaluate the preset on every completion, and on every further draw where the support has draws."""
     size = SIZES.get(name, K)
-    objective = small(name, case.temperature, size)
+    objective = small(name, case.temperature, size, STEPS.get(name, 0))
     completions = torch.tensor(list(itertools.product(range(VOCABULARY), repeat=2)))
     n = len(completions)
     ids, rows = completions.flatten(), torch.stack([torch.zeros(n).long(), completions[:, 0] + 1], dim=-1).flatten()
@@ -314,10 +333,10 @@ def found_gradient(name: str, case: Case) -> Tensor:
 
 
 def test_every_preset_has_its_formula() -> None:
-    assert {*AT_EACH_STATE, *OF_COMPLETIONS} == set(PRESETS)
+    assert {*AT_EACH_STATE, *OF_COMPLETIONS, *OF_STATES} == set(PRESETS)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [*AT_EACH_STATE, *OF_COMPLETIONS])
 @pytest.mark.parametrize("is_stale", [False, True], ids=["on-policy", "stale"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_the_expected_gradient_is_that_of_the_source(name: str, is_stale: bool, temperature: float) -> None:
@@ -325,3 +344,31 @@ def test_the_expected_gradient_is_that_of_the_source(name: str, is_stale: bool, 
     expected = expected_gradient(name, case)
     assert expected.norm() > 1e-2
     torch.testing.assert_close(found_gradient(name, case), expected, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", OF_STATES)
+@pytest.mark.parametrize("is_stale", [False, True], ids=["on-policy", "stale"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_the_expected_gradient_by_hidden_states_is_that_of_the_source(
+    name: str, is_stale: bool, temperature: float
+) -> None:
+    """Of a state, all tokens that the older student writes there have the same gradient."""
+    case, objective = make_case(temperature, is_stale), small(name, temperature, step=STEPS.get(name, 0))
+    layers = objective.student_layers(DEPTH)
+    student, teacher = (
+        torch.randn(STATES, len(layers), WIDTH, generator=torch.manual_seed(seed), dtype=torch.float64)
+        for seed in (5, 6)
+    )
+    rows, ids = torch.arange(STATES).repeat_interleave(VOCABULARY), torch.arange(VOCABULARY).repeat(STATES)
+    models = {model: values[rows] for model, values in case.models.items()}
+    tokens = make_tokens(ids, models, case.rollout[rows], lengths=[1] * len(ids))
+    states = {layer: student[rows, place] for place, layer in enumerate(layers)}
+    sent = {"teacher": {"hidden": teacher[rows, -1], "layers": teacher[rows].flatten(1)}}
+    said = case.student[rows, ids]
+    _, _, gradients = objective.align(states, sent, tokens, objective.plan(tokens, None), said, DEPTH)
+    weights = visits(case)[rows] * case.rollout[rows, ids].exp()
+    found = torch.zeros_like(student)
+    for place, layer in enumerate(layers):
+        found[:, place].index_add_(0, rows, gradients[layer] * weights[:, None])
+    expected = visits(case)[:, None, None] * OF_STATES[name](student, teacher)
+    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-7)

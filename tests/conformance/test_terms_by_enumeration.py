@@ -32,11 +32,12 @@ def expected_gradient(
     rollout: Tensor = STUDENT,
     support: str = "sampled",
     student: Tensor = STUDENT,
+    temperature: float = 1.0,
     **columns: Any,
 ) -> Tensor:
     """Return the mean gradient by the logits over what the rollout worker may write, [vocabulary]."""
     sized = {} if support in ("sampled", "full") else {"support_size": SUPPORT_SIZE}
-    objective = make_objective(support=support, terms=terms, **sized)
+    objective = make_objective(support=support, terms=terms, temperature=temperature, **sized)
     models = {"teacher": TEACHER.expand(VOCABULARY, -1), "base": BASE.expand(VOCABULARY, -1)}
     chooser = rollout if objective.needs.candidates_from == "student" else TEACHER
     candidates = chooser.topk(objective.needs.num_candidates).indices.expand(VOCABULARY, -1)
@@ -144,17 +145,20 @@ def test_the_mean_over_the_support_changes_nothing_in_expectation(
     assert_same(found, slope(lambda p: -(STUDENT.exp() * phi * p).sum(-1)))
 
 
-def test_the_residual_advantage_is_that_of_the_paper() -> None:
-    """A(y) = d(y) - sum of p d, d = q - p (arXiv 2610.11519): of each token, over the vocabulary and over a support."""
+@pytest.mark.parametrize("support", ["full", "topk", "intersection"])
+def test_the_residual_advantage_is_that_of_the_paper(support: str) -> None:
+    """A(y) = d(y) - sum of p d, d = q - p (arXiv 2610.11519): over the vocabulary, or over what a support compares."""
     d, every = TEACHER.exp() - STUDENT.exp(), torch.arange(VOCABULARY)
+    listed, of_student = (values[0].topk(SUPPORT_SIZE).indices for values in (TEACHER, STUDENT))
+    counted = {"full": every, "topk": listed, "intersection": listed[torch.isin(listed, of_student)]}[support]
+    assert 0 < len(counted) < SUPPORT_SIZE or support != "intersection"
     models = {"teacher": TEACHER.expand(VOCABULARY, -1)}
     term = {"loss": "policy_gradient", "log_ratio_map": "power", "baseline": "support_mean"}
-    for support, listed in [("full", every), ("topk", TEACHER[0].topk(SUPPORT_SIZE).indices)]:
-        objective = make_objective(support=support, terms={"main": term}, support_size=SUPPORT_SIZE)
-        candidates = listed.expand(VOCABULARY, -1) if support == "topk" else None
-        tokens = make_tokens(every, models, STUDENT.expand(VOCABULARY, -1), candidates)
-        losses = evaluate(objective, STUDENT.expand(VOCABULARY, -1), tokens, models).losses
-        torch.testing.assert_close(losses, -(d - (STUDENT.exp() * d)[:, listed].sum())[0])
+    objective = make_objective(support=support, terms={"main": term}, support_size=SUPPORT_SIZE)
+    candidates = None if support == "full" else listed.expand(VOCABULARY, -1)
+    tokens = make_tokens(every, models, STUDENT.expand(VOCABULARY, -1), candidates)
+    losses = evaluate(objective, STUDENT.expand(VOCABULARY, -1), tokens, models).losses
+    torch.testing.assert_close(losses, -(d - (STUDENT.exp() * d)[:, counted].sum())[0])
 
 
 @OF_ANY_AGE
@@ -275,3 +279,24 @@ def test_the_mean_of_a_step_is_that_of_its_tokens_by_weight() -> None:
     counted = weight * torch.tensor([0.0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1])
     expected = (counted * (TEACHER.exp() - STUDENT.exp())[0]).sum() / counted.sum()
     assert mean.value == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize(
+    ("support", "fields"),
+    [
+        ("sampled", {"when": "outcome_agrees"}),
+        ("sampled", {"when": "models_disagree", "target": {"teacher": 1.0, "base": 0.0}}),
+        ("sampled", {"log_ratio_map": "constant", "when": "log_ratio_not_positive"}),
+        ("topk", {"log_ratio_map": "power", "baseline": "support_mean"}),
+        ("full", {"baseline": "support_mean"}),
+    ],
+)
+def test_the_sampling_temperature_changes_what_is_seen_and_not_what_is_expected(
+    support: str, fields: dict[str, Any], temperature: float
+) -> None:
+    terms = {"main": {"loss": "policy_gradient", **fields}}
+    columns = {"reward": REWARD, "task_advantage": REWARD - 0.5}
+    stale = (STUDENT / temperature + random_logprobs(1, VOCABULARY, seed=5, scale=0.4)).log_softmax(-1)
+    found = expected_gradient(terms, stale, support, temperature=temperature, **columns)
+    assert_same(found, expected_gradient(terms, STUDENT, support, **columns))

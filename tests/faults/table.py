@@ -16,6 +16,7 @@ from tests.faults.tables import (
     run,
     self_teachers,
     teachers,
+    tokenizers,
     weight_sync,
 )
 
@@ -28,6 +29,7 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "weight_sync": weight_sync.FAULTS,
     "rollouts": rollouts.FAULTS,
     "teachers": teachers.FAULTS,
+    "tokenizers": tokenizers.FAULTS,
     "self_teachers": self_teachers.FAULTS,
     "models": models.FAULTS,
     "run": run.FAULTS,

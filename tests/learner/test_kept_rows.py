@@ -106,3 +106,16 @@ def test_hidden_states_stay_out_and_the_teachers_own_top_tokens_are_there(make_c
     expected = logits.log_softmax(-1).topk(MOST_CANDIDATES)
     np.testing.assert_allclose(worst["teacher_top_logprobs"], expected.values, atol=1e-5)
     assert worst["teacher_top_ids"] == expected.indices.tolist()
+
+
+def test_rows_of_a_step_that_were_never_taken_are_forgotten_in_the_next(make_config, scored):
+    config = config_of(make_config, "logging.kept_rows=2")
+    worker = LearnerActor(config, fetch=lambda batches: list(map(to_wire, batches)))
+    worker.use(ReferenceEngine(load_student(config.student, config.learner), config.learner), {})
+    lengths = ragged(scored, "token_ids").lengths.tolist()
+    later = scored.set_column(0, scored.schema.field(0), pa.array(range(NUM_ROWS, 2 * NUM_ROWS), pa.int64()))
+    for batch in (scored, later):
+        share = RankShare((batch,), (0.0,) * len(lengths), plan_step(lengths, 1, 64)[0])
+        worker.accumulate(share, completes_step=True)
+    rows = pa.ipc.open_stream(worker.take_kept_rows().chosen).read_all()
+    assert set(rows["trajectory_id"].to_pylist()) == chosen_ids(config.run.seed, 1, NUM_ROWS, 2)

@@ -21,7 +21,7 @@
   // Okabe and Ito's colours, which people with any colour vision tell apart; black is the text's colour.
   const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c00", "#7f7f7f"];
   const MOST_MARKS = 200;
-  const AT_ONCE = 4; // charts, before the page is ready; the others follow one by one
+  const AT_ONCE = 2; // charts, before the page is ready; the others follow one by one
   const $ = (id) => document.getElementById(id);
   const make = (name, text, kind) => Object.assign(document.createElement(name), { textContent: text ?? "", className: kind ?? "" });
 
@@ -44,7 +44,7 @@
     return {
       title: { text: title, font: { size: 14 }, x: 0, xanchor: "left" }, font: { color: of("--ink"), size: 12 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 50, r: 10, t: 34, b: 84 }, height: 310,
-      legend: { orientation: "h", y: -0.28 }, hovermode: "x unified", hoverlabel: { bgcolor: of("--paper"), font: { color: of("--ink") } },
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" }, hovermode: "x unified", hoverlabel: { bgcolor: of("--paper"), font: { color: of("--ink") } },
       colorway: COLOURS, xaxis: { ...axis, ...more.xaxis }, yaxis: { ...axis, title: { text: unit }, rangemode: "tozero" },
       shapes: more.shapes ?? [], barmode: more.barmode, bargap: more.bargap ?? 0.05,
     };
@@ -91,7 +91,8 @@
     };
   }
   for (const [title, unit, patterns] of CURVES) {
-    const traces = runs.flatMap((run, number) => named(run, patterns).map(([label, points], place) => line(number, run, label, place, points)));
+    const shown = several && title === "Throughput" ? { "step/tokens_per_second": "whole step" } : patterns;
+    const traces = runs.flatMap((run, number) => named(run, shown).map(([label, points], place) => line(number, run, label, place, points)));
     if (traces.length) draw("curve-charts", title, unit, traces, { marks: true });
   }
   runs.forEach((run, number) => {

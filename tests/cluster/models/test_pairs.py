@@ -214,8 +214,12 @@ def test_a_student_that_teaches_itself_is_warned_about(folder: Path) -> None:
 
 
 def test_a_student_that_is_meant_to_teach_itself_is_not(folder: Path) -> None:
-    itself = config(folder, f"teachers.main.model={folder}/student", "teachers.main.from=student")
-    assert load_inputs(itself).pairs.lines == ()
+    itself = [f"teachers.main.model={folder}/student", "teachers.main.from=student"]
+    for refresh in ("frozen", "{ema=0.1}"):
+        assert load_inputs(config(folder, *itself, f"teachers.main.refresh={refresh}")).pairs.lines == ()
+    assert load_inputs(config(folder, *itself, "teachers.main.refresh=live")).pairs.lines == (
+        "warning: teachers.main is the student of now and reads no context, so it teaches nothing",
+    )
 
 
 def test_the_tokens_of_one_teacher_are_excluded_by_all(folder: Path) -> None:
@@ -245,7 +249,11 @@ def test_the_students_eos_stands_for_all_ids_that_end_completions_and_the_run_fi
     off = config(folder, "rollout.stop_class=[]")
     resolved = load_inputs(off).pairs.apply(off)
     assert (resolved.rollout.stop_class, resolved.teachers["main"].stop_class) == ((), ())
-    assert train_sampling(resolved).stop_class == held_out_sampling(several.pairs.apply(off)).stop_class == ()
+    assert train_sampling(resolved).stop_class == held_out_sampling(resolved).stop_class == ()
+    held_out = held_out_sampling(several.pairs.apply(config(folder)))
+    assert (held_out.temperature, held_out.stop_class) == (1.0, (1, 4))
+    greedy = config(folder, "evaluation.temperature=0")
+    assert held_out_sampling(several.pairs.apply(greedy)).stop_class == ()  # as it will be used
 
 
 def test_ids_that_end_the_turns_of_a_teacher_alone_count_for_it_and_are_not_excluded(folder: Path) -> None:

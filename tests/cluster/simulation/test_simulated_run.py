@@ -39,6 +39,21 @@ def test_what_is_written_first_is_read_and_learned_from_meanwhile() -> None:
     assert step_seconds(config, make_rates()) == [2.0 + 0.22 + 0.022] * 3
 
 
+@pytest.mark.parametrize(
+    ("fields", "learned_seconds"),
+    [
+        (("objective.preset=tail-topk", "objective.token_weights.teacher_shares=equal"), 0.044),
+        # And every row is read once before, which takes the third of it that is no backward.
+        (("objective.preset=thinking-machines", "objective.terms.main.baseline=batch_mean"), 0.044 * 4 / 3),
+    ],
+)
+def test_what_needs_the_whole_step_learns_when_the_last_row_is_read(
+    fields: tuple[str, ...], learned_seconds: float
+) -> None:
+    config = four_rows("rollout.engine.max_concurrent_sequences=2", "rollout.rows_per_batch=2", *fields)
+    assert step_seconds(config, make_rates()) == pytest.approx([2.0 + 0.22 + learned_seconds] * 3, abs=1e-5)
+
+
 def test_two_workers_write_two_rows_each() -> None:
     config = four_rows("rollout.engine.max_concurrent_sequences=2")
     split = Split(2, {"main": 2}, 1)

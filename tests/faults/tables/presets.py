@@ -271,8 +271,8 @@ FAULTS = (
     Fault(
         "a preset's fields win over what is written",
         PRESETS,
-        "else _merged(below.get(key), value)",
-        "else _merged(value, below.get(key, value))",
+        "else merged(below.get(key), value)",
+        "else merged(value, below.get(key, value))",
         ("tests/cluster/config/test_objective.py",),
     ),
 )

@@ -69,8 +69,8 @@ FAULTS = (
     Fault(
         "template reads the time of the resumption",
         "cluster/run/inputs.py",
-        "context, splits, notes.append, now)",
-        "context, splits, notes.append)",
+        "context, splits, notes.append, now, own_tokenizers)",
+        "context, splits, notes.append, None, own_tokenizers)",
         ("tests/cluster/run/test_prompt_record.py",),
     ),
     Fault(

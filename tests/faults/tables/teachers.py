@@ -58,8 +58,8 @@ FAULTS = (
     Fault(
         "sampled KL of the wrong sign",
         "teacher_workers/actor.py",
-        'ragged(scored, "rollout_logprobs").values - logprobs',
-        'logprobs - ragged(scored, "rollout_logprobs").values',
+        "gap = rollout_logprobs - logprobs",
+        "gap = logprobs - rollout_logprobs",
         ("tests/teacher_workers/test_teacher_worker.py",),
     ),
     Fault(

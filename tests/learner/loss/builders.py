@@ -22,10 +22,10 @@ TOKENS = sum(LENGTHS)
 MODELS = ("teacher", "base", "initial_student")
 
 
-def make_objective(preset: str | None = None, temperature: float = 1.0, **fields: Any) -> Objective:
-    """Configure an objective as a run file's table would: from a preset, or from fields alone."""
+def make_objective(preset: str | None = None, temperature: float = 1.0, step: int = 0, **fields: Any) -> Objective:
+    """Configure an objective as a run file's table would, at a step: from a preset, or from fields alone."""
     table = expand_preset(fields | {"preset": preset}) if preset else fields
-    return Objective(msgspec.convert(table, ObjectiveConfig), temperature=temperature)
+    return Objective(msgspec.convert(table, ObjectiveConfig).at(step), temperature=temperature)
 
 
 def divergence(name: str, student: Tensor, target: Tensor, parameter: float = 0.0) -> Tensor:
@@ -132,10 +132,10 @@ def entropy(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def small(preset: str, temperature: float = 1.0, size: int = 6) -> Objective:
+def small(preset: str, temperature: float = 1.0, size: int = 6, step: int = 0) -> Objective:
     """Return the preset with a support that is smaller than the vocabulary of these tests."""
     sized = {} if PRESETS[preset]["support"] in ("sampled", "full") else {"support_size": size}
-    return make_objective(preset, temperature, **sized)
+    return make_objective(preset, temperature, step, **sized)
 
 
 def tokens_of(

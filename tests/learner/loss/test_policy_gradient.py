@@ -41,7 +41,7 @@ def test_each_map_has_the_value_derived_by_hand(name: str, shape: dict[str, floa
     assert mapped(name, STUDENT, TARGET, **shape) == pytest.approx(below, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", LOG_RATIO_MAPS)
+@pytest.mark.parametrize("name", [name for name in LOG_RATIO_MAPS if name != "constant"])
 def test_every_map_is_0_where_target_and_student_agree(name: str) -> None:
     assert mapped(name, 0.3, 0.3, alpha=0.7) == pytest.approx(0, abs=1e-12)
 

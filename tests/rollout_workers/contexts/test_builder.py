@@ -19,7 +19,7 @@ from cluster.contracts.requests import ContextUse
 from cluster.contracts.trajectory import GeneratedTrajectory, make_generated
 from rollout_workers.contexts.builder import ContextBuilder, answers_early
 from rollout_workers.contexts.groups import Attempt
-from rollout_workers.contexts.plan import ContextPlan, plan_contexts
+from rollout_workers.contexts.plan import ContextPlan, plan_contexts, prompts_with_contexts
 from rollout_workers.load_prompts import load_prompts
 from rollout_workers.prompts import PromptSet
 from tests.builders import make_config, make_trajectory
@@ -177,6 +177,18 @@ def test_an_evaluation_builds_what_is_known_of_the_prompt_alone_and_masks_nothin
     assert (row.scorer_prompts["teacher"].tolist(), row.loss_mask.sum()) == ([], 3)
     assert len(of_prompt.row(group[0], group, use="of_prompt").scorer_prompts["teacher"]) == 3
     assert len(of_prompt.row(group[0], group, use="none").scorer_prompts["teacher"]) == 0
+
+
+def test_a_teacher_answers_held_out_prompts_itself_with_its_context(tmp_path: Path, tokenizer: Any) -> None:
+    contexts = Contexts(tmp_path, tokenizer, ROWS, "{{ prompt }} {{ tip }}")
+    own = prompts_with_contexts(contexts.plan.settings, "main", contexts.prompts, [1], tokenizer)
+    assert own is not None
+    assert [tokenizer.decode(own.prompt(number).token_ids) for number in (0, 1)] == [
+        "user one assistant",
+        "user two right assistant",
+    ]
+    attempts = Contexts(tmp_path, tokenizer, ROWS, SDPO)
+    assert prompts_with_contexts(attempts.plan.settings, "main", attempts.prompts, [1], tokenizer) is None
 
 
 def test_attempts_are_cut_to_the_room_and_what_still_does_not_fit_is_masked(tmp_path: Path, tokenizer: Any) -> None:

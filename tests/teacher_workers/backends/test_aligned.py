@@ -178,6 +178,26 @@ def test_a_foreign_teacher_scores_its_own_row_before_each_strict_token(
     assert metrics["teacher/scored_tokens"] == num_strict
 
 
+def test_the_students_eos_is_all_that_ends_the_teachers_turns(
+    student: str, foreign: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    batch = rows_of(student, tokenizer, [[1, 50]] * len(TEXTS))
+    ends = (2, 300)
+    apart, _ = scored_by(section(foreign, student), batch, ALIGNED)
+    together, _ = scored_by(section(foreign, student, stop_class=ends), batch, ALIGNED)
+    model = AutoModelForCausalLM.from_pretrained(foreign)
+    token_ids, mask = of_rows(batch)[0]
+    alignment = TokenMap(TokenBytes(tokenizer, "a"), TokenBytes(sentencepiece(25), "b"), [2]).align(
+        token_ids[mask != 0]
+    )
+    assert alignment is not None
+    with torch.no_grad():
+        before = model(torch.tensor([[1, 50, *alignment.token_ids.tolist()]])).logits[0, -2].log_softmax(-1)
+    expected = before[list(ends)].logsumexp(0).item()
+    assert ragged(together, "teacher_logprobs")[0][-1] == pytest.approx(expected, abs=1e-4)
+    assert ragged(apart, "teacher_logprobs")[0][-1] == pytest.approx(before[2].item(), abs=1e-4)
+
+
 def test_what_is_not_strict_enters_nothing(student: str, foreign: str, tokenizer: PreTrainedTokenizerFast) -> None:
     batch = rows_of(student, tokenizer, [[1]] * len(TEXTS))
     scored, _ = scored_by(section(foreign, student), batch, ALIGNED)

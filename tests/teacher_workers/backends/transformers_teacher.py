@@ -16,7 +16,7 @@ class TransformersBackend(HiddenStatesBackend):
     """Computes hidden states row by row, in float32."""
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
-        super().__init__(load_lm_head(teacher.model, False, "float32", teacher.excluded_token_ids))
+        super().__init__(load_lm_head(teacher.model, False, "float32", (), teacher.stop_class))
         self._model = AutoModelForCausalLM.from_pretrained(teacher.model, dtype=torch.float32)
 
     @classmethod
