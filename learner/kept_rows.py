@@ -19,7 +19,7 @@ from cluster.config.run_config import Config
 from cluster.config.terms import TEACHER
 from cluster.contracts.kept_rows import MOST_CANDIDATES, Taken, chosen_ids
 from cluster.contracts.metrics import Sum
-from cluster.contracts.trajectory import ragged
+from cluster.contracts.trajectory import ragged, sampled_columns
 from learner.batching.micro_batch import MicroBatch, Trajectory
 from learner.batching.plan import Grid
 from learner.loss.tokens import CompletionTokens, Evaluation
@@ -134,7 +134,7 @@ class KeptRows:
         began = perf_counter()
         ends = np.cumsum([batch.num_rows for batch in batches])
         columns, start = watch.columns(result), 0
-        names = _narrow_names(batches[0].schema)  # those of all batches of a step
+        names = narrow_columns(batches[0].schema)  # those of all batches of a step
         for row in watch.rows:
             number = int(np.searchsorted(ends, row.index, side="right"))
             scored = batches[number].select(names).slice(row.index - (int(ends[number - 1]) if number else 0), 1)
@@ -165,14 +165,10 @@ def log_ratios(tokens: CompletionTokens, lengths: Sequence[int]) -> NDArray[np.f
     return np.where(np.array(lengths) > 0, sums / np.maximum(lengths, 1), -np.inf)
 
 
-def _narrow_names(schema: pa.Schema) -> list[str]:
-    """Return the columns without those of a model's own width, which are most of the bytes."""
-    return [field.name for field in schema if not _is_wide(field)]
-
-
-def _is_wide(field: pa.Field) -> bool:
-    kind = field.type
-    return pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type) and "candidate" not in field.name
+def narrow_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns but for those of a model's own width, which are most of the bytes."""
+    signals = sampled_columns(schema)
+    return [name for name in schema.names if name not in signals or signals[name].width != "model"]
 
 
 def _to_ipc(rows: Sequence[KeptRow]) -> bytes | None:
@@ -182,7 +178,8 @@ def _to_ipc(rows: Sequence[KeptRow]) -> bytes | None:
     scored = pa.concat_batches([row.scored for row in rows])
     arrays = {name: scored[name] for name in scored.schema.names}
     for name in arrays:
-        if "candidate" in name:
+        kind = scored.schema.field(name).type
+        if pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type):
             column = ragged(scored, name)
             arrays[name] = _lists(column.values[:, :MOST_CANDIDATES], column.lengths)
     arrays["log_ratio"] = pa.array([row.log_ratio for row in rows], pa.float32())

@@ -106,6 +106,11 @@ def compare_all(config: Config, student: ModelFacts, teachers: Mapping[str, Mode
         for name in config.routes
         if config.teachers[name].source is None and _is_same(config.student.model, config.teachers[name].model)
     ]
+    lines += [
+        f"warning: teachers.{name} is the student of now and reads no context, so it teaches nothing"
+        for name in config.routes
+        if config.teachers[name].refresh == "live" and config.teachers[name].context is None
+    ]
     ends = [student.stops, *(pair.stop_ids for pair in pairs.values())]
     further = frozenset.union(*ends) - frozenset.intersection(*ends)  # each engine knows those of its own model
     excluded = {token_id for pair in pairs.values() for token_id in pair.excluded_ids}

@@ -30,6 +30,7 @@ SUPPORTS = {
     "intersection": "those of the teacher's {size} most likely tokens that are among the student's too",
     "full": "the whole vocabulary",
 }
+SAID_OTHERWISE = ("target", "when", "weight", "over", "divergence", "truncation", "residual")  # of a term's settings
 TRUNCATIONS = {
     "tail": ", the rest as one",
     "renormalized": ", renormalised",
@@ -170,6 +171,7 @@ def _term_in_words(name: str, term: Term, support: str, objective: ObjectiveConf
             loss += ", corrected by sampled tokens"
     elif hasattr(term, "over"):
         loss += f" over {support if term.over == 'support' else SUPPORTS['sampled']}"
+    loss += "".join(f", {name.replace('_', ' ')} {value}" for name, value in _changed(term).items())
     target = getattr(term, "target", {"teacher": 1.0})
     if target != {"teacher": 1.0}:
         loss += ", target " + " + ".join(f"{share:g} log {model}" for model, share in target.items())
@@ -178,6 +180,14 @@ def _term_in_words(name: str, term: Term, support: str, objective: ObjectiveConf
     if isinstance(term.weight, WeightSchedule):
         return f"{term.weight.start:g} to {term.weight.to:g}, over {term.weight.over_steps} steps, x {loss}"
     return loss if term.weight == 1 else f"{term.weight:g} x {loss}"
+
+
+def _changed(term: Term) -> dict[str, Any]:
+    """Return the settings of a term that are not the default ones and not said otherwise; of a section, its kind."""
+    default = type(term)()
+    values = {name: getattr(term, name) for name in term.__struct_fields__ if name not in SAID_OTHERWISE}
+    changed = {name: value for name, value in values.items() if value != getattr(default, name)}
+    return {name: getattr(value, "kind", value) for name, value in changed.items()}
 
 
 def shown_name(source: str) -> str:

@@ -38,7 +38,7 @@ SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 NUM_TRANSCRIPTS = 64  # batches of them that the tokenizers are trained on
 BPE_MERGES = 75  # a space before each symbol and digit, then all numbers from 10 to 59
 PIECES_MERGES = 45  # all numbers of the lists, to 30, and sums to 40; higher ones are spelled in two tokens
-STEPS = 120
+PHASES = ((120, 2e-3, 0.8), (150, 1e-3, 1.0))  # steps, learning rate of the embedding, share of them in which it falls
 BATCH_SIZE = 32
 RESERVED = VOCABULARY_SIZE - 1  # an embedded token that stands in no text, and has the least probability
 
@@ -51,15 +51,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--embedded", type=Path, default=Path("cluster/embedded"))
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    write_models(arguments.out, arguments.embedded, arguments.steps, arguments.seed)
+    write_models(arguments.out, arguments.embedded, arguments.seed)
 
 
-def write_models(out: Path, embedded: Path, steps: int = STEPS, seed: int = 0) -> None:
+def write_models(out: Path, embedded: Path, seed: int = 0) -> None:
     """Train both tokenizers and the teacher of the other one."""
     texts = transcript_texts(np.random.default_rng(seed))
     bpe, pieces = bpe_tokenizer(texts), pieces_tokenizer(texts)
@@ -67,9 +66,10 @@ def write_models(out: Path, embedded: Path, steps: int = STEPS, seed: int = 0) -
         save(with_tokenizer(_read(embedded / name), bpe), bpe, out / name)
     other = with_tokenizer(_read(embedded / "teacher"), pieces, learns_digits=True)
     draw = partial(draw_batch, spelled=spelled_words(pieces))
-    phase = Phase(steps, draw, matrix_lr=0.004, other_lr=2e-3, warmup_steps=10, decay_fraction=0.8)
-    train(other, phase, np.random.default_rng([seed, steps]))
-    save(other, pieces, out / "other_teacher")
+    for steps, learning_rate, decay in PHASES:
+        phase = Phase(steps, draw, 0.004, learning_rate, warmup_steps=10, decay_fraction=decay)
+        train(other, phase, np.random.default_rng([seed, steps]))
+        save(other, pieces, out / "other_teacher")
 
 
 def write_untrained(out: Path, embedded: Path, seed: int = 0) -> None:
@@ -173,9 +173,10 @@ def draw_batch(rng: np.random.Generator, spelled: list[list[int]]) -> Transcript
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
-    """Write the model in bf16 with its tokenizer."""
+    """Write the model in bf16 with its tokenizer; the model takes on the rounding."""
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     model.to(torch.bfloat16).save_pretrained(directory)
+    model.to(torch.float32)
     tokenizer.save_pretrained(directory)
 
 

@@ -1,8 +1,13 @@
 """A batch is scored by one version of the weights, however updates and scores come."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
+from cluster.actors.cluster import PoolTimeouts
+from cluster.config.stages import TeacherConfig
+from cluster.contracts.errors import ActorDiedError, WeightSyncError
+from teacher_workers.pool import TeacherPool
 from teacher_workers.served_weights import ServedWeights
 
 
@@ -72,3 +77,43 @@ def test_a_batch_that_fails_does_not_keep_an_update_waiting() -> None:
         return list(backend.calls)
 
     assert asyncio.run(run()) == ["start"]
+
+
+class Replicas:
+    """Three actors: the first is as it should be, the second was left in an update, the third is dead."""
+
+    def __init__(self) -> None:
+        self.teachers = {"self": TeacherConfig("student", source="student", refresh="live")}
+        self.serving, self.num_gone, self.cluster = [0, 1, 2], 0, self
+        self.lost: dict[int, str] = {}
+
+    def actor(self, replica: int) -> Any:
+        return SimpleNamespace(abandon=SimpleNamespace(remote=lambda: replica))
+
+    def name(self, replica: int) -> str:
+        return f"teacher-self-{replica}"
+
+    def get(self, reference: int, timeout_seconds: float, waiting_for: str) -> None:
+        if reference == 1:
+            raise WeightSyncError("an update of the weights was begun and never ended")
+        if reference == 2:
+            raise ActorDiedError("it died")
+
+    def lose(self, replica: int, error: Exception) -> None:
+        self.lost[replica] = type(error).__name__
+
+    def forget_loads(self) -> None:
+        """Keep no loads."""
+
+
+def test_a_run_that_goes_back_starts_workers_again_that_an_update_left_half_way() -> None:
+    replicas: Any = Replicas()
+    TeacherPool("self", replicas, PoolTimeouts(1, 1)).abandon()
+    assert replicas.lost == {1: "WeightSyncError", 2: "ActorDiedError"}
+
+
+def test_workers_whose_weights_never_change_are_left_alone() -> None:
+    replicas: Any = Replicas()
+    replicas.teachers = {"self": TeacherConfig("student", source="student")}
+    TeacherPool("self", replicas, PoolTimeouts(1, 1)).abandon()
+    assert replicas.lost == {}

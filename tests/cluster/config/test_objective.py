@@ -291,3 +291,14 @@ def test_presets_are_not_changed_by_what_is_laid_over_them() -> None:
     before = msgspec.json.encode(PRESETS)
     make_config("objective.preset=gkd", "objective.terms.main.beta=0.1")
     assert msgspec.json.encode(PRESETS) == before
+
+
+def test_last_opd_fades_from_hidden_states_to_the_divergence_in_ten_steps() -> None:
+    objective = make_config("objective=last-opd").objective
+    assert [objective.scheduled_weights(step) for step in (0, 5, 10, 50)] == [
+        {"main": 0.0, "states": 1.0},
+        {"main": 0.5, "states": 0.5},
+        {"main": 1.0, "states": 0.0},
+        {"main": 1.0, "states": 0.0},
+    ]
+    assert (objective.needs.last_states, objective.needs.layer_states) == (("teacher",), ())

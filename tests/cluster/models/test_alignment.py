@@ -104,6 +104,7 @@ def test_a_permuted_vocabulary_is_the_same_text_in_other_ids() -> None:
 def test_pairs_are_the_tokens_that_cover_the_same_bytes() -> None:
     assert strict_pairs([b" 12", b" +", b" 3", b"0"], [b" ", b"12", b" +", b" 30"]) == [(1, 2)]
     assert strict_pairs([b"a", b"b"], [b"ab"]) == []
+    assert strict_pairs([b"\xc3", b"\xa9", b"x"], [b"\xc3\xa9", b"x"]) == [(2, 1)]  # a character in two parts
     assert strict_pairs([], []) == []
 
 
@@ -130,6 +131,17 @@ def test_special_tokens_go_by_role_and_stops_by_class() -> None:
     alignment = aligned(token_map, [*(student.write(b"x") or []), 5])
     assert alignment.token_ids[-1] == 0  # the teacher's EOS
     assert alignment.student_positions[-1] == 1
+
+
+def test_positions_go_on_behind_a_special_token() -> None:
+    one, other = BYTES["byte-level"], BYTES["sentencepiece"]
+    ours = [*(one.write(b" the fox") or []), one.roles["eos"], *(one.write(b" lazy dog") or [])]
+    alignment = aligned(TokenMap(one, other), ours)
+    texts, theirs = one.read(ours), other.read(alignment.token_ids[alignment.teacher_positions].tolist())
+    assert texts is not None
+    assert theirs is not None
+    assert [texts[place] for place in alignment.student_positions] == theirs
+    assert theirs.index(b"<eos>") not in (0, len(theirs) - 1)
 
 
 def test_a_special_token_without_a_partner_is_its_text() -> None:

@@ -214,8 +214,12 @@ def test_a_student_that_teaches_itself_is_warned_about(folder: Path) -> None:
 
 
 def test_a_student_that_is_meant_to_teach_itself_is_not(folder: Path) -> None:
-    itself = config(folder, f"teachers.main.model={folder}/student", "teachers.main.from=student")
-    assert load_inputs(itself).pairs.lines == ()
+    itself = [f"teachers.main.model={folder}/student", "teachers.main.from=student"]
+    for refresh in ("frozen", "{ema=0.1}"):
+        assert load_inputs(config(folder, *itself, f"teachers.main.refresh={refresh}")).pairs.lines == ()
+    assert load_inputs(config(folder, *itself, "teachers.main.refresh=live")).pairs.lines == (
+        "warning: teachers.main is the student of now and reads no context, so it teaches nothing",
+    )
 
 
 def test_the_tokens_of_one_teacher_are_excluded_by_all(folder: Path) -> None:

@@ -212,6 +212,13 @@ def test_long_curves_are_averaged(tmp_path):
     assert hours[-1] == pytest.approx(2500 / 3600, abs=1e-4)
 
 
+def test_settings_of_a_term_that_are_not_the_default_are_said():
+    assert objective_in_words(make_config("objective=ppo-k1").objective) == [
+        "preset ppo-k1",
+        "policy gradient over the sampled token, student rollout, importance ppo_clip",
+    ]
+
+
 def test_an_objective_of_several_terms_is_a_sentence_each():
     terms = make_config(
         "objective=tail-topk", "objective.terms.main.weight=0.5", "objective.terms.main.when=trusted"
