@@ -76,6 +76,12 @@ class PromptSet:
         of_teacher = None if own is None else np.array(own, np.int32)
         return Prompt(self._token_ids[prompt_id], text, teacher, domain, answer, further, of_teacher)
 
+    def without_teachers_tokens(self) -> "PromptSet":
+        """Return the prompts as the student reads them, for its teachers too."""
+        position = _SCHEMA.get_field_index("teacher_token_ids")
+        nothing = pa.nulls(len(self), _SCHEMA.field(position).type)
+        return PromptSet(self._table.set_column(position, _SCHEMA.field(position), nothing))
+
     def longest_of(self, teacher: str) -> int:
         """Return the tokens of the longest prompt that a teacher with its own tokenizer reads."""
         own = zip(self._table["teacher"].to_pylist(), self._table["teacher_token_ids"], strict=True)

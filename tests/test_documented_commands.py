@@ -1,8 +1,11 @@
-"""Every command that README and the documents show runs in a test, or says what it needs; every TOML block is a run's.
+"""Every command that README and the documents show runs in a test, or says what it needs.
+
+Every TOML block is a part of a run file, and every Python block of the source.
 
 A comment above a code block, `<!-- needs: a GPU -->`, exempts its lines from running, not from being parsed.
 """
 
+import ast
 import re
 import shlex
 import tomllib
@@ -197,6 +200,25 @@ def test_every_toml_block_is_a_part_of_a_run_file(document: Path, text: str) -> 
         tree["teachers"]["before"] = {"model": "before"}
         tree["teachers"]["main"].setdefault("base", "before")
     assert config_from_json(msgspec.json.encode(tree).decode(), source=document.name) is not None
+
+
+def without_docstrings(text: str) -> ast.Module:
+    module = ast.parse(text)
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return module
+
+
+SHOWN = [ROOT / "cluster" / "run" / "driver.py", *(ROOT / "examples" / "extend").glob("*.py")]
+PYTHON = [(document, text) for document, text, _ in blocks("python")]
+
+
+@pytest.mark.parametrize(("document", "text"), PYTHON, ids=[document.name for document, _ in PYTHON])
+def test_every_python_block_is_a_part_of_the_source(document: Path, text: str) -> None:
+    nodes = [node for path in SHOWN for node in ast.walk(without_docstrings(path.read_text(encoding="utf-8")))]
+    source = {ast.dump(node) for node in nodes if isinstance(node, ast.stmt)}
+    assert not [ast.unparse(node) for node in without_docstrings(text).body if ast.dump(node) not in source]
 
 
 LINK = re.compile(r"https?://[^\s)>`\"']+")

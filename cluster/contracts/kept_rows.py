@@ -67,7 +67,7 @@ class KeptRowFiles:
 
     def __init__(self, folder: Path, most_bytes: float = math.inf) -> None:
         self._folder, self._most_bytes = folder, most_bytes
-        self._sizes = {step: path.stat().st_size for step, path in self.files().items()}  # bytes
+        self._sizes = {step: _size(path) for step, path in self.files().items()}  # bytes
         self._stride = math.gcd(*self._sizes) if len(self._sizes) > 1 else 1
 
     def files(self) -> Mapping[int, Path]:
@@ -125,3 +125,11 @@ class KeptRowFiles:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}.arrow"
+
+
+def _size(path: Path) -> int:
+    """Return a file's bytes; 0 of one that its run has dropped meanwhile."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

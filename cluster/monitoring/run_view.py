@@ -62,7 +62,8 @@ class RunView:
     record: Record = field(default_factory=dict)  # of the latest step
     alarm: str = ""  # the last one
     state: str = ""  # "": the run goes on
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # the terminal is drawn from another thread
+    # The terminal is drawn from another thread, and from a signal handler that interrupts `add`.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
     _curves: dict[str, Curve] = field(default_factory=lambda: {name: Curve() for _, name, _ in CURVES})
     _seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))  # of each step
     _seen_at: float | None = None  # when the latest step was; None: before this view began

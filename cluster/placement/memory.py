@@ -4,7 +4,7 @@ These are sums of what must be there (weights, cache, optimizer) and of the larg
 kernels take some more, for which `RESERVE_GIB` stands.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from cluster.config.run_config import Config
@@ -52,16 +52,22 @@ class WorkerMemory:
 
 
 def estimate(
-    config: Config, sizes: Mapping[str, ModelSize], max_model_len: int, gpu_gib: float | None
+    config: Config,
+    sizes: Mapping[str, ModelSize],
+    max_model_len: int,
+    gpu_gib: float | None,
+    scoring_model_len: Callable[[str], int] | None = None,
 ) -> list[WorkerMemory]:
     """Return what a worker of each pool takes, on GPUs of so many GiB or, with None, on a CPU.
 
-    `sizes` has the student's under `STUDENT` and those of the teachers that have engines under their names.
+    `sizes` has the student's under `STUDENT` and those of the teachers that have engines under their names;
+    `scoring_model_len` gives the context of teachers that read longer prompts than the student.
     """
     memory = [_engine("rollout", config, config.rollout.engine, sizes[STUDENT], max_model_len, gpu_gib)]
     for name, teacher in config.teachers.items():
         if name in sizes:
-            memory.append(_engine(f"teacher-{name}", config, teacher.engine, sizes[name], max_model_len, gpu_gib, True))
+            tokens = max_model_len if scoring_model_len is None else scoring_model_len(name)
+            memory.append(_engine(f"teacher-{name}", config, teacher.engine, sizes[name], tokens, gpu_gib, True))
     return [*memory, _learner(config, sizes[STUDENT], gpu_gib)]
 
 

@@ -82,6 +82,9 @@ def run_live_checks(config: Config, inputs: Inputs, placement: Placement) -> lis
         if placement.on_gpu and not placement.teachers[mirrored.routes[0]].gpus_per_worker:
             return [*results, NO_GPU]
         pipeline.teachers.shutdown()  # their share of the cluster goes to the scorer of the student
+        if any(teacher.is_aligned for teacher in config.teachers.values()):  # the student reads its own tokens alone
+            pipeline.rollouts.set_prompts(inputs.prompts.without_teachers_tokens())
+            handles = list(pipeline.rollouts.generate(requests, train_sampling(config)))
         return results + _against_itself(mirrored, inputs, placement, pipeline, handles)
 
 

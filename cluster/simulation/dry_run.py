@@ -35,7 +35,8 @@ def print_dry_run(config: Config, gpus: int | None, gpu_gib: float | None) -> No
     config = with_gpus(config, on_gpu=machine.gpus > 0)
     placement = plan_placement(config, machine.nodes(config.ray.share_gpu))
     sizes = model_sizes(config)
-    memory = estimate(config, sizes, inputs.max_model_len, machine.gpu_gib if machine.gpus else None)
+    gib = machine.gpu_gib if machine.gpus else None
+    memory = estimate(config, sizes, inputs.max_model_len, gib, inputs.scoring_model_len)
     lines = [
         f"machine: {machine.describe()}",
         *(f"{name}: {size.describe()}" for name, size in sizes.items()),

@@ -78,6 +78,8 @@ def test_a_teacher_with_its_own_tokenizer_reads_the_messages_in_its_template(
     assert first.teacher_token_ids.tolist() == [5, 3, 5]  # three one three
     assert second.teacher_token_ids is not None
     assert (second.teacher_token_ids.tolist(), prompts.longest_of("main")) == ([5, 4, 5], 3)
+    plain = prompts.without_teachers_tokens()
+    assert (plain.prompt(0).teacher_token_ids, plain.prompt(1).token_ids.tolist()) == (None, [1, 4])
     assert load(path, tokenizer).prompt(0).teacher_token_ids is None
 
 

@@ -69,6 +69,23 @@ def test_a_narrow_terminal_gets_as_many_lines() -> None:
     assert len(drawn(view, width=50)) == len(drawn(view, width=200))
 
 
+def test_a_signal_handler_may_say_a_line_while_a_step_is_taken_in() -> None:
+    """What is said draws the view again, in the thread that it interrupts."""
+    seen: list[list[str]] = []
+
+    def clock() -> float:
+        if len(seen) == 1:
+            seen.append([])  # drawing asks for the time, too
+            seen.append(drawn(view))
+        return 0.0
+
+    view = RunView("demo", 20, clock=clock)
+    view.add({**STEP, "step": 1})
+    seen.append([])
+    view.add({**STEP, "step": 2})
+    assert seen[-1][0].startswith("demo ")
+
+
 def test_steps_that_are_done_again_replace_the_first_ones() -> None:
     view = RunView("demo", 20)
     for step in (1, 2, 3, 2):

@@ -78,3 +78,15 @@ def test_on_a_shared_gpu_every_engine_has_its_fraction_and_a_set_cache() -> None
 def test_without_a_gpu_all_share_the_nodes_memory() -> None:
     rollout = memory("rollout.engine.kv_cache_gib=2", gpu_gib=None)["rollout"]
     assert (rollout.available, rollout.state) == (None, 2.0)
+
+
+def test_a_teacher_that_reads_longer_prompts_has_room_for_fewer_of_them() -> None:
+    def sequences(scoring_tokens: int) -> float | None:
+        config = make_config("teachers.main.engine.tensor_parallel=1")
+        memory = estimate(config, SIZES, 1024, 80.0, lambda name: scoring_tokens)
+        return next(one.sequences for one in memory if one.pool == "teacher-main")
+
+    longer, same = sequences(4096), sequences(1024)
+    assert longer is not None
+    assert same is not None
+    assert longer == pytest.approx(same / 4, rel=0.02)

@@ -195,6 +195,27 @@ FAULTS = (
         ("tests/learner/batching/test_arrivals.py",),
     ),
     Fault(
+        "every step has the first one's weights",
+        "learner/worker.py",
+        "self._config.objective.at(share.step)",
+        "self._config.objective.at(0)",
+        ("tests/learner/test_worker.py",),
+    ),
+    Fault(
+        "ranks ignore the shares of teachers",
+        "learner/worker.py",
+        "trajectories(batches, share.task_advantages, share.weights)",
+        "trajectories(batches, share.task_advantages)",
+        ("tests/learner/test_streaming.py",),
+    ),
+    Fault(
+        "stop tokens count as special",
+        "cluster/models/model_checks.py",
+        "added.union(tokenizer.all_special_ids) - stops",
+        "added.union(tokenizer.all_special_ids)",
+        ("tests/cluster/models/test_ignored_ids.py",),
+    ),
+    Fault(
         "a step's mean without the tokens' weights",
         "learner/loss/objective.py",
         "weights, sums = self._weights(tokens, first_pass).double(), {}",

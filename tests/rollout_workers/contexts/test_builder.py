@@ -137,6 +137,7 @@ def test_the_next_right_attempt_is_shown_without_its_thinking_and_never_ones_own
     own = Contexts(tmp_path, tokenizer, ROWS, SDPO, "teachers.main.context.own_attempt=true")
     group = make_group(("right", 1.0), ("wrong", 0.0))
     assert [own.read(attempt, group) for attempt in group] == ["user one right assistant"] * 2
+    assert [contexts.read(attempt, group) for attempt in group] == ["", "user one right assistant"]
 
 
 def test_feedback_stands_where_no_attempt_is_right_and_a_row_with_neither_is_masked(
