@@ -20,6 +20,7 @@ DOORS = {
         "cluster.vllm.weight_sync.object_store",
         "cluster.vllm.weight_sync.updates",
         "rollout_workers.weight_sync.worker_extension",
+        "rollout_workers.stop_class_processor",
         "rollout_workers.vllm_engine",
         "rollout_workers.vllm_requests",
         "teacher_workers.backends.vllm",
