@@ -73,7 +73,8 @@ def engine_states(folder: Path, to_send: LayersToSend) -> list[torch.Tensor]:
 @torch.no_grad()
 def model_states(folder: Path) -> list[list[torch.Tensor]]:
     """Return transformers' states of layers 1 to DEPTH of each sequence, and last that of DEPTH before the norm."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # Not torch's attention, which leaves out Gemma 2's cap.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     before_norm: list[torch.Tensor] = []
     decoder = model.get_decoder()
     norm = next(getattr(decoder, name) for name in ("norm", "ln_f") if hasattr(decoder, name))

@@ -36,6 +36,6 @@ def test_every_layer_of_a_llama_is_transformers_own() -> None:
 
 @pytest.mark.exhaustive
 def test_every_layer_of_other_families_is_transformers_own() -> None:
-    # Residual sums, none, norms behind the blocks, attention beside the MLP, and what runs by transformers' classes.
-    for answer in tried("qwen3", "gpt2", "gemma2", "gemma3", "granite", "cohere2", "mixtral", "olmo2"):
+    # Residual sums, none, attention beside the MLP, and what runs by transformers' classes.
+    for answer in tried("qwen3", "gpt2", "granite", "cohere2", "olmo2"):
         check(answer)
