@@ -31,7 +31,7 @@ from benchmarks.gpu_parts.learning import long_tailed_batch
 from benchmarks.gpu_parts.shapes import TINY_STUDENT, Scale, dry_scale, model_folder
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.requests import ScoreRequest
 from cluster.models.lm_head import LmHead

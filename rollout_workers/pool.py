@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
 from cluster.actors.replicas import Pool, Replicas, Supervision
-from cluster.config.run_config import EnvironmentConfig, StudentConfig
+from cluster.config.sections import EnvironmentConfig, StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle, PoolState, Span
 from cluster.contracts.errors import ActorDiedError, PreceptorError

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from cluster.config.run_config import Config, PromptsConfig
+from cluster.config.run_config import Config
+from cluster.config.sections import PromptsConfig
 from cluster.contracts.errors import PromptError
 from rollout_workers.environments.verifiers import VERIFIERS, check_answer
 from rollout_workers.prompt_row import Messages, PromptRow

@@ -11,7 +11,7 @@ from rollout_workers.prompt_row import PromptRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cluster.config.run_config import PromptsConfig
+    from cluster.config.sections import PromptsConfig
 
 # A chat template is a program of the model's author, and what it does to messages can fail in as many ways.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)

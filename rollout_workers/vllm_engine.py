@@ -9,7 +9,7 @@ from typing import Any
 from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineGenerateError
 
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings

@@ -99,7 +99,7 @@ def rollouts(ray_cluster: None, tiny_student: Path) -> "Iterator[RolloutDeployme
     """Start two real rollout actors, which several files share."""
     # Here, for what they import takes seconds, and most tests do without.
     from cluster.actors.cluster import PoolTimeouts
-    from cluster.config.run_config import StudentConfig
+    from cluster.config.sections import StudentConfig
     from cluster.config.stages import EngineConfig
     from rollout_workers.pool import RolloutActorSettings, RolloutPool
     from tests.rollout_workers.deployment import RolloutDeployment, make_prompts

@@ -21,8 +21,9 @@ from benchmarks.harness.stub_pools import (
     completion_length,
 )
 from cluster.actors.cluster import PoolTimeouts
-from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_config import Config
 from cluster.config.run_file import parse_run_config
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import ReadyBatches
 from cluster.contracts.requests import RolloutRequest, SamplingSettings

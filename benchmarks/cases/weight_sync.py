@@ -28,7 +28,7 @@ from benchmarks.cases.hand_off import hand_off_rows, signal_rows
 from benchmarks.harness.mapping_actor import MappingActor
 from benchmarks.harness.report import RESULTS, Row, print_rows, row, write_rows
 from cluster.actors.cluster import PoolTimeouts
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import Dtype, EngineConfig, LearnerConfig, WeightSyncConfig
 from cluster.nodes.local_cluster import local_cluster
 from cluster.weight_sync.manifest import Manifest, TensorSpec, WeightSyncReport, total_bytes

@@ -17,7 +17,7 @@ from benchmarks.harness.model_pairs import ROOT
 from benchmarks.harness.report import Row, at_most, row
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import Attention, LearnerConfig
 from cluster.contracts.errors import ModelError
 from cluster.contracts.requests import ScoreRequest

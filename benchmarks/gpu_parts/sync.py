@@ -8,7 +8,7 @@ from benchmarks.cases.weight_sync import Publisher, SyncEngine, median_pause, ro
 from benchmarks.gpu_parts.loop import MAX_SYNC_SECONDS
 from benchmarks.gpu_parts.shapes import Scale, model_folder
 from benchmarks.harness.report import Row, at_most, row
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig, LearnerConfig
 from learner.model.student import load_student
 

@@ -16,7 +16,8 @@ from benchmarks.cases.streaming import SAMPLING, TIMEOUTS, StubRun
 from benchmarks.harness.stub_pools import SharedWorker, StubCluster, StubRates
 from benchmarks.harness.workloads import PROMPT_TOKENS, Split, Workload
 from cluster.actors.cluster import Arguments, Options
-from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_config import Config
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import Span
 from cluster.run.driver import Permits

@@ -8,7 +8,7 @@ import pyarrow as pa
 from benchmarks.cases.streaming import TIMEOUTS, StubRun
 from benchmarks.harness.stub_pools import StubCluster, StubRates, StubRolloutProcess, StubTeacherProcess
 from benchmarks.harness.workloads import PROMPT_TOKENS, Split, Workload
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.pieces import Pieces

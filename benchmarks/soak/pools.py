@@ -9,8 +9,9 @@ from ray.actor import ActorHandle
 
 from benchmarks.soak.actors import Delays
 from cluster.actors.cluster import PoolTimeouts, RayCluster
-from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_config import Config
 from cluster.config.run_file import parse_run_config
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.run.inputs import Inputs
 from learner.group import LEARNER_ACTOR, LearnerGroup

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.config.objective import TokenWeightsConfig
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.model_files import context_length, is_local, load_model_config, load_tokenizer, read_stop_ids

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.model_files import load_model_config

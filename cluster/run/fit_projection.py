@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cluster.config.objective import ObjectiveConfig
-from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_config import Config
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import TeacherConfig
 from cluster.config.terms import PolicyGradientTerm, RepresentationTerm
 from cluster.contracts.errors import ConfigError, ModelError

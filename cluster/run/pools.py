@@ -11,8 +11,9 @@ from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.actors.liveness import Watch
 from cluster.actors.replicas import Supervision
 from cluster.actors.restarts import RestartLimit
-from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import TeacherConfig
 from cluster.models.model_files import load_tokenizer
 from cluster.placement.gpu_sharing import with_gpus

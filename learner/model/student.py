@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import HeadDtype, LearnerConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.lm_head import check_tied_head, read_logit_scaling

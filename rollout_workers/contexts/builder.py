@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from cluster.config.context import ContextConfig
-from cluster.config.run_config import PromptsConfig
+from cluster.config.sections import PromptsConfig
 from cluster.config.terms import TEACHER
 from cluster.contracts.metrics import Mean, Metric, Sum
 from cluster.contracts.requests import ContextUse

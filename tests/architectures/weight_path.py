@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.vllm.weight_sync.shared_memory import shared_memory
 from cluster.weight_sync.manifest import Bucket, checksum, new_digest, plan_buckets, total_bytes

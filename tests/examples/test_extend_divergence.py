@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cluster.config.objective import ObjectiveConfig
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.metrics import report

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.actors.cluster import PoolTimeouts
-from cluster.config.run_config import EnvironmentConfig, StudentConfig
+from cluster.config.sections import EnvironmentConfig, StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.requests import SamplingSettings
 from rollout_workers.pool import RolloutActorSettings, RolloutPool

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from cluster.actors.cluster import RAY, PoolTimeouts
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import Dtype, EngineConfig, WeightSyncConfig
 from cluster.vllm.engine import SHARED_GPU_VARIABLE
 from cluster.weight_sync.manifest import WeightSyncReport

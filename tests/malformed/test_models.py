@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.cli import main
-from cluster.config.run_config import Config, StudentConfig
+from cluster.config.run_config import Config
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError, ModelError
 from cluster.run.inputs import load_inputs

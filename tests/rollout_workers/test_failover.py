@@ -15,7 +15,7 @@ from cluster.actors.cluster import PoolTimeouts, RayCluster
 from cluster.actors.liveness import Watch
 from cluster.actors.replicas import Supervision
 from cluster.actors.restarts import RestartLimit
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster.actors.cluster import PoolTimeouts, RayCluster
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import RolloutRequest, SamplingSettings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cluster.actors.cluster import RAY, PoolTimeouts
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings

@@ -13,7 +13,7 @@ import torch
 from benchmarks.cases.hand_off import SIGNAL_TOP_K, SIGNAL_WIDTH, bytes_per_token
 from benchmarks.cases.weight_sync import SyncEngine, Synthetic, take_step
 from benchmarks.harness.mapping_actor import check_buckets
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.vllm.weight_sync.shared_memory import mappable
 from cluster.weight_sync.manifest import checksum, total_bytes

@@ -3,7 +3,7 @@
 import pytest
 
 from cluster.config.objective import TokenWeightsConfig
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.demo import EMBEDDED
 from cluster.models.model_checks import ignored_ids
 

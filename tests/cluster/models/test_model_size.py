@@ -1,4 +1,4 @@
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.demo import EMBEDDED
 from cluster.models.model_size import ModelSize, model_size
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import PreceptorError
 from cluster.demo import EMBEDDED

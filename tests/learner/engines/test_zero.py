@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 STARTS_SHARDED = """
 import sys, torch
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from learner.model.student import load_student
 from learner.engines.zero import ZeroEngine

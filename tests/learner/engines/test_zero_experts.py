@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PROGRAM = """
 import sys
 import torch
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DeepseekV3Config, Gemma2ForCausalLM, MistralConfig, Qwen3Config
 
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ModelError
 from learner.batching.micro_batch import build_micro_batch, trajectories

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import MixtralForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ModelError
 from cluster.weight_sync.manifest import plan_buckets

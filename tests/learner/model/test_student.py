@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ModelError
 from learner.batching.micro_batch import build_micro_batch, trajectories

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.config.presets import PRESETS
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.errors import ConfigError, ModelError, NotFiniteError, ScoreError, UniformError, WrongLengthError
 from cluster.contracts.metrics import report

@@ -10,7 +10,7 @@ import ray
 
 from cluster.actors.cluster import PoolTimeouts
 from cluster.actors.object_store import pack
-from cluster.config.run_config import StudentConfig
+from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.requests import ScoreRequest
