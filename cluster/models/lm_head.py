@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig
 
-from cluster.config.stages import Dtype
+from cluster.config.stages import Dtype, TeacherConfig
 from cluster.contracts.errors import ModelError
 from cluster.models.model_files import load_model_config
 from cluster.models.stop_class import EXCLUDED_LOGIT, merge_logits
@@ -169,6 +169,17 @@ def load_lm_head(
         torch.tensor(excluded) if excluded else None,
         name,
         tuple(token_id for token_id in stop_class if token_id < vocabulary_size),
+    )
+
+
+def load_teacher_head(teacher: TeacherConfig) -> LmHead:
+    """Read the head of a teacher as its section of the run file says; raise ModelError as `load_lm_head` does."""
+    return load_lm_head(
+        teacher.model,
+        teacher.trust_remote_code,
+        teacher.engine.dtype,
+        teacher.excluded_token_ids,
+        teacher.stop_class,
     )
 
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from cluster.config.run_config import Config
 from cluster.config.stages import HeadDtype
-from cluster.models.lm_head import LmHead, load_lm_head
+from cluster.models.lm_head import LmHead, load_teacher_head
 from cluster.models.stop_class import merge_ids
 from learner.batching.micro_batch import MicroBatch, RoutedTokens
 from learner.loss.kernels.interface import RowKernels
@@ -38,13 +38,7 @@ def load_teacher_heads(config: Config, device: torch.device) -> TeacherHeads:
     loaded = {}
     for name in sorted({name for of_route in names.values() for name in of_route.values()}):
         teacher = config.teachers[name]
-        head = load_lm_head(
-            teacher.model,
-            teacher.trust_remote_code,
-            teacher.engine.dtype,
-            teacher.excluded_token_ids,
-            teacher.stop_class,
-        )
+        head = load_teacher_head(teacher)
         loaded[name] = head.to(device)
     return {route: {model: loaded[name] for model, name in of_route.items()} for route, of_route in names.items()}
 

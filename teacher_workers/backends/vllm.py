@@ -13,7 +13,7 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorDiedError, ConfigError, ModelError, ScoreError
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.models.hidden_layers import load_bank, paired_layers
-from cluster.models.lm_head import load_lm_head
+from cluster.models.lm_head import load_teacher_head
 from cluster.models.model_checks import ModelFacts, read_model
 from cluster.models.model_files import load_model_config
 from cluster.models.weight_files import fingerprint
@@ -39,13 +39,7 @@ class VllmBackend(HiddenStatesBackend):
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Read the LM head and start the engine; raise ModelError if that fails."""
-        head = load_lm_head(
-            teacher.model,
-            teacher.trust_remote_code,
-            teacher.engine.dtype,
-            teacher.excluded_token_ids,
-            teacher.stop_class,
-        )
+        head = load_teacher_head(teacher)
         layers = layers_to_send(teacher)
         self._teacher = teacher
         self._role = EngineRole(

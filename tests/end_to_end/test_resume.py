@@ -20,8 +20,8 @@ from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.ledger import LedgerRecord, audit, read_ledger
 from cluster.run.pools import Pipeline, start_pipeline
 from learner.checkpointing.checkpoint import step_folder
-from learner.group import LearnerGroup
 from tests.cluster.run.contexts import make_run_context
+from tests.end_to_end.later_versions import LaterVersions
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)]
 
@@ -42,21 +42,6 @@ SETTINGS = (
     "checkpoint.export=false",
     "ray.dashboard=false",
 )
-
-
-class LaterVersions:
-    """A learner whose policy versions go on from those that the workers have seen."""
-
-    def __init__(self, learner: LearnerGroup) -> None:
-        self._learner = learner
-        self._next = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._learner, name)
-
-    def publish_weights(self, workers: Any, policy_version: int) -> Any:
-        self._next += 1
-        return self._learner.publish_weights(workers, self._next - 1)
 
 
 def resume(config: Config, inputs: Inputs, pipeline: Pipeline, directory: RunDirectory) -> None:

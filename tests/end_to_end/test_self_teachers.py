@@ -27,8 +27,8 @@ from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.ledger import audit, read_ledger
 from cluster.run.pools import Pipeline, start_pipeline
 from learner.checkpointing.checkpoint import step_folder
-from learner.group import LearnerGroup
 from tests.cluster.run.contexts import make_run_context
+from tests.end_to_end.later_versions import LaterVersions
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(900)]
 
@@ -59,21 +59,6 @@ SETTINGS = (
     "objective.preset=thinking-machines",
     "objective.terms.reward={loss='task_reward'}",
 )
-
-
-class LaterVersions:
-    """A learner whose policy versions go on from those that the rollout workers have seen."""
-
-    def __init__(self, learner: LearnerGroup) -> None:
-        self._learner = learner
-        self._next = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._learner, name)
-
-    def publish_weights(self, workers: Any, policy_version: int) -> Any:
-        self._next += 1
-        return self._learner.publish_weights(workers, self._next - 1)
 
 
 class Rows(StepHook):

@@ -24,6 +24,7 @@ from cluster.run.inputs import Inputs, load_inputs, train_requests, train_sampli
 from cluster.run.pools import Pipeline
 from learner.group import LearnerGroup
 from tests.cluster.run.contexts import make_run_context
+from tests.end_to_end.later_versions import LaterVersions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -107,7 +108,7 @@ def two_ways(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> di
     found["apart"] = recorder, weights(pipeline.learner, folder / "apart")
 
     pipeline.learner.load_checkpoint(folder / "start")
-    recorder = Recorder(LaterVersions(pipeline.learner))
+    recorder = Recorder(LaterVersions(pipeline.learner, STEPS + 1))
     streamed = replace(pipeline, learner=recorder)
     run = make_run_context(config, inputs, streamed, RunDirectory.create(config))
     train(run, Hooks(step_hooks(run)))
@@ -116,19 +117,6 @@ def two_ways(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> di
     pipeline.learner.load_checkpoint(folder / "start")  # others look at the untrained student
     pipeline.learner.publish_weights(pipeline.rollouts.actors, policy_version=2 * STEPS + 2)
     return found
-
-
-class LaterVersions:
-    """A learner whose policy versions go on from those that the workers have seen."""
-
-    def __init__(self, learner: LearnerGroup) -> None:
-        self._learner = learner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._learner, name)
-
-    def publish_weights(self, workers: Sequence[Any], policy_version: int) -> Any:
-        return self._learner.publish_weights(workers, policy_version + STEPS + 1)
 
 
 def weights(learner: LearnerGroup, folder: Path) -> dict[str, torch.Tensor]:
