@@ -56,11 +56,11 @@ class BatchHandle:
     trajectory_ids: tuple[int, ...]
     num_tokens: tuple[int, ...]  # prompt + completion, per row
     num_completion_tokens: tuple[int, ...]  # per row
-    num_loss_tokens: tuple[int, ...] = ()  # per row: completion tokens that are learned from; empty: all are
     prompt_ids: tuple[int, ...] = ()  # per row
     rewards: tuple[float | None, ...] = ()  # per row
     min_policy_versions: tuple[int, ...] = ()  # per row
     max_policy_versions: tuple[int, ...] = ()  # per row
+    num_loss_tokens: tuple[int, ...] = ()  # per row: completion tokens that are learned from; empty: all are
     rollout: int = 0  # which request of the rollout pool it answers; in training the step
     is_last: bool = False  # whether the worker that wrote it has written everything of the rollout
     metrics: Metrics = field(default_factory=dict)

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -42,9 +41,8 @@ class Scorer:
     def __init__(self, causal_lm: Any, fault: Callable[[Tensor], Tensor] = lambda logits: logits) -> None:
         self._causal_lm, self._fault = causal_lm, fault
 
-    def get_decoder(self) -> Callable[..., Any]:
-        decoder = self._causal_lm.get_decoder()
-        return lambda input_ids: SimpleNamespace(last_hidden_state=decoder(input_ids=input_ids).last_hidden_state)
+    def get_decoder(self) -> Any:
+        return self._causal_lm.get_decoder()
 
     def get_output_embeddings(self) -> Callable[[Tensor], Tensor]:
         head, scale = self._causal_lm.get_output_embeddings(), getattr(self._causal_lm.config, "logit_scale", 1.0)

@@ -403,7 +403,15 @@ def test_objectives_that_need_more_than_a_server_says_are_refused_before_anythin
     with FakeServer(max_logprobs=20) as server:
         refused = {preset for preset in PRESETS if not works(preset, server.url)}
     whole_vocabulary = {"gkd", "exact-reverse-kl", "exact-forward-kl", "distillm", "beta-opsd"}
-    chosen_by_the_student = {"sdpo", "rethinking", "async-opd", "vopd", "direct-opd"}
+    chosen_by_the_student = {
+        "sdpo",
+        "sdpo-feedback",
+        "rethinking",
+        "async-opd",
+        "vopd",
+        "direct-opd",
+        "cross-tokenizer",
+    }
     more_than_20, entropy, states = {"generalized-topk", "tropd"}, {"eopd"}, {"oprd", "last-opd"}
     assert refused == whole_vocabulary | chosen_by_the_student | more_than_20 | entropy | states
 
