@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.config.run_config import Config
 from cluster.config.terms import TEACHER
-from cluster.contracts.kept_rows import MOST_CANDIDATES, Taken, chosen_ids
+from cluster.contracts.kept_rows import MOST_CANDIDATES, Taken, chosen_ids, is_kept
 from cluster.contracts.metrics import Sum
 from cluster.contracts.trajectory import ragged, sampled_columns
 from learner.batching.micro_batch import MicroBatch, Trajectory
@@ -103,6 +103,7 @@ class KeptRows:
 
     def __init__(self, config: Config) -> None:
         self._count, self._seed = config.logging.kept_rows, config.run.seed
+        self._every = config.logging.kept_every_steps
         self._per_step = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
         self._step = -1  # whose rows these are
         self._chosen: list[KeptRow] = []
@@ -116,6 +117,8 @@ class KeptRows:
         if not self._count or not len(batch.tokens):
             return batch
         step = rows[indices[0]].trajectory_id // self._per_step
+        if not is_kept(step + 1, self._every):
+            return batch
         if step != self._step:
             self._begin(step)
         chosen = chosen_ids(self._seed, step, self._per_step, self._count)

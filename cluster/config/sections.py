@@ -103,8 +103,9 @@ class LoggingConfig(Section):
     wandb_project: Text | None = None  # also to Weights & Biases, whose package is not among the dependencies
     trackio_project: Text | None = None  # also to Trackio, whose package is not among the dependencies either
     sample_table_steps: CountOrZero = 0  # every so many steps, kept rows as a table to all of these; 0: no text to them
-    kept_rows: CountOrZero = 4  # trajectories of each step that `preceptor report` shows token by token; 0: none
-    kept_mib: Positive = 64.0  # of them in the run directory; beyond it, every second step's go
+    kept_rows: CountOrZero = 4  # trajectories of a step that `preceptor report` shows token by token; 0: none
+    kept_every_steps: Count = 2  # of every so many steps, and of the first; steps of seconds can afford 1
+    kept_mib: Positive = 64.0  # of them in the run directory; beyond it, every second file goes
     trace_steps: CountOrZero = 10  # first and last steps of which trace.json shows every call to a worker; 0: none
 
 

@@ -49,6 +49,16 @@ def chosen_ids(seed: int, step: int, num_trajectories: int, count: int) -> froze
     return frozenset(step * num_trajectories + int(place) for place in places)
 
 
+def is_kept(step: int, every: int) -> bool:
+    """Return whether rows of a step, from 1, are kept: of the first, and of every so many.
+
+    Example:
+        >>> [step for step in range(1, 8) if is_kept(step, every=3)]
+        [1, 3, 6]
+    """
+    return step == 1 or step % every == 0
+
+
 @dataclass(frozen=True)
 class Taken:
     """Holds what one rank of the learner has kept of a step, as Arrow IPC streams; None: nothing."""
@@ -68,7 +78,8 @@ class KeptRowFiles:
     def __init__(self, folder: Path, most_bytes: float = math.inf) -> None:
         self._folder, self._most_bytes = folder, most_bytes
         self._sizes = {step: _size(path) for step, path in self.files().items()}  # bytes
-        self._stride = math.gcd(*self._sizes) if len(self._sizes) > 1 else 1
+        later = [step for step in self._sizes if step > 1]
+        self._stride = math.gcd(*later) if len(later) > 1 else 1
 
     def files(self) -> Mapping[int, Path]:
         """Return the files by their steps, in order."""
@@ -77,7 +88,7 @@ class KeptRowFiles:
         return dict(sorted((int(step), path) for path, step in named.items() if step.isdecimal()))
 
     def wants(self, step: int) -> bool:
-        return step % self._stride == 0
+        return is_kept(step, self._stride)
 
     def write(self, step: int, rows: pa.Table) -> None:
         """Write the rows of a step, and drop others if there is no place for them."""

@@ -12,7 +12,7 @@ from cluster.actors.cluster import RAY, Cluster
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import PreceptorError
 from cluster.contracts.files import Record
-from cluster.contracts.kept_rows import MIB, KeptRowFiles, Taken
+from cluster.contracts.kept_rows import MIB, KeptRowFiles, Taken, is_kept
 from cluster.models.model_files import load_tokenizer
 from cluster.run.hooks import RunContext, StepHook
 
@@ -36,14 +36,14 @@ class KeptRows(StepHook):
         logging_config, student = run.config.logging, run.config.student
         self._files = KeptRowFiles(run.directory.kept_rows, logging_config.kept_mib * MIB)
         self._files.drop_from(run.first_step + 1)
-        self._is_on = logging_config.kept_rows > 0
+        self._is_on, self._every = logging_config.kept_rows > 0, logging_config.kept_every_steps
         self._thread = ThreadPoolExecutor(1, "kept-rows")
         self._texts = self._thread.submit(lambda: TokenTexts(load_tokenizer(student.model, student.trust_remote_code)))
         self._writing: list[Future[float]] = []
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         """Ask the ranks for their rows, and return what writing them has worked since the step before, in seconds."""
-        if not self._is_on:
+        if not (self._is_on and is_kept(step, self._every)):
             return {}
         done = [write for write in self._writing if write.done()]
         self._writing = [write for write in self._writing if write not in done]

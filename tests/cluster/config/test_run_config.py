@@ -30,7 +30,8 @@ FIELDS = {
     "evaluation": "every_steps num_prompts samples_per_prompt temperature teacher_too",
     "checkpoint": "every_steps keep_last export",
     "alarms": "metric above below relative_to steps action",
-    "logging": "tensorboard wandb_project trackio_project sample_table_steps kept_rows kept_mib trace_steps",
+    "logging": "tensorboard wandb_project trackio_project sample_table_steps kept_rows kept_every_steps kept_mib "
+    "trace_steps",
     "ray": "address share_gpu dashboard dashboard_host preload start_timeout_seconds call_timeout_seconds max_restarts "
     "restart_window_seconds silence_seconds",
 }

@@ -121,7 +121,8 @@ class Ranks:
 @pytest.fixture
 def run_with(tmp_path):
     """Return a function that makes the hook of a run whose ranks answer as given, and the run's directory."""
-    config = make_config(f"run.directory={tmp_path}", f"student.model={EMBEDDED / 'student'}")
+    every = "logging.kept_every_steps=1"
+    config = make_config(f"run.directory={tmp_path}", f"student.model={EMBEDDED / 'student'}", every)
     directory = RunDirectory.create(config)
 
     def make(*answers, first_step=0):
