@@ -87,6 +87,16 @@ def test_other_candidates_and_tokens_beside_a_small_tail_keep_their_gradient() -
     torch.testing.assert_close(found[:1], expected_gradient("forward_kl"), atol=1e-12, rtol=1e-8)
 
 
+def test_a_candidate_that_takes_no_part_is_of_the_tail() -> None:
+    outsider = K + int(STUDENT[0, K:].argmin())  # not among the student's most likely
+    term = {"main": {"loss": "divergence", "divergence": "forward_kl"}}
+    objective = make_objective(support="intersection", support_size=K + 1, terms=term)
+    candidates = torch.tensor([[*range(K), outsider]])
+    tokens = make_tokens(torch.tensor([1]), {"teacher": TEACHER}, candidate_ids=candidates)
+    found = gradient_of(evaluate(objective, STUDENT, tokens))
+    torch.testing.assert_close(found, expected_gradient("forward_kl"), atol=1e-12, rtol=1e-8)
+
+
 @pytest.mark.parametrize("divergence", BUCKET_DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_sure_student_that_equals_its_teacher_is_left_alone(divergence: str, dtype: torch.dtype) -> None:
