@@ -32,9 +32,10 @@ def largest_gap(rollouts: RolloutDeployment, row: dict[str, Any], temperature: f
     return float(gaps(rollouts, row, temperature).max())
 
 
-def positions(row: dict[str, Any]) -> np.ndarray:
-    """Return 0, 1, ... for each completion token."""
-    return np.arange(len(row["rollout_logprobs"]))
+def version_of_each_token(row: dict[str, Any]) -> np.ndarray:
+    """Return [completion_tokens]: which policy version wrote each; a request that waited begins under a later one."""
+    changes = np.searchsorted(row["version_changes"], np.arange(len(row["rollout_logprobs"])), side="right")
+    return np.asarray(row["min_policy_version"] + changes)
 
 
 def copy_weights(rollouts: RolloutDeployment) -> dict[str, torch.Tensor]:
@@ -122,9 +123,8 @@ def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: 
 
 def test_a_row_says_which_of_its_tokens_each_version_wrote(rollouts: RolloutDeployment) -> None:
     for _ in range(MAX_TRIES):
-        first = rollouts.policy_version
         weights, rows = generate_across_two_updates(rollouts)
-        by_row = [first + np.searchsorted(row["version_changes"], positions(row), side="right") for row in rows]
+        by_row = [version_of_each_token(row) for row in rows]
         num_both = sum(set(versions) == set(weights) for versions in by_row)  # rows that saw both updates
         if num_both > 10:
             break
