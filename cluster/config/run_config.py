@@ -159,6 +159,15 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
+    if environment.kind == "tools" and not environment.tools:
+        raise ValueError("environment.kind = 'tools' has no tools; name functions in environment.tools")
+    if environment.tools and not environment.has_turns:
+        raise ValueError("environment.tools are for several turns; set environment.kind = 'tools'")
+    if environment.tools and (prompts.template == "raw" or prompts.last_answer == "prefill"):
+        raise ValueError(
+            "environment.tools are written by the chat template, after whole messages; set prompts.template = 'chat' "
+            "and no prompts.last_answer = 'prefill'"
+        )
 
 
 def _check_contexts(config: Config) -> None:
