@@ -42,6 +42,7 @@ from cluster.config.terms import (
 )
 from cluster.contracts.requests import ScoreRequest
 
+REASONING_GYM = "reasoning-gym:"  # before the task, in the place of a file
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 
 
@@ -92,6 +93,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 "after every step, in its own dtype; only teachers are quantised"
             )
         _check_prompts(self)
+        _check_tools(self)
         _check_contexts(self)
 
     @property
@@ -159,6 +161,17 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
+    for source in (prompts.train, prompts.held_out or prompts.train):
+        if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
+            raise ValueError(
+                f"environment: 'reasoning_gym' rewards the prompts of that package, and '{source}' are others; "
+                f"set prompts.train and prompts.held_out to '{REASONING_GYM}TASK'"
+            )
+
+
+def _check_tools(config: Config) -> None:
+    """Check that tools go with the environment and the prompts."""
+    prompts, environment = config.prompts, config.environment
     if environment.kind == "tools" and not environment.tools:
         raise ValueError("environment.kind = 'tools' has no tools; name functions in environment.tools")
     if environment.tools and not environment.has_turns:
