@@ -122,8 +122,8 @@ class RolloutActor(WeightVerbs):
         """Score token ids at places, as a teacher that has the student's weights; all rows with the same version.
 
         Returns:
-            Ids and log-probabilities, [places of all rows, 1 + num_listed], as `VllmRolloutEngine.prompt_logprobs` has them,
-            and the version; nothing where it is below `newest`.
+            Ids and log-probabilities, [places of all rows, 1 + num_listed], as `VllmRolloutEngine.prompt_logprobs` has
+            them, and the version; nothing where it is below `newest`.
         """
         async with self._served.in_use() as version:
             if version < newest:

@@ -133,7 +133,7 @@ class VllmRolloutEngine:
             return await _with_candidates(fetcher, request_id, completion, sampling.num_candidates)
 
     async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
-        """Return ids and log-probabilities, [places, 1 + count], of the token at each place and of the most likely ones.
+        """Return ids and log-probabilities, [places, 1 + count]: the token at each place, the best ones.
 
         They are at temperature 1; requests that sample wait for this one.
 
