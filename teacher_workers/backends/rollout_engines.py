@@ -46,7 +46,6 @@ class RolloutEnginesBackend(TeacherBackend):
 
     signals = frozenset({"logprobs", "candidate_ids", "candidate_logprobs"})
     reads_scorer_prompts = True
-    can_generate = True
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
         """Prepare to ask; actors are looked for when they are needed."""
