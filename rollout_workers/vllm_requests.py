@@ -44,7 +44,7 @@ def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> S
 
 
 def scoring_params(count: int) -> SamplingParams:
-    """List every prompt token and the `count` most likely ones; vLLM samples one more token, which nobody reads."""
+    """List every prompt token and the `count` most likely ones; vLLM also samples one token, which is of no use."""
     return SamplingParams(
         temperature=0.0,
         max_tokens=1,

@@ -1,7 +1,7 @@
 """`python -m benchmarks.cases.shared_engines`: what a self-teacher in the rollout pool's engines costs.
 
-The run file of OPCD on the embedded pair, strictly on-policy and with a live teacher, that scores in an engine of its own
-or in the rollout pool's (`backend = "rollout"`). Runs take turns; the first steps of each are left out.
+The run file of OPCD on the embedded pair, strictly on-policy and with a live teacher, that scores in an engine of its
+own or in the rollout pool's (`backend = "rollout"`). Runs take turns; the first steps of each are left out.
 """
 
 import argparse

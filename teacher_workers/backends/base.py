@@ -19,6 +19,7 @@ from cluster.contracts.signals import Scores
 if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts
 
+Answer = tuple[Scores, Metrics] | tuple[Scores, Metrics, int]  # the last: of weights that are not the backend's own
 FLOOR = -87.0  # of ids that a teacher lacks or excludes: the log of float32's smallest normal number is -87.3
 
 
@@ -69,9 +70,7 @@ class TeacherBackend(Protocol):
         """Return why what answers cannot be reached now, as half a sentence; "" if it can, or is of this run."""
         return ""
 
-    async def score(
-        self, batch: pa.RecordBatch, request: ScoreRequest
-    ) -> tuple[Scores, Metrics] | tuple[Scores, Metrics, int]:
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> Answer:
         """Return the signals of `request.signals` for all tokens whose loss_mask is 1, and metrics of the backend.
 
         A backend whose weights are not its own also returns the version of those that scored.

@@ -9,7 +9,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,16 +29,11 @@ if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts
 
 ROLLOUT_ACTORS = re.compile(r"rollout-\d+(-again-\d+)?")  # as the rollout pool calls them
-LOOK_SECONDS = 5.0  # between two looks at which actors there are
+LISTING_SECONDS = 5.0  # between two lists of the actors that there are
 WAIT_SECONDS = 0.2  # for an engine with new enough weights
+# Of sampled tokens: ids and log-probabilities in nats, [sampled_tokens, 1 + count]; each token's own, then the best.
+Listed = tuple[Ints, Floats]
 WORKS = "objective.support 'sampled' and 'topk' work, without the teacher's entropy"
-
-
-class Listed(NamedTuple):
-    """What an engine says of sampled tokens: each one's own entry, then those of the most likely tokens, best first."""
-
-    ids: Ints  # [sampled_tokens, 1 + count]
-    logprobs: Floats  # the same shape, in nats
 
 
 class RolloutEnginesBackend(TeacherBackend):
@@ -51,7 +46,7 @@ class RolloutEnginesBackend(TeacherBackend):
         """Prepare to ask; actors are looked for when they are needed."""
         self._teacher = teacher
         self._actors: dict[str, Any] = {}
-        self._looked_at = -LOOK_SECONDS
+        self._listed_at = -LISTING_SECONDS
         self._loads: Counter[str] = Counter()  # tokens under way, by actor
 
     @classmethod
@@ -76,7 +71,7 @@ class RolloutEnginesBackend(TeacherBackend):
         which are the most likely tokens and the written one.
         """
         token_ids, loss_mask = as_read_by(batch, request.model)
-        rows = [(token_ids[row], np.flatnonzero(loss_mask[row])) for row in range(len(token_ids))]
+        rows = [(token_ids[row], np.flatnonzero(loss_mask[row]).astype(np.int32)) for row in range(len(token_ids))]
         newest = max(batch["max_policy_version"].to_pylist(), default=0)
         merged = self._teacher.stop_class if len(self._teacher.stop_class) > 1 else ()
         listed, version = await self._ask(rows, request.top_k + len(merged), newest)
@@ -93,7 +88,7 @@ class RolloutEnginesBackend(TeacherBackend):
         num_tokens = sum(len(ids) for ids, _ in rows)
         deadline = time.monotonic() + self._teacher.retry_seconds
         while time.monotonic() < deadline:
-            await self._look()
+            await self._list_actors()
             for name in sorted(self._actors, key=self._loads.__getitem__):
                 self._loads[name] += num_tokens
                 try:
@@ -104,7 +99,7 @@ class RolloutEnginesBackend(TeacherBackend):
                     raise ScoreError(f"{name} could not score: {error.cause}") from error
                 else:
                     if version >= newest:
-                        return Listed(ids, logprobs), version
+                        return (ids, logprobs), version
                 finally:
                     self._loads[name] -= num_tokens
             await asyncio.sleep(WAIT_SECONDS)
@@ -113,42 +108,42 @@ class RolloutEnginesBackend(TeacherBackend):
             f"{self._teacher.retry_seconds:g}; see what `preceptor status` says of the rollout pool"
         )
 
-    async def _look(self) -> None:
-        """Look for new actors, once in a while; at once when none is known."""
-        if self._actors and time.monotonic() < self._looked_at + LOOK_SECONDS:
+    async def _list_actors(self) -> None:
+        """Find out which actors there are, once in a while; at once when none is known."""
+        if self._actors and time.monotonic() < self._listed_at + LISTING_SECONDS:
             return
-        self._looked_at = time.monotonic()
-        found = await asyncio.to_thread(_rollout_actors)
-        self._actors = {name: self._actors.get(name, actor) for name, actor in found.items()}
+        self._listed_at = time.monotonic()
+        named = await asyncio.to_thread(_rollout_actors)
+        self._actors = {name: self._actors.get(name, actor) for name, actor in named.items()}
 
 
 def _rollout_actors() -> dict[str, Any]:
     """Return the rollout actors of this run by their names."""
     import ray
 
-    found = {}
+    actors = {}
     for name in ray.util.list_named_actors():
         if ROLLOUT_ACTORS.fullmatch(name):
             try:
-                found[name] = ray.get_actor(name)
+                actors[name] = ray.get_actor(name)
             except ValueError:  # it ended just now
                 continue
-    return found
+    return actors
 
 
 def _columns(listed: Listed, stop_class: Sequence[int], top_k: int) -> tuple[Floats, Ints, Floats]:
     """Return logprobs [sampled_tokens], and ids and logprobs [sampled_tokens, top_k] of the most likely classes.
 
     Example:
-        >>> listed = Listed(np.array([[5, 1, 4, 5]], np.int32), np.log(np.array([[0.2, 0.5, 0.3, 0.2]], np.float32)))
+        >>> listed = np.array([[5, 1, 4, 5]], np.int32), np.log(np.array([[0.2, 0.5, 0.3, 0.2]], np.float32))
         >>> own, ids, logprobs = _columns(listed, (4, 5), 2)
         >>> np.exp(own).round(3).tolist(), ids.tolist(), np.exp(logprobs).round(3).tolist()
         ([0.5], [[1, 4]], [[0.5, 0.5]])
     """
-    own, ids, logprobs = listed.logprobs[:, 0], listed.ids[:, 1:], listed.logprobs[:, 1:]
+    tokens, own, ids, logprobs = listed[0][:, :1], listed[1][:, 0], listed[0][:, 1:], listed[1][:, 1:]
     if stop_class:
-        members, own_is_member = np.isin(ids, stop_class), np.isin(listed.ids[:, 0], stop_class)
-        own_is_listed = (ids == listed.ids[:, :1]).any(1)
+        members, own_is_member = np.isin(ids, stop_class), np.isin(tokens[:, 0], stop_class)
+        own_is_listed = (ids == tokens).any(1)
         mass = (
             np.where(members, np.exp(logprobs), 0.0).sum(1) + np.where(own_is_listed, 0.0, np.exp(own)) * own_is_member
         )

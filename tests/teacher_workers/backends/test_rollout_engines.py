@@ -14,7 +14,7 @@ from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated
 from teacher_workers.backends import rollout_engines
 from teacher_workers.backends.base import check_signals
-from teacher_workers.backends.rollout_engines import Listed, RolloutEnginesBackend
+from teacher_workers.backends.rollout_engines import RolloutEnginesBackend
 from tests.builders import make_trajectory
 
 LIVE = TeacherConfig("student", source="student", refresh="live", backend="rollout", retry_seconds=1.0)
@@ -89,7 +89,7 @@ def test_a_stop_class_is_one_token_though_its_members_are_listed_apart(monkeypat
 
 
 def test_a_written_member_that_is_not_listed_counts_too() -> None:
-    listed = Listed(np.array([[9, 1, 8]], np.int32), np.log(np.array([[0.1, 0.6, 0.2]], np.float32)))
+    listed = np.array([[9, 1, 8]], np.int32), np.log(np.array([[0.1, 0.6, 0.2]], np.float32))
     own, ids, logprobs = rollout_engines._columns(listed, (8, 9), 2)
     assert np.exp(own) == pytest.approx(0.3)
     assert ids.tolist() == [[1, 8]]
