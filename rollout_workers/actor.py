@@ -58,6 +58,7 @@ class RolloutActor(WeightVerbs):
             settings.weight_transport,
             settings.sampled_candidates,
             settings.merges_stops,
+            settings.rests,
         )
         self._worker = RolloutWorker(
             engine,
@@ -102,6 +103,10 @@ class RolloutActor(WeightVerbs):
             del self._rollouts[call]
         wire, handle = pack(rows, metrics)
         return wire, replace(handle, is_last=is_last)
+
+    async def rest(self, policy_version: int) -> None:
+        """Give GPU memory back until weights come that are newer than `policy_version`."""
+        await self._worker.engine.rest(policy_version)
 
     async def abandon(self) -> None:
         """Give up all rollouts, and be ready for weights of any policy version; during an update this is refused."""

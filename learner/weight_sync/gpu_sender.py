@@ -223,7 +223,7 @@ def refuse_expandable_segments(environment: Mapping[str, str]) -> None:
         if re.search(r"\bexpandable_segments\s*:\s*true\b", settings, re.IGNORECASE):
             raise WeightSyncError(
                 f'weight_sync.transport = "ipc" shares memory between processes, and {name} = "{settings}" asks torch '
-                'for memory that they cannot open; leave expandable_segments out, or set weight_sync.transport = '
+                "for memory that they cannot open; leave expandable_segments out, or set weight_sync.transport = "
                 '"object_store"'
             )
 

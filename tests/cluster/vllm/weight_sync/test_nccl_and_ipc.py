@@ -81,9 +81,7 @@ def test_an_engine_outside_the_group_takes_weights_by_the_object_store(sent: tup
         receiver.begin()
         for name in sent:
             with shared_memory(values[name].numpy().tobytes()) as path:
-                receiver.receive_weights(
-                    receiver.parse_update_info(store_message(name, values[name], path, digest))
-                )
+                receiver.receive_weights(receiver.parse_update_info(store_message(name, values[name], path, digest)))
         report = receiver.end()
         missing = None if len(sent) == 2 else "the update lacks bias"
         assert report == {"checksum": digest.hexdigest(), "fault": missing}
