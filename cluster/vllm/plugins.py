@@ -15,9 +15,9 @@ FOLDER = Path(__file__).parent / "uninstalled"  # has the entry points of pyproj
 
 def provide_plugins() -> None:
     """Put FOLDER first on the import path of this process and of its children, if vLLM would miss a plugin."""
-    found = {(point.name, point.value) for point in entry_points(group=GROUP)}
+    known = {(point.name, point.value) for point in entry_points(group=GROUP)}
     ours = [point for distribution in distributions(path=[str(FOLDER)]) for point in distribution.entry_points]
-    if all((point.name, point.value) in found for point in ours):
+    if all((point.name, point.value) in known for point in ours):
         return
     sys.path.insert(0, str(FOLDER))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))

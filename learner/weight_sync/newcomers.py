@@ -1,8 +1,8 @@
 """Brings weights through the object store to rollout workers that are not in the learner's NCCL group yet.
 
-A group spans a fixed set of workers: each that forms it waits for all of them, and NCCL waits for ever for one that dies
-meanwhile. So a worker that comes during a run gets its first weights this way, which passes over the dead and leaves
-the group as it is, and it joins with the next publication.
+A group spans a fixed set of workers: each that forms it waits for all others, and NCCL waits for ever for one that
+dies meanwhile. So a worker that comes during a run gets its first weights this way, which passes over the dead and
+leaves the group as it is, and it joins with the next publication.
 """
 
 from collections.abc import Sequence

@@ -102,5 +102,5 @@ class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
         report = super().end()
         if not self._came_by_store:
             return report
-        found = self._store.end()
-        return found | {"fault": found["fault"] or report["fault"]}
+        of_store = self._store.end()
+        return of_store | {"fault": of_store["fault"] or report["fault"]}
