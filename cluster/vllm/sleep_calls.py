@@ -6,16 +6,13 @@ took more meanwhile than it gave back. That is when a learner begins to need it.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from cluster.vllm.compat import suspend
 from cluster.vllm.weight_sync.loading import BUFFERS
-
-if TYPE_CHECKING:
-    from vllm.v1.engine.async_llm import AsyncLLM
 
 
 class SleepCalls:
@@ -53,13 +50,13 @@ def _synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-async def put_to_sleep(engine: "AsyncLLM", keeps_weights: bool) -> None:
-    """Free the memory of an engine that has no requests; what its caches held is forgotten."""
+async def put_to_sleep(engine: Any, keeps_weights: bool) -> None:
+    """Free the memory of an AsyncLLM that has no requests; what its caches held is forgotten."""
     await engine.engine_core.pause_scheduler_async(mode="abort", clear_cache=True)
     await engine.collective_rpc("give_memory", args=(keeps_weights,))
 
 
-async def wake(engine: "AsyncLLM") -> None:
+async def wake(engine: Any) -> None:
     """Take the memory again, and go on."""
     await engine.collective_rpc("take_memory")
     await engine.resume_generation()
