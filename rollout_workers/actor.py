@@ -70,6 +70,7 @@ class RolloutActor(WeightVerbs):
             settings.weight_transport,
             settings.sampled_candidates,
             settings.merges_stops,
+            settings.rests,
         )
         self._worker = RolloutWorker(
             engine,
@@ -135,6 +136,10 @@ class RolloutActor(WeightVerbs):
             )
         ids, logprobs = (np.concatenate(part) for part in zip(*scored, strict=True))
         return ids, logprobs, version
+
+    async def rest(self, policy_version: int) -> None:
+        """Give GPU memory back until weights come that are newer than `policy_version`."""
+        await self._worker.engine.rest(policy_version)
 
     async def abandon(self) -> None:
         """Give up all rollouts, and be ready for weights of any policy version; during an update this is refused."""

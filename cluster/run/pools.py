@@ -173,6 +173,8 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         sampled_candidates=config.objective.needs.sampled_candidates,
         merges_stops=len(config.rollout.stop_class or ()) > 1,
         contexts=inputs.contexts,
+        # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
+        rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
     )
 
 
