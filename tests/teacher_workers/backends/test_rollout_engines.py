@@ -112,6 +112,7 @@ backend = "rollout"
     [
         ([], "set from = 'student' and refresh = 'live'"),
         (["teachers.main.refresh=live", "teachers.main.slot=one"], "has no slot"),
+        (["teachers.main.refresh=live", "rollout.engine.sleep=true"], "set rollout.engine.sleep = false"),
     ],
 )
 def test_a_teacher_that_cannot_score_there_is_refused(overrides: list[str], message: str) -> None:
