@@ -135,7 +135,7 @@ class Objective:
         weights = tokens.weight * is_early(
             tokens.position, tokens.length, config.first_tokens, config.first_fraction, config.skip_first
         )
-        if len(tokens.turn) and config.first_turns is not None:
+        if len(tokens.turn) and isinstance(config.first_turns, int):
             weights = weights * (tokens.turn < config.first_turns)
         if len(tokens.turn) and config.turns == "equal":
             weights = weights * turn_weights(tokens.turn, tokens.trajectory)
