@@ -25,6 +25,7 @@ from cluster.run.kept_rows import KeptRows
 from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
+from cluster.run.probe import ProbeHook
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
 from cluster.run.self_teachers import TeacherGates
 from cluster.run.served_teachers import ServedTeachers
@@ -159,6 +160,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         evaluations,
         TeacherGates(run, evaluations),
         KeptRows(run),
+        *([] if run.probe is None else [ProbeHook(run, run.probe)]),
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
         ScoreAudits(run, audit),

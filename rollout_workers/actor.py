@@ -21,6 +21,7 @@ from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.pool import RolloutActorSettings
+from rollout_workers.privileged import PrivilegedSampler
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
@@ -71,6 +72,13 @@ class RolloutActor(WeightVerbs):
             settings.environment.max_observation_tokens,
             lambda prompts: (
                 None if settings.contexts is None else ContextBuilder(settings.contexts, tokenizer, prompts)
+            ),
+            lambda prompts, engine, sample: (
+                None
+                if (privileged := settings.privileged) is None
+                else PrivilegedSampler(
+                    privileged, ContextBuilder(privileged.contexts, tokenizer, prompts), engine, sample
+                )
             ),
         )
         self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))

@@ -11,6 +11,7 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
+from cluster.contracts.columns import Floats
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.vllm.compat import TokenVersions, VLLMClientError
@@ -18,7 +19,7 @@ from cluster.vllm.engine import EngineRole, build_engine
 from cluster.vllm.weight_sync.updates import EngineUpdates, raised_as_death
 from cluster.weight_sync.transports import vllm_backend
 from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded, candidates_from_bytes
-from rollout_workers.vllm_requests import read_completion, sampling_params
+from rollout_workers.vllm_requests import read_completion, read_prompt_scores, sampling_params, scoring_params
 
 CANDIDATES = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
 PROCESSORS = (f"{CANDIDATES}:CandidateProcessor", f"{CANDIDATES}:CandidateProcessorV2")
@@ -129,6 +130,18 @@ class VllmRolloutEngine:
             if fetcher is None:
                 return completion
             return await _with_candidates(fetcher, request_id, completion, sampling.num_candidates)
+
+    async def score(self, request_id: str, token_ids: Sequence[int], priority: int) -> tuple[Floats, Floats]:
+        """Read given tokens; vLLM leaves its prefix cache out of it. Raises as `generate`."""
+        prompt = {"prompt_token_ids": [int(token) for token in token_ids]}
+        async with self._use.awake():
+            try:
+                with raised_as_death("rollout"):
+                    async for request in self._engine.generate(prompt, scoring_params(), request_id, priority=priority):
+                        answer = request
+            except (EngineGenerateError, VLLMClientError, ValueError) as error:
+                raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
+        return read_prompt_scores(request_id, answer.prompt_logprobs, len(token_ids))
 
     @property
     def is_dead(self) -> bool:

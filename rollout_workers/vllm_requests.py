@@ -4,13 +4,13 @@ from typing import get_args
 
 import numpy as np
 from vllm import SamplingParams
-from vllm.logprobs import FlatLogprobs
+from vllm.logprobs import FlatLogprobs, PromptLogprobs
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RepetitionDetectionParams
 
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings
-from cluster.contracts.trajectory import FinishReason, Ints
+from cluster.contracts.trajectory import FinishReason, Floats, Ints
 from cluster.vllm.compat import OUTPUT_KIND
 from rollout_workers.candidates.sampled import CandidateRequest
 from rollout_workers.candidates.vllm_processor import request_candidates
@@ -70,3 +70,19 @@ def read_completion(
         candidate_ids=ids[:, 1:] if num_listed else None,
         candidate_logprobs=logprobs[:, 1:] if num_listed else None,
     )
+
+
+def scoring_params() -> SamplingParams:
+    """Ask for the log-probabilities of a prompt; one token is sampled, for vLLM samples at least one."""
+    return SamplingParams(
+        max_tokens=1, prompt_logprobs=1, flat_logprobs=True, detokenize=False, output_kind=OUTPUT_KIND
+    )
+
+
+def read_prompt_scores(request_id: str, logprobs: PromptLogprobs | None, num_tokens: int) -> tuple[Floats, Floats]:
+    """Return each token's log-probability after the first, and that of the likeliest token in its place."""
+    if not isinstance(logprobs, FlatLogprobs) or len(logprobs) != num_tokens:
+        count = 0 if logprobs is None else len(logprobs)
+        raise RolloutError(f"request {request_id}: vLLM scored {count} of {num_tokens} tokens")
+    values = np.asarray(logprobs.logprobs, np.float32).reshape(-1, 2)  # the first token has none
+    return values[:, 0], values[:, 1]

@@ -25,18 +25,24 @@ class ContextConfig(Section, frozen=True):
     compared_rows: Fraction = 0.0  # share of rows scored without the context too, to measure what it says
 
     def __post_init__(self) -> None:
-        if "{" in self.template:
-            return
-        path = Path(self.template)
-        if "\n" in self.template or not path.is_file():
-            raise ValueError(
-                f"template {self.template[:60]!r} is neither a file nor a Jinja template, which has a {{{{ name }}}}"
-            )
-        if path.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise ValueError(f"template {self.template} has more than {MAX_TEMPLATE_BYTES:,} bytes; it is no template")
-        try:
-            force_setattr(self, "template", path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"template {self.template} cannot be read: {error}") from error
-        if "{" not in self.template:
-            raise ValueError(f"template {path} reads nothing of the prompt; it needs a {{{{ prompt }}}} at least")
+        force_setattr(self, "template", read_template(self.template))
+
+
+def read_template(template: str) -> str:
+    """Return a template's text, from its file if it names one; raise ValueError if it is neither."""
+    if "{" in template:
+        return template
+    path = Path(template)
+    if "\n" in template or not path.is_file():
+        raise ValueError(
+            f"template {template[:60]!r} is neither a file nor a Jinja template, which has a {{{{ name }}}}"
+        )
+    if path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise ValueError(f"template {template} has more than {MAX_TEMPLATE_BYTES:,} bytes; it is no template")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"template {template} cannot be read: {error}") from error
+    if "{" not in text:
+        raise ValueError(f"template {path} reads nothing of the prompt; it needs a {{{{ prompt }}}} at least")
+    return text

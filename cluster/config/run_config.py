@@ -93,6 +93,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             )
         _check_prompts(self)
         _check_contexts(self)
+        self.objective.check_privileged(has_sampler=self.rollout.privileged is not None)
 
     @property
     def routes(self) -> list[str]:
@@ -140,7 +141,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def has_contexts(self) -> bool:
-        return any(teacher.context is not None for teacher in self.teachers.values())
+        """Return whether a teacher, or a privileged sampler, reads more of a prompt's row than the student."""
+        return self.rollout.privileged is not None or any(t.context is not None for t in self.teachers.values())
 
     def scoring_teacher(self, model: str, route: str) -> str:
         """Return which [teachers.NAME] a target's model is for rows of this route."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from cluster.contracts.columns import Floats
 from cluster.contracts.requests import Completion, SamplingSettings
 
 
@@ -15,6 +16,13 @@ class RolloutEngine(Protocol):
         """Sample one completion; many calls run at once and are batched by the engine.
 
         When not all of them fit, those of the lowest `priority` run first.
+        """
+
+    async def score(self, request_id: str, token_ids: Sequence[int], priority: int) -> tuple[Floats, Floats]:
+        """Return log-probabilities, at temperature 1, of given tokens under the weights of now.
+
+        The first array has that of every token after the first, the second that of the likeliest token in its place;
+        both [tokens - 1].
         """
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:

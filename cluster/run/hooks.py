@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cluster.run.inputs import Inputs
     from cluster.run.ledger import Ledger
     from cluster.run.pools import Pipeline
+    from cluster.run.probe import Probe
     from cluster.run.summary import RunSummary
 
 
@@ -30,6 +31,14 @@ class TeacherState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     version: int = 0  # optimizer steps behind its weights
     best: float | None = None  # value of its gate's metric so far
+
+
+class ProbeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Says which prompts the student fails on, for a privileged sampler; part of every checkpoint."""
+
+    failures: tuple[tuple[int, int], ...] = ()  # prompt id, completions that failed since the last right one
+    asked: tuple[tuple[int, int], ...] = ()  # prompt id, requests to the sampler so far
+    planned: tuple[tuple[int, tuple[int, ...]], ...] = ()  # step under way, from 0, and the prompts chosen for it
 
 
 @dataclass
@@ -49,6 +58,7 @@ class RunContext:
     is_first_attempt: bool = True  # of this driver process: else the pools have run before
     error: PreceptorError | None = None  # set by a hook: the run stops after its step in the same way, and raises it
     teacher_states: dict[str, TeacherState] = field(default_factory=dict)  # [teachers.NAME] whose weights change
+    probe: "Probe | None" = None  # chooses prompts for a privileged sampler; None: the run has none
     flow: "Flow" = field(init=False)  # set before the hooks begin
 
     @property

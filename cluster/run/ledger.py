@@ -4,7 +4,8 @@ Every batch passes through the ledger on its way to the learner, so a trajectory
 never requested ends the step before the weights change. `preceptor verify RUN` checks the file afterwards.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.files import Record, RecordsFile
 from cluster.contracts.requests import RolloutRequest
 from cluster.run.hooks import StepHook
-from cluster.run.inputs import load_inputs, step_requests
+from cluster.run.inputs import load_inputs, privileged_requests, step_requests
 from cluster.run.prompt_record import read_record
 from cluster.weight_sync.manifest import checksum, new_digest
 from rollout_workers.prompts import PromptOrder
@@ -40,16 +41,23 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     teachers: dict[str, str] = {}
     # Of teachers that are the student: lowest and highest version that scored a row of the step.
     teacher_versions: dict[str, tuple[int, int]] = {}
+    privileged: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET  # prompts that a privileged sampler wrote for
 
     @classmethod
     def of(cls, step: int, requests: Sequence[RolloutRequest], versions: tuple[int, int]) -> "LedgerRecord":
         return cls(
             step,
             ranges(request.trajectory_id for request in requests),
-            tuple(request.prompt_id for request in requests if request.sample_index == 0),
+            tuple(request.prompt_id for request in requests if request.sample_index == 0 and not request.is_privileged),
             checksum([request.seed.to_bytes(8, "little") for request in requests]),
             versions,
+            privileged=tuple(request.prompt_id for request in requests if request.is_privileged) or msgspec.UNSET,
         )
+
+    @property
+    def privileged_ids(self) -> tuple[int, ...]:
+        """Return the prompts that a privileged sampler wrote for, in the order of the requests."""
+        return self.privileged or ()
 
 
 class LedgerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -191,8 +199,14 @@ def read_ledger(path: Path) -> list[LedgerRecord]:
 
 def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -> int:
     """Return how many prompt positions were consumed; raise TrainingError if not each once and in order."""
+    failed: Counter[int] = Counter()  # completions of each prompt so far, of which all may have failed
     for index, record in enumerate(records):
-        expected = LedgerRecord.of(index + 1, step_requests(config, order, index), record.policy_versions)
+        requests = step_requests(config, order, index)
+        expected = LedgerRecord.of(
+            index + 1,
+            [*requests, *privileged_requests(config, record.privileged_ids, index)],
+            record.policy_versions,
+        )
         names = ("step", "trajectory_ids", "prompt_ids", "seeds_checksum")
         wrong = [name for name in names if getattr(record, name) != getattr(expected, name)]
         lowest, highest = record.policy_versions
@@ -200,9 +214,21 @@ def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -
             wrong.append("policy_versions")
         if not _has_due_versions(record, config, index):
             wrong.append("teacher_versions")
+        if not _may_be_privileged(record, config, failed):
+            wrong.append("privileged")
+        failed.update(request.prompt_id for request in requests)
         if wrong:
             raise TrainingError(f"ledger record {index + 1}: {wrong[0]} is not what the run asks for in this step")
     return len(records) * config.prompts.prompts_per_step
+
+
+def _may_be_privileged(record: LedgerRecord, config: Config, failed: Mapping[int, int]) -> bool:
+    """Tell whether a privileged sampler's prompts are as few, and were sampled before as often, as the run says."""
+    section, chosen = config.rollout.privileged, record.privileged_ids
+    if section is None or not chosen:
+        return not chosen
+    is_quota = len(set(chosen)) == len(chosen) <= section.prompts_per_step and section.is_active(record.step - 1)
+    return is_quota and all(failed[prompt_id] >= section.hard_after for prompt_id in chosen)
 
 
 def _has_due_versions(record: LedgerRecord, config: Config, step: int) -> bool:

@@ -139,6 +139,7 @@ def start_teacher_rollouts(
         sampled_candidates=False,
         merges_stops=False,
         contexts=None,
+        privileged=None,
         max_model_len=inputs.scoring_model_len(name),
     )
     tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
@@ -166,13 +167,14 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
     return RolloutActorSettings(
         config.student,
         config.rollout.engine,
-        inputs.max_model_len,
+        inputs.rollout_model_len,
         config.rollout.rows_per_batch,
         config.weight_sync.transport,
         environment=config.environment,
         sampled_candidates=config.objective.needs.sampled_candidates,
         merges_stops=len(config.rollout.stop_class or ()) > 1,
         contexts=inputs.contexts,
+        privileged=inputs.privileged.settings,
     )
 
 

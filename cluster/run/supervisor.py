@@ -17,6 +17,7 @@ from cluster.run.driver import train
 from cluster.run.hooks import Hooks, RunContext, StepHook
 from cluster.run.inputs import Inputs
 from cluster.run.ledger import Ledger
+from cluster.run.probe import Probe
 from cluster.run.summary import RunSummary
 from learner.checkpointing.checkpoint import step_folder
 
@@ -76,6 +77,7 @@ class Supervisor:
             stop=self.stop,
             is_first_attempt=self._is_first_attempt,
             teacher_states=dict(start.teachers) if isinstance(start, RunState) else {},
+            probe=self._probe(start),
         )
         self._is_first_attempt = False
         hooks = Hooks(self.make_hooks(run))
@@ -90,6 +92,11 @@ class Supervisor:
                 self._budget.note_progress(0)
                 self._last_step = run.ledger.finished_step
         return run.history
+
+    def _probe(self, start: RunState | RunSummary) -> Probe | None:
+        section = self.config.rollout.privileged
+        state = start.probe if isinstance(start, RunState) else None
+        return None if section is None else Probe(section, self.inputs.privileged, state)
 
     def _rewind(self, error: PreceptorError) -> RunState | None:
         """Start the learner again, let the pools forget what they do, and find the last intact checkpoint."""

@@ -9,7 +9,7 @@ from cluster.config.run_config import Config
 from cluster.config.terms import TEACHER
 from cluster.contracts.errors import ConfigError, PreceptorError, PromptError
 from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext, user_text
-from rollout_workers.contexts.template import NAMES, compiled
+from rollout_workers.contexts.template import NAMES, ContextTemplate, compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +71,8 @@ def plan_contexts(
             scorers.append(scorer)
             lengths[name] = max(longest, lengths.get(name, 0))
             notes += [f"teachers.{name}.context: {line}" for line in lines]
+    if not scorers:
+        return ContextPlan()
     return ContextPlan(ContextSettings(tuple(scorers), config.prompts, now), lengths, tuple(notes))
 
 
@@ -104,13 +106,7 @@ def _check_names(config: Config, name: str, prompts: "PromptSet") -> None:
     context = config.teachers[name].context
     assert context is not None
     template = compiled(context.template)
-    columns = {column for number in range(len(prompts)) for column in prompts.source(number).columns}
-    unknown = sorted(template.columns - columns)
-    if unknown:
-        raise ConfigError(
-            f"the template reads `{unknown[0]}`, and no prompt has such a column; there are "
-            f"{', '.join(sorted(columns)) or 'none'}, besides {', '.join(NAMES)}"
-        )
+    check_columns(template, prompts)
     others = config.rollout.samples_per_prompt > 1 or context.own_attempt
     if template.reads_group and not others:
         raise ConfigError(
@@ -118,6 +114,17 @@ def _check_names(config: Config, name: str, prompts: "PromptSet") -> None:
         )
     if config.teachers[name].shuffled_context and len(prompts) < 2:
         raise ConfigError("shuffled_context = true takes the context of another prompt, and there is only one prompt")
+
+
+def check_columns(template: ContextTemplate, prompts: "PromptSet") -> None:
+    """Raise ConfigError if a template reads a column that no prompt has."""
+    columns = {column for number in range(len(prompts)) for column in prompts.source(number).columns}
+    unknown = sorted(template.columns - columns)
+    if unknown:
+        raise ConfigError(
+            f"the template reads `{unknown[0]}`, and no prompt has such a column; there are "
+            f"{', '.join(sorted(columns)) or 'none'}, besides {', '.join(NAMES)}"
+        )
 
 
 def _measured(
@@ -131,7 +138,7 @@ def _measured(
     """Return the context with its limit of tokens, the tokens that its prompts may have, and what is to be said."""
     builder = ContextBuilder(ContextSettings((scorer,), config.prompts, now), tokenizer, prompts)
     numbers = [number for number in range(len(prompts)) if prompts.teacher(number) == scorer.route]
-    lengths = _lengths(builder, scorer, numbers)
+    lengths = prompt_lengths(builder, scorer, numbers)
     longest = max(lengths.values(), default=0)
     if scorer.template.reads_attempts:  # one of them, or the feedback, is as long as a completion
         longest += config.rollout.max_completion_tokens + config.environment.max_observation_tokens
@@ -152,7 +159,7 @@ def _measured(
     return replace(scorer, max_tokens=limit), min(longest, limit), notes
 
 
-def _lengths(builder: ContextBuilder, scorer: ScorerContext, numbers: Sequence[int]) -> dict[int, int]:
+def prompt_lengths(builder: ContextBuilder, scorer: ScorerContext, numbers: Sequence[int]) -> dict[int, int]:
     """Return each prompt's tokens with its context, in which short texts stand for attempts; 0: it has none."""
     rendered: dict[int, str] = {}
     examples = EXAMPLES if scorer.template.reads_attempts else EXAMPLES[:1]
