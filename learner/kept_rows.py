@@ -119,7 +119,7 @@ class KeptRows:
         own = [index for index in indices if not rows[index].privileged]
         if not own:  # rows of a privileged sampler are far from the student by intent, and none is kept
             return batch
-        step = rows[own[0]].trajectory_id // self._per_step
+        step = rows[own[0]].episode_id // self._per_step
         if not is_kept(step + 1, self._every):
             return batch
         if step != self._step:
@@ -130,7 +130,7 @@ class KeptRows:
         ratios[[rows[index].privileged for index in indices]] = -np.inf
         worst, start, watched = int(ratios.argmax()), 0, []
         for place, (index, length) in enumerate(zip(indices, lengths, strict=True)):
-            is_chosen = rows[index].trajectory_id in chosen
+            is_chosen = rows[index].episode_id in chosen
             if length and (is_chosen or (place == worst and ratios[place] > self._largest_ratio)):
                 watched.append(WatchedRow(index, range(start, start + length), float(ratios[place]), is_chosen))
             start += length
