@@ -18,7 +18,7 @@ from cluster.config.privileged import PrivilegedConfig
 from cluster.config.run_config import Config
 from cluster.contracts.columns import Floats
 from cluster.contracts.errors import ConfigError, RolloutError
-from cluster.contracts.metrics import report
+from cluster.contracts.metrics import merge, report
 from cluster.contracts.requests import PRIVILEGED_IDS, Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import ragged
 from rollout_workers.contexts.builder import ContextBuilder
@@ -125,8 +125,8 @@ def answer(
         asked = requests or [RolloutRequest(PRIVILEGED_IDS, 0, 0, seed=9)]
         return [(batch, metrics) async for batch, metrics, _ in worker.generate(asked, SAMPLING)]
 
-    [(batch, metrics)] = asyncio.run(collect())
-    return batch, report(metrics), engine
+    batches, metrics = zip(*asyncio.run(collect()), strict=True)
+    return pa.concat_batches(batches), report(merge(metrics)), engine
 
 
 def test_the_likeliest_right_text_becomes_a_row_of_the_prompt_without_the_hint(tmp_path: Path, tokenizer: Any) -> None:

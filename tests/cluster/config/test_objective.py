@@ -208,6 +208,30 @@ def test_rows_of_another_sampler_need_a_ratio_or_no_sampled_advantage() -> None:
         ).objective.check_other_samplers()
 
 
+PRIVILEGED = "rollout.privileged.template={{ prompt }} {{ hint }}"
+IMITATED = "objective.terms.imitated={loss='cross_entropy',gate={},rows='privileged'}"
+
+
+def test_a_privileged_samplers_rows_need_terms_that_can_learn_from_them() -> None:
+    for valid in (
+        ("objective.preset=tail-topk", "objective.terms.main.rows=student", IMITATED),
+        ("objective.preset=tail-topk", IMITATED),  # a divergence is one of given prefixes, its residual has a ratio
+        ("objective.preset=thinking-machines-frozen", "objective.terms.main.rows=student", IMITATED),
+    ):
+        assert make_config(PRIVILEGED, *valid).rollout.privileged
+    for refused, message in (
+        (("objective.preset=thinking-machines-frozen", IMITATED), r"terms.main: a policy_gradient .* rows = 'student'"),
+        (("objective.preset=tail-topk", "objective.terms.main.rows=student"), r"none learns from the rows of rollout"),
+        (("objective.terms={x={loss='cross_entropy'}}",), r"terms.x: a cross_entropy on what the student itself"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_config(PRIVILEGED, *refused)
+    with pytest.raises(
+        ConfigError, match=r"terms.imitated: rows = 'privileged', but there is no \[rollout.privileged\]"
+    ):
+        make_config("objective.preset=tail-topk", IMITATED)
+
+
 @pytest.mark.parametrize("when", ["advantage_positive", "outcome_disagrees"])
 def test_what_compares_the_samples_of_a_prompt_needs_several(when: str) -> None:
     condition = ("objective.preset=thinking-machines", f"objective.terms.main.when={when}")
