@@ -15,22 +15,27 @@ measured anew on 32 others. Each has training and held-out prompts. An arm train
 - unselected: the same with the first right text in the place of the most likely
 - reference: 50 steps of the same cross-entropy on reference solutions, in the other way of writing; then GRPO
 
+On BOTH, the two sets together, privileged is what a run does: a probe finds the prompts whose last 8 samples failed,
+and each step of GRPO has rows of the hinted sampler for up to 4 of these beside its own.
+
 All arms sample equally many tokens, those of the hinted sampler included. Fixed before running: the gain of privileged
 over blind in the pass rate of held-out prompts is larger on HARD than on DENSE, by an exact sign-flip test over five
-seeds, and positive on HARD. Nothing is claimed of DENSE, and of the other two arms. Rates were chosen with seed 0,
-which is not among the five.
+seeds, and positive on HARD. Nothing is claimed of DENSE, of BOTH, and of the other two arms. Rates and the weight of
+the cross-entropy on BOTH were chosen with seed 0, which is not among the five.
 
 Outcomes are appended to a JSON-lines file as they come, and a second call does only what is missing there.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -54,10 +59,12 @@ from benchmarks.cases.privileged_context import (
 from benchmarks.harness.report import RESULTS, Row, at_least, at_most, describe_machine, print_rows, row
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.privileged import PrivilegedConfig
+from cluster.contracts.batches import BatchHandle
+from cluster.run.probe import Probe
 from learner.batching.arrivals import group_advantages
 from learner.loss.objective import Objective
 from learner.loss.tokens import CompletionTokens
-from rollout_workers.privileged import BlindScores, select
+from rollout_workers.privileged import BlindScores, PrivilegedPlan, select
 
 COMMAND = "python -m benchmarks.cases.privileged_sampling"
 DIGITS = 6
@@ -71,12 +78,20 @@ DRAWN, PROMPTS, HELD_OUT = 640, 64, 96
 TRIES = 32  # completions of a prompt by which it is hard or dense
 SAMPLES, PROMPTS_PER_STEP, RATE = 8, 16, 1e-3
 IMITATION_STEPS, IMITATION_RATE = 50, 1e-3
-BUDGET = 80 * PROMPTS_PER_STEP * SAMPLES * DIGITS  # sampled tokens of each arm
-EVALUATED_EVERY = 8  # steps of GRPO
-ARMS = {"hard": ("blind", "privileged", "unselected", "reference"), "dense": ("blind", "privileged")}
+BUDGET = 60 * PROMPTS_PER_STEP * SAMPLES * DIGITS  # sampled tokens of each arm
+EVALUATED_EVERY = 12  # steps of GRPO
+QUOTA, IMITATION_WEIGHT = 4, 4.0  # on both sets together
+ARMS = {
+    "hard": ("blind", "privileged", "unselected", "reference"),
+    "dense": ("blind", "privileged"),
+    "both": ("blind", "privileged"),
+}
 
-GRPO = {"support": "sampled", "terms": {"main": {"loss": "task_reward"}}}
-IMITATION = {"support": "sampled", "terms": {"main": {"loss": "cross_entropy", "gate": {}, "rows": "privileged"}}}
+REWARD = {"loss": "task_reward", "rows": "student"}
+IMITATE = {"loss": "cross_entropy", "gate": {}, "rows": "privileged"}
+GRPO = {"support": "sampled", "terms": {"reward": REWARD}}
+IMITATION = {"support": "sampled", "terms": {"imitated": IMITATE}}
+TOGETHER = {"support": "sampled", "terms": {"reward": REWARD, "imitated": IMITATE | {"weight": IMITATION_WEIGHT}}}
 
 
 @dataclass(frozen=True)
@@ -170,6 +185,9 @@ def find_sets(model: Model, seed: int, table: Tensor) -> tuple[dict[str, dict[st
     return sets, rates
 
 
+Sets = Mapping[str, Mapping[str, Questions]]  # set -> train or held_out -> its prompts
+
+
 def completion_tokens(
     answers: Tensor, logprobs: Tensor, rewards: Tensor, advantages: Tensor, privileged: bool
 ) -> CompletionTokens:
@@ -195,17 +213,26 @@ def completion_tokens(
 class Student:
     """Trains a copy of the model, and counts what it samples."""
 
-    def __init__(self, base: Model, questions: Questions, seed: int) -> None:
+    def __init__(self, base: Model, questions: Questions, seed: int, select_by: str = "likelihood") -> None:
         self.model, self.questions, self.sampled_tokens = copy.deepcopy(base), questions, 0
-        self.draw = torch.Generator().manual_seed(1000 + seed)
+        self.draw, self.rates = torch.Generator().manual_seed(1000 + seed), dict[str, float]()
+        self.config = PrivilegedConfig(
+            "{{ hint }}",
+            prompts_per_step=QUOTA,
+            samples_per_prompt=SAMPLES,
+            hard_after=SAMPLES,
+            select=select_by,  # type: ignore[arg-type]
+        )
 
     def sample(self, questions: Questions, prompts: Tensor) -> Tensor:
         self.sampled_tokens += len(questions) * DIGITS
         return write(self.model, prompts, self.draw)
 
     def logprobs(self, prompts: Tensor, answers: Tensor) -> Tensor:
-        """Return log-probabilities of all tokens, [rows, DIGITS, VOCABULARY], with a graph."""
-        return self.model(text_of(prompts, answers))[:, 2::2].log_softmax(-1)
+        """Return log-probabilities of all tokens, [rows, DIGITS, VOCABULARY]."""
+        with torch.no_grad():
+            logprobs: Tensor = self.model(text_of(prompts, answers))[:, 2::2].log_softmax(-1)
+        return logprobs
 
     def step(
         self, optimizer: torch.optim.Optimizer, objective: Objective, prompts: Tensor, tokens: CompletionTokens
@@ -218,80 +245,117 @@ class Student:
         logits.backward(result.logits_gradient / len(tokens))
         optimizer.step()
 
-    def hinted_texts(self, config: PrivilegedConfig) -> tuple[Questions, Tensor, dict[str, float]]:
-        """Sample with hints and return the prompts that have a right text, the text selected for each, and rates."""
-        questions, count = self.questions, config.samples_per_prompt
-        self.sample(questions.repeat(config.hard_after), questions.prompts.repeat_interleave(config.hard_after, 0))
+    def hinted_texts(self, questions: Questions) -> tuple[Questions, Tensor]:
+        """Sample with hints; return the prompts that have a right text, and the text selected for each."""
+        count = self.config.samples_per_prompt
         repeated = questions.repeat(count)
         answers = self.sample(repeated, questions.hinted.repeat_interleave(count, 0))
         is_right = repeated.rewards(answers).bool().reshape(-1, count)
-        with torch.no_grad():
-            blind = self.logprobs(repeated.prompts, answers)
+        blind = self.logprobs(repeated.prompts, answers)
         own = blind.gather(-1, answers[..., None])[..., 0].reshape(-1, count, DIGITS).numpy()
         best = blind.amax(-1).reshape(-1, count, DIGITS).numpy()
-        kept, texts, gentleness = [], [], []
+        kept, texts, gentleness = list[int](), [answers[:0]], list[float]()
         for prompt in range(len(questions)):
             right = is_right[prompt].nonzero()[:, 0].tolist()
             scores = [BlindScores(own[prompt, number], best[prompt, number]) for number in right]
-            chosen = select(config, scores)
+            chosen = select(self.config, scores)
             if chosen is not None:
                 kept.append(prompt)
-                texts.append(answers[prompt * count + right[chosen]])
-                gentleness.append(scores[chosen].gentleness(config))
-        rates = {"hinted_solve_rate": float(is_right.float().mean()), "acceptance": len(kept) / len(questions)}
-        return questions[torch.tensor(kept)], torch.stack(texts), rates | {"gentleness": mean(gentleness)}
+                texts.append(answers[None, prompt * count + right[chosen]])
+                gentleness.append(scores[chosen].gentleness(self.config))
+        self.rates = {"hinted_solve_rate": float(is_right.float().mean()), "acceptance": len(kept) / len(questions)}
+        self.rates |= {"gentleness": mean(gentleness)} if gentleness else {}
+        return questions[torch.tensor(kept, dtype=torch.long)], torch.cat(texts)
 
     def imitate(self, questions: Questions, texts: Tensor) -> None:
         optimizer = torch.optim.Adam(self.model.parameters(), IMITATION_RATE)
-        objective, nothing = Objective(msgspec.convert(IMITATION, ObjectiveConfig)), torch.zeros(len(texts))
-        tokens = completion_tokens(texts, torch.zeros(texts.shape), nothing, nothing, privileged=True)
+        objective, tokens = Objective(msgspec.convert(IMITATION, ObjectiveConfig)), imitated_tokens(texts)
         for _ in range(IMITATION_STEPS):
             self.step(optimizer, objective, questions.prompts, tokens)
 
-    def grpo_step(self, optimizer: torch.optim.Optimizer, objective: Objective) -> None:
+    def own_samples(self) -> tuple[Tensor, Questions, Tensor]:
+        """Sample a step's prompts; return their numbers, the questions of each text, and the texts."""
         chosen = torch.randperm(len(self.questions), generator=self.draw)[:PROMPTS_PER_STEP]
         questions = self.questions[chosen].repeat(SAMPLES)
-        answers = self.sample(questions, questions.prompts)
-        with torch.no_grad():
-            rollout = self.logprobs(questions.prompts, answers).gather(-1, answers[..., None])[..., 0]
+        return chosen, questions, self.sample(questions, questions.prompts)
+
+    def own_tokens(self, questions: Questions, answers: Tensor) -> CompletionTokens:
+        rollout = self.logprobs(questions.prompts, answers).gather(-1, answers[..., None])[..., 0]
         rewards = questions.rewards(answers)
-        groups = rewards.reshape(-1, SAMPLES).tolist()
-        advantages = torch.tensor(
-            [one for group in groups for one in group_advantages(group, divide_by_deviation=True)]
-        )
-        tokens = completion_tokens(answers, rollout, rewards, advantages, privileged=False)
-        self.step(optimizer, objective, questions.prompts, tokens)
+        groups = (group_advantages(group, divide_by_deviation=True) for group in rewards.reshape(-1, SAMPLES).tolist())
+        advantages = torch.tensor([one for group in groups for one in group])
+        return completion_tokens(answers, rollout, rewards, advantages, privileged=False)
 
 
-def train(arm: str, base: Model, sets: Mapping[str, Mapping[str, Questions]], name: str, seed: int) -> dict[str, Any]:
-    """Train one student on one set; return its pass rates on held-out prompts over the tokens that it sampled."""
-    student, rates = Student(base, sets[name]["train"], seed), dict[str, float]()
+def imitated_tokens(texts: Tensor) -> CompletionTokens:
+    nothing = torch.zeros(len(texts))
+    return completion_tokens(texts, torch.zeros(texts.shape), nothing, nothing, privileged=True)
 
-    def held_out(of: str) -> float:
-        questions, draw = sets[of]["held_out"], torch.Generator().manual_seed(0)
-        return float(pass_rates(student.model, questions, questions.prompts, SAMPLES, draw).mean())
 
-    curve = [[0, held_out(name)]]
-    if arm in ("privileged", "unselected"):
-        how = "likelihood" if arm == "privileged" else "first"
-        config = PrivilegedConfig("{{ hint }}", samples_per_prompt=SAMPLES, hard_after=SAMPLES, select=how)
-        questions, texts, rates = student.hinted_texts(config)
-        student.imitate(questions, texts)
+def joined(first: CompletionTokens, second: CompletionTokens) -> CompletionTokens:
+    """Return the tokens of both, one after the other."""
+    columns = {
+        field: torch.cat([getattr(first, field), getattr(second, field)])
+        for field in vars(first)
+        if field not in ("scores", "trajectory")
+    }
+    trajectory = torch.cat([first.trajectory, second.trajectory + len(first) // DIGITS])
+    scores = {"teacher": {"logprobs": torch.zeros(len(trajectory))}}
+    return CompletionTokens(**columns, scores=scores, trajectory=trajectory)
+
+
+def train(arm: str, base: Model, sets: Sets, name: str, seed: int) -> dict[str, Any]:
+    """Train one student; return its pass rates on held-out prompts over the tokens that it sampled."""
+    questions = sets[name]["train"] if name in sets else both(*(one["train"] for one in sets.values()))
+    student = Student(base, questions, seed, "first" if arm == "unselected" else "likelihood")
+    curves: dict[str, list[list[float]]] = {one: [] for one in sets}
+
+    def evaluate() -> None:
+        for one, curve in curves.items():
+            held_out, draw = sets[one]["held_out"], torch.Generator().manual_seed(0)
+            rates = pass_rates(student.model, held_out, held_out.prompts, SAMPLES, draw)
+            curve.append([student.sampled_tokens, float(rates.mean())])
+
+    evaluate()
+    if name != "both" and arm in ("privileged", "unselected"):
+        student.sample(questions.repeat(SAMPLES), questions.prompts.repeat_interleave(SAMPLES, 0))  # finds hard ones
+        student.imitate(*student.hinted_texts(questions))
     elif arm == "reference":
-        student.imitate(student.questions, student.questions.answers + OTHER_WAY)
-    curve.append([student.sampled_tokens, held_out(name)])
-    optimizer = torch.optim.Adam(student.model.parameters(), RATE)
-    objective, step = Objective(msgspec.convert(GRPO, ObjectiveConfig)), 0
-    while student.sampled_tokens + PROMPTS_PER_STEP * SAMPLES * DIGITS <= BUDGET:
-        student.grpo_step(optimizer, objective)
-        step += 1
+        student.imitate(questions, questions.answers + OTHER_WAY)
+    evaluate()
+    for step in reinforce(student, with_hints=name == "both" and arm == "privileged"):
         if step % EVALUATED_EVERY == 0:
-            curve.append([student.sampled_tokens, held_out(name)])
-    curve.append([student.sampled_tokens, held_out(name)])
-    other = next(one for one in sets if one != name)
-    written = write(student.model, sets[name]["held_out"].prompts, torch.Generator().manual_seed(1))
-    of_style = {"other_way": float((written >= OTHER_WAY).float().mean()), f"held_out_{other}": held_out(other)}
-    return {"seed": seed, "set": name, "arm": arm, "curve": curve, **rates, **of_style}
+            evaluate()
+    evaluate()
+    held_out = sets["hard" if name == "both" else name]["held_out"]
+    written = write(student.model, held_out.prompts, torch.Generator().manual_seed(1))
+    other_way = float((written >= OTHER_WAY).float().mean())
+    return {"seed": seed, "set": name, "arm": arm, "curves": curves, **student.rates, "other_way": other_way}
+
+
+def reinforce(student: Student, with_hints: bool) -> Iterator[int]:
+    """Take steps of GRPO until the tokens are used up, and yield their numbers, from 1."""
+    optimizer = torch.optim.Adam(student.model.parameters(), RATE)
+    objective = Objective(msgspec.convert(TOGETHER if with_hints else GRPO, ObjectiveConfig))
+    probe = Probe(student.config, PrivilegedPlan(prompt_ids=frozenset(range(len(student.questions)))))
+    for step in itertools.count():
+        if student.sampled_tokens + PROMPTS_PER_STEP * SAMPLES * DIGITS > BUDGET:
+            return
+        hard = torch.tensor(probe.choose(step) if with_hints else (), dtype=torch.long)
+        numbers, questions, answers = student.own_samples()
+        prompts, tokens = questions.prompts, student.own_tokens(questions, answers)
+        if len(hard):
+            hinted, texts = student.hinted_texts(student.questions[hard])
+            prompts, tokens = torch.cat([prompts, hinted.prompts]), joined(tokens, imitated_tokens(texts))
+        student.step(optimizer, objective, prompts, tokens)
+        asked, rewards = numbers.repeat_interleave(SAMPLES).tolist(), questions.rewards(answers).tolist()
+        ids, ones = tuple(range(step * len(asked), (step + 1) * len(asked))), (1,) * len(asked)
+        probe.observe(step, [BatchHandle(None, "", ids, ones, ones, tuple(asked), tuple(rewards))])
+        yield step + 1
+
+
+def both(first: Questions, second: Questions) -> Questions:
+    return Questions(torch.cat([first.prompts, second.prompts]), torch.cat([first.shifts, second.shifts]))
 
 
 def study(seed: int, missing: Sequence[tuple[str, str]], pretraining_steps: int) -> Iterator[dict[str, Any]]:
@@ -302,68 +366,69 @@ def study(seed: int, missing: Sequence[tuple[str, str]], pretraining_steps: int)
     for name, arm in missing:
         began = time.perf_counter()
         outcome = train(arm, base, sets, name, seed) | rates
-        first, last = outcome["curve"][0][1], outcome["curve"][-1][1]
-        print(
-            f"seed {seed} {name:<5} {arm:<10} {first:.3f} -> {outcome['curve'][1][1]:.3f} -> {last:.3f} "
-            f"{ {key: round(value, 3) for key, value in outcome.items() if isinstance(value, float)} }"
-            f"  {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
+        rises = {
+            on: [round(point[1], 3) for point in (*curve[:2], curve[-1])] for on, curve in outcome["curves"].items()
+        }
+        print(f"seed {seed} {name:<5} {arm:<10} {rises}  {time.perf_counter() - began:.0f} s", flush=True)
         yield outcome
 
 
 def rows_of(outcomes: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Return means over the seeds, and the contrasts with every paired difference."""
+    in_order = sorted(outcomes, key=lambda one: one["seed"])
     by_arm = {
-        (name, arm): sorted(
-            (one for one in outcomes if (one["set"], one["arm"]) == (name, arm)), key=lambda o: o["seed"]
-        )
+        (name, arm): [one for one in in_order if (one["set"], one["arm"]) == (name, arm)]
         for name, arms in ARMS.items()
         for arm in arms
     }
-    size = f"{len(by_arm['hard', 'blind'])} seeds"
-    rows = []
+    size, rows = f"{len(by_arm['hard', 'blind'])} seeds", list[Row]()
+
+    def add_mean(label: str, of_arm: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> None:
+        rows.append(row(label, size, mean(map(value, of_arm)), "share"))
+
     for key, label in (
         ("measured_anew_hard", "hard: pass rate without a hint, measured anew"),
         ("measured_anew_dense", "dense: pass rate without a hint, measured anew"),
         ("hint_on_hard", "hard: pass rate with a hint"),
     ):
-        rows.append(row(label, size, mean(one[key] for one in by_arm["hard", "blind"]), "share"))
+        add_mean(label, by_arm["hard", "blind"], itemgetter(key))
     for (name, arm), of_arm in by_arm.items():
-        rows.append(row(f"{name}, {arm}: pass rate at the end", size, mean(_last(one) for one in of_arm), "share"))
-        rows.append(
-            row(f"{name}, {arm}: other way of writing", size, mean(one["other_way"] for one in of_arm), "share")
-        )
+        for on in ("hard", "dense"):
+            values = [one["curves"][on][-1][1] for one in of_arm]
+            rows.append(row(f"trained on {name}, {arm}: held-out {on} prompts at the end", size, mean(values), "share"))
+    for arm in ARMS["hard"]:
+        add_mean(f"trained on hard, {arm}: other way of writing", by_arm["hard", arm], itemgetter("other_way"))
     for key in ("hinted_solve_rate", "acceptance", "gentleness"):
-        rows.append(
-            row(f"hard, privileged: {key}", size, mean(one[key] for one in by_arm["hard", "privileged"]), "share")
-        )
+        add_mean(f"trained on hard, privileged: {key}", by_arm["hard", "privileged"], itemgetter(key))
+    return rows + _contrasts(by_arm, size)
 
-    def difference(name: str, arm: str, other: str) -> list[float]:
+
+def _contrasts(by_arm: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], size: str) -> list[Row]:
+    def difference(name: str, arm: str, other: str, on: str) -> list[float]:
         pairs = zip(by_arm[name, arm], by_arm[name, other], strict=True)
-        return [_gain(one) - _gain(beside) for one, beside in pairs]
+        return [_gain(one, on) - _gain(beside, on) for one, beside in pairs]
 
-    on_hard, on_dense = (difference(name, "privileged", "blind") for name in ("hard", "dense"))
+    on_hard, on_dense = (difference(name, "privileged", "blind", name) for name in ("hard", "dense"))
     interaction = [hard - dense for hard, dense in zip(on_hard, on_dense, strict=True)]
+    rows = []
     for label, differences in (("privileged - blind, hard", on_hard), ("the same, hard - dense", interaction)):
         smallest = row(f"{label}, smallest", size, min(differences), "share")
         rows.append({**at_least(smallest, 0), "differences": _list(differences)})
         rows.append(at_most(row(f"{label}, sign-flip p", size, sign_flip_p(differences), "p"), 0.05))
     for label, differences in (
         ("privileged - blind, dense", on_dense),
-        ("privileged - unselected, hard", difference("hard", "privileged", "unselected")),
-        ("privileged - reference, hard", difference("hard", "privileged", "reference")),
+        ("privileged - unselected, hard", difference("hard", "privileged", "unselected", "hard")),
+        ("privileged - reference, hard", difference("hard", "privileged", "reference", "hard")),
+        ("privileged - blind, both, on hard", difference("both", "privileged", "blind", "hard")),
+        ("privileged - blind, both, on dense", difference("both", "privileged", "blind", "dense")),
     ):
         rows.append({**row(f"{label}, mean", size, mean(differences), "share"), "differences": _list(differences)})
     return rows
 
 
-def _last(outcome: Mapping[str, Any]) -> float:
-    return float(outcome["curve"][-1][1])
-
-
-def _gain(outcome: Mapping[str, Any]) -> float:
-    return _last(outcome) - float(outcome["curve"][0][1])
+def _gain(outcome: Mapping[str, Any], on: str) -> float:
+    curve = outcome["curves"][on]
+    return float(curve[-1][1] - curve[0][1])
 
 
 def _list(differences: Sequence[float]) -> str:
