@@ -55,7 +55,8 @@ class RolloutWorker:
         self._prompts: PromptSet | None = None
         self._new_contexts = contexts
         self._contexts: ContextBuilder | None = None
-        self._new_privileged, self._privileged = privileged, None
+        self._new_privileged = privileged
+        self._privileged: PrivilegedSampler | None = None
         self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
         self._num_requests = 0
 
