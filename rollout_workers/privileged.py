@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cluster.config.privileged import PrivilegedConfig
+from cluster.config.context import PrivilegedConfig
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, PreceptorError
 from cluster.contracts.metrics import Mean, Metric, Sum
@@ -23,7 +23,7 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import Floats, GeneratedTrajectory, Ints
 from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext, masked
 from rollout_workers.contexts.groups import Attempt
-from rollout_workers.contexts.plan import check_columns, prompt_lengths
+from rollout_workers.contexts.template import check_columns
 from rollout_workers.prompts import PromptSet, sampling_seed
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def plan_privileged(
     try:
         _check_template(settings.scorer, config, prompts)
         builder = ContextBuilder(settings.contexts, tokenizer, prompts)
-        lengths = prompt_lengths(builder, settings.scorer, range(len(prompts)))
+        lengths = builder.lengths(settings.scorer, range(len(prompts)))
     except PreceptorError as error:
         raise type(error)(f"rollout.privileged: {error}") from error
     capacity = context_tokens - config.rollout.max_completion_tokens - config.environment.max_observation_tokens - 1

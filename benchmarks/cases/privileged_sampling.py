@@ -57,8 +57,8 @@ from benchmarks.cases.privileged_context import (
     write,
 )
 from benchmarks.harness.report import RESULTS, Row, at_least, at_most, describe_machine, print_rows, row
+from cluster.config.context import PrivilegedConfig
 from cluster.config.objective import ObjectiveConfig
-from cluster.config.privileged import PrivilegedConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.run.probe import Probe
 from learner.batching.arrivals import group_advantages

@@ -6,9 +6,8 @@ from urllib.parse import urlsplit
 from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
-from cluster.config.context import ContextConfig
+from cluster.config.context import ContextConfig, PrivilegedConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
-from cluster.config.privileged import PrivilegedConfig
 
 
 class BalanceConfig(Section, frozen=True):

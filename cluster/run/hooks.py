@@ -33,14 +33,6 @@ class TeacherState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     best: float | None = None  # value of its gate's metric so far
 
 
-class ProbeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Says which prompts the student fails on, for a privileged sampler; part of every checkpoint."""
-
-    failures: tuple[tuple[int, int], ...] = ()  # prompt id, completions that failed since the last right one
-    asked: tuple[tuple[int, int], ...] = ()  # prompt id, requests to the sampler so far
-    planned: tuple[tuple[int, tuple[int, ...]], ...] = ()  # step under way, from 0, and the prompts chosen for it
-
-
 @dataclass
 class RunContext:
     """Holds what the loop and the hooks share in one attempt at a run."""
@@ -54,11 +46,11 @@ class RunContext:
     history: "RunSummary"
     ledger: "Ledger"
     length_cap: "LengthCap"  # alarms lower it
+    probe: "Probe"  # chooses prompts for a privileged sampler, if there is one
     stop: Event  # from outside: the run stops after its step, with a checkpoint
     is_first_attempt: bool = True  # of this driver process: else the pools have run before
     error: PreceptorError | None = None  # set by a hook: the run stops after its step in the same way, and raises it
     teacher_states: dict[str, TeacherState] = field(default_factory=dict)  # [teachers.NAME] whose weights change
-    probe: "Probe | None" = None  # chooses prompts for a privileged sampler; None: the run has none
     flow: "Flow" = field(init=False)  # set before the hooks begin
 
     @property

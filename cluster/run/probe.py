@@ -4,12 +4,23 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from heapq import nsmallest
 
-from cluster.config.privileged import PrivilegedConfig
+import msgspec
+
+from cluster.config.context import PrivilegedConfig
+from cluster.config.run_config import Config
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.files import Record
-from cluster.contracts.requests import PRIVILEGED_IDS
-from cluster.run.hooks import ProbeState, RunContext, StepHook
+from cluster.contracts.requests import PRIVILEGED_IDS, RolloutRequest
+from cluster.run.inputs import privileged_requests
 from rollout_workers.privileged import PrivilegedPlan
+
+
+class ProbeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Says which prompts the student fails on, for a privileged sampler; part of every checkpoint."""
+
+    failures: tuple[tuple[int, int], ...] = ()  # prompt id, completions that failed since the last right one
+    asked: tuple[tuple[int, int], ...] = ()  # prompt id, requests to the sampler so far
+    planned: tuple[tuple[int, tuple[int, ...]], ...] = ()  # step under way, from 0, and the prompts chosen for it
 
 
 class Probe:
@@ -37,6 +48,10 @@ class Probe:
         return ProbeState(
             tuple(sorted(self._failures.items())), tuple(sorted(self._asked.items())), tuple(self._planned.items())
         )
+
+    def requests(self, run: Config, step: int) -> list[RolloutRequest]:
+        """Return the requests to the sampler in optimizer step `step`, from 0."""
+        return privileged_requests(run, self.choose(step), step)
 
     def choose(self, step: int) -> tuple[int, ...]:
         """Return the prompts that the sampler writes for in optimizer step `step`, from 0, the same at every call.
@@ -85,14 +100,3 @@ class Probe:
             for prompt_id, failures in self._failures.items()
             if failures >= config.hard_after and prompt_id in self._plan.prompt_ids
         )
-
-
-class ProbeHook(StepHook):
-    """Shows every step's rewards to the run's probe."""
-
-    def __init__(self, run: RunContext, probe: Probe) -> None:
-        super().__init__(run)
-        self._probe = probe
-
-    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
-        return self._probe.observe(step - 1, batches)

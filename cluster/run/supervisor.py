@@ -74,10 +74,10 @@ class Supervisor:
             history=deepcopy(history),
             ledger=Ledger(directory.ledger, step),
             length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness),
+            probe=self._probe(start),
             stop=self.stop,
             is_first_attempt=self._is_first_attempt,
             teacher_states=dict(start.teachers) if isinstance(start, RunState) else {},
-            probe=self._probe(start),
         )
         self._is_first_attempt = False
         hooks = Hooks(self.make_hooks(run))
@@ -93,10 +93,11 @@ class Supervisor:
                 self._last_step = run.ledger.finished_step
         return run.history
 
-    def _probe(self, start: RunState | RunSummary) -> Probe | None:
+    def _probe(self, start: RunState | RunSummary) -> Probe:
         section = self.config.rollout.privileged
-        state = start.probe if isinstance(start, RunState) else None
-        return None if section is None else Probe(section, self.inputs.privileged, state)
+        if section is None:
+            return Probe()
+        return Probe(section, self.inputs.privileged, start.probe if isinstance(start, RunState) else None)
 
     def _rewind(self, error: PreceptorError) -> RunState | None:
         """Start the learner again, let the pools forget what they do, and find the last intact checkpoint."""

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cluster.config.privileged import PrivilegedConfig
+from cluster.config.context import PrivilegedConfig
 from cluster.config.run_config import Config
 from cluster.contracts.columns import Floats
 from cluster.contracts.errors import ConfigError, RolloutError

@@ -1,6 +1,7 @@
 import msgspec
 import pytest
 
+from cluster.config.context import PrivilegedConfig
 from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
 from cluster.config.presets import PRESETS
 from cluster.config.run_file import config_from_json, dump_run_config, parse_run_config
@@ -30,14 +31,22 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
             "entropy",
         ),
         (ImportanceConfig, "kind low high dual_clip"),
-        (DivergenceTerm, "weight when threshold target divergence truncation residual entry_clip beta skew parameter"),
-        (TaskRewardTerm, "weight when threshold divide_by_deviation importance"),
-        (CrossEntropyTerm, "weight when threshold gate"),
+        (
+            DivergenceTerm,
+            "weight when threshold rows target divergence truncation residual entry_clip beta skew parameter",
+        ),
+        (TaskRewardTerm, "weight when threshold rows divide_by_deviation importance"),
+        (CrossEntropyTerm, "weight when threshold rows gate"),
         (GateConfig, "kappa gamma"),
+        (
+            PrivilegedConfig,
+            "template prompts_per_step samples_per_prompt hard_after min_reward select min_gentleness sharpness "
+            "strength shuffled phase_steps rest_steps",
+        ),
         (WeightSchedule, "to over_steps start"),
         (
             PolicyGradientTerm,
-            "weight when threshold target over normalize_weights log_ratio_map bound scale alpha student baseline "
+            "weight when threshold rows target over normalize_weights log_ratio_map bound scale alpha student baseline "
             "discount importance",
         ),
     ],

@@ -8,22 +8,20 @@ from typing import Any
 import msgspec
 import pytest
 
-from cluster.config.privileged import PrivilegedConfig
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.errors import TrainingError
 from cluster.contracts.requests import PRIVILEGED_IDS
 from cluster.run.checkpoints import RunState
-from cluster.run.hooks import ProbeState
 from cluster.run.inputs import privileged_requests, step_requests
 from cluster.run.ledger import Ledger, LedgerState, audit, read_ledger
-from cluster.run.probe import Probe
+from cluster.run.probe import Probe, ProbeState
 from cluster.run.summary import RunSummary
 from rollout_workers.privileged import PrivilegedPlan
 from rollout_workers.prompts import PromptOrder
 from tests.builders import make_config
 
 ORDER = PromptOrder(num_prompts=4, seed=3, shuffle=False)
-CONFIG = make_config(
+OVERRIDES = (
     "prompts.prompts_per_step=4",
     "rollout.samples_per_prompt=2",
     "rollout.privileged.template={{ prompt }} {{ hint }}",
@@ -31,11 +29,12 @@ CONFIG = make_config(
     "rollout.privileged.hard_after=4",
     "objective.terms={main={loss='cross_entropy',gate={},rows='privileged'}}",
 )
+CONFIG = make_config(*OVERRIDES)
 
 
 def make_probe(state: ProbeState | None = None, prompt_ids: Sequence[int] = range(4), **fields: Any) -> Probe:
-    section = PrivilegedConfig("{{ hint }}", **{"prompts_per_step": 2, "hard_after": 4, **fields})
-    return Probe(section, PrivilegedPlan(prompt_ids=frozenset(prompt_ids)), state)
+    config = make_config(*OVERRIDES, *(f"rollout.privileged.{name}={value}" for name, value in fields.items()))
+    return Probe(config.rollout.privileged, PrivilegedPlan(prompt_ids=frozenset(prompt_ids)), state)
 
 
 def batch_of(rewards: Sequence[tuple[int, float | None]], first_id: int = 0) -> BatchHandle:
@@ -118,7 +117,6 @@ def test_a_run_that_goes_on_from_a_checkpoint_chooses_the_same_prompts() -> None
     observe(probe, 1, (0, 0.0), (1, 1.0))
     state = RunState(2, RunSummary(), LedgerState("c", (3,)), probe=probe.state)
     restored = msgspec.convert(msgspec.json.decode(msgspec.json.encode(state)), RunState)
-    assert restored.probe is not None
     again = make_probe(restored.probe)
     assert again.state == probe.state
     # Step 2 was under way, so it has the prompts that it had.
