@@ -8,6 +8,7 @@ from msgspec.structs import force_setattr, replace
 
 from cluster.config.context import ContextConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
+from cluster.config.replay import ReplayConfig
 
 
 class BalanceConfig(Section, frozen=True):
@@ -56,7 +57,7 @@ class EngineConfig(Section):
 class RolloutConfig(Section):
     """The student's generators."""
 
-    num_workers: Items = 1
+    num_workers: CountOrZero = 1  # 0: all rows are replayed
     min_workers: Items = 1  # the balancer's limits of num_workers
     max_workers: Items | None = None  # None: what the other pools can spare
     samples_per_prompt: Items = 1
@@ -71,10 +72,13 @@ class RolloutConfig(Section):
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
+    record: bool = False  # keep all rows that the run learns from in its directory; docs/rollouts.md
+    replay: ReplayConfig | None = None  # learn from rows that another run kept; its directory alone, or a table
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        check_limits(self.num_workers, self.min_workers, self.max_workers)
+        if self.num_workers:
+            check_limits(self.num_workers, self.min_workers, self.max_workers)
 
 
 class RefreshConfig(Section):

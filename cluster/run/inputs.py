@@ -1,17 +1,21 @@
 """Reads the prompts of a run, and makes the requests of each step from them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 
 from cluster.config.pass_through import check_pass_through
+from cluster.config.replay import replayed_prompts
 from cluster.config.run_config import Config
 from cluster.config.terms import TEACHER
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.aligned_states import states_to_send
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
+from cluster.run.replay import Replay
 from rollout_workers.contexts.builder import ContextSettings
 from rollout_workers.contexts.plan import plan_contexts
 from rollout_workers.environments.base import environment_named
@@ -38,6 +42,7 @@ class Inputs:
     # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
+    replay: Replay | None = None  # rows of another run in the place of sampled ones; None: all are sampled
 
     def has_own_prompts(self, route: str) -> bool:
         """Return whether the teacher of a route reads contexts that follow from the prompts alone."""
@@ -78,6 +83,10 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
+    replay = None if config.rollout.replay is None else Replay(config)
+    if replay is not None:
+        replay.check_prompts(prompts.checksum)
+        notes.append(f"replays {replay.num_rows:,} rows of {len(replay.units):,} prompts from {replay.directory.path}")
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -94,6 +103,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
             **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
         },
         contexts=plan.settings,
+        replay=replay,
     )
 
 
@@ -116,16 +126,26 @@ def check_support(config: Config, vocabulary: int) -> None:
 
 
 def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:
-    """Return the requests of one step, from 0: the same ones whenever the step is done again."""
+    """Return the requests to sample in one step, from 0: the same ones whenever the step is done again."""
     return step_requests(config, inputs.train, step)
 
 
 def step_requests(config: Config, order: PromptOrder, step: int) -> list[RolloutRequest]:
-    """Return the requests of one step of a run whose training prompts come in this order."""
-    count = config.prompts.prompts_per_step
-    first = step * count
+    """Return the requests of one step of a run whose training prompts come in this order, without replayed rows."""
+    count = config.prompts.prompts_per_step - replayed_prompts(config)
+    first = step * config.prompts.prompts_per_step
     samples = config.rollout.samples_per_prompt
-    return _requests(order.take(first, count), first, samples, (config.run.seed, _TRAIN, step))
+    return _requests(order.take(step * count, count), first, samples, (config.run.seed, _TRAIN, step))
+
+
+def replayed_requests(inputs: Inputs, step: int) -> list[RolloutRequest]:
+    """Return what stands for the rows that a step, from 0, replays; none where all are sampled."""
+    return [] if inputs.replay is None else inputs.replay.requests(step)
+
+
+def replayed_batches(inputs: Inputs, step: int) -> Callable[[], Sequence[BatchHandle]]:
+    """Return what reads the rows that a step, from 0, replays."""
+    return tuple if inputs.replay is None else partial(inputs.replay.read, step)
 
 
 def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:

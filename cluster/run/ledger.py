@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.config.replay import replayed_prompts
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle, BatchSource, ReadyBatches
@@ -19,6 +20,7 @@ from cluster.contracts.requests import RolloutRequest
 from cluster.run.hooks import StepHook
 from cluster.run.inputs import load_inputs, step_requests
 from cluster.run.prompt_record import read_record
+from cluster.run.replay import Replay
 from cluster.weight_sync.manifest import checksum, new_digest
 from rollout_workers.prompts import PromptOrder
 
@@ -189,14 +191,14 @@ def read_ledger(path: Path) -> list[LedgerRecord]:
     return RecordsFile(path).decode(LedgerRecord, "no ledger record")
 
 
-def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -> int:
+def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder, replay: Replay | None = None) -> int:
     """Return how many prompt positions were consumed; raise TrainingError if not each once and in order."""
     for index, record in enumerate(records):
-        expected = LedgerRecord.of(index + 1, step_requests(config, order, index), record.policy_versions)
+        requests = [*step_requests(config, order, index), *([] if replay is None else replay.requests(index))]
+        expected = LedgerRecord.of(index + 1, requests, record.policy_versions)
         names = ("step", "trajectory_ids", "prompt_ids", "seeds_checksum")
         wrong = [name for name in names if getattr(record, name) != getattr(expected, name)]
-        lowest, highest = record.policy_versions
-        if not index - config.rollout.max_staleness <= lowest <= highest <= index:
+        if not _has_due_policies(record, config, index, replay):
             wrong.append("policy_versions")
         if not _has_due_versions(record, config, index):
             wrong.append("teacher_versions")
@@ -205,11 +207,23 @@ def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -
     return len(records) * config.prompts.prompts_per_step
 
 
+def _has_due_policies(record: LedgerRecord, config: Config, step: int, replay: Replay | None) -> bool:
+    """Tell whether weights that the student had by then sampled step `step`, from 0, or the replayed run's weights."""
+    due = [] if replay is None else [replay.versions(step)]
+    if replayed_prompts(config) < config.prompts.prompts_per_step:
+        due.append((step - config.rollout.max_staleness, step))
+    lowest, highest = record.policy_versions
+    return min(first for first, _ in due) <= lowest <= highest <= max(last for _, last in due)
+
+
 def _has_due_versions(record: LedgerRecord, config: Config, step: int) -> bool:
     """Tell whether the teachers that are the student scored step `step`, from 0, with weights that they had by then.
 
-    The step's rows were requested when one up to `max_staleness` steps earlier was to be learned from.
+    The step's rows were requested when one up to `max_staleness` steps earlier was to be learned from. Of signals that
+    another run recorded, nothing is known.
     """
+    if config.rollout.replay is not None and config.rollout.replay.signals == "recorded":
+        return True
     selves = {name: teacher for name, teacher in config.teachers.items() if teacher.source is not None}
     if record.teacher_versions.keys() != record.teachers.keys() & selves.keys():
         return False
@@ -227,9 +241,15 @@ def verify_run(directory: RunDirectory) -> str:
     # Runs of earlier releases kept no record of their prompts.
     order = load_inputs(config).train if began_with is None else began_with.order(config)
     records = read_ledger(directory.ledger)
-    num_prompts = audit(records, config, order)
+    replay = None if config.rollout.replay is None else Replay(config)
+    audit(records, config, order, replay)
     last = max((record["step"] for record in RecordsFile(directory.metrics).read()), default=0)
     if last > len(records):
         raise CheckpointError(f"{directory.ledger}: it ends after step {len(records)}, metrics.jsonl after step {last}")
-    samples = config.rollout.samples_per_prompt
-    return f"{len(records)} steps, {num_prompts * samples} trajectories: each was learned from exactly once, in order"
+    num_trajectories = sum(last - first + 1 for record in records for first, last in record.trajectory_ids)
+    proof = f"{len(records)} steps, {num_trajectories} trajectories: each was learned from exactly once, in order"
+    if replay is None:
+        return proof
+    num_replayed = sum(len(replay.requests(step)) for step in range(len(records)))
+    passes = f"{1 + replay.epoch(len(records) - 1)} passes" if replay.epoch(max(0, len(records) - 1)) else "one pass"
+    return f"{proof}; {num_replayed} of them are rows of {replay.directory.path}, in {passes} over {replay.num_rows}"

@@ -80,13 +80,20 @@ class ScoreAudits(StepHook):
         self._audit = audit
 
     def begin(self) -> None:
-        run, step = self.run, self.run.first_step
+        step = self.run.first_step
         if self._audit.needs_rows:
-            requests = train_requests(run.config, run.inputs, step)[:AUDIT_REQUESTS]
-            short = train_sampling(run.config, min(AUDIT_TOKENS, run.length_cap.at(step)))
-            self._audit.take_rows(run.flow.run(requests, short, scorers=lambda route: []))
+            self._audit.take_rows(self._rows(step))
         self._audit.begin(step)
         self._report(self._audit.finish())
+
+    def _rows(self, step: int) -> Sequence[BatchHandle]:
+        """Sample short rows; of a run that samples none, take the first that it replays."""
+        run = self.run
+        if run.inputs.replay is not None and not run.config.rollout.num_workers:
+            return run.inputs.replay.read(step, generated=True)
+        requests = train_requests(run.config, run.inputs, step)[:AUDIT_REQUESTS]
+        short = train_sampling(run.config, min(AUDIT_TOKENS, run.length_cap.at(step)))
+        return run.flow.run(requests, short, scorers=lambda route: [])
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         """Take the answers that are ready, and audit again when it is due; waits for nothing."""
