@@ -31,7 +31,8 @@ from cluster.run.replay_checks import STUDENTS_CANDIDATES, check_columns, check_
 from rollout_workers.prompts import PromptOrder, sampling_seed
 
 PLACE = ("step", "batch", "row")
-INDEX = (*PLACE, "trajectory_id", "prompt_id", "sample_index", "min_policy_version", "max_policy_version")
+VERSIONS = ("min_policy_version", "max_policy_version")
+INDEX = (*PLACE, "episode_id", "trajectory_id", "prompt_id", "sample_index", *VERSIONS)
 REMEMBERED_STEPS = 4  # whose rows the loop, the ledger and the flow ask for one after the other
 
 
@@ -49,7 +50,8 @@ class Chosen:
 
     place: Place
     order: tuple[int, int, int]  # step, batch and row: where it came among all rows of the record
-    request: RolloutRequest  # with the trajectory's id of this run
+    request: RolloutRequest  # with the episode's id of this run
+    further: int  # what its own id is above that: it is a further row of the episode
     versions: tuple[int, int]  # of the recorded run
 
 
@@ -83,7 +85,7 @@ class Replay:
     def units(self) -> list[NDArray[np.int64]]:
         """Return the places in the index of each prompt's samples, in the order in which they were requested."""
         index = self._index
-        group = index["trajectory_id"] // self._samples
+        group = index["episode_id"] // self._samples
         order = np.lexsort((index["row"], index["batch"], group, index["step"]))
         is_first = (np.diff(group[order]) != 0) | (np.diff(index["step"][order]) != 0)
         return np.split(order, np.flatnonzero(is_first) + 1)
@@ -143,13 +145,14 @@ class Replay:
         place = self._files[values["step"], values["batch"]]
         content = int(place.path.stem[-CHECKSUM_DIGITS:], 16) >> 1
         request = RolloutRequest(
-            position * self._samples + values["trajectory_id"] % self._samples,
+            position * self._samples + values["episode_id"] % self._samples,
             values["prompt_id"],
             values["sample_index"],
             sampling_seed(content, place.number, values["row"]),
         )
+        oldest, newest = (values[name] for name in VERSIONS)
         order = values["step"], values["batch"], values["row"]
-        return Chosen(place, order, request, (values["min_policy_version"], values["max_policy_version"]))
+        return Chosen(place, order, request, values["trajectory_id"] - values["episode_id"], (oldest, newest))
 
     def _handle(self, step: int, place: Place, chosen: Sequence[Chosen], strips: bool) -> BatchHandle:
         origin, reader = open_recorded(place.path, check=place.path not in self._verified)
@@ -158,9 +161,12 @@ class Replay:
         numbers = [row.order[2] for row in chosen]
         if numbers != list(range(rows.num_rows)):
             rows = rows.take(numbers)
-        ids = pa.array([row.request.trajectory_id for row in chosen], pa.int64())
-        field = rows.schema.field("trajectory_id")
-        rows = rows.set_column(rows.schema.get_field_index("trajectory_id"), field, ids)
+        for name, ids in (
+            ("episode_id", [row.request.trajectory_id for row in chosen]),
+            ("trajectory_id", [row.request.trajectory_id + row.further for row in chosen]),
+        ):
+            place_of = rows.schema.get_field_index(name)
+            rows = rows.set_column(place_of, rows.schema.field(name), pa.array(ids, pa.int64()))
         if strips:
             rows = as_generated(rows, keeps_candidates=self._config.objective.needs.candidates_from == "student")
         pieces, handle = pack(rows, _metrics(rows))
