@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from msgspec import Meta
 
 from cluster.config.fields import Section, Text
-from cluster.contracts.row_filter import parse_filter
 
 if TYPE_CHECKING:
     from cluster.config.run_config import Config
@@ -27,6 +26,8 @@ class ReplayConfig(Section, frozen=True):
 
     def __post_init__(self) -> None:
         if self.where is not None:
+            from cluster.contracts.row_filter import parse_filter  # loads what commands without conditions do not need
+
             parse_filter(self.where)
 
 

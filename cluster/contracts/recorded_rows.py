@@ -17,11 +17,13 @@ Any Arrow reader reads them: `pyarrow.dataset.dataset("runs/x/rows", format="arr
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from cluster.contracts.arrow_files import write_arrow
@@ -63,12 +65,12 @@ class RecordedRows:
 
     def files(self) -> Mapping[int, list[Path]]:
         """Return the files by their steps, in order."""
-        found: dict[int, list[Path]] = defaultdict(list)
+        of_steps: dict[int, list[Path]] = defaultdict(list)
         for path in sorted(self.folder.glob("step-*-*.arrow")) if self.folder.is_dir() else ():
             step = path.stem.split("-")[1]
             if step.isdecimal():
-                found[int(step)].append(path)
-        return found
+                of_steps[int(step)].append(path)
+        return of_steps
 
     def write(self, step: int, batches: Sequence[RecordedBatch], prompts: str) -> int:
         """Write the batches of a step, in the order in which they came, and return their bytes on disk."""
@@ -89,30 +91,63 @@ class RecordedRows:
             for path in paths if written >= step else ():
                 path.unlink(missing_ok=True)
 
-    def table(self, columns: Sequence[str] | None = None, where: str | None = None) -> pa.Table:
-        """Read columns of all rows for which a condition holds, as `parse_filter` takes it; columns not there are null.
+    def table(self, columns: Sequence[str], where: str | None = None) -> pa.Table:
+        """Read columns of all rows for which a condition holds, with the errors of `Rows`."""
+        return Rows([path for paths in self.files().values() for path in paths]).read(columns, where)
+
+
+class Rows:
+    """Reads rows of Arrow files that may lack some of each other's columns, whose values are null there."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Open the files; raise CheckpointError if there are none, or one is damaged."""
+        if not paths:
+            raise CheckpointError("no rows are recorded there; train with rollout.record = true")
+        with _as_damage(paths[0].parent):
+            schemas = [ds.dataset(str(path), format="arrow").schema for path in paths]
+            self.schema = pa.unify_schemas(schemas).remove_metadata()
+            self._rows = ds.dataset([str(path) for path in paths], schema=self.schema, format="arrow")
+        self._folder = paths[0].parent
+
+    def count(self, where: str | None = None) -> int:
+        with self._explained(where) as condition:
+            return int(self._rows.count_rows(filter=condition))
+
+    def read(self, columns: Sequence[str] | None = None, where: str | None = None, most: int | None = None) -> pa.Table:
+        """Return columns of the first rows for which a condition holds, as `parse_filter` takes it.
 
         Raises:
-            CheckpointError: nothing was recorded, or a file is damaged.
-            ConfigError: the condition is none, or does not fit the columns.
+            ConfigError: the condition is none, or does not fit the columns, or a column is not there.
+            CheckpointError: a file is damaged.
         """
-        paths = [str(path) for files in self.files().values() for path in files]
-        if not paths:
-            raise CheckpointError(f"{self.folder}: no rows are recorded there; train with rollout.record = true")
-        expression = None if where is None else parse_filter(where)
+        if missing := [name for name in columns or () if name not in self.schema.names]:
+            raise ConfigError(f"there is no column '{missing[0]}'; there are {', '.join(self.schema.names)}")
+        names = None if columns is None else list(columns)
+        with self._explained(where) as condition:
+            if most is None:
+                return self._rows.to_table(columns=names, filter=condition)
+            return self._rows.head(most, columns=names, filter=condition)
+
+    @contextmanager
+    def _explained(self, where: str | None) -> Iterator[pc.Expression | None]:
+        """Give the condition as an expression, and say what is wrong if it does not fit the columns."""
+        condition = None if where is None else parse_filter(where)
         try:
-            parts = [ds.dataset(path, format="arrow") for path in paths]
-            schema = pa.unify_schemas([part.schema for part in parts])
-        except (pa.ArrowException, OSError) as error:
-            raise CheckpointError(f"{self.folder}: no recorded rows: {error}; restore the files") from error
-        wanted = None if columns is None else [name for name in columns if name in schema.names]
-        try:
-            return ds.dataset(paths, schema=schema, format="arrow").to_table(columns=wanted, filter=expression)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            fault = str(error).splitlines()[0]
-            raise ConfigError(f"condition '{where}': {fault}; there are {', '.join(schema.names)}") from error
-        except (pa.ArrowException, OSError) as error:
-            raise CheckpointError(f"{self.folder}: no recorded rows: {error}; restore the files") from error
+            with _as_damage(self._folder):
+                yield condition
+        except CheckpointError as error:
+            if condition is None or not isinstance(error.__cause__, pa.ArrowInvalid | pa.ArrowNotImplementedError):
+                raise
+            fault = str(error.__cause__).splitlines()[0]
+            raise ConfigError(f"condition '{where}': {fault}; there are {', '.join(self.schema.names)}") from error
+
+
+@contextmanager
+def _as_damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise CheckpointError(f"{folder}: its rows cannot be read: {error}; restore the files") from error
 
 
 def open_recorded(path: Path, check: bool = False) -> tuple[Origin, pa.RecordBatchFileReader]:

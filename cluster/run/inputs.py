@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
+from typing import TYPE_CHECKING
 
 from cluster.config.pass_through import check_pass_through
 from cluster.config.replay import replayed_prompts
@@ -15,7 +16,6 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.models.aligned_states import states_to_send
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
-from cluster.run.replay import Replay
 from rollout_workers.contexts.builder import ContextSettings
 from rollout_workers.contexts.plan import plan_contexts
 from rollout_workers.environments.base import environment_named
@@ -24,6 +24,9 @@ from rollout_workers.load_prompts import load_prompts
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, TRAIN_SPLITS
 from rollout_workers.prompts import PromptOrder, PromptSet, sampling_seed
 from teacher_workers.backends.base import check_signals, check_teacher
+
+if TYPE_CHECKING:
+    from cluster.run.replay import Replay
 
 _TRAIN, _HELD_OUT = 0, 1  # keep the seeds of training and evaluation apart
 
@@ -42,7 +45,7 @@ class Inputs:
     # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
-    replay: Replay | None = None  # rows of another run in the place of sampled ones; None: all are sampled
+    replay: "Replay | None" = None  # rows of another run in the place of sampled ones; None: all are sampled
 
     def has_own_prompts(self, route: str) -> bool:
         """Return whether the teacher of a route reads contexts that follow from the prompts alone."""
@@ -83,10 +86,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
-    replay = None if config.rollout.replay is None else Replay(config)
-    if replay is not None:
-        replay.check_prompts(prompts.checksum)
-        notes.append(f"replays {replay.num_rows:,} rows of {len(replay.units):,} prompts from {replay.directory.path}")
+    replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -114,6 +114,16 @@ def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int
     """
     completion = config.rollout.max_completion_tokens
     return min(prompts.longest_of(name) + completion, capacity - completion - 1)
+
+
+def _open_replay(config: Config, prompts: PromptSet, notes: list[str]) -> "Replay":
+    """Open the record that the run replays, whose prompts must be these."""
+    from cluster.run.replay import Replay
+
+    replay = Replay(config)
+    replay.check_prompts(prompts.checksum)
+    notes.append(f"replays {replay.num_rows:,} rows of {len(replay.units):,} prompts from {replay.directory.path}")
+    return replay
 
 
 def check_support(config: Config, vocabulary: int) -> None:

@@ -6,7 +6,7 @@ never requested ends the step before the weights change. `preceptor verify RUN` 
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -20,9 +20,11 @@ from cluster.contracts.requests import RolloutRequest
 from cluster.run.hooks import StepHook
 from cluster.run.inputs import load_inputs, step_requests
 from cluster.run.prompt_record import read_record
-from cluster.run.replay import Replay
 from cluster.weight_sync.manifest import checksum, new_digest
 from rollout_workers.prompts import PromptOrder
+
+if TYPE_CHECKING:
+    from cluster.run.replay import Replay
 
 
 class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -208,7 +210,7 @@ def read_ledger(path: Path) -> list[LedgerRecord]:
     return RecordsFile(path).decode(LedgerRecord, "no ledger record")
 
 
-def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder, replay: Replay | None = None) -> int:
+def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder, replay: "Replay | None" = None) -> int:
     """Return how many prompt positions were consumed; raise TrainingError if not each once and in order."""
     for index, record in enumerate(records):
         requests = [*step_requests(config, order, index), *([] if replay is None else replay.requests(index))]
@@ -224,7 +226,7 @@ def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder, r
     return len(records) * config.prompts.prompts_per_step
 
 
-def _has_due_policies(record: LedgerRecord, config: Config, step: int, replay: Replay | None) -> bool:
+def _has_due_policies(record: LedgerRecord, config: Config, step: int, replay: "Replay | None") -> bool:
     """Tell whether weights that the student had by then sampled step `step`, from 0, or the replayed run's weights."""
     due = [] if replay is None else [replay.versions(step)]
     if replayed_prompts(config) < config.prompts.prompts_per_step:
@@ -258,7 +260,11 @@ def verify_run(directory: RunDirectory) -> str:
     # Runs of earlier releases kept no record of their prompts.
     order = load_inputs(config).train if began_with is None else began_with.order(config)
     records = read_ledger(directory.ledger)
-    replay = None if config.rollout.replay is None else Replay(config)
+    replay = None
+    if config.rollout.replay is not None:
+        from cluster.run.replay import Replay
+
+        replay = Replay(config)
     audit(records, config, order, replay)
     last = max((record["step"] for record in RecordsFile(directory.metrics).read()), default=0)
     if last > len(records):
@@ -273,7 +279,7 @@ def verify_run(directory: RunDirectory) -> str:
     )
 
 
-def _replayed(replay: Replay, num_steps: int) -> str:
+def _replayed(replay: "Replay", num_steps: int) -> str:
     """Say how many trajectories were of another run, and how often each, after at least one step."""
     count = sum(len(replay.requests(step)) for step in range(num_steps))
     passes = 1 + replay.epoch(max(0, num_steps - 1))

@@ -176,7 +176,7 @@ class Replay:
 
     def _find_batches(self) -> Mapping[tuple[int, int], Place]:
         """Return where each batch of each step lies, and check that every file and step is whole and of use."""
-        found, counts, expected = {}, Counter[int](), dict[int, int]()
+        places, counts, expected = {}, Counter[int](), dict[int, int]()
         for path in (path for paths in self._recorded.files().values() for path in paths):
             origin, reader = open_recorded(path)
             check_columns(self._config, origin, reader)
@@ -184,7 +184,7 @@ class Replay:
             narrow = pa.ipc.open_file(pa.memory_map(str(path)), options=options)
             for number in range(narrow.num_record_batches):
                 batch = narrow.get_batch(number)["batch"]
-                found[origin.step, batch[0].as_py()] = Place(path, number)
+                places[origin.step, batch[0].as_py()] = Place(path, number)
                 counts[origin.step] += len(batch)
             expected[origin.step] = origin.step_rows
         for step, num_rows in expected.items():
@@ -193,7 +193,7 @@ class Replay:
                     f"{self._recorded.folder}: {counts[step]} of the {num_rows} rows of step {step} are there; restore "
                     "the files, or wait until the step is recorded"
                 )
-        return found
+        return places
 
 
 def without_idle_workers(config: Config, has_held_out: bool) -> Config:

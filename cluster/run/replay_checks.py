@@ -12,6 +12,7 @@ from cluster.models.weight_files import fingerprint
 
 SAMPLING = ("samples_per_prompt", "temperature", "top_p", "top_k")  # a ratio to the sampler knows of them
 STUDENTS_CANDIDATES = "candidate_rollout_logprobs"
+SCORE_AGAIN = "set rollout.replay.signals = 'recomputed', or record a run with this objective"
 
 
 def check_settings(config: Config, recorded: Config) -> None:
@@ -40,21 +41,19 @@ def check_columns(config: Config, origin: Origin, reader: pa.RecordBatchFileRead
         raise ConfigError(f"{run}: its rows are for the teacher {route}; add [teachers.{route}]")
     columns: list[str] = []
     widths = {STUDENTS_CANDIDATES: needs.num_candidates} if needs.candidates_from == "student" else {}
-    advice = "record a run with this support"
     if config.rollout.replay is not None and config.rollout.replay.signals == "recorded":
-        advice = "set rollout.replay.signals = 'recomputed', or record a run with this objective"
         widths["candidate_ids"] = needs.num_candidates
         for name, request in config.scorers(route):
             _check_checkpoint(config, name, origin)
             columns += [find_signal(signal).column(request.model) for signal in sorted(request.signals)]
     for column in columns:
         if column not in schema.names:
-            raise ConfigError(f"{run}: its rows have no {column}, which the objective reads; {advice}")
+            raise ConfigError(f"{run}: its rows have no {column}, which the objective reads; {SCORE_AGAIN}")
     for column, width in widths.items():
         if (present := _width(schema, column)) != width:
-            raise ConfigError(
-                f"{run}: the objective reads {width} {column} per token, and there are {present}; {advice}"
-            )
+            lack = f"the objective reads {width} {column} per token, and there are {present}"
+            advice = "record a run with this support" if column == STUDENTS_CANDIDATES else SCORE_AGAIN
+            raise ConfigError(f"{run}: {lack}; {advice}")
 
 
 def _check_checkpoint(config: Config, name: str, origin: Origin) -> None:
