@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
+# In the caller's thread alone: it runs beside other work.
+_OPTIONS = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+
 
 def write_arrow(
     path: Path,
@@ -23,7 +26,7 @@ def write_arrow(
     schema = schema.with_metadata({**(schema.metadata or {}), **metadata})
     # Parquet takes four times as long to write so few rows.
     with partial.open("wb") as file:
-        with pa.ipc.new_file(file, schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+        with pa.ipc.new_file(file, schema, options=_OPTIONS) as writer:
             for batch in batches:
                 writer.write_batch(batch.replace_schema_metadata(schema.metadata))
         if syncs:

@@ -110,7 +110,10 @@ class ScoreAudits(StepHook):
 
 
 class AlarmActions(StepHook):
-    """Raises the alarms of each step, and does what each asks for: warn, shorten completions, stop the run."""
+    """Raises the alarms of each step, and does what each asks for: warn, shorten completions, stop the run.
+
+    The horizon reads the same metrics, and lengthens completions.
+    """
 
     def __init__(self, run: RunContext) -> None:
         """Check the records of a resumed run again, so that levels and the length cap are as they were."""
@@ -121,6 +124,7 @@ class AlarmActions(StepHook):
         for record in RecordsFile(run.directory.metrics).read():
             if record["step"] <= run.first_step:
                 self._shorten(self._alarms.check(record))
+                run.length_cap.observe(record)
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         raised = self._alarms.check(metrics)
@@ -139,6 +143,7 @@ class AlarmActions(StepHook):
             if alarm.config.action == "stop" and self.run.error is None:
                 self.run.error = TrainingError(f"{alarm}; the run stopped as alarms.{alarm.name}.action asks")
         self._shorten(raised)
+        self.run.length_cap.observe(metrics)
         return {}
 
     def _shorten(self, raised: Sequence[Raised]) -> None:

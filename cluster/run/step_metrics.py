@@ -54,6 +54,7 @@ def step_record(
         "step": step,
         "tokens": tokens,
         "completion_tokens": completion_tokens,
+        "rollout/length_cap": batches.sampling.max_completion_tokens,
         **DEFAULTS,
         **report(merge(handle.metrics for handle in scored)),
         **_by_teacher(scored),

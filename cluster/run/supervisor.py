@@ -72,7 +72,7 @@ class Supervisor:
             first_step=step,
             history=deepcopy(history),
             ledger=Ledger(directory.ledger, step),
-            length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness),
+            length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness, rollout.horizon),
             stop=self.stop,
             is_first_attempt=self._is_first_attempt,
             teacher_states=dict(start.teachers) if isinstance(start, RunState) else {},

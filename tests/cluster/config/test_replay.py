@@ -18,6 +18,12 @@ def test_a_directory_alone_is_short_for_a_table() -> None:
     assert (config.rollout.replay.run, config.rollout.replay.where) == ("runs/x", "reward > 0")
 
 
+def test_a_horizon_begins_below_the_longest_completion() -> None:
+    assert make_config("rollout.horizon.start=64").rollout.horizon is not None
+    with pytest.raises(ConfigError, match="start = 600 is more than max_completion_tokens = 512"):
+        make_config("rollout.horizon.start=600")
+
+
 def test_the_share_is_of_a_step_s_prompts() -> None:
     shares = {share: make_config(REPLAY, f"rollout.replay.share={share}") for share in (1.0, 0.25)}
     assert {share: replayed_prompts(config) for share, config in shares.items()} == {1.0: 64, 0.25: 16}
