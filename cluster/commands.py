@@ -28,7 +28,7 @@ from cluster.run.pools import start_pipeline, start_student_rollouts, start_teac
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
 from cluster.run.recording import Recording
-from cluster.run.replay import without_idle_workers
+from cluster.run.replay import live, without_idle_workers
 from cluster.run.self_teachers import TeacherGates
 from cluster.run.served_teachers import ServedTeachers
 from cluster.run.start_record import record_start
@@ -105,8 +105,9 @@ def evaluate_models(config: Config) -> None:
 
 
 def check_run(config: Config) -> bool:
-    """Print the placement, run every self-check and return whether all passed."""
-    config, inputs = _prepare(config)
+    """Print the placement, run every self-check and return whether all passed; of a replay, those of a live run."""
+    config, inputs = _prepare(config, _recorded_time(config))
+    config = live(config)
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)

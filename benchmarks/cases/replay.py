@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from datetime import date
@@ -87,15 +86,18 @@ class StepTimes(StepHook):
 def main() -> int:
     """Do the runs that are missing, print and write what became of them; exit code 1 when a bar is missed."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/benchmark-replay", help="of the runs")
     parser.add_argument("--rounds", type=int, default=3, help="of each arm of the rate")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the accuracy")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-replay.json")
     options, overrides = parser.parse_known_args()
     log = options.output.with_suffix(".jsonl")
     for number in range(options.rounds):
-        measure(log, "rate", number, RATE_STEPS, RATE_ARMS, ("rollout.record=true",), overrides)
+        settings = (f"run.seed={number}", f"run.steps={RATE_STEPS}", *overrides)
+        measure(log, options.folder, ("rate", number), RATE_ARMS, settings, ("rollout.record=true",))
     for seed in options.seeds:
-        measure(log, "accuracy", seed, ACCURACY_STEPS, ACCURACY_ARMS, STILL, overrides)
+        settings = (f"run.seed={seed}", f"run.steps={ACCURACY_STEPS}", *overrides)
+        measure(log, options.folder, ("accuracy", seed), ACCURACY_ARMS, settings, STILL)
     outcomes = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     rows = [*rate_rows([one for one in outcomes if one["part"] == "rate"])]
     rows += accuracy_rows([one for one in outcomes if one["part"] == "accuracy"])
@@ -106,30 +108,26 @@ def main() -> int:
 
 def measure(
     log: Path,
-    part: str,
-    number: int,
-    steps: int,
+    folder: Path,
+    key: tuple[str, int],
     arms: dict[str, tuple[str, ...]],
+    settings: Sequence[str],
     of_record: Sequence[str],
-    overrides: Sequence[str],
 ) -> None:
-    """Do the arms of one round or seed that are missing in the log, after the run that they replay."""
+    """Do the arms of one round or seed, `key`, that are missing in the log, after the run that they replay."""
     text = log.read_text(encoding="utf-8") if log.exists() else ""
-    done = [json.loads(line) for line in text.splitlines()]
-    missing = [
-        arm for arm in arms if not any((one["part"], one["number"], one["arm"]) == (part, number, arm) for one in done)
-    ]
-    if not missing:
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        settings = (f"run.seed={number}", f"run.steps={steps}", *overrides)
-        do_run(Path(folder) / "record", (*settings, *of_record))
-        # The first round begins with the first arm, the second with the second, and so on.
-        for arm in [*missing[number % len(missing) :], *missing[: number % len(missing)]]:
-            filled = [text.format(record=Path(folder) / "record/run") for text in arms[arm]]
-            outcome = {"part": part, "number": number, "arm": arm, **do_run(Path(folder) / "arm", (*settings, *filled))}
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(outcome) + "\n")
+    done = [one["arm"] for one in map(json.loads, text.splitlines()) if (one["part"], one["number"]) == key]
+    missing = [arm for arm in arms if arm not in done]
+    part, number = key
+    record = folder / f"{part}-{number}"
+    if missing and not (record / "run/export").exists():
+        do_run(record, (*settings, *of_record, "checkpoint.export=true"))
+    # The first round begins with the first arm, the second with the second, and so on.
+    for arm in [*missing[number % len(arms) :], *missing[: number % len(arms)]]:
+        filled = [text.format(record=record / "run") for text in arms[arm]]
+        outcome = {"part": part, "number": number, "arm": arm, **do_run(folder / f"{part}-arm", (*settings, *filled))}
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(outcome) + "\n")
 
 
 def do_run(folder: Path, overrides: Iterable[str]) -> Outcome:

@@ -89,9 +89,9 @@ class ScoreAudits(StepHook):
     def _rows(self, step: int) -> Sequence[BatchHandle]:
         """Sample short rows; of a run that samples none, take the first that it replays."""
         run = self.run
-        if run.inputs.replay is not None and not run.config.rollout.num_workers:
-            return run.inputs.replay.read(step, generated=True)
         requests = train_requests(run.config, run.inputs, step)[:AUDIT_REQUESTS]
+        if run.inputs.replay is not None and not requests:
+            return run.inputs.replay.read(step, generated=True)
         short = train_sampling(run.config, min(AUDIT_TOKENS, run.length_cap.at(step)))
         return run.flow.run(requests, short, scorers=lambda route: [])
 

@@ -176,10 +176,13 @@ class Replay:
 
     def _find_batches(self) -> Mapping[tuple[int, int], Place]:
         """Return where each batch of each step lies, and check that every file and step is whole and of use."""
-        places, counts, expected = {}, Counter[int](), dict[int, int]()
+        places, counts, expected, kinds = {}, Counter[int](), dict[int, int](), set()
         for path in (path for paths in self._recorded.files().values() for path in paths):
             origin, reader = open_recorded(path)
-            check_columns(self._config, origin, reader)
+            kind = reader.schema.to_string(), tuple(origin.scored_by.items())
+            if kind not in kinds:
+                check_columns(self._config, origin, reader)
+                kinds.add(kind)
             options = pa.ipc.IpcReadOptions(included_fields=[reader.schema.get_field_index("batch")])
             narrow = pa.ipc.open_file(pa.memory_map(str(path)), options=options)
             for number in range(narrow.num_record_batches):
@@ -211,6 +214,11 @@ def without_idle_workers(config: Config, has_held_out: bool) -> Config:
         teachers = {name: msgspec.structs.replace(teacher, num_workers=0) for name, teacher in teachers.items()}
         audit = msgspec.structs.replace(audit, rows=0)
     return msgspec.structs.replace(config, rollout=rollout, teachers=teachers, score_audit=audit)
+
+
+def live(config: Config) -> Config:
+    """Return the run as it would sample all rows."""
+    return msgspec.structs.replace(config, rollout=msgspec.structs.replace(config.rollout, replay=None))
 
 
 def as_generated(rows: pa.RecordBatch, keeps_candidates: bool) -> pa.RecordBatch:

@@ -16,7 +16,7 @@ from cluster.contracts.wire import from_wire
 from cluster.run.inputs import step_requests
 from cluster.run.ledger import Ledger, audit, read_ledger
 from cluster.run.recording import Recording
-from cluster.run.replay import Replay, without_idle_workers
+from cluster.run.replay import Replay, live, without_idle_workers
 from cluster.run.step_metrics import _staleness
 from rollout_workers.prompts import PromptOrder
 from tests.builders import make_scores, make_trajectory
@@ -240,6 +240,12 @@ def test_workers_without_use_are_left_out(tmp_path: Path) -> None:
         ("half", False): (1, 1),
         ("half", True): (1, 1),
     }
+
+
+def test_checks_sample_what_a_replay_does_not(tmp_path: Path) -> None:
+    record_steps(tmp_path)
+    assert step_requests(replaying(tmp_path), ORDER, 0) == []
+    assert step_requests(live(replaying(tmp_path)), ORDER, 0) == step_requests(config_of(tmp_path), ORDER, 0)
 
 
 def handle_of(store: Store, batch: pa.RecordBatch) -> BatchHandle:
