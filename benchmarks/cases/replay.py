@@ -6,7 +6,7 @@ and the last counted step. What recording costs is what its thread computed, and
 
 *Accuracy.* At equal updates, for each seed: live with the default objective and that of Semi-OPD, and replays of what
 the initial student wrote for the same prompts: one pass over all of it, and three over a third. The recorded run has a
-learning rate that changes nothing.
+learning rate that changes nothing. Two more live arms have what saves time: a horizon, and early ends for the learner.
 
 A run is appended to a JSON-lines file as soon as it ends, and a second call does only what is missing there.
 """
@@ -65,6 +65,12 @@ ACCURACY_ARMS: dict[str, tuple[str, ...]] = {
         *SEMI_OPD,
         "rollout.replay.run={record}",
         f"rollout.replay.where=step <= {ACCURACY_STEPS // PASSES}",
+    ),
+    "live, horizon from 6 tokens": (HELD_OUT, "rollout.horizon.start=6"),
+    "live, ends after 3 tokens below 0.02 nats": (
+        HELD_OUT,
+        "objective.token_weights.stop_window=3",
+        "objective.token_weights.stop_below=0.02",
     ),
 }
 Outcome = dict[str, Any]
@@ -125,7 +131,12 @@ def measure(
     # The first round begins with the first arm, the second with the second, and so on.
     for arm in [*missing[number % len(arms) :], *missing[: number % len(arms)]]:
         filled = [text.format(record=record / "run") for text in arms[arm]]
-        outcome = {"part": part, "number": number, "arm": arm, **do_run(folder / f"{part}-arm", (*settings, *filled))}
+        outcome = {
+            "part": part,
+            "number": number,
+            "arm": arm,
+            **do_run(folder / f"{part}-{number}-arm", (*settings, *filled)),
+        }
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(outcome) + "\n")
 
@@ -144,6 +155,9 @@ def do_run(folder: Path, overrides: Iterable[str]) -> Outcome:
         "tokens": sum(step["completion_tokens"] for step in counted),
         "bytes": sum(step.get("record/bytes", 0.0) for step in counted),
         "record_seconds": sum(step.get(name, 0.0) for step in counted for name in cost),
+        "learn_seconds": sum(step["learn/seconds"] for step in counted),
+        "left_out": statistics.mean(step.get("train/left_out_ratio", 0.0) for step in counted),
+        "length_cap": steps[-1]["rollout/length_cap"],
         "accuracy": steps[-1].get("held_out/accuracy"),
         "loss": steps[-1]["train/loss"],
     }
@@ -183,8 +197,11 @@ def accuracy_rows(outcomes: Sequence[Outcome]) -> list[Row]:
         listed = ", ".join(f"{value:.3f}" for value in values)
         size = f"embedded pair, {ACCURACY_STEPS} steps, seeds {', '.join(map(str, sorted(of_seeds)))}: {listed}"
         rows.append(row(f"{arm}: held-out accuracy", size, statistics.mean(values), "ratio"))
-        seconds = statistics.median(one["seconds"] for one in of_seeds.values())
-        rows.append(row(f"{arm}: time of the loop", size, seconds, "s"))
+        medians = (("time of the loop", "seconds", "s"), ("completion tokens", "tokens", "tokens"))
+        if arm.startswith("live, ends"):
+            medians += (("share of tokens left out", "left_out", "ratio"), ("learner's time", "learn_seconds", "s"))
+        for what, name, unit in medians:
+            rows.append(row(f"{arm}: {what}", size, statistics.median(one[name] for one in of_seeds.values()), unit))
     return rows
 
 
