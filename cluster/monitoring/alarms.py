@@ -126,7 +126,8 @@ class LengthCap:
     def lower(self, after_step: int) -> None:
         """Lower the cap by a quarter, once `after_step` steps are done."""
         shortest = min(SHORTEST_TOKENS, self.max_completion_tokens)
-        self._changes.append((after_step + self.max_staleness, max(shortest, int(SHORTER * self._latest))))
+        lowered = max(shortest, int(SHORTER * self._latest))
+        self._changes.append((after_step + self.max_staleness, lowered))
 
     def observe(self, record: Record) -> None:
         """Raise the cap if a step, by its metrics, has cut few completions off whose ends still teach.
