@@ -98,12 +98,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-replay.json")
     options, overrides = parser.parse_known_args()
     log = options.output.with_suffix(".jsonl")
-    for number in range(options.rounds):
-        settings = (f"run.seed={number}", f"run.steps={RATE_STEPS}", *overrides)
-        measure(log, options.folder, ("rate", number), RATE_ARMS, settings, ("rollout.record=true",))
-    for seed in options.seeds:
-        settings = (f"run.seed={seed}", f"run.steps={ACCURACY_STEPS}", *overrides)
-        measure(log, options.folder, ("accuracy", seed), ACCURACY_ARMS, settings, STILL)
+    for place in range(max(options.rounds, len(options.seeds))):
+        if place < options.rounds:
+            settings = (f"run.seed={place}", f"run.steps={RATE_STEPS}", *overrides)
+            measure(log, options.folder, ("rate", place), RATE_ARMS, settings, ("rollout.record=true",))
+        for seed in options.seeds[place : place + 1]:
+            settings = (f"run.seed={seed}", f"run.steps={ACCURACY_STEPS}", *overrides)
+            measure(log, options.folder, ("accuracy", seed), ACCURACY_ARMS, settings, STILL)
     outcomes = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     rows = [*rate_rows([one for one in outcomes if one["part"] == "rate"])]
     rows += accuracy_rows([one for one in outcomes if one["part"] == "accuracy"])

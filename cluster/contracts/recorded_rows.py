@@ -159,7 +159,7 @@ def open_recorded(path: Path, check: bool = False) -> tuple[Origin, pa.RecordBat
     try:
         if check and checksum_of(path) not in path.stem:
             raise CheckpointError(f"{path}: its content is not what its name says; restore the file")
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = pa.ipc.open_file(pa.memory_map(str(path)), options=pa.ipc.IpcReadOptions(use_threads=False))
         origin = msgspec.json.decode((reader.schema.metadata or {})[METADATA], type=Origin)
     except (pa.ArrowException, OSError, KeyError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{path}: no recorded rows: {error}; restore the file") from error

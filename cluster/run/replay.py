@@ -6,6 +6,7 @@ resumed run does a step again with the same rows, and `preceptor verify` finds t
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from rollout_workers.prompts import PromptOrder, sampling_seed
 PLACE = ("step", "batch", "row")
 VERSIONS = ("min_policy_version", "max_policy_version")
 INDEX = (*PLACE, "episode_id", "trajectory_id", "prompt_id", "sample_index", *VERSIONS)
+OPEN_FILES = 16
 REMEMBERED_STEPS = 4  # whose rows the loop, the ledger and the flow ask for one after the other
 
 
@@ -76,9 +78,12 @@ class Replay:
         if not index.num_rows:
             raise ConfigError(f"rollout.replay.where = '{settings.where}' holds for no row of {settings.run}")
         self._index = {name: index[name].to_numpy().astype(np.int64) for name in INDEX}
-        self._verified: set[Path] = set()
         check_settings(config, self.directory.read_config())
         self._files = self._find_batches()
+        self._strips = settings.signals == "recomputed"
+        self._thread = ThreadPoolExecutor(1, "replay")
+        self._ahead: dict[int, Future[list[BatchHandle]]] = {}  # the next step's rows
+        self._open = lru_cache(OPEN_FILES)(open_recorded)
         self.chosen = lru_cache(REMEMBERED_STEPS)(self._chosen)
 
     @cached_property
@@ -115,13 +120,16 @@ class Replay:
     def read(self, step: int, generated: bool | None = None) -> list[BatchHandle]:
         """Put a step's rows into the object store, in the batches that were recorded, and return their handles.
 
-        They come without teachers' columns where they are `generated`; None: as the settings say.
+        They come without teachers' columns where they are `generated`; None: as the settings say, and those of the next
+        step are read beside this one.
         """
-        strips = self.settings.signals == "recomputed" if generated is None else generated
-        of_batches: dict[Place, list[Chosen]] = defaultdict(list)
-        for row in self.chosen(step):
-            of_batches[row.place].append(row)
-        return [self._handle(step, place, rows, strips) for place, rows in of_batches.items()]
+        if generated is not None:
+            return self._load(step, generated)
+        ahead = self._ahead.pop(step, None) or self._thread.submit(self._load, step, self._strips)
+        self._ahead.clear()
+        if step + 1 < self._config.run.steps:
+            self._ahead[step + 1] = self._thread.submit(self._load, step + 1, self._strips)
+        return ahead.result()
 
     def check_prompts(self, checksum: str) -> None:
         """Raise PromptError if the run has other prompts than the record."""
@@ -132,6 +140,12 @@ class Replay:
                     f"rollout.replay.run = '{self.settings.run}': step {origin.step} was recorded with other prompts "
                     "(file, chat template, tokenizer or setting, also of held-out ones); take the same [prompts]"
                 )
+
+    def _load(self, step: int, strips: bool) -> list[BatchHandle]:
+        of_batches: dict[Place, list[Chosen]] = defaultdict(list)
+        for row in self.chosen(step):
+            of_batches[row.place].append(row)
+        return [self._handle(step, place, rows, strips) for place, rows in of_batches.items()]
 
     def _chosen(self, step: int) -> tuple[Chosen, ...]:
         """Return the rows of a step, from 0, in the order in which they were learned from."""
@@ -155,8 +169,7 @@ class Replay:
         return Chosen(place, order, request, values["trajectory_id"] - values["episode_id"], (oldest, newest))
 
     def _handle(self, step: int, place: Place, chosen: Sequence[Chosen], strips: bool) -> BatchHandle:
-        origin, reader = open_recorded(place.path, check=place.path not in self._verified)
-        self._verified.add(place.path)
+        origin, reader = self._open(place.path, check=True)
         rows = as_trajectories(reader.get_batch(place.number))
         numbers = [row.order[2] for row in chosen]
         if numbers != list(range(rows.num_rows)):

@@ -1,5 +1,6 @@
 """A record of a small run, whose rows differ in everything that a replay may confuse."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ class Store:
     """Keeps what is put as workers find it."""
 
     def __init__(self) -> None:
-        self.values: list[Any] = []
+        self.values: dict[int, Any] = {}
+        self._numbers = count()
 
     def put(self, value: Any) -> int:
-        self.values.append(value.joined())
-        return len(self.values) - 1
+        number = next(self._numbers)
+        self.values[number] = value.joined()
+        return number
 
     def get(self, references: Any, timeout_seconds: float, waiting_for: str) -> Any:
         return [self.values[reference] for reference in references]
