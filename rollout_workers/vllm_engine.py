@@ -11,21 +11,23 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
-from cluster.contracts.errors import ActorDiedError, RolloutError
+from cluster.contracts.errors import ActorDiedError, RolloutError, ScoreError
 from cluster.contracts.requests import Completion, SamplingSettings
+from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.compat import TokenVersions, VLLMClientError
 from cluster.vllm.engine import EngineRole, build_engine
 from cluster.vllm.sleep_calls import put_to_sleep, wake
 from cluster.vllm.weight_sync.updates import EngineUpdates, raised_as_death
 from cluster.weight_sync.transports import vllm_backend
 from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded, candidates_from_bytes
-from rollout_workers.vllm_requests import read_completion, sampling_params
+from rollout_workers.vllm_requests import read_completion, read_prompt_logprobs, sampling_params, scoring_params
 
 CANDIDATES = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
 PROCESSORS = (f"{CANDIDATES}:CandidateProcessor", f"{CANDIDATES}:CandidateProcessorV2")
 STOPS = "rollout_workers.stop_class_processor"
 MERGING = (f"{STOPS}:StopClassProcessor", f"{STOPS}:StopClassProcessorV2")
 WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
+FIRST = -(2**31)  # a priority before that of every request that samples
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 
 
@@ -154,6 +156,25 @@ class VllmRolloutEngine:
             if fetcher is None:
                 return completion
             return await _with_candidates(fetcher, request_id, completion, sampling.num_candidates)
+
+    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
+        """Return ids and log-probabilities, [places, 1 + count]: the token at each place, the best ones.
+
+        They are at temperature 1; requests that sample wait for this one.
+
+        Raises:
+            ScoreError: vLLM refuses the request or gives it up.
+            ActorDiedError: the engine's process is gone.
+        """
+        prompt = {"prompt_token_ids": token_ids.tolist()}
+        async with self._use.awake():
+            try:
+                with raised_as_death("rollout"):
+                    scored = self._engine.generate(prompt, scoring_params(count), request_id, priority=FIRST)
+                    *_, request = [output async for output in scored]
+            except (EngineGenerateError, VLLMClientError, ValueError) as error:
+                raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
+        return read_prompt_logprobs(request, places, count)
 
     @property
     def is_dead(self) -> bool:

@@ -166,7 +166,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
     return RolloutActorSettings(
         config.student,
         config.rollout.engine,
-        inputs.max_model_len,
+        inputs.rollout_model_len(config),
         config.rollout.rows_per_batch,
         config.weight_sync.transport,
         environment=config.environment,
