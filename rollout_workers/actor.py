@@ -36,10 +36,10 @@ from rollout_workers.privileged import PrivilegedSampler
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
-BEFORE_ALL = -(2**31)  # the priority of scores: an update of the weights waits for them
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BEFORE_ALL = -(2**31)  # the priority of scores: an update of the weights waits for them
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
 
