@@ -4,8 +4,8 @@ from typing import get_args
 
 import numpy as np
 from vllm import SamplingParams
-from vllm.logprobs import FlatLogprobs, PromptLogprobs
-from vllm.outputs import CompletionOutput
+from vllm.logprobs import FlatLogprobs
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RepetitionDetectionParams
 
 from cluster.contracts.errors import RolloutError
@@ -43,6 +43,28 @@ def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> S
     )
 
 
+def scoring_params(count: int) -> SamplingParams:
+    """List every prompt token and the `count` most likely ones; vLLM also samples one token, which is of no use."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=count,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=OUTPUT_KIND,
+    )
+
+
+def read_prompt_logprobs(request: RequestOutput, places: Ints, count: int) -> tuple[Ints, Floats]:
+    """Return ids and log-probabilities at some places of the prompt, [places, 1 + count]: the token's own, the best."""
+    listed = request.prompt_logprobs
+    assert isinstance(listed, FlatLogprobs)
+    shape = (-1, 1 + count)  # nothing is said of the prompt's first token
+    ids = np.asarray(listed.token_ids, np.int32).reshape(shape)
+    logprobs = np.asarray(listed.logprobs, np.float32).reshape(shape)
+    return ids[places - 1], logprobs[places - 1]
+
+
 def _repetition_detection(longest: int) -> RepetitionDetectionParams | None:
     """Look for passages of up to `longest` tokens; a longer passage that holds a shorter one several times shows it."""
     if not longest:
@@ -71,19 +93,3 @@ def read_completion(
         candidate_ids=ids[:, 1:] if num_listed else None,
         candidate_logprobs=logprobs[:, 1:] if num_listed else None,
     )
-
-
-def scoring_params() -> SamplingParams:
-    """Ask for the log-probabilities of a prompt; one token is sampled, for vLLM samples at least one."""
-    return SamplingParams(
-        max_tokens=1, prompt_logprobs=1, flat_logprobs=True, detokenize=False, output_kind=OUTPUT_KIND
-    )
-
-
-def read_prompt_scores(request_id: str, logprobs: PromptLogprobs | None, num_tokens: int) -> tuple[Floats, Floats]:
-    """Return each token's log-probability after the first, and that of the likeliest token in its place."""
-    if not isinstance(logprobs, FlatLogprobs) or len(logprobs) != num_tokens:
-        count = 0 if logprobs is None else len(logprobs)
-        raise RolloutError(f"request {request_id}: vLLM scored {count} of {num_tokens} tokens")
-    values = np.asarray(logprobs.logprobs, np.float32).reshape(-1, 2)  # the first token has none
-    return values[:, 0], values[:, 1]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.columns import Floats
+from cluster.contracts.columns import Floats, Ints
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.trajectory import add_scores, ragged
@@ -66,10 +66,10 @@ class WaitingRolloutEngine:
         policy_versions[(length + 1) // 2 :] = self._policy_version
         return Completion(np.ones(length, np.int32), np.full(length, -1, np.float32), "stop", policy_versions)
 
-    async def score(self, request_id: str, token_ids: Sequence[int], priority: int) -> tuple[Floats, Floats]:
+    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
         """Say that every token is sure: a soak has no rows of a privileged sampler."""
-        nothing = np.zeros(len(token_ids) - 1, np.float32)
-        return nothing, nothing
+        shape = len(places), 1 + count
+        return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open nothing."""
@@ -91,6 +91,9 @@ class WaitingRolloutEngine:
         self._policy_version = policy_version
         self._runs.set()
         return self._digest.hexdigest()
+
+    async def rest(self, policy_version: int) -> None:
+        """Have no memory to give back."""
 
     async def shutdown(self) -> None:
         """End nothing."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from cluster.contracts.columns import Floats
+from cluster.contracts.columns import Floats, Ints
 from cluster.contracts.requests import Completion, SamplingSettings
 
 
@@ -18,11 +18,10 @@ class RolloutEngine(Protocol):
         When not all of them fit, those of the lowest `priority` run first.
         """
 
-    async def score(self, request_id: str, token_ids: Sequence[int], priority: int) -> tuple[Floats, Floats]:
-        """Return log-probabilities, at temperature 1, of given tokens under the weights of now.
+    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
+        """Return ids and log-probabilities, [places, 1 + count]: of the token at each place, and of the best ones.
 
-        The first array has that of every token after the first, the second that of the likeliest token in its place;
-        both [tokens - 1].
+        They are those of the weights of now, at temperature 1.
         """
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
@@ -36,6 +35,9 @@ class RolloutEngine(Protocol):
 
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights, drop caches computed with the old ones, resume; return the received checksum."""
+
+    async def rest(self, policy_version: int) -> None:
+        """Give up memory and weights until weights newer than this version come; an engine that need not, need not."""
 
     async def shutdown(self) -> None:
         """End the engine and every process it started."""

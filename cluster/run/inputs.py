@@ -6,6 +6,7 @@ from datetime import datetime
 
 from cluster.config.pass_through import check_pass_through
 from cluster.config.run_config import Config
+from cluster.config.stages import ROLLOUT_ENGINES
 from cluster.config.terms import TEACHER
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import PRIVILEGED_IDS, RolloutRequest, SamplingSettings
@@ -46,15 +47,19 @@ class Inputs:
         scorers = () if self.contexts is None else self.contexts.scorers
         return any((one.route, one.model) == (route, TEACHER) and not one.template.reads_attempts for one in scorers)
 
-    @property
-    def rollout_model_len(self) -> int:
-        """Return the context that the rollout engines must offer; the privileged sampler reads longer prompts."""
-        return self.max_model_len + max(0, self.privileged.prompt_tokens - self.prompts.longest_tokens)
-
     def scoring_model_len(self, *teachers: str) -> int:
         """Return the context that the engines of these teachers must offer."""
         longest = max((self.scorer_prompt_tokens.get(name, 0) for name in teachers), default=0)
         return self.max_model_len + max(0, longest - self.prompts.longest_tokens)
+
+    def rollout_model_len(self, config: Config) -> int:
+        """Return the context that the rollout engines must offer.
+
+        Teachers that score in them, and the privileged sampler, read longer prompts than the student.
+        """
+        scorers = (name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
+        of_sampler = self.max_model_len + max(0, self.privileged.prompt_tokens - self.prompts.longest_tokens)
+        return max(of_sampler, self.scoring_model_len(*scorers))
 
 
 def load_inputs(config: Config, now: datetime | None = None) -> Inputs:

@@ -167,7 +167,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
     return RolloutActorSettings(
         config.student,
         config.rollout.engine,
-        inputs.rollout_model_len,
+        inputs.rollout_model_len(config),
         config.rollout.rows_per_batch,
         config.weight_sync.transport,
         environment=config.environment,
@@ -175,6 +175,8 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         merges_stops=len(config.rollout.stop_class or ()) > 1,
         contexts=inputs.contexts,
         privileged=inputs.privileged.settings,
+        # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
+        rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
     )
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cluster.config.context import PrivilegedConfig
 from cluster.config.run_config import Config
-from cluster.contracts.columns import Floats
+from cluster.contracts.columns import Floats, Ints
 from cluster.contracts.errors import ConfigError, RolloutError
 from cluster.contracts.metrics import merge, report
 from cluster.contracts.requests import PRIVILEGED_IDS, Completion, RolloutRequest, SamplingSettings
@@ -65,13 +65,12 @@ class HintedEngine:
         logprobs = -0.1 * np.arange(1, 1 + len(text), dtype=np.float32)
         return Completion(text, logprobs, "stop", np.full(len(text), 7, np.int32))
 
-    async def score(self, request_id: str, token_ids: Sequence[int], priority: int) -> tuple[Floats, Floats]:
-        self.scored.append(list(token_ids))
-        of_completion = len(token_ids) - len(PLAIN)
-        # Longer texts are likelier, but for one token far from the favourite.
-        logprobs = np.full(len(token_ids) - 1, -4.0 / of_completion**2, np.float32)
-        best = np.zeros_like(logprobs)
-        return logprobs, best
+    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
+        assert count == 1
+        self.scored.append(token_ids.tolist())
+        # Longer texts are likelier, by far: so many nats at each token that they have -4 / tokens together.
+        own = np.full(len(places), -4.0 / len(places) ** 2, np.float32)
+        return np.zeros((len(places), 2), np.int32), np.stack([own, np.zeros_like(own)], axis=1)
 
 
 class Sums:
