@@ -157,7 +157,7 @@ class PrivilegedSampler:
         ]
         attempts = await asyncio.gather(*(self._sample(one, sampling, priority, prompt_ids) for one in tries))
         right = [one for one in attempts if (one.trajectory.reward or 0.0) >= self._config.min_reward]
-        scores = await asyncio.gather(*(self._score(one) for one in right))
+        scores = await asyncio.gather(*(self._score(one, priority) for one in right))
         chosen = select(self._config, scores)
         attempt = attempts[0] if chosen is None else right[chosen]
         row = masked(attempt.trajectory) if chosen is None else attempt.trajectory
@@ -169,11 +169,12 @@ class PrivilegedSampler:
         inputs = self._builder.inputs(self._scorer, prompt_id, {})
         return self._builder.tokens(self._builder.prompts.source(prompt_id), self._scorer.template.render(inputs))
 
-    async def _score(self, attempt: Attempt) -> BlindScores:
+    async def _score(self, attempt: Attempt, priority: int) -> BlindScores:
         """Read a text after the prompt without the context."""
-        row, name = attempt.trajectory, f"{attempt.trajectory.trajectory_id}-blind-{id(attempt)}"
-        places = np.flatnonzero(row.loss_mask).astype(np.int32)
-        _, logprobs = await self._engine.prompt_logprobs(name, row.token_ids, places, count=1)
+        row = attempt.trajectory
+        name = f"{row.trajectory_id}-blind-{id(attempt)}"
+        written = np.flatnonzero(row.loss_mask).astype(np.int32)
+        _, logprobs = await self._engine.prompt_logprobs(name, row.token_ids, written, 1, priority)
         return BlindScores(logprobs[:, 0], logprobs[:, 1])
 
 

@@ -66,7 +66,9 @@ class WaitingRolloutEngine:
         policy_versions[(length + 1) // 2 :] = self._policy_version
         return Completion(np.ones(length, np.int32), np.full(length, -1, np.float32), "stop", policy_versions)
 
-    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int
+    ) -> tuple[Ints, Floats]:
         """Say that every token is sure: a soak has no rows of a privileged sampler."""
         shape = len(places), 1 + count
         return np.zeros(shape, np.int32), np.zeros(shape, np.float32)

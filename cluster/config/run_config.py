@@ -256,8 +256,8 @@ def _check_self_teachers(config: Config) -> None:
             )
         if teacher.backend == ROLLOUT_ENGINES and config.rollout.engine.sleep:
             raise ValueError(
-                f"teachers.{name}: backend = '{ROLLOUT_ENGINES}' scores in the rollout engines after they have written; "
-                "set rollout.engine.sleep = false"
+                f"teachers.{name}: backend = '{ROLLOUT_ENGINES}' scores when the rollout engines have written; set "
+                "rollout.engine.sleep = false"
             )
         if teacher.is_refreshed and (reason := _why_not_refreshed(config, teacher)):
             raise ValueError(f"teachers.{name}.refresh: {reason}, or leave it 'frozen'")

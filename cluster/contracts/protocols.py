@@ -18,10 +18,12 @@ class RolloutEngine(Protocol):
         When not all of them fit, those of the lowest `priority` run first.
         """
 
-    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
-        """Return ids and log-probabilities, [places, 1 + count]: of the token at each place, and of the best ones.
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int
+    ) -> tuple[Ints, Floats]:
+        """Return ids and log-probabilities, at temperature 1, of given tokens and of the likeliest in their places.
 
-        They are those of the weights of now, at temperature 1.
+        Both are [places, 1 + count]: the token at each place, after the first, then the `count` likeliest, best first.
         """
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:

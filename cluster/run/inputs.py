@@ -55,11 +55,11 @@ class Inputs:
     def rollout_model_len(self, config: Config) -> int:
         """Return the context that the rollout engines must offer.
 
-        Teachers that score in them, and the privileged sampler, read longer prompts than the student.
+        The privileged sampler reads longer prompts, and so do teachers that score in them.
         """
-        scorers = (name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
-        of_sampler = self.max_model_len + max(0, self.privileged.prompt_tokens - self.prompts.longest_tokens)
-        return max(of_sampler, self.scoring_model_len(*scorers))
+        own = self.max_model_len + max(0, self.privileged.prompt_tokens - self.prompts.longest_tokens)
+        scoring = (name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
+        return max(own, self.scoring_model_len(*scoring))
 
 
 def load_inputs(config: Config, now: datetime | None = None) -> Inputs:

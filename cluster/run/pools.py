@@ -174,9 +174,9 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         sampled_candidates=config.objective.needs.sampled_candidates,
         merges_stops=len(config.rollout.stop_class or ()) > 1,
         contexts=inputs.contexts,
-        privileged=inputs.privileged.settings,
         # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
         rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
+        privileged=inputs.privileged.settings,
     )
 
 

@@ -65,12 +65,14 @@ class HintedEngine:
         logprobs = -0.1 * np.arange(1, 1 + len(text), dtype=np.float32)
         return Completion(text, logprobs, "stop", np.full(len(text), 7, np.int32))
 
-    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
-        assert count == 1
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int
+    ) -> tuple[Ints, Floats]:
         self.scored.append(token_ids.tolist())
-        # Longer texts are likelier, by far: so many nats at each token that they have -4 / tokens together.
-        own = np.full(len(places), -4.0 / len(places) ** 2, np.float32)
-        return np.zeros((len(places), 2), np.int32), np.stack([own, np.zeros_like(own)], axis=1)
+        # Longer texts are likelier, but for one token far from the favourite.
+        logprobs = np.zeros((len(places), 1 + count), np.float32)
+        logprobs[:, 0] = -4.0 / len(places) ** 2
+        return np.zeros(logprobs.shape, np.int32), logprobs
 
 
 class Sums:
