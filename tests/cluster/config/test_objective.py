@@ -40,8 +40,8 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (GateConfig, "kappa gamma"),
         (
             PrivilegedConfig,
-            "template prompts_per_step samples_per_prompt hard_after min_reward select min_gentleness sharpness "
-            "strength shuffled phase_steps rest_steps",
+            "template prompts_per_step samples_per_prompt hard_after max_rows min_reward select min_gentleness "
+            "sharpness strength shuffled phase_steps rest_steps",
         ),
         (WeightSchedule, "to over_steps start"),
         (

@@ -248,8 +248,8 @@ FAULTS = (
     Fault(
         "a step has rows of the sampler for prompts that are under way",
         "cluster/run/probe.py",
-        "if prompt_id not in under_way",
-        "if prompt_id in under_way or not under_way",
+        "if prompt_id not in under_way and",
+        "if",
         ("tests/cluster/run/test_probe.py",),
     ),
     Fault(
