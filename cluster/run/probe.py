@@ -47,8 +47,8 @@ class Probe:
 
     @property
     def state(self) -> ProbeState:
-        counts = (tuple(sorted(one.items())) for one in (self._failures, self._asked, self._unseen))
-        return ProbeState(*counts, planned=tuple(self._planned.items()))
+        failures, asked, unseen = (tuple(sorted(one.items())) for one in (self._failures, self._asked, self._unseen))
+        return ProbeState(failures, asked, unseen, tuple(self._planned.items()))
 
     def requests(self, run: Config, step: int) -> list[RolloutRequest]:
         """Return the requests to the sampler in optimizer step `step`, from 0."""

@@ -235,6 +235,8 @@ def test_a_privileged_samplers_rows_need_terms_that_can_learn_from_them() -> Non
     ):
         with pytest.raises(ConfigError, match=message):
             make_config(PRIVILEGED, *refused)
+    with pytest.raises(ConfigError, match=r"rollout.privileged writes for prompts .* remove one of the two"):
+        make_config(PRIVILEGED, IMITATED, "rollout.replay=runs/x")
     with pytest.raises(
         ConfigError, match=r"terms.imitated: rows = 'privileged', but there is no \[rollout.privileged\]"
     ):
