@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
-from cluster.config.context import ContextConfig
+from cluster.config.context import ContextConfig, PrivilegedConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 from cluster.config.replay import ReplayConfig
 
@@ -87,6 +87,9 @@ class RolloutConfig(Section):
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
     record: bool = False  # keep all rows that the run learns from in its directory; docs/rollouts.md
     replay: ReplayConfig | None = None  # learn from rows that another run kept; its directory alone, or a table
+    privileged: PrivilegedConfig | None = (
+        None  # who writes for prompts that the student never solves; None: the student
+    )
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
