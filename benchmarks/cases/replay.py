@@ -198,7 +198,10 @@ def accuracy_rows(outcomes: Sequence[Outcome]) -> list[Row]:
         listed = ", ".join(f"{value:.3f}" for value in values)
         size = f"embedded pair, {ACCURACY_STEPS} steps, seeds {', '.join(map(str, sorted(of_seeds)))}: {listed}"
         rows.append(row(f"{arm}: held-out accuracy", size, statistics.mean(values), "ratio"))
-        medians = [("time of the loop", "seconds", "s"), ("completion tokens", "tokens", "tokens")]
+        medians: list[tuple[str, str, str]] = [
+            ("time of the loop", "seconds", "s"),
+            ("completion tokens", "tokens", "tokens"),
+        ]
         if arm.startswith("live, ends"):
             medians += [("share of tokens left out", "left_out", "ratio"), ("learner's time", "learn_seconds", "s")]
         for what, name, unit in medians:

@@ -85,11 +85,11 @@ class RolloutConfig(Section):
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
-    record: bool = False  # keep all rows that the run learns from in its directory; docs/rollouts.md
-    replay: ReplayConfig | None = None  # learn from rows that another run kept; its directory alone, or a table
     privileged: PrivilegedConfig | None = (
         None  # who writes for prompts that the student never solves; None: the student
     )
+    record: bool = False  # keep all rows that the run learns from in its directory; docs/rollouts.md
+    replay: ReplayConfig | None = None  # learn from rows that another run kept; its directory alone, or a table
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:

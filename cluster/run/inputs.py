@@ -47,8 +47,8 @@ class Inputs:
     # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
-    replay: "Replay | None" = None  # rows of another run in the place of sampled ones; None: all are sampled
     privileged: PrivilegedPlan = field(default_factory=PrivilegedPlan)
+    replay: "Replay | None" = None  # rows of another run in the place of sampled ones; None: all are sampled
 
     def has_own_prompts(self, route: str) -> bool:
         """Return whether the teacher of a route reads contexts that follow from the prompts alone."""
@@ -98,8 +98,8 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
-    replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     privileged = plan_privileged(config, train, student.tokenizer, student.context_tokens, now)
+    replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -116,8 +116,8 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
             **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
         },
         contexts=plan.settings,
-        replay=replay,
         privileged=privileged,
+        replay=replay,
     )
 
 

@@ -222,10 +222,12 @@ def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder, r
     """Return how many prompt positions were consumed; raise TrainingError if not each once and in order."""
     failed: Counter[int] = Counter()  # completions of each prompt so far, of which all may have failed
     for index, record in enumerate(records):
-        requests = step_requests(config, order, index)
-        others = [] if replay is None else replay.requests(index)
-        others += privileged_requests(config, record.privileged_ids, index)
-        expected = LedgerRecord.of(index + 1, [*requests, *others], record.policy_versions)
+        requests = [*step_requests(config, order, index), *([] if replay is None else replay.requests(index))]
+        expected = LedgerRecord.of(
+            index + 1,
+            [*requests, *privileged_requests(config, record.privileged_ids, index)],
+            record.policy_versions,
+        )
         names = ("step", "trajectory_ids", "prompt_ids", "seeds_checksum")
         wrong = [name for name in names if getattr(record, name) != getattr(expected, name)]
         if not _has_due_policies(record, config, index, replay):
@@ -240,15 +242,6 @@ def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder, r
     return len(records) * config.prompts.prompts_per_step
 
 
-def _has_due_policies(record: LedgerRecord, config: Config, step: int, replay: "Replay | None") -> bool:
-    """Tell whether weights that the student had by then sampled step `step`, from 0, or the replayed run's weights."""
-    due = [] if replay is None else [replay.versions(step)]
-    if replayed_prompts(config) < config.prompts.prompts_per_step:
-        due.append((step - config.rollout.max_staleness, step))
-    lowest, highest = record.policy_versions
-    return min(first for first, _ in due) <= lowest <= highest <= max(last for _, last in due)
-
-
 def _may_be_privileged(record: LedgerRecord, config: Config, failed: Mapping[int, int]) -> bool:
     """Tell whether a privileged sampler's prompts are as few, and were sampled before as often, as the run says."""
     section, chosen = config.rollout.privileged, record.privileged_ids
@@ -256,6 +249,15 @@ def _may_be_privileged(record: LedgerRecord, config: Config, failed: Mapping[int
         return not chosen
     is_quota = len(set(chosen)) == len(chosen) <= section.prompts_per_step and section.is_active(record.step - 1)
     return is_quota and all(failed[prompt_id] >= section.hard_after for prompt_id in chosen)
+
+
+def _has_due_policies(record: LedgerRecord, config: Config, step: int, replay: "Replay | None") -> bool:
+    """Tell whether weights that the student had by then sampled step `step`, from 0, or the replayed run's weights."""
+    due = [] if replay is None else [replay.versions(step)]
+    if replayed_prompts(config) < config.prompts.prompts_per_step:
+        due.append((step - config.rollout.max_staleness, step))
+    lowest, highest = record.policy_versions
+    return min(first for first, _ in due) <= lowest <= highest <= max(last for _, last in due)
 
 
 def _has_due_versions(record: LedgerRecord, config: Config, step: int) -> bool:
@@ -292,9 +294,9 @@ def verify_run(directory: RunDirectory) -> str:
     last = max((record["step"] for record in RecordsFile(directory.metrics).read()), default=0)
     if last > len(records):
         raise CheckpointError(f"{directory.ledger}: it ends after step {len(records)}, metrics.jsonl after step {last}")
-    further, failed = (sum(getattr(one, name) or 0 for one in records) for name in ("further_rows", "failed"))
     beside = sum(len(one.privileged_ids) for one in records)
-    num_trajectories = sum(last - first + 1 for record in records for first, last in record.trajectory_ids) - beside
+    num_trajectories = sum(last - first + 1 for one in records for first, last in one.trajectory_ids) - beside
+    further, failed = (sum(getattr(one, name) or 0 for one in records) for name in ("further_rows", "failed"))
     rows = f" in {num_trajectories + further} rows" if further else ""
     rows += f", and {beside} of the privileged sampler" if beside else ""
     lost = f"; the environment of {failed} failed, which taught nothing" if failed else ""
