@@ -42,6 +42,8 @@ class RolloutActorSettings:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
     merges_stops: bool = False  # whether they may have a class of stop ids
+    keeps_cache: bool = False  # whether running requests keep their keys and values when the weights change
+    float32_head: bool = False  # on a GPU: logits in float32, as the learner's are
     contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
 
 

@@ -37,20 +37,30 @@ ALIGNED = "aligned"  # a teacher's tokenizer that is not the student's
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 
 
+CONCURRENT_SEQUENCES = 256  # of an engine
+
+
 class EngineConfig(Section):
     """Sets how one vLLM engine is built, for rollout workers and teachers."""
 
     dtype: Dtype = "bfloat16"
     tensor_parallel: CountOrZero = 1  # GPUs of each worker; 0: a teacher whose backend needs none
-    max_concurrent_sequences: Count = 256
+    # None: 256; for a rollout engine on a GPU of its own, what vLLM takes for that GPU: 1,024 on an H100 or H200
+    max_concurrent_sequences: Count | None = None
     max_batched_tokens: Count = 8192
     gpu_memory_fraction: GpuFraction | None = None  # None: 0.9; on a shared GPU an equal part of what is left
     kv_cache_gib: Positive = 1.0  # on CPU and on a shared GPU; on a GPU of its own the memory fraction decides
     cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
-    enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
+    # None: rollout engines compile on GPU; on CPU it takes longer than a short run gains, and teachers never decode
+    enforce_eager: bool | None = None
     quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8_per_tensor"
     sleep: bool = False  # rollout engines on a GPU: give its memory back whenever they have no request
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM, by its own names
+
+    @property
+    def concurrent_sequences(self) -> int:
+        """Return how many sequences run at once where vLLM does not choose."""
+        return self.max_concurrent_sequences or CONCURRENT_SEQUENCES
 
 
 class RolloutConfig(Section):
@@ -71,6 +81,9 @@ class RolloutConfig(Section):
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
+    # With new weights, completions under way go on with the keys and values of the old ones; false: these are computed
+    # anew. New prompts share none of them.
+    keep_cache_on_update: bool = False
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:

@@ -1,8 +1,11 @@
 """Trains over DeepSpeed ZeRO stages 1, 2 and 3; no other file imports deepspeed."""
 
 import logging
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -158,8 +161,16 @@ def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | P
     """Return the optimizer for where its state is; offloaded parameters alone leave it, and the masters, on the GPU."""
     settings = adamw_settings(config)
     if config.offload_optimizer == "cpu":
+        tools_on_path()  # DeepSpeed compiles this optimizer
         return PausableCPUAdam(student.parameters(), **settings)
     return PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
+
+
+def tools_on_path() -> None:
+    """Let torch find `ninja`, which lies beside Python in an environment that was not activated."""
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if folder not in path.split(os.pathsep):
+        os.environ["PATH"] = f"{path}{os.pathsep}{folder}"
 
 
 def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
