@@ -244,6 +244,7 @@ class LearnerConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # sums of a step's gradients leave float16's range
     micro_batch_tokens: Count = 8192  # prompt and completion tokens per forward and rank
     gradient_checkpointing: bool = False
+    compile: bool = False  # decoder layers, by torch.compile; not with stage 3, whose hooks gather parameters inside
     # How packed trajectories are kept apart: flash-attn's kernel, torch's own, torch's plain attention by groups of
     # similar length, or a mask; auto: the first that works on CUDA, a mask on CPU.
     attention: Attention = "auto"
@@ -273,9 +274,11 @@ class LearnerConfig(Section):
             )
         if self.head_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("learner.head_dtype = 'bfloat16' needs learner.dtype = 'bfloat16', found 'float32'")
-        if self.zero_stage == 1 and self.dtype == "bfloat16":
-            # DeepSpeed's optimizer of this combination cannot scale gradients by a step's tokens when all are in.
-            raise ValueError("learner.zero_stage = 1 does not work with learner.dtype = 'bfloat16'; use stage 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "learner.compile = true does not work with learner.zero_stage = 3, which gathers parameters inside a "
+                "layer; use another stage"
+            )
         if self.zero_stage == 0 and (
             self.num_workers > 1 or "cpu" in (self.offload_optimizer, self.offload_parameters)
         ):

@@ -20,7 +20,7 @@ FIELDS = {
     "accept_differences excluded_token_ids stop_class context shuffled_context base url api_key_env tokenizer "
     "min_coverage alignment request_timeout_seconds retry_seconds states engine",
     "objective": "preset support support_size terms token_weights",
-    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
+    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing compile attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
     "offload_optimizer offload_parameters gpu_memory_fraction cpu_threads deepspeed",
     "balance": "mode observe_steps cooldown_steps min_gain",
