@@ -50,7 +50,9 @@ class EngineConfig(Section):
     max_batched_tokens: Count = 8192
     gpu_memory_fraction: GpuFraction | None = None  # None: 0.9; on a shared GPU an equal part of what is left
     kv_cache_gib: Positive = 1.0  # on CPU and on a shared GPU; on a GPU of its own the memory fraction decides
-    cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
+    cpu_threads: Count | None = (
+        None  # None: this worker's share of the node's cores; beside a GPU an engine itself has 1
+    )
     # None: rollout engines compile on GPU; on CPU it takes longer than a short run gains, and teachers never decode
     enforce_eager: bool | None = None
     quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8_per_tensor"
@@ -260,7 +262,7 @@ class LearnerConfig(Section):
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO stage 3
     gpu_memory_fraction: GpuFraction = 0.4  # kept free for it on a shared GPU
-    cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
+    cpu_threads: Count | None = None  # None: this worker's share of the node's cores
     deepspeed: dict[str, Any] = field(default_factory=dict)  # further entries of DeepSpeed's configuration
 
     def __post_init__(self) -> None:

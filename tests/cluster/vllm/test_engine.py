@@ -169,6 +169,25 @@ def test_on_a_cpu_nothing_is_compiled_for_an_eager_engine(
     assert seen == [setting]
 
 
+@pytest.mark.parametrize(("cpu_threads", "of_engine"), [(None, "1"), (3, "3")])
+def test_an_engine_on_a_gpu_leaves_the_nodes_cores_to_its_actor(
+    monkeypatch: pytest.MonkeyPatch, cpu_threads: int | None, of_engine: str
+) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    def stop(_arguments: AsyncEngineArgs) -> None:
+        raise ValueError("this is as far as the test goes")
+
+    monkeypatch.setattr(AsyncEngineArgs, "create_engine_config", stop)
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "9"})
+    engine = EngineConfig(cpu_threads=cpu_threads, max_concurrent_sequences=8)
+    with pytest.raises(ModelError, match="as far as the test goes"):
+        build_engine("nowhere", False, engine, TEACHER)
+    assert os.environ["OMP_NUM_THREADS"] == of_engine
+
+
 def test_further_arguments_of_the_run_file_reach_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
