@@ -167,7 +167,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
     return RolloutActorSettings(
         config.student,
         config.rollout.engine,
-        inputs.max_model_len,
+        inputs.rollout_model_len(config),
         config.rollout.rows_per_batch,
         config.weight_sync.transport,
         environment=config.environment,
@@ -176,6 +176,8 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         keeps_cache=config.rollout.keep_cache_on_update,
         float32_head=config.rollout.engine.dtype != "float32" and config.learner.head_dtype != "bfloat16",
         contexts=inputs.contexts,
+        # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
+        rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
     )
 
 
