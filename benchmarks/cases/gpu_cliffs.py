@@ -13,12 +13,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.harness.report import Row, at_least, print_rows, row, write_rows
+from cluster.config.objective import ObjectiveConfig
+from cluster.config.presets import expand_preset
+from cluster.config.stages import LearnerConfig
 from cluster.vllm.compat import keeping_scheduler
-from learner.train_step import prefetched
+from learner.batching.micro_batch import Trajectory, build_micro_batch
+from learner.engines.torch import ReferenceEngine
+from learner.loss.objective import Objective
+from learner.model.student import Student
+from learner.train_step import accumulate, prefetched
 from rollout_workers.candidates.sampled import sample
 
 COMMAND = "python -m benchmarks.cases.gpu_cliffs"
@@ -34,7 +43,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*draws(), *micro_batches(), *layers(), *updates()]
+    rows = [*draws(), *micro_batches(), *learning(), *layers(), *updates()]
     print_rows(rows)
     if arguments.output is not None:
         write_rows(arguments.output, COMMAND, rows)
@@ -82,6 +91,35 @@ def micro_batches(count: int = 8, seconds: float = 0.05) -> list[Row]:
     device = torch.device("cpu")
     pair = in_turns(lambda: compute(made()), lambda: compute(prefetched(made(), device)))
     return compared("micro-batches of a round", f"{count}, 50 ms to make and 50 ms to compute", *pair, bar=1.5)
+
+
+def learning(num_rows: int = 16, tokens: int = 128, top_k: int = 16) -> list[Row]:
+    """Compare the same with a real engine on this CPU, where making and computing share the cores."""
+    random = np.random.default_rng(0)
+    rows = [_trajectory(random, number, tokens, top_k) for number in range(num_rows)]
+    grids = [((first, first + 1), (first + 2, first + 3)) for first in range(0, num_rows, 4)]
+    objective = Objective(msgspec.convert(expand_preset({"preset": "tail-topk"}), ObjectiveConfig))
+    engine = ReferenceEngine(Student(small_model(width=128, depth=2)), LearnerConfig(zero_stage=0, dtype="float32"))
+
+    def run(is_ahead: bool) -> None:
+        batches: Any = (build_micro_batch(grid, rows, 0) for grid in grids)
+        batches = prefetched(batches, torch.device("cpu")) if is_ahead else batches
+        accumulate(engine, batches, len(grids), objective, {}, completes_step=False)
+
+    pair = in_turns(lambda: run(False), lambda: run(True))
+    size = f"{len(grids)} of 4 x {tokens} tokens, width 128"
+    return compared("micro-batches learned from, on a CPU", size, *pair, bar=0.95)
+
+
+def _trajectory(random: np.random.Generator, number: int, tokens: int, top_k: int) -> Trajectory:
+    mask = (np.arange(tokens) >= tokens // 4).astype(np.uint8)
+    count = int(mask.sum())
+    logprobs = random.normal(-2, 1, count).astype(np.float32)
+    candidates = random.integers(0, 1024, (count, top_k)).astype(np.int32)
+    of_candidates = np.full((count, top_k), -3.0, np.float32)
+    scores = {"teacher": {"logprobs": logprobs, "candidate_logprobs": of_candidates}}
+    ids = random.integers(0, 1024, tokens).astype(np.int32)
+    return Trajectory(number, "main", 0.0, ids, mask, logprobs, candidates, of_candidates[:, :0], scores, {})
 
 
 def layers(width: int = 512, depth: int = 4, tokens: int = 512) -> list[Row]:
