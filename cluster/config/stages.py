@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
-from cluster.config.context import ContextConfig
+from cluster.config.context import ContextConfig, PrivilegedConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 
 
@@ -87,6 +87,9 @@ class RolloutConfig(Section):
     # With new weights, completions under way go on with the keys and values of the old ones; false: these are computed
     # anew. New prompts share none of them.
     keep_cache_on_update: bool = False
+    privileged: PrivilegedConfig | None = (
+        None  # who writes for prompts that the student never solves; None: the student
+    )
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
