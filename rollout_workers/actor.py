@@ -78,6 +78,8 @@ class RolloutActor(WeightVerbs):
             settings.weight_transport,
             settings.sampled_candidates,
             settings.merges_stops,
+            settings.keeps_cache,
+            settings.float32_head,
             settings.rests,
         )
         self._worker = RolloutWorker(

@@ -52,6 +52,8 @@ class EngineRole:
     pooling: bool = False  # return last hidden states instead of generating
     layers: LayersToSend | None = None  # return those layers' states behind them
     sleeps: bool = False  # whether it is to give its GPU memory back for a time
+    keeps_cache: bool = False  # whether running requests keep their keys and values when the weights change
+    float32_head: bool = False  # on a GPU: compute logits in float32, as the learner does; vLLM 0.24 cannot
     priorities: bool = False  # when not all requests fit, those of the lowest priority run first
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # processed: after temperature, top-p
     max_logprobs: int = 1
@@ -73,6 +75,9 @@ def prepare_environment(engine: EngineConfig) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Where it finds nvcc, FlashInfer compiles its sampler for minutes, and no request of ours can use it: ours have
+    # seeds and want log-probabilities.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if engine.dtype == "float32":
         # On a GPU vLLM attends in float32 with Triton alone, which would round what it multiplies to TF32's 10 bits.
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -106,12 +111,16 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from cluster.vllm.compat import VLLMError, early_logits_processors, late_logits_processors
+    from cluster.vllm.compat import VLLMError, early_logits_processors, keeping_scheduler, late_logits_processors
 
-    arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu()) | engine.extra
-    if current_platform.is_cpu() and arguments["enforce_eager"]:
+    is_cpu = current_platform.is_cpu()
+    arguments = _common_arguments(engine, role) | _platform_arguments(engine, role, is_cpu) | engine.extra
+    if is_cpu and arguments["enforce_eager"]:
         # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    if not is_cpu:
+        # For the engine's process, which computes on the GPU; OpenMP has read the actor's own number already.
+        os.environ["OMP_NUM_THREADS"] = str(engine.cpu_threads or 1)
     if role.layers is not None:
         arguments["enforce_eager"] = True  # a compiled model does not call the hooks on its layers
     arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
@@ -120,6 +129,8 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         args = AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)
         config = args.create_engine_config()
         late_logits_processors(config, role.logits_processors)
+        if role.keeps_cache:
+            config.scheduler_config.scheduler_cls = keeping_scheduler(config.scheduler_config.async_scheduling)
         return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
     except (VLLMError, TypeError, ValueError, OSError, RuntimeError) as error:  # TypeError: of engine.extra
         printed = last_error(own_output())  # by the engine's process; what this one has is seldom the reason
@@ -134,7 +145,7 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
     return {
         "dtype": engine.dtype,
         "tensor_parallel_size": engine.tensor_parallel,
-        "max_num_seqs": engine.max_concurrent_sequences,
+        "max_num_seqs": engine.concurrent_sequences,
         "max_num_batched_tokens": max(engine.max_batched_tokens, role.max_model_len),
         "max_model_len": role.max_model_len,
         "quantization": engine.quantization,
@@ -150,9 +161,9 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
     }
 
 
-def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
+def _platform_arguments(engine: EngineConfig, role: EngineRole, is_cpu: bool) -> dict[str, Any]:
     if not is_cpu:
-        return gpu_arguments(engine, is_shared=SHARED_GPU_VARIABLE in os.environ)
+        return gpu_arguments(engine, role, is_shared=SHARED_GPU_VARIABLE in os.environ)
     return {
         "kv_cache_memory_bytes": int(engine.kv_cache_gib * BYTES_PER_GIB),
         "enforce_eager": engine.enforce_eager is not False,
@@ -163,11 +174,13 @@ def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
     }
 
 
-def gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
+def gpu_arguments(engine: EngineConfig, role: EngineRole, is_shared: bool) -> dict[str, Any]:
     """Return vLLM's arguments that only count on a GPU, of the engine's own or shared with others."""
+    # A teacher reads long prompts and decodes nothing: compiling and CUDA graphs would cost it a minute and a GiB.
+    is_eager = role.pooling if engine.enforce_eager is None else engine.enforce_eager
     arguments: dict[str, Any] = {
         "gpu_memory_utilization": engine.gpu_memory_fraction or OWN_GPU_FRACTION,
-        "enforce_eager": bool(engine.enforce_eager),
+        "enforce_eager": is_eager,
         # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
         "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
     }
@@ -175,4 +188,17 @@ def gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
         # vLLM would measure what is left for the cache, and take what the others allocate meanwhile for its own; it
         # ends when they free something. With a given size, the fraction is only what must be free when it starts.
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * BYTES_PER_GIB)
+    elif engine.max_concurrent_sequences is None and not role.pooling:
+        arguments["max_num_seqs"] = _vllms_sequences(engine.tensor_parallel)
+    if role.float32_head:
+        arguments["hf_overrides"] = {"head_dtype": "float32"}  # rounded logits alone differ by 0.02 nats from these
     return arguments
+
+
+def _vllms_sequences(tensor_parallel: int) -> int:
+    """Return how many sequences vLLM runs at once on this GPU if no number is set."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    _, sequences = AsyncEngineArgs.get_batch_defaults(tensor_parallel)
+    return sequences[UsageContext.LLM_CLASS]

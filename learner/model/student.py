@@ -64,8 +64,19 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
     check_forward(model, student.model)
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        compile_layers(causal_lm)
     model.train()
     return model
+
+
+def compile_layers(causal_lm: PreTrainedModel) -> None:
+    """Let torch compile every decoder layer, in place: parameters keep their names. Lengths may vary.
+
+    Layers of one kind have the same code, so that all but the first take it from torch's cache.
+    """
+    for layer in causal_lm.get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 class Student(nn.Module):

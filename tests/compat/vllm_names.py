@@ -44,8 +44,22 @@ WEIGHT_VERBS = "init_weight_transfer_engine start_weight_update update_weights f
 TRANSFER = "vllm.distributed.weight_transfer"
 NEEDS = (
     Need(
-        "vllm.engine.arg_utils", "AsyncEngineArgs", takes=tuple(ENGINE_ARGUMENTS.split()), has=("create_engine_config",)
+        "vllm.engine.arg_utils",
+        "AsyncEngineArgs",
+        takes=tuple(ENGINE_ARGUMENTS.split()),
+        has=("create_engine_config", "get_batch_defaults"),
     ),
+    Need("vllm.usage.usage_lib", "UsageContext", has=("LLM_CLASS",)),
+    Need("vllm.envs", words=("VLLM_USE_FLASHINFER_SAMPLER",)),
+    Need("vllm.config.scheduler", "SchedulerConfig", has=("scheduler_cls", "async_scheduling")),
+    Need("vllm.v1.core.sched.scheduler", "Scheduler", has=("requests", "running", "add_request")),
+    Need(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.reset_prefix_cache",
+        takes=("reset_running_requests", "reset_connector"),
+    ),
+    Need("vllm.v1.request", "Request", has=("status", "cache_salt", "block_hashes", "update_block_hashes")),
+    Need("vllm.v1.request", "RequestStatus", has=("RUNNING",)),
     Need("vllm.config.vllm", "VllmConfig", has=("use_v2_model_runner", "model_config")),
     Need("vllm.config.model", "ModelConfig", has=("logits_processors",), words=("processed_logprobs", "head_dtype")),
     Need("vllm.config.weight_transfer", "WeightTransferConfig", takes=("backend",)),
