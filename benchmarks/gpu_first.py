@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
+from teacher_workers.backends.lm_head_scores import chunk_size, score_tokens
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
@@ -41,7 +42,6 @@ from learner.engines.torch import ReferenceEngine
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
 from learner.model.student import load_student
-from teacher_workers.backends.lm_head_scores import chunk_size, score_tokens
 
 COMMAND = "python -m benchmarks.gpu_first"
 READERS, UPDATES, BUFFER_BYTES, READ_BYTES = 2, 6, 1 << 28, 1000

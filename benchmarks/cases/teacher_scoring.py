@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
+from teacher_workers.backends.lm_head_scores import chunk_size
 from torch.nn import functional
 
 from benchmarks.harness.report import RESULTS, Row, at_least, describe_machine, print_rows, row
@@ -31,7 +32,6 @@ from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
 from cluster.models.lm_head import LmHead, load_lm_head
 from cluster.vllm.engine import prepare_environment
-from teacher_workers.backends.lm_head_scores import chunk_size
 
 if TYPE_CHECKING:
     from teacher_workers.actor import TeacherWorker

@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 import torch
+from teacher_workers.backends.lm_head_scores import predicting_rows, score_tokens
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.cases.objective import interleaved, peak_bytes
@@ -29,7 +30,6 @@ from learner.engines.torch import ReferenceEngine
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
 from learner.model.student import load_student
-from teacher_workers.backends.lm_head_scores import predicting_rows, score_tokens
 
 EMBEDDED = ROOT / "cluster/embedded"
 COMPARED = ("thinking-machines", "tail-topk", "exact-reverse-kl", "gkd")

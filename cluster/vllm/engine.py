@@ -19,22 +19,24 @@ from cluster.nodes.preloaded_python import PYTHON_VARIABLE
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from cluster.vllm.token_scoring import Scoring
+
 OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
-LAYERS_VARIABLE = "PRECEPTOR_ENGINE_LAYERS"  # a LayersToSend in JSON, for the engine's processes; "": none
+SCORING_KEY = "preceptor_scoring"  # of a Scoring in vLLM's additional configuration, which its workers have
 SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU
 OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself; the rest is for what vLLM does not count
 BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-# Turns a causal LM into an embedder of tokens; "model" keeps its hidden states in its own dtype, where vLLM would cast
-# them to float32.
+# Turns a causal LM into an embedder of tokens, which `token_scoring.py` lets score them; "model" keeps its hidden
+# states in its own dtype, where vLLM would cast them to float32.
 POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"head_dtype": "model"}}
 
 
 @dataclass(frozen=True)
 class LayersToSend:
-    """Says which layers of its model a pooling engine returns behind the last hidden states (`layer_states.py`)."""
+    """Says which layers of its model an engine's model returns behind the last hidden states (`layer_states.py`)."""
 
     layers: tuple[int, ...]  # from 1, of the engine's own model; the last is after the final norm
     bank: str | None = None  # file of a projection bank whose teacher has these layers; None: states as they are
@@ -48,8 +50,7 @@ class EngineRole:
     max_model_len: int  # prompt + completion, and 1 more where it generates, in tokens
     prefix_caching: bool
     tokenizer: bool  # without one the engine can neither find stop strings nor know the EOS token
-    pooling: bool = False  # return last hidden states instead of generating
-    layers: LayersToSend | None = None  # return those layers' states behind them
+    scoring: "Scoring | None" = None  # score tokens instead of generating
     sleeps: bool = False  # whether it is to give its GPU memory back for a time
     priorities: bool = False  # when not all requests fit, those of the lowest priority run first
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # processed: after temperature, top-p
@@ -97,7 +98,6 @@ def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
 def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":
     """Start an engine and its process, in a running event loop; raise ModelError if vLLM refuses the model."""
     prepare_environment(engine)
-    os.environ[LAYERS_VARIABLE] = "" if role.layers is None else msgspec.json.encode(role.layers).decode()
     if PYTHON_VARIABLE in os.environ:
         multiprocessing.set_executable(os.environ[PYTHON_VARIABLE])
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -110,7 +110,7 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     if current_platform.is_cpu() and arguments["enforce_eager"]:
         # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    if role.layers is not None:
+    if role.scoring is not None and role.scoring.layers is not None:
         arguments["enforce_eager"] = True  # a compiled model does not call the hooks on its layers
     arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
     arguments |= early_logits_processors(role.logits_processors)
@@ -144,8 +144,13 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
         "skip_tokenizer_init": not role.tokenizer,
         "weight_transfer_config": WeightTransferConfig(backend=backend) if backend else None,
         "worker_extension_cls": role.worker_extension or "",
-        **(POOLING_ARGUMENTS if role.pooling else {}),
+        **({} if role.scoring is None else scoring_arguments(role.scoring)),
     }
+
+
+def scoring_arguments(scoring: "Scoring") -> dict[str, Any]:
+    """Return vLLM's arguments of an engine that scores tokens."""
+    return POOLING_ARGUMENTS | {"additional_config": {SCORING_KEY: msgspec.to_builtins(scoring)}}
 
 
 def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:

@@ -19,8 +19,6 @@ from cluster.contracts.signals import Scores
 if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts
 
-FLOOR = -87.0  # of ids that a teacher lacks or excludes: the log of float32's smallest normal number is -87.3
-
 
 class TeacherBackend(Protocol):
     """Scores the sampled tokens of trajectories with one teacher; one object per actor, made in its event loop.

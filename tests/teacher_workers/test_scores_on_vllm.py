@@ -15,10 +15,10 @@ from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.signals import FLOOR
 from cluster.contracts.trajectory import make_generated, models_in, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import load_lm_head
-from teacher_workers.backends.base import FLOOR
 from teacher_workers.pool import TeacherPool
 from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
