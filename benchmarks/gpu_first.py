@@ -24,7 +24,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import torch
-from teacher_workers.backends.lm_head_scores import chunk_size, score_tokens
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
@@ -36,6 +35,7 @@ from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.requests import ScoreRequest
 from cluster.models.lm_head import LmHead
+from cluster.models.token_scores import chunk_size, score_tokens
 from cluster.weight_sync.ipc_handles import plain_handle, rebuild_arguments
 from learner.engines.base import TrainEngine
 from learner.engines.torch import ReferenceEngine

@@ -243,15 +243,10 @@ def largest_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _gather(part: Part, gather: Callable[[Tensor], Tensor]) -> list[Part]:
     """Return every rank's part."""
-    sizes = [tensor.shape[1] for tensor in part if tensor.dtype == torch.float32]
-    floats = gather(torch.cat([tensor for tensor in part if tensor.dtype == torch.float32], dim=-1))
-    ids = gather(part.best_ids)
-    num_ranks = ids.shape[1] // part.best_ids.shape[1]
-    parts = []
-    for of_rank, rank_ids in zip(floats.chunk(num_ranks, -1), ids.chunk(num_ranks, -1), strict=True):
-        requested, best, *sums = of_rank.split(sizes, dim=-1)
-        parts.append(Part(requested, best, rank_ids, *sums))
-    return parts
+    sizes = [tensor.shape[1] for tensor in part]
+    of_all = gather(torch.cat([tensor.view(torch.float32) for tensor in part], dim=-1))  # the ids' bits
+    parts = (Part(*of_rank.split(sizes, dim=-1)) for of_rank in of_all.split(sum(sizes), dim=-1))
+    return [of_rank._replace(best_ids=of_rank.best_ids.view(torch.int32)) for of_rank in parts]
 
 
 def _combine(parts: Sequence[Part]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cluster.contracts.errors import ModelError
 from cluster.contracts.trajectory import Ints
-from cluster.models.lm_head import HeadFacts, LmHead
+from cluster.models.lm_head import HeadFacts, LmHead, multiplies_wide
 from cluster.models.token_scores import HeadShard, Layout, chunk_size, rows_of_rank, score_positions
 from cluster.vllm.engine import SCORING_KEY, LayersToSend
 from cluster.vllm.layer_states import LayerStates
@@ -59,8 +59,10 @@ def scoring_tokens(convert: Callable[[type], type]) -> Callable[[type], type]:
                 super().__init__(vllm_config=vllm_config, prefix=prefix, **arguments)
                 # Here, for vLLM keeps the class for other engines of the process.
                 scoring = msgspec.convert(vllm_config.additional_config.get(SCORING_KEY, {}), Scoring)
-                depth = vllm_config.model_config.hf_text_config.num_hidden_layers
-                self._layer_states = LayerStates(self, depth, scoring.layers) if scoring.layers else None
+                self._layer_states = None
+                if scoring.layers is not None:
+                    depth = vllm_config.model_config.hf_text_config.num_hidden_layers
+                    self._layer_states = LayerStates(self, depth, scoring.layers)
                 self.arriving_head = make_head(scoring.head, vllm_config) if scoring.head else None
                 if self.arriving_head is not None:
                     pooler = self.pooler.poolers_by_task["token_embed"]
@@ -86,15 +88,14 @@ def scoring_tokens(convert: Callable[[type], type]) -> Callable[[type], type]:
 
 def make_head(facts: HeadFacts, vllm_config: Any) -> "ArrivingHead":
     """Allocate this rank's part of the head, on the device that the model is made on."""
-    from vllm.distributed import (
-        get_tensor_model_parallel_rank,
-        get_tensor_model_parallel_world_size,
-        tensor_model_parallel_all_gather,
-    )
+    from vllm.distributed.communication_op import tensor_model_parallel_all_gather
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     num_ranks = get_tensor_model_parallel_world_size()
     first, last = rows_of_rank(facts.vocabulary_size, get_tensor_model_parallel_rank(), num_ranks)
     dtype = vllm_config.model_config.dtype
+    if multiplies_wide(dtype, torch.empty(0).device):
+        dtype = torch.float32
     weight = torch.empty(last - first, facts.width, dtype=dtype)
     head = facts.make(weight, torch.empty(last - first, dtype=dtype) if facts.has_bias else None)
     gather = {} if num_ranks == 1 else {"gather": tensor_model_parallel_all_gather}

@@ -70,8 +70,10 @@ class ScoredRowsBackend(TeacherBackend, ABC):
         rows = as_read_by(batch, request.model)
         records, num_cached = await self._score_rows(batch, rows, ids, layout)
         scores = scores_in(records)
-        is_text = ~np.isin(sampled, self._head.stop_class)  # a class of stop ids is likelier than one token
-        refuse_uniform(scores["logprobs"][is_text], self._head.vocabulary_size - len(self._head.excluded_ids))
+        logprobs = scores["logprobs"]
+        if self._head.stop_class:  # which is likelier than one token
+            logprobs = logprobs[~np.isin(sampled, self._head.stop_class)]
+        refuse_uniform(logprobs, self._head.vocabulary_size - len(self._head.excluded_ids))
         metrics = {f"{request.model}/prefix_hit_ratio": Mean(float(num_cached), float(len(rows[0].values)))}
         if layout.shared_mass:
             mass = scores.pop("shared_mass")
