@@ -3,7 +3,7 @@
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,21 +24,15 @@ from teacher_workers.backends.base import TeacherBackend
 UNIFORM_TOLERANCE = 1e-5  # nats; float32 log-probabilities near -12 are exact to 1e-6, no real text is this even
 
 
-class States(NamedTuple):
-    """Says what hidden states an engine sends."""
-
-    dtype: Dtype
-    layers_width: int = 0  # values of other layers per token
-
-
 class ScoredRowsBackend(TeacherBackend, ABC):
     """Scores with an engine that reads a row and scores its tokens, as records of `cluster/models/token_scores.py`."""
 
     signals = frozenset({"logprobs", "candidate_ids", "candidate_logprobs", "entropy", "hidden"})
     reads_scorer_prompts = True
 
-    def __init__(self, head: HeadFacts, states: States) -> None:
-        self._head, self._states = head, states
+    def __init__(self, head: HeadFacts, state_dtype: Dtype, layers_width: int = 0) -> None:
+        """Take the engine's head, the dtype of its hidden states, and how many values of other layers a token has."""
+        self._head, self._state_dtype, self._layers_width = head, STATE_DTYPES[state_dtype], layers_width
         self.shared_ids: Ints | None = None  # tokens that a student of another tokenizer has too; None: all are
         self._num_requests = 0
 
@@ -110,7 +104,7 @@ class ScoredRowsBackend(TeacherBackend, ABC):
                     f"trajectory {batch['trajectory_id'][row].as_py()}: the engine returned scores of {len(records)} "
                     f"tokens for {num_tokens}"
                 )
-        dtype = layout.dtype(STATE_DTYPES[self._states.dtype], self._head.width, self._states.layers_width)
+        dtype = layout.dtype(self._state_dtype, self._head.width, self._layers_width)
         whole = np.concatenate([np.empty((0, dtype.itemsize), np.uint8), *(records for records, _ in answers)])
         return whole.reshape(-1).view(dtype), sum(cached for _, cached in answers)
 

@@ -26,7 +26,7 @@ from cluster.vllm.engine import EngineRole, LayersToSend, build_engine
 from cluster.vllm.token_scoring import SCORING_CALLS, Scoring, scoring_request
 from cluster.vllm.weight_sync.updates import EngineUpdates
 from cluster.weight_sync.transports import TEACHER_TRANSPORT, vllm_backend
-from teacher_workers.backends.scored_rows import ScoredRowsBackend, States
+from teacher_workers.backends.scored_rows import ScoredRowsBackend
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -47,7 +47,7 @@ class VllmBackend(ScoredRowsBackend):
         head = read_head_facts(teacher.model, teacher.trust_remote_code, teacher.excluded_token_ids, teacher.stop_class)
         layers = layers_to_send(teacher)
         width = 0 if layers is None else len(layers.layers) * sent_width(layers, head.width)
-        super().__init__(head, States(teacher.engine.dtype, width))
+        super().__init__(head, teacher.engine.dtype, width)
         self._teacher = teacher
         self._role = EngineRole(
             max_model_len=max_model_len,

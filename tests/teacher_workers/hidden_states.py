@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.models.lm_head import HeadFacts, LmHead
 from cluster.models.token_scores import HeadShard, Layout, score_positions
-from teacher_workers.backends.scored_rows import ScoredRowsBackend, States
+from teacher_workers.backends.scored_rows import ScoredRowsBackend
 
 
 class HiddenStatesBackend(ScoredRowsBackend):
@@ -20,7 +20,7 @@ class HiddenStatesBackend(ScoredRowsBackend):
         width, dtype = head.weight.shape[1], str(head.weight.dtype).removeprefix("torch.")
         scaling = (head.logit_factor, head.softcap)
         facts = HeadFacts(head.name, head.vocabulary_size, width, False, *scaling, excluded, head.stop_class)
-        super().__init__(facts, States(dtype, layers_width))  # type: ignore[arg-type]
+        super().__init__(facts, dtype, layers_width)  # type: ignore[arg-type]
         self.head = head
 
     @abstractmethod
@@ -38,5 +38,5 @@ class HiddenStatesBackend(ScoredRowsBackend):
         if self.shared_ids is not None:
             shared = torch.zeros(self.head.vocabulary_size).index_fill(0, torch.from_numpy(self.shared_ids), 1.0)
             shard = HeadShard(*(getattr(shard, name) for name in list(HeadShard.__dataclass_fields__)[:-1]), shared)
-        hidden, layers = states.split([self._head.width, self._states.layers_width], dim=-1)
+        hidden, layers = states.split([self._head.width, self._layers_width], dim=-1)
         return score_positions(shard, hidden, layers, torch.from_numpy(ids), layout).numpy(), num_cached
