@@ -30,8 +30,6 @@ ABSENT = -1e4  # instead of a logit: its exponential is 0, and its product with 
 CHUNK_LOGITS = 1 << 23
 MIN_CHUNK_TOKENS = 128
 GPU_CHUNK_LOGITS = 1 << 27  # 512 MiB: a GPU needs larger products to be busy
-# Logits that a CPU reads several times while they are in a core's cache.
-CACHED_LOGITS = 1 << 18
 GROUP = 64  # logits of which the largest alone is looked at first
 STATE_DTYPES: Mapping[Dtype, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}  # numpy has no bfloat16
 
@@ -189,14 +187,7 @@ def chunk_size(head: LmHead) -> int:
 def _score_chunk(head: HeadShard, hidden: Tensor, ids: Tensor, layout: Layout) -> Tensor:
     """Return the records [n, bytes] but for states."""
     logits = head.logits(hidden)
-    block = CACHED_LOGITS // logits.shape[1] if logits.device.type == "cpu" else len(logits)
-    block = max(1, block)
-    parts = [
-        _part_of(head, rows, row_ids, layout)
-        for rows, row_ids in zip(logits.split(block), ids.split(block), strict=True)
-    ]
-    part = Part(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    logprobs, best, best_ids, entropy, shared = _combine(_gather(part, head.gather))
+    logprobs, best, best_ids, entropy, shared = _combine(_gather(_part_of(head, logits, ids, layout), head.gather))
     is_known = ids < head.vocabulary_size
     if head.excluded_ids is not None:
         is_known &= ~torch.isin(ids, head.excluded_ids)
@@ -216,11 +207,12 @@ def _part_of(head: HeadShard, logits: Tensor, ids: Tensor, layout: Layout) -> Pa
     logits.sub_(best[:, :1]).scatter_(-1, best_ids[:, :1], ABSENT)
     weights = logits.exp() if layout.entropy else logits.exp_()
     others = weights.sum(dim=-1, keepdim=True)
-    weighted = weights.mul(logits).sum(dim=-1, keepdim=True) if layout.entropy else torch.zeros_like(others)
-    shared = torch.zeros_like(others)
+    weighted, shared = torch.zeros_like(others), torch.zeros_like(others)
     if layout.shared_mass:
         assert head.shared is not None, "an engine hears which tokens are shared before it is asked for their mass"
         shared = weights @ head.shared[:, None] + head.shared[best_ids[:, :1]]
+    if layout.entropy:
+        weighted = weights.mul_(logits).sum(dim=-1, keepdim=True)
     return Part(requested, best, (best_ids + head.first).int(), others, weighted, shared)
 
 
