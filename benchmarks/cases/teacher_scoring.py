@@ -111,7 +111,8 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
     ours, generating = MeasuredEngine(teacher, context), build_generating_engine(teacher, context, max(plan.top_ks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = load_lm_head(teacher.model, teacher.trust_remote_code, engine.dtype).to(device)
-    worker, before = TeacherWorker("teacher", ours), TeacherWorker("teacher", HeadInActor(ours, head))
+    in_actor: Any = HeadInActor(ours, head)
+    worker, before = TeacherWorker("teacher", ours), TeacherWorker("teacher", in_actor)
     if multiplies_wide(head.weight.dtype, device):  # the engine does, so what it cannot do without takes no longer
         head = replace(head, weight=head.weight.float())
     batches = make_batches(setting, head.vocabulary_size)

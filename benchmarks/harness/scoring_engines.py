@@ -21,7 +21,6 @@ from cluster.contracts.trajectory import Ints
 from cluster.models.lm_head import LmHead
 from cluster.models.token_scores import score_tokens
 from cluster.vllm.engine import EngineRole, build_engine
-from teacher_workers.backends.base import TeacherBackend
 from teacher_workers.backends.vllm import VllmBackend
 
 
@@ -54,10 +53,8 @@ class MeasuredEngine(VllmBackend):
         return output.outputs.data
 
 
-class HeadInActor(TeacherBackend):
+class HeadInActor:
     """Scores as teachers did before their engines could: hidden states come to this process, which has the LM head."""
-
-    signals = VllmBackend.signals
 
     def __init__(self, engine: MeasuredEngine, head: LmHead) -> None:
         self._engine, self._head = engine, head

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 from msgspec.structs import replace as with_fields
 
@@ -47,7 +48,7 @@ class AlignedBackend(TeacherBackend):
             _without_alignment(teacher), max_model_len, sleeps
         )
         if isinstance(self._inner, ScoredRowsBackend):
-            self._inner.shared_ids = self._map.shared_ids
+            self._inner.shared_ids = self._map.shared_ids.astype(np.int32)
 
     @classmethod
     def fault(cls, teacher: TeacherConfig, request: ScoreRequest) -> str | None:

@@ -88,7 +88,7 @@ class ScoredRowsBackend(TeacherBackend, ABC):
                 self.score_row(
                     str(number + row),
                     token_ids[row],
-                    np.flatnonzero(loss_mask[row]) - 1,
+                    (np.flatnonzero(loss_mask[row]) - 1).astype(np.int32),
                     ids[offsets[row] : offsets[row + 1]],
                     layout,
                 )

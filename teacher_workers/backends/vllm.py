@@ -82,7 +82,7 @@ class VllmBackend(ScoredRowsBackend):
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
         if self.shared_ids is not None and not self._has_shared_ids:
             assert self._engine is not None, "no score is requested of a sleeping engine"
-            await self._engine.collective_rpc("set_shared_ids", args=(self.shared_ids.astype(np.int32).tobytes(),))
+            await self._engine.collective_rpc("set_shared_ids", args=(self.shared_ids.tobytes(),))
             self._has_shared_ids = True
         return await super().score(batch, request)
 
