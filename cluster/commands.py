@@ -22,7 +22,7 @@ from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_sam
 from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.kept_rows import KeptRows
-from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
+from cluster.run.observation import AlarmActions, PoolObservation, ProbeObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
@@ -159,6 +159,7 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         evaluations,
         TeacherGates(run, evaluations),
         KeptRows(run),
+        ProbeObservation(run),
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
         ScoreAudits(run, audit),

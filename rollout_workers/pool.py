@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from rollout_workers.contexts.builder import ContextSettings
+    from rollout_workers.privileged import PrivilegedSettings
 
 ROLLOUT_ACTOR = "rollout_workers.actor:RolloutActor"
 
@@ -44,6 +45,7 @@ class RolloutActorSettings:
     merges_stops: bool = False  # whether they may have a class of stop ids
     rests: bool = False  # whether engines give up weights and all when a step's rollouts are done, for new ones follow
     contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
+    privileged: PrivilegedSettings | None = None  # what samples for prompts that the student never solves
 
 
 @dataclass(frozen=True)

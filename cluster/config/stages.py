@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
-from cluster.config.context import ContextConfig
+from cluster.config.context import ContextConfig, PrivilegedConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 
 
@@ -72,6 +72,9 @@ class RolloutConfig(Section):
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
+    privileged: PrivilegedConfig | None = (
+        None  # who writes for prompts that the student never solves; None: the student
+    )
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:

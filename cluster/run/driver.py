@@ -63,7 +63,7 @@ def train(run: RunContext, hooks: Hooks) -> None:
         watch = Stopwatch()
         for admitted in permits.admit(step):
             hooks.before_step(admitted)
-            requests = train_requests(config, run.inputs, admitted)
+            requests = train_requests(config, run.inputs, admitted) + run.probe.requests(config, admitted)
             sampling = train_sampling(config, run.length_cap.at(admitted))
             under_way[admitted] = flow.admit(admitted, requests, sampling, config.scorers)
             ledger.admit(admitted + 1, requests)

@@ -9,7 +9,7 @@ from cluster.config.run_config import Config
 from cluster.config.stages import ROLLOUT_ENGINES
 from cluster.config.terms import TEACHER
 from cluster.contracts.errors import ConfigError
-from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.contracts.requests import PRIVILEGED_IDS, RolloutRequest, SamplingSettings
 from cluster.models.aligned_states import states_to_send
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
@@ -18,11 +18,12 @@ from rollout_workers.contexts.plan import plan_contexts
 from rollout_workers.environments.base import environment_named
 from rollout_workers.environments.verifier_process import check_rewards
 from rollout_workers.load_prompts import load_prompts
+from rollout_workers.privileged import PrivilegedPlan, plan_privileged
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, TRAIN_SPLITS
 from rollout_workers.prompts import PromptOrder, PromptSet, sampling_seed
 from teacher_workers.backends.base import check_signals, check_teacher
 
-_TRAIN, _HELD_OUT = 0, 1  # keep the seeds of training and evaluation apart
+_TRAIN, _HELD_OUT, _PRIVILEGED = 0, 1, 2  # keep the seeds of training, evaluation and the privileged sampler apart
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Inputs:
     # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
+    privileged: PrivilegedPlan = field(default_factory=PrivilegedPlan)
 
     def has_own_prompts(self, route: str) -> bool:
         """Return whether the teacher of a route reads contexts that follow from the prompts alone."""
@@ -51,10 +53,13 @@ class Inputs:
         return self.max_model_len + max(0, longest - self.prompts.longest_tokens)
 
     def rollout_model_len(self, config: Config) -> int:
-        """Return the context that the rollout engines must offer, for the teachers that score in them too."""
-        return self.scoring_model_len(
-            *(name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
-        )
+        """Return the context that the rollout engines must offer.
+
+        The privileged sampler reads longer prompts, and so do teachers that score in them.
+        """
+        own = self.max_model_len + max(0, self.privileged.prompt_tokens - self.prompts.longest_tokens)
+        scoring = (name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
+        return max(own, self.scoring_model_len(*scoring))
 
 
 def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
@@ -85,6 +90,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
+    privileged = plan_privileged(config, train, student.tokenizer, student.context_tokens, now)
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -94,13 +100,14 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         + config.rollout.max_completion_tokens
         + 1,
         pairs=pairs,
-        notes=(*notes, *plan.notes),
+        notes=(*notes, *plan.notes, *privileged.notes),
         read_at=now,
         scorer_prompt_tokens={
             **plan.prompt_tokens,
             **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
         },
         contexts=plan.settings,
+        privileged=privileged,
     )
 
 
@@ -133,6 +140,25 @@ def step_requests(config: Config, order: PromptOrder, step: int) -> list[Rollout
     first = step * count
     samples = config.rollout.samples_per_prompt
     return _requests(order.take(first, count), first, samples, (config.run.seed, _TRAIN, step))
+
+
+def privileged_requests(config: Config, prompt_ids: Sequence[int], step: int) -> list[RolloutRequest]:
+    """Return the requests to the privileged sampler in one step, from 0, for given prompts.
+
+    Each is a group of its own where rewards are compared within a prompt's samples.
+    """
+    section, samples = config.rollout.privileged, config.rollout.samples_per_prompt
+    first = step * section.prompts_per_step if section is not None else 0
+    group = -(-PRIVILEGED_IDS // samples)  # the first whose ids are all the sampler's
+    return [
+        RolloutRequest(
+            (group + position) * samples,
+            prompt_id,
+            0,
+            sampling_seed(config.run.seed, _PRIVILEGED, step, prompt_id, 0),
+        )
+        for position, prompt_id in enumerate(prompt_ids, start=first)
+    ]
 
 
 def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:

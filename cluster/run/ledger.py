@@ -4,7 +4,8 @@ Every batch passes through the ledger on its way to the learner, so a trajectory
 never requested ends the step before the weights change. `preceptor verify RUN` checks the file afterwards.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.files import Record, RecordsFile
 from cluster.contracts.requests import RolloutRequest
 from cluster.run.hooks import StepHook
-from cluster.run.inputs import load_inputs, step_requests
+from cluster.run.inputs import load_inputs, privileged_requests, step_requests
 from cluster.run.prompt_record import read_record
 from cluster.weight_sync.manifest import checksum, new_digest
 from rollout_workers.prompts import PromptOrder
@@ -40,6 +41,7 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     teachers: dict[str, str] = {}
     # Of teachers that are the student: lowest and highest version that scored a row of the step.
     teacher_versions: dict[str, tuple[int, int]] = {}
+    privileged: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET  # prompts that a privileged sampler wrote for
     further_rows: int | msgspec.UnsetType = msgspec.UNSET  # of episodes that are several rows; unset: none is
     failed: int | msgspec.UnsetType = msgspec.UNSET  # episodes whose environment failed; unset: none did
 
@@ -48,10 +50,16 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls(
             step,
             ranges(request.trajectory_id for request in requests),
-            tuple(request.prompt_id for request in requests if request.sample_index == 0),
+            tuple(request.prompt_id for request in requests if request.sample_index == 0 and not request.is_privileged),
             checksum([request.seed.to_bytes(8, "little") for request in requests]),
             versions,
+            privileged=tuple(request.prompt_id for request in requests if request.is_privileged) or msgspec.UNSET,
         )
+
+    @property
+    def privileged_ids(self) -> tuple[int, ...]:
+        """Return the prompts that a privileged sampler wrote for, in the order of the requests."""
+        return self.privileged or ()
 
 
 class LedgerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -208,8 +216,14 @@ def read_ledger(path: Path) -> list[LedgerRecord]:
 
 def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -> int:
     """Return how many prompt positions were consumed; raise TrainingError if not each once and in order."""
+    failed: Counter[int] = Counter()  # completions of each prompt so far, of which all may have failed
     for index, record in enumerate(records):
-        expected = LedgerRecord.of(index + 1, step_requests(config, order, index), record.policy_versions)
+        requests = step_requests(config, order, index)
+        expected = LedgerRecord.of(
+            index + 1,
+            [*requests, *privileged_requests(config, record.privileged_ids, index)],
+            record.policy_versions,
+        )
         names = ("step", "trajectory_ids", "prompt_ids", "seeds_checksum")
         wrong = [name for name in names if getattr(record, name) != getattr(expected, name)]
         lowest, highest = record.policy_versions
@@ -217,9 +231,21 @@ def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -
             wrong.append("policy_versions")
         if not _has_due_versions(record, config, index):
             wrong.append("teacher_versions")
+        if not _may_be_privileged(record, config, failed):
+            wrong.append("privileged")
+        failed.update(request.prompt_id for request in requests)
         if wrong:
             raise TrainingError(f"ledger record {index + 1}: {wrong[0]} is not what the run asks for in this step")
     return len(records) * config.prompts.prompts_per_step
+
+
+def _may_be_privileged(record: LedgerRecord, config: Config, failed: Mapping[int, int]) -> bool:
+    """Tell whether a privileged sampler's prompts are as few, and were sampled before as often, as the run says."""
+    section, chosen = config.rollout.privileged, record.privileged_ids
+    if section is None or not chosen:
+        return not chosen
+    is_quota = len(set(chosen)) == len(chosen) <= section.prompts_per_step and section.is_active(record.step - 1)
+    return is_quota and all(failed[prompt_id] >= section.hard_after for prompt_id in chosen)
 
 
 def _has_due_versions(record: LedgerRecord, config: Config, step: int) -> bool:
@@ -251,6 +277,8 @@ def verify_run(directory: RunDirectory) -> str:
     samples = config.rollout.samples_per_prompt
     further, failed = (sum(getattr(one, name) or 0 for one in records) for name in ("further_rows", "failed"))
     rows = f" in {num_prompts * samples + further} rows" if further else ""
+    beside = sum(len(one.privileged_ids) for one in records)
+    rows += f", and {beside} of the privileged sampler" if beside else ""
     lost = f"; the environment of {failed} failed, which taught nothing" if failed else ""
     return (
         f"{len(records)} steps, {num_prompts * samples} trajectories{rows}: each was learned from exactly once, "

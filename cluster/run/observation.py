@@ -46,6 +46,13 @@ class PoolObservation(StepHook):
         return self._metrics.measure(self.spans, self.pools)
 
 
+class ProbeObservation(StepHook):
+    """Shows the rewards of each step to the run's probe, and returns what they say of hard prompts."""
+
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        return self.run.probe.observe(step - 1, batches)
+
+
 class StepRecords(StepHook):
     """Writes each step's metrics to metrics.jsonl, the terminal and the observers; later metrics are not recorded."""
 
