@@ -69,6 +69,7 @@ class Plan:
     threads: int | None = None
     engine: EngineConfig = ENGINE  # dtype and threads come from elsewhere
     seconds: float = math.inf  # no turn begins later than this; two always do
+    is_alone: bool = False  # whether to leave out what vLLM scores by itself
 
 
 SETTINGS = {
@@ -82,12 +83,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases.teacher_scoring", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--alone", action="store_true", help="leave out what vLLM scores by itself")
     parser.add_argument("--threads", type=int, help="of each engine and of the LM head; default: all cores")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-teacher-scoring.json")
     options = parser.parse_args()
     rows = []
     for name in options.models:
-        rows += asyncio.run(measure(SETTINGS[name], Plan(repeats=options.repeats, threads=options.threads)))
+        plan = Plan(repeats=options.repeats, threads=options.threads, is_alone=options.alone)
+        rows += asyncio.run(measure(SETTINGS[name], plan))
     print_rows(rows)
     described = {
         "command": " ".join(["python -m benchmarks.cases.teacher_scoring", *sys.argv[1:]]),
@@ -108,7 +111,8 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
 
     context = setting.longest_tokens + 1  # vLLM's own scoring must generate a token
     teacher = TeacherConfig(model=setting.model, engine=engine)
-    ours, generating = MeasuredEngine(teacher, context), build_generating_engine(teacher, context, max(plan.top_ks))
+    ours = MeasuredEngine(teacher, context)
+    generating = None if plan.is_alone else build_generating_engine(teacher, context, max(plan.top_ks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = load_lm_head(teacher.model, teacher.trust_remote_code, engine.dtype).to(device)
     in_actor: Any = HeadInActor(ours, head)
@@ -120,7 +124,8 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
         seconds = await _interleaved(_cases(Parts(ours, generating, worker, before, head), batches, plan.top_ks), plan)
     finally:
         await ours.shutdown()
-        generating.shutdown()
+        if generating is not None:
+            generating.shutdown()
     num_tokens = sum(int(ragged(batch, "token_ids").offsets[-1]) for batch in batches)
     return _rows_of(seconds, f"{setting.name}, {setting.num_rows} rows, {num_tokens} tokens", num_tokens, plan.top_ks)
 
@@ -130,7 +135,7 @@ class Parts:
     """What is measured; the engines are those of `scoring_engines`."""
 
     ours: Any
-    generating: Any
+    generating: Any  # None: not measured
     worker: "TeacherWorker"
     before: "TeacherWorker"  # with the head beside the engine
     head: LmHead
@@ -158,14 +163,16 @@ def _cases(parts: Parts, batches: Sequence[pa.RecordBatch], top_ks: Sequence[int
         "sampled": score,
         "sampled, head in the actor": partial(score, parts.before),
         f"topk {top_ks[0]}, entropy, hidden": lambda: score(top_k=top_ks[0], entropy=True, hidden=True),
-        "generating engine, raw prefill": lambda: vllm_scores(None, is_flat=True),
-        "prompt_logprobs 0, flat": lambda: vllm_scores(0, is_flat=True),
     }
     for top_k in top_ks:
         cases[f"topk {top_k}"] = partial(score, top_k=top_k)
         cases[f"topk {top_k}, head in the actor"] = partial(score, parts.before, top_k=top_k)
-        cases[f"prompt_logprobs {top_k}, flat"] = partial(vllm_scores, top_k, is_flat=True)
-        cases[f"prompt_logprobs {top_k}, dicts"] = partial(vllm_scores, top_k, is_flat=False)
+    if parts.generating is not None:
+        cases["generating engine, raw prefill"] = lambda: vllm_scores(None, is_flat=True)
+        cases["prompt_logprobs 0, flat"] = lambda: vllm_scores(0, is_flat=True)
+        for top_k in top_ks:
+            cases[f"prompt_logprobs {top_k}, flat"] = partial(vllm_scores, top_k, is_flat=True)
+            cases[f"prompt_logprobs {top_k}, dicts"] = partial(vllm_scores, top_k, is_flat=False)
     return cases
 
 
@@ -216,15 +223,16 @@ def _rows_of(seconds: dict[str, Times], size: str, num_tokens: int, top_ks: Sequ
         ratio("sampled / sampled, head in the actor", seconds["sampled, head in the actor"] / sampled),
     ]
     for top_k in top_ks:
-        topk, dicts = seconds[f"topk {top_k}"], seconds[f"prompt_logprobs {top_k}, dicts"]
-        before = seconds[f"topk {top_k}, head in the actor"]
-        of_dicts = ratio(f"topk {top_k} / dicts", dicts / topk)
+        topk, before = seconds[f"topk {top_k}"], seconds[f"topk {top_k}, head in the actor"]
         rows += [
             ratio(f"topk {top_k} / raw prefill", raw / topk),
             at_least(ratio(f"topk {top_k} / (prefill + head)", (raw + head) / topk), LEAST_OF_UNAVOIDABLE),
             ratio(f"topk {top_k} / topk {top_k}, head in the actor", before / topk),
-            at_least(of_dicts, LEAST_OF_DICTS[top_k]) if top_k in LEAST_OF_DICTS else of_dicts,
         ]
+        dicts = seconds.get(f"prompt_logprobs {top_k}, dicts")
+        if dicts is not None:
+            of_dicts = ratio(f"topk {top_k} / dicts", dicts / topk)
+            rows.append(at_least(of_dicts, LEAST_OF_DICTS[top_k]) if top_k in LEAST_OF_DICTS else of_dicts)
     return rows
 
 
