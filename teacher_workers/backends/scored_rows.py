@@ -95,16 +95,16 @@ class ScoredRowsBackend(TeacherBackend, ABC):
                 for row in rows
             )
         )
+        dtype = layout.dtype(self._state_dtype, self._head.width, self._layers_width)
         # The batch's total is not enough: a row that lacks one beside a row with one too many would shift what lies
         # between.
         for row, (records, _) in zip(rows, answers, strict=True):
-            num_tokens = offsets[row + 1] - offsets[row]
-            if len(records) != num_tokens:
+            needed = (offsets[row + 1] - offsets[row], dtype.itemsize)
+            if records.shape != needed:
                 raise WrongLengthError(
-                    f"trajectory {batch['trajectory_id'][row].as_py()}: the engine returned scores of {len(records)} "
-                    f"tokens for {num_tokens}"
+                    f"trajectory {batch['trajectory_id'][row].as_py()}: the engine returned records of shape "
+                    f"{list(records.shape)}, its completion tokens need {list(map(int, needed))}"
                 )
-        dtype = layout.dtype(self._state_dtype, self._head.width, self._layers_width)
         whole = np.concatenate([np.empty((0, dtype.itemsize), np.uint8), *(records for records, _ in answers)])
         return whole.reshape(-1).view(dtype), sum(cached for _, cached in answers)
 

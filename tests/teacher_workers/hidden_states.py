@@ -36,7 +36,7 @@ class HiddenStatesBackend(ScoredRowsBackend):
         ids = np.resize(ids, (len(states), ids.shape[1]))  # a faulty engine has another number of states
         shard = HeadShard.of(self.head)
         if self.shared_ids is not None:
-            shared = torch.zeros(self.head.vocabulary_size).index_fill(0, torch.from_numpy(self.shared_ids), 1.0)
+            shared = torch.zeros(self.head.vocabulary_size).index_fill(0, torch.from_numpy(self.shared_ids).long(), 1.0)
             shard = HeadShard(*(getattr(shard, name) for name in list(HeadShard.__dataclass_fields__)[:-1]), shared)
         hidden, layers = states.split([self._head.width, self._layers_width], dim=-1)
         return score_positions(shard, hidden, layers, torch.from_numpy(ids), layout).numpy(), num_cached
