@@ -57,6 +57,10 @@ class TokenWeightsConfig(Section, frozen=True):
     first_tokens: Items | None = None  # only so many at the start of each completion
     first_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None  # only this part of each completion
     skip_first: CountOrZero = 0  # not so many at the start of each completion
+    # After so many tokens over which sampler and teacher agree to `stop_below` nats on average, the rest of a
+    # completion is neither read nor learned from; 0: all is
+    stop_window: CountOrZero = 0
+    stop_below: NonNegative = 0.05
     special_tokens: bool = True  # false: not what the tokenizer calls special, but for tokens that end a completion
     stop_tokens: bool = True  # false: not the tokens that end a completion
     # How much each teacher's tokens count together, in a step: as many as they are, all teachers alike, or as given

@@ -11,6 +11,7 @@ from cluster.config.alarms import AlarmConfig
 from cluster.config.aligned import check_aligned
 from cluster.config.fields import Section, Text
 from cluster.config.objective import ObjectiveConfig
+from cluster.config.replay import check_replay
 from cluster.config.sections import (
     CheckpointConfig,
     EnvironmentConfig,
@@ -76,6 +77,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_balance(self)
         _check_sampling(self.objective, self.rollout)
         check_aligned(self)
+        check_replay(self)
         rollout = self.rollout
         completions = self.prompts.prompts_per_step * rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:

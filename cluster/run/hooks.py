@@ -45,7 +45,7 @@ class RunContext:
     first_step: int  # steps that were completed before this attempt
     history: "RunSummary"
     ledger: "Ledger"
-    length_cap: "LengthCap"  # alarms lower it
+    length_cap: "LengthCap"  # alarms lower it, and the horizon raises it
     probe: "Probe"  # chooses prompts for a privileged sampler, if there is one
     stop: Event  # from outside: the run stops after its step, with a checkpoint
     is_first_attempt: bool = True  # of this driver process: else the pools have run before

@@ -1,13 +1,17 @@
 """Reads the prompts of a run, and makes the requests of each step from them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING
 
 from cluster.config.pass_through import check_pass_through
+from cluster.config.replay import replayed_prompts
 from cluster.config.run_config import Config
 from cluster.config.stages import ROLLOUT_ENGINES
 from cluster.config.terms import TEACHER
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import PRIVILEGED_IDS, RolloutRequest, SamplingSettings
 from cluster.models.aligned_states import states_to_send
@@ -22,6 +26,9 @@ from rollout_workers.privileged import PrivilegedPlan, plan_privileged
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, TRAIN_SPLITS
 from rollout_workers.prompts import PromptOrder, PromptSet, sampling_seed
 from teacher_workers.backends.base import check_signals, check_teacher
+
+if TYPE_CHECKING:
+    from cluster.run.replay import Replay
 
 _TRAIN, _HELD_OUT, _PRIVILEGED = 0, 1, 2  # keep the seeds of training, evaluation and the privileged sampler apart
 
@@ -41,6 +48,7 @@ class Inputs:
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
     privileged: PrivilegedPlan = field(default_factory=PrivilegedPlan)
+    replay: "Replay | None" = None  # rows of another run in the place of sampled ones; None: all are sampled
 
     def has_own_prompts(self, route: str) -> bool:
         """Return whether the teacher of a route reads contexts that follow from the prompts alone."""
@@ -91,6 +99,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
     privileged = plan_privileged(config, train, student.tokenizer, student.context_tokens, now)
+    replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -108,6 +117,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         },
         contexts=plan.settings,
         privileged=privileged,
+        replay=replay,
     )
 
 
@@ -120,6 +130,16 @@ def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int
     return min(prompts.longest_of(name) + completion, capacity - completion - 1)
 
 
+def _open_replay(config: Config, prompts: PromptSet, notes: list[str]) -> "Replay":
+    """Open the record that the run replays, whose prompts must be these."""
+    from cluster.run.replay import Replay
+
+    replay = Replay(config)
+    replay.check_prompts(prompts.checksum)
+    notes.append(f"replays {replay.num_rows:,} rows of {len(replay.units):,} prompts from {replay.directory.path}")
+    return replay
+
+
 def check_support(config: Config, vocabulary: int) -> None:
     """Raise ConfigError if models with so many tokens lack the candidates that the objective compares."""
     if config.objective.needs.num_candidates > vocabulary:
@@ -130,16 +150,26 @@ def check_support(config: Config, vocabulary: int) -> None:
 
 
 def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:
-    """Return the requests of one step, from 0: the same ones whenever the step is done again."""
+    """Return the requests to sample in one step, from 0: the same ones whenever the step is done again."""
     return step_requests(config, inputs.train, step)
 
 
 def step_requests(config: Config, order: PromptOrder, step: int) -> list[RolloutRequest]:
-    """Return the requests of one step of a run whose training prompts come in this order."""
-    count = config.prompts.prompts_per_step
-    first = step * count
+    """Return the requests of one step of a run whose training prompts come in this order, without replayed rows."""
+    count = config.prompts.prompts_per_step - replayed_prompts(config)
+    first = step * config.prompts.prompts_per_step
     samples = config.rollout.samples_per_prompt
-    return _requests(order.take(first, count), first, samples, (config.run.seed, _TRAIN, step))
+    return _requests(order.take(step * count, count), first, samples, (config.run.seed, _TRAIN, step))
+
+
+def replayed_requests(inputs: Inputs, step: int) -> list[RolloutRequest]:
+    """Return what stands for the rows that a step, from 0, replays; none where all are sampled."""
+    return [] if inputs.replay is None else inputs.replay.requests(step)
+
+
+def replayed_batches(inputs: Inputs, step: int) -> Callable[[], Sequence[BatchHandle]]:
+    """Return what reads the rows that a step, from 0, replays."""
+    return tuple if inputs.replay is None else partial(inputs.replay.read, step)
 
 
 def privileged_requests(config: Config, prompt_ids: Sequence[int], step: int) -> list[RolloutRequest]:

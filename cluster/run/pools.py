@@ -66,6 +66,7 @@ def start_pipeline(
             pool_timeouts(config),
             cluster=run_cluster(config),
             supervision=supervision,
+            spare=placement.rollout.share,
         )
         stack.callback(rollouts.shutdown)
         before_teachers()

@@ -73,7 +73,7 @@ class Supervisor:
             first_step=step,
             history=deepcopy(history),
             ledger=Ledger(directory.ledger, step),
-            length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness),
+            length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness, rollout.horizon),
             probe=self._probe(start),
             stop=self.stop,
             is_first_attempt=self._is_first_attempt,

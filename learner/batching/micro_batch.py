@@ -243,11 +243,14 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float], weights: Iter
     if strict is None:
         return rows
     of_rows = np.split(strict, logprobs.offsets[1:-1])
-    return [_only(row, keep) for row, keep in zip(rows, of_rows, strict=True)]
+    return [only(row, keep) for row, keep in zip(rows, of_rows, strict=True)]
 
 
-def _only(row: Trajectory, keep: NDArray[np.bool_]) -> Trajectory:
-    """Return the trajectory with only those of its completion tokens; the others are read and not learned from."""
+def only(row: Trajectory, keep: NDArray[np.bool_]) -> Trajectory:
+    """Return the trajectory with some of its completion tokens; the others are read and not learned from.
+
+    `keep` is [completion_tokens].
+    """
     loss_mask = row.loss_mask.copy()
     loss_mask[np.flatnonzero(loss_mask)[~keep]] = 0
     return replace(

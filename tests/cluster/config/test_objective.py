@@ -27,8 +27,8 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (ObjectiveConfig, "preset support support_size terms token_weights"),
         (
             TokenWeightsConfig,
-            "first_tokens first_fraction skip_first special_tokens stop_tokens teacher_shares position_importance "
-            "entropy",
+            "first_tokens first_fraction skip_first stop_window stop_below special_tokens stop_tokens teacher_shares "
+            "position_importance entropy",
         ),
         (ImportanceConfig, "kind low high dual_clip"),
         (

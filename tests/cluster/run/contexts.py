@@ -32,7 +32,7 @@ def make_run_context(
         first_step,
         history or RunSummary(),
         Ledger(directory.ledger, first_step),
-        LengthCap(config.rollout.max_completion_tokens, config.rollout.max_staleness),
+        LengthCap(config.rollout.max_completion_tokens, config.rollout.max_staleness, config.rollout.horizon),
         Probe(),
         Event(),
     )
