@@ -44,6 +44,7 @@ class PromptsConfig(Section):
     shuffle: bool = True  # a new order each epoch, fixed by run.seed
 
 
+HARNESS_KINDS = ("harness", "verifiers")  # environments that ask the student over its endpoint
 # Names that a run file may give to reward functions of ours, which read further columns of the prompts.
 REWARDS_OF_PACKAGES = {"reasoning_gym": "rollout_workers.reasoning_gym_tasks:score"}
 
@@ -51,12 +52,16 @@ REWARDS_OF_PACKAGES = {"reasoning_gym": "rollout_workers.reasoning_gym_tasks:sco
 class EnvironmentConfig(Section):
     """Says what answers and rewards the student's completions, in training and on held-out prompts."""
 
-    kind: Text = "single_turn"  # or package.module:Class, an Environment of yours
+    kind: Text = "single_turn"  # "harness", "verifiers", or package.module:Class, an Environment of yours
     # Compares a completion with its prompt's answer; reasoning_gym is the scorer of each task of that package.
     verifier: Literal["exact", "regex", "math", "reasoning_gym"] = "exact"
     # In the verifier's place: weights of verifiers, and of functions of yours as package.module:function.
     rewards: dict[Text, Finite] = field(default_factory=dict)
     reward_seconds: Positive = 30.0  # the longest that a function of yours may take for one completion
+    harness: Text | None = None  # package.module:function of yours that drives an agent; for kind = "harness"
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of the harness; of "verifiers", its [env]
+    python: Text | None = None  # that runs the harness, where its packages are; None: the rollout worker's own
+    episodes_at_once: Count = 64  # harnesses that run at the same time, per rollout worker
     max_observation_tokens: CountOrZero = 0  # that the environment may add to one prompt; the context is so much longer
 
     @property
@@ -73,7 +78,7 @@ class EnvironmentConfig(Section):
     @property
     def reads_columns(self) -> bool:
         """Return whether code of the user's may read further columns of the prompts."""
-        return any(":" in name for name in (self.kind, *self.weights))
+        return self.kind in HARNESS_KINDS or any(":" in name for name in (self.kind, *self.weights))
 
 
 class EvaluationConfig(Section):

@@ -7,13 +7,16 @@ trajectory. A new environment is made for every trajectory, so it may keep state
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.import_path import is_import_path, load_object
 from cluster.contracts.requests import Completion
 from cluster.contracts.trajectory import Ints
 from rollout_workers.environments.verifier_process import VerifierProcess
+
+if TYPE_CHECKING:
+    from rollout_workers.harness.environment import HarnessRuntime
 
 TokenIds = Sequence[int] | Ints
 
@@ -37,6 +40,7 @@ class Observation:
 
     token_ids: TokenIds
     reward: float | None = None  # of the trajectory if a limit ends it here: no token is left to sample or to read
+    continues: bool = True  # False: the tokens are all that the student reads, and begin another row of the episode
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Services:
     decode: Callable[[Ints], str]  # token ids to text, without special tokens
     verifier: VerifierProcess = field(default_factory=VerifierProcess)
     stop: Sequence[str] = ()  # strings that end a completion
+    harness: "HarnessRuntime | None" = None  # of an agent that asks the student over the worker's endpoint
 
     def text_of(self, completion: Completion) -> str:
         """Return what precedes the first stop string, without white space at the ends; the stop string is no answer."""

@@ -1,0 +1,170 @@
+"""Translates between chat completions, as clients of OpenAI's interface write them, and the tokens of a trajectory.
+
+Token-in-token-out: sampled ids stay as they were sampled, and what a request adds to them is tokenised once. A request
+continues a row if its rendered text begins with the text that the row's tokens have; then only the rest of it is read.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from secrets import token_hex
+from typing import Any
+
+import numpy as np
+
+from cluster.contracts.requests import Completion
+from cluster.contracts.trajectory import Ints
+
+Message = dict[str, Any]
+Messages = list[Message]
+Render = Callable[[Messages, Messages | None], str]  # messages and tools to the text that the student reads
+
+_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # as Hermes, Qwen and SmolLM write it
+_UNSUPPORTED = {"n": 1, "best_of": 1, "functions": None, "response_format": None}  # and what they may be
+
+
+class ChatRow:
+    """Holds what the student has read and sampled in one row, as ids and as text, and continues it by requests."""
+
+    def __init__(self, render: Render, encode: Callable[[str], Sequence[int]], decode: Callable[[Ints], str]) -> None:
+        """Take a chat template, a tokenizer's `encode`, and a `decode` that writes special tokens too."""
+        self._render, self._encode, self._decode = render, encode, decode
+        self._token_ids: list[int] = []
+        self._text = ""
+        self._sampled: dict[str, Message] = {}  # by the id of their first tool call: messages as they were sampled
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self._token_ids
+
+    def read(self, messages: Messages, tools: Messages | None) -> tuple[list[int], bool]:
+        """Return the ids that the student reads next, and whether they continue the row; if not, they begin another."""
+        text = self._render([self._as_sampled(message) for message in messages], tools)
+        continues = bool(self._token_ids) and text.startswith(self._text)
+        added = [int(token) for token in self._encode(text[len(self._text) :] if continues else text)]
+        self._token_ids = [*self._token_ids, *added] if continues else added
+        self._text = text
+        return added, continues
+
+    def add(self, completion: Completion, text: str, answer: Message) -> None:
+        """Take what the student sampled, its text without special tokens, and the message that the client gets for it."""
+        before = self._decode(np.asarray(self._token_ids, np.int32))
+        self._token_ids = [*self._token_ids, *completion.token_ids.tolist()]
+        self._text += self._decode(np.asarray(self._token_ids, np.int32))[len(before) :]
+        for call in answer.get("tool_calls", [])[:1]:
+            self._sampled[call["id"]] = {"role": "assistant", "content": text}
+
+    def _as_sampled(self, message: Message) -> Message:
+        """Return an assistant's message with tool calls as the student wrote it, if it did; a template writes others."""
+        for call in message.get("tool_calls") or []:
+            return self._sampled.get(call.get("id", ""), message)
+        return message
+
+
+def fault(body: Any) -> str | None:
+    """Return what of a request cannot be served, as a sentence."""
+    if not isinstance(body, dict) or not isinstance(body.get("messages"), list) or not body["messages"]:
+        return "the request has no messages"
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in body["messages"]):
+        return "every message is an object with a role"
+    for name, value in _UNSUPPORTED.items():
+        if body.get(name, value) not in (value, None):
+            return f"`{name}` is {body[name]!r}, which this endpoint does not serve"
+    return None
+
+
+def as_messages(messages: Messages) -> Messages:
+    """Return messages as chat templates read them: texts in the place of lists of text parts, arguments as objects."""
+    return [_as_message(message) for message in messages]
+
+
+def _as_message(message: Message) -> Message:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") if isinstance(part, dict) else str(part) for part in content)
+    changed = {**message, "content": content or ""}
+    if calls := message.get("tool_calls"):
+        changed["tool_calls"] = [_with_arguments(call) for call in calls]
+    return {name: value for name, value in changed.items() if value is not None}
+
+
+def _with_arguments(call: Message) -> Message:
+    function = call.get("function") or {}
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(function.get("arguments") or "{}")}}
+    except (TypeError, ValueError):
+        return call
+
+
+def answer_of(text: str, has_tools: bool) -> Message:
+    """Return the assistant's message that a completion's text is, its tool calls apart if the request named tools."""
+    calls = [_tool_call(found) for found in _TOOL_CALL.findall(text)] if has_tools else []
+    known = [call for call in calls if call is not None]
+    if not known:
+        return {"role": "assistant", "content": text}
+    content = text[: text.index("<tool_call>")].strip()
+    return {"role": "assistant", "content": content or None, "tool_calls": known}
+
+
+def _tool_call(text: str) -> Message | None:
+    try:
+        call = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return None
+    arguments = json.dumps(call.get("arguments", {}))
+    return {
+        "id": f"call_{token_hex(8)}",
+        "type": "function",
+        "function": {"name": call["name"], "arguments": arguments},
+    }
+
+
+def chat_completion(
+    body: Mapping[str, Any], answer: Message, completion: Completion, read: Sequence[int], decode: Callable[[Ints], str]
+) -> dict[str, Any]:
+    """Return the answer to a request; `read` are all ids before the completion.
+
+    `return_token_ids`, as in vLLM, adds both ids.
+    """
+    reasons = {"stop": "tool_calls" if answer.get("tool_calls") else "stop", "length": "length"}
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": answer,
+        "finish_reason": reasons.get(completion.finish_reason, "stop"),
+        "logprobs": None,
+    }
+    if body.get("logprobs"):
+        tokens = zip(completion.token_ids, completion.logprobs, strict=True)
+        choice["logprobs"] = {"content": [_logprob(decode(token[None]), logprob) for token, logprob in tokens]}
+    sizes = len(read), len(completion.token_ids)
+    made: dict[str, Any] = {
+        "id": f"chatcmpl-{token_hex(12)}",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": str(body.get("model") or "student"),
+        "choices": [choice],
+        "usage": {"prompt_tokens": sizes[0], "completion_tokens": sizes[1], "total_tokens": sum(sizes)},
+    }
+    if body.get("return_token_ids"):
+        made["prompt_token_ids"] = list(read)
+        choice["token_ids"] = completion.token_ids.tolist()
+    return made
+
+
+def _logprob(token: str, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": float(logprob), "bytes": list(token.encode()), "top_logprobs": []}
+
+
+def chunks(made: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a finished answer as the two events of a stream: all of the message, and how it ended."""
+    [choice] = made["choices"]
+    message = dict(choice["message"])
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+    common = {**{name: made[name] for name in ("id", "created", "model")}, "object": "chat.completion.chunk"}
+    whole = {"index": 0, "delta": message, "logprobs": choice["logprobs"], "finish_reason": None}
+    end = {"index": 0, "delta": {}, "logprobs": None, "finish_reason": choice["finish_reason"]}
+    return [{**common, "choices": [whole]}, {**common, "choices": [end], "usage": made["usage"]}]

@@ -1,0 +1,221 @@
+"""Harnesses as environments: real process, real HTTP; the student's completions are scripted."""
+
+import asyncio
+import json
+import time
+import urllib.error
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from cluster.config.sections import EnvironmentConfig
+from cluster.contracts.errors import RolloutError
+from cluster.contracts.requests import Completion
+from cluster.contracts.trajectory import Ints
+from rollout_workers.environments.base import Observation, Outcome, Prompt, Services
+from rollout_workers.harness.environment import HarnessEnvironment, HarnessRuntime
+from tests.rollout_workers.harness import agents
+
+AGENTS = "tests.rollout_workers.harness.agents"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content == 'refused' %}{{ raise_exception('no such words') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}(call of {{ call.function.name }}){% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of bytes, in which also a few longer strings are tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)} | {"on": 256}, merges=[("o", "n")]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers import decoders
+
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=TEMPLATE)
+
+
+class Episode:
+    """Drives one environment by scripted completions, and keeps what the student would have read and sampled."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, harness: str, **config: Any) -> None:
+        self.tokenizer = tokenizer
+        self.runtime = HarnessRuntime(
+            EnvironmentConfig("harness", harness=f"{AGENTS}:{harness}", **config),
+            "127.0.0.1",
+            lambda messages, tools: str(
+                tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+            ),
+            lambda ids: str(tokenizer.decode(ids)),
+        )
+        self.services = Services(
+            lambda text: tokenizer.encode(text, add_special_tokens=False),
+            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+            stop=(),
+            harness=self.runtime,
+        )
+        self.rows: list[list[int]] = []
+        self.outcome: Outcome | None = None
+
+    def ids(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
+
+    async def play(self, *sampled: Sequence[int], columns: dict[str, Any] | None = None) -> Outcome | Observation:
+        environment = HarnessEnvironment(self.services)
+        prompt = Prompt(np.array([1], np.int32), "one", "main", "", "answer", columns or {})
+        try:
+            self.rows.append(list(await environment.start(prompt, seed=7)))
+            for ids in sampled:
+                self.rows[-1] += ids
+                step = await environment.step(completion(ids))
+                if isinstance(step, Outcome):
+                    return step
+                if step.continues:
+                    self.rows[-1] += [int(token) for token in step.token_ids]
+                else:
+                    self.rows.append([int(token) for token in step.token_ids])
+            return step
+        finally:
+            await environment.close()
+
+    async def shutdown(self) -> None:
+        self.services.verifier.close()
+        await self.runtime.shutdown()
+
+
+def completion(ids: Sequence[int]) -> Completion:
+    logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32)
+    return Completion(np.array(ids, np.int32), logprobs, "stop", np.zeros(len(ids), np.int32))
+
+
+def play(episode: Episode, *sampled: Sequence[int], columns: dict[str, Any] | None = None) -> Any:
+    async def run() -> Any:
+        try:
+            return await episode.play(*sampled, columns=columns)
+        finally:
+            await episode.shutdown()
+
+    return asyncio.run(run())
+
+
+def test_sampled_ids_stay_and_what_follows_is_read_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    episode = Episode(tokenizer, "two_turns", arguments={"reward": 0.25})
+    end = tokenizer.eos_token_id
+    # "on" as two tokens: to tokenise the text again would give one.
+    first, second = [*episode.ids("o"), *episode.ids("n"), end], [*episode.ids("two"), end]
+    outcome = play(episode, first, second)
+    opening = episode.ids("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n")
+    between = episode.ids("\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n")
+    assert episode.rows == [[*opening, *first, *between, *second]]
+    assert len(episode.ids("on")) == 1
+    assert outcome.reward == 0.25
+    made = json.loads(outcome.feedback)
+    assert made["prompt_token_ids"] == [*opening, *first, *between]
+    assert made["choices"][0]["token_ids"] == second
+    assert made["choices"][0]["message"] == {"role": "assistant", "content": "two"}
+    assert [one["logprob"] for one in made["choices"][0]["logprobs"]["content"]] == [-1.0, -2.0, -3.0, -4.0]
+    assert made["usage"] == {"prompt_tokens": len(episode.rows[0]) - 4, "completion_tokens": 4, "total_tokens": len(episode.rows[0])}
+
+
+def test_a_history_that_is_another_begins_another_row_and_the_verifier_rewards_what_came_last(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    episode = Episode(tokenizer, "forgets")
+    first, second = [*episode.ids("two"), tokenizer.eos_token_id], [*episode.ids("answer"), tokenizer.eos_token_id]
+    outcome = play(episode, first, second)
+    asked = [episode.ids(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in ("one", "again")]
+    assert episode.rows == [[*asked[0], *first], [*asked[1], *second]]
+    assert outcome.reward == 1.0
+
+
+def test_the_package_openai_calls_tools_and_streams_with_the_ids_intact(tokenizer: PreTrainedTokenizerFast) -> None:
+    episode = Episode(tokenizer, "openai_client")
+    call = 'Hm. <tool_call>\n{"name": "add",  "arguments": {"a": 1}}\n</tool_call>'  # two blanks that JSON would lose
+    first, second = [*episode.ids(call), tokenizer.eos_token_id], [*episode.ids("two"), tokenizer.eos_token_id]
+    outcome = play(episode, first, second)
+    assert json.loads(outcome.feedback) == ["tool_calls", [["add", '{"a": 1}']], "two", ["student"]]
+    opening = episode.ids("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n")
+    between = episode.ids(
+        "\n<|im_start|>tool\nthree<|im_end|>\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert episode.rows == [[*opening, *first, *between, *second]]
+
+
+@pytest.mark.parametrize(
+    ("harness", "says"),
+    [
+        ("fails", "KeyError: 'no such tool'"),
+        ("never_asks", "the harness ended before its first request"),
+        ("dies", "the process of the harness ended with code 3"),
+    ],
+)
+def test_a_harness_that_fails_says_why(tokenizer: PreTrainedTokenizerFast, harness: str, says: str) -> None:
+    episode = Episode(tokenizer, harness)
+    with pytest.raises(RolloutError, match=says):
+        play(episode, [5, tokenizer.eos_token_id])
+
+
+def test_an_episode_that_ends_cancels_its_harness_and_its_key(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    episode = Episode(tokenizer, "waits")
+
+    async def run() -> None:
+        environment = HarnessEnvironment(episode.services)
+        prompt = Prompt(np.array([1], np.int32), "one", "main", "", None, {"file": str(tmp_path / "cancelled")})
+        await environment.start(prompt, seed=7)
+        waiting = asyncio.create_task(environment.step(completion([5, 6])))
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        await environment.close()
+        for _ in range(100):
+            if (tmp_path / "cancelled").exists():
+                break
+            await asyncio.sleep(0.05)
+        assert (tmp_path / "cancelled").exists()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            await asyncio.to_thread(agents.ask, episode.runtime.endpoint.base_url, "a key", [{"role": "user"}])
+        await episode.shutdown()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"messages": []}, "the request has no messages"),
+        ({"messages": [{"content": "one"}]}, "every message is an object with a role"),
+        ({"messages": [{"role": "user", "content": "one"}], "n": 2}, "`n` is 2, which this endpoint does not serve"),
+        ({"messages": [{"role": "user", "content": "refused"}]}, "refuses the messages: no such words"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(
+    tokenizer: PreTrainedTokenizerFast, body: dict[str, Any], says: str
+) -> None:
+    episode = Episode(tokenizer, "waits")
+
+    async def run() -> None:
+        environment = HarnessEnvironment(episode.services)
+        prompt = Prompt(np.array([1], np.int32), "one", "main", "", None, {"file": "/dev/null"})
+        await environment.start(prompt, seed=7)
+        asked = asyncio.create_task(asyncio.to_thread(refusal, episode.runtime.endpoint.base_url, environment.key, body))
+        stepping = asyncio.create_task(environment.step(completion([5])))
+        assert says in await asked
+        stepping.cancel()
+        await environment.close()
+        await episode.shutdown()
+
+    asyncio.run(run())
+
+
+def refusal(base_url: str, key: str, body: dict[str, Any]) -> str:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        agents.ask(base_url, key, **body)
+    assert caught.value.code == 400
+    return str(json.load(caught.value)["error"]["message"])
