@@ -94,6 +94,9 @@ async def serve(answers: TextIO) -> None:
         task.cancel()  # so that harnesses end what they started
     if tasks:
         await asyncio.wait(tasks.values(), timeout=END_SECONDS)
+    for module in list(sys.modules.values()):
+        if (close := getattr(module, "close_harness", None)) is not None:
+            await asyncio.wait_for(close(), END_SECONDS)
 
 
 def list_tasks(path: str, arguments: dict[str, Any], answers: TextIO) -> None:
