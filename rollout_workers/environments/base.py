@@ -18,6 +18,9 @@ from rollout_workers.environments.verifier_process import VerifierProcess
 if TYPE_CHECKING:
     from rollout_workers.harness.environment import HarnessRuntime
 
+if TYPE_CHECKING:
+    from rollout_workers.harness.environment import HarnessRuntime
+
 TokenIds = Sequence[int] | Ints
 
 
@@ -69,6 +72,7 @@ class Services:
     decode: Callable[[Ints], str]  # token ids to text, without special tokens
     verifier: VerifierProcess = field(default_factory=VerifierProcess)
     stop: Sequence[str] = ()  # strings that end a completion
+    harness: "HarnessRuntime | None" = None  # of an agent that asks the student over the worker's endpoint
     harness: "HarnessRuntime | None" = None  # of an agent that asks the student over the worker's endpoint
 
     def text_of(self, completion: Completion) -> str:

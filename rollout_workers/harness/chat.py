@@ -1,7 +1,7 @@
 """Translates between chat completions, as clients of OpenAI's interface write them, and the tokens of a trajectory.
 
 Token-in-token-out: sampled ids stay as they were sampled, and what a request adds to them is tokenised once. A request
-continues a row if its rendered text begins with the text that the row's tokens have; then only the rest of it is read.
+continues a row if its rendered text begins with the text that the row's tokens have; then only the rest is tokenised.
 """
 
 import json
@@ -24,36 +24,36 @@ _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  #
 _UNSUPPORTED = {"n": 1, "best_of": 1, "functions": None, "response_format": None}  # and what they may be
 
 
-class ChatRow:
-    """Holds what the student has read and sampled in one row, as ids and as text, and continues it by requests."""
+class ChatHistory:
+    """Knows the tokens of an episode's conversations, and gives each request the ones that it continues."""
 
     def __init__(self, render: Render, encode: Callable[[str], Sequence[int]], decode: Callable[[Ints], str]) -> None:
         """Take a chat template, a tokenizer's `encode`, and a `decode` that writes special tokens too."""
         self._render, self._encode, self._decode = render, encode, decode
-        self._token_ids: list[int] = []
-        self._text = ""
+        self._rows: list[tuple[str, list[int]]] = []  # text and ids of what was read and sampled, the last one last
         self._sampled: dict[str, Message] = {}  # by the id of their first tool call: messages as they were sampled
 
-    @property
-    def token_ids(self) -> list[int]:
-        return self._token_ids
+    def read(self, messages: Messages, tools: Messages | None) -> tuple[str, list[int]]:
+        """Return the text that the student reads from the beginning on, and its ids.
 
-    def read(self, messages: Messages, tools: Messages | None) -> tuple[list[int], bool]:
-        """Return the ids that the student reads next, and whether they continue the row; if not, they begin another."""
+        If the text begins with that of a row, the ids begin with the row's, the sampled ones among them.
+        """
         text = self._render([self._as_sampled(message) for message in messages], tools)
-        continues = bool(self._token_ids) and text.startswith(self._text)
-        added = [int(token) for token in self._encode(text[len(self._text) :] if continues else text)]
-        self._token_ids = [*self._token_ids, *added] if continues else added
-        self._text = text
-        return added, continues
+        for begin, token_ids in reversed(self._rows):
+            if text.startswith(begin):
+                return text, [*token_ids, *map(int, self._encode(text[len(begin) :]))]
+        return text, [int(token) for token in self._encode(text)]
 
-    def add(self, completion: Completion, text: str, answer: Message) -> None:
-        """Take what the student sampled, its text without special tokens, and the message that the client gets for it."""
-        before = self._decode(np.asarray(self._token_ids, np.int32))
-        self._token_ids = [*self._token_ids, *completion.token_ids.tolist()]
-        self._text += self._decode(np.asarray(self._token_ids, np.int32))[len(before) :]
+    def add(self, text: str, token_ids: list[int], completion: Completion, plain: str, answer: Message) -> None:
+        """Take what the student sampled after it read `text`: a completion, its text without special tokens.
+
+        `answer` is the message that the client gets for it.
+        """
+        whole = [*token_ids, *completion.token_ids.tolist()]
+        before, after = (self._decode(np.asarray(ids, np.int32)) for ids in (token_ids, whole))
+        self._rows.append((text + after[len(before) :], whole))
         for call in answer.get("tool_calls", [])[:1]:
-            self._sampled[call["id"]] = {"role": "assistant", "content": text}
+            self._sampled[call["id"]] = {"role": "assistant", "content": plain}
 
     def _as_sampled(self, message: Message) -> Message:
         """Return an assistant's message with tool calls as the student wrote it, if it did; a template writes others."""

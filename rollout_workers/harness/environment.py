@@ -6,21 +6,22 @@ client of OpenAI's interface, and returns the episode's reward, or None to leave
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from cluster.config.sections import EnvironmentConfig
-from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion
 from cluster.contracts.trajectory import Ints
-from rollout_workers.environments.base import Observation, Outcome, Prompt, Services
-from rollout_workers.harness.chat import ChatRow, Render, answer_of, as_messages, chat_completion
-from rollout_workers.harness.endpoint import Call, Endpoint
+from rollout_workers.environments.base import Outcome, Prompt, Services, TokenIds
+from rollout_workers.episode import LimitReached
+from rollout_workers.harness.chat import ChatHistory, Render, answer_of, as_messages, chat_completion
+from rollout_workers.harness.endpoint import Call, Calls, Endpoint
 from rollout_workers.harness.process import HarnessProcess
 from rollout_workers.rendering import TEMPLATE_ERRORS
 
 VERIFIERS = str(Path(__file__).with_name("verifiers_package.py")) + ":run"  # the harness of environments by name
+Sample = Callable[[TokenIds], Awaitable[Completion]]
 CUT_OFF = 0.0  # reward of an episode that a limit ends while its harness still asks: as verifiers count such completions
 
 
@@ -40,84 +41,86 @@ class HarnessRuntime:
 
 
 class HarnessEnvironment:
-    """Runs a harness for one trajectory; its requests are the turns."""
+    """Runs a harness for one episode; each of its requests is a completion."""
 
     def __init__(self, services: Services) -> None:
         assert services.harness is not None
         self._services, self._runtime = services, services.harness
-        self._row = ChatRow(self._runtime.render, services.encode, self._runtime.decode)
-        self.key, self._calls = self._runtime.endpoint.open()
-        self._call: Call | None = None
-        self._running: asyncio.Task[dict[str, Any]] | None = None
+        self._history = ChatHistory(self._runtime.render, services.encode, self._runtime.decode)
+        self._limit: LimitReached | None = None  # that refused a request
+        self._last: Completion | None = None
 
-    async def start(self, prompt: Prompt, seed: int) -> list[int]:
-        """Start the harness, and return what its first request asks."""
-        self._prompt = prompt
-        await self._runtime.endpoint.start()
+    async def run(self, prompt: Prompt, seed: int, sample: Sample) -> Outcome:
+        """Answer the harness's requests until it ends; cancelled, end it and refuse what it still asks."""
+        endpoint = self._runtime.endpoint
+        await endpoint.start()
+        key, calls = endpoint.open()
         given = {"text": prompt.text, "answer": prompt.answer, "domain": prompt.domain, "seed": seed}
         arguments = {
             **self._runtime.arguments,
-            "base_url": self._runtime.endpoint.base_url,
-            "api_key": self.key,
+            "base_url": endpoint.base_url,
+            "api_key": key,
             "prompt": {**given, "columns": dict(prompt.columns)},
         }
-        self._running = asyncio.create_task(self._runtime.process.run(arguments))
-        read = await self._next()
-        if read is None:
-            raise RolloutError(self._running.result().get("error", "the harness ended before its first request"))
-        return read[0]
+        running = asyncio.create_task(self._runtime.process.run(arguments))
+        try:
+            while (call := await _next(calls, running)) is not None:
+                await self._answer(call, sample)
+            return await self._outcome(prompt, running.result())
+        finally:
+            endpoint.close(key)
+            running.cancel()
 
-    async def step(self, completion: Completion) -> Observation | Outcome:
-        """Answer the request with the completion; return what the next one asks, or what the harness came to."""
-        assert self._call is not None
-        assert self._running is not None
-        text = self._services.decode(completion.token_ids)
-        answer = answer_of(text, bool(self._call.body.get("tools")))
-        made = chat_completion(self._call.body, answer, completion, self._row.token_ids, self._runtime.decode)
-        self._row.add(completion, text, answer)
-        self._call.answer(made)
-        read = await self._next()
-        if read is not None:
-            added, continues = read
-            return Observation(added, CUT_OFF, continues)
-        result = self._running.result()
+    async def _answer(self, call: Call, sample: Sample) -> None:
+        try:
+            text, token_ids = self._history.read(as_messages(call.body["messages"]), call.body.get("tools"))
+            completion = await sample(token_ids)
+        except TEMPLATE_ERRORS as error:
+            call.refuse(f"the chat template of the student refuses the messages: {error}")
+        except LimitReached as limit:
+            self._limit = limit
+            call.refuse("a limit of the episode allows no further completion")
+        else:
+            self._last = completion
+            plain = self._services.decode(completion.token_ids)
+            answer = answer_of(plain, bool(call.body.get("tools")))
+            self._history.add(text, token_ids, completion, plain, answer)
+            call.answer(chat_completion(call.body, answer, completion, token_ids, self._runtime.decode))
+        finally:
+            call.refuse("the episode is over")  # unless it is answered
+
+    async def _outcome(self, prompt: Prompt, result: dict[str, Any]) -> Outcome:
+        """Return what the harness came to.
+
+        One that fails because of a limit has not failed, and its reward is that of a completion that was cut off.
+        """
+        if "error" in result and self._limit is not None:
+            return Outcome(CUT_OFF)
         if "error" in result:
-            raise RolloutError(result["error"])
+            raise HarnessError(result["error"])
+        if self._last is None:
+            raise HarnessError("the harness ended without a completion")
         reward = result["reward"]
         if reward is None:
-            reward = await self._services.reward(self._prompt, completion)
+            reward = await self._services.reward(prompt, self._last)
         elif not math.isfinite(reward):
-            raise RolloutError(f"the harness returned the reward {reward}; expected a finite number")
+            raise HarnessError(f"the harness returned the reward {reward}; expected a finite number")
         return Outcome(reward, result.get("feedback", ""))
 
-    async def close(self) -> None:
-        """End the episode wherever it is: its key is void, the harness is cancelled."""
-        if self._call is not None:
-            self._call.refuse("the episode is over")
-        self._runtime.endpoint.close(self.key)
-        if self._running is not None and not self._running.done():
-            self._running.cancel()
 
-    async def _next(self) -> tuple[list[int], bool] | None:
-        """Return what the next request asks and whether it continues the row; None if the harness ends instead."""
-        while (call := await self._next_call()) is not None:
-            try:
-                read = self._row.read(as_messages(call.body["messages"]), call.body.get("tools"))
-            except TEMPLATE_ERRORS as error:
-                call.refuse(f"the chat template of the student refuses the messages: {error}")
-                continue
-            self._call = call
-            return read
-        return None
+class HarnessError(Exception):
+    """Says why a harness came to no outcome; its episode counts as one whose environment failed."""
 
-    async def _next_call(self) -> Call | None:
-        """Wait for a request whose client still waits; return None if the harness ends instead."""
-        assert self._running is not None
-        while True:
-            coming = asyncio.ensure_future(self._calls.get())
-            await asyncio.wait({coming, self._running}, return_when=asyncio.FIRST_COMPLETED)
+
+async def _next(calls: Calls, running: asyncio.Task[dict[str, Any]]) -> Call | None:
+    """Wait for a request whose client still waits; return None when the harness ends instead."""
+    while True:
+        coming = asyncio.ensure_future(calls.get())
+        try:
+            await asyncio.wait({coming, running}, return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
-                coming.cancel()
                 return None
-            if not coming.result().is_given_up:
-                return coming.result()
+        finally:
+            coming.cancel()
+        if not coming.result().is_given_up:
+            return coming.result()

@@ -3,8 +3,9 @@
 import asyncio
 import json
 import os
-import time
+import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 
@@ -49,14 +50,37 @@ async def dies(base_url: str, api_key: str, prompt: dict[str, Any]) -> None:
     os._exit(3)
 
 
+async def infinite(base_url: str, api_key: str, prompt: dict[str, Any]) -> float:
+    await asyncio.to_thread(ask, base_url, api_key, [{"role": "user", "content": "one"}])
+    return float("inf")
+
+
 async def waits(base_url: str, api_key: str, prompt: dict[str, Any]) -> None:
-    """Ask once, then write into the prompt's file that it was cancelled."""
+    """Ask once, then wait; write the key into the prompt's file when that is cancelled."""
     await asyncio.to_thread(ask, base_url, api_key, [{"role": "user", "content": "one"}])
     try:
         await asyncio.sleep(600)
     finally:
-        with open(prompt["columns"]["file"], "w") as file:
-            file.write(str(time.time()))
+        Path(prompt["columns"]["file"]).write_text(api_key)
+
+
+def takes_what_it_gets(base_url: str, api_key: str, prompt: dict[str, Any]) -> float:
+    """Ask until it is refused, and return a reward for what it has."""
+    try:
+        while True:
+            ask(base_url, api_key, [{"role": "user", "content": prompt["text"]}])
+    except urllib.error.HTTPError:
+        return 0.75
+
+
+def is_refused(base_url: str, api_key: str, prompt: dict[str, Any]) -> dict[str, Any]:
+    """Ask what the prompt's columns say, and return why it was refused."""
+    ask(base_url, api_key, [{"role": "user", "content": "one"}])
+    try:
+        ask(base_url, api_key, **prompt["columns"]["body"])
+    except urllib.error.HTTPError as error:
+        return {"reward": 0.0, "feedback": json.load(error)["error"]["message"]}
+    return {"reward": 1.0}
 
 
 async def openai_client(base_url: str, api_key: str, prompt: dict[str, Any]) -> dict[str, Any]:

@@ -2,23 +2,21 @@
 
 import asyncio
 import json
-import time
 import urllib.error
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config.sections import EnvironmentConfig
-from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion
-from cluster.contracts.trajectory import Ints
-from rollout_workers.environments.base import Observation, Outcome, Prompt, Services
-from rollout_workers.harness.environment import HarnessEnvironment, HarnessRuntime
+from rollout_workers.environments.base import Outcome, Prompt, Services, TokenIds
+from rollout_workers.episode import LimitReached
+from rollout_workers.harness.environment import HarnessEnvironment, HarnessError, HarnessRuntime
 from tests.rollout_workers.harness import agents
 
 AGENTS = "tests.rollout_workers.harness.agents"
@@ -36,8 +34,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)} | {"on": 256}, merges=[("o", "n")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=TEMPLATE)
@@ -62,29 +58,26 @@ class Episode:
             stop=(),
             harness=self.runtime,
         )
-        self.rows: list[list[int]] = []
-        self.outcome: Outcome | None = None
+        self.rows: list[list[int]] = []  # what the student read and sampled
 
     def ids(self, text: str) -> list[int]:
         return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
 
-    async def play(self, *sampled: Sequence[int], columns: dict[str, Any] | None = None) -> Outcome | Observation:
-        environment = HarnessEnvironment(self.services)
+    async def play(self, *sampled: Sequence[int], columns: dict[str, Any] | None = None) -> Outcome:
+        """Run a harness whose student samples this; where no more is left, a limit is reached."""
+        left = list(sampled)
+
+        async def sample(token_ids: TokenIds) -> Completion:
+            if not left:
+                raise LimitReached("length")
+            whole = [int(token) for token in token_ids]
+            if self.rows and whole[: len(self.rows[-1])] == self.rows[-1]:
+                self.rows.pop()
+            self.rows.append([*whole, *left[0]])
+            return completion(left.pop(0))
+
         prompt = Prompt(np.array([1], np.int32), "one", "main", "", "answer", columns or {})
-        try:
-            self.rows.append(list(await environment.start(prompt, seed=7)))
-            for ids in sampled:
-                self.rows[-1] += ids
-                step = await environment.step(completion(ids))
-                if isinstance(step, Outcome):
-                    return step
-                if step.continues:
-                    self.rows[-1] += [int(token) for token in step.token_ids]
-                else:
-                    self.rows.append([int(token) for token in step.token_ids])
-            return step
-        finally:
-            await environment.close()
+        return await HarnessEnvironment(self.services).run(prompt, 7, sample)
 
     async def shutdown(self) -> None:
         self.services.verifier.close()
@@ -153,34 +146,38 @@ def test_the_package_openai_calls_tools_and_streams_with_the_ids_intact(tokenize
     ("harness", "says"),
     [
         ("fails", "KeyError: 'no such tool'"),
-        ("never_asks", "the harness ended before its first request"),
+        ("never_asks", "the harness ended without a completion"),
         ("dies", "the process of the harness ended with code 3"),
+        ("infinite", "the harness returned the reward inf; expected a finite number"),
     ],
 )
 def test_a_harness_that_fails_says_why(tokenizer: PreTrainedTokenizerFast, harness: str, says: str) -> None:
-    episode = Episode(tokenizer, harness)
-    with pytest.raises(RolloutError, match=says):
-        play(episode, [5, tokenizer.eos_token_id])
+    with pytest.raises(HarnessError, match=says):
+        play(Episode(tokenizer, harness), [5, tokenizer.eos_token_id])
 
 
-def test_an_episode_that_ends_cancels_its_harness_and_its_key(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    episode = Episode(tokenizer, "waits")
+def test_a_limit_refuses_the_request_and_what_the_harness_makes_of_that_counts(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    assert play(Episode(tokenizer, "two_turns"), [5]).reward == 0.0  # it does not expect to be refused
+    assert play(Episode(tokenizer, "takes_what_it_gets"), [5]).reward == 0.75
+
+
+def test_an_episode_that_ends_cancels_its_harness_and_its_key(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    episode, columns = Episode(tokenizer, "waits"), {"file": str(tmp_path / "cancelled")}
 
     async def run() -> None:
-        environment = HarnessEnvironment(episode.services)
-        prompt = Prompt(np.array([1], np.int32), "one", "main", "", None, {"file": str(tmp_path / "cancelled")})
-        await environment.start(prompt, seed=7)
-        waiting = asyncio.create_task(environment.step(completion([5, 6])))
-        await asyncio.sleep(0.2)
-        waiting.cancel()
-        await environment.close()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(episode.play([5, 6], columns=columns), 3)
         for _ in range(100):
             if (tmp_path / "cancelled").exists():
                 break
             await asyncio.sleep(0.05)
-        assert (tmp_path / "cancelled").exists()
+        key = (tmp_path / "cancelled").read_text()
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            await asyncio.to_thread(agents.ask, episode.runtime.endpoint.base_url, "a key", [{"role": "user"}])
+            await asyncio.to_thread(agents.ask, episode.runtime.endpoint.base_url, key, [{"role": "user"}])
         await episode.shutdown()
 
     asyncio.run(run())
@@ -198,24 +195,5 @@ def test_an_episode_that_ends_cancels_its_harness_and_its_key(tokenizer: PreTrai
 def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(
     tokenizer: PreTrainedTokenizerFast, body: dict[str, Any], says: str
 ) -> None:
-    episode = Episode(tokenizer, "waits")
-
-    async def run() -> None:
-        environment = HarnessEnvironment(episode.services)
-        prompt = Prompt(np.array([1], np.int32), "one", "main", "", None, {"file": "/dev/null"})
-        await environment.start(prompt, seed=7)
-        asked = asyncio.create_task(asyncio.to_thread(refusal, episode.runtime.endpoint.base_url, environment.key, body))
-        stepping = asyncio.create_task(environment.step(completion([5])))
-        assert says in await asked
-        stepping.cancel()
-        await environment.close()
-        await episode.shutdown()
-
-    asyncio.run(run())
-
-
-def refusal(base_url: str, key: str, body: dict[str, Any]) -> str:
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        agents.ask(base_url, key, **body)
-    assert caught.value.code == 400
-    return str(json.load(caught.value)["error"]["message"])
+    outcome = play(Episode(tokenizer, "is_refused"), [5], columns={"body": body})
+    assert says in outcome.feedback
