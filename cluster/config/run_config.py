@@ -12,6 +12,7 @@ from cluster.config.aligned import check_aligned
 from cluster.config.fields import Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.sections import (
+    HARNESS_KINDS,
     CheckpointConfig,
     EnvironmentConfig,
     EvaluationConfig,
@@ -42,7 +43,7 @@ from cluster.config.terms import (
 )
 from cluster.contracts.requests import ScoreRequest
 
-REASONING_GYM = "reasoning-gym:"  # before the task, in the place of a file
+REASONING_GYM, VERIFIERS = "reasoning-gym:", "verifiers:"  # before the task, in the place of a file
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 
 
@@ -160,12 +161,19 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
-    for source in (prompts.train, prompts.held_out or prompts.train):
+    for source in filter(None, (prompts.train, prompts.held_out)):
         if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
             raise ValueError(
                 f"environment: 'reasoning_gym' rewards the prompts of that package, and '{source}' are others; "
                 f"set prompts.train and prompts.held_out to '{REASONING_GYM}TASK'"
             )
+        if (environment.kind == "verifiers") != source.startswith(VERIFIERS):
+            raise ValueError(
+                f"environment.kind is '{environment.kind}', and the prompts are '{source}'; an environment of verifiers "
+                f"plays its own tasks: set kind = 'verifiers', and prompts.train and prompts.held_out to '{VERIFIERS}TASKSET'"
+            )
+    if environment.kind in HARNESS_KINDS and prompts.template == "raw":
+        raise ValueError(f"environment.kind = '{environment.kind}' asks by chat messages; set prompts.template = 'chat'")
 
 
 def _check_contexts(config: Config) -> None:

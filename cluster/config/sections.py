@@ -64,6 +64,16 @@ class EnvironmentConfig(Section):
     episodes_at_once: Count = 64  # harnesses that run at the same time, per rollout worker
     max_observation_tokens: CountOrZero = 0  # that the environment may add to one prompt; the context is so much longer
 
+    def __post_init__(self) -> None:
+        if (self.kind == "harness") != (self.harness is not None):
+            raise ValueError(
+                f"environment.kind is '{self.kind}' and environment.harness is {self.harness!r}; kind = 'harness' needs "
+                "the import path of one, and no other kind has any"
+            )
+        if self.kind not in HARNESS_KINDS and (self.python is not None or self.arguments):
+            name = "python" if self.python is not None else "arguments"
+            raise ValueError(f"environment.{name} is for kind = 'harness' and 'verifiers', found '{self.kind}'")
+
     @property
     def weights(self) -> dict[str, float]:
         """Return the verifiers and reward functions with their weights."""

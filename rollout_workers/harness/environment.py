@@ -7,7 +7,6 @@ client of OpenAI's interface, and returns the episode's reward, or None to leave
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from cluster.config.sections import EnvironmentConfig
@@ -17,10 +16,9 @@ from rollout_workers.environments.base import Outcome, Prompt, Services, TokenId
 from rollout_workers.episode import LimitReached
 from rollout_workers.harness.chat import ChatHistory, Render, answer_of, as_messages, chat_completion
 from rollout_workers.harness.endpoint import Call, Calls, Endpoint
-from rollout_workers.harness.process import HarnessProcess
+from rollout_workers.harness.process import VERIFIERS, HarnessProcess
 from rollout_workers.rendering import TEMPLATE_ERRORS
 
-VERIFIERS = str(Path(__file__).with_name("verifiers_package.py")) + ":run"  # the harness of environments by name
 Sample = Callable[[TokenIds], Awaitable[Completion]]
 CUT_OFF = 0.0  # reward of an episode that a limit ends while its harness still asks: as verifiers count such completions
 
@@ -31,7 +29,7 @@ class HarnessRuntime:
     def __init__(self, config: EnvironmentConfig, host: str, render: Render, decode: Callable[[Ints], str]) -> None:
         """Take the address to listen at, the chat template, and a `decode` that writes special tokens too."""
         self.endpoint = Endpoint(host)
-        self.process = HarnessProcess(config.harness or VERIFIERS, config.python, config.episodes_at_once)
+        self.process = HarnessProcess(config.harness or f"{VERIFIERS}:run", config.python, config.episodes_at_once)
         self.arguments = config.arguments
         self.render, self.decode = render, decode
 

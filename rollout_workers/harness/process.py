@@ -13,6 +13,7 @@ from typing import Any
 from cluster.contracts.errors import ConfigError, PromptError, RolloutError
 
 PROGRAM = str(Path(__file__).with_name("program.py"))
+VERIFIERS = str(Path(__file__).with_name("verifiers_package.py"))  # plays the environments of that package
 START_SECONDS = 120.0
 LIST_SECONDS = 600.0
 END_SECONDS = 10.0
@@ -137,5 +138,5 @@ def list_tasks(function: str, arguments: Mapping[str, Any], python: str | None) 
         raise PromptError(f"listing the tasks takes longer than {LIST_SECONDS:g} s; take fewer of them") from error
     except subprocess.CalledProcessError as error:
         *_, last = (error.stderr.strip() or f"exit code {error.returncode}").splitlines()
-        raise PromptError(last) from error
+        raise PromptError(f"{last}; this runs in {command[0]}, where its packages must be") from error
     return [json.loads(line) for line in done.stdout.splitlines()]
