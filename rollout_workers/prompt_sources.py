@@ -1,4 +1,4 @@
-"""Reads the rows of prompts: JSON lines, JSON, Parquet, CSV, a folder of them, a data set of the hub, or of a package."""
+"""Reads the rows of prompts: JSON lines, JSON, Parquet, CSV, a folder, a data set of the hub, a package's tasks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -40,8 +40,10 @@ def parse_source(text: str) -> DataSource:
         DataSource(kind='reasoning-gym', place='chain_sum?size=100', subset=None, split=None)
     """
     package, _, task = text.partition(":")
-    if package == "reasoning-gym" or package == "verifiers":
-        return DataSource(package, task)
+    if package == "reasoning-gym":
+        return DataSource("reasoning-gym", task)
+    if package == "verifiers":
+        return DataSource("verifiers", task)
     split = ""
     if not _exists(Path(text)):
         text, _, split = text.partition(":")

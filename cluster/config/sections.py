@@ -28,7 +28,7 @@ class StudentConfig(Section):
 class PromptsConfig(Section):
     """Sets the prompts of a run."""
 
-    # A file (JSONL, JSON, Parquet, CSV), a folder, owner/name[/subset][:split] of the hub, or reasoning-gym:TASK; docs/data.md
+    # A file (JSONL, JSON, Parquet, CSV), a folder, owner/name[/subset][:split] of the hub, PACKAGE:TASK; docs/data.md
     train: Text
     held_out: Text | None = None  # the same
     # Our name = theirs, such as prompt = "question"; dots lead into a column. Further names are kept for rewards.

@@ -1,106 +1,21 @@
-"""Harnesses as environments: real process, real HTTP; the student's completions are scripted."""
+"""Harnesses as environments: what they ask, what the student reads, and what the episode comes to."""
 
 import asyncio
 import json
 import urllib.error
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cluster.config.sections import EnvironmentConfig
-from cluster.contracts.requests import Completion
-from rollout_workers.environments.base import Outcome, Prompt, Services, TokenIds
-from rollout_workers.episode import LimitReached
-from rollout_workers.harness.environment import HarnessEnvironment, HarnessError, HarnessRuntime
+from rollout_workers.harness.environment import HarnessError
 from tests.rollout_workers.harness import agents
-
-AGENTS = "tests.rollout_workers.harness.agents"
-TEMPLATE = (
-    "{% for m in messages %}{% if m.content == 'refused' %}{{ raise_exception('no such words') }}{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}(call of {{ call.function.name }}){% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes, in which also a few longer strings are tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)} | {"on": 256}, merges=[("o", "n")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", chat_template=TEMPLATE)
-
-
-class Episode:
-    """Drives one environment by scripted completions, and keeps what the student would have read and sampled."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, harness: str, **config: Any) -> None:
-        self.tokenizer = tokenizer
-        self.runtime = HarnessRuntime(
-            EnvironmentConfig("harness", harness=f"{AGENTS}:{harness}", **config),
-            "127.0.0.1",
-            lambda messages, tools: str(
-                tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
-            ),
-            lambda ids: str(tokenizer.decode(ids)),
-        )
-        self.services = Services(
-            lambda text: tokenizer.encode(text, add_special_tokens=False),
-            lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            stop=(),
-            harness=self.runtime,
-        )
-        self.rows: list[list[int]] = []  # what the student read and sampled
-
-    def ids(self, text: str) -> list[int]:
-        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
-
-    async def play(self, *sampled: Sequence[int], columns: dict[str, Any] | None = None) -> Outcome:
-        """Run a harness whose student samples this; where no more is left, a limit is reached."""
-        left = list(sampled)
-
-        async def sample(token_ids: TokenIds) -> Completion:
-            if not left:
-                raise LimitReached("length")
-            whole = [int(token) for token in token_ids]
-            if self.rows and whole[: len(self.rows[-1])] == self.rows[-1]:
-                self.rows.pop()
-            self.rows.append([*whole, *left[0]])
-            return completion(left.pop(0))
-
-        prompt = Prompt(np.array([1], np.int32), "one", "main", "", "answer", columns or {})
-        return await HarnessEnvironment(self.services).run(prompt, 7, sample)
-
-    async def shutdown(self) -> None:
-        self.services.verifier.close()
-        await self.runtime.shutdown()
-
-
-def completion(ids: Sequence[int]) -> Completion:
-    logprobs = -np.arange(1, len(ids) + 1, dtype=np.float32)
-    return Completion(np.array(ids, np.int32), logprobs, "stop", np.zeros(len(ids), np.int32))
-
-
-def play(episode: Episode, *sampled: Sequence[int], columns: dict[str, Any] | None = None) -> Any:
-    async def run() -> Any:
-        try:
-            return await episode.play(*sampled, columns=columns)
-        finally:
-            await episode.shutdown()
-
-    return asyncio.run(run())
+from tests.rollout_workers.harness.driver import ScriptedEpisode, play
 
 
 def test_sampled_ids_stay_and_what_follows_is_read_once(tokenizer: PreTrainedTokenizerFast) -> None:
-    episode = Episode(tokenizer, "two_turns", arguments={"reward": 0.25})
+    episode = ScriptedEpisode(tokenizer, "two_turns", arguments={"reward": 0.25})
     end = tokenizer.eos_token_id
     # "on" as two tokens: to tokenise the text again would give one.
     first, second = [*episode.ids("o"), *episode.ids("n"), end], [*episode.ids("two"), end]
@@ -121,7 +36,7 @@ def test_sampled_ids_stay_and_what_follows_is_read_once(tokenizer: PreTrainedTok
 def test_a_history_that_is_another_begins_another_row_and_the_verifier_rewards_what_came_last(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    episode = Episode(tokenizer, "forgets")
+    episode = ScriptedEpisode(tokenizer, "forgets")
     first, second = [*episode.ids("two"), tokenizer.eos_token_id], [*episode.ids("answer"), tokenizer.eos_token_id]
     outcome = play(episode, first, second)
     asked = [episode.ids(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n") for text in ("one", "again")]
@@ -130,7 +45,7 @@ def test_a_history_that_is_another_begins_another_row_and_the_verifier_rewards_w
 
 
 def test_the_package_openai_calls_tools_and_streams_with_the_ids_intact(tokenizer: PreTrainedTokenizerFast) -> None:
-    episode = Episode(tokenizer, "openai_client")
+    episode = ScriptedEpisode(tokenizer, "openai_client")
     call = 'Hm. <tool_call>\n{"name": "add",  "arguments": {"a": 1}}\n</tool_call>'  # two blanks that JSON would lose
     first, second = [*episode.ids(call), tokenizer.eos_token_id], [*episode.ids("two"), tokenizer.eos_token_id]
     outcome = play(episode, first, second)
@@ -153,20 +68,20 @@ def test_the_package_openai_calls_tools_and_streams_with_the_ids_intact(tokenize
 )
 def test_a_harness_that_fails_says_why(tokenizer: PreTrainedTokenizerFast, harness: str, says: str) -> None:
     with pytest.raises(HarnessError, match=says):
-        play(Episode(tokenizer, harness), [5, tokenizer.eos_token_id])
+        play(ScriptedEpisode(tokenizer, harness), [5, tokenizer.eos_token_id])
 
 
 def test_a_limit_refuses_the_request_and_what_the_harness_makes_of_that_counts(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    assert play(Episode(tokenizer, "two_turns"), [5]).reward == 0.0  # it does not expect to be refused
-    assert play(Episode(tokenizer, "takes_what_it_gets"), [5]).reward == 0.75
+    assert play(ScriptedEpisode(tokenizer, "two_turns"), [5]).reward == 0.0  # it does not expect to be refused
+    assert play(ScriptedEpisode(tokenizer, "takes_what_it_gets"), [5]).reward == 0.75
 
 
 def test_an_episode_that_ends_cancels_its_harness_and_its_key(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    episode, columns = Episode(tokenizer, "waits"), {"file": str(tmp_path / "cancelled")}
+    episode, columns = ScriptedEpisode(tokenizer, "waits"), {"file": str(tmp_path / "cancelled")}
 
     async def run() -> None:
         with pytest.raises(TimeoutError):
@@ -195,5 +110,5 @@ def test_an_episode_that_ends_cancels_its_harness_and_its_key(
 def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(
     tokenizer: PreTrainedTokenizerFast, body: dict[str, Any], says: str
 ) -> None:
-    outcome = play(Episode(tokenizer, "is_refused"), [5], columns={"body": body})
+    outcome = play(ScriptedEpisode(tokenizer, "is_refused"), [5], columns={"body": body})
     assert says in outcome.feedback
