@@ -6,12 +6,15 @@ Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM'
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
+from cluster.config.sections import HARNESS_KINDS, EnvironmentConfig, PromptsConfig, StudentConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
@@ -19,10 +22,16 @@ from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.vllm.weight_sync.updates import WeightVerbs
 from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.environments.base import Services, environment_named
+from rollout_workers.environments.chat import Chat
+from rollout_workers.environments.tool_calls import reader_of
 from rollout_workers.environments.verifier_process import VerifierProcess
+from rollout_workers.episode import Limits
 from rollout_workers.pool import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
+
+if TYPE_CHECKING:
+    from rollout_workers.harness.environment import HarnessRuntime
 
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
@@ -59,16 +68,26 @@ class RolloutActor(WeightVerbs):
             settings.sampled_candidates,
             settings.merges_stops,
         )
+        environment = settings.environment
         self._worker = RolloutWorker(
             engine,
             Services(
                 lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))),
                 lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-                VerifierProcess(settings.environment.weights, settings.environment.reward_seconds),
+                VerifierProcess(environment.weights, environment.reward_seconds, environment.tools),
+                settings=environment,
+                chat=None if settings.chat is None else _chat(*settings.chat),
+                read_calls=reader_of(environment.tool_format, tokenizer),
+                harness=_harness(environment),
             ),
             settings.rows_per_batch,
-            environment_named(settings.environment.kind),
-            settings.environment.max_observation_tokens,
+            environment_named(environment.kind),
+            Limits(
+                environment.max_observation_tokens,
+                environment.max_turns,
+                environment.max_turn_tokens,
+                environment.episode_seconds,
+            ),
             lambda prompts: (
                 None if settings.contexts is None else ContextBuilder(settings.contexts, tokenizer, prompts)
             ),
@@ -120,3 +139,22 @@ class RolloutActor(WeightVerbs):
             self._watching.cancel()
         if hasattr(self, "_worker"):
             await self._worker.shutdown()
+
+
+def _harness(environment: EnvironmentConfig) -> "HarnessRuntime | None":
+    """Return what agents ask the student by, if they are the run's environment; it listens at the node's address."""
+    if environment.kind not in HARNESS_KINDS:
+        return None
+    import ray
+
+    from rollout_workers.harness.environment import HarnessRuntime
+
+    return HarnessRuntime(environment, ray.util.get_node_ip_address())
+
+
+def _chat(student: StudentConfig, prompts: PromptsConfig, now: datetime) -> Chat:
+    """Load the student's tokenizer, which rendered the prompts; a teacher that is measured may have another."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(student.model, trust_remote_code=student.trust_remote_code)
+    return Chat(tokenizer, prompts, now)

@@ -174,6 +174,15 @@ def _check_prompts(config: Config) -> None:
             )
     if environment.kind in HARNESS_KINDS and prompts.template == "raw":
         raise ValueError(f"environment.kind = '{environment.kind}' asks by chat messages; set prompts.template = 'chat'")
+    if environment.kind == "tools" and not environment.tools:
+        raise ValueError("environment.kind = 'tools' has no tools; name functions in environment.tools")
+    if environment.tools and not environment.has_turns:
+        raise ValueError("environment.tools are for several turns; set environment.kind = 'tools'")
+    if environment.tools and (prompts.template == "raw" or prompts.last_answer == "prefill"):
+        raise ValueError(
+            "environment.tools are written by the chat template, after whole messages; set prompts.template = 'chat' "
+            "and no prompts.last_answer = 'prefill'"
+        )
 
 
 def _check_contexts(config: Config) -> None:

@@ -15,6 +15,7 @@ from cluster.models.pairs import Pairs, compare_all
 from rollout_workers.contexts.builder import ContextSettings
 from rollout_workers.contexts.plan import plan_contexts
 from rollout_workers.environments.base import environment_named
+from rollout_workers.environments.tool_calls import tool_schemas
 from rollout_workers.environments.verifier_process import check_rewards
 from rollout_workers.load_prompts import load_prompts
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, TRAIN_SPLITS
@@ -64,6 +65,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     check_support(config, min(model.vocabulary for model in models) - len(pairs.stop_class[1:]))
     environment_named(config.environment.kind)  # refuses a wrong name before anything starts
     check_rewards(config.environment.weights)
+    tool_schemas(config.environment.tools)
     context = min(model.context_tokens for model in models)
     now = now or datetime.now()
     notes: list[str] = []

@@ -173,6 +173,9 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         sampled_candidates=config.objective.needs.sampled_candidates,
         merges_stops=len(config.rollout.stop_class or ()) > 1,
         contexts=inputs.contexts,
+        chat=(config.student, config.prompts, inputs.read_at)
+        if config.environment.has_turns and config.prompts.template == "chat"
+        else None,
     )
 
 

@@ -5,31 +5,30 @@ continues a row if its rendered text begins with the text that the row's tokens 
 """
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from secrets import token_hex
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from cluster.contracts.requests import Completion
 from cluster.contracts.trajectory import Ints
+from rollout_workers.environments.chat import Chat
+from rollout_workers.prompt_row import Messages, PromptRow
 
 Message = dict[str, Any]
-Messages = list[Message]
-Render = Callable[[Messages, Messages | None], str]  # messages and tools to the text that the student reads
 
-_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # as Hermes, Qwen and SmolLM write it
 _UNSUPPORTED = {"n": 1, "best_of": 1, "functions": None, "response_format": None}  # and what they may be
 
 
 class ChatHistory:
     """Knows the tokens of an episode's conversations, and gives each request the ones that it continues."""
 
-    def __init__(self, render: Render, encode: Callable[[str], Sequence[int]], decode: Callable[[Ints], str]) -> None:
-        """Take a chat template, a tokenizer's `encode`, and a `decode` that writes special tokens too."""
-        self._render, self._encode, self._decode = render, encode, decode
+    def __init__(self, chat: Chat, row: PromptRow) -> None:
+        """Take the student's chat template, and the prompt's row, whose settings of the template hold for requests."""
+        self._chat, self._row = chat, row
         self._rows: list[tuple[str, list[int]]] = []  # text and ids of what was read and sampled, the last one last
         self._sampled: dict[str, Message] = {}  # by the id of their first tool call: messages as they were sampled
 
@@ -37,23 +36,24 @@ class ChatHistory:
         """Return the text that the student reads from the beginning on, and its ids.
 
         If the text begins with that of a row, the ids begin with the row's, the sampled ones among them.
+
+        Raises:
+            PromptError: the chat template refuses the messages.
         """
-        text = self._render([self._as_sampled(message) for message in messages], tools)
+        asked = [self._as_sampled(message) for message in messages]
+        text = self._chat.text(msgspec.structs.replace(self._row, prompt=asked, tools=tools), [])
         for begin, token_ids in reversed(self._rows):
             if text.startswith(begin):
-                return text, [*token_ids, *map(int, self._encode(text[len(begin) :]))]
-        return text, [int(token) for token in self._encode(text)]
+                return text, [*token_ids, *self._chat.encode(text[len(begin) :]).tolist()]
+        return text, self._chat.encode(text).tolist()
 
-    def add(self, text: str, token_ids: list[int], completion: Completion, plain: str, answer: Message) -> None:
-        """Take what the student sampled after it read `text`: a completion, its text without special tokens.
-
-        `answer` is the message that the client gets for it.
-        """
+    def add(self, text: str, token_ids: list[int], completion: Completion, answer: Message) -> None:
+        """Take what the student sampled after it read `text`; `answer` is the message that the client gets for it."""
         whole = [*token_ids, *completion.token_ids.tolist()]
-        before, after = (self._decode(np.asarray(ids, np.int32)) for ids in (token_ids, whole))
+        before, after = (self._chat.decode(np.asarray(ids, np.int32)) for ids in (token_ids, whole))
         self._rows.append((text + after[len(before) :], whole))
         for call in answer.get("tool_calls", [])[:1]:
-            self._sampled[call["id"]] = {"role": "assistant", "content": plain}
+            self._sampled[call["id"]] = {"role": "assistant", "content": self._chat.content(completion.token_ids)}
 
     def _as_sampled(self, message: Message) -> Message:
         """Return an assistant's message with tool calls as the student wrote it, if it did; a template writes others."""
@@ -97,29 +97,18 @@ def _with_arguments(call: Message) -> Message:
         return call
 
 
-def answer_of(text: str, has_tools: bool) -> Message:
-    """Return the assistant's message that a completion's text is, its tool calls apart if the request named tools."""
-    calls = [_tool_call(found) for found in _TOOL_CALL.findall(text)] if has_tools else []
-    known = [call for call in calls if call is not None]
-    if not known:
+def answer_of(text: str, calls: Sequence[Mapping[str, Any]]) -> Message:
+    """Return the assistant's message that a completion is; what is no whole call stays text."""
+    whole = [call for call in calls if "error" not in call]
+    if not whole:
         return {"role": "assistant", "content": text}
-    content = text[: text.index("<tool_call>")].strip()
-    return {"role": "assistant", "content": content or None, "tool_calls": known}
+    content = text.partition("<tool_call>")[0].strip() if "<tool_call>" in text else ""
+    return {"role": "assistant", "content": content or None, "tool_calls": [_tool_call(call) for call in whole]}
 
 
-def _tool_call(text: str) -> Message | None:
-    try:
-        call = json.loads(text)
-    except ValueError:
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = json.dumps(call.get("arguments", {}))
-    return {
-        "id": f"call_{token_hex(8)}",
-        "type": "function",
-        "function": {"name": call["name"], "arguments": arguments},
-    }
+def _tool_call(call: Mapping[str, Any]) -> Message:
+    function = {"name": call["name"], "arguments": json.dumps(call["arguments"])}
+    return {"id": f"call_{token_hex(8)}", "type": "function", "function": function}
 
 
 def chat_completion(

@@ -10,14 +10,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from cluster.config.sections import EnvironmentConfig
+from cluster.contracts.errors import PromptError
 from cluster.contracts.requests import Completion
-from cluster.contracts.trajectory import Ints
 from rollout_workers.environments.base import Outcome, Prompt, Services, TokenIds
 from rollout_workers.episode import LimitReached
-from rollout_workers.harness.chat import ChatHistory, Render, answer_of, as_messages, chat_completion
+from rollout_workers.harness.chat import ChatHistory, answer_of, as_messages, chat_completion
 from rollout_workers.harness.endpoint import Call, Calls, Endpoint
 from rollout_workers.harness.process import VERIFIERS, HarnessProcess
-from rollout_workers.rendering import TEMPLATE_ERRORS
+from rollout_workers.rendering import messages_of
 
 Sample = Callable[[TokenIds], Awaitable[Completion]]
 CUT_OFF = 0.0  # reward of an episode that a limit ends while its harness still asks: as verifiers count such completions
@@ -26,12 +26,11 @@ CUT_OFF = 0.0  # reward of an episode that a limit ends while its harness still 
 class HarnessRuntime:
     """Holds what the episodes of one rollout worker share: the endpoint and the process of their harness."""
 
-    def __init__(self, config: EnvironmentConfig, host: str, render: Render, decode: Callable[[Ints], str]) -> None:
-        """Take the address to listen at, the chat template, and a `decode` that writes special tokens too."""
+    def __init__(self, config: EnvironmentConfig, host: str) -> None:
+        """Take the address to listen at; nothing starts before the first episode."""
         self.endpoint = Endpoint(host)
         self.process = HarnessProcess(config.harness or f"{VERIFIERS}:run", config.python, config.episodes_at_once)
         self.arguments = config.arguments
-        self.render, self.decode = render, decode
 
     async def shutdown(self) -> None:
         await self.process.shutdown()
@@ -43,47 +42,50 @@ class HarnessEnvironment:
 
     def __init__(self, services: Services) -> None:
         assert services.harness is not None
-        self._services, self._runtime = services, services.harness
-        self._history = ChatHistory(self._runtime.render, services.encode, self._runtime.decode)
+        assert services.chat is not None
+        self._services, self._runtime, self._chat = services, services.harness, services.chat
         self._limit: LimitReached | None = None  # that refused a request
         self._last: Completion | None = None
 
     async def run(self, prompt: Prompt, seed: int, sample: Sample) -> Outcome:
         """Answer the harness's requests until it ends; cancelled, end it and refuse what it still asks."""
-        endpoint = self._runtime.endpoint
+        assert prompt.row is not None
+        endpoint, history = self._runtime.endpoint, ChatHistory(self._chat, prompt.row)
         await endpoint.start()
         key, calls = endpoint.open()
-        given = {"text": prompt.text, "answer": prompt.answer, "domain": prompt.domain, "seed": seed}
-        arguments = {
-            **self._runtime.arguments,
-            "base_url": endpoint.base_url,
-            "api_key": key,
-            "prompt": {**given, "columns": dict(prompt.columns)},
+        given = {
+            "messages": messages_of(prompt.row),
+            "text": prompt.text,
+            "answer": prompt.answer,
+            "domain": prompt.domain,
+            "columns": dict(prompt.columns),
+            "seed": seed,
         }
+        arguments = {**self._runtime.arguments, "base_url": endpoint.base_url, "api_key": key, "prompt": given}
         running = asyncio.create_task(self._runtime.process.run(arguments))
         try:
             while (call := await _next(calls, running)) is not None:
-                await self._answer(call, sample)
+                await self._answer(call, history, sample)
             return await self._outcome(prompt, running.result())
         finally:
             endpoint.close(key)
             running.cancel()
 
-    async def _answer(self, call: Call, sample: Sample) -> None:
+    async def _answer(self, call: Call, history: ChatHistory, sample: Sample) -> None:
         try:
-            text, token_ids = self._history.read(as_messages(call.body["messages"]), call.body.get("tools"))
+            text, token_ids = history.read(as_messages(call.body["messages"]), call.body.get("tools"))
             completion = await sample(token_ids)
-        except TEMPLATE_ERRORS as error:
-            call.refuse(f"the chat template of the student refuses the messages: {error}")
+        except PromptError as error:
+            call.refuse(str(error))
         except LimitReached as limit:
             self._limit = limit
             call.refuse("a limit of the episode allows no further completion")
         else:
             self._last = completion
-            plain = self._services.decode(completion.token_ids)
-            answer = answer_of(plain, bool(call.body.get("tools")))
-            self._history.add(text, token_ids, completion, plain, answer)
-            call.answer(chat_completion(call.body, answer, completion, token_ids, self._runtime.decode))
+            content = self._chat.content(completion.token_ids)
+            answer = answer_of(content, self._services.read_calls(content) if call.body.get("tools") else [])
+            history.add(text, token_ids, completion, answer)
+            call.answer(chat_completion(call.body, answer, completion, token_ids, self._chat.decode))
         finally:
             call.refuse("the episode is over")  # unless it is answered
 

@@ -232,8 +232,8 @@ FAULTS = (
     Fault(
         "samples of a prompt taken apart",
         "learner/batching/arrivals.py",
-        "key = trajectory_id // self.samples_per_prompt",
-        "key = trajectory_id % self.samples_per_prompt",
+        "key = episode_id // self.samples_per_prompt",
+        "key = episode_id % self.samples_per_prompt",
         ("tests/learner/batching/test_arrivals.py",),
     ),
     Fault(

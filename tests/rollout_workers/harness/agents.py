@@ -103,3 +103,28 @@ async def openai_client(base_url: str, api_key: str, prompt: dict[str, Any]) -> 
     models = [model.id async for model in client.models.list()]
     calls = [(call.function.name, call.function.arguments) for call in message.tool_calls or []]  # type: ignore[union-attr]
     return {"reward": 1.0, "feedback": json.dumps([made.choices[0].finish_reason, calls, text, models])}
+
+
+async def external(base_url: str, api_key: str, prompt: dict[str, Any], folder: str) -> float:
+    """Lead a conversation of three turns and one apart by the package openai, and write down all ids that came."""
+    from openai import AsyncOpenAI
+
+    client = AsyncOpenAI(base_url=base_url, api_key=api_key)
+    seen = []
+
+    async def answer(messages: list[Any]) -> str:
+        made = await client.chat.completions.create(
+            model="student", messages=messages, logprobs=True, extra_body={"return_token_ids": True}
+        )
+        seen.append([made.prompt_token_ids, made.choices[0].token_ids])  # type: ignore[attr-defined]
+        return made.choices[0].message.content or ""
+
+    conversation: list[Any] = list(prompt["messages"])
+    for further in ("w20", "w21"):
+        conversation.append({"role": "assistant", "content": await answer(conversation)})
+        conversation.append({"role": "user", "content": further})
+        if further == "w20":
+            await answer([{"role": "user", "content": "w30 w31"}])  # of another agent, whose history is its own
+    await answer(conversation)
+    (Path(folder) / f"{prompt['seed']}.json").write_text(json.dumps(seen))
+    return len(seen) / 4

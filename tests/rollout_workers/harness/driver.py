@@ -2,16 +2,19 @@
 
 import asyncio
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from cluster.config.sections import EnvironmentConfig
+from cluster.config.sections import EnvironmentConfig, PromptsConfig
 from cluster.contracts.requests import Completion
 from rollout_workers.environments.base import Outcome, Prompt, Services, TokenIds
+from rollout_workers.environments.chat import Chat
 from rollout_workers.episode import LimitReached
 from rollout_workers.harness.environment import HarnessEnvironment, HarnessRuntime
+from rollout_workers.prompt_row import PromptRow
 
 AGENTS = "tests.rollout_workers.harness.agents"
 class ScriptedEpisode:
@@ -24,15 +27,11 @@ class ScriptedEpisode:
         self.runtime = HarnessRuntime(
             EnvironmentConfig(kind, harness=path, **config),
             "127.0.0.1",
-            lambda messages, tools: str(
-                tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
-            ),
-            lambda ids: str(tokenizer.decode(ids)),
         )
         self.services = Services(
             lambda text: tokenizer.encode(text, add_special_tokens=False),
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-            stop=(),
+            chat=Chat(tokenizer, PromptsConfig("prompts.jsonl"), datetime.now()),
             harness=self.runtime,
         )
         self.rows: list[list[int]] = []  # what the student read and sampled
@@ -53,7 +52,7 @@ class ScriptedEpisode:
             self.rows.append([*whole, *left[0]])
             return completion(left.pop(0))
 
-        prompt = Prompt(np.array([1], np.int32), "one", "main", "", "answer", columns or {})
+        prompt = Prompt(np.array([1], np.int32), "one", "main", "", "answer", columns or {}, row=PromptRow("one"))
         return await HarnessEnvironment(self.services).run(prompt, 7, sample)
 
     async def shutdown(self) -> None:

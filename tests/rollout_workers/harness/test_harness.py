@@ -104,7 +104,7 @@ def test_an_episode_that_ends_cancels_its_harness_and_its_key(
         ({"messages": []}, "the request has no messages"),
         ({"messages": [{"content": "one"}]}, "every message is an object with a role"),
         ({"messages": [{"role": "user", "content": "one"}], "n": 2}, "`n` is 2, which this endpoint does not serve"),
-        ({"messages": [{"role": "user", "content": "refused"}]}, "refuses the messages: no such words"),
+        ({"messages": [{"role": "user", "content": "refused"}]}, "refuses the prompt: no such words"),
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(
