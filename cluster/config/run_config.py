@@ -161,19 +161,6 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
-    for source in filter(None, (prompts.train, prompts.held_out)):
-        if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
-            raise ValueError(
-                f"environment: 'reasoning_gym' rewards the prompts of that package, and '{source}' are others; "
-                f"set prompts.train and prompts.held_out to '{REASONING_GYM}TASK'"
-            )
-        if (environment.kind == "verifiers") != source.startswith(VERIFIERS):
-            raise ValueError(
-                f"environment.kind is '{environment.kind}', and the prompts are '{source}'; an environment of verifiers "
-                f"plays its own tasks: set kind = 'verifiers', and prompts.train and prompts.held_out to '{VERIFIERS}TASKSET'"
-            )
-    if environment.kind in HARNESS_KINDS and prompts.template == "raw":
-        raise ValueError(f"environment.kind = '{environment.kind}' asks by chat messages; set prompts.template = 'chat'")
     if environment.kind == "tools" and not environment.tools:
         raise ValueError("environment.kind = 'tools' has no tools; name functions in environment.tools")
     if environment.tools and not environment.has_turns:
