@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
-from cluster.config.sections import PromptsConfig, StudentConfig
+from cluster.config.sections import HARNESS_KINDS, EnvironmentConfig, PromptsConfig, StudentConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
@@ -78,6 +78,7 @@ class RolloutActor(WeightVerbs):
                 settings=environment,
                 chat=None if settings.chat is None else _chat(*settings.chat),
                 read_calls=reader_of(environment.tool_format, tokenizer),
+                harness=_harness(environment),
             ),
             settings.rows_per_batch,
             environment_named(environment.kind),
@@ -138,6 +139,17 @@ class RolloutActor(WeightVerbs):
             self._watching.cancel()
         if hasattr(self, "_worker"):
             await self._worker.shutdown()
+
+
+def _harness(environment: EnvironmentConfig) -> "HarnessRuntime | None":
+    """Return what agents ask the student by, if they are the run's environment; it listens at the node's address."""
+    if environment.kind not in HARNESS_KINDS:
+        return None
+    import ray
+
+    from rollout_workers.harness.environment import HarnessRuntime
+
+    return HarnessRuntime(environment, ray.util.get_node_ip_address())
 
 
 def _chat(student: StudentConfig, prompts: PromptsConfig, now: datetime) -> Chat:

@@ -170,6 +170,19 @@ def _check_prompts(config: Config) -> None:
             "environment.tools are written by the chat template, after whole messages; set prompts.template = 'chat' "
             "and no prompts.last_answer = 'prefill'"
         )
+    for source in filter(None, (prompts.train, prompts.held_out)):
+        if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
+            raise ValueError(
+                f"environment: 'reasoning_gym' rewards the prompts of that package, and '{source}' are others; "
+                f"set prompts.train and prompts.held_out to '{REASONING_GYM}TASK'"
+            )
+        if (environment.kind == "verifiers") != source.startswith(VERIFIERS):
+            raise ValueError(
+                f"environment.kind is '{environment.kind}' and the prompts are '{source}'; an environment of verifiers "
+                f"plays its own tasks: set kind = 'verifiers', and prompts.train and prompts.held_out to '{VERIFIERS}TASKSET'"
+            )
+    if environment.kind in HARNESS_KINDS and prompts.template == "raw":
+        raise ValueError(f"environment.kind = '{environment.kind}' asks by chat messages; set prompts.template = 'chat'")
 
 
 def _check_contexts(config: Config) -> None:

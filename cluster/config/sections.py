@@ -52,8 +52,10 @@ REWARDS_OF_PACKAGES = {"reasoning_gym": "rollout_workers.reasoning_gym_tasks:sco
 class EnvironmentConfig(Section):
     """Says what answers and rewards the student's completions, in training and on held-out prompts."""
 
-    kind: Text = "single_turn"  # or "tools", or package.module:Class, an Environment or Agent of yours
-    verifier: Literal["exact", "regex", "math"] = "exact"  # compares a completion with its prompt's answer
+    # Or "tools", "harness", "verifiers", or package.module:Class, an Environment or Agent of yours.
+    kind: Text = "single_turn"
+    # Compares a completion with its prompt's answer; reasoning_gym is the scorer of each task of that package.
+    verifier: Literal["exact", "regex", "math", "reasoning_gym"] = "exact"
     # In the verifier's place: weights of verifiers, and of functions of yours as package.module:function.
     rewards: dict[Text, Finite] = field(default_factory=dict)
     reward_seconds: Positive = 30.0  # the longest that a function of yours may take for one completion
@@ -68,6 +70,16 @@ class EnvironmentConfig(Section):
     tools: tuple[Text, ...] = ()  # functions of yours as package.module:function, for kind = "tools"
     tool_format: Text = "hermes"  # how the student writes calls: hermes, json, or the name of a tool parser of vLLM
     tool_seconds: Positive = 10.0  # the longest that a call of a tool may take
+
+    def __post_init__(self) -> None:
+        if (self.kind == "harness") != (self.harness is not None):
+            raise ValueError(
+                f"environment.kind is '{self.kind}' and environment.harness is {self.harness!r}; kind = 'harness' needs "
+                "the import path of one, and no other kind has any"
+            )
+        if self.kind not in HARNESS_KINDS and (self.python is not None or self.arguments):
+            name = "python" if self.python is not None else "arguments"
+            raise ValueError(f"environment.{name} is for kind = 'harness' and 'verifiers', found '{self.kind}'")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -84,11 +96,6 @@ class EnvironmentConfig(Section):
     def reads_columns(self) -> bool:
         """Return whether code of the user's may read further columns of the prompts."""
         return self.kind in HARNESS_KINDS or any(":" in name for name in (self.kind, *self.weights))
-
-    @property
-    def has_turns(self) -> bool:
-        """Return whether an episode may have several turns, so that its environment reads the prompt's whole row."""
-        return self.kind != "single_turn"
 
     @property
     def has_turns(self) -> bool:

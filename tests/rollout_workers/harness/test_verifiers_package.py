@@ -91,7 +91,7 @@ def test_a_python_without_the_package_and_one_that_is_none_are_one_sentence() ->
     ("overrides", "says"),
     [
         (["environment.kind=verifiers"], "plays its own tasks: set kind = 'verifiers', and prompts.train"),
-        (["prompts.train=verifiers:sums"], "environment.kind is 'single_turn', and the prompts are 'verifiers:sums'"),
+        (["prompts.train=verifiers:sums"], "environment.kind is 'single_turn' and the prompts are 'verifiers:sums'"),
         (["environment.kind=harness"], "kind = 'harness' needs the import path of one"),
         (["environment.harness=agents:run"], "no other kind has any"),
         (["environment.python=python3"], "environment.python is for kind = 'harness' and 'verifiers'"),
