@@ -94,6 +94,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 "after every step, in its own dtype; only teachers are quantised"
             )
         _check_prompts(self)
+        _check_packages(self.prompts, self.environment)
         _check_contexts(self)
 
     @property
@@ -170,6 +171,10 @@ def _check_prompts(config: Config) -> None:
             "environment.tools are written by the chat template, after whole messages; set prompts.template = 'chat' "
             "and no prompts.last_answer = 'prefill'"
         )
+
+
+def _check_packages(prompts: PromptsConfig, environment: EnvironmentConfig) -> None:
+    """Check that what a package rewards and plays are its own prompts."""
     for source in filter(None, (prompts.train, prompts.held_out)):
         if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
             raise ValueError(
@@ -179,10 +184,10 @@ def _check_prompts(config: Config) -> None:
         if (environment.kind == "verifiers") != source.startswith(VERIFIERS):
             raise ValueError(
                 f"environment.kind is '{environment.kind}' and the prompts are '{source}'; an environment of verifiers "
-                f"plays its own tasks: set kind = 'verifiers', and prompts.train and prompts.held_out to '{VERIFIERS}TASKSET'"
+                f"plays its own tasks: set kind = 'verifiers', and the prompts to '{VERIFIERS}TASKSET'"
             )
     if environment.kind in HARNESS_KINDS and prompts.template == "raw":
-        raise ValueError(f"environment.kind = '{environment.kind}' asks by chat messages; set prompts.template = 'chat'")
+        raise ValueError(f"environment.kind = '{environment.kind}' asks by messages; set prompts.template = 'chat'")
 
 
 def _check_contexts(config: Config) -> None:

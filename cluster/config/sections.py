@@ -74,8 +74,8 @@ class EnvironmentConfig(Section):
     def __post_init__(self) -> None:
         if (self.kind == "harness") != (self.harness is not None):
             raise ValueError(
-                f"environment.kind is '{self.kind}' and environment.harness is {self.harness!r}; kind = 'harness' needs "
-                "the import path of one, and no other kind has any"
+                f"environment.kind is '{self.kind}' and environment.harness is {self.harness!r}; kind = 'harness' "
+                "needs the import path of one, and no other kind has any"
             )
         if self.kind not in HARNESS_KINDS and (self.python is not None or self.arguments):
             name = "python" if self.python is not None else "arguments"

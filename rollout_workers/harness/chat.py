@@ -56,7 +56,7 @@ class ChatHistory:
             self._sampled[call["id"]] = {"role": "assistant", "content": self._chat.content(completion.token_ids)}
 
     def _as_sampled(self, message: Message) -> Message:
-        """Return an assistant's message with tool calls as the student wrote it, if it did; a template writes others."""
+        """Return an assistant's message with tool calls as the student wrote it, if it did."""
         for call in message.get("tool_calls") or []:
             return self._sampled.get(call.get("id", ""), message)
         return message

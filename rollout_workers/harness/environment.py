@@ -1,4 +1,4 @@
-"""Makes agents and harnesses environments: what a harness asks of the student over the endpoint are the episode's turns.
+"""Makes agents and harnesses environments: what a harness asks the student over the endpoint are an episode's turns.
 
 A harness is a function `run(base_url, api_key, prompt, **arguments)`, mostly an async one. It calls the student by any
 client of OpenAI's interface, and returns the episode's reward, or None to leave that to the run's verifier.
@@ -20,7 +20,9 @@ from rollout_workers.harness.process import VERIFIERS, HarnessProcess
 from rollout_workers.rendering import messages_of
 
 Sample = Callable[[TokenIds], Awaitable[Completion]]
-CUT_OFF = 0.0  # reward of an episode that a limit ends while its harness still asks: as verifiers count such completions
+CUT_OFF = (
+    0.0  # reward of an episode that a limit ends while its harness still asks: as verifiers count such completions
+)
 
 
 class HarnessRuntime:

@@ -1,4 +1,4 @@
-"""Runs harnesses in a process of their own, which may be another Python than the worker's; the standard library is all it needs.
+"""Runs harnesses in a process of their own, which may be another Python than the worker's; needs no package.
 
 Lines of JSON on the standard input start and cancel episodes, lines on the standard output end them. What harnesses
 print goes to the standard error. `HarnessProcess` starts this file by its path.
@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
-
 
 END_SECONDS = 5.0  # for harnesses to end what they started
 
@@ -58,58 +57,72 @@ def result_of(value: Any) -> dict[str, Any]:
     return {"reward": None if value is None else float(value)}
 
 
-async def serve(answers: TextIO) -> None:
-    """Run episodes until the standard input ends."""
-    loop = asyncio.get_running_loop()
-    tasks: dict[int, asyncio.Task[None]] = {}
+class Episodes:
+    """Runs the episodes that the worker asks for, and writes what they come to."""
 
-    async def answer(number: int, asked: dict[str, Any]) -> None:
-        try:
-            result = await run(asked["harness"], asked["arguments"])
-        finally:
-            del tasks[number]
-        answers.write(json.dumps({"number": number, **result}) + "\n")
-        answers.flush()
+    def __init__(self, answers: TextIO) -> None:
+        self._answers = answers
+        self._tasks: dict[int, asyncio.Task[None]] = {}
 
-    def take(line: str) -> None:
+    def take(self, line: str) -> None:
+        """Start the episode that a line asks for, or cancel the one that it only names."""
         asked = json.loads(line)
         number = asked["number"]
         if "harness" in asked:
-            tasks[number] = asyncio.create_task(answer(number, asked))
-        elif number in tasks:
-            tasks[number].cancel()
+            self._tasks[number] = asyncio.create_task(self._answer(number, asked))
+        elif number in self._tasks:
+            self._tasks[number].cancel()
 
-    ended = asyncio.Event()
+    async def end(self) -> None:
+        """Let harnesses end what they started."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=END_SECONDS)
+        for module in list(sys.modules.values()):
+            if (close := getattr(module, "close_harness", None)) is not None:
+                await asyncio.wait_for(close(), END_SECONDS)
+
+    async def _answer(self, number: int, asked: dict[str, Any]) -> None:
+        try:
+            result = await run(asked["harness"], asked["arguments"])
+        finally:
+            del self._tasks[number]
+        write(self._answers, {"number": number, **result})
+
+
+def write(answers: TextIO, answer: dict[str, Any]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+async def serve(answers: TextIO) -> None:
+    """Run episodes until the standard input ends."""
+    loop, ended, episodes = asyncio.get_running_loop(), asyncio.Event(), Episodes(answers)
 
     def read() -> None:
         for line in sys.stdin:
-            loop.call_soon_threadsafe(take, line)
+            loop.call_soon_threadsafe(episodes.take, line)
         loop.call_soon_threadsafe(ended.set)
 
     threading.Thread(target=read, daemon=True).start()
-    answers.write("{}\n")  # ready
-    answers.flush()
+    write(answers, {})  # ready
     await ended.wait()
-    for task in tasks.values():
-        task.cancel()  # so that harnesses end what they started
-    if tasks:
-        await asyncio.wait(tasks.values(), timeout=END_SECONDS)
-    for module in list(sys.modules.values()):
-        if (close := getattr(module, "close_harness", None)) is not None:
-            await asyncio.wait_for(close(), END_SECONDS)
+    await episodes.end()
 
 
 def list_tasks(path: str, arguments: dict[str, Any], answers: TextIO) -> None:
     """Write the rows of prompts that a function yields, one a line."""
     for row in load(path)(**arguments):
-        answers.write(json.dumps(row) + "\n")
+        write(answers, row)
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what others print is no answer
     os.setsid()  # what harnesses start ends with this process
-    sys.path[0] = os.getcwd()  # in the place of this file's folder
+    sys.path[0] = str(Path.cwd())  # in the place of this file's folder
     if len(sys.argv) > 1:
         list_tasks(sys.argv[1], json.loads(sys.argv[2]), answers)
     else:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -25,7 +26,7 @@ def two_turns(base_url: str, api_key: str, prompt: dict[str, Any], reward: float
     """Ask, show the answer, ask again; not an async function, so it runs in a thread."""
     messages = [{"role": "user", "content": prompt["text"]}]
     first = ask(base_url, api_key, messages)["choices"][0]["message"]
-    print("what a harness prints is no answer")
+    sys.stdout.write("what a harness prints is no answer\n")
     messages += [first, {"role": "user", "content": "again"}]
     second = ask(base_url, api_key, messages, return_token_ids=True, logprobs=True)
     return {"reward": reward, "feedback": json.dumps(second)}

@@ -16,7 +16,9 @@ TEMPLATE = (
 def tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of bytes, in which also a few longer strings are tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)} | {"on": 256}, merges=[("o", "n")]))
+    core = Tokenizer(
+        models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)} | {"on": 256}, merges=[("o", "n")])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(["<|im_start|>", "<|im_end|>"])

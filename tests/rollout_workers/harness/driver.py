@@ -17,17 +17,17 @@ from rollout_workers.harness.environment import HarnessEnvironment, HarnessRunti
 from rollout_workers.prompt_row import PromptRow
 
 AGENTS = "tests.rollout_workers.harness.agents"
+
+
 class ScriptedEpisode:
     """Plays a harness with scripted completions, and keeps what the student would have read and sampled."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, harness: str | None = None, **config: Any) -> None:
-        """Take a harness of `agents`, or none for an environment of verifiers, and settings of the run file."""
+        """Take a harness of `agents` or by its path, or none for one of verifiers; and settings of the run file."""
         self.tokenizer = tokenizer
-        kind, path = ("verifiers", None) if harness is None else ("harness", f"{AGENTS}:{harness}")
-        self.runtime = HarnessRuntime(
-            EnvironmentConfig(kind, harness=path, **config),
-            "127.0.0.1",
-        )
+        path = harness if harness is None or ":" in harness else f"{AGENTS}:{harness}"
+        kind = "harness" if path else "verifiers"
+        self.runtime = HarnessRuntime(EnvironmentConfig(kind, harness=path, **config), "127.0.0.1")
         self.services = Services(
             lambda text: tokenizer.encode(text, add_special_tokens=False),
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),

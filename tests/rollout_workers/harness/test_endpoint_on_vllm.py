@@ -90,7 +90,9 @@ def test_the_ids_that_a_client_gets_are_those_that_are_trained(rollouts: Rollout
         assert {row["episode_id"] for row in (main, apart)} == {request.trajectory_id}
         assert ((main["turn"], apart["turn"]), (main["reward"], apart["reward"])) == ((0, 1), (1.0, 1.0))
         for row in (main, apart):
-            expected = expected_logprobs(rollouts.student, row["token_ids"].tolist())[np.flatnonzero(row["loss_mask"]) - 1]
+            expected = expected_logprobs(rollouts.student, row["token_ids"].tolist())[
+                np.flatnonzero(row["loss_mask"]) - 1
+            ]
             ids = torch.tensor(sampled(row))
             gaps = expected.gather(1, ids[:, None])[:, 0].numpy() - row["rollout_logprobs"]
             assert np.abs(gaps).max() < 1e-4

@@ -30,7 +30,11 @@ def test_sampled_ids_stay_and_what_follows_is_read_once(tokenizer: PreTrainedTok
     assert made["choices"][0]["token_ids"] == second
     assert made["choices"][0]["message"] == {"role": "assistant", "content": "two"}
     assert [one["logprob"] for one in made["choices"][0]["logprobs"]["content"]] == [-1.0, -2.0, -3.0, -4.0]
-    assert made["usage"] == {"prompt_tokens": len(episode.rows[0]) - 4, "completion_tokens": 4, "total_tokens": len(episode.rows[0])}
+    assert made["usage"] == {
+        "prompt_tokens": len(episode.rows[0]) - 4,
+        "completion_tokens": 4,
+        "total_tokens": len(episode.rows[0]),
+    }
 
 
 def test_a_history_that_is_another_begins_another_row_and_the_verifier_rewards_what_came_last(

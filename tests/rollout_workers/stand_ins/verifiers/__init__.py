@@ -1,1 +1,1 @@
-"""Stands in for verifiers 0.4: the parts of its v1 that our harness uses, with one way to run an agent. Not the package."""
+"""Stands in for verifiers 0.4: what our harness uses of its v1. Not the package."""

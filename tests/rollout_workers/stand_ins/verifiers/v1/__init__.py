@@ -150,9 +150,7 @@ class Env(Generic[Config]):
 
     async def run_slot(self, task: Any, context: Any) -> Any:
         traces: list[Trace] = []
-        agents = SimpleNamespace(
-            **{role: Agent(harness, context, traces) for role, harness in self._harnesses.items()}
-        )
+        agents = SimpleNamespace(**{role: Agent(harness, context, traces) for role, harness in self._harnesses.items()})
         try:
             await self.run(task, agents)
         except Exception as error:  # noqa: BLE001 - as the package does
