@@ -1,128 +1,62 @@
-"""Plays environments of the package `verifiers` (0.4, its v1) as harnesses: their rewards, their answers, their data.
+"""Plays environments of the package `verifiers` as harnesses: their rewards, their answers, their data.
 
-`program.py` loads this file by its path, in the Python that has the package; it imports nothing of ours. A taskset's
-tasks are the prompts (`prompts.train = "verifiers:TASKSET?parameter=value&limit=100"`), and `environment.arguments` is
-what the package calls `[env]`: the environment's id and its agents.
+`program.py` loads this file by its path, in the Python that has the package; it imports nothing of ours but the file
+beside it, which is for the package from 0.4 on. In releases before, a module's `load_environment` makes an environment.
 
-An agent whose program is not named asks the student from within this process and has no tools, so that nothing that the
-student writes is executed.
+`prompts.train = "verifiers:NAME?parameter=value&limit=100"` names a taskset or such a module; `environment.arguments` is
+what the package calls `[env]`, or further arguments of `load_environment`.
 """
 
+import importlib
+import importlib.util
 import json
-import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Mapping
 from itertools import count
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import parse_qsl
 
-import httpx
-import verifiers.v1 as vf
-from verifiers.v1.clients import EvalClientConfig, ModelContext
-from verifiers.v1.configs.agent import agent_config_fields
-from verifiers.v1.dialects.chat import message_to_wire
-from verifiers.v1.runtimes import ProgramResult
-from verifiers.v1.utils.loaders import default_harness_id, env_config_type, load_environment, resolve_env_config
-
 TASK, NUMBER = "verifiers_task", "verifiers_number"  # columns of the prompts
-IN_PROCESS = "preceptor_chat"  # the id of `ChatHarness`
-
-__all__ = ["ChatHarness"]
+V1 = "verifiers_v1"
 
 _keys = count()
-_environments: dict[str, tuple[Any, list[Any]]] = {}  # with their tasks, by what the run file says
-_serving = AsyncExitStack()
-
-
-class ChatHarness(vf.Harness[vf.HarnessConfig]):
-    """Asks the model for one message per segment, without a program of its own."""
-
-    APPENDS_SYSTEM_PROMPT = True
-    SUPPORTS_RESUME = True
-    EXECUTES_CODE = False
-    NEEDS_CONTAINER = False
-
-    async def launch(
-        self, ctx: Any, trace: Any, runtime: Any, endpoint: str, secret: str, mcp_urls: dict[str, str], data: Any
-    ) -> Any:
-        system, prompt = self.resolve_prompt(data)
-        messages = _messages(system, prompt)
-        async with httpx.AsyncClient(timeout=None) as client:
-            answer = await client.post(
-                f"{endpoint}/chat/completions",
-                json={"model": ctx.model, "messages": messages},
-                headers={"Authorization": f"Bearer {secret}"},
-            )
-        if answer.status_code != httpx.codes.OK and trace.stop_condition is None:
-            return ProgramResult(exit_code=1, stdout="", stderr=answer.text)
-        return ProgramResult(exit_code=0, stdout=answer.text, stderr="")
-
-
-sys.modules[IN_PROCESS] = sys.modules[__name__]
+_environments: dict[str, tuple[Any, Any]] = {}  # of `load_environment`, with their data, by what the run file says
 
 
 def tasks(task: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a taskset's tasks, as prompts."""
-    _, found = _load(task, arguments)
-    for number, one in enumerate(found):
-        data = one.data
-        answer = getattr(data, "answer", None)
-        messages = _messages(data.system_prompt, data.prompt)
-        yield {
-            "prompt": messages or str(data.description or data.name or f"task {number}"),  # the environment opens it
-            "answer": answer if isinstance(answer, str | int | float) else None,
-            "domain": task.partition("?")[0],
-            TASK: task,
-            NUMBER: number,
-        }
+    """Yield the rows of an environment's data, as prompts."""
+    rows = _classic_tasks(task, arguments) if _is_classic(task) else _v1().tasks(named(task), arguments)
+    for number, row in enumerate(rows):
+        yield {**row, "domain": named(task)[0], TASK: task, NUMBER: number}
 
 
 async def run(base_url: str, api_key: str, prompt: dict[str, Any], **arguments: Any) -> float:
-    """Play one episode and return its reward: the mean of the traces of agents that are trained, mostly one."""
-    columns = prompt["columns"]
-    key = json.dumps([columns[TASK], arguments], sort_keys=True)
-    if key not in _environments:
-        _environments[key] = environment, _ = _load(columns[TASK], arguments)
-        await _serving.enter_async_context(environment.serving())
-    environment, found = _environments[key]
+    """Play one episode and return its reward; raise what the package says of one that failed."""
+    task, number = prompt["columns"][TASK], prompt["columns"][NUMBER]
     variable = f"PRECEPTOR_API_KEY_{next(_keys)}"  # the package reads keys from variables, and hides this name's
     os.environ[variable] = api_key
     try:
-        client = EvalClientConfig(base_url=base_url, api_key_var=variable)
-        [slot] = environment.slots(found[columns[NUMBER]])
-        episode = await environment.run_slot(slot, ModelContext(model="student", client=client))
+        if _is_classic(task):
+            return await _run_classic(base_url, variable, task, number, arguments)
+        return float(await _v1().run(base_url, variable, named(task), number, arguments))
     finally:
         del os.environ[variable]
-    errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
-    if not episode.ok:
-        raise RuntimeError(f"{errors[-1].type}: {errors[-1].message}" if errors else "the episode is not ok")
-    rewards = [trace.reward for trace in episode.traces if trace.agent.trainable]
-    return float(sum(rewards) / len(rewards)) if rewards else math.nan
 
 
 async def close_harness() -> None:
     """End what the environments serve; `program.py` calls this before its process ends."""
-    await _serving.aclose()
+    if V1 in sys.modules:
+        await sys.modules[V1].close()
 
 
-def _load(task: str, arguments: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """Return the environment, and its tasks in order."""
+def named(task: str) -> tuple[str, dict[str, Any], int | None]:
+    """Return what a source of prompts names: an environment, its parameters, and how many of its tasks."""
     name, _, query = task.partition("?")
     parameters = {key: _value(value) for key, value in parse_qsl(query)}
-    limit = parameters.pop("limit", None)
-    data = {**arguments, "taskset": {**arguments.get("taskset", {}), **parameters, "id": name}}
-    for role in agent_config_fields(env_config_type(name, data.get("id", ""))()):
-        local: dict[str, Any] = {"runtime": {"type": "subprocess"}}
-        if default_harness_id(name) == "bash":  # the package's default would execute what the student writes
-            local["harness"] = {"id": IN_PROCESS}
-        data[role] = {**local, **data.get(role, {})}
-    environment = load_environment(resolve_env_config(data))
-    taskset = environment.taskset
-    if limit is None and not taskset.bounded:
-        raise ValueError(f"the taskset {name} is infinite; write verifiers:{name}?limit=100")
-    return environment, list(taskset if limit is None else taskset.take(limit))
+    return name, parameters, parameters.pop("limit", None)
 
 
 def _value(text: str) -> Any:
@@ -132,8 +66,54 @@ def _value(text: str) -> Any:
         return text
 
 
-def _messages(system: str | None, prompt: Any) -> list[dict[str, Any]]:
-    first = [{"role": "system", "content": system}] if system else []
-    if isinstance(prompt, str):
-        return [*first, {"role": "user", "content": prompt}]
-    return [*first, *(message_to_wire(message) for message in prompt or [])]
+def _is_classic(task: str) -> bool:
+    """Return whether a module's `load_environment` makes the environment."""
+    name = named(task)[0].rsplit("/", 1)[-1].replace("-", "_")
+    try:
+        return hasattr(importlib.import_module(name), "load_environment")
+    except ModuleNotFoundError:
+        return False  # the package says where it looks
+
+
+def _classic(task: str, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
+    key = json.dumps([task, arguments], sort_keys=True)
+    if key not in _environments:
+        name, parameters, limit = named(task)
+        is_evaluation = parameters.pop("evaluation", False)
+        environment = importlib.import_module("verifiers").load_environment(name, **{**arguments, **parameters})
+        select = environment.get_eval_dataset if is_evaluation else environment.get_dataset
+        _environments[key] = environment, select(limit or -1)
+    return _environments[key]
+
+
+def _classic_tasks(task: str, arguments: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for row in _classic(task, arguments)[1]:
+        answer = row.get("answer")
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):  # a table gives all messages the same keys
+            prompt = [{name: value for name, value in one.items() if value is not None} for one in prompt]
+        yield {"prompt": prompt, "answer": answer if isinstance(answer, str | int | float) else None}
+
+
+async def _run_classic(base_url: str, key_variable: str, task: str, number: int, arguments: Mapping[str, Any]) -> float:
+    environment, data = _classic(task, arguments)
+    types = importlib.import_module("verifiers.types")
+    client = types.ClientConfig(api_key_var=key_variable, api_base_url=base_url)
+    output = await environment.run_rollout(data[number], client, "student", {})
+    if output["error"]:
+        raise RuntimeError(str(output["error"]))
+    return float(output["reward"])
+
+
+def _v1() -> ModuleType:
+    if V1 not in sys.modules:
+        spec = importlib.util.spec_from_file_location(V1, Path(__file__).with_name(f"{V1}.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[V1] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[V1]
+            raise
+    return sys.modules[V1]

@@ -51,6 +51,13 @@ async def dies(base_url: str, api_key: str, prompt: dict[str, Any]) -> None:
     os._exit(3)
 
 
+async def fails_for_odd_seeds(base_url: str, api_key: str, prompt: dict[str, Any]) -> float:
+    await asyncio.to_thread(ask, base_url, api_key, prompt["messages"])
+    if prompt["seed"] % 2:
+        raise OSError("the disk is full")
+    return 0.5
+
+
 async def infinite(base_url: str, api_key: str, prompt: dict[str, Any]) -> float:
     await asyncio.to_thread(ask, base_url, api_key, [{"role": "user", "content": "one"}])
     return float("inf")

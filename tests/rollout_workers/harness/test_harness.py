@@ -3,13 +3,20 @@
 import asyncio
 import json
 import urllib.error
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rollout_workers.harness.environment import HarnessError
+from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
+from rollout_workers.harness.environment import HarnessEnvironment, HarnessError
+from rollout_workers.prompt_row import PromptRow
+from rollout_workers.prompts import PromptSet
+from rollout_workers.worker import RolloutWorker
 from tests.rollout_workers.harness import agents
 from tests.rollout_workers.harness.driver import ScriptedEpisode, play
 
@@ -116,3 +123,47 @@ def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(
 ) -> None:
     outcome = play(ScriptedEpisode(tokenizer, "is_refused"), [5], columns={"body": body})
     assert says in outcome.feedback
+
+
+class EchoEngine:
+    """Samples the last three ids that it reads, with log-probability -1 and under policy version 4."""
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
+        ids = np.array(prompt_ids[-3:], np.int32)
+        return Completion(ids, np.full(3, -1.0, np.float32), "stop", np.full(3, 4, np.int32))
+
+    async def shutdown(self) -> None:
+        pass
+
+
+def test_an_episode_whose_harness_fails_teaches_nothing_and_the_others_are_rows(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    episode = ScriptedEpisode(tokenizer, "fails_for_odd_seeds")
+    messages = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
+    prompt = {"token_ids": [episode.ids(messages)], "text": ["one"], "answer": [None], "domain": [""]}
+    row = msgspec.json.encode(PromptRow("one")).decode()
+    prompts = PromptSet.of_columns({**prompt, "teacher": ["main"], "columns": [None], "source": [row]})
+    worker = RolloutWorker(EchoEngine(), episode.services, 4, HarnessEnvironment)  # type: ignore[arg-type]
+    worker.set_prompts(prompts)
+    requests = [RolloutRequest(index, 0, index, seed=index) for index in range(4)]
+
+    async def run() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        generated = worker.generate(requests, SamplingSettings(8, 1.0))
+        batches = [(batch, metrics) async for batch, metrics, _ in generated]
+        await worker.shutdown()
+        [(batch, metrics)] = batches
+        return batch.sort_by("trajectory_id").to_pylist(), dict(metrics)
+
+    rows, metrics = asyncio.run(run())
+    opening = episode.ids(messages)
+    whole = [*opening, *opening[-3:]]
+    assert [row["token_ids"] for row in rows] == [whole] * 4
+    assert [row["finish_reason"] for row in rows] == ["stop", "environment_error"] * 2
+    assert [sum(row["loss_mask"]) for row in rows] == [3, 0, 3, 0]
+    assert [row["rollout_logprobs"] for row in rows] == [[-1.0] * 3, [], [-1.0] * 3, []]
+    assert [row["reward"] for row in rows] == [0.5, None, 0.5, None]
+    assert (rows[0]["min_policy_version"], rows[0]["max_policy_version"]) == (4, 4)
+    assert metrics["rollout/environment_errors"].value == 2.0
