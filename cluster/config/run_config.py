@@ -24,6 +24,7 @@ from cluster.config.sections import (
     StudentConfig,
 )
 from cluster.config.stages import (
+    ROLLOUT_ENGINES,
     BalanceConfig,
     LearnerConfig,
     RefreshConfig,
@@ -94,6 +95,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 "after every step, in its own dtype; only teachers are quantised"
             )
         _check_prompts(self)
+        _check_tools(self)
         _check_packages(self.prompts, self.environment)
         _check_contexts(self)
 
@@ -162,6 +164,11 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
+
+
+def _check_tools(config: Config) -> None:
+    """Check that tools go with the environment and the prompts."""
+    prompts, environment = config.prompts, config.environment
     if environment.kind == "tools" and not environment.tools:
         raise ValueError("environment.kind = 'tools' has no tools; name functions in environment.tools")
     if environment.tools and not environment.has_turns:
@@ -272,6 +279,11 @@ def _check_self_teachers(config: Config) -> None:
             raise ValueError(
                 f"teachers.{name}: model is '{teacher.model}', but from = 'student' makes it '{config.student.model}'; "
                 "remove one of the two"
+            )
+        if teacher.backend == ROLLOUT_ENGINES and config.rollout.engine.sleep:
+            raise ValueError(
+                f"teachers.{name}: backend = '{ROLLOUT_ENGINES}' scores in the rollout engines after they have written; "
+                "set rollout.engine.sleep = false"
             )
         if teacher.is_refreshed and (reason := _why_not_refreshed(config, teacher)):
             raise ValueError(f"teachers.{name}.refresh: {reason}, or leave it 'frozen'")

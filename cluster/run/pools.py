@@ -166,7 +166,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
     return RolloutActorSettings(
         config.student,
         config.rollout.engine,
-        inputs.max_model_len,
+        inputs.rollout_model_len(config),
         config.rollout.rows_per_batch,
         config.weight_sync.transport,
         environment=config.environment,
@@ -176,6 +176,8 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         chat=(config.student, config.prompts, inputs.read_at)
         if config.environment.has_turns and config.prompts.template == "chat"
         else None,
+        # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
+        rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_UNKNOWN = torch.empty(0, dtype=torch.int64)
+
 
 @dataclass(frozen=True)
 class CompletionTokens:
@@ -29,6 +31,7 @@ class CompletionTokens:
     task_advantage: Tensor  # [n]: of the trajectory's reward within its group; 0 without a reward
     reward: Tensor  # [n]: the trajectory's; NaN without one
     weight: Tensor  # [n]: of the trajectory, in every term
+    turn: Tensor = _UNKNOWN  # [n] int64: of the episode, from 0; [0]: all tokens are of the first
 
     def __len__(self) -> int:
         return len(self.target_ids)

@@ -3,8 +3,8 @@
 `program.py` loads this file by its path, in the Python that has the package; it imports nothing of ours but the file
 beside it, which is for the package from 0.4 on. In releases before, a module's `load_environment` makes an environment.
 
-`prompts.train = "verifiers:NAME?parameter=value&limit=100"` names a taskset or such a module; `environment.arguments` is
-what the package calls `[env]`, or further arguments of `load_environment`.
+`prompts.train = "verifiers:NAME?parameter=value&limit=100"` names a taskset or such a module. `environment.arguments`
+is what the package calls `[env]`, or further arguments of `load_environment`.
 """
 
 import importlib

@@ -26,8 +26,8 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (ObjectiveConfig, "preset support support_size terms token_weights"),
         (
             TokenWeightsConfig,
-            "first_tokens first_fraction skip_first special_tokens stop_tokens teacher_shares position_importance "
-            "entropy",
+            "first_tokens first_fraction skip_first special_tokens stop_tokens teacher_shares turns first_turns "
+            "position_importance entropy",
         ),
         (ImportanceConfig, "kind low high dual_clip"),
         (DivergenceTerm, "weight when threshold target divergence truncation residual entry_clip beta skew parameter"),
