@@ -62,7 +62,8 @@ class Endpoint:
                 return
             app = web.Application(client_max_size=MAX_BODY_BYTES)
             app.add_routes([web.post("/v1/chat/completions", self._complete), web.get("/v1/models", self._models)])
-            self._runner = web.AppRunner(app, access_log=None)
+            # A request whose client has gone is not answered, so that nothing is sampled for it.
+            self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
             await self._runner.setup()
             site = web.TCPSite(self._runner, self._host, 0)
             await site.start()

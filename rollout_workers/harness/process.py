@@ -86,11 +86,14 @@ class HarnessProcess:
 
     async def _read(self, process: asyncio.subprocess.Process, lines: asyncio.StreamReader) -> None:
         """Hand results to those that wait; when the process ends, so do all its episodes."""
-        async for line in lines:
-            result = json.loads(line)
-            waiting = self._waiting.pop(result.pop("number"), None)
-            if waiting is not None and not waiting.done():
-                waiting.set_result(result)
+        try:
+            async for line in lines:
+                result = json.loads(line)
+                waiting = self._waiting.pop(result.pop("number"), None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(result)
+        except ValueError:  # a line of more than MAX_LINE_BYTES
+            process.kill()
         code = await process.wait()
         if self._process is process:
             self._process = None  # the next episode starts another

@@ -136,3 +136,9 @@ async def external(base_url: str, api_key: str, prompt: dict[str, Any], folder: 
     await answer(conversation)
     (Path(folder) / f"{prompt['seed']}.json").write_text(json.dumps(seen))
     return len(seen) / 4
+
+
+def says_too_much(base_url: str, api_key: str, prompt: dict[str, Any]) -> dict[str, Any]:
+    """Return more than a line may have."""
+    ask(base_url, api_key, prompt["messages"])
+    return {"reward": 1.0, "feedback": "a" * (1 << 25)}

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import msgspec
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
+from rollout_workers.harness.endpoint import Endpoint
 from rollout_workers.harness.environment import HarnessEnvironment, HarnessError
 from rollout_workers.prompt_row import PromptRow
 from rollout_workers.prompts import PromptSet
@@ -74,6 +76,7 @@ def test_the_package_openai_calls_tools_and_streams_with_the_ids_intact(tokenize
         ("fails", "KeyError: 'no such tool'"),
         ("never_asks", "the harness ended without a completion"),
         ("dies", "the process of the harness ended with code 3"),
+        ("says_too_much", "the process of the harness ended with code -9"),
         ("infinite", "the harness returned the reward inf; expected a finite number"),
     ],
 )
@@ -123,6 +126,25 @@ def test_a_request_that_cannot_be_served_is_refused_in_a_sentence(
 ) -> None:
     outcome = play(ScriptedEpisode(tokenizer, "is_refused"), [5], columns={"body": body})
     assert says in outcome.feedback
+
+
+def test_a_request_whose_client_has_gone_is_given_up() -> None:
+    async def run() -> bool:
+        endpoint = Endpoint("127.0.0.1")
+        await endpoint.start()
+        key, calls = endpoint.open()
+        async with httpx.AsyncClient(timeout=0.3, headers={"Authorization": f"Bearer {key}"}) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                await client.post(f"{endpoint.base_url}/chat/completions", json={"messages": [{"role": "user"}]})
+        call = calls.get_nowait()
+        for _ in range(100):
+            if call.is_given_up:
+                break
+            await asyncio.sleep(0.05)
+        await endpoint.shutdown()
+        return call.is_given_up
+
+    assert asyncio.run(run())
 
 
 class EchoEngine:
