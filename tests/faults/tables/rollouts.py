@@ -287,4 +287,25 @@ FAULTS = (
         'if config.rows == "all":',
         ("tests/learner/loss/test_terms.py",),
     ),
+    Fault(
+        "what an agent's student sampled is tokenised again",
+        "rollout_workers/harness/chat.py",
+        "if text.startswith(begin):",
+        "if text == begin:",
+        ("tests/rollout_workers/harness/test_harness.py",),
+    ),
+    Fault(
+        "tool calls come back as the template writes them",
+        "rollout_workers/harness/chat.py",
+        'return self._sampled.get(call.get("id", ""), message)',
+        "return message",
+        ("tests/rollout_workers/harness/test_harness.py",),
+    ),
+    Fault(
+        "the key of an episode admits after its end",
+        "rollout_workers/harness/endpoint.py",
+        "calls = self._episodes.pop(key, None)",
+        "calls = self._episodes.get(key)",
+        ("tests/rollout_workers/harness/test_harness.py",),
+    ),
 )
