@@ -20,6 +20,7 @@ from cluster.config.sections import HARNESS_KINDS, EnvironmentConfig, PromptsCon
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
+from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.weight_sync.served_weights import ServedWeights
@@ -31,12 +32,15 @@ from rollout_workers.environments.tool_calls import reader_of
 from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.episode import Limits
 from rollout_workers.pool import RolloutActorSettings
+from rollout_workers.privileged import PrivilegedSampler
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
+BEFORE_ALL = -(2**31)  # the priority of scores: an update of the weights waits for them
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from rollout_workers.harness.environment import HarnessRuntime
-    from rollout_workers.vllm_engine import VllmRolloutEngine
 
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
@@ -44,7 +48,7 @@ REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint
 class RolloutActor(WeightVerbs):
     """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
 
-    _engine: "VllmRolloutEngine"
+    _engine: RolloutEngine
     _served: ServedWeights
 
     def __init__(self, settings: RolloutActorSettings) -> None:
@@ -78,28 +82,21 @@ class RolloutActor(WeightVerbs):
             settings.merges_stops,
             settings.rests,
         )
-        environment = settings.environment
         self._worker = RolloutWorker(
             engine,
-            Services(
-                lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))),
-                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-                VerifierProcess(environment.weights, environment.reward_seconds, environment.tools),
-                settings=environment,
-                chat=None if settings.chat is None else _chat(*settings.chat),
-                read_calls=reader_of(environment.tool_format, tokenizer),
-                harness=_harness(environment),
-            ),
+            _services(settings, tokenizer),
             settings.rows_per_batch,
-            environment_named(environment.kind),
-            Limits(
-                environment.max_observation_tokens,
-                environment.max_turns,
-                environment.max_turn_tokens,
-                environment.episode_seconds,
-            ),
+            environment_named(settings.environment.kind),
+            Limits.of(settings.environment),
             lambda prompts: (
                 None if settings.contexts is None else ContextBuilder(settings.contexts, tokenizer, prompts)
+            ),
+            lambda prompts, engine, sample: (
+                None
+                if (privileged := settings.privileged) is None
+                else PrivilegedSampler(
+                    privileged, ContextBuilder(privileged.contexts, tokenizer, prompts), engine, sample
+                )
             ),
         )
         self._engine, self._served = engine, ServedWeights(self._worker)
@@ -139,16 +136,16 @@ class RolloutActor(WeightVerbs):
         """Score token ids at places, as a teacher that has the student's weights; all rows with the same version.
 
         Returns:
-            Ids and log-probabilities, [places of all rows, 1 + num_listed], as `VllmRolloutEngine.prompt_logprobs` has
+            Ids and log-probabilities, [places of all rows, 1 + num_listed], as `RolloutEngine.prompt_logprobs` has
             them, and the version; nothing where it is below `newest`.
         """
         async with self._served.in_use() as version:
             if version < newest:
                 return np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), version
-            names = [f"score-{next(self._scores)}" for _ in rows]
+            names, score = [f"score-{next(self._scores)}" for _ in rows], self._engine.prompt_logprobs
             asked = zip(names, rows, strict=True)
             scored = await asyncio.gather(
-                *(self._engine.prompt_logprobs(name, ids, places, num_listed) for name, (ids, places) in asked)
+                *(score(name, ids, places, num_listed, BEFORE_ALL) for name, (ids, places) in asked)
             )
         ids, logprobs = (np.concatenate(part) for part in zip(*scored, strict=True))
         return ids, logprobs, version
@@ -174,6 +171,20 @@ class RolloutActor(WeightVerbs):
             self._watching.cancel()
         if hasattr(self, "_worker"):
             await self._worker.shutdown()
+
+
+def _services(settings: RolloutActorSettings, tokenizer: "PreTrainedTokenizerBase") -> Services:
+    """Return what environments may use; the tokenizer is of the model that samples."""
+    environment = settings.environment
+    return Services(
+        lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))),
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        VerifierProcess(environment.weights, environment.reward_seconds, environment.tools),
+        settings=environment,
+        chat=None if settings.chat is None else _chat(*settings.chat),
+        read_calls=reader_of(environment.tool_format, tokenizer),
+        harness=_harness(environment),
+    )
 
 
 def _harness(environment: EnvironmentConfig) -> "HarnessRuntime | None":

@@ -5,13 +5,14 @@ that only grows. Where the student is to read what does not begin with a row's t
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
+from cluster.config.sections import EnvironmentConfig
 from cluster.contracts.errors import PreceptorError, RolloutError
 from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
@@ -31,6 +32,12 @@ class Limits:
     turns: int = 0
     turn_tokens: int = 0  # that one completion may have
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, settings: EnvironmentConfig) -> Self:
+        return cls(
+            settings.max_observation_tokens, settings.max_turns, settings.max_turn_tokens, settings.episode_seconds
+        )
 
 
 NO_LIMITS = Limits()
@@ -54,13 +61,18 @@ class Episode:
         prompt: Prompt,
         sampling: SamplingSettings,
         limits: Limits,
-        priority: int = 0,
-        new_request_id: Callable[[], str] = lambda: "",
+        priority: int,
+        request_ids: Iterator[str],
+        read_as: Ints | None = None,
     ) -> None:
-        """Take the engine and what is requested of it; no two results of `new_request_id` are equal."""
+        """Take the engine, what is requested of it, and ids for requests to it.
+
+        The student reads `read_as`, if given, in the place of its prompt, which the rows have all the same.
+        """
         self.prompt, self.num_turns = prompt, 0
         self._engine, self._request, self._sampling = engine, request, sampling
-        self._limits, self._priority, self._new_request_id = limits, priority, new_request_id
+        self._limits, self._priority, self._request_ids = limits, priority, request_ids
+        self._read_as = read_as
         self._tokens_left = sampling.max_completion_tokens
         self._longest_row = len(prompt.token_ids) + limits.observation_tokens + sampling.max_completion_tokens
         self._ends_at = monotonic() + limits.seconds if limits.seconds else float("inf")
@@ -148,8 +160,8 @@ class Episode:
     async def _generate(self, token_ids: Ints, max_tokens: int) -> Completion:
         try:
             return await self._engine.generate(
-                self._new_request_id(),
-                token_ids.tolist(),
+                next(self._request_ids),
+                self._as_read(token_ids).tolist(),
                 replace(self._sampling, max_completion_tokens=max_tokens),
                 turn_seed(self._request.seed, self.num_turns),
                 self._priority,
@@ -159,6 +171,18 @@ class Episode:
         except Exception as error:  # which must not count as the environment's
             what = f"{type(error).__name__}: {error}"
             raise RolloutError(f"trajectory {self._request.trajectory_id}: the engine failed: {what}") from error
+
+    def _as_read(self, token_ids: Ints) -> Ints:
+        """Return a row's tokens with what the student reads in the place of the prompt."""
+        if self._read_as is None:
+            return token_ids
+        count = len(self.prompt.token_ids)
+        if not np.array_equal(token_ids[:count], self.prompt.token_ids):
+            raise RolloutError(
+                f"trajectory {self._request.trajectory_id}: the environment shows the student something else than the "
+                "prompt, in whose place a privileged sampler reads; remove rollout.privileged"
+            )
+        return np.concatenate([self._read_as, token_ids[count:]])
 
     async def _in_time(self, answer: Awaitable[Answer]) -> Answer:
         """Wait for the environment; raise TimeoutError if it alone takes as long as an episode may."""

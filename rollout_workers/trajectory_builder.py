@@ -103,7 +103,7 @@ def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
 def rollout_metrics(
     rows: Sequence[GeneratedTrajectory], seconds: float, stops_repetition: bool = False, has_turns: bool = False
 ) -> dict[str, Metric]:
-    """Measure a batch of at least one row; without `stops_repetition`, the share of repetition is unknown.
+    """Measure a batch's rows of the student; without `stops_repetition`, the share of repetition is unknown.
 
     `seconds` is the worker's time since its previous batch, so that a worker's sum is its time. An episode of several
     rows counts once, and one whose environment failed only as that. `has_turns` says that episodes may be of several.

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -13,12 +13,13 @@ from cluster.contracts.errors import PreceptorError, RolloutError, WeightSyncErr
 from cluster.contracts.metrics import Metrics, merge
 from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import GeneratedTrajectory, make_generated
+from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
 from rollout_workers.batching import BatchSize, in_batches
 from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.contexts.groups import Attempt, GroupBarrier, Released
 from rollout_workers.environments.base import NewEnvironment, Outcome, Services, SingleTurn
 from rollout_workers.episode import NO_LIMITS, Episode, Limits
+from rollout_workers.privileged import PrivilegedSampler, Sample, own_rows
 from rollout_workers.prompts import PromptSet
 from rollout_workers.trajectory_builder import rollout_metrics
 
@@ -27,6 +28,8 @@ MOST_FAILURES = 16  # of environments one after the other: the environment itsel
 _log = logging.getLogger("preceptor")
 
 NewContexts = Callable[[PromptSet], ContextBuilder | None]  # None: all models read the student's prompt
+# Makes the privileged sampler, if there is one, of the prompts and of what samples one text.
+NewPrivileged = Callable[[PromptSet, RolloutEngine, Sample], PrivilegedSampler | None]
 RolloutBatch = tuple[pa.RecordBatch, Metrics, bool]  # finished trajectories, and whether none follow
 
 
@@ -41,10 +44,12 @@ class RolloutWorker:
         environment: NewEnvironment = SingleTurn,
         limits: Limits = NO_LIMITS,
         contexts: NewContexts = lambda prompts: None,
+        privileged: NewPrivileged = lambda prompts, engine, sample: None,
     ) -> None:
         """Take the engine, what makes each episode's environment, and the bounds of an episode.
 
-        `contexts` makes what builds the prompts of teachers that read another than the student's.
+        `contexts` makes what builds the prompts of teachers that read another than the student's, `privileged` what
+        answers requests to the privileged sampler.
         """
         self.engine = engine
         self._services = services
@@ -54,11 +59,14 @@ class RolloutWorker:
         self._prompts: PromptSet | None = None
         self._new_contexts = contexts
         self._contexts: ContextBuilder | None = None
+        self._new_privileged = privileged
+        self._privileged: PrivilegedSampler | None = None
         self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
         self._num_requests = self._num_failures = 0
 
     def set_prompts(self, prompts: PromptSet) -> None:
         self._prompts, self._contexts = prompts, self._new_contexts(prompts)
+        self._privileged = self._new_privileged(prompts, self.engine, self._rollout)
 
     async def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int = 0
@@ -72,13 +80,15 @@ class RolloutWorker:
             RolloutError: the prompts were never set, the engine gave up a request, or environments fail all the time.
         """
         last = perf_counter()
-        tasks = [asyncio.create_task(self._rollout(request, sampling, priority)) for request in requests]
+        tasks = [asyncio.create_task(self._answer(request, sampling, priority)) for request in requests]
         try:
             async for released, is_last in in_batches(tasks, self._batch_size, self._barrier(requests, sampling)):
                 now = perf_counter()
                 rows = [row for attempt, _ in released for row in (*attempt.earlier, attempt.trajectory)]
                 has_turns = self._environment is not SingleTurn
-                metrics: Metrics = rollout_metrics(rows, now - last, bool(sampling.stop_repetition), has_turns)
+                stops = bool(sampling.stop_repetition)
+                metrics: Metrics = rollout_metrics(own_rows(rows), now - last, stops, has_turns)
+                metrics = merge([metrics, *(attempt.metrics for attempt, _ in released)])
                 if self._contexts is not None:
                     rows, of_contexts = self._with_contexts(self._contexts, released, sampling)
                     metrics = {**metrics, **of_contexts}
@@ -139,14 +149,25 @@ class RolloutWorker:
             )
         return [row for row, _ in built], merge([metrics for _, metrics in built])
 
-    async def _rollout(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
-        """Run one episode; its environment may fail, but not those of many episodes one after the other."""
+    async def _answer(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
+        if not request.is_privileged:
+            return await self._rollout(request, sampling, priority)
+        if self._privileged is None:
+            raise RolloutError(f"trajectory {request.trajectory_id} is for a privileged sampler, and there is none")
+        return await self._privileged.answer(request, sampling, priority)
+
+    async def _rollout(
+        self, request: RolloutRequest, sampling: SamplingSettings, priority: int, read_as: Ints | None = None
+    ) -> Attempt:
+        """Run one episode; its environment may fail, but not those of many episodes one after the other.
+
+        The student reads `read_as`, if given, in the place of its prompt, which the rows have all the same.
+        """
         if self._prompts is None:
             raise RolloutError("a rollout was requested before the prompts were set")
         prompt = self._prompts.prompt(request.prompt_id)
-        episode = Episode(
-            self.engine, request, prompt, sampling, self._limits, priority, lambda: self._new_request_id(request)
-        )
+        names = self._request_ids(request)
+        episode = Episode(self.engine, request, prompt, sampling, self._limits, priority, names, read_as)
         try:
             environment = self._environment(replace(self._services, stop=sampling.stop))
             reason, answer = await episode.run(environment)
@@ -161,10 +182,11 @@ class RolloutWorker:
         feedback = answer.feedback if isinstance(answer, Outcome) else ""
         return Attempt(row, self._services.text_of(episode.last), feedback, tuple(earlier))
 
-    def _new_request_id(self, request: RolloutRequest) -> str:
-        """Return what no request in use has: an episode has several turns, and comes again after a failure."""
-        self._num_requests += 1
-        return f"{request.trajectory_id}-{self._num_requests}"
+    def _request_ids(self, request: RolloutRequest) -> Iterator[str]:
+        """Yield what no request in use has: an episode has several turns, and comes again after a failure."""
+        while True:
+            self._num_requests += 1
+            yield f"{request.trajectory_id}-{self._num_requests}"
 
     def _failed(self, episode: Episode, request: RolloutRequest, error: Exception) -> Attempt:
         self._num_failures += 1

@@ -39,7 +39,7 @@ def main() -> None:
     careful = partial(draw_batch, size=BATCH_SIZE, guesses=0.0)
     careless = partial(draw_batch, size=BATCH_SIZE, guesses=GUESSES)
     parts = {"teacher": (TEACHER, [Phase(400, careful)])}
-    parts["student"] = (STUDENT, [Phase(400, careful), Phase(80, careless, matrix_lr=0.005, other_lr=1e-3)])
+    parts["student"] = (STUDENT, [Phase(240, careful), Phase(60, careless, matrix_lr=0.005, other_lr=1e-3)])
     for name, (shape, phases) in parts.items():
         if arguments.only in (None, name):
             write_model(arguments.out / name, shape, phases, arguments.seed)
