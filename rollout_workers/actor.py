@@ -36,12 +36,12 @@ from rollout_workers.privileged import PrivilegedSampler
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
-BEFORE_ALL = -(2**31)  # the priority of scores: an update of the weights waits for them
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rollout_workers.harness.environment import HarnessRuntime
 
+BEFORE_ALL = -(2**31)  # the priority of scores: an update of the weights waits for them
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
 
@@ -80,6 +80,8 @@ class RolloutActor(WeightVerbs):
             settings.weight_transport,
             settings.sampled_candidates,
             settings.merges_stops,
+            settings.keeps_cache,
+            settings.float32_head,
             settings.rests,
         )
         self._worker = RolloutWorker(
