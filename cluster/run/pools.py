@@ -178,6 +178,9 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         keeps_cache=config.rollout.keep_cache_on_update,
         float32_head=config.rollout.engine.dtype != "float32" and config.learner.head_dtype != "bfloat16",
         contexts=inputs.contexts,
+        chat=(config.student, config.prompts, inputs.read_at)
+        if config.environment.has_turns and config.prompts.template == "chat"
+        else None,
         # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
         rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
         privileged=inputs.privileged.settings,

@@ -20,22 +20,24 @@ from cluster.vllm.plugins import provide_plugins
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from cluster.vllm.token_scoring import Scoring
+
 OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
-LAYERS_VARIABLE = "PRECEPTOR_ENGINE_LAYERS"  # a LayersToSend in JSON, for the engine's processes; "": none
+SCORING_KEY = "preceptor_scoring"  # of a Scoring in vLLM's additional configuration, which its workers have
 SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU
 OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself; the rest is for what vLLM does not count
 BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-# Turns a causal LM into an embedder of tokens; "model" keeps its hidden states in its own dtype, where vLLM would cast
-# them to float32.
+# Turns a causal LM into an embedder of tokens, which `token_scoring.py` lets score them; "model" keeps its hidden
+# states in its own dtype, where vLLM would cast them to float32.
 POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"head_dtype": "model"}}
 
 
 @dataclass(frozen=True)
 class LayersToSend:
-    """Says which layers of its model a pooling engine returns behind the last hidden states (`layer_states.py`)."""
+    """Says which layers of its model an engine's model returns behind the last hidden states (`layer_states.py`)."""
 
     layers: tuple[int, ...]  # from 1, of the engine's own model; the last is after the final norm
     bank: str | None = None  # file of a projection bank whose teacher has these layers; None: states as they are
@@ -49,8 +51,7 @@ class EngineRole:
     max_model_len: int  # prompt + completion, and 1 more where it generates, in tokens
     prefix_caching: bool
     tokenizer: bool  # without one the engine can neither find stop strings nor know the EOS token
-    pooling: bool = False  # return last hidden states instead of generating
-    layers: LayersToSend | None = None  # return those layers' states behind them
+    scoring: "Scoring | None" = None  # score tokens instead of generating
     sleeps: bool = False  # whether it is to give its GPU memory back for a time
     keeps_cache: bool = False  # whether running requests keep their keys and values when the weights change
     float32_head: bool = False  # on a GPU: compute logits in float32, as the learner does; vLLM 0.24 cannot
@@ -104,7 +105,6 @@ def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
 def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":
     """Start an engine and its process, in a running event loop; raise ModelError if vLLM refuses the model."""
     prepare_environment(engine)
-    os.environ[LAYERS_VARIABLE] = "" if role.layers is None else msgspec.json.encode(role.layers).decode()
     if PYTHON_VARIABLE in os.environ:
         multiprocessing.set_executable(os.environ[PYTHON_VARIABLE])
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -121,7 +121,7 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     if not is_cpu:
         # For the engine's process, which computes on the GPU; OpenMP has read the actor's own number already.
         os.environ["OMP_NUM_THREADS"] = str(engine.cpu_threads or 1)
-    if role.layers is not None:
+    if role.scoring is not None and role.scoring.layers is not None:
         arguments["enforce_eager"] = True  # a compiled model does not call the hooks on its layers
     arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
     arguments |= early_logits_processors(role.logits_processors)
@@ -157,8 +157,13 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
         "skip_tokenizer_init": not role.tokenizer,
         "weight_transfer_config": WeightTransferConfig(backend=backend) if backend else None,
         "worker_extension_cls": role.worker_extension or "",
-        **(POOLING_ARGUMENTS if role.pooling else {}),
+        **({} if role.scoring is None else scoring_arguments(role.scoring)),
     }
+
+
+def scoring_arguments(scoring: "Scoring") -> dict[str, Any]:
+    """Return vLLM's arguments of an engine that scores tokens."""
+    return POOLING_ARGUMENTS | {"additional_config": {SCORING_KEY: msgspec.to_builtins(scoring)}}
 
 
 def _platform_arguments(engine: EngineConfig, role: EngineRole, is_cpu: bool) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def _platform_arguments(engine: EngineConfig, role: EngineRole, is_cpu: bool) ->
 def gpu_arguments(engine: EngineConfig, role: EngineRole, is_shared: bool) -> dict[str, Any]:
     """Return vLLM's arguments that only count on a GPU, of the engine's own or shared with others."""
     # A teacher reads long prompts and decodes nothing: compiling and CUDA graphs would cost it a minute and a GiB.
-    is_eager = role.pooling if engine.enforce_eager is None else engine.enforce_eager
+    is_eager = role.scoring is not None if engine.enforce_eager is None else engine.enforce_eager
     arguments: dict[str, Any] = {
         "gpu_memory_utilization": engine.gpu_memory_fraction or OWN_GPU_FRACTION,
         "enforce_eager": is_eager,
@@ -188,7 +193,7 @@ def gpu_arguments(engine: EngineConfig, role: EngineRole, is_shared: bool) -> di
         # vLLM would measure what is left for the cache, and take what the others allocate meanwhile for its own; it
         # ends when they free something. With a given size, the fraction is only what must be free when it starts.
         arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * BYTES_PER_GIB)
-    elif engine.max_concurrent_sequences is None and not role.pooling:
+    elif engine.max_concurrent_sequences is None and role.scoring is None:
         arguments["max_num_seqs"] = _vllms_sequences(engine.tensor_parallel)
     if role.float32_head:
         arguments["hf_overrides"] = {"head_dtype": "float32"}  # rounded logits alone differ by 0.02 nats from these

@@ -112,6 +112,17 @@ class Trajectory:
         return np.arange(len(self.rollout_logprobs)) if self.strict is None else np.flatnonzero(self.strict)
 
     @property
+    def turns(self) -> NDArray[np.int64]:
+        """Return which turn of its episode each completion token is of: tokens between which none was read are one's.
+
+        Beside a teacher with its own tokenizer, trajectories have one turn.
+        """
+        places = np.flatnonzero(self.loss_mask)
+        if self.strict is not None:
+            return np.full(len(places), self.turn)
+        return self.turn + np.cumsum(np.diff(places, prepend=places[:1]) > 1)
+
+    @property
     def num_sampled(self) -> int:
         return len(self.rollout_logprobs) if self.strict is None else len(self.strict)
 
@@ -199,6 +210,7 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         task_advantage=of_each("task_advantage"),
         reward=of_each("reward"),
         weight=of_each("weight"),
+        turn=_join([row.turns for row in placed], np.int64),
         privileged=of_each("privileged", np.bool_),
     )
 

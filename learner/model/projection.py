@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cluster.models.lm_head import multiplies_wide
 from cluster.models.stop_class import merge_logits, split_gradient
-from learner.model.wide_products import multiplies_wide
 
 
 @dataclass(frozen=True)

@@ -188,3 +188,10 @@ def test_two_sampled_spans_of_a_row_are_predicted_from_the_places_before_their_t
     assert batch.tokens.target_ids.tolist() == [11, 12, 15, 21]
     assert batch.tokens.position.tolist() == [0, 1, 2, 0]
     assert batch.tokens.logprobs["teacher"].tolist() == [-5.5, -6, -7.5, -10.5]
+
+
+def test_each_completion_token_knows_its_turn_of_the_episode(rows):
+    first = trajectory([10, 11, 12, 13, 14, 15], [0, 1, 1, 0, 1, 0])
+    further = trajectory([20, 21, 22, 23], [0, 1, 0, 1], turn=2)
+    batch = build_micro_batch(((0, 1), (2,)), [first, further, trajectory([30, 31], [0, 0])], seed=0)
+    assert batch.tokens.turn.tolist() == [0, 0, 1, 2, 3]
