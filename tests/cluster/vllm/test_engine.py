@@ -11,9 +11,10 @@ import torch
 from cluster.config.stages import Dtype, EngineConfig
 from cluster.contracts.errors import ModelError
 from cluster.vllm.engine import OWNER_VARIABLE, EngineRole, build_engine, gpu_arguments, prepare_environment
+from cluster.vllm.token_scoring import Scoring
 
 ROLLOUT = EngineRole(64, prefix_caching=True, tokenizer=True)
-TEACHER = EngineRole(64, prefix_caching=True, tokenizer=False, pooling=True)
+TEACHER = EngineRole(64, prefix_caching=True, tokenizer=False, scoring=Scoring())
 
 # Starts a process as vLLM starts an engine's, which comes to its plugins when it may.
 OWNER = f"""
