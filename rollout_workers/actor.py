@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
-from cluster.config.sections import PromptsConfig, StudentConfig
+from cluster.config.sections import HARNESS_KINDS, EnvironmentConfig, PromptsConfig, StudentConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
@@ -38,6 +38,8 @@ from rollout_workers.worker import RolloutBatch, RolloutWorker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rollout_workers.harness.environment import HarnessRuntime
 
 BEFORE_ALL = -(2**31)  # the priority of scores: an update of the weights waits for them
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
@@ -78,6 +80,8 @@ class RolloutActor(WeightVerbs):
             settings.weight_transport,
             settings.sampled_candidates,
             settings.merges_stops,
+            settings.keeps_cache,
+            settings.float32_head,
             settings.rests,
         )
         self._worker = RolloutWorker(
@@ -181,7 +185,19 @@ def _services(settings: RolloutActorSettings, tokenizer: "PreTrainedTokenizerBas
         settings=environment,
         chat=None if settings.chat is None else _chat(*settings.chat),
         read_calls=reader_of(environment.tool_format, tokenizer),
+        harness=_harness(environment),
     )
+
+
+def _harness(environment: EnvironmentConfig) -> "HarnessRuntime | None":
+    """Return what agents ask the student by, if they are the run's environment; it listens at the node's address."""
+    if environment.kind not in HARNESS_KINDS:
+        return None
+    import ray
+
+    from rollout_workers.harness.environment import HarnessRuntime
+
+    return HarnessRuntime(environment, ray.util.get_node_ip_address())
 
 
 def _chat(student: StudentConfig, prompts: PromptsConfig, now: datetime) -> Chat:

@@ -51,7 +51,7 @@ def load_prompts(
     if settings.template == "chat" and tokenizer.chat_template is None:
         raise PromptError(f"{source}: the student's tokenizer has no chat template; set prompts.template = 'raw'")
     loading = _Loading(str(source), tokenizer, config, now or datetime.now(), teacher_tokenizers or {})
-    for where, row in read_rows(str(source), splits):
+    for where, row in read_rows(str(source), splits, config.environment):
         loading.add(where, row)
     prompts = loading.tokenise(context_tokens)
     if lines := loading.describe():

@@ -44,6 +44,8 @@ class RolloutActorSettings:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
     merges_stops: bool = False  # whether they may have a class of stop ids
+    keeps_cache: bool = False  # whether running requests keep their keys and values when the weights change
+    float32_head: bool = False  # on a GPU: logits in float32, as the learner's are
     rests: bool = False  # whether engines give up weights and all when a step's rollouts are done, for new ones follow
     contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
     # What rendered the prompts, for environments that continue them: the tokenizer's folder, the settings, the time.

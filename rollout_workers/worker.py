@@ -123,6 +123,8 @@ class RolloutWorker:
 
     async def shutdown(self) -> None:
         self._services.verifier.close()
+        if self._services.harness is not None:
+            await self._services.harness.shutdown()
         await self.engine.shutdown()
 
     def _barrier(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> GroupBarrier:

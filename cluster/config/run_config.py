@@ -13,6 +13,7 @@ from cluster.config.fields import Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.replay import check_replay
 from cluster.config.sections import (
+    HARNESS_KINDS,
     CheckpointConfig,
     EnvironmentConfig,
     EvaluationConfig,
@@ -44,7 +45,7 @@ from cluster.config.terms import (
 )
 from cluster.contracts.requests import ScoreRequest
 
-REASONING_GYM = "reasoning-gym:"  # before the task, in the place of a file
+REASONING_GYM, VERIFIERS = "reasoning-gym:", "verifiers:"  # before the task, in the place of a file
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 
 
@@ -97,6 +98,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             )
         _check_prompts(self)
         _check_tools(self)
+        _check_packages(self.prompts, self.environment)
         _check_contexts(self)
         self.objective.check_privileged(has_sampler=self.rollout.privileged is not None)
 
@@ -166,12 +168,6 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
-    for source in (prompts.train, prompts.held_out or prompts.train):
-        if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
-            raise ValueError(
-                f"environment: 'reasoning_gym' rewards the prompts of that package, and '{source}' are others; "
-                f"set prompts.train and prompts.held_out to '{REASONING_GYM}TASK'"
-            )
 
 
 def _check_tools(config: Config) -> None:
@@ -186,6 +182,23 @@ def _check_tools(config: Config) -> None:
             "environment.tools are written by the chat template, after whole messages; set prompts.template = 'chat' "
             "and no prompts.last_answer = 'prefill'"
         )
+
+
+def _check_packages(prompts: PromptsConfig, environment: EnvironmentConfig) -> None:
+    """Check that what a package rewards and plays are its own prompts."""
+    for source in filter(None, (prompts.train, prompts.held_out)):
+        if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
+            raise ValueError(
+                f"environment: 'reasoning_gym' rewards the prompts of that package, and '{source}' are others; "
+                f"set prompts.train and prompts.held_out to '{REASONING_GYM}TASK'"
+            )
+        if (environment.kind == "verifiers") != source.startswith(VERIFIERS):
+            raise ValueError(
+                f"environment.kind is '{environment.kind}' and the prompts are '{source}'; an environment of verifiers "
+                f"plays its own tasks: set kind = 'verifiers', and the prompts to '{VERIFIERS}TASKSET'"
+            )
+    if environment.kind in HARNESS_KINDS and prompts.template == "raw":
+        raise ValueError(f"environment.kind = '{environment.kind}' asks by messages; set prompts.template = 'chat'")
 
 
 def _check_contexts(config: Config) -> None:

@@ -86,7 +86,7 @@ def _engine(
     weights = _gib(size.parameters * (1 if engine.quantization or size.is_quantized else value) / ranks)
     tokens = max(engine.max_batched_tokens, max_model_len) if gpu_gib else max_model_len
     activations = tokens * (2 * size.inner_width / ranks + 4 * size.width) * value
-    logits = 0 if scores else engine.max_concurrent_sequences * size.vocabulary * 2 * DTYPE_BYTES["float32"]
+    logits = 0 if scores else engine.concurrent_sequences * size.vocabulary * 2 * DTYPE_BYTES["float32"]
     inside = RESERVE_GIB + _gib(activations + logits)
     outside = _gib(size.head_parameters * value) + SCORED_LOGITS_GIB[gpu_gib is not None] if scores else 0.0
     cache, available = engine.kv_cache_gib, None

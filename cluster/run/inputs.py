@@ -100,7 +100,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
-    privileged = plan_privileged(config, train, student.tokenizer, student.context_tokens, now)
+    privileged = plan_privileged(config, prompts, len(train), student.tokenizer, student.context_tokens, now)
     replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,

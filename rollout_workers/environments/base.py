@@ -21,6 +21,7 @@ from rollout_workers.prompt_row import PromptRow
 
 if TYPE_CHECKING:
     from rollout_workers.environments.chat import Chat
+    from rollout_workers.harness.environment import HarnessRuntime
 
 TokenIds = Sequence[int] | Ints
 
@@ -91,6 +92,7 @@ class Services:
     settings: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     chat: "Chat | None" = None  # None: no environment of the run continues conversations
     read_calls: ReadCalls = hermes_calls  # the tool calls of a completion's text
+    harness: "HarnessRuntime | None" = None  # what the run's agents ask the student by; None: they do not
 
     def text_of(self, completion: Completion) -> str:
         """Return what precedes the first stop string, without white space at the ends; the stop string is no answer."""
@@ -127,6 +129,8 @@ NewEnvironment = Callable[[Services], Environment | Agent]
 ENVIRONMENTS: dict[str, NewEnvironment | str] = {  # a text: the import path of one that not every run loads
     "single_turn": SingleTurn,
     "tools": "rollout_workers.environments.tools:Tools",
+    "harness": "rollout_workers.harness.environment:HarnessEnvironment",
+    "verifiers": "rollout_workers.harness.environment:HarnessEnvironment",
 }
 
 

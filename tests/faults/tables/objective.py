@@ -321,10 +321,10 @@ FAULTS = (
     ),
     Fault(
         "a teacher scores the written stop id by itself",
-        "teacher_workers/backends/lm_head_scores.py",
-        "    ids = merge_ids(ids, head.stop_class)\n",
-        "",
-        ("tests/teacher_workers/backends/test_lm_head_scores.py::test_ids_that_end_completions_are_scored_as_one",),
+        "cluster/models/token_scores.py",
+        "ids = merge_ids(ids.to(device, torch.int64), head.stop_class)",
+        "ids = ids.to(device, torch.int64)",
+        ("tests/cluster/models/test_token_scores.py::test_ids_that_end_completions_are_scored_as_one",),
     ),
     Fault(
         "stop ids are merged in all rows of the sampler",

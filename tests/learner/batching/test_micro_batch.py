@@ -44,6 +44,23 @@ def test_positions_restart_with_every_trajectory_and_are_zero_at_padding(rows):
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]
 
 
+def test_a_micro_batch_moves_with_every_tensor(rows):
+    seen = []
+
+    def note(tensor):
+        seen.append(tensor)
+        return tensor.clone()
+
+    batch = build_micro_batch(((0, 1), (2,)), rows, seed=0)
+    moved = batch.changed(note)
+    everywhere = [moved.input_ids, moved.position_ids, moved.predicting, moved.places, moved.routes[0].places]
+    assert len(seen) == len(everywhere) + 11 + 4  # columns of tokens, and two models' two signals
+    assert not any(tensor is one for tensor in everywhere for one in seen)
+    assert moved.lengths == batch.lengths
+    assert torch.equal(moved.tokens.logprobs["base"], batch.tokens.logprobs["base"])
+    assert moved.tokens.logprobs["base"] is not batch.tokens.logprobs["base"]
+
+
 def test_every_completion_token_is_predicted_from_the_place_to_its_left(rows):
     batch = build_micro_batch(((0, 1), (2,)), rows, seed=0)
     assert batch.predicting.tolist() == [0, 1, 3, 6]
