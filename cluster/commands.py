@@ -22,6 +22,7 @@ from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_sam
 from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.kept_rows import KeptRows
+from cluster.run.memory import memory_plan, with_memory_plan
 from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
@@ -41,8 +42,9 @@ def start_training(config: Config) -> RunSummary:
     load_hooks(config)  # one that cannot be imported ends the command before anything starts
     config, inputs = _prepare(config)
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+        written, config = config, with_memory_plan(config, inputs, view.say)
         placement = await_placement(config, view.say)
-        directory = RunDirectory.create(config)
+        directory = RunDirectory.create(written)  # a resumed run may have other GPUs
         with run_lock(directory):
             write_record(directory, inputs)
             _announce(view, session, placement, inputs, directory)
@@ -73,6 +75,7 @@ def _resume(directory: RunDirectory, config: Config) -> RunSummary:
     else:
         warnings += compare_prompts(directory, began_with, inputs)
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+        config = with_memory_plan(config, inputs, view.say)
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs, directory)
         for warning in warnings:
@@ -91,6 +94,7 @@ def evaluate_models(config: Config) -> None:
     if not inputs.held_out_ids:
         raise CheckpointError("prompts.held_out: the run file names no held-out prompts to evaluate on")
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+        config = with_memory_plan(config, inputs, view.say)
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
         with start_student_rollouts(config, inputs, placement) as pool:
@@ -103,6 +107,11 @@ def check_run(config: Config) -> bool:
     """Print the placement, run every self-check and return whether all passed."""
     config, inputs = _prepare(config)
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+        plan = memory_plan(config, inputs)
+        for line in (*plan.choices, *plan.lines()):
+            view.say(line)
+        plan.refuse()
+        config = plan.config
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
         others = [name for name, teacher in config.teachers.items() if teacher.is_aligned]

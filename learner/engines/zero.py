@@ -20,6 +20,7 @@ from torch import Tensor
 from cluster.config.pass_through import merged
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError
+from cluster.placement.memory import REDUCED_VALUES
 from learner.batching.micro_batch import MicroBatch
 from learner.checkpointing.shards import flatten, host_copy, unflatten
 from learner.engines.base import PausableAdamW, adamw_settings, exchange, paused
@@ -167,7 +168,7 @@ def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
 
     The micro-batch counts are placeholders: batches come already cut, and the engine receives which one is the last.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": REDUCED_VALUES}
     if config.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters == "cpu":
@@ -208,6 +209,7 @@ def _shard(student: Student, zero: dict[str, Any]) -> None:
     device = deepspeed.accelerator.get_accelerator().current_device_name()
     for buffer in student.buffers():
         buffer.data = buffer.data.to(device)
+        deepspeed.comm.broadcast(buffer.data, 0)  # as `Init` does with parameters: only rank 0 has read the files
 
 
 def _skip_shared_memory_op() -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -74,6 +75,40 @@ with restored.weights_of("only"):
     assert all(torch.equal(*pair) for pair in zip(weights(), average, strict=True)), "another average"
 print("kept")
 """
+LOADS_ONCE = """
+import resource, sys, torch
+from safetensors.torch import load_file
+from cluster.config.run_file import parse_run_config
+from learner.engines.zero import ZeroEngine
+from learner.worker import LearnerActor
+
+folder, store, rank = sys.argv[1:]
+config = parse_run_config(
+    f"student.model = '{folder}'\\nprompts.train = 'p'\\nteachers.only.model = 't'\\nlearner.num_workers = 2\\n"
+    "learner.zero_stage = 3\\nlearner.dtype = 'float32'\\nrollout.engine.dtype = 'float32'"
+)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+class Measured(LearnerActor):
+    def use(self, engine, teacher_heads):
+        self.engine = engine
+
+def load(*arguments):
+    before = peak()
+    student = load_student(*arguments)
+    print(peak() - before)
+    return student
+
+import learner.worker
+load_student, learner.worker.load_student = learner.worker.load_student, load
+actor = Measured(config, int(rank), 2)
+actor.start("file://" + store)
+with actor.engine.full_parameters(["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]) as found:
+    for name, expected in load_file(folder + "/model.safetensors").items():
+        assert name not in found or torch.equal(found[name], expected), name
+"""
 LOOKS_FOR_NO_COMPILER = """
 import deepspeed
 from learner.engines.zero import _skip_shared_memory_op
@@ -116,3 +151,36 @@ def test_two_ranks_lend_their_parts_of_an_average_to_the_student(
             for rank in range(2)
         ]
         assert [rank.result() for rank in ranks] == ["kept", "kept"]
+
+
+def test_one_rank_alone_holds_the_students_weights_before_they_are_sharded(tmp_path: Path) -> None:
+    config = Qwen3Config(
+        vocab_size=20_000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config)
+    weights = 4 * model.num_parameters()
+    model.save_pretrained(tmp_path / "model")
+    with ThreadPoolExecutor(2) as threads:
+        ranks = [
+            threads.submit(
+                run,
+                LOADS_ONCE,
+                str(tmp_path / "model"),
+                str(tmp_path / "store"),
+                str(rank),
+                RANK=str(rank),
+                WORLD_SIZE="2",
+                DS_ACCELERATOR="cpu",
+            )
+            for rank in range(2)
+        ]
+        first, second = (int(rank.result()) for rank in ranks)
+    assert first > 0.9 * weights > 200e6
+    assert second < 0.2 * weights
