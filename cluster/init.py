@@ -114,6 +114,8 @@ def _held_out(data: str) -> str | None:
         path = Path(data)
         names = [path.name.replace("train", name) for name in HELD_OUT_NAMES if "train" in path.name]
         return next((str(path.with_name(name)) for name in names if path.with_name(name).is_file()), None)
+    if source.kind in ("reasoning-gym", "verifiers"):
+        return None  # the user chooses another seed
     import datasets
 
     try:

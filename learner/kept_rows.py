@@ -116,7 +116,7 @@ class KeptRows:
         indices = [index for grid_row in grid for index in grid_row]
         if not self._count or not len(batch.tokens):
             return batch
-        step = rows[indices[0]].trajectory_id // self._per_step
+        step = rows[indices[0]].episode_id // self._per_step
         if not is_kept(step + 1, self._every):
             return batch
         if step != self._step:
@@ -126,7 +126,7 @@ class KeptRows:
         ratios = log_ratios(batch.tokens, lengths)
         worst, start, watched = int(ratios.argmax()), 0, []
         for place, (index, length) in enumerate(zip(indices, lengths, strict=True)):
-            is_chosen = rows[index].trajectory_id in chosen
+            is_chosen = rows[index].episode_id in chosen
             if length and (is_chosen or (place == worst and ratios[place] > self._largest_ratio)):
                 watched.append(WatchedRow(index, range(start, start + length), float(ratios[place]), is_chosen))
             start += length

@@ -215,7 +215,7 @@ class RolloutPool(Pool):
         )
         self._lengths.observe(handle)
         if not handle.is_last:
-            came = set(handle.trajectory_ids)
+            came = set(handle.episodes)
             left = [request for request in awaited.requests if request.trajectory_id not in came]
             self._send("next_batch", replace(awaited, requests=left))
         return replace(handle, reference=awaited.wire, rollout=awaited.rollout, spans=(span,))

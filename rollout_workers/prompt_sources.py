@@ -1,4 +1,4 @@
-"""Reads the rows of prompts: JSON lines, JSON, Parquet, CSV, a folder of such files, or a data set of the hub."""
+"""Reads the rows of prompts: JSON lines, JSON, Parquet, CSV, a folder, a data set of the hub, a package's tasks."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +11,7 @@ import pyarrow as pa
 from cluster.config.data_source import DataSource, parse_source
 from cluster.contracts.errors import PromptError
 from cluster.contracts.files import read_file
+from rollout_workers.reasoning_gym_tasks import read_tasks
 
 Row = dict[str, Any]
 
@@ -32,11 +33,19 @@ def read_rows(source: str, splits: Sequence[str] = TRAIN_SPLITS) -> Iterator[tup
     if parsed.kind == "file" and parsed.split is not None:
         raise PromptError(f"{source}: a file has no splits; name {parsed.place} alone")
     num_rows = 0
-    for row in _file_rows(parsed.place) if parsed.kind == "file" else _table_rows(source, _dataset(parsed, splits)):
+    for row in _rows_of(parsed, source, splits):
         num_rows += 1
         yield row
     if not num_rows:
         raise PromptError(f"{source}: the {'file' if parsed.kind == 'file' else 'data set'} holds no prompt")
+
+
+def _rows_of(parsed: DataSource, source: str, splits: Sequence[str]) -> Iterator[tuple[str, Row | PromptError]]:
+    if parsed.kind == "file":
+        return _file_rows(parsed.place)
+    if parsed.kind == "reasoning-gym":
+        return read_tasks(parsed.place)
+    return _table_rows(source, _dataset(parsed, splits))
 
 
 def guess_columns(row: Row) -> dict[str, str]:

@@ -3,7 +3,7 @@
 A step lasts as long as its longest completion, so long ones start first, and each worker gets as many tokens.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heapreplace
@@ -40,7 +40,12 @@ class ExpectedLengths:
     _overall: Average = field(default_factory=Average)
 
     def observe(self, handle: BatchHandle) -> None:
-        for prompt_id, num_tokens in zip(handle.prompt_ids, handle.num_completion_tokens, strict=True):
+        of_episodes: Counter[tuple[int, int]] = Counter()
+        for episode_id, prompt_id, num_tokens in zip(
+            handle.episodes, handle.prompt_ids, handle.num_completion_tokens, strict=True
+        ):
+            of_episodes[episode_id, prompt_id] += num_tokens
+        for (_, prompt_id), num_tokens in of_episodes.items():
             if not num_tokens:  # of a masked row, which says nothing of its length
                 continue
             self._by_prompt[prompt_id].add(num_tokens, PROMPT_MEMORY)

@@ -16,7 +16,8 @@ from rollout_workers.candidates.sampled import CandidateRequest
 from rollout_workers.candidates.vllm_processor import request_candidates
 from rollout_workers.stop_class_processor import request_merging
 
-FINISH_REASONS: dict[str, FinishReason] = {reason: reason for reason in get_args(FinishReason)}  # vLLM's are the same
+OURS = "environment_error"
+FINISH_REASONS: dict[str, FinishReason] = {one: one for one in get_args(FinishReason) if one != OURS}  # vLLM's
 REPETITIONS = 4  # of a passage, one after the other, that end a completion
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.metrics import Metrics
@@ -27,10 +28,14 @@ def pack(batch: pa.RecordBatch, metrics: Metrics) -> tuple[Pieces, BatchHandle]:
 
     The batch has at least one row, all of one teacher.
     """
+    ids, episodes = (tuple(batch[name].to_pylist()) for name in ("trajectory_id", "episode_id"))
+    has_failed = pc.equal(batch["finish_reason"], "environment_error").to_pylist()
     handle = BatchHandle(
         reference=None,
         teacher=batch["teacher"][0].as_py(),
-        trajectory_ids=tuple(batch["trajectory_id"].to_pylist()),
+        trajectory_ids=ids,
+        episode_ids=() if episodes == ids else episodes,
+        num_failed=len({episode for episode, failed in zip(episodes, has_failed, strict=True) if failed}),
         num_tokens=tuple(ragged(batch, "token_ids").lengths.tolist()),
         num_completion_tokens=tuple(ragged(batch, "rollout_logprobs").lengths.tolist()),
         num_loss_tokens=_num_loss_tokens(batch),

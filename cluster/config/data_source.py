@@ -1,9 +1,13 @@
-"""Reads what a run file calls its prompts: a file, a folder, or a data set of the Hugging Face hub."""
+"""Reads what a run file calls its prompts: a file, a folder, a data set of the Hugging Face hub, or a task by name."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from urllib.parse import parse_qsl
+
+import msgspec
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?")  # owner/name, or owner/name/subset
 _FILE_NAME = re.compile(r".*\.(jsonl|ndjson|json|parquet|csv|tsv|txt|gz|zst|zip)", re.IGNORECASE)
@@ -11,9 +15,12 @@ _FILE_NAME = re.compile(r".*\.(jsonl|ndjson|json|parquet|csv|tsv|txt|gz|zst|zip)
 
 @dataclass(frozen=True)
 class DataSource:
-    """Names prompts: `PLACE[:SPLIT]`, where the place is a file, a folder, or `owner/name[/subset]` of the hub."""
+    """Names prompts: `PLACE[:SPLIT]`, where the place is a file, a folder, or `owner/name[/subset]` of the hub.
 
-    kind: Literal["file", "folder", "hub"]
+    Prompts of an installed package are `PACKAGE:TASK?parameter=value&...`; their place is what follows the colon.
+    """
+
+    kind: Literal["file", "folder", "hub", "reasoning-gym", "verifiers"]
     place: str
     subset: str | None = None
     split: str | None = None  # None: the first usual one that there is
@@ -29,7 +36,14 @@ def parse_source(text: str) -> DataSource:
         DataSource(kind='hub', place='openai/gsm8k', subset='main', split='train[:100]')
         >>> parse_source("absent/prompts.jsonl").kind
         'file'
+        >>> parse_source("reasoning-gym:chain_sum?size=100")
+        DataSource(kind='reasoning-gym', place='chain_sum?size=100', subset=None, split=None)
     """
+    package, _, task = text.partition(":")
+    if package == "reasoning-gym":
+        return DataSource("reasoning-gym", task)
+    if package == "verifiers":
+        return DataSource("verifiers", task)
     split = ""
     if not _exists(Path(text)):
         text, _, split = text.partition(":")
@@ -44,6 +58,24 @@ def parse_source(text: str) -> DataSource:
         return DataSource("file", text)
     owner, name, *subset = text.split("/")
     return DataSource("hub", f"{owner}/{name}", subset[0] if subset else None, split or None)
+
+
+def parse_task(text: str) -> tuple[str, Mapping[str, Any]]:
+    """Return the name and the parameters of a task; a parameter is JSON, or else a text.
+
+    Example:
+        >>> parse_task("chain_sum?size=100&allow_negation=true&name=a")
+        ('chain_sum', {'size': 100, 'allow_negation': True, 'name': 'a'})
+    """
+    name, _, query = text.partition("?")
+    return name.strip(), {key: _value(value) for key, value in parse_qsl(query.strip(), keep_blank_values=True)}
+
+
+def _value(text: str) -> Any:
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
 
 
 def _has_subsets(folder: Path) -> bool:

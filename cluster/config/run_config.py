@@ -42,6 +42,7 @@ from cluster.config.terms import (
 )
 from cluster.contracts.requests import ScoreRequest
 
+REASONING_GYM = "reasoning-gym:"  # before the task, in the place of a file
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 
 
@@ -159,6 +160,12 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
+    for source in (prompts.train, prompts.held_out or prompts.train):
+        if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
+            raise ValueError(
+                f"environment: 'reasoning_gym' rewards the prompts of that package, and '{source}' are others; "
+                f"set prompts.train and prompts.held_out to '{REASONING_GYM}TASK'"
+            )
 
 
 def _check_contexts(config: Config) -> None:

@@ -28,7 +28,8 @@ class StudentConfig(Section):
 class PromptsConfig(Section):
     """Sets the prompts of a run."""
 
-    train: Text  # a file (JSONL, JSON, Parquet, CSV), a folder, or owner/name[/subset][:split] of the hub; docs/data.md
+    # A file (JSONL, JSON, Parquet, CSV), a folder, owner/name[/subset][:split] of the hub, PACKAGE:TASK; docs/data.md
+    train: Text
     held_out: Text | None = None  # the same
     # Our name = theirs, such as prompt = "question"; dots lead into a column. Further names are kept for rewards.
     columns: dict[str, Text] = field(default_factory=dict)
@@ -43,11 +44,16 @@ class PromptsConfig(Section):
     shuffle: bool = True  # a new order each epoch, fixed by run.seed
 
 
+# Names that a run file may give to reward functions of ours, which read further columns of the prompts.
+REWARDS_OF_PACKAGES = {"reasoning_gym": "rollout_workers.reasoning_gym_tasks:score"}
+
+
 class EnvironmentConfig(Section):
     """Says what answers and rewards the student's completions, in training and on held-out prompts."""
 
     kind: Text = "single_turn"  # or package.module:Class, an Environment of yours
-    verifier: Literal["exact", "regex", "math"] = "exact"  # compares a completion with its prompt's answer
+    # Compares a completion with its prompt's answer; reasoning_gym is the scorer of each task of that package.
+    verifier: Literal["exact", "regex", "math", "reasoning_gym"] = "exact"
     # In the verifier's place: weights of verifiers, and of functions of yours as package.module:function.
     rewards: dict[Text, Finite] = field(default_factory=dict)
     reward_seconds: Positive = 30.0  # the longest that a function of yours may take for one completion
@@ -56,17 +62,18 @@ class EnvironmentConfig(Section):
     @property
     def weights(self) -> dict[str, float]:
         """Return the verifiers and reward functions with their weights."""
-        return self.rewards or {self.verifier: 1.0}
+        named = self.rewards or {self.verifier: 1.0}
+        return {REWARDS_OF_PACKAGES.get(name, name): weight for name, weight in named.items()}
 
     @property
     def reward_name(self) -> str:
         """Return what the mean reward is called: of verifiers alone, it is the share of right completions."""
-        return "reward" if self.rewards else "accuracy"
+        return "reward" if self.rewards or self.verifier in REWARDS_OF_PACKAGES else "accuracy"
 
     @property
     def reads_columns(self) -> bool:
         """Return whether code of the user's may read further columns of the prompts."""
-        return any(":" in name for name in (self.kind, *self.rewards))
+        return any(":" in name for name in (self.kind, *self.weights))
 
 
 class EvaluationConfig(Section):

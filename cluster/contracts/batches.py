@@ -61,6 +61,8 @@ class BatchHandle:
     min_policy_versions: tuple[int, ...] = ()  # per row
     max_policy_versions: tuple[int, ...] = ()  # per row
     num_loss_tokens: tuple[int, ...] = ()  # per row: completion tokens that are learned from; empty: all are
+    episode_ids: tuple[int, ...] = ()  # per row, all rows of an episode in one batch; empty: the trajectories' own ids
+    num_failed: int = 0  # episodes whose environment failed
     rollout: int = 0  # which request of the rollout pool it answers; in training the step
     is_last: bool = False  # whether the worker that wrote it has written everything of the rollout
     metrics: Metrics = field(default_factory=dict)
@@ -68,6 +70,16 @@ class BatchHandle:
     scored_by: Mapping[str, str] = field(default_factory=dict)  # [teachers.NAME] -> fingerprint of its checkpoint
     scorer_version: int = 0  # of the weights of the model that scored last
     teacher_versions: Mapping[str, int] = field(default_factory=dict)  # [teachers.NAME] -> version, of self-teachers
+
+    @property
+    def episodes(self) -> tuple[int, ...]:
+        """Return the episode of each row."""
+        return self.episode_ids or self.trajectory_ids
+
+    @property
+    def num_episodes(self) -> int:
+        """Return how many requests the batch answers."""
+        return len(set(self.episode_ids)) if self.episode_ids else len(self.trajectory_ids)
 
 
 class BatchSource(Protocol):

@@ -14,7 +14,7 @@ from cluster.contracts.errors import TrajectoryError
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 Bytes = NDArray[np.uint8]
-FinishReason = Literal["stop", "length", "repetition", "abort"]
+FinishReason = Literal["stop", "length", "repetition", "abort", "environment_error"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def check_rows(batch: pa.RecordBatch, per_completion_token: Mapping[str, bool], 
         TrajectoryError: a column's length does not fit its row's tokens, an id or a count is negative, or a
             log-probability is not finite; names the first such row.
     """
-    for name in ("trajectory_id", "prompt_id", "sample_index", "min_policy_version"):
+    for name in ("trajectory_id", "prompt_id", "sample_index", "min_policy_version", "episode_id", "turn"):
         _require(batch, batch[name].to_numpy() >= 0, f"{name} is negative")
     known = pc.is_in(batch["finish_reason"], pa.array(list(finish_reasons))).to_numpy(zero_copy_only=False)
     _require(batch, known, f"finish_reason is none of {', '.join(finish_reasons)}")

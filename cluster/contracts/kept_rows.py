@@ -38,7 +38,7 @@ _METADATA = b"preceptor.kept_rows"
 
 @lru_cache(maxsize=4)  # asked for each row of a step
 def chosen_ids(seed: int, step: int, num_trajectories: int, count: int) -> frozenset[int]:
-    """Return the trajectories of a step, from 0, that are kept: a random choice that follows from the seed alone.
+    """Return the episodes of a step, from 0, whose rows are kept: a random choice that follows from the seed alone.
 
     Example:
         >>> sorted(chosen_ids(0, step=3, num_trajectories=4, count=9))

@@ -1,6 +1,12 @@
 """The Arrow schema of a trajectory batch, its constructors and its checks; `wire.py` encodes it.
 
-One row is one trajectory: a prompt and one completion. Three kinds of list column exist, and nothing else does:
+One row is one trajectory: a prompt, and what the student sampled and read after it. Most episodes are one row, whose
+`trajectory_id` is the `episode_id`. Where the student is to read what does not continue what it has read and sampled,
+the episode goes on in a further row (`row_id`); `turn` counts the episode's completions before a row's first. `sampler`
+says which model sampled the row, and the finish reason "environment_error" that its environment failed: such a row has
+no sampled token.
+
+Three kinds of list column exist, and nothing else does:
 
 - per token (`token_ids`, `loss_mask`): one value per prompt or completion token;
 - per completion token (`rollout_logprobs`, the candidates and every scoring model's columns): one value, or one list of
@@ -37,7 +43,9 @@ from cluster.contracts.signals import SIGNALS, Scores, Signal, find_signal, find
 
 Stage = Literal["generated", "scored"]
 
-SCHEMA_VERSION = "4"
+SCHEMA_VERSION = "5"
+STUDENT = "student"  # the sampler of ordinary rows
+ROWS_APART = 1 << 40  # between the ids of an episode's rows; ids of requests are below it
 
 _GENERATED_FIELDS = [
     pa.field("trajectory_id", pa.int64(), nullable=False),  # unique in the run
@@ -53,6 +61,9 @@ _GENERATED_FIELDS = [
     pa.field("rollout_logprobs", pa.list_(pa.float32()), nullable=False),  # under the sampling distribution
     pa.field("finish_reason", pa.string(), nullable=False),
     pa.field("reward", pa.float32(), nullable=True),  # null: the prompt has no answer to verify against
+    pa.field("episode_id", pa.int64(), nullable=False),  # the id of the request, and of the episode's first row
+    pa.field("turn", pa.int32(), nullable=False),  # completions of the episode before this row's first
+    pa.field("sampler", pa.string(), nullable=False),
 ]
 CONTEXT_HASH = pa.field("context_hash", pa.string(), nullable=False)
 
@@ -82,6 +93,24 @@ class GeneratedTrajectory:
     # batch have the same models here.
     scorer_prompts: Mapping[str, Ints] = field(default_factory=dict)
     context_hash: str = ""  # of the templates and inputs behind `scorer_prompts`; "": all models read the same prompt
+    episode_id: int | None = None  # None: the row is an episode by itself, of the same id
+    turn: int = 0
+    sampler: str = STUDENT
+
+    @property
+    def episode(self) -> int:
+        """Return the id of the row's episode, which is the id of the request."""
+        return self.trajectory_id if self.episode_id is None else self.episode_id
+
+
+def row_id(episode_id: int, index: int) -> int:
+    """Return the trajectory id of one of an episode's rows, from 0; the first has the episode's own.
+
+    Example:
+        >>> row_id(7, 0), row_id(7, 1) % ROWS_APART
+        (7, 7)
+    """
+    return episode_id + index * ROWS_APART
 
 
 def prompt_field(model: str) -> pa.Field:
@@ -126,9 +155,8 @@ def make_generated(rows: Sequence[GeneratedTrajectory]) -> pa.RecordBatch:
     models = prompted.pop() if prompted else ()
     schema = generated_schema(widths.pop() if widths else 0, models)
     prompts = {prompt_field(model).name: [row.scorer_prompts[model] for row in rows] for model in models}
-    columns = [
-        _column(field, prompts.get(field.name) or [getattr(row, field.name) for row in rows]) for field in schema
-    ]
+    given: dict[str, list[Any]] = {**prompts, "episode_id": [row.episode for row in rows]}
+    columns = [_column(field, given.get(field.name) or [getattr(row, field.name) for row in rows]) for field in schema]
     batch = pa.record_batch(columns, schema=schema)
     check_values(batch)
     return batch

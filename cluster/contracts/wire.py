@@ -9,6 +9,7 @@ from cluster.contracts.pieces import Pieces
 from cluster.contracts.trajectory import (
     CONTEXT_HASH,
     SCHEMA_VERSION,
+    STUDENT,
     Stage,
     check_values,
     generated_schema,
@@ -19,6 +20,8 @@ from cluster.contracts.trajectory import (
     stage_of,
     version_field,
 )
+
+BEFORE_EPISODES = b"4"  # the version without the columns `episode_id`, `turn` and `sampler`
 
 
 def to_wire(batch: pa.RecordBatch) -> pa.Buffer:
@@ -59,12 +62,16 @@ class _Sink:
 def from_wire(wire: pa.Buffer | bytes | memoryview, stage: Stage | None = None) -> pa.RecordBatch:
     """Decode `to_wire`'s bytes without copying the values; the batch keeps the buffer alive.
 
+    A batch that the release before recorded gets the columns that it lacks.
+
     Raises:
         TrajectoryError: the bytes are not a trajectory batch of this schema version, or not of that stage.
     """
     batch = _read_stream(wire)
     version = (batch.schema.metadata or {}).get(b"preceptor.trajectory")
-    if version != SCHEMA_VERSION.encode():
+    if version == BEFORE_EPISODES:
+        batch = _with_episodes(batch)
+    elif version != SCHEMA_VERSION.encode():
         raise TrajectoryError(
             f"wire: trajectory schema version {version!r}, expected {SCHEMA_VERSION}; "
             "run the same release on every node"
@@ -93,6 +100,24 @@ def _read_stream(wire: pa.Buffer | bytes | memoryview) -> pa.RecordBatch:
     except (pa.ArrowException, OSError, StopIteration, UnicodeDecodeError) as error:
         raise TrajectoryError(f"wire: not an Arrow trajectory batch: {error or 'the stream ends early'}") from error
     return batch
+
+
+def _with_episodes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the batch with the columns by which each row is an episode of the student's by itself."""
+    names = batch.schema.names
+    if names.count("trajectory_id") != 1 or "reward" not in names:
+        return batch  # which the check of the schema refuses
+    added = {
+        "episode_id": batch["trajectory_id"],
+        "turn": pa.array([0] * batch.num_rows, pa.int32()),
+        "sampler": pa.array([STUDENT] * batch.num_rows),
+    }
+    position = names.index("reward") + 1
+    fields, columns = list(batch.schema), list(batch.columns)
+    fields[position:position] = [pa.field(name, column.type, nullable=False) for name, column in added.items()]
+    columns[position:position] = added.values()
+    metadata = {**batch.schema.metadata, b"preceptor.trajectory": SCHEMA_VERSION.encode()}
+    return pa.record_batch(columns, schema=pa.schema(fields, metadata=metadata))
 
 
 def _check_schema(schema: pa.Schema) -> None:

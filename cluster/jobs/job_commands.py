@@ -105,7 +105,7 @@ def _named(config: Config) -> Iterator[tuple[str, str, bool]]:
             yield f"teachers.{name}.tokenizer", teacher.tokenizer, True
     for name, text in (("train", config.prompts.train), ("held_out", config.prompts.held_out)):
         source = None if text is None else parse_source(text)
-        if source is not None and source.kind != "hub":
+        if source is not None and source.kind in ("file", "folder"):
             yield f"prompts.{name}", source.place, False
 
 

@@ -152,15 +152,15 @@ class Flow:
     def _generate_again(self, handle: BatchHandle) -> None:
         """Request completions once more whose bytes are gone with the node that held them."""
         batches = self._under_way[handle.rollout]
-        _log.warning("%d completions are gone with their node and are requested again", len(handle.trajectory_ids))
-        lost = [request for request in batches.requests if request.trajectory_id in handle.trajectory_ids]
+        _log.warning("%d completions are gone with their node and are requested again", handle.num_episodes)
+        lost = [request for request in batches.requests if request.trajectory_id in handle.episodes]
         self._rollouts.submit(handle.rollout, lost, batches.sampling)
 
     def _finish(self, handles: Iterable[BatchHandle]) -> None:
         for handle in handles:
             batches = self._under_way[handle.rollout]
             batches.finished_at = perf_counter()
-            batches.missing -= len(handle.trajectory_ids)
+            batches.missing -= handle.num_episodes
             batches.finished.append(handle)
             self._spans.extend(handle.spans)
             if not batches.missing:

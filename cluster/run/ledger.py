@@ -40,6 +40,8 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     teachers: dict[str, str] = {}
     # Of teachers that are the student: lowest and highest version that scored a row of the step.
     teacher_versions: dict[str, tuple[int, int]] = {}
+    further_rows: int | msgspec.UnsetType = msgspec.UNSET  # of episodes that are several rows; unset: none is
+    failed: int | msgspec.UnsetType = msgspec.UNSET  # episodes whose environment failed; unset: none did
 
     @classmethod
     def of(cls, step: int, requests: Sequence[RolloutRequest], versions: tuple[int, int]) -> "LedgerRecord":
@@ -116,6 +118,7 @@ class CheckedBatches:
         self._versions: list[int] = []
         self._teachers: dict[str, str] = {}
         self._teacher_versions: dict[str, tuple[int, int]] = {}
+        self._further_rows = self._failed = 0
 
     @property
     def is_exhausted(self) -> bool:
@@ -134,7 +137,13 @@ class CheckedBatches:
         """Return what was consumed, which must be all that the step requested."""
         self._check_complete()
         record = LedgerRecord.of(self._step, self._requests, (min(self._versions), max(self._versions)))
-        return msgspec.structs.replace(record, teachers=self._teachers, teacher_versions=self._teacher_versions)
+        return msgspec.structs.replace(
+            record,
+            teachers=self._teachers,
+            teacher_versions=self._teacher_versions,
+            further_rows=self._further_rows or msgspec.UNSET,
+            failed=self._failed or msgspec.UNSET,
+        )
 
     def _count(self, handle: BatchHandle) -> None:
         for teacher, checkpoint in handle.scored_by.items():
@@ -145,15 +154,23 @@ class CheckedBatches:
         for teacher, version in handle.teacher_versions.items():
             lowest, highest = self._teacher_versions.get(teacher, (version, version))
             self._teacher_versions[teacher] = min(lowest, version), max(highest, version)
-        for trajectory_id, prompt_id in zip(handle.trajectory_ids, handle.prompt_ids, strict=True):
-            if trajectory_id not in self._all_ids:
-                self._fail(f"trajectory {trajectory_id} came, which it does not ask for")
-            if trajectory_id not in self._missing:
-                self._fail(f"trajectory {trajectory_id} came a second time")
-            expected = self._missing.pop(trajectory_id)
-            if prompt_id != expected:
-                self._fail(f"trajectory {trajectory_id} answers prompt {prompt_id} instead of {expected}")
+        self._count_rows(handle)
         self._versions += [*handle.min_policy_versions, *handle.max_policy_versions]
+
+    def _count_rows(self, handle: BatchHandle) -> None:
+        if len(set(handle.trajectory_ids)) < len(handle.trajectory_ids):
+            twice = max(handle.trajectory_ids, key=handle.trajectory_ids.count)
+            self._fail(f"trajectory {twice} came a second time")
+        for episode_id, prompt_id in dict.fromkeys(zip(handle.episodes, handle.prompt_ids, strict=True)):
+            if episode_id not in self._all_ids:
+                self._fail(f"trajectory {episode_id} came, which it does not ask for")
+            if episode_id not in self._missing:
+                self._fail(f"trajectory {episode_id} came a second time")
+            expected = self._missing.pop(episode_id)
+            if prompt_id != expected:
+                self._fail(f"trajectory {episode_id} answers prompt {prompt_id} instead of {expected}")
+        self._further_rows += len(handle.trajectory_ids) - handle.num_episodes
+        self._failed += handle.num_failed
 
     def _check_complete(self) -> None:
         if self._missing:
@@ -232,4 +249,10 @@ def verify_run(directory: RunDirectory) -> str:
     if last > len(records):
         raise CheckpointError(f"{directory.ledger}: it ends after step {len(records)}, metrics.jsonl after step {last}")
     samples = config.rollout.samples_per_prompt
-    return f"{len(records)} steps, {num_prompts * samples} trajectories: each was learned from exactly once, in order"
+    further, failed = (sum(getattr(one, name) or 0 for one in records) for name in ("further_rows", "failed"))
+    rows = f" in {num_prompts * samples + further} rows" if further else ""
+    lost = f"; the environment of {failed} failed, which taught nothing" if failed else ""
+    return (
+        f"{len(records)} steps, {num_prompts * samples} trajectories{rows}: each was learned from exactly once, "
+        f"in order{lost}"
+    )

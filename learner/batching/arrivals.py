@@ -47,7 +47,7 @@ class BatchBuffer:
     """Numbers a step's trajectories in the order of arrival and holds back those whose advantage is not known yet."""
 
     objective: ObjectiveConfig  # says whether a task reward is compared within a prompt's samples
-    samples_per_prompt: int  # trajectories whose ids, divided by this number, are equal belong together
+    samples_per_prompt: int  # episodes whose ids, divided by this number, are equal belong together
     step: int = 0  # optimizer step, from 0
     num_loss_tokens: int = 0  # completion tokens that are learned from: the step's loss is divided by them
     step_means: Mapping[str, float] = field(default_factory=dict)  # for the ranks, once they are known
@@ -56,7 +56,7 @@ class BatchBuffer:
     _advantages: list[list[float]] = field(default_factory=list)  # of each batch's rows
     _tokens: Counter[str] = field(default_factory=Counter)  # of `num_loss_tokens`, by teacher
     _held: list[int] = field(default_factory=list)  # until the step's last batch is in, if the objective needs that
-    _groups: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    _groups: dict[int, list[list[int]]] = field(default_factory=lambda: defaultdict(list))  # rows of each episode
 
     def add(self, handle: BatchHandle) -> list[int]:
         """Take in a batch and return the trajectories that may be learned from now, of this batch or earlier ones."""
@@ -78,11 +78,14 @@ class BatchBuffer:
         if divides is None:
             return list(range(first, len(self._places)))
         released = []
-        for index, trajectory_id in enumerate(handle.trajectory_ids, start=first):
-            key = trajectory_id // self.samples_per_prompt
-            self._groups[key].append(index)
-            if len(self._groups[key]) == self.samples_per_prompt:
-                released += self._release(key, divides)
+        rows = dict[int, list[int]]()  # of each episode; a batch has all or none
+        for index, episode_id in enumerate(handle.episodes, start=first):
+            rows.setdefault(episode_id, []).append(index)
+        for episode_id, of_episode in rows.items():
+            group = self._groups[episode_id // self.samples_per_prompt]
+            group.append(of_episode)
+            if len(group) == self.samples_per_prompt:
+                released += self._release(episode_id // self.samples_per_prompt, divides)
         return released
 
     def rest(self) -> list[int]:
@@ -132,10 +135,11 @@ class BatchBuffer:
         return [share * self.num_loss_tokens / max(n, 1)] * len(handle.trajectory_ids)
 
     def _release(self, key: int, divide_by_deviation: bool) -> list[int]:
-        """Compare the samples of one prompt, and return them."""
+        """Compare the samples of one prompt, and return them; all rows of an episode have its advantage."""
         group = self._groups.pop(key)
-        places = [self._places[index] for index in group]
-        rewards = [self._handles[batch].rewards[row] for batch, row in places]
-        for (batch, row), advantage in zip(places, group_advantages(rewards, divide_by_deviation), strict=True):
-            self._advantages[batch][row] = advantage
-        return group
+        lasts = [self._places[rows[-1]] for rows in group]
+        rewards = [self._handles[batch].rewards[row] for batch, row in lasts]
+        for rows, advantage in zip(group, group_advantages(rewards, divide_by_deviation), strict=True):
+            for batch, row in (self._places[index] for index in rows):
+                self._advantages[batch][row] = advantage
+        return [index for rows in group for index in rows]

@@ -97,6 +97,8 @@ class Trajectory:
     reward: float = math.nan  # NaN: none
     weight: float = 1.0  # in every term
     strict: NDArray[np.bool_] | None = None  # [sampled tokens] which of them are completion tokens; None: all
+    episode_id: int = 0
+    turn: int = 0  # completions of the episode before this row's first
 
     @property
     def positions(self) -> NDArray[Any]:
@@ -222,6 +224,8 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float], weights: Iter
     rows = [
         Trajectory(
             trajectory_id=batch["trajectory_id"][row].as_py(),
+            episode_id=batch["episode_id"][row].as_py(),
+            turn=batch["turn"][row].as_py(),
             route=batch["teacher"][row].as_py(),
             task_advantage=next(task_advantages),
             weight=next(weights),

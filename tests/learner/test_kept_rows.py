@@ -113,7 +113,10 @@ def test_rows_of_a_step_that_were_never_taken_are_forgotten_in_the_next(make_con
     worker = LearnerActor(config, fetch=lambda batches: list(map(to_wire, batches)))
     worker.use(ReferenceEngine(load_student(config.student, config.learner), config.learner), {})
     lengths = ragged(scored, "token_ids").lengths.tolist()
-    later = scored.set_column(0, scored.schema.field(0), pa.array(range(NUM_ROWS, 2 * NUM_ROWS), pa.int64()))
+    later = scored
+    for name in ("trajectory_id", "episode_id"):
+        place = scored.schema.get_field_index(name)
+        later = later.set_column(place, scored.schema.field(place), pa.array(range(NUM_ROWS, 2 * NUM_ROWS), pa.int64()))
     for batch in (scored, later):
         share = RankShare((batch,), (0.0,) * len(lengths), plan_step(lengths, 1, 64)[0])
         worker.accumulate(share, completes_step=True)

@@ -72,9 +72,9 @@ def as_file() -> bytes:
 NAMES = BATCH.schema.names
 NAN, INF = float("nan"), float("inf")
 WRONG_BATCHES: dict[str, tuple[pa.RecordBatch, str]] = {
-    "no metadata": (BATCH.replace_schema_metadata(None), "trajectory schema version None, expected 4"),
-    "older version": (described(**{"preceptor.trajectory": "3"}), "trajectory schema version b'3', expected 4"),
-    "newer version": (described(**{"preceptor.trajectory": "5"}), "run the same release on every node"),
+    "no metadata": (BATCH.replace_schema_metadata(None), "trajectory schema version None, expected 5"),
+    "older version": (described(**{"preceptor.trajectory": "3"}), "trajectory schema version b'3', expected 5"),
+    "newer version": (described(**{"preceptor.trajectory": "6"}), "run the same release on every node"),
     "version empty": (described(**{"preceptor.trajectory": ""}), "trajectory schema version b''"),
     "no stage": (described(stage=None), "stage None does not go with the scores of ['teacher', 'base']"),
     "stage unknown": (described(stage="learned"), "stage b'learned'"),

@@ -134,7 +134,7 @@
   function option(select, value, text) { const one = make("option", text); one.value = value; select.append(one); }
   function listRows() {
     $("token-row").replaceChildren();
-    run().tokens.rows.forEach((one, place) => option($("token-row"), place, `step ${one.facts.step}, trajectory ${one.facts.trajectory_id}, ${number(one.facts.log_ratio)} nats per token${one.facts.reason === "worst" ? ", the step's worst" : ""}`));
+    run().tokens.rows.forEach((one, place) => option($("token-row"), place, `step ${one.facts.step}, trajectory ${one.facts.episode_id ?? one.facts.trajectory_id}${one.facts.turn ? ` from turn ${one.facts.turn + 1}` : ""}, ${number(one.facts.log_ratio)} nats per token${one.facts.reason === "worst" ? ", the step's worst" : ""}`));
   }
   function show(place) {
     row = run().tokens.rows[place];

@@ -13,6 +13,7 @@ from cluster.contracts.trajectory import (
     models_in,
     num_candidates_of,
     ragged,
+    row_id,
     stage_of,
 )
 from cluster.contracts.wire import from_wire, to_wire
@@ -225,3 +226,21 @@ def test_every_row_says_which_version_of_each_models_weights_scored_it() -> None
     batch = add_scores(add_scores(batch, "teacher", make_scores(6), version=7), "base", make_scores(6))
     sent = from_wire(to_wire(batch.slice(1)), "scored")
     assert (sent["teacher_version"].to_pylist(), sent["base_version"].to_pylist()) == ([7], [0])
+
+
+def test_a_row_is_an_episode_of_the_students_by_itself_unless_it_says_otherwise() -> None:
+    rows = [make_trajectory(trajectory_id=3), make_trajectory(trajectory_id=row_id(3, 1), episode_id=3, turn=2)]
+    batch = from_wire(to_wire(make_generated([*rows, make_trajectory(trajectory_id=4, sampler="hinted")])))
+    assert batch["episode_id"].to_pylist() == [3, 3, 4]
+    assert batch["turn"].to_pylist() == [0, 2, 0]
+    assert batch["sampler"].to_pylist() == ["student", "student", "hinted"]
+    assert len(set(batch["trajectory_id"].to_pylist())) == 3
+
+
+@pytest.mark.parametrize("is_scored", [False, True])
+def test_a_batch_that_the_release_before_recorded_is_read_with_its_rows_as_episodes(is_scored: bool) -> None:
+    batch = make_generated([make_trajectory(trajectory_id=8, reward=1.0), make_trajectory(trajectory_id=9)])
+    batch = add_scores(batch, "teacher", make_scores(6)) if is_scored else batch
+    names = [name for name in batch.schema.names if name not in ("episode_id", "turn", "sampler")]
+    old = batch.select(names).replace_schema_metadata({**batch.schema.metadata, b"preceptor.trajectory": b"4"})
+    assert from_wire(to_wire(old)).equals(batch, check_metadata=True)

@@ -13,6 +13,7 @@ from cluster.config.run_file import parse_run_config
 from cluster.contracts.batches import BatchHandle, BatchSource, ReadyBatches
 from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.requests import RolloutRequest
+from cluster.contracts.trajectory import row_id
 from cluster.run.inputs import Inputs, train_requests
 from cluster.run.ledger import Ledger, LedgerRecord, audit, read_ledger
 from rollout_workers.prompts import PromptOrder, PromptSet
@@ -259,3 +260,38 @@ def test_an_audit_holds_the_versions_against_the_refresh(
     for versions in ({"main": wrong}, {}):
         with pytest.raises(TrainingError, match="ledger record 3: teacher_versions is not what the run asks for"):
             audit([*records[:2], record_of(3, versions)], config, ORDER)
+
+
+def with_further_row(handle: BatchHandle, place: int) -> BatchHandle:
+    """Return a batch in which one episode has a second row."""
+    per_row = ("trajectory_ids", "num_tokens", "num_completion_tokens", "prompt_ids")
+    per_row += ("min_policy_versions", "max_policy_versions")
+    rows = {name: (*getattr(handle, name), getattr(handle, name)[place]) for name in per_row}
+    *firsts, further = rows["trajectory_ids"]
+    rows |= {"trajectory_ids": (*firsts, row_id(further, 1)), "episode_ids": (*firsts, further)}
+    return replace(handle, **rows)
+
+
+def test_an_episode_of_several_rows_is_one_trajectory_of_the_step(tmp_path: Path) -> None:
+    rows = requests_of(0)
+    ledger = Ledger(tmp_path / "ledger.jsonl", first_step=0)
+    consume(ledger, 1, [with_further_row(batch_of(rows[:4]), 1), replace(batch_of(rows[4:]), num_failed=2)])
+    consume(ledger, 2)
+    first, second = read_ledger(tmp_path / "ledger.jsonl")
+    assert first.trajectory_ids == ((0, 5),)
+    assert (first.further_rows, first.failed) == (1, 2)
+    assert audit([first, second], CONFIG, ORDER) == 2 * PROMPTS_PER_STEP
+    # Records of steps without such episodes are what they were before there were any.
+    assert not {"further_rows", "failed"} & json.loads((tmp_path / "ledger.jsonl").read_text().splitlines()[1]).keys()
+
+
+def test_a_row_of_an_episode_that_came_before_ends_the_step(tmp_path: Path) -> None:
+    rows = requests_of(0)
+    further = with_further_row(batch_of(rows[:1]), 0)
+    alone = replace(
+        batch_of(rows[1:2]), trajectory_ids=(row_id(0, 2),), episode_ids=(0,), prompt_ids=further.prompt_ids[:1]
+    )
+    twice = replace(further, trajectory_ids=(0, 0))
+    for given in ([further, alone], [twice]):
+        with pytest.raises(TrainingError, match="trajectory 0 came a second time"):
+            consume(Ledger(tmp_path / "ledger.jsonl", first_step=0), 1, given)

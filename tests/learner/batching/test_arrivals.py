@@ -1,5 +1,7 @@
 """Which trajectories of a step may be learned from as they arrive, and what a rank is told of them."""
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
@@ -50,6 +52,15 @@ def test_a_prompt_without_all_its_samples_is_released_at_the_end():
     assert arrivals.rest() == [0, 1]
     assert arrivals.share((((0, 1),),)).task_advantages == (0.5, -0.5)
     assert arrivals.rest() == []
+
+
+def test_all_rows_of_an_episode_have_its_advantage_and_count_as_one_sample():
+    arrivals = BatchBuffer(REWARDED, samples_per_prompt=2)
+    two_rows = replace(handle("a", [0, 5, 2], [1.0, 1.0, 4.0]), episode_ids=(0, 0, 2))
+    assert arrivals.add(two_rows) == []
+    assert arrivals.add(handle("b", [1], [0.0])) == [0, 1, 3]
+    assert arrivals.add(handle("c", [3], [8.0])) == [2, 4]
+    assert arrivals.share((((0, 1, 2, 3, 4),),)).task_advantages == (0.5, 0.5, -2.0, -0.5, 2.0)
 
 
 def of_teachers(shares, *rows):
