@@ -10,7 +10,8 @@ from cluster.contracts.errors import ConfigError, PlacementError
 from cluster.models.model_size import STUDENT, ModelSize
 from cluster.placement.gpus import visible_gpus
 from cluster.placement.memory import Lengths
-from cluster.placement.memory_plan import MemoryPlan, plan_memory
+from cluster.placement.memory_plan import plan_memory
+from cluster.placement.memory_report import MemoryPlan
 from cluster.placement.placement import NodeResources
 
 SMALL_PARAMETERS = 10_000_000  # a student that is so small learns in float32 without being slower

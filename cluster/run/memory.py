@@ -6,7 +6,8 @@ from cluster.config.run_config import Config
 from cluster.models.model_size import model_sizes
 from cluster.placement.gpus import smallest_gpu
 from cluster.placement.memory import Lengths
-from cluster.placement.memory_plan import MemoryPlan, plan_memory
+from cluster.placement.memory_plan import plan_memory
+from cluster.placement.memory_report import MemoryPlan
 from cluster.placement.placement import cluster_nodes
 from cluster.run.inputs import Inputs
 

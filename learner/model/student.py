@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -97,15 +96,17 @@ def _read(student: StudentConfig, config: LearnerConfig, model_config: Any, atte
 def _without_values(
     student: StudentConfig, config: LearnerConfig, model_config: Any, attention: str
 ) -> PreTrainedModel:
-    """Build the model as it would be read; only what has no parameter's place in the files is computed."""
-    with init_empty_weights():  # of parameters; buffers are there
+    """Build the model as it would be read, with parameters and buffers of any value."""
+    with torch.device("meta"):
         causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
             model_config,
             dtype=getattr(torch, config.dtype),
             attn_implementation=attention,
             trust_remote_code=student.trust_remote_code,
         )
-    causal_lm._apply(lambda tensor: torch.empty_like(tensor, device=HOST) if tensor.is_meta else tensor)
+    if any(isinstance(value, Tensor) for module in causal_lm.modules() for value in vars(module).values()):
+        return _read(student, config, model_config, attention)  # it keeps tensors that rank 0 does not send
+    causal_lm._apply(lambda tensor: torch.empty_like(tensor, device=HOST))
     causal_lm.tie_weights()
     return causal_lm
 

@@ -7,7 +7,8 @@ from cluster.contracts.errors import PlacementError
 from cluster.models.model_size import STUDENT
 from cluster.placement.gpu_sharing import share_gpu, with_gpus
 from cluster.placement.memory import SLEEPING_GIB, Lengths
-from cluster.placement.memory_plan import MemoryPlan, plan_memory
+from cluster.placement.memory_plan import plan_memory
+from cluster.placement.memory_report import MemoryPlan
 from tests.builders import make_config
 from tests.cluster.placement.gpu_models import size
 

@@ -78,6 +78,7 @@ print("kept")
 LOADS_ONCE = """
 import resource, sys, torch
 from safetensors.torch import load_file
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from cluster.config.run_file import parse_run_config
 from learner.engines.zero import ZeroEngine
 from learner.worker import LearnerActor
@@ -98,7 +99,7 @@ class Measured(LearnerActor):
 def load(*arguments):
     before = peak()
     student = load_student(*arguments)
-    print(peak() - before)
+    sys.stdout.write(f"{peak() - before}\\n")
     return student
 
 import learner.worker
@@ -108,6 +109,9 @@ actor.start("file://" + store)
 with actor.engine.full_parameters(["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]) as found:
     for name, expected in load_file(folder + "/model.safetensors").items():
         assert name not in found or torch.equal(found[name], expected), name
+decoder = actor.engine.student.causal_lm.model
+fresh = Qwen3RotaryEmbedding(decoder.config)
+assert all(torch.equal(buffer, decoder.rotary_emb.get_buffer(name)) for name, buffer in fresh.named_buffers())
 """
 LOOKS_FOR_NO_COMPILER = """
 import deepspeed

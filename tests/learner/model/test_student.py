@@ -104,9 +104,8 @@ def test_a_rank_that_reads_no_weights_has_the_same_parameters_and_buffers(studen
     shapes = [{name: (one.shape, one.dtype) for name, one in student.named_parameters()} for student in (read, unread)]
     assert shapes[0] == shapes[1]
     assert not any(one.is_meta for one in (*unread.parameters(), *unread.buffers()))
-    buffers = [dict(student.named_buffers()) for student in (read, unread)]
-    assert buffers[0].keys() == buffers[1].keys() != set()
-    assert all(torch.equal(buffer, buffers[1][name]) for name, buffer in buffers[0].items())
+    buffers = [{name: (one.shape, one.dtype) for name, one in student.named_buffers()} for student in (read, unread)]
+    assert buffers[0] == buffers[1] != {}
     assert unread.head.weight is unread.causal_lm.get_input_embeddings().weight  # tied
     assert unread.manifest("float32") == read.manifest("float32")
 
