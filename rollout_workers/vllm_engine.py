@@ -11,45 +11,68 @@ from vllm.v1.engine.exceptions import EngineGenerateError
 
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
-from cluster.contracts.errors import RolloutError
+from cluster.contracts.errors import ActorDiedError, RolloutError, ScoreError
 from cluster.contracts.requests import Completion, SamplingSettings
+from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.compat import TokenVersions, VLLMClientError
 from cluster.vllm.engine import EngineRole, build_engine
+from cluster.vllm.sleep_calls import put_to_sleep, wake
 from cluster.vllm.weight_sync.updates import EngineUpdates, raised_as_death
 from cluster.weight_sync.transports import vllm_backend
 from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded, candidates_from_bytes
-from rollout_workers.vllm_requests import read_completion, sampling_params
+from rollout_workers.vllm_requests import read_completion, read_prompt_logprobs, sampling_params, scoring_params
 
 CANDIDATES = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
 PROCESSORS = (f"{CANDIDATES}:CandidateProcessor", f"{CANDIDATES}:CandidateProcessorV2")
 STOPS = "rollout_workers.stop_class_processor"
 MERGING = (f"{STOPS}:StopClassProcessor", f"{STOPS}:StopClassProcessorV2")
 WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
+FIRST = -(2**31)  # a priority before that of every request that samples
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 
 
 class SleepWhenIdle:
-    """Counts the users of an engine; wakes it for the first, and puts it to sleep after the last."""
+    """Counts the users of an engine; wakes it for the first, and puts it to sleep after the last.
 
-    def __init__(self, sleep: Callable[[], Awaitable[Any]], wake: Callable[[], Awaitable[Any]]) -> None:
-        self._sleep, self._wake = sleep, wake
+    `sleep` is asked to keep the weights, but in `rest`. Without `after_last_user`, it is asked in `rest` alone.
+    """
+
+    def __init__(
+        self,
+        sleep: Callable[[bool], Awaitable[Any]],
+        wake: Callable[[], Awaitable[Any]],
+        after_last_user: bool = True,
+    ) -> None:
+        self._sleep, self._wake, self._after_last_user = sleep, wake, after_last_user
         self._num_users = 0
         self._is_asleep = False
+        self._has_weights = True
         self._lock = asyncio.Lock()  # an engine on its way to sleep, or not quite awake, has no users
 
-    async def begin(self) -> None:
+    async def begin(self, brings_weights: bool = False) -> None:
+        """Add a user; raise ActorDiedError for one that needs the weights when they were given up."""
         async with self._lock:
+            if not self._has_weights and not brings_weights:
+                raise ActorDiedError("a rollout engine that waits for new weights was asked for a completion")
             if self._is_asleep:
                 await self._wake()
                 self._is_asleep = False
+            self._has_weights = True
             self._num_users += 1
 
     async def end(self) -> None:
         async with self._lock:
             self._num_users -= 1
-            if self._num_users == 0:
-                await self._sleep()
+            if self._num_users == 0 and self._after_last_user:
+                await self._sleep(True)
                 self._is_asleep = True
+
+    async def rest(self) -> None:
+        """Sleep without weights until others come, unless the engine is in use."""
+        async with self._lock:
+            if self._num_users == 0 and not self._is_asleep:
+                await self._sleep(False)
+                self._is_asleep, self._has_weights = True, False
 
     @asynccontextmanager
     async def awake(self) -> AsyncIterator[None]:
@@ -72,8 +95,12 @@ class VllmRolloutEngine:
         transport: str | None,
         sampled_candidates: bool = False,
         merges_stops: bool = False,
+        rests: bool = False,
     ) -> None:
-        """Start the engine; requests may want sampled candidates, or a class of stop ids, if it is said here."""
+        """Start the engine; requests may want sampled candidates, or a class of stop ids, if it is said here.
+
+        One that `rests` sleeps when it is asked to (`rest`); else, if it sleeps at all, whenever it has no request.
+        """
         self._policy_version = 0  # of the weights that sample; 0: those that vLLM loaded
         self._candidates = CandidateFetcher(self._take_candidates) if sampled_candidates else None
         self._engine = build_engine(
@@ -95,7 +122,7 @@ class VllmRolloutEngine:
         )
         self._updates = EngineUpdates(self._engine, "rollout")
         self._sleeps = engine.sleep and current_platform.is_sleep_mode_available()
-        self._use = SleepWhenIdle(self._sleep, self._wake)
+        self._use = SleepWhenIdle(self._sleep, self._wake, after_last_user=not rests)
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
@@ -130,6 +157,25 @@ class VllmRolloutEngine:
                 return completion
             return await _with_candidates(fetcher, request_id, completion, sampling.num_candidates)
 
+    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
+        """Return ids and log-probabilities, [places, 1 + count]: the token at each place, the best ones.
+
+        They are at temperature 1; requests that sample wait for this one.
+
+        Raises:
+            ScoreError: vLLM refuses the request or gives it up.
+            ActorDiedError: the engine's process is gone.
+        """
+        prompt = {"prompt_token_ids": token_ids.tolist()}
+        async with self._use.awake():
+            try:
+                with raised_as_death("rollout"):
+                    scored = self._engine.generate(prompt, scoring_params(count), request_id, priority=FIRST)
+                    *_, request = [output async for output in scored]
+            except (EngineGenerateError, VLLMClientError, ValueError) as error:
+                raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
+        return read_prompt_logprobs(request, places, count)
+
     @property
     def is_dead(self) -> bool:
         return bool(self._engine.errored)
@@ -138,7 +184,7 @@ class VllmRolloutEngine:
         await self._updates.init_weight_transfer(init_info)
 
     async def start_weight_update(self) -> None:
-        await self._use.begin()
+        await self._use.begin(brings_weights=True)
         await self._updates.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -151,18 +197,23 @@ class VllmRolloutEngine:
         await self._use.end()
         return checksum
 
+    async def rest(self, policy_version: int) -> None:
+        """Give all GPU memory back until new weights come, unless some came after this version, or requests run."""
+        if self._sleeps and self._policy_version <= policy_version:
+            await self._use.rest()
+
     async def shutdown(self) -> None:
         self._engine.shutdown()
 
-    async def _sleep(self) -> None:
+    async def _sleep(self, keeps_weights: bool) -> None:
         if self._sleeps:
             with raised_as_death("rollout"):
-                await self._engine.sleep(level=1)  # weights go to host memory, the cache is dropped
+                await put_to_sleep(self._engine, keeps_weights)
 
     async def _wake(self) -> None:
         if self._sleeps:
             with raised_as_death("rollout"):
-                await self._engine.wake_up()
+                await wake(self._engine)
 
     async def _take_candidates(self, wanted: Mapping[str, int], given_up: list[str]) -> dict[str, Encoded]:
         # Every rank of the engine samples the same candidates; all of them forget.

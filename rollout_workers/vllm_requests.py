@@ -5,12 +5,12 @@ from typing import get_args
 import numpy as np
 from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
-from vllm.outputs import CompletionOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RepetitionDetectionParams
 
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings
-from cluster.contracts.trajectory import FinishReason, Ints
+from cluster.contracts.trajectory import FinishReason, Floats, Ints
 from cluster.vllm.compat import OUTPUT_KIND
 from rollout_workers.candidates.sampled import CandidateRequest
 from rollout_workers.candidates.vllm_processor import request_candidates
@@ -41,6 +41,28 @@ def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> S
         output_kind=OUTPUT_KIND,
         extra_args=extra or None,
     )
+
+
+def scoring_params(count: int) -> SamplingParams:
+    """List every prompt token and the `count` most likely ones; vLLM also samples one token, which is of no use."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=count,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=OUTPUT_KIND,
+    )
+
+
+def read_prompt_logprobs(request: RequestOutput, places: Ints, count: int) -> tuple[Ints, Floats]:
+    """Return ids and log-probabilities at some places of the prompt, [places, 1 + count]: the token's own, the best."""
+    listed = request.prompt_logprobs
+    assert isinstance(listed, FlatLogprobs)
+    shape = (-1, 1 + count)  # nothing is said of the prompt's first token
+    ids = np.asarray(listed.token_ids, np.int32).reshape(shape)
+    logprobs = np.asarray(listed.logprobs, np.float32).reshape(shape)
+    return ids[places - 1], logprobs[places - 1]
 
 
 def _repetition_detection(longest: int) -> RepetitionDetectionParams | None:

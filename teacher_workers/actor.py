@@ -21,10 +21,10 @@ from cluster.contracts.signals import SIGNALS
 from cluster.contracts.trajectory import add_scores, ragged, version_field
 from cluster.contracts.wire import from_wire
 from cluster.vllm.engine import prepare_environment
+from cluster.vllm.weight_sync.served_weights import ServedWeights
 from cluster.vllm.weight_sync.updates import WeightVerbs
 from teacher_workers.backends.base import TeacherBackend, find_backend
 from teacher_workers.context_effect import context_effect
-from teacher_workers.served_weights import ServedWeights
 
 
 class TeacherWorker:
@@ -45,7 +45,8 @@ class TeacherWorker:
         started = perf_counter()
         try:
             async with self.weights.in_use() as version:
-                scores, metrics = await self.backend.score(batch, request)
+                scores, metrics, *of_others = await self.backend.score(batch, request)
+                version = of_others[0] if of_others else version
                 if request.compared_rows:
                     metrics = {**metrics, **await context_effect(self.backend, batch, request)}
             if scores.keys() != request.signals:

@@ -28,11 +28,11 @@ async def context_effect(backend: TeacherBackend, batch: pa.RecordBatch, request
     rows = _chosen(batch, rows_with_prompts(batch, request.model), request.compared_rows)
     if not len(rows):
         return {}
-    with_context, _ = await backend.score(
+    with_context, *_ = await backend.score(
         to_score_again(batch, rows, [request.model]), ScoreRequest(request.model, top_k=NUM_TOKENS)
     )
     same_tokens = to_score_again(batch, rows, [], with_context["candidate_ids"])
-    without, _ = await backend.score(same_tokens, ScoreRequest(request.model, given_candidates=True))
+    without, *_ = await backend.score(same_tokens, ScoreRequest(request.model, given_candidates=True))
     kl = listed_kl(with_context["candidate_logprobs"], without["candidate_logprobs"])
     return {f"{request.model}/context_kl": Mean(float(kl.sum()), float(len(kl)))}
 

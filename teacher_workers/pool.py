@@ -136,7 +136,7 @@ def start_pool(
     def arguments(actor_name: str) -> tuple[Any, ...]:
         return actor_name, teacher, max_model_len
 
-    if teacher.is_refreshed:
+    if teacher.receives_weights:
         options = [{**option, "max_concurrency": MAX_CALLS} for option in options]
     label = label or f"teacher-{name}"
     replicas = TeacherReplicas(label, TEACHER_ACTOR, {name: teacher}, arguments, options, cluster, supervision)
@@ -253,7 +253,7 @@ class TeacherPool(Pool):
         self.outstanding.clear()
         self._lost.clear()
         self.replicas.forget_loads()
-        for replica in self.replicas.serving if self.teacher.is_refreshed else ():
+        for replica in self.replicas.serving if self.teacher.receives_weights else ():
             try:
                 answer = self.replicas.actor(replica).abandon.remote()
                 waiting_for = f"{self.replicas.name(replica)} to abandon its batches"

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from cluster.nodes.local_cluster import local_cluster
 from tests.leak_check import Watch
 from tests.xdist_scheduler import ByFile, place
 
@@ -70,6 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Start one local Ray cluster for all tests that talk to actors themselves."""
+    from cluster.nodes.local_cluster import local_cluster  # Ray, which most tests on a GPU do without
+
     variables = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as environment:

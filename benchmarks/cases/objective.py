@@ -176,7 +176,8 @@ class Bench:
         hidden = self.hidden.detach().requires_grad_()
         heads = {ROUTE: {"teacher": self.teacher_heads[case.teacher_widths]}} if case.teacher_widths else {}
         objective = Objective(case.config, None if plain else self.kernels)
-        self.head.stop_class = case.stop_class
+        vocabulary = self.head.weight.shape[0]  # a dry run's is small
+        self.head.stop_class = tuple(token_id % vocabulary for token_id in case.stop_class)
         states = dict.fromkeys(objective.student_layers(1), hidden)
         loss, *_ = self.head(hidden, self.batches[case.name], objective, heads, states, depth=1)
         torch.autograd.backward(loss / self.num_tokens)

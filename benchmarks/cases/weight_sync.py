@@ -95,7 +95,9 @@ def main() -> int:
 @contextmanager
 def sync_cluster() -> Iterator[None]:
     """Start a cluster in which every actor sees all cards and has one thread."""
-    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    # What the packages come from, too, where they are installed nowhere.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": path}
     # Ray would hide the cards from actors that ask for none.
     environment["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     with local_cluster(

@@ -18,7 +18,9 @@ from cluster.run.pools import start_pipeline
 
 LEAST_OF_LIMIT = 0.9
 MAX_SYNC_SECONDS = 0.3
-MAX_GAP_NATS = 0.02
+# The learner multiplies by the LM head into float32. vLLM 0.24 rounds its logits to bfloat16, which alone is 0.019 nats
+# per token with random weights like these (`tests/benchmarks/test_gpu.py`); other kernels add 0.005 to 0.015.
+MAX_GAP_NATS = 0.03
 ROUNDS = {"cuda": 2, "cpu": 1}
 AHEAD_STEPS = {"cuda": 4, "cpu": 3}  # the first has nobody to run ahead of, the last nobody that runs ahead
 # Parts of the card's memory, and the caches of keys and values in them; a tenth is for teacher's LM head and processes.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.cases.teacher_scoring import Plan, Setting, measure
-from benchmarks.gpu_parts.shapes import Scale, model_folder
+from benchmarks.gpu_parts.shapes import Scale, head_folder
 from benchmarks.harness.report import Row
 from cluster.config.stages import EngineConfig
 
@@ -22,12 +22,13 @@ def rows(scale: Scale, folder: Path, seconds: float) -> Iterator[Row]:
         kv_cache_gib=0.1,
         enforce_eager=True,
         max_batched_tokens=BATCHED_TOKENS if scale.device.type == "cuda" else 512,
+        extra={"load_format": "dummy"},
     )
     share = seconds / len(scale.scored_teachers) / 2  # the engines' start takes the other half
     threads = 1 if scale.device.type == "cpu" else None
     plan = Plan(TOP_KS[scale.device.type], scale.repeats, threads, engine, share)
     for shape in scale.scored_teachers:
-        model = str(model_folder(scale, shape, folder))
+        model = str(head_folder(scale, shape, folder))
         longest = scale.prompt_tokens + scale.max_tokens
         setting = Setting(
             shape.name,

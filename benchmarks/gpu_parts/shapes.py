@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -129,6 +130,26 @@ def model_folder(scale: Scale, shape: Shape, folder: Path) -> Path:
     del model
     if scale.device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for itself, engines in other processes could not take
+    return target
+
+
+def head_folder(scale: Scale, shape: Shape, folder: Path) -> Path:
+    """Return the folder of a model whose files have the LM head alone; vLLM draws the rest (`load_format = "dummy"`).
+
+    An 8B's 16 GB would take longer to write and to read than to measure.
+    """
+    target = folder / f"{shape.name.replace(' ', '-')}-head"
+    if (target / "config.json").exists():
+        return target
+    torch.manual_seed(shape.hidden)
+    config = qwen3_config(shape)
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.dtype = scale.dtype_name
+    _write_tokenizer(target)
+    weight = torch.randn(shape.vocabulary, shape.hidden, device=scale.device) * INITIALIZER_RANGE
+    name = "model.embed_tokens.weight" if shape.tied else "lm_head.weight"
+    save_file({name: weight.to(scale.dtype).cpu()}, target / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(target)
     return target
 
 

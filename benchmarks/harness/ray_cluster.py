@@ -38,7 +38,8 @@ class Door:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_A", "PRECEPTOR_"))}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token_file)}
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # the nodes' `python` is ours
-        return {**kept, **token, "PATH": path, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)}
+        modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        return {**kept, **token, "PATH": path, "PYTHONPATH": modules, "TMPDIR": str(self.folder)}
 
     def ask(self, path: str) -> Any:
         """Return what the dashboard answers, as JSON."""

@@ -86,6 +86,9 @@ class WaitingRolloutEngine:
         self._runs.set()
         return self._digest.hexdigest()
 
+    async def rest(self, policy_version: int) -> None:
+        """Have no memory to give back."""
+
     async def shutdown(self) -> None:
         """End nothing."""
 

@@ -23,6 +23,7 @@ from cluster.config.sections import (
     StudentConfig,
 )
 from cluster.config.stages import (
+    ROLLOUT_ENGINES,
     BalanceConfig,
     LearnerConfig,
     RefreshConfig,
@@ -250,6 +251,11 @@ def _check_self_teachers(config: Config) -> None:
             raise ValueError(
                 f"teachers.{name}: model is '{teacher.model}', but from = 'student' makes it '{config.student.model}'; "
                 "remove one of the two"
+            )
+        if teacher.backend == ROLLOUT_ENGINES and config.rollout.engine.sleep:
+            raise ValueError(
+                f"teachers.{name}: backend = '{ROLLOUT_ENGINES}' scores in the rollout engines after they have written; "
+                "set rollout.engine.sleep = false"
             )
         if teacher.is_refreshed and (reason := _why_not_refreshed(config, teacher)):
             raise ValueError(f"teachers.{name}.refresh: {reason}, or leave it 'frozen'")

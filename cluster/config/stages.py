@@ -33,6 +33,7 @@ def check_limits(num_workers: int, min_workers: int, max_workers: int | None) ->
 Dtype = Literal["float32", "bfloat16", "float16"]
 GpuFraction = Annotated[float, Meta(gt=0, le=1)]  # of one GPU's memory
 MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
+ROLLOUT_ENGINES = "rollout"  # the backend of a teacher that scores in the rollout pool's engines
 ALIGNED = "aligned"  # a teacher's tokenizer that is not the student's
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 
@@ -172,6 +173,11 @@ class TeacherConfig(Section):
         """Return whether its weights change while a run goes on."""
         return self.refresh != "frozen"
 
+    @property
+    def receives_weights(self) -> bool:
+        """Return whether its own workers are sent weights while a run goes on."""
+        return self.is_refreshed and self.backend != ROLLOUT_ENGINES
+
     def version_due(self, step: int) -> int | None:
         """Return how many optimizer steps are behind its weights after so many of the run; None: its gate decides.
 
@@ -200,12 +206,24 @@ class TeacherConfig(Section):
     def _check_without_url(self) -> None:
         if self.backend == "http":
             raise ValueError("backend = 'http' needs a url")
+        if self.backend == ROLLOUT_ENGINES:
+            self._check_in_rollout_engines()
+            force_setattr(self, "engine", replace(self.engine, tensor_parallel=0))
         if self.api_key_env is not None:
             raise ValueError("api_key_env is for teachers with a url; set url, or remove it")
         if self.tokenizer not in (None, "same", ALIGNED):
             raise ValueError(
                 f"tokenizer is '{self.tokenizer}'; expected 'same' or 'aligned', or a url, whose servers' it is"
             )
+
+    def _check_in_rollout_engines(self) -> None:
+        if (self.source, self.refresh) != ("student", "live"):
+            raise ValueError(
+                f"backend = '{ROLLOUT_ENGINES}' scores with the weights that the student writes with; set from = "
+                "'student' and refresh = 'live', or another backend"
+            )
+        if self.excluded_token_ids or self.slot is not None:
+            raise ValueError(f"backend = '{ROLLOUT_ENGINES}' excludes no tokens and has no slot; remove them")
 
 
 def _check_url(url: str) -> None:

@@ -29,5 +29,8 @@ class RolloutEngine(Protocol):
     async def finish_weight_update(self, policy_version: int) -> str:
         """Install the weights, drop caches computed with the old ones, resume; return the received checksum."""
 
+    async def rest(self, policy_version: int) -> None:
+        """Give up memory and weights until weights newer than this version come; an engine that need not, need not."""
+
     async def shutdown(self) -> None:
         """End the engine and every process it started."""

@@ -6,6 +6,7 @@ from datetime import datetime
 
 from cluster.config.pass_through import check_pass_through
 from cluster.config.run_config import Config
+from cluster.config.stages import ROLLOUT_ENGINES
 from cluster.config.terms import TEACHER
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
@@ -48,6 +49,12 @@ class Inputs:
         """Return the context that the engines of these teachers must offer."""
         longest = max((self.scorer_prompt_tokens.get(name, 0) for name in teachers), default=0)
         return self.max_model_len + max(0, longest - self.prompts.longest_tokens)
+
+    def rollout_model_len(self, config: Config) -> int:
+        """Return the context that the rollout engines must offer, for the teachers that score in them too."""
+        return self.scoring_model_len(
+            *(name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
+        )
 
 
 def load_inputs(config: Config, now: datetime | None = None) -> Inputs:

@@ -166,13 +166,15 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
     return RolloutActorSettings(
         config.student,
         config.rollout.engine,
-        inputs.max_model_len,
+        inputs.rollout_model_len(config),
         config.rollout.rows_per_batch,
         config.weight_sync.transport,
         environment=config.environment,
         sampled_candidates=config.objective.needs.sampled_candidates,
         merges_stops=len(config.rollout.stop_class or ()) > 1,
         contexts=inputs.contexts,
+        # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
+        rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
     )
 
 

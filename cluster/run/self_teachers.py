@@ -26,7 +26,7 @@ class SelfTeachers:
 
     def __init__(self, run: RunContext) -> None:
         self._run = run
-        self._teachers = {name: teacher for name, teacher in run.config.teachers.items() if teacher.is_refreshed}
+        self._teachers = {name: teacher for name, teacher in run.config.teachers.items() if teacher.receives_weights}
 
     def begin(self) -> None:
         """Give every pool what it has at the run's first step, and from then on every worker that comes later."""

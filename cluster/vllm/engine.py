@@ -15,6 +15,7 @@ from cluster.actors.worker_output import last_error, own_output
 from cluster.config.stages import EngineConfig
 from cluster.contracts.errors import ModelError
 from cluster.nodes.preloaded_python import PYTHON_VARIABLE
+from cluster.vllm.plugins import provide_plugins
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -77,6 +78,7 @@ def prepare_environment(engine: EngineConfig) -> None:
         # On a GPU vLLM attends in float32 with Triton alone, which would round what it multiplies to TF32's 10 bits.
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     os.environ[OWNER_VARIABLE] = str(os.getpid())
+    provide_plugins()
 
 
 def end_with_owner() -> None:

@@ -6,8 +6,9 @@ vLLM's engines compare no checksum, so the report's is empty. It has not run on 
 
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
@@ -23,6 +24,7 @@ from cluster.weight_sync.manifest import Bucket, WeightSyncReport, plan_buckets,
 from learner.engines.base import TrainEngine
 from learner.rendezvous import free_port
 from learner.weight_sync.gpu_links import IpcLink, Link, NcclLink, gather_from_ranks
+from learner.weight_sync.newcomers import NewcomerUpdate
 from learner.weight_sync.object_store import WeightSender, fill
 from learner.weight_sync.recipients import Recipients
 
@@ -46,14 +48,17 @@ class VllmSender:
         timeout_seconds: float,
         make_link: Callable[[Tensor], Link],
         listen: Callable[[Sequence[ActorHandle], float], Recipients] = Recipients,
+        bring: Callable[[Sequence[ActorHandle], int, float], NewcomerUpdate] = NewcomerUpdate,
         end_process: Callable[[int], Any] = os._exit,
     ) -> None:
-        self._engine, self._make_link, self._listen, self._end_process = engine, make_link, listen, end_process
+        self._engine, self._make_link, self._end_process = engine, make_link, end_process
+        self._listen, self._bring = listen, bring
         self._timeout_seconds = timeout_seconds
         self._buckets = list(plan_buckets(engine.student.manifest(dtype), config.bucket_bytes))
         self._link: Link | None = None
         self._buffer: Tensor
         self._connected: list[ActorHandle] = []
+        self._known: list[ActorHandle] = []  # those that have had weights from here
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="gpu-link")  # of what may wait for ever
 
     def publish(self, workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
@@ -66,15 +71,20 @@ class VllmSender:
         if self._link.is_read_in_place and torch.cuda.is_available():
             # What training left in torch's cache: engines that slept meanwhile take their memory again.
             torch.cuda.empty_cache()
-        update = self._begin(self._link, workers) if self._engine.rank == 0 else None
+        update, newcomers = self._begin(self._link, workers, policy_version) if self._engine.rank == 0 else (None, None)
         for bucket in self._buckets:
             self._fill(self._link, bucket)
             self._link.settle()
+            values = self._buffer[: total_bytes(bucket)]
             if update is not None:
-                update.send(bucket, self._buffer[: total_bytes(bucket)])
+                update.send(bucket, values)
+            if newcomers is not None:
+                newcomers.send(bucket, values)
             if self._link.is_read_in_place:
                 self._link.settle()
         paused_seconds = update.finish(policy_version) if update is not None else None
+        if newcomers is not None:
+            newcomers.finish()
         num_bytes = sum(map(total_bytes, self._buckets))
         return WeightSyncReport(policy_version, "", num_bytes, time.perf_counter() - started, paused_seconds)
 
@@ -85,16 +95,22 @@ class VllmSender:
             if link.fills_buffer:
                 fill(bucket, parameters, self._buffer)
 
-    def _begin(self, link: Link, workers: Sequence[ActorHandle]) -> "GpuUpdate":
-        recipients = self._listen(workers, self._timeout_seconds)
-        update = GpuUpdate(link, recipients, self._thread, self._end_process)
+    def _begin(
+        self, link: Link, workers: Sequence[ActorHandle], policy_version: int
+    ) -> "tuple[GpuUpdate, NewcomerUpdate | None]":
+        """Pause the workers and see that they are connected, but for those that come while others are."""
+        come_later = not link.is_read_in_place and bool(self._connected)
+        new = [worker for worker in workers if come_later and worker not in self._known]
+        members = [worker for worker in workers if worker not in new]
+        update = GpuUpdate(link, self._listen(members, self._timeout_seconds), self._thread, self._end_process)
         living = update.start()
         if living and living != self._connected:
             # A group spans a fixed set of workers; another set needs another.
             self._connected = []
             update.connect()
             self._connected = living
-        return update
+        self._known = [*(living or self._known), *new]
+        return update, self._bring(new, policy_version, self._timeout_seconds) if new else None
 
 
 class GpuUpdate:
@@ -178,7 +194,8 @@ def make_nccl_sender(engine: TrainEngine, config: Config) -> WeightSender:
 
 
 def make_ipc_sender(engine: TrainEngine, config: Config) -> WeightSender:
-    """Build the sender of a run whose workers share a GPU."""
+    """Build the sender of a run whose workers share a GPU; raise WeightSyncError if torch's memory cannot be shared."""
+    refuse_expandable_segments(os.environ)
     return _make_sender(engine, config, ipc_link)
 
 
@@ -194,6 +211,21 @@ def nccl_link(engine: TrainEngine, tensor_parallel: int, bucket_bytes: int) -> C
         return ray.util.get_node_ip_address(), free_port()
 
     return lambda buffer: NcclLink(engine.rank == 0, choose_address, tensor_parallel, max(bucket_bytes, buffer.numel()))
+
+
+def refuse_expandable_segments(environment: Mapping[str, str]) -> None:
+    """Raise WeightSyncError where torch's allocator is asked for segments that other processes cannot open by `ipc`.
+
+    Torch would pass them as file descriptors, which many containers forbid; elsewhere each opening takes much longer.
+    """
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        settings = environment.get(name, "")
+        if re.search(r"\bexpandable_segments\s*:\s*true\b", settings, re.IGNORECASE):
+            raise WeightSyncError(
+                f'weight_sync.transport = "ipc" shares memory between processes, and {name} = "{settings}" asks torch '
+                "for memory that they cannot open; leave expandable_segments out, or set weight_sync.transport = "
+                '"object_store"'
+            )
 
 
 def ipc_link(buffer: Tensor) -> Link:

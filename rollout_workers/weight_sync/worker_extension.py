@@ -2,6 +2,7 @@
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from cluster.vllm.sleep_calls import SleepCalls
 from cluster.vllm.weight_sync.updates import UpdateCalls
 from cluster.weight_sync.transports import TRANSPORTS, vllm_backend
 from rollout_workers.candidates.vllm_processor import CandidateCalls
@@ -15,5 +16,5 @@ def register() -> None:
             WeightTransferEngineFactory.register_engine(vllm_backend(name), module, receiver)
 
 
-class WorkerExtension(CandidateCalls, UpdateCalls):
-    """Adds the calls about sampled candidates and about new weights."""
+class WorkerExtension(CandidateCalls, SleepCalls, UpdateCalls):
+    """Adds the calls about sampled candidates, about sleep and about new weights."""

@@ -20,7 +20,7 @@ from cluster.contracts.metrics import Mean, Metrics, Sum
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.signals import Scores
 from cluster.models.alignment import load_token_map
-from teacher_workers.backends.base import TeacherBackend, find_backend
+from teacher_workers.backends.base import Answer, TeacherBackend, find_backend
 from teacher_workers.backends.lm_head_scores import HiddenStatesBackend
 from teacher_workers.translation import TranslatedRows, place, translate
 
@@ -69,7 +69,7 @@ class AlignedBackend(TeacherBackend):
         digest = teacher.alignment.digest if teacher.alignment else ""
         return f"{find_backend(inner).identity(inner)}+{digest}"
 
-    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> Answer:
         """Score the strict positions; elsewhere `aligned` is 0 and the scores are FLOOR.
 
         Raises:
@@ -82,7 +82,7 @@ class AlignedBackend(TeacherBackend):
         scores: Scores = {}
         metrics: Metrics = {}
         if rows.batch is not None:
-            scores, metrics = await self._inner.score(rows.batch, replace(request, aligned=False))
+            scores, metrics, *_ = await self._inner.score(rows.batch, replace(request, aligned=False))
         return place(rows, scores, request), {**metrics, **_metrics(rows, request.model)}
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import pyarrow as pa
 
 from cluster.config.run_config import Config
-from cluster.config.stages import TeacherConfig
+from cluster.config.stages import ROLLOUT_ENGINES, TeacherConfig
 from cluster.contracts.errors import ConfigError, PreceptorError
 from cluster.contracts.import_path import is_import_path, load_object
 from cluster.contracts.metrics import Metrics
@@ -19,6 +19,7 @@ from cluster.contracts.signals import Scores
 if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts
 
+Answer = tuple[Scores, Metrics] | tuple[Scores, Metrics, int]  # the last: of weights that are not the backend's own
 FLOOR = -87.0  # of ids that a teacher lacks or excludes: the log of float32's smallest normal number is -87.3
 
 
@@ -69,8 +70,10 @@ class TeacherBackend(Protocol):
         """Return why what answers cannot be reached now, as half a sentence; "" if it can, or is of this run."""
         return ""
 
-    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> Answer:
         """Return the signals of `request.signals` for all tokens whose loss_mask is 1, and metrics of the backend.
+
+        A backend whose weights are not its own also returns the version of those that scored.
 
         The token at position t is predicted from those before it. Rows come one after the other, as in
         `rollout_logprobs`; a row may have several sampled spans, or none. Candidates that a teacher chooses may not
@@ -110,6 +113,7 @@ class TeacherBackend(Protocol):
 BACKENDS = {
     "vllm": "teacher_workers.backends.vllm:VllmBackend",
     "http": "teacher_workers.backends.http:HttpBackend",
+    ROLLOUT_ENGINES: "teacher_workers.backends.rollout_engines:RolloutEnginesBackend",
 }
 ALIGNED_BACKEND = "teacher_workers.backends.aligned:AlignedBackend"  # around another, where tokenizers differ
 
@@ -149,7 +153,7 @@ def check_teacher(name: str, teacher: TeacherConfig, student: "ModelFacts") -> "
     """Return what the backend says of a teacher; what it raises begins with the teacher's name."""
     backend = find_backend(teacher)
     try:
-        if teacher.is_refreshed and not backend.takes_weights:
+        if teacher.receives_weights and not backend.takes_weights:
             raise ConfigError(f"its backend '{teacher.backend}' takes no weights; leave refresh = 'frozen'")
         return backend.check(teacher, student)
     except PreceptorError as error:

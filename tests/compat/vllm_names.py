@@ -81,6 +81,7 @@ NEEDS = (
     ),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.encode", takes=("prompt", "pooling_params", "request_id")),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.sleep", takes=("level",)),
+    Need("vllm.device_allocator.cumem", "CuMemAllocator.sleep", takes=("offload_tags",)),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.wake_up"),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", takes=("method", "args")),
     Need("vllm.v1.engine.core_client", "AsyncMPClient.pause_scheduler_async", takes=("mode", "clear_cache")),
@@ -90,7 +91,8 @@ NEEDS = (
     Need(
         "vllm.v1.worker.gpu_worker",
         "Worker",
-        has=("weight_transfer_engine", "model_runner", "use_v2_model_runner", *WEIGHT_VERBS.split()),
+        has=("weight_transfer_engine", "model_runner", "use_v2_model_runner", "wake_up", *WEIGHT_VERBS.split()),
+        spare=("sleep_mode_backend",),
     ),
     Need("vllm.v1.worker.cpu_worker", "CPUWorker", has=("weight_transfer_engine", *WEIGHT_VERBS.split())),
     Need("vllm.v1.sample.logits_processor", "process_dict_updates", takes=("req_entries", "batch_update", "new_state")),

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cluster.actors.cluster import PoolTimeouts
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import ragged
@@ -20,10 +18,9 @@ from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
 from learner.model.completion_head import CompletionHead, TeacherHeads
 from learner.model.projection import LogitScaling
-from teacher_workers.pool import TeacherPool
+from tests.gpu.conftest import missing_packages
 from tests.learner.model.test_completion_head import batch_of, make_hidden
 from tests.learner.support import OBJECTIVES, ROUTE, VOCABULARY, random_heads
-from tests.teacher_workers.test_scores_on_vllm import expected_rows, make_handle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
@@ -33,8 +30,16 @@ WIDTH = 24
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(missing_packages("ray", "vllm")), reason="needs ray and vllm")
 @pytest.mark.parametrize("model", ["teacher", "student"])
 def test_a_teacher_scores_on_a_gpu_as_transformers_does_on_a_cpu(ray_cluster: None, model: str) -> None:
+    # Here, so that the losses below can be compared where torch alone is.
+    import ray
+
+    from cluster.actors.cluster import PoolTimeouts
+    from teacher_workers.pool import TeacherPool
+    from tests.teacher_workers.test_scores_on_vllm import expected_rows, make_handle
+
     teacher = TeacherConfig(model=str(EMBEDDED / model), engine=EngineConfig(dtype="float32", gpu_memory_fraction=0.3))
     pool = TeacherPool(model, teacher, 128, [{"num_cpus": 1, "num_gpus": 1}], PoolTimeouts(500, 120))
     try:

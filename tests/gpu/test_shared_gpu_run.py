@@ -11,7 +11,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS = 6
 BFLOAT16 = ("rollout.engine.dtype=bfloat16", "teachers.countdown.engine.dtype=bfloat16", "learner.dtype=bfloat16")
-NATS = {"float32": 1e-3, "bfloat16": 0.02}  # between the rollout engine and the learner
+# Between the rollout engine and the learner. vLLM 0.24 rounds its logits to bfloat16, the learner does not: that alone
+# is 0.02 nats (benchmarks/gpu_parts/loop.py).
+NATS = {"float32": 1e-3, "bfloat16": 0.03}
 
 
 @pytest.mark.parametrize(("dtype", "sleep"), [("float32", "false"), ("bfloat16", "false"), ("bfloat16", "true")])

@@ -19,7 +19,9 @@ from tests.tiny_qwen3 import write_tiny_qwen3
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SAME_IN_FLOAT32 = 1e-3  # nats; kernels of two libraries on a GPU
-NATS_IN_BFLOAT16 = 0.02  # mean over the written tokens
+# Mean over the written tokens. vLLM 0.24 rounds its logits to bfloat16, which alone is 0.02 nats
+# (benchmarks/gpu_parts/loop.py).
+NATS_IN_BFLOAT16 = 0.03
 OTHER_WEIGHTS = 0.05  # nats; what changed weights differ by at the very least
 
 

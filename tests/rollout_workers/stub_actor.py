@@ -20,6 +20,7 @@ class StubRolloutActor:
 
     def __init__(self, settings: Any) -> None:
         self._left: dict[int, list[RolloutRequest]] = {}
+        self._rests: list[int] = []
 
     async def start(self) -> None:
         """Start nothing."""
@@ -42,6 +43,14 @@ class StubRolloutActor:
         )
         wire, handle = pack(make_generated([row]), {})
         return wire, replace(handle, is_last=not self._left[call])
+
+    async def rest(self, policy_version: int) -> None:
+        """Note when memory is to be given back."""
+        self._rests.append(policy_version)
+
+    async def rests(self) -> list[int]:
+        """Return the versions after which it was."""
+        return self._rests
 
     async def shutdown(self) -> None:
         """End nothing."""

@@ -1,6 +1,7 @@
 """The pool's own work, on actors without engines."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -69,3 +70,18 @@ def test_the_pool_knows_who_serves_and_what_is_owed(pool: RolloutPool) -> None:
     while pool.late():
         pool.collect(STUBS.wait_for_any(pool.maintain, 60, pool.late))
     assert pool.state().num_owed == 0
+
+
+def test_engines_rest_when_all_of_a_step_is_written_and_not_after_an_evaluation(ray_cluster: None) -> None:
+    pool = RolloutPool(replace(SETTINGS, rests=True), [{"num_cpus": 0}], PoolTimeouts(60, 60), "resting", STUBS)
+    pool.wait_until_ready()
+    ask(pool, {0: 5})
+    for step in (3, 4):
+        for first in (0, 2):  # two submissions; the engines rest after the last of them
+            requests = tuple(RolloutRequest(prompt_id, prompt_id, 0, seed=5) for prompt_id in (first, first + 1))
+            pool.submit(step, requests, SAMPLING)
+        while pool.late():
+            pool.collect(STUBS.wait_for_any(pool.maintain, 60, pool.late))
+    [actor] = pool.actors
+    assert STUBS.get(actor.rests.remote(), 60, "the stub") == [3, 4]
+    pool.shutdown()

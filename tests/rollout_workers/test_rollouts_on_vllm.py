@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from cluster.config.stages import WeightSyncConfig
@@ -153,6 +154,25 @@ def generate_across_two_updates(
         weights[version] = copy_weights(rollouts)
         handles.append(next(stream))
     return weights, [row for handle in [*handles, *stream] for row in rows_of(handle.reference)]
+
+
+def test_an_actor_scores_like_a_teacher_with_the_weights_that_it_writes_with(rollouts: RolloutDeployment) -> None:
+    rows = rollouts.generate(rollouts.requests([0, LONG_PROMPT]), SamplingSettings(24, 1.0))
+    rollouts.change_weights()
+    version = rollouts.policy_version + 1
+    rollouts.publish(version)
+    asked = [(row["token_ids"], np.flatnonzero(row["loss_mask"])) for row in rows]
+    ids, logprobs, scored_by = ray.get(rollouts.pool.actors[0].prompt_logprobs.remote(asked, 5, version))
+    expected = torch.cat([expected_logprobs(rollouts.student, ids.tolist())[places - 1] for ids, places in asked])
+    written = torch.from_numpy(np.concatenate([ids[places] for ids, places in asked])).long()
+    best = expected.topk(5)
+    assert scored_by == version
+    np.testing.assert_allclose(logprobs[:, 0], expected[torch.arange(len(written)), written], atol=1e-4)
+    np.testing.assert_array_equal(ids[:, 0], written)
+    np.testing.assert_allclose(logprobs[:, 1:], best.values, atol=1e-4)
+    np.testing.assert_array_equal(ids[:, 1:], best.indices)
+    *_, too_old = ray.get(rollouts.pool.actors[0].prompt_logprobs.remote(asked, 5, version + 1))
+    assert too_old == version
 
 
 def test_an_incomplete_update_names_what_is_missing_and_a_complete_one_repairs_it(rollouts: RolloutDeployment) -> None:

@@ -1,4 +1,4 @@
-"""Receives weights from GPU to GPU, by vLLM's `nccl` and `ipc` engines."""
+"""Receives weights from GPU to GPU, by vLLM's `nccl` and `ipc` engines, and first ones of newcomers by the store."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from cluster.vllm.compat import REUSES_STREAMS, taken_by
 from cluster.vllm.weight_sync.loading import fault_of_incomplete, tied_layers
+from cluster.vllm.weight_sync.object_store import BucketMessage, ObjectStoreReceiver
 from cluster.weight_sync.ipc_handles import rebuild_arguments
 
 
@@ -57,12 +58,17 @@ class IpcReceiver(VllmReceiver, IPCWeightTransferEngine):
 
 
 class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
-    """Receives broadcasts, and joins one group after another.
+    """Receives broadcasts, and joins one group after another; until it is in one, weights come by the object store.
 
     A group spans a fixed set of workers, so another is formed whenever one of them starts again, comes or leaves.
     """
 
     model_update_group: PyNcclCommunicator | None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._store = ObjectStoreReceiver(*arguments)
+        self._came_by_store = False
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         """Join a group; vLLM would forget the one before, whose buffers would stay on the GPU for good."""
@@ -71,8 +77,30 @@ class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
             self.model_update_group = None
         super().init_transfer_engine(init_info)
 
-    def receive_weights(self, *arguments: Any, **loader: Any) -> None:
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        """Return what a broadcast brings, or a bucket that lies in shared memory."""
+        by_store = "path" in update_dict
+        return self._store.parse_update_info(update_dict) if by_store else super().parse_update_info(update_dict)
+
+    def begin(self) -> None:
+        super().begin()
+        self._store.begin()
+        self._came_by_store = False
+
+    def receive_weights(self, update_info: Any, *arguments: Any, **loader: Any) -> None:
         """Receive one bucket, and keep no memory for a stream that never comes back."""
-        super().receive_weights(*arguments, **loader)
+        if isinstance(update_info, BucketMessage):
+            self._came_by_store = True
+            self._store.receive_weights(update_info)
+            return
+        super().receive_weights(update_info, *arguments, **loader)
         if not REUSES_STREAMS:
             torch.cuda.empty_cache()
+
+    def end(self) -> dict[str, Any]:
+        """Return the outcome, with the checksum of what came by the object store."""
+        report = super().end()
+        if not self._came_by_store:
+            return report
+        of_store = self._store.end()
+        return of_store | {"fault": of_store["fault"] or report["fault"]}

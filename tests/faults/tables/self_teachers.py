@@ -58,17 +58,17 @@ FAULTS = (
     ),
     Fault(
         "a batch begins during an update",
-        "teacher_workers/served_weights.py",
+        "cluster/vllm/weight_sync/served_weights.py",
         "            await self._changed.wait_for(lambda: not self._is_updating)\n",
         "",
-        ("tests/teacher_workers/test_served_weights.py",),
+        ("tests/cluster/vllm/test_served_weights.py",),
     ),
     Fault(
         "an update begins during a batch",
-        "teacher_workers/served_weights.py",
+        "cluster/vllm/weight_sync/served_weights.py",
         "            await self._changed.wait_for(lambda: not self._num_users)\n",
         "",
-        ("tests/teacher_workers/test_served_weights.py",),
+        ("tests/cluster/vllm/test_served_weights.py",),
     ),
     Fault(
         "the padding of a vocabulary becomes tokens",

@@ -10,7 +10,7 @@ from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import ActorDiedError
-from cluster.weight_sync.manifest import Manifest, TensorSpec
+from cluster.weight_sync.manifest import Bucket, Manifest, TensorSpec
 from learner.weight_sync.gpu_links import IpcLink, NcclLink
 from learner.weight_sync.gpu_sender import VllmSender
 
@@ -85,6 +85,20 @@ class FakeRecipients:
         return [arguments for verb, arguments in self.calls if verb == method]
 
 
+class FakeNewcomers:
+    """Stands for the way through the object store: notes who came, and what was sent to them."""
+
+    def __init__(self, workers: Sequence[str], policy_version: int, timeout_seconds: float) -> None:
+        self.workers, self.policy_version, self.is_finished = list(workers), policy_version, False
+        self.sent: list[tuple[Bucket, Tensor]] = []
+
+    def send(self, bucket: Bucket, values: Tensor) -> None:
+        self.sent.append((bucket, values.clone()))
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
 class Publication:
     """A sender over fakes, and what became of its publications."""
 
@@ -98,14 +112,19 @@ class Publication:
         self.engine = FakeEngine()
         self.all_recipients: list[FakeRecipients] = []
         self.ends: list[int] = []
+        self.newcomers: list[FakeNewcomers] = []
 
         def listen(workers: Sequence[Any], timeout_seconds: float) -> Any:
             self.all_recipients.append(recipients(workers, crashing or {}))
             return self.all_recipients[-1]
 
+        def bring(workers: Sequence[Any], policy_version: int, timeout_seconds: float) -> Any:
+            self.newcomers.append(FakeNewcomers(workers, policy_version, timeout_seconds))
+            return self.newcomers[-1]
+
         config = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)
         engine: Any = self.engine
-        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, end or self.ends.append)
+        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, bring, end or self.ends.append)
 
     def publish(self, *workers: str, version: int = 1) -> Any:
         return self.sender.publish(list(workers), version)

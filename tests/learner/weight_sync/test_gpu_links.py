@@ -23,8 +23,8 @@ from cluster.vllm.weight_sync.nccl_and_ipc import IpcReceiver, NcclReceiver, Vll
 from cluster.weight_sync.ipc_handles import HANDLE_FIELDS, rebuild_arguments
 from cluster.weight_sync.manifest import plan_buckets, total_bytes
 from learner.model.student import Student
-from learner.weight_sync.gpu_links import IpcLink, NcclLink, first_rank
-from learner.weight_sync.gpu_sender import ipc_link
+from learner.weight_sync.gpu_links import IpcLink, NcclLink, describe, first_rank
+from learner.weight_sync.gpu_sender import ipc_link, refuse_expandable_segments
 from tests.learner.weight_sync.fake_gpus import (
     BUCKET_BYTES,
     PARAMETERS,
@@ -141,10 +141,76 @@ def test_the_same_workers_keep_their_group_and_others_get_another_at_another_por
     publication.publish("a", "b")
     publication.publish("a", "b", version=2)
     assert len(groups) == 1
-    publication.publish("a", "d", version=3)
+    publication.publish("a", version=3)
     assert [group.is_destroyed for group in groups] == [True, False]
     ports = [recipients.messages("init_weight_transfer") for recipients in publication.all_recipients]
     assert [[invitation[0]["master_port"] for invitation in found] for found in ports] == [[5000], [], [5001]]
+
+
+class BlockedGroup(FakeGroup):
+    """Does not come back when it is left, as NCCL does not after a death."""
+
+    def destroy(self) -> None:
+        raise AssertionError("this would wait")
+
+
+def test_a_newcomer_comes_by_the_object_store_and_the_group_goes_on() -> None:
+    groups: list[FakeGroup] = []
+
+    def join(**meeting: Any) -> FakeGroup:
+        groups.append(BlockedGroup() if not groups else FakeGroup())
+        return groups[-1]
+
+    link = NcclLink(True, lambda: ("10.0.0.1", 5000), 1, 48, join)
+    publication = Publication(lambda buffer: link)
+    publication.publish("a", "b")
+    publication.publish("c")  # as `bring_weights` does, in the middle of a step
+    publication.publish("d")  # another one, before anything else is published
+    assert len(groups) == 1
+    assert [(new.workers, new.policy_version, new.is_finished) for new in publication.newcomers] == [
+        (["c"], 1, True),
+        (["d"], 1, True),
+    ]
+    for new in publication.newcomers:
+        messages = [describe(bucket) for bucket, _ in new.sent]
+        assert_all_arrived(received(messages, [values for _, values in new.sent]))
+    assert [recipients.calls for recipients in publication.all_recipients[1:]] == [
+        [("start_weight_update", {}), ("finish_weight_update", {})]
+    ] * 2  # nobody else pauses
+    publication.publish("a", "b", version=2)  # they died meanwhile
+    assert len(groups) == 1
+    assert publication.ends == []
+
+
+def test_newcomers_join_the_group_with_the_publication_after_their_first() -> None:
+    groups: list[FakeGroup] = []
+    publication = Publication(nccl(groups))
+    publication.publish("a", "b")
+    publication.publish("c")
+    publication.publish("d")
+    publication.publish("a", "b", "c", "d", version=2)
+    assert [group.is_destroyed for group in groups] == [True, False]  # once for both
+    [invitation] = publication.all_recipients[-1].messages("init_weight_transfer")
+    assert {message["world_size"] for message in invitation.values()} == {5}
+    assert len(publication.newcomers) == 2
+
+
+def test_one_that_is_new_in_a_publication_takes_part_in_no_handshake() -> None:
+    groups: list[FakeGroup] = []
+    publication = Publication(nccl(groups), crashing={"c": ("init_weight_transfer", 1)})
+    publication.publish("a", "b")
+    publication.publish("a", "b", "c", version=2)
+    assert len(groups) == 1
+    assert [new.workers for new in publication.newcomers] == [["c"]]
+    assert publication.ends == []
+
+
+def test_one_that_comes_to_a_shared_gpu_reads_the_buffer_as_the_others_do() -> None:
+    publication = Publication(lambda buffer: in_place({"GPU-0": buffer}))
+    publication.publish("a")
+    publication.publish("b")
+    assert publication.newcomers == []
+    assert publication.all_recipients[1].messages("finish_weight_update") == [{0: 1}]
 
 
 def test_a_worker_that_dies_before_the_broadcast_is_left_out_of_the_group() -> None:
@@ -276,6 +342,14 @@ def test_every_engine_finds_the_buffer_of_its_own_gpu() -> None:
 def test_a_buffer_outside_a_gpu_is_not_shared() -> None:
     with pytest.raises(WeightSyncError, match="the learner has none"):
         ipc_link(torch.empty(1, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_segments_that_others_cannot_open_are_refused_before_anything_is_shared(name: str) -> None:
+    with pytest.raises(WeightSyncError, match=f'{name} = "max_split_size_mb:64, expandable_segments:True"'):
+        refuse_expandable_segments({name: "max_split_size_mb:64, expandable_segments:True"})
+    refuse_expandable_segments({name: "expandable_segments:False,max_split_size_mb:64"})
+    refuse_expandable_segments({})
 
 
 def test_what_an_older_vllm_does_not_know_is_dropped() -> None:

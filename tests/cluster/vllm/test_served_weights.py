@@ -7,8 +7,8 @@ from typing import Any
 from cluster.actors.cluster import PoolTimeouts
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorDiedError, WeightSyncError
+from cluster.vllm.weight_sync.served_weights import ServedWeights
 from teacher_workers.pool import TeacherPool
-from teacher_workers.served_weights import ServedWeights
 
 
 class Backend:
