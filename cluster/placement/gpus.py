@@ -41,7 +41,10 @@ def smallest_gpu(node_ids: Sequence[str]) -> float | None:
         read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
         for node_id in node_ids
     ]
-    return min((gib for gpus in ray.get(answers, timeout=READ_SECONDS) for gib in gpus), default=None)
+    try:
+        return min((gib for gpus in ray.get(answers, timeout=READ_SECONDS) for gib in gpus), default=None)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        raise PlacementError(f"a node does not say how much memory its GPUs have: {error}") from error
 
 
 def _handle(nvml: object, name: str) -> object:

@@ -86,6 +86,7 @@ class Lengths:
 
     student: int
     of_teacher: Callable[[str], int] | None = None  # of those that read longer prompts
+    rollout: int | None = None  # of the rollout engines, where they score for a teacher that does
 
     def of(self, name: str) -> int:
         return self.student if self.of_teacher is None else self.of_teacher(name)
@@ -98,7 +99,7 @@ def estimate(
 
     `sizes` has the student's under `STUDENT` and those of the teachers that have engines under their names.
     """
-    memory = {"rollout": rollout_memory(config, sizes[STUDENT], lengths.student, gpu_gib)}
+    memory = {"rollout": rollout_memory(config, sizes[STUDENT], lengths.rollout or lengths.student, gpu_gib)}
     for name in config.teachers:
         if name in sizes:
             memory[f"teacher-{name}"] = teacher_memory(config, name, sizes[name], lengths.of(name), gpu_gib)

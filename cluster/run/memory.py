@@ -34,4 +34,5 @@ def with_memory_plan(config: Config, inputs: Inputs, say: Callable[[str], None])
 
 def _plan(config: Config, inputs: Inputs, gpu_gib: float | None) -> MemoryPlan:
     sizes = model_sizes(config, skips_unknown=True)  # vLLM may know a teacher's model all the same
-    return plan_memory(config, sizes, Lengths(inputs.max_model_len, inputs.scoring_model_len), gpu_gib)
+    lengths = Lengths(inputs.max_model_len, inputs.scoring_model_len, inputs.rollout_model_len(config))
+    return plan_memory(config, sizes, lengths, gpu_gib)

@@ -33,7 +33,8 @@ def print_dry_run(config: Config, gpus: int | None, gpu_gib: float | None) -> No
     inputs = load_inputs(_without_servers(config))
     sizes = model_sizes(config)
     gib = machine.gpu_gib if machine.gpus else None
-    plan = plan_memory(config, sizes, Lengths(inputs.max_model_len, inputs.scoring_model_len), gib)
+    lengths = Lengths(inputs.max_model_len, inputs.scoring_model_len, inputs.rollout_model_len(config))
+    plan = plan_memory(config, sizes, lengths, gib)
     lines = [
         f"machine: {machine.describe()}",
         *(f"{name}: {size.describe()}" for name, size in sizes.items()),

@@ -9,6 +9,7 @@ from tests.faults.tables import (
     estimators,
     first_run,
     gradient,
+    memory,
     models,
     objective,
     presets,
@@ -32,6 +33,7 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "tokenizers": tokenizers.FAULTS,
     "self_teachers": self_teachers.FAULTS,
     "models": models.FAULTS,
+    "memory": memory.FAULTS,
     "run": run.FAULTS,
     "first_run": first_run.FAULTS,
 }
