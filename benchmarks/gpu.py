@@ -236,7 +236,10 @@ def describe_card(options: argparse.Namespace) -> Row:
 def _card() -> Row:
     asked = "name,driver_version,memory.total"
     query = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader"]
-    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise SystemExit(f"{COMMAND}: nvidia-smi shows no GPU here ({error}); --dry-run runs on a CPU") from error
     return dict(zip(("card", "driver", "card_memory"), (value.strip() for value in found.split(",")), strict=True))
 
 

@@ -139,6 +139,14 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+def rows(options: argparse.Namespace) -> int:
+    """List the rows that a run recorded or kept, all or those for which a condition holds."""
+    from cluster.run.rows import RowOptions, print_rows
+
+    print_rows(options.run, RowOptions(options.where, options.columns, options.limit, options.json, options.text))
+    return 0
+
+
 def compare(options: argparse.Namespace) -> int:
     """Put runs side by side: settings that differ, and what came of them."""
     from cluster.monitoring.compare import print_comparison
@@ -271,6 +279,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "report": report,
     "compare": compare,
     "verify": verify,
+    "rows": rows,
     "export": export,
     "plan": plan,
     "fit-projection": fit_projection,
@@ -292,7 +301,7 @@ def make_parser() -> argparse.ArgumentParser:
         add[name] = command.add_argument
     for name in ("train", "eval", "check", "plan", "submit", "fit-projection"):
         add[name]("arguments", nargs="*", metavar="RUN.toml [section.field=value ...]")
-    for name in ("scale", "teacher", "status", "verify", "export"):
+    for name in ("scale", "teacher", "status", "verify", "export", "rows"):
         add[name]("run", type=Path, metavar="RUN_DIRECTORY")
     for name in ("submit", "follow", "stop"):
         add[name]("--address", help="of the cluster's dashboard; else RAY_API_SERVER_ADDRESS")
@@ -301,6 +310,7 @@ def make_parser() -> argparse.ArgumentParser:
     add["compare"]("runs", type=Path, nargs="+", metavar="RUN_DIRECTORY")
     for name in ("status", "compare", "plan"):
         add[name]("--json", action="store_true", help="print one JSON object")
+    _add_rows(add["rows"])
     add["status"]("--watch", action="store_true", help="show it until the run ends, or until Ctrl-C")
     _add_init(add["init"])
     add["train"]("--resume", type=Path, metavar="RUN_DIRECTORY")
@@ -336,6 +346,14 @@ def _add_init(add: Callable[..., Any]) -> None:
     add("--out", type=Path, default=Path("run.toml"), metavar="FILE", help="the run file to write")
     add("--gpus", type=int, help="that the run will have; without, those of this machine")
     add("--gpu-memory", type=float, metavar="GIB", help="of each GPU")
+
+
+def _add_rows(add: Callable[..., Any]) -> None:
+    add("--where", metavar="CONDITION", help="such as 'reward > 0 and completion_tokens < 200'")
+    add("--columns", metavar="A,B", help="to show, in the place of the usual ones")
+    add("--limit", type=int, default=20, metavar="N", help="rows to show, at most")
+    add("--json", action="store_true", help="print one JSON object per row")
+    add("--text", action="store_true", help="show prompts and completions too")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Does what each command of the command line names, from a configuration to the last line that it prints."""
 
 from datetime import datetime
+from pathlib import Path
 
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
@@ -23,10 +24,12 @@ from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.kept_rows import KeptRows
 from cluster.run.memory import memory_plan, with_memory_plan
-from cluster.run.observation import AlarmActions, PoolObservation, ScoreAudits, StepRecords
+from cluster.run.observation import AlarmActions, PoolObservation, ProbeObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
 from cluster.run.prompt_record import compare_prompts, read_record, write_record
+from cluster.run.recording import Recording
+from cluster.run.replay import live, without_idle_workers
 from cluster.run.self_teachers import TeacherGates
 from cluster.run.served_teachers import ServedTeachers
 from cluster.run.start_record import record_start
@@ -40,7 +43,8 @@ def start_training(config: Config) -> RunSummary:
     """Train from the beginning."""
     check_trackers(config)
     load_hooks(config)  # one that cannot be imported ends the command before anything starts
-    config, inputs = _prepare(config)
+    config, inputs = _prepare(config, _recorded_time(config))
+    config = without_idle_workers(config, bool(inputs.held_out_ids))
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         written, config = config, with_memory_plan(config, inputs, view.say)
         placement = await_placement(config, view.say)
@@ -70,6 +74,7 @@ def _resume(directory: RunDirectory, config: Config) -> RunSummary:
         )
     began_with = read_record(directory)
     config, inputs = _prepare(config, now=None if began_with is None else began_with.began_at)
+    config = without_idle_workers(config, bool(inputs.held_out_ids))
     if began_with is None:
         write_record(directory, inputs)
     else:
@@ -104,8 +109,9 @@ def evaluate_models(config: Config) -> None:
 
 
 def check_run(config: Config) -> bool:
-    """Print the placement, run every self-check and return whether all passed."""
-    config, inputs = _prepare(config)
+    """Print the placement, run every self-check and return whether all passed; of a replay, those of a live run."""
+    config, inputs = _prepare(config, _recorded_time(config))
+    config = live(config)
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
         plan = memory_plan(config, inputs)
         for line in (*plan.choices, *plan.lines()):
@@ -168,6 +174,8 @@ def step_hooks(run: RunContext) -> list[StepHook]:
         evaluations,
         TeacherGates(run, evaluations),
         KeptRows(run),
+        ProbeObservation(run),
+        Recording(run),
         *(hook(run) for hook in load_hooks(run.config)),
         StepRecords(run, observation),
         ScoreAudits(run, audit),
@@ -204,6 +212,14 @@ def _prepare(config: Config, now: datetime | None = None) -> tuple[Config, Input
     """Read models and prompts; return the run with what follows from its models, and its inputs."""
     inputs = load_inputs(config, now)
     return inputs.pairs.apply(config), inputs
+
+
+def _recorded_time(config: Config) -> datetime | None:
+    """Return what chat templates took for the time in the run that is replayed; None: nothing is, or it did not say."""
+    if config.rollout.replay is None:
+        return None
+    record = read_record(RunDirectory.open(Path(config.rollout.replay.run)))
+    return None if record is None else record.began_at
 
 
 def _announce(

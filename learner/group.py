@@ -104,7 +104,10 @@ class LearnerGroup:
         return self._ask("student_logprobs", [handle.reference], waiting_for="the student's log-probabilities")[0]
 
     def publish_weights(self, rollout_workers: Sequence[ActorHandle], policy_version: int) -> WeightSyncReport:
-        """Bring the current weights, as `policy_version`, to every rollout worker."""
+        """Bring the current weights, as `policy_version`, to every rollout worker; a run may have none."""
+        if not self._config.rollout.num_workers:
+            self._published_version = policy_version
+            return WeightSyncReport(policy_version, checksum="", num_bytes=0, seconds=0.0)
         waiting_for = f"the learner to publish policy version {policy_version}"
         arguments = (list(rollout_workers), policy_version)
         report, *_ = self._ask("publish_weights", *arguments, waiting_for=waiting_for, stage="sync")

@@ -116,7 +116,10 @@ class KeptRows:
         indices = [index for grid_row in grid for index in grid_row]
         if not self._count or not len(batch.tokens):
             return batch
-        step = rows[indices[0]].episode_id // self._per_step
+        own = [index for index in indices if not rows[index].privileged]
+        if not own:  # rows of a privileged sampler are far from the student by intent, and none is kept
+            return batch
+        step = rows[own[0]].episode_id // self._per_step
         if not is_kept(step + 1, self._every):
             return batch
         if step != self._step:
@@ -124,6 +127,7 @@ class KeptRows:
         chosen = chosen_ids(self._seed, step, self._per_step, self._count)
         lengths = [len(rows[index].rollout_logprobs) for index in indices]
         ratios = log_ratios(batch.tokens, lengths)
+        ratios[[rows[index].privileged for index in indices]] = -np.inf
         worst, start, watched = int(ratios.argmax()), 0, []
         for place, (index, length) in enumerate(zip(indices, lengths, strict=True)):
             is_chosen = rows[index].episode_id in chosen

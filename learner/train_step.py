@@ -72,14 +72,24 @@ def accumulate(
 def describe(result: Evaluation, tokens: CompletionTokens, sampled_candidates: bool) -> dict[str, Metric]:
     """Return one micro-batch's metrics per completion token; none where there are no completion tokens.
 
+    Those of a privileged sampler's tokens stand apart: how far they are from the student says nothing of its age.
     `sampled_candidates`: whether the candidates are independent draws, one of which may stand there twice.
     """
     if not len(tokens):
         return {}
+    metrics: dict[str, Metric] = {"loss": _mean(result.losses)}
+    if tokens.privileged.any():
+        metrics["privileged_logprob"] = _mean(result.logprobs[tokens.privileged])
+        own = ~tokens.privileged
+        result, tokens = result.take(own), tokens[own]
+    return metrics | _of_own_tokens(result, tokens, sampled_candidates) if len(tokens) else metrics
+
+
+def _of_own_tokens(result: Evaluation, tokens: CompletionTokens, sampled_candidates: bool) -> dict[str, Metric]:
+    """Return the metrics of tokens that the student sampled from its own prompt, at least one."""
     age = result.sampler_logprobs - tokens.rollout_logprobs  # both at the sampling temperature
     importance = age.exp()
     metrics: dict[str, Metric] = {
-        "loss": _mean(result.losses),
         "kl": _mean(result.logprobs - tokens.logprobs[TEACHER]),  # one-sample estimate of KL(student || teacher)
         "entropy": _mean(result.entropy),
         "importance_mean": _mean(importance),

@@ -18,7 +18,7 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.contracts.import_path import load_object
 from cluster.contracts.kept_rows import Taken
-from cluster.contracts.metrics import Max, Metric, Sum, merge
+from cluster.contracts.metrics import Max, Mean, Metric, Sum, merge
 from cluster.contracts.trajectory import Floats, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.hidden_layers import load_bank
@@ -26,6 +26,7 @@ from cluster.models.model_checks import ignored_ids
 from cluster.weight_sync.manifest import WeightSyncReport
 from cluster.weight_sync.transports import TRANSPORTS, choose
 from learner.batching.arrivals import RankShare
+from learner.batching.early_stop import end_early
 from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch, trajectories
 from learner.batching.plan import plan_step
 from learner.checkpointing.export import export
@@ -114,7 +115,16 @@ class LearnerActor:
         kept = self._kept
         watched = (kept.watch(batch, grid, rows) for batch, grid in zip(micro_batches, share.grids, strict=True))
         keep = partial(kept.add, batches=batches)
-        return accumulate(self._engine, watched, minimised, self._teacher_heads, completes_step, keep)
+        metrics = accumulate(self._engine, watched, minimised, self._teacher_heads, completes_step, keep)
+        return metrics | self._left_out(rows, share)
+
+    def _left_out(self, rows: Sequence[Trajectory], share: RankShare) -> dict[str, Metric]:
+        """Return which part of the sampled tokens comes after the ends of their trajectories, where these have any."""
+        if not self._config.objective.token_weights.stop_window:
+            return {}
+        placed = [rows[index] for grid in share.grids for grid_row in grid for index in grid_row]
+        sampled, learned = sum(row.num_sampled for row in placed), sum(len(row.rollout_logprobs) for row in placed)
+        return {"left_out_ratio": Mean(float(sampled - learned), float(sampled))}
 
     def advantage_sums(self, share: RankShare, objective: ObjectiveConfig | None = None) -> dict[str, Metric]:
         """Return what the current student makes of this rank's share of the mean advantages over a step."""
@@ -141,7 +151,9 @@ class LearnerActor:
     def _read(self, share: RankShare) -> tuple[list[pa.RecordBatch], list[Trajectory], Iterable[MicroBatch]]:
         """Return a share's batches, their rows, and its micro-batches, one at a time: hidden states are large."""
         batches = [from_wire(wire, stage="scored") for wire in self._fetch(share.references)]
-        rows = trajectories(batches, share.task_advantages, share.weights)
+        rows, early = trajectories(batches, share.task_advantages, share.weights), self._config.objective.token_weights
+        if early.stop_window:
+            rows = end_early(rows, early.stop_window, early.stop_below)
         return batches, rows, (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
+from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.weight_sync.served_weights import ServedWeights
@@ -26,19 +26,18 @@ from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.environments.base import Services, environment_named
 from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.pool import RolloutActorSettings
+from rollout_workers.privileged import PrivilegedSampler
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
-if TYPE_CHECKING:
-    from rollout_workers.vllm_engine import VllmRolloutEngine
-
+BEFORE_ALL = -(2**31)  # the priority of scores: an update of the weights waits for them
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
 
 
 class RolloutActor(WeightVerbs):
     """Runs one RolloutWorker in an actor and keeps trajectory bytes in the object store."""
 
-    _engine: "VllmRolloutEngine"
+    _engine: RolloutEngine
     _served: ServedWeights
 
     def __init__(self, settings: RolloutActorSettings) -> None:
@@ -85,6 +84,13 @@ class RolloutActor(WeightVerbs):
             lambda prompts: (
                 None if settings.contexts is None else ContextBuilder(settings.contexts, tokenizer, prompts)
             ),
+            lambda prompts, engine, sample: (
+                None
+                if (privileged := settings.privileged) is None
+                else PrivilegedSampler(
+                    privileged, ContextBuilder(privileged.contexts, tokenizer, prompts), engine, sample
+                )
+            ),
         )
         self._engine, self._served = engine, ServedWeights(self._worker)
         self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
@@ -123,16 +129,16 @@ class RolloutActor(WeightVerbs):
         """Score token ids at places, as a teacher that has the student's weights; all rows with the same version.
 
         Returns:
-            Ids and log-probabilities, [places of all rows, 1 + num_listed], as `VllmRolloutEngine.prompt_logprobs` has
+            Ids and log-probabilities, [places of all rows, 1 + num_listed], as `RolloutEngine.prompt_logprobs` has
             them, and the version; nothing where it is below `newest`.
         """
         async with self._served.in_use() as version:
             if version < newest:
                 return np.empty((0, 1), np.int32), np.empty((0, 1), np.float32), version
-            names = [f"score-{next(self._scores)}" for _ in rows]
+            names, score = [f"score-{next(self._scores)}" for _ in rows], self._engine.prompt_logprobs
             asked = zip(names, rows, strict=True)
             scored = await asyncio.gather(
-                *(self._engine.prompt_logprobs(name, ids, places, num_listed) for name, (ids, places) in asked)
+                *(score(name, ids, places, num_listed, BEFORE_ALL) for name, (ids, places) in asked)
             )
         ids, logprobs = (np.concatenate(part) for part in zip(*scored, strict=True))
         return ids, logprobs, version

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
     from rollout_workers.contexts.builder import ContextSettings
+    from rollout_workers.privileged import PrivilegedSettings
 
 ROLLOUT_ACTOR = "rollout_workers.actor:RolloutActor"
 
@@ -44,6 +45,7 @@ class RolloutActorSettings:
     merges_stops: bool = False  # whether they may have a class of stop ids
     rests: bool = False  # whether engines give up weights and all when a step's rollouts are done, for new ones follow
     contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
+    privileged: PrivilegedSettings | None = None  # what samples for prompts that the student never solves
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,18 @@ class RolloutPool(Pool):
         name: str = "rollout",
         cluster: Cluster = RAY,
         supervision: Supervision | None = None,
+        spare: Mapping[str, Any] | None = None,
     ) -> None:
         """Begin to start the actors, one per entry of Ray's `options`, called `name`-0, `name`-1, ...
 
-        Without `supervision`, dead ones are never started again.
+        Without `supervision`, dead ones are never started again. `spare` has the options of later ones of a pool that
+        begins with none.
         """
         self._name = name
         options = [add_environment(option, STORE_ENVIRONMENT) for option in options]
         self.cluster = cluster
-        replicas = Replicas(name, ROLLOUT_ACTOR, lambda _name: (settings,), options, cluster, supervision)
+        later = None if spare is None or options else add_environment(spare, STORE_ENVIRONMENT)
+        replicas = Replicas(name, ROLLOUT_ACTOR, lambda _name: (settings,), options, cluster, supervision, later)
         super().__init__(f"pool {name}", replicas, timeouts)
         replicas.prepare_with(self._prepare)
         self._lengths = ExpectedLengths(lambda prompt_id: "")

@@ -78,7 +78,7 @@ def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
 def rollout_metrics(
     rows: Sequence[GeneratedTrajectory], seconds: float, stops_repetition: bool = False
 ) -> dict[str, Metric]:
-    """Measure a batch of at least one row; without `stops_repetition`, the share of repetition is unknown.
+    """Measure a batch's rows of the student; without `stops_repetition`, the share of repetition is unknown.
 
     `seconds` is the worker's time since its previous batch, so that a worker's sum is its time.
     """
@@ -87,6 +87,10 @@ def rollout_metrics(
     metrics: dict[str, Metric] = {
         "rollout/tokens": Sum(float(sum(lengths))),
         "rollout/seconds": Sum(seconds),
+    }
+    if not rows:
+        return metrics
+    metrics |= {
         "rollout/completion_length": Mean(float(sum(lengths)), float(len(rows))),
         "rollout/completion_length_max": Max(float(max(lengths))),
         "rollout/truncated_ratio": _ended_by("length", rows),

@@ -27,7 +27,6 @@ PROCESSORS = (f"{CANDIDATES}:CandidateProcessor", f"{CANDIDATES}:CandidateProces
 STOPS = "rollout_workers.stop_class_processor"
 MERGING = (f"{STOPS}:StopClassProcessor", f"{STOPS}:StopClassProcessorV2")
 WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
-FIRST = -(2**31)  # a priority before that of every request that samples
 NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 
 
@@ -157,10 +156,10 @@ class VllmRolloutEngine:
                 return completion
             return await _with_candidates(fetcher, request_id, completion, sampling.num_candidates)
 
-    async def prompt_logprobs(self, request_id: str, token_ids: Ints, places: Ints, count: int) -> tuple[Ints, Floats]:
-        """Return ids and log-probabilities, [places, 1 + count]: the token at each place, the best ones.
-
-        They are at temperature 1; requests that sample wait for this one.
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int
+    ) -> tuple[Ints, Floats]:
+        """Score given tokens; vLLM leaves its prefix cache out of it.
 
         Raises:
             ScoreError: vLLM refuses the request or gives it up.
@@ -170,7 +169,7 @@ class VllmRolloutEngine:
         async with self._use.awake():
             try:
                 with raised_as_death("rollout"):
-                    scored = self._engine.generate(prompt, scoring_params(count), request_id, priority=FIRST)
+                    scored = self._engine.generate(prompt, scoring_params(count), request_id, priority=priority)
                     *_, request = [output async for output in scored]
             except (EngineGenerateError, VLLMClientError, ValueError) as error:
                 raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error

@@ -19,10 +19,13 @@ from rollout_workers.batching import BatchSize, in_batches
 from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.contexts.groups import Attempt, GroupBarrier, Released
 from rollout_workers.environments.base import NewEnvironment, Observation, Outcome, Services, SingleTurn, TokenIds
+from rollout_workers.privileged import PrivilegedSampler, Sample, own_rows
 from rollout_workers.prompts import PromptSet, turn_seed
 from rollout_workers.trajectory_builder import build_trajectory, rollout_metrics, token_ids_of
 
 NewContexts = Callable[[PromptSet], ContextBuilder | None]  # None: all models read the student's prompt
+# Makes the privileged sampler, if there is one, of the prompts and of what samples one text.
+NewPrivileged = Callable[[PromptSet, RolloutEngine, Sample], PrivilegedSampler | None]
 RolloutBatch = tuple[pa.RecordBatch, Metrics, bool]  # finished trajectories, and whether none follow
 
 
@@ -37,10 +40,12 @@ class RolloutWorker:
         environment: NewEnvironment = SingleTurn,
         max_observation_tokens: int = 0,
         contexts: NewContexts = lambda prompts: None,
+        privileged: NewPrivileged = lambda prompts, engine, sample: None,
     ) -> None:
         """Take the engine, what makes each trajectory's environment, and how many tokens that may add to one prompt.
 
-        `contexts` makes what builds the prompts of teachers that read another than the student's.
+        `contexts` makes what builds the prompts of teachers that read another than the student's, `privileged` what
+        answers requests to the privileged sampler.
         """
         self.engine = engine
         self._services = services
@@ -50,11 +55,14 @@ class RolloutWorker:
         self._prompts: PromptSet | None = None
         self._new_contexts = contexts
         self._contexts: ContextBuilder | None = None
+        self._new_privileged = privileged
+        self._privileged: PrivilegedSampler | None = None
         self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
         self._num_requests = 0
 
     def set_prompts(self, prompts: PromptSet) -> None:
         self._prompts, self._contexts = prompts, self._new_contexts(prompts)
+        self._privileged = self._new_privileged(prompts, self.engine, self._rollout)
 
     async def generate(
         self, requests: Sequence[RolloutRequest], sampling: SamplingSettings, priority: int = 0
@@ -68,12 +76,13 @@ class RolloutWorker:
             RolloutError: the prompts were never set, the engine gave up a request, or an environment failed.
         """
         last = perf_counter()
-        tasks = [asyncio.create_task(self._rollout(request, sampling, priority)) for request in requests]
+        tasks = [asyncio.create_task(self._answer(request, sampling, priority)) for request in requests]
         try:
             async for released, is_last in in_batches(tasks, self._batch_size, self._barrier(requests, sampling)):
                 now = perf_counter()
                 rows = [attempt.trajectory for attempt, _ in released]
-                metrics: Metrics = rollout_metrics(rows, now - last, bool(sampling.stop_repetition))
+                metrics: Metrics = rollout_metrics(own_rows(rows), now - last, bool(sampling.stop_repetition))
+                metrics = merge([metrics, *(attempt.metrics for attempt, _ in released)])
                 if self._contexts is not None:
                     rows, of_contexts = self._with_contexts(self._contexts, released, sampling)
                     metrics = {**metrics, **of_contexts}
@@ -122,8 +131,19 @@ class RolloutWorker:
         built = [contexts.add(attempt, group, sampling.contexts) for attempt, group in released]
         return [row for row, _ in built], merge([metrics for _, metrics in built])
 
-    async def _rollout(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
+    async def _answer(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
+        if not request.is_privileged:
+            return await self._rollout(request, sampling, priority)
+        if self._privileged is None:
+            raise RolloutError(f"trajectory {request.trajectory_id} is for a privileged sampler, and there is none")
+        return await self._privileged.answer(request, sampling, priority)
+
+    async def _rollout(
+        self, request: RolloutRequest, sampling: SamplingSettings, priority: int, read_as: Ints | None = None
+    ) -> Attempt:
         """Sample and step until the environment has an outcome, or a limit ends the trajectory.
+
+        The student reads `read_as`, if given, in the place of its prompt, which the trajectory has all the same.
 
         The finish reason is the last completion's. At a limit it is "length": all tokens that the trajectory may sample
         are sampled, or an observation does not fit. A completion that vLLM aborted is the last one, too.
@@ -135,6 +155,7 @@ class RolloutWorker:
             environment = self._environment(replace(self._services, stop=sampling.stop))
             opening = _as_ids(await environment.start(prompt, request.seed))
         segments: list[Ints | Completion] = [opening]
+        read = opening if read_as is None else np.concatenate([read_as, opening[len(prompt.token_ids) :]])
         tokens_left = sampling.max_completion_tokens
         capacity = self._max_observation_tokens + len(prompt.token_ids) - len(opening)  # for observations
         if capacity < 0:
@@ -144,7 +165,7 @@ class RolloutWorker:
             completion = await self.engine.generate(
                 # Not in use twice at once: a trajectory has several turns, and is requested again after a failure.
                 f"{request.trajectory_id}-{self._num_requests}",
-                np.concatenate([token_ids_of(segment) for segment in segments]).tolist(),
+                np.concatenate([read, *(token_ids_of(segment) for segment in segments[1:])]).tolist(),
                 replace(sampling, max_completion_tokens=tokens_left),
                 turn_seed(request.seed, turn=len(segments) // 2),
                 priority,

@@ -6,6 +6,8 @@ from time import perf_counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
@@ -126,4 +128,17 @@ def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: f
         # One-sample estimate of KL(sampler || teacher); of the student itself when it sampled at temperature 1.
         gap = rollout_logprobs - logprobs
         metrics["teacher/sampled_kl"] = Mean(float(gap.sum(dtype=np.float64)), num_scored)
+        metrics["teacher/log_ratio"] = Mean(float(np.abs(gap).sum(dtype=np.float64)), num_scored)
+        if aligned not in scored.schema.names and len(tail := cut_tail(scored)):
+            of_tail = float(np.abs(gap[tail]).sum(dtype=np.float64))
+            metrics["teacher/cut_tail_log_ratio"] = Mean(of_tail, float(len(tail)))
     return metrics
+
+
+def cut_tail(batch: pa.RecordBatch) -> NDArray[np.int64]:
+    """Return the places, among all completion tokens, of the last quarter of each completion that was cut off."""
+    ends = ragged(batch, "rollout_logprobs").offsets
+    is_cut = pc.equal(batch["finish_reason"], "length").to_pylist()
+    rows = zip(ends, ends[1:], is_cut, strict=False)
+    tails = [np.arange(last - (last - first) // 4, last) for first, last, cut in rows if cut]
+    return np.concatenate([np.empty(0, np.int64), *tails])

@@ -44,6 +44,7 @@ RUNS_IN = {
     "preceptor plan --gpus --picture --rates --save-rates": "cluster/simulation/test_command.py",
     "preceptor plan --gpus --rates": "cluster/simulation/test_command.py",
     "preceptor plan --rates": "cluster/simulation/test_command.py",
+    "preceptor rows --where": "cluster/run/test_rows.py",
     "preceptor scale": "cluster/elastic/test_scale.py",
     "preceptor teacher": "cluster/elastic/test_replace_teacher.py",
     "preceptor train": "end_to_end/test_two_teachers.py",

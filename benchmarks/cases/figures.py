@@ -36,6 +36,7 @@ def main() -> None:
         "soak.png": ("*-soak.json", draw_soak),
         "end_to_end.png": ("latest.json", draw_end_to_end),
         "privileged_context.png": ("*-privileged-context.json", draw_privileged_context),
+        "privileged_sampling.png": ("*-privileged-sampling.json", draw_privileged_sampling),
     }
     for name, (pattern, draw) in drawings.items():
         source = newest(folder, pattern)
@@ -106,6 +107,26 @@ def draw_privileged_context(document: Document, output: Path) -> None:
         axes.set(xlabel="optimizer steps", title=title, ylim=(0, 1.02))
         axes.spines[["top", "right"]].set_visible(False)
     parts[0].set_ylabel("right digits, without context")
+    handles = [Patch(color=color, label=arm) for arm, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(arms), frameon=False)
+    save(figure, output)
+
+
+def draw_privileged_sampling(document: Document, output: Path) -> None:
+    """Draw pass rates on held-out prompts over the sampled tokens: a panel per set, a line per arm and seed."""
+    figure = Figure(figsize=INCHES, layout="constrained")
+    panels = (("hard", "hard"), ("dense", "dense"), ("both", "hard"), ("both", "dense"))  # trained on, measured on
+    parts = figure.subplots(1, len(panels), sharey=True)
+    arms = list(dict.fromkeys(outcome["arm"] for outcome in document["outcomes"]))
+    colors = dict(zip(arms, COLORS, strict=False))
+    for axes, (name, on) in zip(parts, panels, strict=True):
+        for outcome in (one for one in document["outcomes"] if one["set"] == name):
+            tokens, values = zip(*outcome["curves"][on], strict=True)
+            axes.plot([count / 1000 for count in tokens], values, color=colors[outcome["arm"]], linewidth=1, alpha=0.7)
+        axes.set(xlabel="thousand tokens", ylim=(-0.02, 1.02))
+        axes.set_title(on if name == on else f"both: {on}", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    parts[0].set_ylabel("held-out pass rate, no hint")
     handles = [Patch(color=color, label=arm) for arm, color in colors.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(arms), frameon=False)
     save(figure, output)

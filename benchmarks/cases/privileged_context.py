@@ -60,12 +60,12 @@ ARMS = ("rule", "shuffled", "random", "instance")
 class Model(nn.Module):
     """A causal transformer over whole sequences."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int = VOCABULARY, text_tokens: int = TEXT_TOKENS) -> None:
         super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(TEXT_TOKENS, WIDTH)
+        self.tokens, self.places = nn.Embedding(vocabulary, WIDTH), nn.Embedding(text_tokens, WIDTH)
         layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.head = nn.Linear(WIDTH, vocabulary)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return logits, [rows, tokens, vocabulary]."""

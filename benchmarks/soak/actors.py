@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.config.stages import TeacherConfig
+from cluster.contracts.columns import Floats, Ints
 from cluster.contracts.metrics import Metric, Sum
 from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.trajectory import add_scores, ragged
@@ -64,6 +65,13 @@ class WaitingRolloutEngine:
         await self._runs.wait()
         policy_versions[(length + 1) // 2 :] = self._policy_version
         return Completion(np.ones(length, np.int32), np.full(length, -1, np.float32), "stop", policy_versions)
+
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int
+    ) -> tuple[Ints, Floats]:
+        """Say that every token is sure: a soak has no rows of a privileged sampler."""
+        shape = len(places), 1 + count
+        return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         """Open nothing."""

@@ -1,10 +1,12 @@
-"""Defines what a teacher may read in the place of the student's prompt: `[teachers.NAME.context]`."""
+"""Defines what is read in the place of the student's prompt: `[teachers.NAME.context]` and `[rollout.privileged]`."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
+from msgspec import Meta
 from msgspec.structs import force_setattr
 
-from cluster.config.fields import Finite, Fraction, Items, Positive, Section, Text
+from cluster.config.fields import Count, CountOrZero, Finite, Fraction, Items, NonNegative, Positive, Section, Text
 
 MAX_TEMPLATE_BYTES = 1 << 16
 
@@ -25,18 +27,75 @@ class ContextConfig(Section, frozen=True):
     compared_rows: Fraction = 0.0  # share of rows scored without the context too, to measure what it says
 
     def __post_init__(self) -> None:
-        if "{" in self.template:
-            return
-        path = Path(self.template)
-        if "\n" in self.template or not path.is_file():
-            raise ValueError(
-                f"template {self.template[:60]!r} is neither a file nor a Jinja template, which has a {{{{ name }}}}"
-            )
-        if path.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise ValueError(f"template {self.template} has more than {MAX_TEMPLATE_BYTES:,} bytes; it is no template")
-        try:
-            force_setattr(self, "template", path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"template {self.template} cannot be read: {error}") from error
-        if "{" not in self.template:
-            raise ValueError(f"template {path} reads nothing of the prompt; it needs a {{{{ prompt }}}} at least")
+        force_setattr(self, "template", read_template(self.template))
+
+
+class PrivilegedConfig(Section, frozen=True):
+    """Sets `[rollout.privileged]`: who writes, for which prompts, and which of its texts is learned from.
+
+    A prompt counts as hard when its last `hard_after` completions, in the steps that asked for it, all failed. For up
+    to `prompts_per_step` hard prompts, a step has one further row each. The rollout worker samples
+    `samples_per_prompt` texts from the student that reads `template` in the place of its prompt, has the environment
+    reward them, and scores the right ones without the context.
+    """
+
+    template: Text  # Jinja, or a file of it, as of a teacher's context; it may read the prompt's row alone
+    prompts_per_step: Items = 4
+    samples_per_prompt: Annotated[int, Meta(ge=1, le=256)] = 8
+    hard_after: Count = 8  # failures in a row
+    min_reward: Finite = 0.5  # of a completion that counts as right
+    # Which right text is learned from: that of the highest log-probability under the student without the context, the
+    # gentlest one, or, as a control, the first.
+    select: Literal["likelihood", "gentleness", "first"] = "likelihood"
+    min_gentleness: Fraction = 0.0  # texts that are less gentle are not learned from
+    # Of gentleness exp(-(strength/sharpness) log mean exp(sharpness d)), d: how far, in nats, each token is from the
+    # student's favourite. A high sharpness lets one unlikely token decide.
+    sharpness: Positive = 5.0
+    strength: NonNegative = 0.5
+    shuffled: bool = False  # a control: the context of another prompt
+    phase_steps: Count | None = None  # steps with such rows, before `rest_steps` without, and so on; None: all steps
+    rest_steps: CountOrZero = 0
+
+    def __post_init__(self) -> None:
+        force_setattr(self, "template", read_template(self.template))
+        if self.rest_steps and self.phase_steps is None:
+            raise ValueError("rest_steps is for phases; set phase_steps, or remove it")
+
+    @property
+    def context(self) -> ContextConfig:
+        """Return the template as a context, which the builder of contexts reads."""
+        return ContextConfig(self.template)
+
+    def is_active(self, step: int) -> bool:
+        """Return whether optimizer step `step`, from 0, may have rows of the sampler.
+
+        Example:
+            >>> config = PrivilegedConfig("{{ hint }}", phase_steps=2, rest_steps=1)
+            >>> [config.is_active(step) for step in range(6)]
+            [True, True, False, True, True, False]
+        """
+        if self.phase_steps is None:
+            return True
+        if not self.rest_steps:
+            return step < self.phase_steps
+        return step % (self.phase_steps + self.rest_steps) < self.phase_steps
+
+
+def read_template(template: str) -> str:
+    """Return a template's text, from its file if it names one; raise ValueError if it is neither."""
+    if "{" in template:
+        return template
+    path = Path(template)
+    if "\n" in template or not path.is_file():
+        raise ValueError(
+            f"template {template[:60]!r} is neither a file nor a Jinja template, which has a {{{{ name }}}}"
+        )
+    if path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise ValueError(f"template {template} has more than {MAX_TEMPLATE_BYTES:,} bytes; it is no template")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"template {template} cannot be read: {error}") from error
+    if "{" not in text:
+        raise ValueError(f"template {path} reads nothing of the prompt; it needs a {{{{ prompt }}}} at least")
+    return text

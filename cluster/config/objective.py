@@ -17,6 +17,7 @@ from cluster.config.terms import (
     OUTSIDE_SUPPORT,
     TEACHER,
     AnyTerm,
+    CrossEntropyTerm,
     DivergenceTerm,
     PolicyGradientTerm,
     RepresentationTerm,
@@ -56,6 +57,10 @@ class TokenWeightsConfig(Section, frozen=True):
     first_tokens: Items | None = None  # only so many at the start of each completion
     first_fraction: Annotated[float, Meta(gt=0, le=1)] | None = None  # only this part of each completion
     skip_first: CountOrZero = 0  # not so many at the start of each completion
+    # After so many tokens over which sampler and teacher agree to `stop_below` nats on average, the rest of a
+    # completion is neither read nor learned from; 0: all is
+    stop_window: CountOrZero = 0
+    stop_below: NonNegative = 0.05
     special_tokens: bool = True  # false: not what the tokenizer calls special, but for tokens that end a completion
     stop_tokens: bool = True  # false: not the tokens that end a completion
     # How much each teacher's tokens count together, in a step: as many as they are, all teachers alike, or as given
@@ -101,12 +106,29 @@ class ObjectiveConfig(Section, frozen=True):
     def check_other_samplers(self) -> None:
         """Raise ValueError if a term cannot learn from rows that another sampler than the student's own wrote."""
         for name, term in self.terms.items():
-            if not term.valid_for_other_samplers:
+            if not term.valid_for_other_samplers and term.rows != "student":
                 kind = term.__struct_config__.tag
                 raise ValueError(
                     f"objective.terms.{name}: a {kind} learns from rows of another sampler by the current student's "
                     "advantage and its ratio to the sampler; take importance.kind = 'truncated' and student = "
-                    "'current', or loss = 'cross_entropy'"
+                    "'current', or loss = 'cross_entropy', or rows = 'student'"
+                )
+
+    def check_privileged(self, has_sampler: bool) -> None:
+        """Raise ValueError if terms do not fit a run with, or without, a privileged sampler's rows."""
+        rows = {name: term.rows for name, term in self.terms.items()}
+        if not has_sampler:
+            if name := next((name for name in rows if rows[name] == "privileged"), None):
+                raise ValueError(f"objective.terms.{name}: rows = 'privileged', but there is no [rollout.privileged]")
+            return
+        self.check_other_samplers()
+        if set(rows.values()) == {"student"}:
+            raise ValueError("objective.terms: none learns from the rows of rollout.privileged; give one other `rows`")
+        for name, term in self.terms.items():
+            if isinstance(term, CrossEntropyTerm) and term.rows != "privileged":
+                raise ValueError(
+                    f"objective.terms.{name}: a cross_entropy on what the student itself sampled is noise; set rows = "
+                    "'privileged'"
                 )
 
     def scheduled_weights(self, step: int) -> dict[str, float]:

@@ -48,6 +48,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "generalized-topk": _on("topk", 64, main=_divergence("reverse_kl", truncation="generalized")),
     "tail-topk": _on("topk", 16, main=_divergence("reverse_kl", truncation="tail")),  # with its residual: `res-opd`
     "res-opd": _on("topk", 16, main=_divergence("reverse_kl", truncation="tail", residual=True)),
+    # Of rows that another student wrote, whose sampled tokens count nothing by themselves: [rollout] replay.
+    "semi-opd": _on("topk", 64, main=_divergence("reverse_kl", truncation="tail", residual=False)),
     "tt-opd": _on(
         "topk",
         16,

@@ -11,6 +11,7 @@ from cluster.config.alarms import AlarmConfig
 from cluster.config.aligned import check_aligned
 from cluster.config.fields import Section, Text
 from cluster.config.objective import ObjectiveConfig
+from cluster.config.replay import check_replay
 from cluster.config.sections import (
     CheckpointConfig,
     EnvironmentConfig,
@@ -76,6 +77,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_balance(self)
         _check_sampling(self.objective, self.rollout)
         check_aligned(self)
+        check_replay(self)
         rollout = self.rollout
         completions = self.prompts.prompts_per_step * rollout.samples_per_prompt
         if completions > MAX_COMPLETIONS_PER_STEP:
@@ -95,6 +97,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
             )
         _check_prompts(self)
         _check_contexts(self)
+        self.objective.check_privileged(has_sampler=self.rollout.privileged is not None)
 
     @property
     def routes(self) -> list[str]:
@@ -142,7 +145,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def has_contexts(self) -> bool:
-        return any(teacher.context is not None for teacher in self.teachers.values())
+        """Return whether a teacher, or a privileged sampler, reads more of a prompt's row than the student."""
+        return self.rollout.privileged is not None or any(t.context is not None for t in self.teachers.values())
 
     def scoring_teacher(self, model: str, route: str) -> str:
         """Return which [teachers.NAME] a target's model is for rows of this route."""
@@ -254,8 +258,8 @@ def _check_self_teachers(config: Config) -> None:
             )
         if teacher.backend == ROLLOUT_ENGINES and config.rollout.engine.sleep:
             raise ValueError(
-                f"teachers.{name}: backend = '{ROLLOUT_ENGINES}' scores in the rollout engines after they have written; "
-                "set rollout.engine.sleep = false"
+                f"teachers.{name}: backend = '{ROLLOUT_ENGINES}' scores when the rollout engines have written; set "
+                "rollout.engine.sleep = false"
             )
         if teacher.is_refreshed and (reason := _why_not_refreshed(config, teacher)):
             raise ValueError(f"teachers.{name}.refresh: {reason}, or leave it 'frozen'")

@@ -38,6 +38,7 @@ class RunDirectory:
         self.tensorboard = path / "tensorboard"
         self.trace = path / "trace.json"
         self.kept_rows = path / "kept_rows"  # a few trajectories of each step, as contracts/kept_rows.py has them
+        self.rows = path / "rows"  # all that it learned from, as contracts/recorded_rows.py has them
         self.logs = path / "logs"  # what failed workers and their engines have printed
         self.checkpoints = path / "checkpoints"  # each complete or absent
         self.export = path / "export"  # the trained student as a Hugging Face directory

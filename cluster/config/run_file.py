@@ -29,7 +29,8 @@ from cluster.contracts.files import read_text
 _log = logging.getLogger("preceptor")
 
 MAX_RUN_FILE_BYTES = 1 << 20
-_SHORT_FORMS = {"objective": "preset", "balance": "mode"}  # a text in place of the section is this field's
+# A text in place of the section is this field's.
+_SHORT_FORMS = {"objective": "preset", "balance": "mode", "rollout.replay": "run"}
 # Names that fields had in the last release, which still work in this one: their present names.
 _RENAMED_FIELDS = {
     "weight_sync.mode": "weight_sync.payload",
@@ -97,8 +98,10 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
 def _spell_out(tree: dict[str, Any], source: str) -> None:
     """Make tables of short forms, so that overrides can name their fields, and rename fields of the last release."""
     for section, field in _SHORT_FORMS.items():
-        if isinstance(tree.get(section), str):
-            tree[section] = {field: tree[section]}
+        table, _, name = section.rpartition(".")
+        fields = _entries(tree, table) if table else tree
+        if isinstance(fields.get(name), str):
+            fields[name] = {field: fields[name]}
     for old, new in _RENAMED_FIELDS.items():
         (section, field), (new_section, new_field) = old.split("."), new.split(".")
         fields = _entries(tree, section)

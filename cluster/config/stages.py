@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
-from cluster.config.context import ContextConfig
+from cluster.config.context import ContextConfig, PrivilegedConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
+from cluster.config.replay import ReplayConfig
 
 
 class BalanceConfig(Section, frozen=True):
@@ -55,10 +56,21 @@ class EngineConfig(Section):
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM, by its own names
 
 
+class HorizonConfig(Section, frozen=True):
+    """Begins with short completions, and lengthens them while it pays: few are cut off, and their ends still teach."""
+
+    start: Count  # the longest completion at first, in tokens; rollout.max_completion_tokens is the longest ever
+    factor: Annotated[float, Meta(gt=1, le=1000)] = 1.5  # by which a step lengthens
+    max_truncated: Fraction = 0.2  # of a step's completions cut off: with more, the student has still to learn to end
+    # Mean |sampler - teacher log-probability| of the last quarter of completions cut off, in that of all tokens: with
+    # less, nothing is learned from longer ones.
+    min_tail: NonNegative = 0.5
+
+
 class RolloutConfig(Section):
     """The student's generators."""
 
-    num_workers: Items = 1
+    num_workers: CountOrZero = 1  # 0: all rows are replayed
     min_workers: Items = 1  # the balancer's limits of num_workers
     max_workers: Items | None = None  # None: what the other pools can spare
     samples_per_prompt: Items = 1
@@ -66,6 +78,7 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Meta(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: CountOrZero = 0  # 0: whole vocabulary
+    horizon: HorizonConfig | None = None  # lengthens completions during the run; None: all may have the longest
     stop: tuple[Text, ...] = ()
     stop_token_ids: tuple[CountOrZero, ...] = ()  # end a completion too; the ids that end the teachers' turns are added
     # Ids that count as one token, the first for all. None: all that end a completion on either side; []: each by itself
@@ -73,10 +86,21 @@ class RolloutConfig(Section):
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
+    privileged: PrivilegedConfig | None = (
+        None  # who writes for prompts that the student never solves; None: the student
+    )
+    record: bool = False  # keep all rows that the run learns from in its directory; docs/rollouts.md
+    replay: ReplayConfig | None = None  # learn from rows that another run kept; its directory alone, or a table
     engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        check_limits(self.num_workers, self.min_workers, self.max_workers)
+        if self.num_workers:
+            check_limits(self.num_workers, self.min_workers, self.max_workers)
+        if self.horizon is not None and self.horizon.start > self.max_completion_tokens:
+            raise ValueError(
+                f"horizon.start = {self.horizon.start} is more than max_completion_tokens = "
+                f"{self.max_completion_tokens}; raise or lower one"
+            )
 
 
 class RefreshConfig(Section):

@@ -93,6 +93,9 @@ class Term(Section, frozen=True):
     weight: Finite | WeightSchedule = 1.0
     when: Condition = "always"
     threshold: NonNegative = 0.8  # nats; of teacher_entropy_above and teacher_entropy_below
+    # Whose rows the term learns from: everyone's, those that the student sampled from its own prompt, or those of
+    # [rollout.privileged]
+    rows: Literal["all", "student", "privileged"] = "all"
 
 
 class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=True):

@@ -69,6 +69,7 @@ class BatchHandle:
     spans: tuple[Span, ...] = ()  # of the calls that made it, in order; the pools fill them in
     scored_by: Mapping[str, str] = field(default_factory=dict)  # [teachers.NAME] -> fingerprint of its checkpoint
     scorer_version: int = 0  # of the weights of the model that scored last
+    is_replayed: bool = False  # another run sampled it, and the policy versions are of that run
     teacher_versions: Mapping[str, int] = field(default_factory=dict)  # [teachers.NAME] -> version, of self-teachers
 
     @property

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import feather
 
+from cluster.contracts.arrow_files import write_arrow
 from cluster.contracts.errors import CheckpointError
 
 VERSION = "1"
@@ -92,14 +93,8 @@ class KeptRowFiles:
 
     def write(self, step: int, rows: pa.Table) -> None:
         """Write the rows of a step, and drop others if there is no place for them."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        path = self._path(step)
-        partial = path.with_suffix(".partial")
-        metadata = {**(rows.schema.metadata or {}), _METADATA: VERSION.encode()}
-        # Parquet takes four times as long to write so few rows.
-        feather.write_feather(rows.replace_schema_metadata(metadata), str(partial), compression="zstd")
-        self._sizes[step] = partial.stat().st_size
-        partial.replace(path)
+        metadata = {_METADATA: VERSION.encode()}
+        self._sizes[step] = write_arrow(self._path(step), rows.to_batches(), rows.schema, metadata)
         while sum(self._sizes.values()) > self._most_bytes:
             self._stride *= 2
             alone = len(self._sizes) == 1

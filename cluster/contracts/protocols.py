@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from cluster.contracts.columns import Floats, Ints
 from cluster.contracts.requests import Completion, SamplingSettings
 
 
@@ -15,6 +16,14 @@ class RolloutEngine(Protocol):
         """Sample one completion; many calls run at once and are batched by the engine.
 
         When not all of them fit, those of the lowest `priority` run first.
+        """
+
+    async def prompt_logprobs(
+        self, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int
+    ) -> tuple[Ints, Floats]:
+        """Return ids and log-probabilities, at temperature 1, of given tokens and of the likeliest in their places.
+
+        Both are [places, 1 + count]: the token at each place, after the first, then the `count` likeliest, best first.
         """
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:

@@ -9,6 +9,9 @@ from cluster.contracts.columns import FinishReason, Floats, Ints
 # a completion is; or none.
 ContextUse = Literal["all", "of_prompt", "none"]
 
+# Ids from here on are of requests to the privileged sampler; those of ordinary ones stay below.
+PRIVILEGED_IDS = 1 << 39
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -35,6 +38,11 @@ class RolloutRequest:
     prompt_id: int
     sample_index: int
     seed: int  # in [0, 2**63)
+
+    @property
+    def is_privileged(self) -> bool:
+        """Return whether a sampler that knows more writes it: one text of several, which the worker selects."""
+        return self.trajectory_id >= PRIVILEGED_IDS
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,7 @@ def _bring_back(run: RunContext, needed: Callable[[str], str | None]) -> None:
     """Give teachers that were drained their workers again where the run went back to steps that need them."""
     num_workers = {f"teachers.{name}": teacher.num_workers for name, teacher in run.config.teachers.items()}
     for name, pool in pools_of(run.pipeline).items():
-        if pool.size or not num_workers[name]:  # the rollout pool always has some
+        if pool.size or not num_workers.get(name):  # the rollout pool has some, or replays all rows
             continue
         need = needed(name)
         if need is not None:

@@ -4,12 +4,14 @@ An alarm's state follows from the records alone. A resumed run passes it the rec
 had never stopped.
 """
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cluster.config.alarms import AlarmConfig
+from cluster.config.stages import HorizonConfig
 from cluster.contracts.files import Record
 
 FIRST_STEPS = 10  # whose mean is a metric's first level
@@ -104,7 +106,7 @@ class _Watch:
 
 @dataclass
 class LengthCap:
-    """Lowers the longest completion that a step may ask for, at the alarms' request.
+    """Bounds the completions of each step: alarms lower the bound, and a horizon raises it while that pays.
 
     A step's requests may go out while `max_staleness` earlier steps are still learned from. A lower cap therefore takes
     effect that much later, in a run that was interrupted as in one that was not.
@@ -118,14 +120,40 @@ class LengthCap:
 
     max_completion_tokens: int
     max_staleness: int
+    horizon: HorizonConfig | None = None  # None: the bound is never raised
     _changes: list[tuple[int, int]] = field(default_factory=list)  # from which step on, tokens
 
     def lower(self, after_step: int) -> None:
         """Lower the cap by a quarter, once `after_step` steps are done."""
         shortest = min(SHORTEST_TOKENS, self.max_completion_tokens)
-        latest = self._changes[-1][1] if self._changes else self.max_completion_tokens
-        lowered = max(shortest, int(SHORTER * latest))
+        lowered = max(shortest, int(SHORTER * self._latest))
         self._changes.append((after_step + self.max_staleness, lowered))
 
+    def observe(self, record: Record) -> None:
+        """Raise the cap if a step, by its metrics, has cut few completions off whose ends still teach.
+
+        Example:
+            >>> cap = LengthCap(512, max_staleness=0, horizon=HorizonConfig(start=64))
+            >>> metrics = {"rollout/truncated_ratio": 0.1, "teacher/log_ratio": 0.4, "teacher/cut_tail_log_ratio": 0.3}
+            >>> cap.observe({"step": 8, **metrics})
+            >>> cap.at(7), cap.at(8)
+            (64, 96)
+        """
+        if self.horizon is None or self._latest >= self.max_completion_tokens:
+            return
+        truncated, whole = record.get("rollout/truncated_ratio", 0.0), record.get("teacher/log_ratio", 0.0)
+        tail = record.get("teacher/cut_tail_log_ratio", 0.0)
+        if 0 < truncated <= self.horizon.max_truncated and tail >= self.horizon.min_tail * whole:
+            raised = min(self.max_completion_tokens, math.ceil(self.horizon.factor * self._latest))
+            self._changes.append((int(record["step"]) + self.max_staleness, raised))
+
     def at(self, step: int) -> int:
-        return next((tokens for first, tokens in reversed(self._changes) if first <= step), self.max_completion_tokens)
+        return next((tokens for first, tokens in reversed(self._changes) if first <= step), self._first)
+
+    @property
+    def _first(self) -> int:
+        return self.max_completion_tokens if self.horizon is None else self.horizon.start
+
+    @property
+    def _latest(self) -> int:
+        return self._changes[-1][1] if self._changes else self._first

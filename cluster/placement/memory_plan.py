@@ -61,7 +61,11 @@ def plan_memory(config: Config, sizes: Mapping[str, ModelSize], lengths: Lengths
         planned = with_engines(config, {pool: {"gpu_memory_fraction": one} for pool, one in fractions.items()})
         planned = with_micro_batch(planned, sizes, lengths.student, gpu_gib, gpu_gib - SPARE_GIB)
     workers = estimate(planned, sizes, lengths, gpu_gib)
-    faults = [worker_fault(planned, sizes, lengths, one, gpu_gib) for one in workers.values()]
+    faults = [
+        worker_fault(planned, sizes, lengths, one, gpu_gib)
+        for pool, one in workers.items()
+        if planned.rollout.num_workers or pool != "rollout"  # a replay may need no engine that writes
+    ]
     if config.ray.share_gpu:
         faults.insert(0, shared_fault(planned, workers, gpu_gib, lambda one: _share(one, sizes, lengths, gpu_gib)))
     choices = tuple(describe_choices(config, planned, workers))
@@ -139,7 +143,7 @@ def _shared_engines(
     config: Config, sizes: Mapping[str, ModelSize], lengths: Lengths, gpu_gib: float
 ) -> dict[str, _SharedEngine]:
     rows = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
-    rows = min(math.ceil(rows / config.rollout.num_workers), config.rollout.engine.max_concurrent_sequences)
+    rows = min(math.ceil(rows / max(1, config.rollout.num_workers)), config.rollout.engine.max_concurrent_sequences)
     engines = {}
     for pool, worker in estimate(config, sizes, lengths, gpu_gib).items():
         if pool == "learner":

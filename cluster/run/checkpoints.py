@@ -14,6 +14,7 @@ from cluster.contracts.errors import CheckpointError, LearnerDiedError, LostByte
 from cluster.contracts.files import Record, RecordsFile
 from cluster.run.hooks import RunContext, StepHook, TeacherState
 from cluster.run.ledger import LedgerState
+from cluster.run.probe import ProbeState
 from cluster.run.summary import RunSummary
 from learner.checkpointing.checkpoint import checkpoints, prune, read_state, step_folder, step_of, tidy
 from learner.checkpointing.manifest import STATE_FILE, Layout, verify
@@ -29,6 +30,7 @@ class RunState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     history: RunSummary
     ledger: LedgerState
     teachers: dict[str, TeacherState] = {}  # [teachers.NAME] whose weights change
+    probe: ProbeState = ProbeState()  # of a privileged sampler's prompts
 
 
 class Checkpoints(StepHook):
@@ -54,7 +56,7 @@ class Checkpoints(StepHook):
         step = self._saved_step = run.ledger.finished_step
         RecordsFile(run.directory.metrics).sync()  # a resumed run reads it again
         self.complete()
-        state = RunState(step, run.history, run.ledger.state(), dict(run.teacher_states))
+        state = RunState(step, run.history, run.ledger.state(), dict(run.teacher_states), run.probe.state)
         folder = step_folder(self._directory, step)
         self._pending = run.pipeline.learner.begin_checkpoint(folder, msgspec.to_builtins(state))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from cluster.run.flow import Flow, StepBatches
 from cluster.run.hooks import Hooks, RunContext
-from cluster.run.inputs import train_requests, train_sampling
+from cluster.run.inputs import replayed_batches, replayed_requests, train_requests, train_sampling
 from cluster.run.self_teachers import SelfTeachers
 from cluster.run.step_metrics import Stopwatch, step_record
 
@@ -63,10 +63,11 @@ def train(run: RunContext, hooks: Hooks) -> None:
         watch = Stopwatch()
         for admitted in permits.admit(step):
             hooks.before_step(admitted)
-            requests = train_requests(config, run.inputs, admitted)
+            requests = train_requests(config, run.inputs, admitted) + run.probe.requests(config, admitted)
             sampling = train_sampling(config, run.length_cap.at(admitted))
-            under_way[admitted] = flow.admit(admitted, requests, sampling, config.scorers)
-            ledger.admit(admitted + 1, requests)
+            replayed = replayed_batches(run.inputs, admitted)
+            under_way[admitted] = flow.admit(admitted, requests, sampling, config.scorers, replayed)
+            ledger.admit(admitted + 1, [*requests, *replayed_requests(run.inputs, admitted)])
         batches = under_way.pop(step)
         with watch.measure("step"):
             learned = learner.step(ledger.watch(step + 1, batches), step)

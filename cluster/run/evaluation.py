@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from cluster.actors.cluster import RAY
+from cluster.config.replay import replays_signals
 from cluster.config.run_config import Config
 from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
@@ -70,8 +71,8 @@ class Evaluator:
 
         def scorers(route: str) -> "Route":
             # At another temperature the samples' log-probabilities are not those of the model itself.
-            request = ScoreRequest(TEACHER, aligned=self.config.teachers[route].is_aligned)
-            return [(route, request)] if sampling.temperature == 1 else []
+            is_scored = sampling.temperature == 1 and not replays_signals(self.config)
+            return [(route, ScoreRequest(TEACHER, aligned=self.config.teachers[route].is_aligned))] * is_scored
 
         return self._describe(flow.run(requests, sampling, scorers))
 

@@ -97,13 +97,26 @@ class Flow:
         requests: Sequence[RolloutRequest],
         sampling: SamplingSettings,
         scorers: ScoringPlan,
+        replayed: Callable[[], Sequence[BatchHandle]] = tuple,
     ) -> StepBatches:
-        """Hand a step's requests to the rollout workers, and return at once what gives its batches out."""
+        """Hand a step's requests to the rollout workers, and return at once what gives its batches out.
+
+        `replayed` reads further batches of the step, which are there already, and have their scores or get them.
+        """
+        began = perf_counter()
+        handles = replayed()
+        missing = len(requests) + sum(handle.num_episodes for handle in handles)
         now = perf_counter()
         batches = self._under_way[step] = StepBatches(
-            requests, sampling, scorers, self._advance, len(requests), now, now, now
+            requests, sampling, scorers, self._advance, missing, began, now, now
         )
-        self._rollouts.submit(step, requests, sampling)
+        if requests:
+            self._rollouts.submit(step, requests, sampling)
+        for handle in handles:
+            if handle.scored_by:
+                self._finish([handle])
+            else:
+                self._score(handle)
         return batches
 
     def run(

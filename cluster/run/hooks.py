@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cluster.run.inputs import Inputs
     from cluster.run.ledger import Ledger
     from cluster.run.pools import Pipeline
+    from cluster.run.probe import Probe
     from cluster.run.summary import RunSummary
 
 
@@ -44,7 +45,8 @@ class RunContext:
     first_step: int  # steps that were completed before this attempt
     history: "RunSummary"
     ledger: "Ledger"
-    length_cap: "LengthCap"  # alarms lower it
+    length_cap: "LengthCap"  # alarms lower it, and the horizon raises it
+    probe: "Probe"  # chooses prompts for a privileged sampler, if there is one
     stop: Event  # from outside: the run stops after its step, with a checkpoint
     is_first_attempt: bool = True  # of this driver process: else the pools have run before
     error: PreceptorError | None = None  # set by a hook: the run stops after its step in the same way, and raises it

@@ -1,15 +1,19 @@
 """Reads the prompts of a run, and makes the requests of each step from them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
+from typing import TYPE_CHECKING
 
 from cluster.config.pass_through import check_pass_through
+from cluster.config.replay import replayed_prompts
 from cluster.config.run_config import Config
 from cluster.config.stages import ROLLOUT_ENGINES
 from cluster.config.terms import TEACHER
+from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ConfigError
-from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.contracts.requests import PRIVILEGED_IDS, RolloutRequest, SamplingSettings
 from cluster.models.aligned_states import states_to_send
 from cluster.models.model_checks import read_model
 from cluster.models.pairs import Pairs, compare_all
@@ -18,11 +22,15 @@ from rollout_workers.contexts.plan import plan_contexts
 from rollout_workers.environments.base import environment_named
 from rollout_workers.environments.verifier_process import check_rewards
 from rollout_workers.load_prompts import load_prompts
+from rollout_workers.privileged import PrivilegedPlan, plan_privileged
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, TRAIN_SPLITS
 from rollout_workers.prompts import PromptOrder, PromptSet, sampling_seed
 from teacher_workers.backends.base import check_signals, check_teacher
 
-_TRAIN, _HELD_OUT = 0, 1  # keep the seeds of training and evaluation apart
+if TYPE_CHECKING:
+    from cluster.run.replay import Replay
+
+_TRAIN, _HELD_OUT, _PRIVILEGED = 0, 1, 2  # keep the seeds of training, evaluation and the privileged sampler apart
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Inputs:
     # By [teachers.NAME], of those that read other prompts than the student: the tokens of their longest one.
     scorer_prompt_tokens: Mapping[str, int] = field(default_factory=dict)
     contexts: ContextSettings | None = None  # what builds these prompts; None: no teacher has a context
+    privileged: PrivilegedPlan = field(default_factory=PrivilegedPlan)
+    replay: "Replay | None" = None  # rows of another run in the place of sampled ones; None: all are sampled
 
     def has_own_prompts(self, route: str) -> bool:
         """Return whether the teacher of a route reads contexts that follow from the prompts alone."""
@@ -51,10 +61,13 @@ class Inputs:
         return self.max_model_len + max(0, longest - self.prompts.longest_tokens)
 
     def rollout_model_len(self, config: Config) -> int:
-        """Return the context that the rollout engines must offer, for the teachers that score in them too."""
-        return self.scoring_model_len(
-            *(name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
-        )
+        """Return the context that the rollout engines must offer.
+
+        The privileged sampler reads longer prompts, and so do teachers that score in them.
+        """
+        own = self.max_model_len + max(0, self.privileged.prompt_tokens - self.prompts.longest_tokens)
+        scoring = (name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
+        return max(own, self.scoring_model_len(*scoring))
 
 
 def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
@@ -85,6 +98,8 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
+    privileged = plan_privileged(config, train, student.tokenizer, student.context_tokens, now)
+    replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,
         train=PromptOrder(len(train), config.run.seed, config.prompts.shuffle),
@@ -94,13 +109,15 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         + config.rollout.max_completion_tokens
         + 1,
         pairs=pairs,
-        notes=(*notes, *plan.notes),
+        notes=(*notes, *plan.notes, *privileged.notes),
         read_at=now,
         scorer_prompt_tokens={
             **plan.prompt_tokens,
             **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
         },
         contexts=plan.settings,
+        privileged=privileged,
+        replay=replay,
     )
 
 
@@ -113,6 +130,16 @@ def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int
     return min(prompts.longest_of(name) + completion, capacity - completion - 1)
 
 
+def _open_replay(config: Config, prompts: PromptSet, notes: list[str]) -> "Replay":
+    """Open the record that the run replays, whose prompts must be these."""
+    from cluster.run.replay import Replay
+
+    replay = Replay(config)
+    replay.check_prompts(prompts.checksum)
+    notes.append(f"replays {replay.num_rows:,} rows of {len(replay.units):,} prompts from {replay.directory.path}")
+    return replay
+
+
 def check_support(config: Config, vocabulary: int) -> None:
     """Raise ConfigError if models with so many tokens lack the candidates that the objective compares."""
     if config.objective.needs.num_candidates > vocabulary:
@@ -123,16 +150,45 @@ def check_support(config: Config, vocabulary: int) -> None:
 
 
 def train_requests(config: Config, inputs: Inputs, step: int) -> list[RolloutRequest]:
-    """Return the requests of one step, from 0: the same ones whenever the step is done again."""
+    """Return the requests to sample in one step, from 0: the same ones whenever the step is done again."""
     return step_requests(config, inputs.train, step)
 
 
 def step_requests(config: Config, order: PromptOrder, step: int) -> list[RolloutRequest]:
-    """Return the requests of one step of a run whose training prompts come in this order."""
-    count = config.prompts.prompts_per_step
-    first = step * count
+    """Return the requests of one step of a run whose training prompts come in this order, without replayed rows."""
+    count = config.prompts.prompts_per_step - replayed_prompts(config)
+    first = step * config.prompts.prompts_per_step
     samples = config.rollout.samples_per_prompt
-    return _requests(order.take(first, count), first, samples, (config.run.seed, _TRAIN, step))
+    return _requests(order.take(step * count, count), first, samples, (config.run.seed, _TRAIN, step))
+
+
+def replayed_requests(inputs: Inputs, step: int) -> list[RolloutRequest]:
+    """Return what stands for the rows that a step, from 0, replays; none where all are sampled."""
+    return [] if inputs.replay is None else inputs.replay.requests(step)
+
+
+def replayed_batches(inputs: Inputs, step: int) -> Callable[[], Sequence[BatchHandle]]:
+    """Return what reads the rows that a step, from 0, replays."""
+    return tuple if inputs.replay is None else partial(inputs.replay.read, step)
+
+
+def privileged_requests(config: Config, prompt_ids: Sequence[int], step: int) -> list[RolloutRequest]:
+    """Return the requests to the privileged sampler in one step, from 0, for given prompts.
+
+    Each is a group of its own where rewards are compared within a prompt's samples.
+    """
+    section, samples = config.rollout.privileged, config.rollout.samples_per_prompt
+    first = step * section.prompts_per_step if section is not None else 0
+    group = -(-PRIVILEGED_IDS // samples)  # the first whose ids are all the sampler's
+    return [
+        RolloutRequest(
+            (group + position) * samples,
+            prompt_id,
+            0,
+            sampling_seed(config.run.seed, _PRIVILEGED, step, prompt_id, 0),
+        )
+        for position, prompt_id in enumerate(prompt_ids, start=first)
+    ]
 
 
 def held_out_requests(config: Config, inputs: Inputs) -> list[RolloutRequest]:

@@ -4,12 +4,14 @@ Every batch passes through the ledger on its way to the learner, so a trajectory
 never requested ends the step before the weights change. `preceptor verify RUN` checks the file afterwards.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from cluster.config.replay import replayed_prompts
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.batches import BatchHandle, BatchSource, ReadyBatches
@@ -17,10 +19,13 @@ from cluster.contracts.errors import CheckpointError, TrainingError
 from cluster.contracts.files import Record, RecordsFile
 from cluster.contracts.requests import RolloutRequest
 from cluster.run.hooks import StepHook
-from cluster.run.inputs import load_inputs, step_requests
+from cluster.run.inputs import load_inputs, privileged_requests, step_requests
 from cluster.run.prompt_record import read_record
 from cluster.weight_sync.manifest import checksum, new_digest
 from rollout_workers.prompts import PromptOrder
+
+if TYPE_CHECKING:
+    from cluster.run.replay import Replay
 
 
 class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,6 +45,7 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     teachers: dict[str, str] = {}
     # Of teachers that are the student: lowest and highest version that scored a row of the step.
     teacher_versions: dict[str, tuple[int, int]] = {}
+    privileged: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET  # prompts that a privileged sampler wrote for
     further_rows: int | msgspec.UnsetType = msgspec.UNSET  # of episodes that are several rows; unset: none is
     failed: int | msgspec.UnsetType = msgspec.UNSET  # episodes whose environment failed; unset: none did
 
@@ -48,10 +54,16 @@ class LedgerRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls(
             step,
             ranges(request.trajectory_id for request in requests),
-            tuple(request.prompt_id for request in requests if request.sample_index == 0),
+            tuple(request.prompt_id for request in requests if request.sample_index == 0 and not request.is_privileged),
             checksum([request.seed.to_bytes(8, "little") for request in requests]),
             versions,
+            privileged=tuple(request.prompt_id for request in requests if request.is_privileged) or msgspec.UNSET,
         )
+
+    @property
+    def privileged_ids(self) -> tuple[int, ...]:
+        """Return the prompts that a privileged sampler wrote for, in the order of the requests."""
+        return self.privileged or ()
 
 
 class LedgerState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -206,27 +218,56 @@ def read_ledger(path: Path) -> list[LedgerRecord]:
     return RecordsFile(path).decode(LedgerRecord, "no ledger record")
 
 
-def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder) -> int:
+def audit(records: Sequence[LedgerRecord], config: Config, order: PromptOrder, replay: "Replay | None" = None) -> int:
     """Return how many prompt positions were consumed; raise TrainingError if not each once and in order."""
+    failed: Counter[int] = Counter()  # completions of each prompt so far, of which all may have failed
     for index, record in enumerate(records):
-        expected = LedgerRecord.of(index + 1, step_requests(config, order, index), record.policy_versions)
+        requests = [*step_requests(config, order, index), *([] if replay is None else replay.requests(index))]
+        expected = LedgerRecord.of(
+            index + 1,
+            [*requests, *privileged_requests(config, record.privileged_ids, index)],
+            record.policy_versions,
+        )
         names = ("step", "trajectory_ids", "prompt_ids", "seeds_checksum")
         wrong = [name for name in names if getattr(record, name) != getattr(expected, name)]
-        lowest, highest = record.policy_versions
-        if not index - config.rollout.max_staleness <= lowest <= highest <= index:
+        if not _has_due_policies(record, config, index, replay):
             wrong.append("policy_versions")
         if not _has_due_versions(record, config, index):
             wrong.append("teacher_versions")
+        if not _may_be_privileged(record, config, failed):
+            wrong.append("privileged")
+        failed.update(request.prompt_id for request in requests)
         if wrong:
             raise TrainingError(f"ledger record {index + 1}: {wrong[0]} is not what the run asks for in this step")
     return len(records) * config.prompts.prompts_per_step
 
 
+def _may_be_privileged(record: LedgerRecord, config: Config, failed: Mapping[int, int]) -> bool:
+    """Tell whether a privileged sampler's prompts are as few, and were sampled before as often, as the run says."""
+    section, chosen = config.rollout.privileged, record.privileged_ids
+    if section is None or not chosen:
+        return not chosen
+    is_quota = len(set(chosen)) == len(chosen) <= section.prompts_per_step and section.is_active(record.step - 1)
+    return is_quota and all(failed[prompt_id] >= section.hard_after for prompt_id in chosen)
+
+
+def _has_due_policies(record: LedgerRecord, config: Config, step: int, replay: "Replay | None") -> bool:
+    """Tell whether weights that the student had by then sampled step `step`, from 0, or the replayed run's weights."""
+    due = [] if replay is None else [replay.versions(step)]
+    if replayed_prompts(config) < config.prompts.prompts_per_step:
+        due.append((step - config.rollout.max_staleness, step))
+    lowest, highest = record.policy_versions
+    return min(first for first, _ in due) <= lowest <= highest <= max(last for _, last in due)
+
+
 def _has_due_versions(record: LedgerRecord, config: Config, step: int) -> bool:
     """Tell whether the teachers that are the student scored step `step`, from 0, with weights that they had by then.
 
-    The step's rows were requested when one up to `max_staleness` steps earlier was to be learned from.
+    The step's rows were requested when one up to `max_staleness` steps earlier was to be learned from. Of signals that
+    another run recorded, nothing is known.
     """
+    if config.rollout.replay is not None and config.rollout.replay.signals == "recorded":
+        return True
     selves = {name: teacher for name, teacher in config.teachers.items() if teacher.source is not None}
     if record.teacher_versions.keys() != record.teachers.keys() & selves.keys():
         return False
@@ -244,15 +285,30 @@ def verify_run(directory: RunDirectory) -> str:
     # Runs of earlier releases kept no record of their prompts.
     order = load_inputs(config).train if began_with is None else began_with.order(config)
     records = read_ledger(directory.ledger)
-    num_prompts = audit(records, config, order)
+    replay = None
+    if config.rollout.replay is not None:
+        from cluster.run.replay import Replay
+
+        replay = Replay(config)
+    audit(records, config, order, replay)
     last = max((record["step"] for record in RecordsFile(directory.metrics).read()), default=0)
     if last > len(records):
         raise CheckpointError(f"{directory.ledger}: it ends after step {len(records)}, metrics.jsonl after step {last}")
-    samples = config.rollout.samples_per_prompt
+    beside = sum(len(one.privileged_ids) for one in records)
+    num_trajectories = sum(last - first + 1 for one in records for first, last in one.trajectory_ids) - beside
     further, failed = (sum(getattr(one, name) or 0 for one in records) for name in ("further_rows", "failed"))
-    rows = f" in {num_prompts * samples + further} rows" if further else ""
+    rows = f" in {num_trajectories + further} rows" if further else ""
+    rows += f", and {beside} of the privileged sampler" if beside else ""
     lost = f"; the environment of {failed} failed, which taught nothing" if failed else ""
     return (
-        f"{len(records)} steps, {num_prompts * samples} trajectories{rows}: each was learned from exactly once, "
-        f"in order{lost}"
+        f"{len(records)} steps, {num_trajectories} trajectories{rows}: each was learned from exactly once, in order"
+        f"{lost}{'' if replay is None else _replayed(replay, len(records))}"
     )
+
+
+def _replayed(replay: "Replay", num_steps: int) -> str:
+    """Say how many trajectories were of another run, and how often each, after at least one step."""
+    count = sum(len(replay.requests(step)) for step in range(num_steps))
+    passes = 1 + replay.epoch(max(0, num_steps - 1))
+    times = "one pass" if passes == 1 else f"{passes} passes"
+    return f"; {count} of them were recorded by {replay.directory.path}, in {times} over its {replay.num_rows} rows"

@@ -46,6 +46,13 @@ class PoolObservation(StepHook):
         return self._metrics.measure(self.spans, self.pools)
 
 
+class ProbeObservation(StepHook):
+    """Shows the rewards of each step to the run's probe, and returns what they say of hard prompts."""
+
+    def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
+        return self.run.probe.observe(step - 1, batches)
+
+
 class StepRecords(StepHook):
     """Writes each step's metrics to metrics.jsonl, the terminal and the observers; later metrics are not recorded."""
 
@@ -80,13 +87,20 @@ class ScoreAudits(StepHook):
         self._audit = audit
 
     def begin(self) -> None:
-        run, step = self.run, self.run.first_step
+        step = self.run.first_step
         if self._audit.needs_rows:
-            requests = train_requests(run.config, run.inputs, step)[:AUDIT_REQUESTS]
-            short = train_sampling(run.config, min(AUDIT_TOKENS, run.length_cap.at(step)))
-            self._audit.take_rows(run.flow.run(requests, short, scorers=lambda route: []))
+            self._audit.take_rows(self._rows(step))
         self._audit.begin(step)
         self._report(self._audit.finish())
+
+    def _rows(self, step: int) -> Sequence[BatchHandle]:
+        """Sample short rows; of a run that samples none, take the first that it replays."""
+        run = self.run
+        requests = train_requests(run.config, run.inputs, step)[:AUDIT_REQUESTS]
+        if run.inputs.replay is not None and not requests:
+            return run.inputs.replay.read(step, generated=True)
+        short = train_sampling(run.config, min(AUDIT_TOKENS, run.length_cap.at(step)))
+        return run.flow.run(requests, short, scorers=lambda route: [])
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         """Take the answers that are ready, and audit again when it is due; waits for nothing."""
@@ -103,7 +117,10 @@ class ScoreAudits(StepHook):
 
 
 class AlarmActions(StepHook):
-    """Raises the alarms of each step, and does what each asks for: warn, shorten completions, stop the run."""
+    """Raises the alarms of each step, and does what each asks for: warn, shorten completions, stop the run.
+
+    The horizon reads the same metrics, and lengthens completions.
+    """
 
     def __init__(self, run: RunContext) -> None:
         """Check the records of a resumed run again, so that levels and the length cap are as they were."""
@@ -114,6 +131,7 @@ class AlarmActions(StepHook):
         for record in RecordsFile(run.directory.metrics).read():
             if record["step"] <= run.first_step:
                 self._shorten(self._alarms.check(record))
+                run.length_cap.observe(record)
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         raised = self._alarms.check(metrics)
@@ -132,6 +150,7 @@ class AlarmActions(StepHook):
             if alarm.config.action == "stop" and self.run.error is None:
                 self.run.error = TrainingError(f"{alarm}; the run stopped as alarms.{alarm.name}.action asks")
         self._shorten(raised)
+        self.run.length_cap.observe(metrics)
         return {}
 
     def _shorten(self, raised: Sequence[Raised]) -> None:

@@ -66,6 +66,7 @@ def start_pipeline(
             pool_timeouts(config),
             cluster=run_cluster(config),
             supervision=supervision,
+            spare=placement.rollout.share,
         )
         stack.callback(rollouts.shutdown)
         before_teachers()
@@ -139,6 +140,7 @@ def start_teacher_rollouts(
         sampled_candidates=False,
         merges_stops=False,
         contexts=None,
+        privileged=None,
         max_model_len=inputs.scoring_model_len(name),
     )
     tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
@@ -175,6 +177,7 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         contexts=inputs.contexts,
         # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
         rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
+        privileged=inputs.privileged.settings,
     )
 
 

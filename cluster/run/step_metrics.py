@@ -54,6 +54,7 @@ def step_record(
         "step": step,
         "tokens": tokens,
         "completion_tokens": completion_tokens,
+        "rollout/length_cap": batches.sampling.max_completion_tokens,
         **DEFAULTS,
         **report(merge(handle.metrics for handle in scored)),
         **_by_teacher(scored),
@@ -78,8 +79,9 @@ def step_record(
 
 
 def _staleness(step: int, scored: Sequence[BatchHandle]) -> dict[str, float]:
-    """Return how many updates old the oldest token of each trajectory was when it was learned from."""
-    ages = [step - 1 - version for handle in scored for version in handle.min_policy_versions]
+    """Return how many updates old the oldest token of each trajectory was when it was learned from; not of replayed."""
+    sampled = [handle for handle in scored if not handle.is_replayed]
+    ages = [step - 1 - version for handle in sampled for version in handle.min_policy_versions]
     return {"staleness/mean": sum(ages) / len(ages), "staleness/max": max(ages)} if ages else {}
 
 

@@ -17,6 +17,7 @@ from cluster.run.driver import train
 from cluster.run.hooks import Hooks, RunContext, StepHook
 from cluster.run.inputs import Inputs
 from cluster.run.ledger import Ledger
+from cluster.run.probe import Probe
 from cluster.run.summary import RunSummary
 from learner.checkpointing.checkpoint import step_folder
 
@@ -72,7 +73,8 @@ class Supervisor:
             first_step=step,
             history=deepcopy(history),
             ledger=Ledger(directory.ledger, step),
-            length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness),
+            length_cap=LengthCap(rollout.max_completion_tokens, rollout.max_staleness, rollout.horizon),
+            probe=self._probe(start),
             stop=self.stop,
             is_first_attempt=self._is_first_attempt,
             teacher_states=dict(start.teachers) if isinstance(start, RunState) else {},
@@ -90,6 +92,12 @@ class Supervisor:
                 self._budget.note_progress(0)
                 self._last_step = run.ledger.finished_step
         return run.history
+
+    def _probe(self, start: RunState | RunSummary) -> Probe:
+        section = self.config.rollout.privileged
+        if section is None:
+            return Probe()
+        return Probe(section, self.inputs.privileged, start.probe if isinstance(start, RunState) else None)
 
     def _rewind(self, error: PreceptorError) -> RunState | None:
         """Start the learner again, let the pools forget what they do, and find the last intact checkpoint."""

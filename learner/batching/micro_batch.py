@@ -14,6 +14,7 @@ from torch import Tensor
 from cluster.contracts.errors import TrajectoryError
 from cluster.contracts.signals import find_signals
 from cluster.contracts.trajectory import (
+    STUDENT,
     Ragged,
     models_in,
     num_candidates_of,
@@ -96,6 +97,7 @@ class Trajectory:
     wide_scores: Mapping[str, Mapping[str, NDArray[Any]]]  # the same of signals that have the model's own width
     reward: float = math.nan  # NaN: none
     weight: float = 1.0  # in every term
+    privileged: bool = False  # another sampler than the student wrote it
     strict: NDArray[np.bool_] | None = None  # [sampled tokens] which of them are completion tokens; None: all
     episode_id: int = 0
     turn: int = 0  # completions of the episode before this row's first
@@ -175,9 +177,9 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         for name in ("candidate_ids", "candidate_rollout_logprobs")
     )
 
-    def of_each(name: str) -> Tensor:
+    def of_each(name: str, dtype: type = np.float32) -> Tensor:
         values = [np.full(length, getattr(row, name)) for row, length in zip(placed, lengths, strict=True)]
-        return _join(values, np.float32)
+        return _join(values, dtype)
 
     uniform = [uniform_numbers(seed, row.trajectory_id, row.num_sampled)[row.positions] for row in placed]
     return CompletionTokens(
@@ -193,6 +195,7 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         task_advantage=of_each("task_advantage"),
         reward=of_each("reward"),
         weight=of_each("weight"),
+        privileged=of_each("privileged", np.bool_),
     )
 
 
@@ -229,6 +232,7 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float], weights: Iter
             route=batch["teacher"][row].as_py(),
             task_advantage=next(task_advantages),
             weight=next(weights),
+            privileged=batch["sampler"][row].as_py() != STUDENT,
             reward=math.nan if (reward := batch["reward"][row].as_py()) is None else reward,
             scores=_pick(scores, row),
             wide_scores=_pick(wide_scores, row),
@@ -239,11 +243,14 @@ def _rows(batch: pa.RecordBatch, task_advantages: Iterator[float], weights: Iter
     if strict is None:
         return rows
     of_rows = np.split(strict, logprobs.offsets[1:-1])
-    return [_only(row, keep) for row, keep in zip(rows, of_rows, strict=True)]
+    return [only(row, keep) for row, keep in zip(rows, of_rows, strict=True)]
 
 
-def _only(row: Trajectory, keep: NDArray[np.bool_]) -> Trajectory:
-    """Return the trajectory with only those of its completion tokens; the others are read and not learned from."""
+def only(row: Trajectory, keep: NDArray[np.bool_]) -> Trajectory:
+    """Return the trajectory with some of its completion tokens; the others are read and not learned from.
+
+    `keep` is [completion_tokens].
+    """
     loss_mask = row.loss_mask.copy()
     loss_mask[np.flatnonzero(loss_mask)[~keep]] = 0
     return replace(

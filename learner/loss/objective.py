@@ -69,7 +69,8 @@ class Objective:
         weights, sums = self._weights(tokens, first_pass).double(), {}
         for name, term in self._terms.items():
             if (advantages := term.centred_advantages(tokens, first_pass)) is not None:
-                sums[name] = Mean(float((weights * advantages).sum()), float(weights.sum()))
+                of_term = weights * tokens.written_by(term.config.rows)
+                sums[name] = Mean(float((of_term * advantages).sum()), float(of_term.sum()))
         return sums
 
     @torch.no_grad()

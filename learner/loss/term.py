@@ -141,6 +141,8 @@ def token_weights(config: AnyTerm, chunk: Chunk) -> Tensor:
     """Return how much each token counts in the term, [n]."""
     assert isinstance(config.weight, float | int), "`Objective` takes one step's"
     weights = config.weight * chunk.plan.weights
+    if config.rows != "all":
+        weights = weights * chunk.tokens.written_by(config.rows)
     if config.when == "always":
         return weights
     return weights * _is_chosen(config, chunk)

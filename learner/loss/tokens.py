@@ -6,7 +6,7 @@ distribution.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class CompletionTokens:
     task_advantage: Tensor  # [n]: of the trajectory's reward within its group; 0 without a reward
     reward: Tensor  # [n]: the trajectory's; NaN without one
     weight: Tensor  # [n]: of the trajectory, in every term
+    # [n] whether another sampler than the student wrote the trajectory; [0]: the student wrote all
+    privileged: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
     def __len__(self) -> int:
         return len(self.target_ids)
@@ -50,6 +52,12 @@ class CompletionTokens:
     def teacher_entropy(self) -> Tensor:
         """Return the teacher's entropy, [n]; [0] where the objective does not need it."""
         return self.signal("entropy").get("teacher", self.rollout_logprobs[:0])
+
+    def written_by(self, rows: str) -> Tensor:
+        """Return whether each token is of such `rows` as a term names, [n]."""
+        if rows == "all" or not len(self.privileged):
+            return torch.full_like(self.target_ids, rows != "privileged", dtype=torch.bool)
+        return self.privileged if rows == "privileged" else ~self.privileged
 
     @property
     def shared(self) -> Tensor | None:
@@ -100,6 +108,10 @@ class Evaluation:
         """Return the current student's log-probabilities of the sampled tokens at the sampling temperature, [n]."""
         return self.logprobs if self.at_sampling_temperature is None else self.at_sampling_temperature
 
+    def take(self, chosen: Tensor) -> "Evaluation":
+        """Return what came of some of the tokens; the loss stays that of all."""
+        return replace(self, **{name: value[chosen] for name, value in vars(self).items() if _is_column(value)})
+
     @property
     def columns(self) -> tuple[Tensor, ...]:
         """Return what is known of each token, in the order of the fields."""
@@ -112,6 +124,10 @@ def map_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(values, Tensor):
         return change(values)
     return {name: map_tensors(value, change) for name, value in values.items()}
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _take(columns: Mapping[str, Any], chosen: slice | Tensor) -> Any:

@@ -13,6 +13,7 @@ import numpy as np
 from cluster.config.context import ContextConfig
 from cluster.config.sections import PromptsConfig
 from cluster.config.terms import TEACHER
+from cluster.contracts.errors import PromptError
 from cluster.contracts.metrics import Mean, Metric, Sum
 from cluster.contracts.requests import ContextUse
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints
@@ -32,6 +33,12 @@ SPARE_TOKENS = 4  # by which a cut goes further than needed, for the same reason
 EARLY = 0.1  # share of a completion's text in which its answer is early
 MIN_CHARACTERS = 40  # of a completion that has room for work before its answer
 _THINKING = re.compile(r"<think>.*", re.DOTALL)  # that did not end
+
+# What a template may meet: a right attempt and feedback, or nothing of them.
+EXAMPLES: Sequence[Mapping[str, Any]] = (
+    {"attempt": "0", "attempts": [{"text": "0", "reward": 1.0}], "own_attempt": "0", "reward": 1.0, "feedback": "0"},
+    {"attempt": "", "attempts": [], "own_attempt": "", "reward": 0.0, "feedback": ""},
+)
 
 NONE: Ints = np.empty(0, np.int32)
 
@@ -159,6 +166,30 @@ class ContextBuilder:
     def tokenise(self, rendered: Sequence[str]) -> list[Ints]:
         ids = self._tokenizer(list(rendered), add_special_tokens=self.settings.prompts.template == "raw")["input_ids"]
         return [np.asarray(of_one, np.int32) for of_one in ids]
+
+    def lengths(self, scorer: ScorerContext, numbers: Sequence[int]) -> dict[int, int]:
+        """Return each prompt's tokens with its context, in which short texts stand for attempts; 0: it has none.
+
+        Raises:
+            PromptError: the template fails on a prompt, which it names.
+        """
+        rendered: dict[int, str] = {}
+        examples = EXAMPLES if scorer.template.reads_attempts else EXAMPLES[:1]
+        for number in numbers:
+            source = self.prompts.source(number)
+            try:
+                texts = [scorer.template.render(self.inputs(scorer, number, example)) for example in examples]
+                if longest := max(texts, key=len):
+                    rendered[number] = self.prompt_with(source, longest)
+            except PromptError as error:
+                raise PromptError(f"{self.name(number)}: {error}") from error
+        # One call for all of them: called once per prompt, a tokenizer spends its time in Python.
+        token_ids = self.tokenise(list(rendered.values())) if rendered else []
+        lengths = {number: len(ids) for number, ids in zip(rendered, token_ids, strict=True)}
+        return {number: lengths.get(number, 0) for number in numbers}
+
+    def name(self, prompt_id: int) -> str:
+        return f"the prompt {user_text(self.prompts.source(prompt_id))[:60]!r}"
 
     def inputs(self, scorer: ScorerContext, prompt_id: int, attempts: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a template reads of a prompt's row, and of the attempts, as `shown_attempts` gives them."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from cluster.contracts.metrics import Metrics
 from cluster.contracts.requests import RolloutRequest
 from cluster.contracts.trajectory import GeneratedTrajectory
 
@@ -14,6 +15,7 @@ class Attempt:
     trajectory: GeneratedTrajectory
     text: str = ""  # of its last turn, as the verifier reads it
     feedback: str = ""  # of the environment
+    metrics: Metrics = field(default_factory=dict)  # of how it came about
 
 
 Released = tuple[Attempt, Sequence[Attempt]]  # with all finished attempts of its prompt, in the order of the samples

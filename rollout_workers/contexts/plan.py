@@ -3,24 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.config.run_config import Config
 from cluster.config.terms import TEACHER
 from cluster.contracts.errors import ConfigError, PreceptorError, PromptError
-from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext, user_text
-from rollout_workers.contexts.template import NAMES, compiled
+from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext
+from rollout_workers.contexts.template import check_columns, compiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rollout_workers.prompts import PromptSet
-
-# What a template may meet: a right attempt and feedback, or nothing of them.
-EXAMPLES: Sequence[Mapping[str, Any]] = (
-    {"attempt": "0", "attempts": [{"text": "0", "reward": 1.0}], "own_attempt": "0", "reward": 1.0, "feedback": "0"},
-    {"attempt": "", "attempts": [], "own_attempt": "", "reward": 0.0, "feedback": ""},
-)
 
 
 @dataclass(frozen=True)
@@ -71,6 +65,8 @@ def plan_contexts(
             scorers.append(scorer)
             lengths[name] = max(longest, lengths.get(name, 0))
             notes += [f"teachers.{name}.context: {line}" for line in lines]
+    if not scorers:
+        return ContextPlan()
     return ContextPlan(ContextSettings(tuple(scorers), config.prompts, now), lengths, tuple(notes))
 
 
@@ -104,13 +100,7 @@ def _check_names(config: Config, name: str, prompts: "PromptSet") -> None:
     context = config.teachers[name].context
     assert context is not None
     template = compiled(context.template)
-    columns = {column for number in range(len(prompts)) for column in prompts.source(number).columns}
-    unknown = sorted(template.columns - columns)
-    if unknown:
-        raise ConfigError(
-            f"the template reads `{unknown[0]}`, and no prompt has such a column; there are "
-            f"{', '.join(sorted(columns)) or 'none'}, besides {', '.join(NAMES)}"
-        )
+    check_columns(template, prompts)
     others = config.rollout.samples_per_prompt > 1 or context.own_attempt
     if template.reads_group and not others:
         raise ConfigError(
@@ -131,7 +121,7 @@ def _measured(
     """Return the context with its limit of tokens, the tokens that its prompts may have, and what is to be said."""
     builder = ContextBuilder(ContextSettings((scorer,), config.prompts, now), tokenizer, prompts)
     numbers = [number for number in range(len(prompts)) if prompts.teacher(number) == scorer.route]
-    lengths = _lengths(builder, scorer, numbers)
+    lengths = builder.lengths(scorer, numbers)
     longest = max(lengths.values(), default=0)
     if scorer.template.reads_attempts:  # one of them, or the feedback, is as long as a completion
         longest += config.rollout.max_completion_tokens + config.environment.max_observation_tokens
@@ -139,7 +129,7 @@ def _measured(
     too_long = [number for number, length in lengths.items() if length > limit]
     if too_long and config.prompts.too_long == "error":
         raise PromptError(
-            f"{len(too_long):,} of {len(numbers):,} prompts have no room for it: {_name(builder, too_long[0])} has "
+            f"{len(too_long):,} of {len(numbers):,} prompts have no room for it: {builder.name(too_long[0])} has "
             f"{lengths[too_long[0]]} tokens with it, of {limit} that fit; shorten it, or set prompts.too_long = "
             '"skip", which learns nothing from such prompts'
         )
@@ -150,25 +140,3 @@ def _measured(
     if absent:
         notes.append(f"{absent:,} of {len(numbers):,} prompts have none, and nothing is learned from them")
     return replace(scorer, max_tokens=limit), min(longest, limit), notes
-
-
-def _lengths(builder: ContextBuilder, scorer: ScorerContext, numbers: Sequence[int]) -> dict[int, int]:
-    """Return each prompt's tokens with its context, in which short texts stand for attempts; 0: it has none."""
-    rendered: dict[int, str] = {}
-    examples = EXAMPLES if scorer.template.reads_attempts else EXAMPLES[:1]
-    for number in numbers:
-        source = builder.prompts.source(number)
-        try:
-            texts = [scorer.template.render(builder.inputs(scorer, number, example)) for example in examples]
-            if longest := max(texts, key=len):
-                rendered[number] = builder.prompt_with(source, longest)
-        except PromptError as error:
-            raise PromptError(f"{_name(builder, number)}: {error}") from error
-    # One call for all of them: called once per prompt, a tokenizer spends its time in Python.
-    token_ids = builder.tokenise(list(rendered.values())) if rendered else []
-    lengths = {number: len(ids) for number, ids in zip(rendered, token_ids, strict=True)}
-    return {number: lengths.get(number, 0) for number in numbers}
-
-
-def _name(builder: ContextBuilder, number: int) -> str:
-    return f"the prompt {user_text(builder.prompts.source(number))[:60]!r}"

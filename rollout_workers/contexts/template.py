@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.contracts.errors import ConfigError, PromptError
 from rollout_workers.rendering import TEMPLATE_ERRORS
+
+if TYPE_CHECKING:
+    from rollout_workers.prompts import PromptSet
 
 OF_PROMPT = ("prompt", "answer", "domain", "columns")
 OF_ATTEMPT = ("own_attempt", "reward", "feedback")  # known when the completion itself is finished
@@ -71,3 +74,14 @@ class ContextTemplate:
 @lru_cache(64)
 def compiled(text: str) -> ContextTemplate:
     return ContextTemplate(text)
+
+
+def check_columns(template: ContextTemplate, prompts: "PromptSet") -> None:
+    """Raise ConfigError if a template reads a column that no prompt has."""
+    columns = {column for number in range(len(prompts)) for column in prompts.source(number).columns}
+    unknown = sorted(template.columns - columns)
+    if unknown:
+        raise ConfigError(
+            f"the template reads `{unknown[0]}`, and no prompt has such a column; there are "
+            f"{', '.join(sorted(columns)) or 'none'}, besides {', '.join(NAMES)}"
+        )

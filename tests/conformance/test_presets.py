@@ -238,6 +238,8 @@ AT_EACH_STATE: dict[str, Callable[[Case], Tensor]] = {
     ),
     "tail-topk": reverse_kl,
     "res-opd": reverse_kl,
+    # At the prefixes of whichever student wrote them, which `visits` counts; no ratio, for no sampled token counts.
+    "semi-opd": lambda c: slope(c, lambda p: kl(with_rest(p, top(c.teacher)), with_rest(c.teacher, top(c.teacher)))),
     "tt-opd": reverse_kl,
     "many-faces": many_faces,
     "cross-tokenizer": on_the_students,

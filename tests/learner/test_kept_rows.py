@@ -7,6 +7,7 @@ import torch
 
 from cluster.contracts.kept_rows import MOST_CANDIDATES, chosen_ids
 from cluster.contracts.metrics import report
+from cluster.contracts.requests import PRIVILEGED_IDS
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import to_wire
 from learner.batching.arrivals import RankShare
@@ -81,6 +82,21 @@ def test_a_kept_row_says_what_the_student_itself_says(make_config, scored):
         np.testing.assert_allclose(row["candidate_mass"], masses, atol=1e-5)
     assert num_compared > 0
     assert worst[0]["log_ratio"] == max(row["log_ratio"] for row in kept.values())
+
+
+def test_rows_of_a_privileged_sampler_are_not_kept(make_config, scored):
+    config = config_of(make_config, "logging.kept_rows=3")
+    names = {name: scored.schema.get_field_index(name) for name in ("sampler", "trajectory_id", "episode_id")}
+    changed = scored.slice(0, NUM_ROWS)
+    ids = [PRIVILEGED_IDS if row == 0 else row for row in range(scored.num_rows)]  # far from the student: see `worst`
+    samplers = ["privileged:student" if row == 0 else "student" for row in range(scored.num_rows)]
+    for name, values in (("sampler", samplers), ("trajectory_id", ids), ("episode_id", ids)):
+        column = pa.array(values, scored.schema.field(names[name]).type)
+        changed = changed.set_column(names[name], scored.schema.field(names[name]), column)
+    kept, worst, _ = learn(config, changed)
+    of_all, _, _ = learn(config, scored)
+    assert kept.keys() == of_all.keys() - {0}
+    assert worst[0]["trajectory_id"] < PRIVILEGED_IDS
 
 
 def test_nothing_is_kept_where_no_rows_are_asked_for(make_config, scored):

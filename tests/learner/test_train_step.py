@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -180,6 +181,26 @@ def test_figures_are_means_over_completion_tokens(make_config):
     assert metrics["importance_max"] == pytest.approx(np.exp(own - rollout).max(), rel=1e-4)
     assert metrics["loss"] == pytest.approx((np.exp(own - rollout) * (own - teacher)).mean(), abs=1e-5)
     assert "teacher_candidate_mass" not in metrics
+
+
+def test_tokens_of_a_privileged_sampler_stand_apart_in_the_figures(make_config):
+    engine = make_engine(make_config())
+    (scored,), _, tokens = scored_for("sampled")
+    samplers = ["privileged:student" if row % 2 else "student" for row in range(scored.num_rows)]
+    position = scored.schema.get_field_index("sampler")
+    mixed = scored.set_column(position, scored.schema.field(position), pa.array(samplers))
+    (batches,) = plan_batches([mixed], 64)
+    metrics = report(measure_gradient(engine, batches, task_of("sampled", tokens)))
+    (others,) = plan_batches([scored], 64)
+    of_all = report(measure_gradient(engine, others, task_of("sampled", tokens)))
+    own = ragged(score_by(engine.student.causal_lm, OBJECTIVES["sampled"], scored), "teacher_logprobs")
+    teacher = ragged(scored, "teacher_logprobs")
+    kl = np.concatenate([own[row] - teacher[row] for row in range(0, scored.num_rows, 2)]).mean()
+    assert metrics["kl"] == pytest.approx(kl, abs=1e-5)
+    logprobs = np.concatenate([own[row] for row in range(1, scored.num_rows, 2)])
+    assert metrics["privileged_logprob"] == pytest.approx(logprobs.mean(), abs=1e-5)
+    assert metrics["loss"] == pytest.approx(of_all["loss"])  # the objective has one term, of all rows
+    assert "privileged_logprob" not in of_all
 
 
 def test_draws_have_no_teacher_mass_for_one_may_stand_there_twice(make_config):

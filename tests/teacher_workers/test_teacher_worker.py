@@ -53,6 +53,18 @@ def test_scores_are_added_row_by_row_and_counted() -> None:
     assert values["teacher/sampled_kl"] == pytest.approx(3 / 5 * math.log(2))  # the student gave every token one half
 
 
+def test_how_far_the_teacher_is_from_the_ends_of_what_was_cut_off_is_said_by_itself() -> None:
+    """The last quarter of the second row alone: two tokens of one quarter; all others are of one half."""
+    completion = [3] * 6 + [5] * 2
+    rows = [make_trajectory(completion=completion), make_trajectory(completion=completion, finish_reason="length")]
+    _, metrics = asyncio.run(make_worker(HALF_3_QUARTER_5).score(make_generated(rows), TEACHER))
+    values = report(metrics)
+    assert values["teacher/log_ratio"] == pytest.approx(4 / 16 * math.log(2))
+    assert values["teacher/cut_tail_log_ratio"] == pytest.approx(math.log(2))
+    _, metrics = asyncio.run(make_worker(HALF_3_QUARTER_5).score(make_generated(rows[:1]), TEACHER))
+    assert "teacher/cut_tail_log_ratio" not in report(metrics)
+
+
 def test_a_second_model_scores_what_the_first_one_chose() -> None:
     worker = make_worker(HALF_3_QUARTER_5)
     first, _ = asyncio.run(worker.score(BATCH, ScoreRequest("teacher", top_k=2)))

@@ -1,6 +1,7 @@
 import msgspec
 import pytest
 
+from cluster.config.context import PrivilegedConfig
 from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
 from cluster.config.presets import PRESETS
 from cluster.config.run_file import config_from_json, dump_run_config, parse_run_config
@@ -26,18 +27,26 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (ObjectiveConfig, "preset support support_size terms token_weights"),
         (
             TokenWeightsConfig,
-            "first_tokens first_fraction skip_first special_tokens stop_tokens teacher_shares position_importance "
-            "entropy",
+            "first_tokens first_fraction skip_first stop_window stop_below special_tokens stop_tokens teacher_shares "
+            "position_importance entropy",
         ),
         (ImportanceConfig, "kind low high dual_clip"),
-        (DivergenceTerm, "weight when threshold target divergence truncation residual entry_clip beta skew parameter"),
-        (TaskRewardTerm, "weight when threshold divide_by_deviation importance"),
-        (CrossEntropyTerm, "weight when threshold gate"),
+        (
+            DivergenceTerm,
+            "weight when threshold rows target divergence truncation residual entry_clip beta skew parameter",
+        ),
+        (TaskRewardTerm, "weight when threshold rows divide_by_deviation importance"),
+        (CrossEntropyTerm, "weight when threshold rows gate"),
         (GateConfig, "kappa gamma"),
+        (
+            PrivilegedConfig,
+            "template prompts_per_step samples_per_prompt hard_after min_reward select min_gentleness sharpness "
+            "strength shuffled phase_steps rest_steps",
+        ),
         (WeightSchedule, "to over_steps start"),
         (
             PolicyGradientTerm,
-            "weight when threshold target over normalize_weights log_ratio_map bound scale alpha student baseline "
+            "weight when threshold rows target over normalize_weights log_ratio_map bound scale alpha student baseline "
             "discount importance",
         ),
     ],
@@ -206,6 +215,30 @@ def test_rows_of_another_sampler_need_a_ratio_or_no_sampled_advantage() -> None:
         make_config(
             "objective.preset=opd-grpo", "objective.terms.reward.importance.kind=none"
         ).objective.check_other_samplers()
+
+
+PRIVILEGED = "rollout.privileged.template={{ prompt }} {{ hint }}"
+IMITATED = "objective.terms.imitated={loss='cross_entropy',gate={},rows='privileged'}"
+
+
+def test_a_privileged_samplers_rows_need_terms_that_can_learn_from_them() -> None:
+    for valid in (
+        ("objective.preset=tail-topk", "objective.terms.main.rows=student", IMITATED),
+        ("objective.preset=tail-topk", IMITATED),  # a divergence is one of given prefixes, its residual has a ratio
+        ("objective.preset=thinking-machines-frozen", "objective.terms.main.rows=student", IMITATED),
+    ):
+        assert make_config(PRIVILEGED, *valid).rollout.privileged
+    for refused, message in (
+        (("objective.preset=thinking-machines-frozen", IMITATED), r"terms.main: a policy_gradient .* rows = 'student'"),
+        (("objective.preset=tail-topk", "objective.terms.main.rows=student"), r"none learns from the rows of rollout"),
+        (("objective.terms={x={loss='cross_entropy'}}",), r"terms.x: a cross_entropy on what the student itself"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_config(PRIVILEGED, *refused)
+    with pytest.raises(
+        ConfigError, match=r"terms.imitated: rows = 'privileged', but there is no \[rollout.privileged\]"
+    ):
+        make_config("objective.preset=tail-topk", IMITATED)
 
 
 @pytest.mark.parametrize("when", ["advantage_positive", "outcome_disagrees"])

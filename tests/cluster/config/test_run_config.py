@@ -15,7 +15,8 @@ FIELDS = {
     "prompts": "train held_out columns answer_after template system_prompt chat_template_kwargs last_answer too_long "
     "prompts_per_step shuffle",
     "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
-    "stop stop_token_ids stop_class stop_repetition rows_per_batch max_staleness engine",
+    "horizon stop stop_token_ids stop_class stop_repetition rows_per_batch max_staleness privileged record replay "
+    "engine",
     "teachers": "model source refresh backend signals trust_remote_code num_workers slot min_workers max_workers "
     "accept_differences excluded_token_ids stop_class context shuffled_context base url api_key_env tokenizer "
     "min_coverage alignment request_timeout_seconds retry_seconds states engine",

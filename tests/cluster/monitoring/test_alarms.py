@@ -3,6 +3,7 @@
 import pytest
 
 from cluster.config.alarms import DEFAULT_ALARMS, AlarmConfig
+from cluster.config.stages import HorizonConfig
 from cluster.contracts.errors import ConfigError
 from cluster.monitoring.alarms import FIRST_STEPS, Alarms, LengthCap
 from tests.builders import make_config
@@ -113,6 +114,32 @@ def test_steps_that_may_be_under_way_keep_their_cap() -> None:
     cap = LengthCap(max_completion_tokens=100, max_staleness=2)
     cap.lower(after_step=5)
     assert [cap.at(step) for step in (5, 6, 7)] == [100, 100, 75]
+
+
+PAYS = {"rollout/truncated_ratio": 0.2, "teacher/log_ratio": 0.4, "teacher/cut_tail_log_ratio": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("change", "lengthens"),
+    [
+        ({}, True),
+        ({"rollout/truncated_ratio": 0.21}, False),  # the student has still to learn to end
+        ({"rollout/truncated_ratio": 0.0}, False),  # nothing was cut off
+        ({"teacher/cut_tail_log_ratio": 0.19}, False),  # the ends teach less than half as much as all tokens
+    ],
+)
+def test_a_horizon_lengthens_completions_while_that_pays(change: dict[str, float], lengthens: bool) -> None:
+    cap = LengthCap(100, max_staleness=1, horizon=HorizonConfig(start=40, factor=2.0))
+    cap.observe({"step": 3, **PAYS, **change})
+    assert [cap.at(step) for step in (0, 3, 4)] == [40, 40, 80 if lengthens else 40]
+
+
+def test_a_horizon_ends_at_the_longest_and_an_alarm_shortens_what_it_has_reached() -> None:
+    cap = LengthCap(100, max_staleness=0, horizon=HorizonConfig(start=40, factor=2.0))
+    for step in (1, 2, 3):
+        cap.observe({"step": step, **PAYS})
+    cap.lower(after_step=4)
+    assert [cap.at(step) for step in range(5)] == [40, 80, 100, 100, 75]
 
 
 def test_an_older_run_file_may_call_the_metric_a_figure_and_is_warned_once(caplog: pytest.LogCaptureFixture) -> None:

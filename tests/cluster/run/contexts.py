@@ -10,6 +10,7 @@ from cluster.monitoring.sinks import PlainView
 from cluster.run.hooks import RunContext
 from cluster.run.inputs import Inputs
 from cluster.run.ledger import Ledger
+from cluster.run.probe import Probe
 from cluster.run.summary import RunSummary
 
 
@@ -31,6 +32,7 @@ def make_run_context(
         first_step,
         history or RunSummary(),
         Ledger(directory.ledger, first_step),
-        LengthCap(config.rollout.max_completion_tokens, config.rollout.max_staleness),
+        LengthCap(config.rollout.max_completion_tokens, config.rollout.max_staleness, config.rollout.horizon),
+        Probe(),
         Event(),
     )

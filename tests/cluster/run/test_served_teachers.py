@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -34,13 +35,21 @@ class WaitingRun:
         context = make_run_context(config, None, pipeline, RunDirectory(folder))  # type: ignore[arg-type]
         self._hook = ServedTeachers(context, late_seconds=5.0, check_seconds=0.0)
 
-    def wait(self, seconds: float) -> None:
+    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
         deadline = perf_counter() + seconds
-        while perf_counter() < deadline:
+        while perf_counter() < deadline and not until():
             began = perf_counter()
             self._hook.while_waiting()
-            assert perf_counter() - began < 0.5  # it asks in a thread
+            assert perf_counter() - began < 5.0  # it asks in a thread, which may wait for 10 s
             time.sleep(0.02)
+
+    def wait_for_line(self, capsys: pytest.CaptureFixture[str]) -> str:
+        """Return the next line that the run prints, and see that no other follows."""
+        printed: list[str] = []
+        self.wait(60.0, lambda: bool(printed.extend(capsys.readouterr().out.splitlines()) or printed))
+        self.wait(0.2)
+        [line] = [*printed, *capsys.readouterr().out.splitlines()]
+        return line
 
 
 def test_a_server_that_is_away_is_named_once_and_so_is_its_return(
@@ -50,13 +59,11 @@ def test_a_server_that_is_away_is_named_once_and_so_is_its_return(
     with server:
         teacher = teacher_at(server, retry_seconds=600.0)
     run = WaitingRun(tmp_path, teacher, sent_at=perf_counter() - 6.0)
-    run.wait(0.5)
-    [away] = capsys.readouterr().out.splitlines()
+    away = run.wait_for_line(capsys)
     assert away.startswith(f"teacher main: {teacher.urls[0]}/models cannot be reached")
     assert away.endswith("; its rows wait, each for up to 600 s")
     with server:
-        run.wait(0.5)
-    [back] = capsys.readouterr().out.splitlines()
+        back = run.wait_for_line(capsys)
     assert back.startswith("teacher main: its server answers again, after ")
 
 
@@ -64,5 +71,5 @@ def test_a_server_that_answers_in_time_is_not_asked(tmp_path: Path) -> None:
     with CountingServer() as server:
         WaitingRun(tmp_path, teacher_at(server), sent_at=perf_counter()).wait(0.3)
         assert server.questions == 0
-        WaitingRun(tmp_path, teacher_at(server), sent_at=perf_counter() - 6.0).wait(0.3)
+        WaitingRun(tmp_path, teacher_at(server), sent_at=perf_counter() - 6.0).wait(60.0, lambda: server.questions > 0)
         assert server.questions > 0

@@ -146,6 +146,13 @@ FAULTS = (
         expectation("generalized-topk"),
     ),
     Fault(
+        "semi-opd with what sampled tokens say",
+        PRESETS,
+        'truncation="tail", residual=False)),\n    "tt-opd"',
+        'truncation="tail", residual=True)),\n    "tt-opd"',
+        expectation("semi-opd"),
+    ),
+    Fault(
         "many-faces on the teacher's top-k",
         PRESETS,
         '"many-faces": _on("intersection",',

@@ -13,7 +13,7 @@ FAULTS = (
     Fault(
         "every step asks the first prompts",
         "cluster/run/inputs.py",
-        "order.take(first, count)",
+        "order.take(step * count, count)",
         "order.take(0, count)",
         ("tests/cluster/run/test_inputs.py",),
     ),

@@ -73,8 +73,8 @@ FAULTS = (
     Fault(
         "staleness bound of the audit too wide",
         "cluster/run/ledger.py",
-        "if not index - config.rollout.max_staleness <= lowest",
-        "if not index - config.rollout.max_staleness - 1 <= lowest",
+        "due.append((step - config.rollout.max_staleness, step))",
+        "due.append((step - config.rollout.max_staleness - 1, step))",
         ("tests/cluster/run/test_ledger.py",),
     ),
     Fault(
@@ -169,6 +169,34 @@ FAULTS = (
         "self._changes.append((after_step + self.max_staleness, lowered))",
         "self._changes.append((after_step, lowered))",
         ("tests/cluster/monitoring/test_alarms.py",),
+    ),
+    Fault(
+        "replayed rows under their recorded ids",
+        "cluster/run/replay.py",
+        'position * self._samples + values["episode_id"] % self._samples,',
+        'values["episode_id"],',
+        ("tests/cluster/run/test_replay.py::test_a_second_pass_has_the_same_rows_under_new_ids",),
+    ),
+    Fault(
+        "samples of different prompts replayed as one prompt's",
+        "cluster/run/replay.py",
+        'group = index["episode_id"] // self._samples',
+        'group = index["episode_id"] // (2 * self._samples)',
+        ("tests/cluster/run/test_replay.py",),
+    ),
+    Fault(
+        "a replayed record that is not what its name says",
+        "cluster/contracts/recorded_rows.py",
+        "if check and checksum_of(path) not in path.stem:",
+        "if False:",
+        ("tests/cluster/run/test_replay.py::test_a_damaged_file_and_a_step_without_all_its_rows_are_refused",),
+    ),
+    Fault(
+        "the end of a trajectory chosen by what comes after it",
+        "learner/batching/early_stop.py",
+        "return int(np.argmax(is_below)) + window if",
+        "return int(np.argmax(is_below)) + window - 1 if",
+        ("tests/learner/batching/test_early_stop.py",),
     ),
     Fault(
         "one restart more than allowed",

@@ -248,3 +248,25 @@ def test_candidates_outside_the_student_s_most_likely_do_not_count_in_an_interse
         term = GENERALIZED_KL | {"truncation": truncation, "residual": False}
         objective = make_objective(support="intersection", support_size=2, terms={"main": term})
         assert evaluate(objective, student, tokens).losses.item() == pytest.approx(expected)
+
+
+def test_a_term_learns_from_the_rows_that_it_names() -> None:
+    """The student says 1/4 of the written token, so its cross-entropy is log 4."""
+    student, tokens = one_token()
+    term = {"loss": "cross_entropy"}
+    for is_privileged, expected in (
+        (True, {"all": 1, "privileged": 1, "student": 0}),
+        (False, {"student": 1, "privileged": 0}),
+    ):
+        of_row = replace(tokens, privileged=torch.tensor([is_privileged]))
+        for rows, holds in expected.items():
+            assert loss_of(term | {"rows": rows}, of_row, student) == pytest.approx(holds * math.log(4))
+    assert loss_of(term | {"rows": "privileged"}, tokens, student) == 0  # the student wrote all
+
+
+def test_a_privileged_row_is_learned_from_with_the_ratio_to_its_sampler() -> None:
+    """Its sampler gave the token 1/2, the student 1/4 and the teacher 1/2: ratio 1/2 of advantage log 2."""
+    student, tokens = one_token(rollout_logprobs=torch.tensor([0.5]).log(), privileged=torch.tensor([True]))
+    term = {"loss": "policy_gradient", "importance": {"kind": "truncated"}, "rows": "privileged"}
+    assert loss_of(term, tokens, student) == pytest.approx(-0.5 * math.log(2))
+    assert loss_of(term | {"rows": "student"}, tokens, student) == 0

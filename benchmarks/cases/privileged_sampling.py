@@ -1,0 +1,466 @@
+"""`python -m benchmarks.cases.privileged_sampling`: where a sampler that reads a hint helps, and where it does not.
+
+One process, a transformer of 0.1M parameters, the learner's own objective and the rollout workers' own selection. A
+text is a slot for a hint, a mark, and six digits modulo 7, each followed by an answer: the digit plus a shift that
+belongs to the mark. Only a text whose six answers are right has reward 1. Beforehand the model learns to obey a hint,
+which names the shift, up to noise; without one it mostly knows the shifts of three marks and guesses those of four
+evenly. An answer can be written in two ways, and the model prefers one of them without a hint, none with it.
+
+Sets, by 32 completions without a hint: HARD, none right and some right with a hint; DENSE, 20 to 60 % right; both are
+measured anew on 32 others. Each has training and held-out prompts. An arm trains one student on one set:
+
+- blind: GRPO on its own samples (8 a prompt)
+- privileged: 8 samples a prompt without a hint, then 8 with; of the right ones, the most likely under the student
+  without a hint; 50 steps of gated cross-entropy on these; then GRPO
+- unselected: the same with the first right text in the place of the most likely
+- reference: 50 steps of the same cross-entropy on reference solutions, in the other way of writing; then GRPO
+
+On BOTH, the two sets together, privileged is what a run does: a probe finds the prompts whose last 8 samples failed,
+and each step of GRPO has rows of the hinted sampler for up to 4 of these beside its own.
+
+All arms sample equally many tokens, those of the hinted sampler included. Fixed before running: the gain of privileged
+over blind in the pass rate of held-out prompts is larger on HARD than on DENSE, by an exact sign-flip test over five
+seeds, and positive on HARD. Nothing is claimed of DENSE, of BOTH, and of the other two arms. Rates and the weight of
+the cross-entropy on BOTH were chosen with seed 0, which is not among the five.
+
+Outcomes are appended to a JSON-lines file as they come, and a second call does only what is missing there.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from operator import itemgetter
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cases.figures import draw_privileged_sampling
+from benchmarks.cases.privileged_context import (
+    BASE,
+    EMPTY,
+    FIRST_CONTEXT,
+    FIRST_MARK,
+    Model,
+    read_outcomes,
+    sign_flip_p,
+    text_of,
+    write,
+)
+from benchmarks.harness.report import RESULTS, Row, at_least, at_most, describe_machine, print_rows, row
+from cluster.config.context import PrivilegedConfig
+from cluster.config.objective import ObjectiveConfig
+from cluster.contracts.batches import BatchHandle
+from cluster.run.probe import Probe
+from learner.batching.arrivals import group_advantages
+from learner.loss.objective import Objective
+from learner.loss.tokens import CompletionTokens
+from rollout_workers.privileged import BlindScores, PrivilegedPlan, select
+
+COMMAND = "python -m benchmarks.cases.privileged_sampling"
+DIGITS = 6
+OTHER_WAY = 22  # the first of the answers in the other way of writing; those of the usual way are 0 to 6
+VOCABULARY, TEXT_TOKENS = OTHER_WAY + BASE, 2 + 2 * DIGITS
+KNOWN_MARKS = 3  # of 7, whose shifts the model mostly knows without a hint
+NOISE = {"hint": 0.1, "known": 0.13, "unknown": 1.0}  # share of answers that are random in what the model learns from
+USUAL = {"hint": 0.5, "blind": 0.9}  # share of texts in the usual way of writing
+PRETRAINING_STEPS, PRETRAINING_ROWS, PRETRAINING_RATE = 600, 128, 3e-3
+DRAWN, PROMPTS, HELD_OUT = 640, 64, 96
+TRIES = 32  # completions of a prompt by which it is hard or dense
+SAMPLES, PROMPTS_PER_STEP, RATE = 8, 16, 1e-3
+IMITATION_STEPS, IMITATION_RATE = 50, 1e-3
+BUDGET = 48 * PROMPTS_PER_STEP * SAMPLES * DIGITS  # sampled tokens of each arm
+EVALUATED_EVERY = 12  # steps of GRPO
+QUOTA, IMITATION_WEIGHT = 4, 4.0  # on both sets together
+ARMS = {
+    "hard": ("blind", "privileged", "unselected", "reference"),
+    "dense": ("blind", "privileged"),
+    "both": ("blind", "privileged"),
+}
+
+REWARD = {"loss": "task_reward", "rows": "student"}
+IMITATE = {"loss": "cross_entropy", "gate": {}, "rows": "privileged"}
+GRPO = {"support": "sampled", "terms": {"reward": REWARD}}
+IMITATION = {"support": "sampled", "terms": {"imitated": IMITATE}}
+TOGETHER = {"support": "sampled", "terms": {"reward": REWARD, "imitated": IMITATE | {"weight": IMITATION_WEIGHT}}}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Holds prompts with an empty slot, and the shift that is right for each."""
+
+    prompts: Tensor  # [rows, 2 + DIGITS] slot, mark, digits
+    shifts: Tensor  # [rows]
+
+    def __getitem__(self, rows: Tensor) -> "Questions":
+        return Questions(self.prompts[rows], self.shifts[rows])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def answers(self) -> Tensor:
+        return (self.prompts[:, 2:] + self.shifts[:, None]) % BASE
+
+    @property
+    def hinted(self) -> Tensor:
+        return torch.cat([FIRST_CONTEXT + self.shifts[:, None], self.prompts[:, 1:]], dim=1)
+
+    def rewards(self, answers: Tensor) -> Tensor:
+        """Return 1 for texts of six right answers, in either way of writing, [rows]."""
+        values = torch.where(answers >= OTHER_WAY, answers - OTHER_WAY, answers)
+        return (values == self.answers).all(1).float()
+
+    def repeat(self, count: int) -> "Questions":
+        return self[torch.arange(len(self)).repeat_interleave(count)]
+
+
+def draw_questions(draw: torch.Generator, count: int, table: Tensor) -> Questions:
+    marks = torch.randint(BASE, (count,), generator=draw)
+    digits = torch.randint(BASE, (count, DIGITS), generator=draw)
+    prompts = torch.cat([torch.full((count, 1), EMPTY), FIRST_MARK + marks[:, None], digits], dim=1)
+    return Questions(prompts, table[marks])
+
+
+def pretrain(seed: int, table: Tensor, steps: int) -> Model:
+    """Return a model that obeys hints of any shift, and without one knows the shifts of some marks."""
+    torch.manual_seed(seed)
+    model, draw = Model(VOCABULARY, TEXT_TOKENS), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.Adam(model.parameters(), PRETRAINING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        questions = draw_questions(draw, PRETRAINING_ROWS, table)
+        is_blind = torch.rand(PRETRAINING_ROWS, generator=draw) < 0.5
+        any_shift = torch.randint(BASE, (PRETRAINING_ROWS,), generator=draw)
+        questions = Questions(questions.prompts, torch.where(is_blind, questions.shifts, any_shift))
+        is_known = questions.prompts[:, 1] < FIRST_MARK + KNOWN_MARKS
+        share = torch.where(is_known, NOISE["known"], NOISE["unknown"])
+        noise = (
+            torch.rand(PRETRAINING_ROWS, DIGITS, generator=draw) < torch.where(is_blind, share, NOISE["hint"])[:, None]
+        )
+        random = torch.randint(BASE, (PRETRAINING_ROWS, DIGITS), generator=draw)
+        usual = torch.rand(PRETRAINING_ROWS, generator=draw) < torch.where(is_blind, USUAL["blind"], USUAL["hint"])
+        answers = torch.where(noise, random, questions.answers) + torch.where(usual, 0, OTHER_WAY)[:, None]
+        prompts = torch.where(is_blind[:, None], questions.prompts, questions.hinted)
+        logits = model(text_of(prompts, answers))[:, 2::2]
+        loss = nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), answers.reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def pass_rates(model: Model, questions: Questions, prompts: Tensor, tries: int, draw: torch.Generator) -> Tensor:
+    """Return each prompt's share of right completions, [rows]."""
+    repeated = questions.repeat(tries)
+    rewards = repeated.rewards(write(model, prompts.repeat_interleave(tries, 0), draw))
+    return rewards.reshape(-1, tries).mean(1)
+
+
+def find_sets(model: Model, seed: int, table: Tensor) -> tuple[dict[str, dict[str, Questions]], dict[str, float]]:
+    """Return the sets' training and held-out prompts, and their pass rates by completions drawn anew."""
+    draw = torch.Generator().manual_seed(500 + seed)
+    questions = draw_questions(draw, DRAWN, table)
+    blind = pass_rates(model, questions, questions.prompts, TRIES, draw)
+    hinted = pass_rates(model, questions, questions.hinted, TRIES, draw)
+    chosen = {"hard": (blind == 0) & (hinted > 0), "dense": (blind >= 0.2) & (blind <= 0.6)}
+    sets, rates = {}, {"hint_on_hard": float(hinted[chosen["hard"]].mean())}
+    for name, is_chosen in chosen.items():
+        rows = is_chosen.nonzero()[:, 0]
+        if len(rows) < PROMPTS + HELD_OUT:
+            raise SystemExit(f"seed {seed}: {len(rows)} of {DRAWN} prompts are {name}; {PROMPTS + HELD_OUT} are needed")
+        sets[name] = {"train": questions[rows[:PROMPTS]], "held_out": questions[rows[PROMPTS : PROMPTS + HELD_OUT]]}
+        both = questions[rows[: PROMPTS + HELD_OUT]]
+        rates[f"measured_anew_{name}"] = float(pass_rates(model, both, both.prompts, TRIES, draw).mean())
+    return sets, rates
+
+
+Sets = Mapping[str, Mapping[str, Questions]]  # set -> train or held_out -> its prompts
+
+
+def completion_tokens(
+    answers: Tensor, logprobs: Tensor, rewards: Tensor, advantages: Tensor, privileged: bool
+) -> CompletionTokens:
+    """Describe texts, [rows, DIGITS], to the learner's objective; rewards and advantages are [rows]."""
+    count, nothing = answers.numel(), torch.zeros(answers.numel())
+    return CompletionTokens(
+        target_ids=answers.reshape(-1),
+        rollout_logprobs=logprobs.reshape(-1),
+        candidate_ids=torch.zeros(count, 0, dtype=torch.long),
+        candidate_rollout_logprobs=torch.zeros(count, 0),
+        scores={"teacher": {"logprobs": nothing}},
+        trajectory=torch.arange(count) // DIGITS,
+        position=torch.arange(count) % DIGITS,
+        length=torch.full((count,), DIGITS),
+        uniform=nothing,
+        task_advantage=advantages.repeat_interleave(DIGITS),
+        reward=rewards.repeat_interleave(DIGITS),
+        weight=torch.ones(count),
+        privileged=torch.full((count,), privileged),
+    )
+
+
+class Student:
+    """Trains a copy of the model, and counts what it samples."""
+
+    def __init__(self, base: Model, questions: Questions, seed: int, select_by: str = "likelihood") -> None:
+        self.model, self.questions, self.sampled_tokens = copy.deepcopy(base), questions, 0
+        self.draw, self.rates = torch.Generator().manual_seed(1000 + seed), dict[str, float]()
+        self.config = PrivilegedConfig(
+            "{{ hint }}",
+            prompts_per_step=QUOTA,
+            samples_per_prompt=SAMPLES,
+            hard_after=SAMPLES,
+            select=select_by,  # type: ignore[arg-type]
+        )
+
+    def sample(self, questions: Questions, prompts: Tensor) -> Tensor:
+        self.sampled_tokens += len(questions) * DIGITS
+        return write(self.model, prompts, self.draw)
+
+    def logprobs(self, prompts: Tensor, answers: Tensor) -> Tensor:
+        """Return log-probabilities of all tokens, [rows, DIGITS, VOCABULARY]."""
+        with torch.no_grad():
+            logprobs: Tensor = self.model(text_of(prompts, answers))[:, 2::2].log_softmax(-1)
+        return logprobs
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, objective: Objective, prompts: Tensor, tokens: CompletionTokens
+    ) -> None:
+        logits = self.model(text_of(prompts, tokens.target_ids.reshape(-1, DIGITS)))[:, 2::2].reshape(-1, VOCABULARY)
+        plan = objective.plan(tokens, None)
+        result = objective.evaluate(logits.detach().clone(), tokens, plan, {}, with_gradient=True)
+        assert result.logits_gradient is not None
+        optimizer.zero_grad()
+        logits.backward(result.logits_gradient / len(tokens))
+        optimizer.step()
+
+    def hinted_texts(self, questions: Questions) -> tuple[Questions, Tensor]:
+        """Sample with hints; return the prompts that have a right text, and the text selected for each."""
+        count = self.config.samples_per_prompt
+        repeated = questions.repeat(count)
+        answers = self.sample(repeated, questions.hinted.repeat_interleave(count, 0))
+        is_right = repeated.rewards(answers).bool().reshape(-1, count)
+        blind = self.logprobs(repeated.prompts, answers)
+        own = blind.gather(-1, answers[..., None])[..., 0].reshape(-1, count, DIGITS).numpy()
+        best = blind.amax(-1).reshape(-1, count, DIGITS).numpy()
+        kept, texts, gentleness = list[int](), [answers[:0]], list[float]()
+        for prompt in range(len(questions)):
+            right = is_right[prompt].nonzero()[:, 0].tolist()
+            scores = [BlindScores(own[prompt, number], best[prompt, number]) for number in right]
+            chosen = select(self.config, scores)
+            if chosen is not None:
+                kept.append(prompt)
+                texts.append(answers[None, prompt * count + right[chosen]])
+                gentleness.append(scores[chosen].gentleness(self.config))
+        self.rates = {"hinted_solve_rate": float(is_right.float().mean()), "acceptance": len(kept) / len(questions)}
+        self.rates |= {"gentleness": mean(gentleness)} if gentleness else {}
+        return questions[torch.tensor(kept, dtype=torch.long)], torch.cat(texts)
+
+    def imitate(self, questions: Questions, texts: Tensor) -> None:
+        optimizer = torch.optim.Adam(self.model.parameters(), IMITATION_RATE)
+        objective, tokens = Objective(msgspec.convert(IMITATION, ObjectiveConfig)), imitated_tokens(texts)
+        for _ in range(IMITATION_STEPS):
+            self.step(optimizer, objective, questions.prompts, tokens)
+
+    def own_samples(self) -> tuple[Tensor, Questions, Tensor]:
+        """Sample a step's prompts; return their numbers, the questions of each text, and the texts."""
+        chosen = torch.randperm(len(self.questions), generator=self.draw)[:PROMPTS_PER_STEP]
+        questions = self.questions[chosen].repeat(SAMPLES)
+        return chosen, questions, self.sample(questions, questions.prompts)
+
+    def own_tokens(self, questions: Questions, answers: Tensor) -> CompletionTokens:
+        rollout = self.logprobs(questions.prompts, answers).gather(-1, answers[..., None])[..., 0]
+        rewards = questions.rewards(answers)
+        groups = (group_advantages(group, divide_by_deviation=True) for group in rewards.reshape(-1, SAMPLES).tolist())
+        advantages = torch.tensor([one for group in groups for one in group])
+        return completion_tokens(answers, rollout, rewards, advantages, privileged=False)
+
+
+def imitated_tokens(texts: Tensor) -> CompletionTokens:
+    nothing = torch.zeros(len(texts))
+    return completion_tokens(texts, torch.zeros(texts.shape), nothing, nothing, privileged=True)
+
+
+def joined(first: CompletionTokens, second: CompletionTokens) -> CompletionTokens:
+    """Return the tokens of both, one after the other."""
+    columns = {
+        field: torch.cat([getattr(first, field), getattr(second, field)])
+        for field in vars(first)
+        if field not in ("scores", "trajectory")
+    }
+    trajectory = torch.cat([first.trajectory, second.trajectory + len(first) // DIGITS])
+    scores = {"teacher": {"logprobs": torch.zeros(len(trajectory))}}
+    return CompletionTokens(**columns, scores=scores, trajectory=trajectory)
+
+
+def train(arm: str, base: Model, sets: Sets, name: str, seed: int) -> dict[str, Any]:
+    """Train one student; return its pass rates on held-out prompts over the tokens that it sampled."""
+    questions = sets[name]["train"] if name in sets else both(*(one["train"] for one in sets.values()))
+    student = Student(base, questions, seed, "first" if arm == "unselected" else "likelihood")
+    curves: dict[str, list[list[float]]] = {one: [] for one in sets}
+
+    def evaluate() -> None:
+        for one, curve in curves.items():
+            held_out, draw = sets[one]["held_out"], torch.Generator().manual_seed(0)
+            rates = pass_rates(student.model, held_out, held_out.prompts, SAMPLES, draw)
+            curve.append([student.sampled_tokens, float(rates.mean())])
+
+    evaluate()
+    if name != "both" and arm in ("privileged", "unselected"):
+        student.sample(questions.repeat(SAMPLES), questions.prompts.repeat_interleave(SAMPLES, 0))  # finds hard ones
+        student.imitate(*student.hinted_texts(questions))
+    elif arm == "reference":
+        student.imitate(questions, questions.answers + OTHER_WAY)
+    evaluate()
+    for step in reinforce(student, with_hints=name == "both" and arm == "privileged"):
+        if step % EVALUATED_EVERY == 0:
+            evaluate()
+    evaluate()
+    held_out = sets["hard" if name == "both" else name]["held_out"]
+    written = write(student.model, held_out.prompts, torch.Generator().manual_seed(1))
+    other_way = float((written >= OTHER_WAY).float().mean())
+    return {"seed": seed, "set": name, "arm": arm, "curves": curves, **student.rates, "other_way": other_way}
+
+
+def reinforce(student: Student, with_hints: bool) -> Iterator[int]:
+    """Take steps of GRPO until the tokens are used up, and yield their numbers, from 1."""
+    optimizer = torch.optim.Adam(student.model.parameters(), RATE)
+    objective = Objective(msgspec.convert(TOGETHER if with_hints else GRPO, ObjectiveConfig))
+    probe = Probe(student.config, PrivilegedPlan(prompt_ids=frozenset(range(len(student.questions)))))
+    for step in itertools.count():
+        if student.sampled_tokens + PROMPTS_PER_STEP * SAMPLES * DIGITS > BUDGET:
+            return
+        hard = torch.tensor(probe.choose(step) if with_hints else (), dtype=torch.long)
+        numbers, questions, answers = student.own_samples()
+        prompts, tokens = questions.prompts, student.own_tokens(questions, answers)
+        if len(hard):
+            hinted, texts = student.hinted_texts(student.questions[hard])
+            prompts, tokens = torch.cat([prompts, hinted.prompts]), joined(tokens, imitated_tokens(texts))
+        student.step(optimizer, objective, prompts, tokens)
+        asked, rewards = numbers.repeat_interleave(SAMPLES).tolist(), questions.rewards(answers).tolist()
+        ids, ones = tuple(range(step * len(asked), (step + 1) * len(asked))), (1,) * len(asked)
+        probe.observe(step, [BatchHandle(None, "", ids, ones, ones, tuple(asked), tuple(rewards))])
+        yield step + 1
+
+
+def both(first: Questions, second: Questions) -> Questions:
+    return Questions(torch.cat([first.prompts, second.prompts]), torch.cat([first.shifts, second.shifts]))
+
+
+def study(seed: int, missing: Sequence[tuple[str, str]], pretraining_steps: int) -> Iterator[dict[str, Any]]:
+    """Yield the outcome of every missing arm, as set and arm, with one seed; they share model and prompts."""
+    table = torch.randperm(BASE, generator=torch.Generator().manual_seed(300 + seed))
+    base = pretrain(seed, table, pretraining_steps).eval()
+    sets, rates = find_sets(base, seed, table)
+    for name, arm in missing:
+        began = time.perf_counter()
+        outcome = train(arm, base, sets, name, seed) | rates
+        rises = {
+            on: [round(point[1], 3) for point in (*curve[:2], curve[-1])] for on, curve in outcome["curves"].items()
+        }
+        print(f"seed {seed} {name:<5} {arm:<10} {rises}  {time.perf_counter() - began:.0f} s", flush=True)
+        yield outcome
+
+
+def rows_of(outcomes: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return means over the seeds, and the contrasts with every paired difference."""
+    in_order = sorted(outcomes, key=lambda one: one["seed"])
+    by_arm = {
+        (name, arm): [one for one in in_order if (one["set"], one["arm"]) == (name, arm)]
+        for name, arms in ARMS.items()
+        for arm in arms
+    }
+    size, rows = f"{len(by_arm['hard', 'blind'])} seeds", list[Row]()
+
+    def add_mean(label: str, of_arm: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> None:
+        rows.append(row(label, size, mean(map(value, of_arm)), "share"))
+
+    for key, label in (
+        ("measured_anew_hard", "hard: pass rate without a hint, measured anew"),
+        ("measured_anew_dense", "dense: pass rate without a hint, measured anew"),
+        ("hint_on_hard", "hard: pass rate with a hint"),
+    ):
+        add_mean(label, by_arm["hard", "blind"], itemgetter(key))
+    for (name, arm), of_arm in by_arm.items():
+        for on in ("hard", "dense"):
+            values = [one["curves"][on][-1][1] for one in of_arm]
+            rows.append(row(f"trained on {name}, {arm}: held-out {on} prompts at the end", size, mean(values), "share"))
+    for arm in ARMS["hard"]:
+        add_mean(f"trained on hard, {arm}: other way of writing", by_arm["hard", arm], itemgetter("other_way"))
+    for key in ("hinted_solve_rate", "acceptance", "gentleness"):
+        add_mean(f"trained on hard, privileged: {key}", by_arm["hard", "privileged"], itemgetter(key))
+    return rows + _contrasts(by_arm, size)
+
+
+def _contrasts(by_arm: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], size: str) -> list[Row]:
+    def difference(name: str, arm: str, other: str, on: str) -> list[float]:
+        pairs = zip(by_arm[name, arm], by_arm[name, other], strict=True)
+        return [_gain(one, on) - _gain(beside, on) for one, beside in pairs]
+
+    on_hard, on_dense = (difference(name, "privileged", "blind", name) for name in ("hard", "dense"))
+    interaction = [hard - dense for hard, dense in zip(on_hard, on_dense, strict=True)]
+    rows = []
+    for label, differences in (("privileged - blind, hard", on_hard), ("the same, hard - dense", interaction)):
+        smallest = row(f"{label}, smallest", size, min(differences), "share")
+        rows.append({**at_least(smallest, 0), "differences": _list(differences)})
+        rows.append(at_most(row(f"{label}, sign-flip p", size, sign_flip_p(differences), "p"), 0.05))
+    for label, differences in (
+        ("privileged - blind, dense", on_dense),
+        ("privileged - unselected, hard", difference("hard", "privileged", "unselected", "hard")),
+        ("privileged - reference, hard", difference("hard", "privileged", "reference", "hard")),
+        ("privileged - blind, both, on hard", difference("both", "privileged", "blind", "hard")),
+        ("privileged - blind, both, on dense", difference("both", "privileged", "blind", "dense")),
+    ):
+        rows.append({**row(f"{label}, mean", size, mean(differences), "share"), "differences": _list(differences)})
+    return rows
+
+
+def _gain(outcome: Mapping[str, Any], on: str) -> float:
+    curve = outcome["curves"][on]
+    return float(curve[-1][1] - curve[0][1])
+
+
+def _list(differences: Sequence[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in differences)
+
+
+def main() -> int:
+    """Train what is missing, write the rows and draw the figure."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=1)
+    parser.add_argument("--pretraining-steps", type=int, default=PRETRAINING_STEPS)
+    parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-privileged-sampling.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    log = options.output.with_suffix(".jsonl")
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    everything = [(name, arm) for name, arms in ARMS.items() for arm in arms]
+    for seed in seeds:
+        done = {(one["set"], one["arm"]) for one in read_outcomes(log) if one["seed"] == seed}
+        if missing := [one for one in everything if one not in done]:
+            for outcome in study(seed, missing, options.pretraining_steps):
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(outcome) + "\n")
+    outcomes = [one for one in read_outcomes(log) if one["seed"] in seeds]
+    rows = rows_of(outcomes)
+    print_rows(rows)
+    document = {"machine": {"command": COMMAND, **describe_machine()}, "rows": rows, "outcomes": outcomes}
+    options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    draw_privileged_sampling(document, options.output.with_name("privileged_sampling.png"))
+    return 0 if all(one.get("met", True) for one in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Writes rows for prompts that the student alone never solves: samples with a context, verifies, selects one text.
+
+The student that reads a hint in the place of its prompt writes several texts; the environment rewards them; those that
+are right are scored without the hint, by the weights of now. One of them becomes a row of the prompt without the hint,
+whose `rollout_logprobs` are those of the sampler. Sources: Pedagogical RL (Chakraborty et al.) and TREK (arXiv
+2607.05339).
+"""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cluster.config.context import PrivilegedConfig
+from cluster.config.run_config import Config
+from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.contracts.metrics import Mean, Metric, Sum
+from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.contracts.trajectory import Floats, GeneratedTrajectory, Ints
+from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext, masked
+from rollout_workers.contexts.groups import Attempt
+from rollout_workers.contexts.template import check_columns
+from rollout_workers.prompts import PromptSet, sampling_seed
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLER = "privileged:student"  # in a row's column `sampler`: the student with another prompt wrote it
+
+# Samples one text of a request, of the student that reads these tokens in the place of its prompt.
+Sample = Callable[[RolloutRequest, SamplingSettings, int, Ints], Awaitable[Attempt]]
+
+
+@dataclass(frozen=True)
+class PrivilegedSettings:
+    """Says what the privileged sampler of a run does; equal for all rollout workers."""
+
+    config: PrivilegedConfig
+    contexts: ContextSettings  # of no scorer: how prompts are rendered
+
+    @property
+    def scorer(self) -> ScorerContext:
+        """Return the sampler's context in the form that the builder of contexts reads."""
+        return ScorerContext("", SAMPLER, self.config.context, self.config.shuffled)
+
+
+@dataclass(frozen=True)
+class PrivilegedPlan:
+    """Holds what follows from the prompts of a run for its privileged sampler."""
+
+    settings: PrivilegedSettings | None = None  # None: there is none
+    prompt_ids: frozenset[int] = frozenset()  # of prompts that have a context
+    prompt_tokens: int = 0  # of the longest prompt with its context
+    notes: tuple[str, ...] = ()
+
+
+def plan_privileged(
+    config: Config, prompts: PromptSet, tokenizer: "PreTrainedTokenizerBase", context_tokens: int, now: "datetime"
+) -> PrivilegedPlan:
+    """Render every training prompt as the sampler reads it; `prompts` are those, `context_tokens` the student's.
+
+    Raises:
+        ConfigError: the template is none, or reads what is not there before a completion is.
+        PromptError: a prompt lacks what the template reads.
+    """
+    section = config.rollout.privileged
+    if section is None:
+        return PrivilegedPlan()
+    settings = PrivilegedSettings(section, ContextSettings((), config.prompts, now))
+    try:
+        _check_template(settings.scorer, config, prompts)
+        builder = ContextBuilder(settings.contexts, tokenizer, prompts)
+        lengths = builder.lengths(settings.scorer, range(len(prompts)))
+    except PreceptorError as error:
+        raise type(error)(f"rollout.privileged: {error}") from error
+    capacity = context_tokens - config.rollout.max_completion_tokens - config.environment.max_observation_tokens - 1
+    fitting = {number: length for number, length in lengths.items() if 0 < length <= capacity}
+    if not fitting:
+        raise ConfigError(f"rollout.privileged: none of the {len(prompts):,} prompts has a context that fits")
+    absent = len(prompts) - len(fitting)
+    notes = [f"rollout.privileged: {absent:,} of {len(prompts):,} prompts have no context, or no room for it"]
+    return PrivilegedPlan(settings, frozenset(fitting), max(fitting.values()), tuple(notes[: bool(absent)]))
+
+
+def _check_template(scorer: ScorerContext, config: Config, prompts: PromptSet) -> None:
+    if scorer.template.reads_attempts:
+        raise ConfigError("the template reads an attempt, and the sampler writes before there is one")
+    for name, teacher in config.teachers.items():
+        if teacher.context is not None and ScorerContext(name, "", teacher.context).template.reads_group:
+            raise ConfigError(
+                f"teachers.{name}.context shows other attempts at a prompt, and a row of the sampler has none"
+            )
+    check_columns(scorer.template, prompts)
+    if scorer.shuffled and len(prompts) < 2:
+        raise ConfigError("shuffled = true takes the context of another prompt, and there is only one prompt")
+
+
+@dataclass(frozen=True)
+class BlindScores:
+    """Holds what the student without the context says of a text."""
+
+    logprobs: Floats  # [completion_tokens]
+    best: Floats  # [completion_tokens] log-probability of the student's favourite there
+
+    @property
+    def likelihood(self) -> float:
+        """Return the log-probability of the whole text, in nats."""
+        return float(self.logprobs.sum(dtype=np.float64))
+
+    def gentleness(self, config: PrivilegedConfig) -> float:
+        """Return exp(-(strength / sharpness) log mean exp(sharpness d)), in (0, 1]; 1: greedy decoding writes the text.
+
+        d is how far each token's log-probability is below the favourite's (Pedagogical RL).
+        """
+        if not len(self.logprobs):
+            return 1.0
+        scaled = config.sharpness * np.maximum(self.best - self.logprobs, 0.0).astype(np.float64)
+        largest = float(scaled.max())
+        pooled = largest + math.log(float(np.exp(scaled - largest).mean()))
+        return math.exp(-config.strength / config.sharpness * pooled)
+
+
+class PrivilegedSampler:
+    """Answers requests of the privileged sampler with one row each; one without a text to learn from is masked."""
+
+    def __init__(
+        self, settings: PrivilegedSettings, builder: ContextBuilder, engine: RolloutEngine, sample: Sample
+    ) -> None:
+        self._config, self._scorer = settings.config, settings.scorer
+        self._builder, self._engine, self._sample = builder, engine, sample
+
+    async def answer(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
+        """Sample, verify and select; all texts of a request run at once."""
+        prompt_ids = self.prompt_ids(request.prompt_id)
+        tries = [
+            replace(request, seed=sampling_seed(request.seed, request.prompt_id, number))
+            for number in range(self._config.samples_per_prompt)
+        ]
+        attempts = await asyncio.gather(*(self._sample(one, sampling, priority, prompt_ids) for one in tries))
+        right = [one for one in attempts if (one.trajectory.reward or 0.0) >= self._config.min_reward]
+        scores = await asyncio.gather(*(self._score(one, priority) for one in right))
+        chosen = select(self._config, scores)
+        row = masked(attempts[0].trajectory) if chosen is None else right[chosen].trajectory
+        metrics = sampler_metrics(self._config, attempts, scores, chosen)
+        return Attempt(replace(row, sampler=SAMPLER), metrics=metrics)
+
+    def prompt_ids(self, prompt_id: int) -> Ints:
+        """Return what the sampler reads in the place of a prompt."""
+        inputs = self._builder.inputs(self._scorer, prompt_id, {})
+        return self._builder.tokens(self._builder.prompts.source(prompt_id), self._scorer.template.render(inputs))
+
+    async def _score(self, attempt: Attempt, priority: int) -> BlindScores:
+        """Read a text after the prompt without the context."""
+        row = attempt.trajectory
+        name = f"{row.trajectory_id}-blind-{id(attempt)}"
+        written = np.flatnonzero(row.loss_mask).astype(np.int32)
+        _, logprobs = await self._engine.prompt_logprobs(name, row.token_ids, written, 1, priority)
+        return BlindScores(logprobs[:, 0], logprobs[:, 1])
+
+
+def select(config: PrivilegedConfig, scores: Sequence[BlindScores]) -> int | None:
+    """Return which of the right texts is learned from; None: there is none that is gentle enough."""
+    gentle = [index for index, one in enumerate(scores) if one.gentleness(config) >= config.min_gentleness]
+    if not gentle or config.select == "first":
+        return gentle[0] if gentle else None
+    if config.select == "gentleness":
+        return max(gentle, key=lambda index: scores[index].gentleness(config))
+    return max(gentle, key=lambda index: scores[index].likelihood)
+
+
+def sampler_metrics(
+    config: PrivilegedConfig, attempts: Sequence[Attempt], scores: Sequence[BlindScores], chosen: int | None
+) -> dict[str, Metric]:
+    """Return what one prompt's texts say of the sampler; `scores` are of the right ones."""
+    gentleness = [one.gentleness(config) for one in scores]
+    metrics: dict[str, Metric] = {
+        "privileged/tokens": Sum(float(sum(len(one.trajectory.rollout_logprobs) for one in attempts))),
+        "privileged/prompts": Sum(1.0),
+        "privileged/solve_rate": Mean(float(len(scores)), float(len(attempts))),
+        "privileged/acceptance": Mean(float(chosen is not None), 1.0),
+    }
+    if scores:
+        metrics["privileged/gentleness"] = Mean(sum(gentleness), float(len(scores)))
+    if chosen is not None:
+        metrics["privileged/chosen_gentleness"] = Mean(gentleness[chosen], 1.0)
+        metrics["privileged/chosen_logprob"] = Mean(scores[chosen].likelihood, float(len(scores[chosen].logprobs)))
+    return metrics
+
+
+def own_rows(rows: Sequence[GeneratedTrajectory]) -> list[GeneratedTrajectory]:
+    """Return the rows that the student sampled from its own prompts."""
+    return [row for row in rows if row.sampler != SAMPLER]

@@ -1,0 +1,87 @@
+"""A run whose student samples with hints what it never solves without: real engines, ledger, checkpoint, resumption."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.demo import EMBEDDED
+from examples.hints import make_prompts
+from tests.end_to_end.conftest import records_of
+from tests.end_to_end.runs import preceptor
+
+RUN_FILE = Path(make_prompts.__file__).parent / "one_try.toml"
+STEPS, PROMPTS, SAMPLES = 4, 12, 8
+
+
+@pytest.fixture(scope="module")
+def hinted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train for some steps on prompts that every step asks for, with a checkpoint after the second."""
+    folder = tmp_path_factory.mktemp("hints")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_prompts, "SIZES", {"train": PROMPTS, "held_out": 8})
+        make_prompts.write_prompts(folder)
+    finished = preceptor("train", str(RUN_FILE), *overrides(folder))
+    assert finished.code == 0, finished.output + finished.error
+    return folder / "run"
+
+
+def overrides(folder: Path) -> list[str]:
+    return [
+        f"run.directory={folder}",
+        "run.name=run",
+        f"run.steps={STEPS}",
+        f"student.model={EMBEDDED / 'student'}",
+        f"prompts.train={folder / 'train.jsonl'}",
+        f"prompts.held_out={folder / 'held_out.jsonl'}",
+        f"prompts.prompts_per_step={PROMPTS}",
+        "learner.zero_stage=0",
+        "learner.warmup_steps=1",
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=9",
+        "ray.dashboard=false",
+    ]
+
+
+def ledger_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+
+
+def test_hard_prompts_get_rows_of_the_sampler_which_the_learner_sees_as_the_engine_did(hinted_run: Path) -> None:
+    first, *later = records_of(hinted_run)
+    assert first["privileged/hard_prompts"] > 0
+    assert "privileged/prompts" not in first  # nothing was known of any prompt
+    asked = [record for record in later if record.get("privileged/acceptance")]
+    assert asked
+    for record in asked:
+        # Teacher-forced in vLLM without the hint, and by the learner, with the same weights.
+        assert record["train/privileged_logprob"] == pytest.approx(record["privileged/chosen_logprob"], abs=1e-3)
+        assert record["train/sampler_learner_gap_max"] < 1e-4  # of the student's own rows alone
+        assert 0 < record["privileged/gentleness"] <= 1
+    samples = json.loads((hinted_run / "config.json").read_text())["rollout"]["privileged"]["samples_per_prompt"]
+    longest = 6 * samples * max(record["privileged/prompts"] for record in asked)
+    assert 0 < asked[0]["privileged/tokens"] <= longest
+
+
+def test_the_ledger_proves_the_samplers_rows_too(hinted_run: Path) -> None:
+    beside = sum(len(record.get("privileged", ())) for record in ledger_of(hinted_run))
+    assert beside > 0
+    verified = preceptor("verify", str(hinted_run))
+    assert verified.code == 0, verified.error
+    own = STEPS * PROMPTS * SAMPLES
+    assert (
+        f"{own} trajectories, and {beside} of the privileged sampler: each was learned from exactly" in verified.output
+    )
+
+
+@pytest.mark.exhaustive
+def test_a_resumed_run_asks_the_sampler_for_the_same_prompts(hinted_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(hinted_run, copy)
+    for folder in sorted((copy / "checkpoints").iterdir())[1:]:  # all but that of step 2
+        shutil.rmtree(folder)
+    resumed = preceptor("train", "--resume", str(copy))
+    assert resumed.code == 0, resumed.output + resumed.error
+    assert ledger_of(copy) == ledger_of(hinted_run)
