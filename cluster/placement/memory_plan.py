@@ -27,6 +27,7 @@ from cluster.placement.memory_report import (
     MemoryPlan,
     describe_choices,
     engines_of,
+    has_workers,
     shared_fault,
     sum_of_shares,
     with_engines,
@@ -64,7 +65,7 @@ def plan_memory(config: Config, sizes: Mapping[str, ModelSize], lengths: Lengths
     faults = [
         worker_fault(planned, sizes, lengths, one, gpu_gib)
         for pool, one in workers.items()
-        if planned.rollout.num_workers or pool != "rollout"  # a replay may need no engine that writes
+        if has_workers(planned, pool)  # a replay may need no engines
     ]
     if config.ray.share_gpu:
         faults.insert(0, shared_fault(planned, workers, gpu_gib, lambda one: _share(one, sizes, lengths, gpu_gib)))

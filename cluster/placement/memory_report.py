@@ -179,6 +179,13 @@ def engines_of(config: Config, sizes: Mapping[str, ModelSize]) -> dict[str, Engi
     return {"rollout": config.rollout.engine, **teachers}
 
 
+def has_workers(config: Config, pool: str) -> bool:
+    """Return whether the run starts workers of a pool, as `estimate` calls it."""
+    numbers = {f"teacher-{name}": one.num_workers for name, one in config.teachers.items()}
+    numbers |= {"rollout": config.rollout.num_workers, "learner": config.learner.num_workers}
+    return numbers[pool] > 0
+
+
 def with_engines(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
     rollout = replace(config.rollout, engine=replace(config.rollout.engine, **changes.get("rollout", {})))
     teachers = {

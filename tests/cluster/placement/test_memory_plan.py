@@ -263,3 +263,9 @@ def test_a_teacher_whose_size_is_unknown_leaves_the_rest_planned() -> None:
     found = plan_memory(config, sizes, Lengths(2048), 80.0)
     assert found.config.teachers["own"].engine.gpu_memory_fraction is None
     assert found.config.teachers["main"].engine.gpu_memory_fraction == 0.9
+
+
+def test_pools_without_workers_need_nothing() -> None:
+    config = make_config(LISTED, "teachers.main.num_workers=0")
+    sizes = {STUDENT: size("0.6B"), "main": size("70B")}
+    assert plan_memory(config, sizes, Lengths(2048), 24.0).fault is None
