@@ -27,6 +27,7 @@ SPARE_GIB = 0.5  # of a GPU that belongs to one worker: the driver's own
 # what the loss computes, and another for each model whose whole distribution is compared; of a teacher's two.
 LEARNED_LOGITS = {True: 1 << 28, False: 1 << 26}
 SCORED_LOGITS, SCORED_TOKENS = {True: 1 << 27, False: 1 << 23}, 128
+MOST_SEQUENCES = 1024  # at once, where vLLM chooses
 SAMPLED_BYTES = 12  # of one logit of a sampled token: itself, its log-probability and a copy, in float32
 # Gradients that ZeRO reduces at once, for the learner too: DeepSpeed's own 500,000,000 and their float32 copy would
 # take 2.8 GiB, and 400 MB are as fast.
@@ -118,7 +119,7 @@ def yields_to_learner(config: Config) -> bool:
 def rollout_memory(config: Config, size: ModelSize, longest: int, gpu_gib: float | None) -> WorkerMemory:
     """Return what an engine that generates takes; where it has GPUs of its own, weights come through a buffer."""
     engine = config.rollout.engine
-    logits = engine.max_concurrent_sequences * size.vocabulary * SAMPLED_BYTES
+    logits = (engine.max_concurrent_sequences or MOST_SEQUENCES) * size.vocabulary * SAMPLED_BYTES
     received = gpu_gib is not None and choose(config, True)[1] == "nccl"
     beside = {
         "buffers": _transfer_gib(config, size) if received else 0.0,

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from cluster.config.run_config import Config
 from cluster.models.model_size import STUDENT, ModelSize
 from cluster.placement.memory import (
+    MOST_SEQUENCES,
     SPARE_GIB,
     Lengths,
     cache_bytes_per_token,
@@ -144,7 +145,8 @@ def _shared_engines(
     config: Config, sizes: Mapping[str, ModelSize], lengths: Lengths, gpu_gib: float
 ) -> dict[str, _SharedEngine]:
     rows = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
-    rows = min(math.ceil(rows / max(1, config.rollout.num_workers)), config.rollout.engine.max_concurrent_sequences)
+    most = config.rollout.engine.max_concurrent_sequences or MOST_SEQUENCES
+    rows = min(math.ceil(rows / max(1, config.rollout.num_workers)), most)
     engines = {}
     for pool, worker in estimate(config, sizes, lengths, gpu_gib).items():
         if pool == "learner":
