@@ -36,6 +36,8 @@ def visible_gpus() -> list[float]:
 
 def smallest_gpu(node_ids: Sequence[str]) -> float | None:
     """Ask these nodes of the connected cluster for their GPUs; return the GiB of the smallest, None without any."""
+    if not node_ids:
+        return None
     read = ray.remote(num_cpus=0, max_calls=1)(visible_gpus)
     answers = [
         read.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
