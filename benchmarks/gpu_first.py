@@ -35,13 +35,13 @@ from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.requests import ScoreRequest
 from cluster.models.lm_head import LmHead
+from cluster.models.token_scores import chunk_size, score_tokens
 from cluster.weight_sync.ipc_handles import plain_handle, rebuild_arguments
 from learner.engines.base import TrainEngine
 from learner.engines.torch import ReferenceEngine
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
 from learner.model.student import load_student
-from teacher_workers.backends.lm_head_scores import chunk_size, score_tokens
 
 COMMAND = "python -m benchmarks.gpu_first"
 READERS, UPDATES, BUFFER_BYTES, READ_BYTES = 2, 6, 1 << 28, 1000

@@ -68,7 +68,7 @@ class SelfTeachers:
 
     def head_of(self, name: str, head: LmHead) -> LmHead:
         """Return a teacher's LM head with its present weights."""
-        tensors = [one.name for one in self._engine.student.manifest("float32") if head.has(one.name)]
+        tensors = [one.name for one in self._engine.student.manifest("float32") if head.own_name(one.name)]
         with self.weights_of(name), self._engine.full_parameters(tensors) as parameters:
             return head.updated(parameters)
 

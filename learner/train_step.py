@@ -1,8 +1,8 @@
 """Runs forward, objective and backward over micro-batches of one rank, and returns their metrics."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain, pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import torch
@@ -42,6 +42,7 @@ def learning_rate_at(step: int, num_steps: int, config: LearnerConfig) -> float:
 def accumulate(
     engine: TrainEngine,
     batches: Iterable[MicroBatch],
+    num_batches: int,
     objective: Objective,
     teacher_heads: TeacherHeads,
     completes_step: bool,
@@ -49,15 +50,14 @@ def accumulate(
 ) -> dict[str, Metric]:
     """Run forward and backward over some of a step's micro-batches; the gradients' sums stay in the engine.
 
-    Every rank has as many micro-batches in this call, at least one; `completes_step` says that no others follow.
+    Every rank has `num_batches` in this call, at least one; `completes_step` says that no others follow.
     `keep` receives what the watches of micro-batches have read, and returns metrics of it.
     """
     parts: list[dict[str, Metric]] = []
-    for batch, following in pairwise(chain(batches, [None])):
-        assert batch is not None, "the last is followed by None"
+    for number, batch in enumerate(batches, start=1):
         started = perf_counter()
         result = engine.forward(batch, objective, teacher_heads)
-        engine.backward(result.loss, completes_step and following is None)
+        engine.backward(result.loss, completes_step and number == num_batches)
         metrics = describe(result, batch.tokens.to(result.loss.device), objective.needs.sampled_candidates)
         if objective.needs.last_states or objective.needs.layer_states:
             metrics |= {"state_error": _mean(result.columns[-1])} if len(batch.tokens) else {}
@@ -66,6 +66,24 @@ def accumulate(
             metrics |= keep(batch.watch, result)
         parts.append(metrics | {"busy_seconds": Sum(perf_counter() - started), "micro_batches": Sum(1.0)})
     return merge(parts)
+
+
+def prefetched(batches: Iterable[MicroBatch], device: torch.device) -> Iterator[MicroBatch]:
+    """Make each micro-batch in a thread while the one before is computed, in pinned memory if it goes to a GPU.
+
+    Two live at a time: hidden states are large.
+    """
+    iterator = iter(batches)
+
+    def make() -> MicroBatch | None:
+        batch = next(iterator, None)
+        return batch if batch is None or device.type == "cpu" else batch.changed(Tensor.pin_memory)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="micro-batch") as thread:
+        coming = thread.submit(make)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(make)
+            yield batch
 
 
 @torch.no_grad()

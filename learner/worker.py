@@ -16,6 +16,7 @@ from ray.actor import ActorHandle
 
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
+from cluster.contracts.errors import PlacementError
 from cluster.contracts.import_path import load_object
 from cluster.contracts.kept_rows import Taken
 from cluster.contracts.metrics import Max, Mean, Metric, Sum, merge
@@ -41,7 +42,7 @@ from learner.model.completion_head import TeacherHeads, load_teacher_heads, with
 from learner.model.student import load_student
 from learner.rendezvous import free_address
 from learner.self_teachers import SelfTeachers
-from learner.train_step import accumulate, learning_rate_at
+from learner.train_step import accumulate, learning_rate_at, prefetched
 from learner.weight_sync.object_store import WeightSender
 
 
@@ -69,6 +70,7 @@ class LearnerActor:
     def start(self, address: str) -> None:
         """Load the student, and join the group at `tcp://host:port` unless it is of stage 0."""
         config, device = self._config, _device()
+        check_gpu(ray.get_gpu_ids() if ray.is_initialized() else [], device)
         transformers.utils.logging.disable_progress_bar()
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
@@ -110,13 +112,15 @@ class LearnerActor:
         """Add the gradients of this rank's share of a round; `objective`, of the same support, replaces the run's."""
         batches, rows, micro_batches = self._read(share)
         minimised = self._objective_of(share, objective)
-        if objective is not None:
-            return accumulate(self._engine, micro_batches, minimised, self._teacher_heads, completes_step)
-        kept = self._kept
-        watched = (kept.watch(batch, grid, rows) for batch, grid in zip(micro_batches, share.grids, strict=True))
-        keep = partial(kept.add, batches=batches)
-        metrics = accumulate(self._engine, watched, minimised, self._teacher_heads, completes_step, keep)
-        return metrics | self._left_out(rows, share)
+        keep = None
+        if objective is None:
+            pairs = zip(micro_batches, share.grids, strict=True)
+            micro_batches = (self._kept.watch(batch, grid, rows) for batch, grid in pairs)
+            keep = partial(self._kept.add, batches=batches)
+        device, count = _device(), len(share.grids)
+        moved = (batch.to(device) for batch in micro_batches)  # once: the metrics read the tokens too
+        metrics = accumulate(self._engine, moved, count, minimised, self._teacher_heads, completes_step, keep)
+        return metrics if objective is not None else metrics | self._left_out(rows, share)
 
     def _left_out(self, rows: Sequence[Trajectory], share: RankShare) -> dict[str, Metric]:
         """Return which part of the sampled tokens comes after the ends of their trajectories, where these have any."""
@@ -154,7 +158,8 @@ class LearnerActor:
         rows, early = trajectories(batches, share.task_advantages, share.weights), self._config.objective.token_weights
         if early.stop_window:
             rows = end_early(rows, early.stop_window, early.stop_below)
-        return batches, rows, (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
+        built = (build_micro_batch(grid, rows, self._config.run.seed) for grid in share.grids)
+        return batches, rows, prefetched(built, _device())
 
     def take_step(self, num_tokens: int, step: int) -> dict[str, Metric]:
         """Update the weights with the gradients of optimizer step `step`, from 0, which decides the learning rate."""
@@ -245,6 +250,15 @@ class LearnerActor:
 
     def _fetch_from_ray(self, references: Sequence[Any]) -> list[Any]:
         return ray.get(list(references), timeout=self._config.ray.call_timeout_seconds)
+
+
+def check_gpu(gpu_ids: Sequence[Any], device: torch.device) -> None:
+    """Raise PlacementError where Ray has given this process GPUs and torch finds none."""
+    if gpu_ids and device.type == "cpu":
+        raise PlacementError(
+            f"learner: Ray gave it GPU {gpu_ids[0]}, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds "
+            "none; update the NVIDIA driver to what this CUDA needs, or start Ray with --num-gpus 0 to train on the CPU"
+        )
 
 
 def _device() -> torch.device:

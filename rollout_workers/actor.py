@@ -6,14 +6,17 @@ Importing this loads no vLLM: the driver never needs it, and an actor sets vLLM'
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from datetime import datetime
 from functools import lru_cache
 from itertools import count
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
+from cluster.config.sections import HARNESS_KINDS, EnvironmentConfig, PromptsConfig, StudentConfig
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
@@ -24,11 +27,19 @@ from cluster.vllm.weight_sync.served_weights import ServedWeights
 from cluster.vllm.weight_sync.updates import WeightVerbs
 from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.environments.base import Services, environment_named
+from rollout_workers.environments.chat import Chat
+from rollout_workers.environments.tool_calls import reader_of
 from rollout_workers.environments.verifier_process import VerifierProcess
+from rollout_workers.episode import Limits
 from rollout_workers.pool import RolloutActorSettings
 from rollout_workers.privileged import PrivilegedSampler
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rollout_workers.harness.environment import HarnessRuntime
 
 BEFORE_ALL = -(2**31)  # the priority of scores: an update of the weights waits for them
 REMEMBERED_TEXTS = 1024  # that environments add again and again, such as a hint; each is tokenised once
@@ -69,18 +80,16 @@ class RolloutActor(WeightVerbs):
             settings.weight_transport,
             settings.sampled_candidates,
             settings.merges_stops,
+            settings.keeps_cache,
+            settings.float32_head,
             settings.rests,
         )
         self._worker = RolloutWorker(
             engine,
-            Services(
-                lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))),
-                lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
-                VerifierProcess(settings.environment.weights, settings.environment.reward_seconds),
-            ),
+            _services(settings, tokenizer),
             settings.rows_per_batch,
             environment_named(settings.environment.kind),
-            settings.environment.max_observation_tokens,
+            Limits.of(settings.environment),
             lambda prompts: (
                 None if settings.contexts is None else ContextBuilder(settings.contexts, tokenizer, prompts)
             ),
@@ -164,3 +173,36 @@ class RolloutActor(WeightVerbs):
             self._watching.cancel()
         if hasattr(self, "_worker"):
             await self._worker.shutdown()
+
+
+def _services(settings: RolloutActorSettings, tokenizer: "PreTrainedTokenizerBase") -> Services:
+    """Return what environments may use; the tokenizer is of the model that samples."""
+    environment = settings.environment
+    return Services(
+        lru_cache(REMEMBERED_TEXTS)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))),
+        lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
+        VerifierProcess(environment.weights, environment.reward_seconds, environment.tools),
+        settings=environment,
+        chat=None if settings.chat is None else _chat(*settings.chat),
+        read_calls=reader_of(environment.tool_format, tokenizer),
+        harness=_harness(environment),
+    )
+
+
+def _harness(environment: EnvironmentConfig) -> "HarnessRuntime | None":
+    """Return what agents ask the student by, if they are the run's environment; it listens at the node's address."""
+    if environment.kind not in HARNESS_KINDS:
+        return None
+    import ray
+
+    from rollout_workers.harness.environment import HarnessRuntime
+
+    return HarnessRuntime(environment, ray.util.get_node_ip_address())
+
+
+def _chat(student: StudentConfig, prompts: PromptsConfig, now: datetime) -> Chat:
+    """Load the student's tokenizer, which rendered the prompts; a teacher that is measured may have another."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(student.model, trust_remote_code=student.trust_remote_code)
+    return Chat(tokenizer, prompts, now)

@@ -10,6 +10,7 @@ import msgspec
 
 from cluster.config.run_config import Config
 from cluster.contracts.errors import PromptError
+from rollout_workers.environments.tool_calls import tool_schemas
 from rollout_workers.prompt_row import PromptRow
 from rollout_workers.prompt_rows import RowReader
 from rollout_workers.prompt_sources import TRAIN_SPLITS, Row, read_rows, value_at
@@ -50,7 +51,7 @@ def load_prompts(
     if settings.template == "chat" and tokenizer.chat_template is None:
         raise PromptError(f"{source}: the student's tokenizer has no chat template; set prompts.template = 'raw'")
     loading = _Loading(str(source), tokenizer, config, now or datetime.now(), teacher_tokenizers or {})
-    for where, row in read_rows(str(source), splits):
+    for where, row in read_rows(str(source), splits, config.environment):
         loading.add(where, row)
     prompts = loading.tokenise(context_tokens)
     if lines := loading.describe():
@@ -73,6 +74,7 @@ class _Loading:
         self._teacher_tokenizers = teacher_tokenizers
         self._reader = RowReader(config)
         self._now = now
+        self._tools = tool_schemas(config.environment.tools)  # of rows that name none
         self._absent_columns = list(config.prompts.columns.values())  # of those that are named, in no row so far
         self._num_rows = 0
         self._columns: dict[str, None] = {}  # names of all columns, in order
@@ -89,6 +91,8 @@ class _Loading:
             if self._absent_columns:
                 self._absent_columns = [path for path in self._absent_columns if value_at(row, path) is None]
             prompt = self._reader.read(row)
+            if self._tools and prompt.tools is None:
+                prompt = msgspec.structs.replace(prompt, tools=self._tools)
             self._prompts.append((where, prompt, self._render(prompt)))
         except PromptError as error:
             self._problems.append((where, error))
@@ -214,7 +218,8 @@ def _route(teacher: str | None, names: Sequence[str]) -> str:
 
 
 def _source(config: Config, prompt: PromptRow) -> str | None:
-    return msgspec.json.encode(prompt).decode() if config.has_contexts else None
+    is_read = config.has_contexts or config.environment.has_turns
+    return msgspec.json.encode(prompt).decode() if is_read else None
 
 
 def _as_json(columns: dict[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import count
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.actors.cluster import RAY, Cluster, PoolTimeouts
 from cluster.actors.object_store import STORE_ENVIRONMENT, add_environment
 from cluster.actors.replicas import Pool, Replicas, Supervision
-from cluster.config.sections import EnvironmentConfig, StudentConfig
+from cluster.config.sections import EnvironmentConfig, PromptsConfig, StudentConfig
 from cluster.config.stages import EngineConfig
 from cluster.contracts.batches import BatchHandle, PoolState, Span
 from cluster.contracts.errors import ActorDiedError, PreceptorError
@@ -43,8 +44,12 @@ class RolloutActorSettings:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     sampled_candidates: bool = False  # whether sampling settings may ask for sampled candidates
     merges_stops: bool = False  # whether they may have a class of stop ids
+    keeps_cache: bool = False  # whether running requests keep their keys and values when the weights change
+    float32_head: bool = False  # on a GPU: logits in float32, as the learner's are
     rests: bool = False  # whether engines give up weights and all when a step's rollouts are done, for new ones follow
     contexts: ContextSettings | None = None  # of teachers that read other prompts than the student
+    # What rendered the prompts, for environments that continue them: the tokenizer's folder, the settings, the time.
+    chat: tuple[StudentConfig, PromptsConfig, datetime] | None = None
     privileged: PrivilegedSettings | None = None  # what samples for prompts that the student never solves
 
 

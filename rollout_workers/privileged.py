@@ -20,8 +20,8 @@ from cluster.contracts.errors import ConfigError, PreceptorError
 from cluster.contracts.metrics import Mean, Metric, Sum
 from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import Floats, GeneratedTrajectory, Ints
-from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext, masked
+from cluster.contracts.trajectory import Floats, GeneratedTrajectory, Ints, masked
+from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext
 from rollout_workers.contexts.groups import Attempt
 from rollout_workers.contexts.template import check_columns
 from rollout_workers.prompts import PromptSet, sampling_seed
@@ -61,9 +61,22 @@ class PrivilegedPlan:
 
 
 def plan_privileged(
-    config: Config, prompts: PromptSet, tokenizer: "PreTrainedTokenizerBase", context_tokens: int, now: "datetime"
+    config: Config,
+    prompts: PromptSet,
+    num_train: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    context_tokens: int,
+    now: "datetime",
 ) -> PrivilegedPlan:
-    """Render every training prompt as the sampler reads it; `prompts` are those, `context_tokens` the student's.
+    """Render every training prompt as the sampler reads it.
+
+    Args:
+        config: of the run.
+        prompts: all of them, training prompts first.
+        num_train: how many these are.
+        tokenizer: the student's.
+        context_tokens: of the student.
+        now: what chat templates take for the time.
 
     Raises:
         ConfigError: the template is none, or reads what is not there before a completion is.
@@ -76,15 +89,15 @@ def plan_privileged(
     try:
         _check_template(settings.scorer, config, prompts)
         builder = ContextBuilder(settings.contexts, tokenizer, prompts)
-        lengths = builder.lengths(settings.scorer, range(len(prompts)))
+        lengths = builder.lengths(settings.scorer, range(num_train))
     except PreceptorError as error:
         raise type(error)(f"rollout.privileged: {error}") from error
     capacity = context_tokens - config.rollout.max_completion_tokens - config.environment.max_observation_tokens - 1
     fitting = {number: length for number, length in lengths.items() if 0 < length <= capacity}
     if not fitting:
-        raise ConfigError(f"rollout.privileged: none of the {len(prompts):,} prompts has a context that fits")
-    absent = len(prompts) - len(fitting)
-    notes = [f"rollout.privileged: {absent:,} of {len(prompts):,} prompts have no context, or no room for it"]
+        raise ConfigError(f"rollout.privileged: none of the {num_train:,} prompts has a context that fits")
+    absent = num_train - len(fitting)
+    notes = [f"rollout.privileged: {absent:,} of {num_train:,} prompts have no context, or no room for it"]
     return PrivilegedPlan(settings, frozenset(fitting), max(fitting.values()), tuple(notes[: bool(absent)]))
 
 
@@ -146,9 +159,10 @@ class PrivilegedSampler:
         right = [one for one in attempts if (one.trajectory.reward or 0.0) >= self._config.min_reward]
         scores = await asyncio.gather(*(self._score(one, priority) for one in right))
         chosen = select(self._config, scores)
-        row = masked(attempts[0].trajectory) if chosen is None else right[chosen].trajectory
+        attempt = attempts[0] if chosen is None else right[chosen]
+        row = masked(attempt.trajectory) if chosen is None else attempt.trajectory
         metrics = sampler_metrics(self._config, attempts, scores, chosen)
-        return Attempt(replace(row, sampler=SAMPLER), metrics=metrics)
+        return replace(attempt, trajectory=replace(row, sampler=SAMPLER), metrics=metrics)
 
     def prompt_ids(self, prompt_id: int) -> Ints:
         """Return what the sampler reads in the place of a prompt."""

@@ -9,12 +9,15 @@ import msgspec
 import pyarrow as pa
 
 from cluster.config.data_source import DataSource, parse_source
+from cluster.config.sections import EnvironmentConfig
 from cluster.contracts.errors import PromptError
 from cluster.contracts.files import read_file
+from rollout_workers.harness.process import VERIFIERS, list_tasks
 from rollout_workers.reasoning_gym_tasks import read_tasks
 
 Row = dict[str, Any]
 
+TASKS = f"{VERIFIERS}:tasks"
 HUB_SECONDS = 5.0  # that the hub has to answer at all
 MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
 TRAIN_SPLITS, HELD_OUT_SPLITS = ("train",), ("test", "validation")  # of a data set, the first that it has
@@ -23,8 +26,12 @@ PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "i
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
 
 
-def read_rows(source: str, splits: Sequence[str] = TRAIN_SPLITS) -> Iterator[tuple[str, Row | PromptError]]:
+def read_rows(
+    source: str, splits: Sequence[str] = TRAIN_SPLITS, environment: EnvironmentConfig | None = None
+) -> Iterator[tuple[str, Row | PromptError]]:
     """Yield where each row stands, and the row, or what is wrong with it.
+
+    `environment` says in which Python the package `verifiers` is, and with which arguments.
 
     Raises:
         PromptError: the source is missing, empty or no data that we know.
@@ -33,19 +40,33 @@ def read_rows(source: str, splits: Sequence[str] = TRAIN_SPLITS) -> Iterator[tup
     if parsed.kind == "file" and parsed.split is not None:
         raise PromptError(f"{source}: a file has no splits; name {parsed.place} alone")
     num_rows = 0
-    for row in _rows_of(parsed, source, splits):
+    for row in _rows_of(parsed, source, splits, environment or EnvironmentConfig()):
         num_rows += 1
         yield row
     if not num_rows:
         raise PromptError(f"{source}: the {'file' if parsed.kind == 'file' else 'data set'} holds no prompt")
 
 
-def _rows_of(parsed: DataSource, source: str, splits: Sequence[str]) -> Iterator[tuple[str, Row | PromptError]]:
+def _rows_of(
+    parsed: DataSource, source: str, splits: Sequence[str], environment: EnvironmentConfig
+) -> Iterator[tuple[str, Row | PromptError]]:
     if parsed.kind == "file":
         return _file_rows(parsed.place)
     if parsed.kind == "reasoning-gym":
         return read_tasks(parsed.place)
+    if parsed.kind == "verifiers":
+        return _tasks_of_verifiers(source, parsed.place, environment)
     return _table_rows(source, _dataset(parsed, splits))
+
+
+def _tasks_of_verifiers(
+    source: str, task: str, environment: EnvironmentConfig
+) -> Iterator[tuple[str, Row | PromptError]]:
+    try:
+        rows = list_tasks(TASKS, {"task": task, "arguments": environment.arguments}, environment.python)
+    except PromptError as error:
+        raise PromptError(f"{source}: {error}") from error
+    yield from ((_row(source, number), row) for number, row in enumerate(rows, start=1))
 
 
 def guess_columns(row: Row) -> dict[str, str]:

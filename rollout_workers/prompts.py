@@ -26,7 +26,7 @@ _SCHEMA = pa.schema(
         pa.field("columns", pa.string(), nullable=True),  # further columns as a JSON object
         # As the prompt's teacher reads it, where that has a tokenizer of its own.
         pa.field("teacher_token_ids", pa.list_(pa.int32()), nullable=True),
-        pa.field("source", pa.string(), nullable=True),  # the whole row as a JSON object, where contexts are made of it
+        pa.field("source", pa.string(), nullable=True),  # the whole row as JSON, where contexts or turns are made of it
     ]
 )
 
@@ -74,7 +74,9 @@ class PromptSet:
         further = {} if columns is None else msgspec.json.decode(columns)
         own = self._table["teacher_token_ids"][prompt_id].as_py()
         of_teacher = None if own is None else np.array(own, np.int32)
-        return Prompt(self._token_ids[prompt_id], text, teacher, domain, answer, further, of_teacher)
+        source = self._table["source"][prompt_id].as_py()
+        row = None if source is None else msgspec.json.decode(source, type=PromptRow)
+        return Prompt(self._token_ids[prompt_id], text, teacher, domain, answer, further, of_teacher, row)
 
     def without_teachers_tokens(self) -> "PromptSet":
         """Return the prompts as the student reads them, for its teachers too."""
@@ -89,10 +91,10 @@ class PromptSet:
 
     def source(self, prompt_id: int) -> PromptRow:
         """Return the row of the file; raise PromptError if the prompts were read without, for no context needs it."""
-        encoded = self._table["source"][prompt_id].as_py()
-        if encoded is None:
+        row = self.prompt(prompt_id).row
+        if row is None:
             raise PromptError(f"prompt {prompt_id} was read without the row that a teacher's context is made of")
-        return msgspec.json.decode(encoded, type=PromptRow)
+        return row
 
     def to_wire(self) -> pa.Buffer:
         sink = pa.BufferOutputStream()

@@ -94,6 +94,8 @@ class VllmRolloutEngine:
         transport: str | None,
         sampled_candidates: bool = False,
         merges_stops: bool = False,
+        keeps_cache: bool = False,
+        float32_head: bool = False,
         rests: bool = False,
     ) -> None:
         """Start the engine; requests may want sampled candidates, or a class of stop ids, if it is said here.
@@ -114,6 +116,8 @@ class VllmRolloutEngine:
                 tokenizer=True,
                 priorities=True,
                 sleeps=engine.sleep,
+                keeps_cache=keeps_cache,
+                float32_head=float32_head,
                 weight_transfer_backend=vllm_backend(transport) if transport else None,
                 worker_extension=WORKER_EXTENSION,
                 logits_processors=(MERGING,) * merges_stops + (PROCESSORS,) * sampled_candidates,

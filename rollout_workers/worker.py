@@ -1,27 +1,31 @@
 """Turns requests into Arrow batches of trajectories, as they finish."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from cluster.contracts.errors import PreceptorError, RolloutError, WeightSyncError
 from cluster.contracts.metrics import Metrics, merge
 from cluster.contracts.protocols import RolloutEngine
-from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints, make_generated
+from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
 from rollout_workers.batching import BatchSize, in_batches
 from rollout_workers.contexts.builder import ContextBuilder
 from rollout_workers.contexts.groups import Attempt, GroupBarrier, Released
-from rollout_workers.environments.base import NewEnvironment, Observation, Outcome, Services, SingleTurn, TokenIds
+from rollout_workers.environments.base import NewEnvironment, Outcome, Services, SingleTurn
+from rollout_workers.episode import NO_LIMITS, Episode, Limits
 from rollout_workers.privileged import PrivilegedSampler, Sample, own_rows
-from rollout_workers.prompts import PromptSet, turn_seed
-from rollout_workers.trajectory_builder import build_trajectory, rollout_metrics, token_ids_of
+from rollout_workers.prompts import PromptSet
+from rollout_workers.trajectory_builder import rollout_metrics
+
+MOST_FAILURES = 16  # of environments one after the other: the environment itself is wrong
+
+_log = logging.getLogger("preceptor")
 
 NewContexts = Callable[[PromptSet], ContextBuilder | None]  # None: all models read the student's prompt
 # Makes the privileged sampler, if there is one, of the prompts and of what samples one text.
@@ -38,11 +42,11 @@ class RolloutWorker:
         services: Services,
         rows_per_batch: int,
         environment: NewEnvironment = SingleTurn,
-        max_observation_tokens: int = 0,
+        limits: Limits = NO_LIMITS,
         contexts: NewContexts = lambda prompts: None,
         privileged: NewPrivileged = lambda prompts, engine, sample: None,
     ) -> None:
-        """Take the engine, what makes each trajectory's environment, and how many tokens that may add to one prompt.
+        """Take the engine, what makes each episode's environment, and the bounds of an episode.
 
         `contexts` makes what builds the prompts of teachers that read another than the student's, `privileged` what
         answers requests to the privileged sampler.
@@ -51,14 +55,14 @@ class RolloutWorker:
         self._services = services
         self._batch_size = BatchSize(rows_per_batch)
         self._environment = environment
-        self._max_observation_tokens = max_observation_tokens
+        self._limits = limits
         self._prompts: PromptSet | None = None
         self._new_contexts = contexts
         self._contexts: ContextBuilder | None = None
         self._new_privileged = privileged
         self._privileged: PrivilegedSampler | None = None
         self._policy_version: int | None = None  # None: the weights that the engine loaded from disk
-        self._num_requests = 0
+        self._num_requests = self._num_failures = 0
 
     def set_prompts(self, prompts: PromptSet) -> None:
         self._prompts, self._contexts = prompts, self._new_contexts(prompts)
@@ -73,15 +77,17 @@ class RolloutWorker:
         lower `priority` run first. `sampling.max_completion_tokens` bounds the sampled tokens of a whole trajectory.
 
         Raises:
-            RolloutError: the prompts were never set, the engine gave up a request, or an environment failed.
+            RolloutError: the prompts were never set, the engine gave up a request, or environments fail all the time.
         """
         last = perf_counter()
         tasks = [asyncio.create_task(self._answer(request, sampling, priority)) for request in requests]
         try:
             async for released, is_last in in_batches(tasks, self._batch_size, self._barrier(requests, sampling)):
                 now = perf_counter()
-                rows = [attempt.trajectory for attempt, _ in released]
-                metrics: Metrics = rollout_metrics(own_rows(rows), now - last, bool(sampling.stop_repetition))
+                rows = [row for attempt, _ in released for row in (*attempt.earlier, attempt.trajectory)]
+                has_turns = self._environment is not SingleTurn
+                stops = bool(sampling.stop_repetition)
+                metrics: Metrics = rollout_metrics(own_rows(rows), now - last, stops, has_turns)
                 metrics = merge([metrics, *(attempt.metrics for attempt, _ in released)])
                 if self._contexts is not None:
                     rows, of_contexts = self._with_contexts(self._contexts, released, sampling)
@@ -117,6 +123,8 @@ class RolloutWorker:
 
     async def shutdown(self) -> None:
         self._services.verifier.close()
+        if self._services.harness is not None:
+            await self._services.harness.shutdown()
         await self.engine.shutdown()
 
     def _barrier(self, requests: Sequence[RolloutRequest], sampling: SamplingSettings) -> GroupBarrier:
@@ -128,7 +136,17 @@ class RolloutWorker:
     def _with_contexts(
         self, contexts: ContextBuilder, released: Sequence[Released], sampling: SamplingSettings
     ) -> tuple[list[GeneratedTrajectory], Metrics]:
-        built = [contexts.add(attempt, group, sampling.contexts) for attempt, group in released]
+        built = [
+            contexts.add(replace(attempt, trajectory=row), group, sampling.contexts)
+            for attempt, group in released
+            for row in (*attempt.earlier, attempt.trajectory)
+        ]
+        further = [row for row, _ in built if row.turn and row.context_hash]
+        if further:
+            raise RolloutError(
+                f"trajectory {further[0].episode}: its environment begins a further row at turn {further[0].turn + 1}, "
+                f"and teachers.{further[0].teacher}.context stands in the place of the first prompt; remove the context"
+            )
         return [row for row, _ in built], merge([metrics for _, metrics in built])
 
     async def _answer(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
@@ -141,85 +159,43 @@ class RolloutWorker:
     async def _rollout(
         self, request: RolloutRequest, sampling: SamplingSettings, priority: int, read_as: Ints | None = None
     ) -> Attempt:
-        """Sample and step until the environment has an outcome, or a limit ends the trajectory.
+        """Run one episode; its environment may fail, but not those of many episodes one after the other.
 
-        The student reads `read_as`, if given, in the place of its prompt, which the trajectory has all the same.
-
-        The finish reason is the last completion's. At a limit it is "length": all tokens that the trajectory may sample
-        are sampled, or an observation does not fit. A completion that vLLM aborted is the last one, too.
+        The student reads `read_as`, if given, in the place of its prompt, which the rows have all the same.
         """
         if self._prompts is None:
             raise RolloutError("a rollout was requested before the prompts were set")
         prompt = self._prompts.prompt(request.prompt_id)
-        with _failures_of_environment(request):
+        names = self._request_ids(request)
+        episode = Episode(self.engine, request, prompt, sampling, self._limits, priority, names, read_as)
+        try:
             environment = self._environment(replace(self._services, stop=sampling.stop))
-            opening = _as_ids(await environment.start(prompt, request.seed))
-        segments: list[Ints | Completion] = [opening]
-        read = opening if read_as is None else np.concatenate([read_as, opening[len(prompt.token_ids) :]])
-        tokens_left = sampling.max_completion_tokens
-        capacity = self._max_observation_tokens + len(prompt.token_ids) - len(opening)  # for observations
-        if capacity < 0:
-            raise self._too_long(request, len(opening) - len(prompt.token_ids))
+            reason, answer = await episode.run(environment)
+        except PreceptorError:
+            raise
+        except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+            return self._failed(episode, request, error)
+        self._num_failures = 0
+        *earlier, row = episode.rows(reason, answer.reward)
+        if self._contexts is None:
+            return Attempt(row, earlier=tuple(earlier))
+        feedback = answer.feedback if isinstance(answer, Outcome) else ""
+        return Attempt(row, self._services.text_of(episode.last), feedback, tuple(earlier))
+
+    def _request_ids(self, request: RolloutRequest) -> Iterator[str]:
+        """Yield what no request in use has: an episode has several turns, and comes again after a failure."""
         while True:
             self._num_requests += 1
-            completion = await self.engine.generate(
-                # Not in use twice at once: a trajectory has several turns, and is requested again after a failure.
-                f"{request.trajectory_id}-{self._num_requests}",
-                np.concatenate([read, *(token_ids_of(segment) for segment in segments[1:])]).tolist(),
-                replace(sampling, max_completion_tokens=tokens_left),
-                turn_seed(request.seed, turn=len(segments) // 2),
-                priority,
-            )
-            segments.append(completion)
-            tokens_left -= len(completion.token_ids)
-            with _failures_of_environment(request):
-                answer = await environment.step(completion)
-                if isinstance(answer, Outcome):
-                    return self._attempt(request, segments, completion.finish_reason, answer)
-                observed = _as_ids(answer.token_ids)
-            capacity -= len(observed)
-            if capacity < 0 and not self._max_observation_tokens:
-                raise self._too_long(request, len(observed))
-            if completion.finish_reason == "abort" or tokens_left <= 0 or capacity < 0:
-                reason: FinishReason = "abort" if completion.finish_reason == "abort" else "length"
-                return self._attempt(request, segments, reason, answer)
-            segments.append(observed)
+            yield f"{request.trajectory_id}-{self._num_requests}"
 
-    def _attempt(
-        self,
-        request: RolloutRequest,
-        segments: Sequence[Ints | Completion],
-        finish_reason: FinishReason,
-        answer: Observation | Outcome,
-    ) -> Attempt:
-        assert self._prompts is not None
-        prompt = self._prompts.prompt(request.prompt_id)
-        row = build_trajectory(request, prompt, segments, finish_reason, answer.reward)
-        if self._contexts is None:
-            return Attempt(row)
-        *_, last = (segment for segment in segments if isinstance(segment, Completion))
-        feedback = answer.feedback if isinstance(answer, Outcome) else ""
-        return Attempt(row, self._services.text_of(last), feedback)
-
-    def _too_long(self, request: RolloutRequest, num_tokens: int) -> RolloutError:
-        return RolloutError(
-            f"trajectory {request.trajectory_id}: the environment adds {num_tokens} tokens to the prompt, but "
-            f"environment.max_observation_tokens = {self._max_observation_tokens}; raise it"
-        )
-
-
-def _as_ids(token_ids: TokenIds) -> Ints:
-    return np.asarray(token_ids, np.int32).reshape(-1)
-
-
-@contextmanager
-def _failures_of_environment(request: RolloutRequest) -> Iterator[None]:
-    """Raise RolloutError, which names the trajectory, for whatever the user's code raises."""
-    try:
-        yield
-    except PreceptorError:
-        raise
-    except Exception as error:
-        raise RolloutError(
-            f"trajectory {request.trajectory_id}: the environment failed: {type(error).__name__}: {error}"
-        ) from error
+    def _failed(self, episode: Episode, request: RolloutRequest, error: Exception) -> Attempt:
+        self._num_failures += 1
+        what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if self._num_failures >= MOST_FAILURES:
+            raise RolloutError(
+                f"trajectory {request.trajectory_id}: the environment failed: {what}; it is the {MOST_FAILURES}th time "
+                "without a success between"
+            ) from error
+        _log.warning("trajectory %d: the environment failed: %s; it teaches nothing", request.trajectory_id, what)
+        *earlier, row = episode.failed_rows(self._policy_version or 0)
+        return Attempt(row, earlier=tuple(earlier))

@@ -132,7 +132,7 @@ class CompletionsClient:
         self._timeout_seconds = teacher.request_timeout_seconds
         self._retry_seconds = teacher.retry_seconds if retry_seconds is None else retry_seconds
         self._servers = [_Server(url) for url in teacher.urls]
-        in_flight = teacher.engine.max_concurrent_sequences
+        in_flight = teacher.engine.concurrent_sequences
         self._slots = asyncio.Semaphore(in_flight)
         self._http = httpx.AsyncClient(
             timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),

@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
-from cluster.contracts.signals import Scores
+from cluster.contracts.signals import FLOOR, Scores
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, num_candidates_of, ragged
 from cluster.models.alignment import ABSENT, Alignment, TokenMap
-from teacher_workers.backends.base import FLOOR
 
 
 @dataclass(frozen=True)

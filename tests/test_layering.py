@@ -13,6 +13,7 @@ DOORS = {
     "vllm": {
         "cluster.vllm.engine",
         "cluster.vllm.layer_states",
+        "cluster.vllm.token_scoring",
         "cluster.vllm.compat",
         "rollout_workers.candidates.vllm_processor",
         "cluster.vllm.weight_sync.loading",

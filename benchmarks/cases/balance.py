@@ -100,7 +100,7 @@ class Steps:
         return Balance(space, BalanceConfig(mode="auto"), horizon)
 
     def _balancer(self, balance: Balance, moves: RecordsFile, say: Callable[[str], None]) -> Balancer:
-        places = self._workload.config.rollout.engine.max_concurrent_sequences
+        places = self._workload.config.rollout.engine.concurrent_sequences
         meter = WorkMeter(places, self._workload.max_staleness)
         return Balancer(
             balance, meter, lambda: self.pools, SplitCapacity(dict.fromkeys(self.pools, 0)), moves, say, ENDLESS

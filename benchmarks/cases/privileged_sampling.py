@@ -6,7 +6,7 @@ belongs to the mark. Only a text whose six answers are right has reward 1. Befor
 which names the shift, up to noise; without one it mostly knows the shifts of three marks and guesses those of four
 evenly. An answer can be written in two ways, and the model prefers one of them without a hint, none with it.
 
-Sets, by 32 completions without a hint: HARD, none right and some right with a hint; DENSE, 20 to 60 % right; both are
+Sets, by 32 completions without a hint: HARD, none right, and some of 8 with a hint; DENSE, 20 to 60 % right; both are
 measured anew on 32 others. Each has training and held-out prompts. An arm trains one student on one set:
 
 - blind: GRPO on its own samples (8 a prompt)
@@ -73,13 +73,14 @@ VOCABULARY, TEXT_TOKENS = OTHER_WAY + BASE, 2 + 2 * DIGITS
 KNOWN_MARKS = 3  # of 7, whose shifts the model mostly knows without a hint
 NOISE = {"hint": 0.1, "known": 0.13, "unknown": 1.0}  # share of answers that are random in what the model learns from
 USUAL = {"hint": 0.5, "blind": 0.9}  # share of texts in the usual way of writing
-PRETRAINING_STEPS, PRETRAINING_ROWS, PRETRAINING_RATE = 600, 128, 3e-3
-DRAWN, PROMPTS, HELD_OUT = 640, 64, 96
-TRIES = 32  # completions of a prompt by which it is hard or dense
-SAMPLES, PROMPTS_PER_STEP, RATE = 8, 16, 1e-3
+PRETRAINING_STEPS, PRETRAINING_ROWS, PRETRAINING_RATE = 300, 128, 3e-3
+DRAWN, PROMPTS, HELD_OUT = 384, 48, 48
+TRIES, HINTED_TRIES = 32, 8  # completions of a prompt by which it is hard or dense
+MEASURED = 4  # completions of each held-out prompt in a measurement
+SAMPLES, PROMPTS_PER_STEP, RATE = 8, 12, 1e-3
 IMITATION_STEPS, IMITATION_RATE = 50, 1e-3
-BUDGET = 48 * PROMPTS_PER_STEP * SAMPLES * DIGITS  # sampled tokens of each arm
-EVALUATED_EVERY = 12  # steps of GRPO
+BUDGET = 40 * PROMPTS_PER_STEP * SAMPLES * DIGITS  # sampled tokens of each arm
+EVALUATED_EVERY = 10  # steps of GRPO
 QUOTA, IMITATION_WEIGHT = 4, 4.0  # on both sets together
 ARMS = {
     "hard": ("blind", "privileged", "unselected", "reference"),
@@ -172,7 +173,7 @@ def find_sets(model: Model, seed: int, table: Tensor) -> tuple[dict[str, dict[st
     draw = torch.Generator().manual_seed(500 + seed)
     questions = draw_questions(draw, DRAWN, table)
     blind = pass_rates(model, questions, questions.prompts, TRIES, draw)
-    hinted = pass_rates(model, questions, questions.hinted, TRIES, draw)
+    hinted = pass_rates(model, questions, questions.hinted, HINTED_TRIES, draw)
     chosen = {"hard": (blind == 0) & (hinted > 0), "dense": (blind >= 0.2) & (blind <= 0.6)}
     sets, rates = {}, {"hint_on_hard": float(hinted[chosen["hard"]].mean())}
     for name, is_chosen in chosen.items():
@@ -313,7 +314,7 @@ def train(arm: str, base: Model, sets: Sets, name: str, seed: int) -> dict[str, 
     def evaluate() -> None:
         for one, curve in curves.items():
             held_out, draw = sets[one]["held_out"], torch.Generator().manual_seed(0)
-            rates = pass_rates(student.model, held_out, held_out.prompts, SAMPLES, draw)
+            rates = pass_rates(student.model, held_out, held_out.prompts, MEASURED, draw)
             curve.append([student.sampled_tokens, float(rates.mean())])
 
     evaluate()

@@ -44,14 +44,16 @@ SETTINGS = (
     "learner.lr_schedule=linear",
     "learner.warmup_steps=5",
     "evaluation.teacher_too=false",
+    "evaluation.num_prompts=500",
     "logging.tensorboard=false",
     "ray.dashboard=false",
 )
 HELD_OUT = f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}"
 STILL = ("rollout.record=true", "learner.learning_rate=1e-30")  # the student stays as it is
+RECORDED = "live, recorded"
 RATE_ARMS: dict[str, tuple[str, ...]] = {
     "live": (),
-    "live, recorded": ("rollout.record=true",),
+    RECORDED: ("rollout.record=true",),
     "replayed, recorded signals": ("rollout.replay.run={record}",),
     "replayed, recomputed signals": ("rollout.replay.run={record}", "rollout.replay.signals=recomputed"),
 }
@@ -66,6 +68,8 @@ ACCURACY_ARMS: dict[str, tuple[str, ...]] = {
         "rollout.replay.run={record}",
         f"rollout.replay.where=step <= {ACCURACY_STEPS // PASSES}",
     ),
+}
+LENGTH_ARMS: dict[str, tuple[str, ...]] = {
     "live, horizon from 6 tokens": (HELD_OUT, "rollout.horizon.start=6"),
     "live, ends after 3 tokens below 0.02 nats": (
         HELD_OUT,
@@ -97,49 +101,49 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the accuracy")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-replay.json")
     options, overrides = parser.parse_known_args()
-    log = options.output.with_suffix(".jsonl")
-    for place in range(max(options.rounds, len(options.seeds))):
-        if place < options.rounds:
-            settings = (f"run.seed={place}", f"run.steps={RATE_STEPS}", *overrides)
-            measure(log, options.folder, ("rate", place), RATE_ARMS, settings, ("rollout.record=true",))
-        for seed in options.seeds[place : place + 1]:
-            settings = (f"run.seed={seed}", f"run.steps={ACCURACY_STEPS}", *overrides)
-            measure(log, options.folder, ("accuracy", seed), ACCURACY_ARMS, settings, STILL)
-    outcomes = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    rows = [*rate_rows([one for one in outcomes if one["part"] == "rate"])]
-    rows += accuracy_rows([one for one in outcomes if one["part"] == "accuracy"])
+    done = Log(options.output.with_suffix(".jsonl"), options.folder, overrides)
+    for number in range(options.rounds):
+        done.measure("rate", number, RATE_STEPS, RATE_ARMS)
+    for seed in options.seeds:
+        done.measure("accuracy", seed, ACCURACY_STEPS, ACCURACY_ARMS, STILL)
+    for seed in options.seeds:
+        done.measure("accuracy", seed, ACCURACY_STEPS, LENGTH_ARMS)
+    rows = [*rate_rows(done.outcomes("rate")), *accuracy_rows(done.outcomes("accuracy"))]
     print_rows(rows)
     write_rows(options.output, COMMAND, rows)
     return 0 if all(one["met"] for one in rows if "met" in one) else 1
 
 
-def measure(
-    log: Path,
-    folder: Path,
-    key: tuple[str, int],
-    arms: dict[str, tuple[str, ...]],
-    settings: Sequence[str],
-    of_record: Sequence[str],
-) -> None:
-    """Do the arms of one round or seed, `key`, that are missing in the log, after the run that they replay."""
-    text = log.read_text(encoding="utf-8") if log.exists() else ""
-    done = [one["arm"] for one in map(json.loads, text.splitlines()) if (one["part"], one["number"]) == key]
-    missing = [arm for arm in arms if arm not in done]
-    part, number = key
-    record = folder / f"{part}-{number}"
-    if missing and not (record / "run/export").exists():
-        do_run(record, (*settings, *of_record, "checkpoint.export=true"))
-    # The first round begins with the first arm, the second with the second, and so on.
-    for arm in [*missing[number % len(arms) :], *missing[: number % len(arms)]]:
-        filled = [text.format(record=record / "run") for text in arms[arm]]
-        outcome = {
-            "part": part,
-            "number": number,
-            "arm": arm,
-            **do_run(folder / f"{part}-{number}-arm", (*settings, *filled)),
-        }
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(outcome) + "\n")
+class Log:
+    """Does runs, and keeps what became of them in a file of JSON lines."""
+
+    def __init__(self, path: Path, folder: Path, overrides: Sequence[str]) -> None:
+        """Keep outcomes in `path`, and the runs that others replay in `folder`; `overrides` are of all runs."""
+        self._path, self._folder, self._overrides = path, folder, overrides
+
+    def outcomes(self, part: str) -> list[Outcome]:
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        return [one for one in map(json.loads, lines) if one["part"] == part]
+
+    def measure(
+        self, part: str, number: int, steps: int, arms: dict[str, tuple[str, ...]], recorded: Sequence[str] = ()
+    ) -> None:
+        """Do the arms of one round or seed that are missing, after the `recorded` run that they replay.
+
+        Without one, the arm RECORDED is what others replay, and is done first.
+        """
+        done = [one["arm"] for one in self.outcomes(part) if one["number"] == number]
+        missing = [arm for arm in arms if arm not in done]
+        settings = (f"run.seed={number}", f"run.steps={steps}", *self._overrides)
+        record = self._folder / f"{part}-{number}"
+        if missing and recorded and not (record / "run/export").exists():
+            do_run(record, (*settings, *recorded, "checkpoint.export=true"))
+        for arm in sorted(missing, key=lambda arm: arm != RECORDED):
+            filled = [text.format(record=record / "run") for text in arms[arm]]
+            folder = record if arm == RECORDED else self._folder / f"{part}-{number}-arm"
+            outcome = {"part": part, "number": number, "arm": arm, **do_run(folder, (*settings, *filled))}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(outcome) + "\n")
 
 
 def do_run(folder: Path, overrides: Iterable[str]) -> Outcome:
@@ -177,7 +181,7 @@ def rate_rows(outcomes: Sequence[Outcome]) -> list[Row]:
         ratio = statistics.median(one / live for one, live in zip(rates[arm], rates["live"], strict=True))
         replayed = row(f"{arm}: of the live rate", size, ratio, "ratio")
         rows.append(at_least(replayed, LEAST_SPEED_UP) if arm == "replayed, recorded signals" else replayed)
-    recorded = [of_arms["live, recorded"][n] for n in rounds]
+    recorded = [of_arms[RECORDED][n] for n in rounds]
     share = statistics.median(one["record_seconds"] / one["seconds"] for one in recorded)
     per_token = sum(one["bytes"] for one in recorded) / sum(one["tokens"] for one in recorded)
     return [
@@ -190,7 +194,7 @@ def rate_rows(outcomes: Sequence[Outcome]) -> list[Row]:
 def accuracy_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """Return each arm's held-out accuracy: mean over seeds, and each seed's."""
     rows = []
-    for arm in ACCURACY_ARMS:
+    for arm in (*ACCURACY_ARMS, *LENGTH_ARMS):
         of_seeds = {one["number"]: one for one in outcomes if one["arm"] == arm}
         if not of_seeds:
             continue

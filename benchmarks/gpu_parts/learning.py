@@ -23,13 +23,13 @@ from cluster.contracts.errors import ModelError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import add_scores, ragged
 from cluster.models.lm_head import LmHead, load_lm_head
+from cluster.models.token_scores import score_tokens
 from learner.batching.micro_batch import MicroBatch, build_micro_batch, trajectories
 from learner.batching.plan import plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.loss.kernels.choice import choose_kernels
 from learner.loss.objective import Objective
 from learner.model.student import load_student
-from teacher_workers.backends.lm_head_scores import predicting_rows, score_tokens
 
 EMBEDDED = ROOT / "cluster/embedded"
 COMPARED = ("thinking-machines", "tail-topk", "exact-reverse-kl", "gkd")
@@ -73,7 +73,7 @@ def score_alone(
         ids = torch.from_numpy(token_ids[index].copy()).long()
         with torch.no_grad():
             states = teacher.get_decoder()(input_ids=ids[None]).last_hidden_state[0]
-        hidden.append(predicting_rows(states, masks[index]))
+        hidden.append(states[np.flatnonzero(masks[index]) - 1])
         targets.append(token_ids[index][masks[index] != 0])
     request = ScoreRequest("teacher", top_k=objective.needs.num_candidates, hidden=objective.needs.hidden)
     return add_scores(batch, "teacher", score_tokens(head, torch.cat(hidden), np.concatenate(targets), request))

@@ -2,15 +2,24 @@
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import torch
 from vllm import PoolingParams, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from cluster.config.stages import TeacherConfig
+from cluster.contracts.metrics import Metrics
+from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.scorer_prompts import as_read_by
+from cluster.contracts.signals import Scores
 from cluster.contracts.trajectory import Ints
+from cluster.models.lm_head import LmHead
+from cluster.models.token_scores import score_tokens
 from cluster.vllm.engine import EngineRole, build_engine
 from teacher_workers.backends.vllm import VllmBackend
 
@@ -33,11 +42,31 @@ class MeasuredEngine(VllmBackend):
         assert self._engine is not None, "it never sleeps"
         await self._engine.reset_prefix_cache()
 
-    async def _encode(self, ids: Ints, params: PoolingParams) -> None:
+    async def hidden_states(self, ids: Ints) -> torch.Tensor:
+        """Return the hidden states of all tokens."""
+        return await self._encode(ids, PoolingParams(task="token_embed", use_activation=False))
+
+    async def _encode(self, ids: Ints, params: PoolingParams) -> torch.Tensor:
         assert self._engine is not None, "it never sleeps"
         prompt: Any = {"prompt_token_ids": ids.tolist()}
-        async for _ in self._engine.encode(prompt, params, _next_id(ids)):
-            pass
+        *_, output = [out async for out in self._engine.encode(prompt, params, _next_id(ids))]
+        return output.outputs.data
+
+
+class HeadInActor:
+    """Scores as teachers did before their engines could: hidden states come to this process, which has the LM head."""
+
+    def __init__(self, engine: MeasuredEngine, head: LmHead) -> None:
+        self._engine, self._head = engine, head
+        self._thread = ThreadPoolExecutor(max_workers=1)
+
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
+        token_ids, loss_mask = as_read_by(batch, request.model)
+        states = await asyncio.gather(*(self._engine.hidden_states(token_ids[row]) for row in range(len(token_ids))))
+        rows = [states[row][np.flatnonzero(loss_mask[row]) - 1] for row in range(len(states))]
+        sampled = token_ids.values[loss_mask.values != 0]
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, score_tokens, self._head, torch.cat(rows), sampled, request), {}
 
 
 def build_generating_engine(teacher: TeacherConfig, max_model_len: int, top_k: int) -> AsyncLLM:

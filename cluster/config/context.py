@@ -43,6 +43,7 @@ class PrivilegedConfig(Section, frozen=True):
     prompts_per_step: Items = 4
     samples_per_prompt: Annotated[int, Meta(ge=1, le=256)] = 8
     hard_after: Count = 8  # failures in a row
+    max_rows: Count = 4  # of a prompt, before it waits for completions without the context to show what they did
     min_reward: Finite = 0.5  # of a completion that counts as right
     # Which right text is learned from: that of the highest log-probability under the student without the context, the
     # gentlest one, or, as a control, the first.

@@ -26,6 +26,8 @@ from cluster.config.terms import (
     WeightSchedule,
 )
 
+SMALLEST_SHARE = 1e-9  # of a turn, by which a schedule's sum may miss a whole one
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -65,12 +67,25 @@ class TokenWeightsConfig(Section, frozen=True):
     stop_tokens: bool = True  # false: not the tokens that end a completion
     # How much each teacher's tokens count together, in a step: as many as they are, all teachers alike, or as given
     teacher_shares: Literal["tokens", "equal"] | dict[str, Positive] = "tokens"
+    # How much each turn of a row counts: as many tokens as it has, or all alike, each as their mean (TurnOPD)
+    turns: Literal["tokens", "equal"] = "tokens"
+    # Only so many turns at the start of each episode; a schedule counts whole turns (TCOD)
+    first_turns: Items | WeightSchedule | None = None
     position_importance: NonNegative = 0.0  # extra weight of early tokens (IW-OPD's gamma)
     entropy: Literal["none", "student", "teacher", "both"] = "none"  # FiRe: unsure student, sure teacher
 
     def __post_init__(self) -> None:
         if self.first_tokens is not None and self.skip_first >= self.first_tokens:
             raise ValueError(f"skip_first = {self.skip_first} leaves nothing of first_tokens = {self.first_tokens}")
+        schedule = self.first_turns
+        if isinstance(schedule, WeightSchedule) and min(schedule.start, schedule.to) < 1:
+            raise ValueError(f"first_turns goes from {schedule.start:g} to {schedule.to:g}; expected 1 or more turns")
+
+    def at(self, step: int) -> "TokenWeightsConfig":
+        """Return the weights of optimizer step `step`, from 0, in which the number of turns is a number."""
+        if not isinstance(self.first_turns, WeightSchedule):
+            return self
+        return replace(self, first_turns=int(self.first_turns.at(step) + SMALLEST_SHARE))
 
 
 class ObjectiveConfig(Section, frozen=True):
@@ -139,7 +154,10 @@ class ObjectiveConfig(Section, frozen=True):
     def at(self, step: int) -> "ObjectiveConfig":
         """Return the objective of optimizer step `step`, from 0: all weights are numbers."""
         fixed = {name: replace(self.terms[name], weight=w) for name, w in self.scheduled_weights(step).items()}
-        return replace(self, terms={**self.terms, **fixed}) if fixed else self
+        weights = self.token_weights.at(step)
+        if not fixed and weights is self.token_weights:
+            return self
+        return replace(self, terms={**self.terms, **fixed}, token_weights=weights)
 
     @property
     def needs(self) -> Needs:

@@ -42,6 +42,7 @@ OWNED_BY_ENGINES = {
     "enable_prefix_caching": "scores and weight updates depend on it",
     "enable_chunked_prefill": "it follows from the device",
     "scheduling_policy": "the oldest step comes first",
+    "scheduler_cls": "rollout.keep_cache_on_update chooses it",
     "logprobs_mode": "the loss needs the probabilities that tokens were sampled with",
     "max_logprobs": "it follows from the objective",
     "logits_processors": "the objective's candidates and classes of stop ids need it",

@@ -50,6 +50,11 @@ def check_replay(config: "Config") -> None:
         raise ValueError("rollout.num_workers = 0 leaves nothing that samples; set it to 1 or more, or replay all rows")
     if replay is None:
         return
+    if config.rollout.privileged is not None:
+        raise ValueError(
+            "rollout.privileged writes for prompts that the student fails on now, and rollout.replay repeats what it "
+            "once did; remove one of the two"
+        )
     config.objective.check_other_samplers()
     replayed = replayed_prompts(config)
     if not replayed or (replay.share < 1 and replayed == count):
@@ -57,6 +62,8 @@ def check_replay(config: "Config") -> None:
             f"rollout.replay.share = {replay.share} of {count} prompts is {replayed}; take another share, or more "
             "prompts.prompts_per_step"
         )
+    if config.rollout.privileged is not None and replay.share == 1:
+        raise ValueError("rollout.privileged writes beside live rows, and all are replayed; lower rollout.replay.share")
     refreshed = [name for name, teacher in config.teachers.items() if teacher.is_refreshed]
     if refreshed and replay.signals == "recorded":
         raise ValueError(

@@ -13,6 +13,7 @@ from cluster.config.fields import Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.replay import check_replay
 from cluster.config.sections import (
+    HARNESS_KINDS,
     CheckpointConfig,
     EnvironmentConfig,
     EvaluationConfig,
@@ -44,7 +45,7 @@ from cluster.config.terms import (
 )
 from cluster.contracts.requests import ScoreRequest
 
-REASONING_GYM = "reasoning-gym:"  # before the task, in the place of a file
+REASONING_GYM, VERIFIERS = "reasoning-gym:", "verifiers:"  # before the task, in the place of a file
 MAX_COMPLETIONS_PER_STEP = 10_000_000  # the driver keeps a request of each
 
 
@@ -96,6 +97,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 "after every step, in its own dtype; only teachers are quantised"
             )
         _check_prompts(self)
+        _check_tools(self)
+        _check_packages(self.prompts, self.environment)
         _check_contexts(self)
         self.objective.check_privileged(has_sampler=self.rollout.privileged is not None)
 
@@ -165,12 +168,37 @@ def _check_prompts(config: Config) -> None:
         raise ValueError(
             f"environment.rewards takes the place of environment.verifier; put '{environment.verifier}' among them"
         )
-    for source in (prompts.train, prompts.held_out or prompts.train):
+
+
+def _check_tools(config: Config) -> None:
+    """Check that tools go with the environment and the prompts."""
+    prompts, environment = config.prompts, config.environment
+    if environment.kind == "tools" and not environment.tools:
+        raise ValueError("environment.kind = 'tools' has no tools; name functions in environment.tools")
+    if environment.tools and not environment.has_turns:
+        raise ValueError("environment.tools are for several turns; set environment.kind = 'tools'")
+    if environment.tools and (prompts.template == "raw" or prompts.last_answer == "prefill"):
+        raise ValueError(
+            "environment.tools are written by the chat template, after whole messages; set prompts.template = 'chat' "
+            "and no prompts.last_answer = 'prefill'"
+        )
+
+
+def _check_packages(prompts: PromptsConfig, environment: EnvironmentConfig) -> None:
+    """Check that what a package rewards and plays are its own prompts."""
+    for source in filter(None, (prompts.train, prompts.held_out)):
         if "reasoning_gym" in (environment.rewards or (environment.verifier,)) and not source.startswith(REASONING_GYM):
             raise ValueError(
                 f"environment: 'reasoning_gym' rewards the prompts of that package, and '{source}' are others; "
                 f"set prompts.train and prompts.held_out to '{REASONING_GYM}TASK'"
             )
+        if (environment.kind == "verifiers") != source.startswith(VERIFIERS):
+            raise ValueError(
+                f"environment.kind is '{environment.kind}' and the prompts are '{source}'; an environment of verifiers "
+                f"plays its own tasks: set kind = 'verifiers', and the prompts to '{VERIFIERS}TASKSET'"
+            )
+    if environment.kind in HARNESS_KINDS and prompts.template == "raw":
+        raise ValueError(f"environment.kind = '{environment.kind}' asks by messages; set prompts.template = 'chat'")
 
 
 def _check_contexts(config: Config) -> None:

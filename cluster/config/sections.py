@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, field
 
-from cluster.config.fields import Count, CountOrZero, Finite, Items, Positive, Section, Text
+from cluster.config.fields import Count, CountOrZero, Finite, Items, NonNegative, Positive, Section, Text
 from cluster.config.stages import MAX_TEMPERATURE
 
 
@@ -44,6 +44,7 @@ class PromptsConfig(Section):
     shuffle: bool = True  # a new order each epoch, fixed by run.seed
 
 
+HARNESS_KINDS = ("harness", "verifiers")  # environments that ask the student over its endpoint
 # Names that a run file may give to reward functions of ours, which read further columns of the prompts.
 REWARDS_OF_PACKAGES = {"reasoning_gym": "rollout_workers.reasoning_gym_tasks:score"}
 
@@ -51,13 +52,34 @@ REWARDS_OF_PACKAGES = {"reasoning_gym": "rollout_workers.reasoning_gym_tasks:sco
 class EnvironmentConfig(Section):
     """Says what answers and rewards the student's completions, in training and on held-out prompts."""
 
-    kind: Text = "single_turn"  # or package.module:Class, an Environment of yours
+    # Or "tools", "harness", "verifiers", or package.module:Class, an Environment or Agent of yours.
+    kind: Text = "single_turn"
     # Compares a completion with its prompt's answer; reasoning_gym is the scorer of each task of that package.
     verifier: Literal["exact", "regex", "math", "reasoning_gym"] = "exact"
     # In the verifier's place: weights of verifiers, and of functions of yours as package.module:function.
     rewards: dict[Text, Finite] = field(default_factory=dict)
     reward_seconds: Positive = 30.0  # the longest that a function of yours may take for one completion
+    harness: Text | None = None  # package.module:function of yours that drives an agent; for kind = "harness"
+    arguments: dict[str, Any] = field(default_factory=dict)  # further ones of the harness; of "verifiers", its [env]
+    python: Text | None = None  # that runs the harness, where its packages are; None: the rollout worker's own
+    episodes_at_once: Count = 64  # harnesses that run at the same time, per rollout worker
     max_observation_tokens: CountOrZero = 0  # that the environment may add to one prompt; the context is so much longer
+    max_turns: CountOrZero = 0  # completions of one episode; 0: as many as the environment asks for
+    max_turn_tokens: CountOrZero = 0  # of one completion; 0: what is left of rollout.max_completion_tokens
+    episode_seconds: NonNegative = 0.0  # after which no further completion begins; 0: no limit
+    tools: tuple[Text, ...] = ()  # functions of yours as package.module:function, for kind = "tools"
+    tool_format: Text = "hermes"  # how the student writes calls: hermes, json, or the name of a tool parser of vLLM
+    tool_seconds: Positive = 10.0  # the longest that a call of a tool may take
+
+    def __post_init__(self) -> None:
+        if (self.kind == "harness") != (self.harness is not None):
+            raise ValueError(
+                f"environment.kind is '{self.kind}' and environment.harness is {self.harness!r}; kind = 'harness' "
+                "needs the import path of one, and no other kind has any"
+            )
+        if self.kind not in HARNESS_KINDS and (self.python is not None or self.arguments):
+            name = "python" if self.python is not None else "arguments"
+            raise ValueError(f"environment.{name} is for kind = 'harness' and 'verifiers', found '{self.kind}'")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -73,7 +95,12 @@ class EnvironmentConfig(Section):
     @property
     def reads_columns(self) -> bool:
         """Return whether code of the user's may read further columns of the prompts."""
-        return any(":" in name for name in (self.kind, *self.weights))
+        return self.kind in HARNESS_KINDS or any(":" in name for name in (self.kind, *self.weights))
+
+    @property
+    def has_turns(self) -> bool:
+        """Return whether an episode may have several turns, so that its environment reads the prompt's whole row."""
+        return self.kind != "single_turn"
 
 
 class EvaluationConfig(Section):

@@ -39,21 +39,32 @@ ALIGNED = "aligned"  # a teacher's tokenizer that is not the student's
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 
 
+CONCURRENT_SEQUENCES = 256  # of an engine
+
+
 class EngineConfig(Section):
     """Sets how one vLLM engine is built, for rollout workers and teachers."""
 
     dtype: Dtype = "bfloat16"
     tensor_parallel: CountOrZero = 1  # GPUs of each worker; 0: a teacher whose backend needs none
-    max_concurrent_sequences: Count = 256
+    # None: 256; for a rollout engine on a GPU of its own, what vLLM takes for that GPU: 1,024 on an H100 or H200
+    max_concurrent_sequences: Count | None = None
     max_batched_tokens: Count = 8192
     gpu_memory_fraction: GpuFraction | None = None  # None: what the memory plan gives it, 0.9 at most (docs/gpu.md)
     # On CPU and on a shared GPU; on a GPU of its own the memory fraction decides. None: 1.0 on CPU, else as planned.
     kv_cache_gib: Positive | None = None
-    cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
-    enforce_eager: bool | None = None  # None: compile on GPU; on CPU it takes longer than a short run gains
+    # None: this worker's share of the node's cores; beside a GPU an engine itself has 1
+    cpu_threads: Count | None = None
+    # None: rollout engines compile on GPU; on CPU it takes longer than a short run gains, and teachers never decode
+    enforce_eager: bool | None = None
     quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8_per_tensor"
     sleep: bool = False  # rollout engines on a GPU: give its memory back whenever they have no request
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of vLLM, by its own names
+
+    @property
+    def concurrent_sequences(self) -> int:
+        """Return how many sequences run at once where vLLM does not choose."""
+        return self.max_concurrent_sequences or CONCURRENT_SEQUENCES
 
 
 class HorizonConfig(Section, frozen=True):
@@ -86,6 +97,9 @@ class RolloutConfig(Section):
     stop_repetition: CountOrZero = 0  # longest passage whose repetition ends a completion, in tokens; 0: none does
     rows_per_batch: Items = 8  # trajectories per Arrow batch sent on as they finish; more while the driver is behind
     max_staleness: CountOrZero = 0  # optimizer steps that generation may run ahead; 0: strictly on-policy
+    # With new weights, completions under way go on with the keys and values of the old ones; false: these are computed
+    # anew. New prompts share none of them.
+    keep_cache_on_update: bool = False
     privileged: PrivilegedConfig | None = (
         None  # who writes for prompts that the student never solves; None: the student
     )
@@ -276,6 +290,7 @@ class LearnerConfig(Section):
     # Prompt and completion tokens per forward and rank; None: what the memory plan gives it on a GPU, else 8192.
     micro_batch_tokens: Count | None = None
     gradient_checkpointing: bool | None = None  # None: on a GPU that would not hold the activations
+    compile: bool = False  # decoder layers, by torch.compile; not with stage 3, whose hooks gather parameters inside
     # How packed trajectories are kept apart: flash-attn's kernel, torch's own, torch's plain attention by groups of
     # similar length, or a mask; auto: the first that works on CUDA, a mask on CPU.
     attention: Attention = "auto"
@@ -291,7 +306,7 @@ class LearnerConfig(Section):
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO stage 3
     gpu_memory_fraction: GpuFraction | None = None  # kept free for it on a shared GPU; None: what it needs
-    cpu_threads: Count | None = None  # on CPU; None: this worker's share of the node's cores
+    cpu_threads: Count | None = None  # None: this worker's share of the node's cores
     deepspeed: dict[str, Any] = field(default_factory=dict)  # further entries of DeepSpeed's configuration
 
     def __post_init__(self) -> None:
@@ -305,9 +320,11 @@ class LearnerConfig(Section):
             )
         if self.head_dtype == "bfloat16" and self.dtype == "float32":
             raise ValueError("learner.head_dtype = 'bfloat16' needs learner.dtype = 'bfloat16', found 'float32'")
-        if self.zero_stage == 1 and self.dtype == "bfloat16":
-            # DeepSpeed's optimizer of this combination cannot scale gradients by a step's tokens when all are in.
-            raise ValueError("learner.zero_stage = 1 does not work with learner.dtype = 'bfloat16'; use stage 2 or 3")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "learner.compile = true does not work with learner.zero_stage = 3, which gathers parameters inside a "
+                "layer; use another stage"
+            )
         if self.zero_stage == 0 and (
             self.num_workers > 1 or "cpu" in (self.offload_optimizer, self.offload_parameters)
         ):

@@ -18,6 +18,7 @@ Width = Literal["one", "candidates", "model"]  # values per token: one, one per 
 # What the signal of position t depends on: the tokens before t and t itself, or only the tokens before t.
 Reads = Literal["token", "position"]
 
+FLOOR = -87.0  # log-probability of ids that a model lacks or excludes; the smallest normal float32 is exp(-87.3)
 _BFLOAT16_EXPONENT = np.uint16(0x7F80)  # all ones in NaN and infinities
 
 

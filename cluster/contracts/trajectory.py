@@ -23,7 +23,7 @@ of them, `teacher_prompt_ids`, and `context_hash`; `scorer_prompts.py` reads the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -137,6 +137,21 @@ def generated_schema(num_candidates: int = 0, prompted_models: Sequence[str] = (
         fields += [*map(prompt_field, prompted_models), CONTEXT_HASH]
         metadata["prompts"] = ",".join(prompted_models)
     return pa.schema(fields, metadata=metadata)
+
+
+def masked(row: GeneratedTrajectory) -> GeneratedTrajectory:
+    """Return a row of which nothing is scored or learned from; its tokens and its reward stay."""
+    return replace(
+        row,
+        max_policy_version=row.min_policy_version,
+        version_changes=np.empty(0, np.int32),
+        loss_mask=np.zeros_like(row.loss_mask),
+        rollout_logprobs=row.rollout_logprobs[:0],
+        candidate_ids=None if row.candidate_ids is None else row.candidate_ids[:0],
+        candidate_rollout_logprobs=None
+        if row.candidate_rollout_logprobs is None
+        else row.candidate_rollout_logprobs[:0],
+    )
 
 
 def make_generated(rows: Sequence[GeneratedTrajectory]) -> pa.RecordBatch:

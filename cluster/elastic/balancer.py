@@ -91,7 +91,7 @@ def make_balancer(run: RunContext) -> Balancer | None:
     horizon = Horizon(ahead, pipeline.start_seconds, config.ray.start_timeout_seconds)
     return Balancer(
         Balance(Space(rules, units=0, fits=capacity.fits), config.balance, horizon),
-        WorkMeter(config.rollout.engine.max_concurrent_sequences, ahead),
+        WorkMeter(config.rollout.engine.concurrent_sequences, ahead),
         lambda: pools_of(pipeline),
         capacity,
         moves,

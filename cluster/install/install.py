@@ -19,6 +19,8 @@ from pathlib import Path
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12), (3, 13))  # those the locks were resolved for
 MIN_GLIBC = (2, 31)  # the oldest that every wheel in the locks accepts
+MIN_DRIVER = 580  # of NVIDIA: the CUDA lock is CUDA 13's; with an older one torch finds no GPU
+MIN_CAPABILITY = (7, 5)  # of a GPU: CUDA 13 has no code for older ones
 FREE_GB = {"cpu": 6, "cuda": 20}  # measured 4.0 and 8.9 finished; pip keeps and unpacks downloads beside that
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STAMP = "preceptor.stamp"  # in the environment, written once it holds all the packages; the Makefile looks for it too
@@ -123,10 +125,33 @@ def choose_backend() -> str:
         if chosen not in FREE_GB:
             raise InstallError(f"PRECEPTOR_BACKEND is `{chosen}`, it must be `cpu` or `cuda`")
         return chosen
-    if shutil.which("nvidia-smi") is None:
+    if shutil.which("nvidia-smi") is None or "GPU" not in nvidia_smi("-L"):
         return "cpu"
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    return "cuda" if listing.returncode == 0 and "GPU" in listing.stdout else "cpu"
+    check_gpus(nvidia_smi("--query-gpu=driver_version,compute_cap,name", "--format=csv,noheader"))
+    return "cuda"
+
+
+def nvidia_smi(*arguments: str) -> str:
+    """Return what the driver's tool prints; nothing where it fails."""
+    result = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return result.stdout if result.returncode == 0 else ""
+
+
+def check_gpus(listing: str) -> None:
+    """Refuse GPUs that the CUDA lock cannot use; lines are "550.54.14, 9.0, NVIDIA H100", one for each GPU."""
+    advice = "or choose PRECEPTOR_BACKEND=cpu (or cuda, for another machine than this one)"
+    for line in filter(None, map(str.strip, listing.splitlines())):
+        driver, capability, name = (part.strip() for part in line.split(",", 2))
+        if driver.split(".")[0].isdigit() and int(driver.split(".")[0]) < MIN_DRIVER:
+            raise InstallError(
+                f"the NVIDIA driver is {driver}, the locked torch is built for CUDA 13 and needs {MIN_DRIVER} or "
+                f"newer; update the driver, {advice}"
+            )
+        if capability.replace(".", "").isdigit() and tuple(map(int, capability.split("."))) < MIN_CAPABILITY:
+            raise InstallError(
+                f"the {name} has compute capability {capability}, CUDA 13 needs "
+                f"{'.'.join(map(str, MIN_CAPABILITY))} or newer; use another GPU, {advice}"
+            )
 
 
 def create_environment(venv: Path) -> None:

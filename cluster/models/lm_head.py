@@ -4,6 +4,7 @@ A teacher's engine returns hidden states, so the code that needs probabilities k
 the learner when it compares whole distributions.
 """
 
+import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ LOGIT_FACTORS = {
     "lm_head_multiplier": 1,  # Falcon-H1
     "logits_scaling": -1,  # Granite, MiniCPM3
 }
+FLOATS = ("F32", "BF16", "F16")  # as safetensors calls them
 COMPARED_ROWS = 4096  # of two matrices at once
 WIDTHS = ("hidden_size", "word_embed_proj_dim")  # the latter: OPT, whose last layer is projected
 MULTIPLIED_BY_LOGITS_SCALING = "hyperclovax"  # the one family that multiplies by what Granite divides by
@@ -75,9 +77,14 @@ class LmHead:
             merge_logits(logits, self.stop_class)
         return logits
 
-    def has(self, name: str) -> bool:
-        """Return whether a tensor of the model's checkpoint is part of the head; prefixes of names may differ."""
-        return _is_called(name, self.name) or (self.bias is not None and _is_called(name, _bias_name(self.name)))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the matrix and, where there is one, the bias in the model's files."""
+        return (self.name,) if self.bias is None else (self.name, _bias_name(self.name))
+
+    def own_name(self, name: str) -> str | None:
+        """Return which of `names` a tensor of a checkpoint is, whose prefix may differ; None: neither."""
+        return next((own for own in self.names if _is_called(name, own)), None)
 
     def updated(self, tensors: Mapping[str, Tensor]) -> "LmHead":
         """Return the head with new values, by their names; raise KeyError if the matrix is not among them."""
@@ -88,8 +95,9 @@ class LmHead:
                 raise KeyError(own)
             return values[: self.vocabulary_size].to(self.weight.device, self.weight.dtype, copy=True)
 
-        bias = None if self.bias is None else new(_bias_name(self.name))
-        return replace(self, weight=new(self.name), bias=bias)
+        weight, bias = (*map(new, self.names), None)[:2]
+        assert weight is not None
+        return replace(self, weight=weight, bias=bias)
 
     def to(self, device: torch.device | str) -> "LmHead":
         bias, excluded = (None if part is None else part.to(device) for part in (self.bias, self.excluded_ids))
@@ -103,6 +111,14 @@ def _is_called(name: str, other: str) -> bool:
 
 def _bias_name(name: str) -> str:
     return name.removesuffix("weight") + "bias"
+
+
+def multiplies_wide(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether products in this dtype are faster in float32 there: torch's own take four times as long."""
+    is_plain = platform.machine() == "x86_64" and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return device.type == "cpu" and dtype == torch.bfloat16 and is_plain
 
 
 def scale_logits(logits: Tensor, logit_factor: float, softcap: float | None) -> Tensor:
@@ -132,6 +148,25 @@ def read_logit_scaling(config: Any) -> tuple[float, float | None]:
     return factor, settings.get("final_logit_softcapping")  # Gemma
 
 
+@dataclass(frozen=True)
+class HeadFacts:
+    """Says all of an LM head but its values, so that a process that loads the model can pick them out."""
+
+    name: str  # of the matrix in the model's files
+    vocabulary_size: int  # rows beyond it only pad the matrix
+    width: int
+    has_bias: bool
+    logit_factor: float
+    softcap: float | None
+    excluded_ids: tuple[int, ...]
+    stop_class: tuple[int, ...]
+
+    def make(self, weight: Tensor, bias: Tensor | None) -> LmHead:
+        """Return the head with these values; lists of ids get onto their device."""
+        excluded = torch.tensor(self.excluded_ids, device=weight.device) if self.excluded_ids else None
+        return LmHead(weight, bias, self.logit_factor, self.softcap, excluded, self.name, self.stop_class)
+
+
 def load_lm_head(
     model: str,
     trust_remote_code: bool,
@@ -139,9 +174,22 @@ def load_lm_head(
     excluded_ids: Sequence[int] = (),
     stop_class: Sequence[int] = (),
 ) -> LmHead:
-    """Read the head of a Hugging Face directory or hub id; rows beyond the vocabulary, which only pad it, are cut.
+    """Read the head of a Hugging Face directory or hub id; raise ModelError as `read_head_facts` does.
 
     The probability of `excluded_ids` goes to the other tokens in proportion, that of `stop_class` to its first id.
+    """
+    facts = read_head_facts(model, trust_remote_code, excluded_ids, stop_class)
+    shards, rows = weight_files(model), facts.vocabulary_size
+    weight = _slice(model, shards, facts.name)[:rows]
+    bias = _slice(model, shards, _bias_name(facts.name))[:rows] if facts.has_bias else None
+    torch_dtype = getattr(torch, dtype)
+    return facts.make(weight.to(torch_dtype), None if bias is None else bias.to(torch_dtype))
+
+
+def read_head_facts(
+    model: str, trust_remote_code: bool, excluded_ids: Sequence[int] = (), stop_class: Sequence[int] = ()
+) -> HeadFacts:
+    """Find a model's head in the headers of its files.
 
     Raises:
         ModelError: the model has no safetensors, no tensor in them is known to be its head, or the head is quantised.
@@ -151,23 +199,22 @@ def load_lm_head(
     shards = weight_files(model)
     name = _head_name(model, shards, _is_tied(config))
     vocabulary_size = int(config.get_text_config().vocab_size)
-    weight = _read(model, shards, name, vocabulary_size)
-    if weight.ndim != 2 or weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    matrix = _slice(model, shards, name)
+    shape = list(matrix.get_shape())
+    if len(shape) != 2 or matrix.get_dtype() not in FLOATS:
         raise ModelError(
-            f"model '{model}': its LM head '{name}' is {weight.dtype} {list(weight.shape)}, expected float32, bfloat16 "
-            "or float16 [vocabulary, width]; use a copy of the model whose head is not quantised"
+            f"model '{model}': its LM head '{name}' is {matrix.get_dtype()} {shape}, expected {', '.join(FLOATS)} "
+            "[vocabulary, width]; use a copy of the model whose head is not quantised"
         )
-    if len(weight) < vocabulary_size:
-        raise ModelError(f"model '{model}': its LM head '{name}' has {len(weight)} rows for {vocabulary_size} tokens")
-    bias = _read(model, shards, _bias_name(name), vocabulary_size) if _bias_name(name) in shards else None
-    torch_dtype = getattr(torch, dtype)
-    excluded = [token_id for token_id in excluded_ids if token_id < vocabulary_size]
-    return LmHead(
-        weight.to(torch_dtype),
-        None if bias is None else bias.to(torch_dtype),
-        *read_logit_scaling(config),
-        torch.tensor(excluded) if excluded else None,
+    if shape[0] < vocabulary_size:
+        raise ModelError(f"model '{model}': its LM head '{name}' has {shape[0]} rows for {vocabulary_size} tokens")
+    return HeadFacts(
         name,
+        vocabulary_size,
+        shape[1],
+        _bias_name(name) in shards,
+        *read_logit_scaling(config),
+        tuple(token_id for token_id in excluded_ids if token_id < vocabulary_size),
         tuple(token_id for token_id in stop_class if token_id < vocabulary_size),
     )
 
@@ -236,11 +283,6 @@ def _head_name(model: str, shards: Iterable[str], is_tied: bool) -> str:
             f"model '{model}': its {kind} was not found in its safetensors; expected a tensor called {', '.join(known)}"
         )
     return min(names, key=len)
-
-
-def _read(model: str, shards: dict[str, Path], name: str, num_rows: int) -> Tensor:
-    rows: Tensor = _slice(model, shards, name)[:num_rows]
-    return rows
 
 
 def _slice(model: str, shards: dict[str, Path], name: str) -> Any:

@@ -23,15 +23,14 @@ SLEEPING_GIB = CONTEXT_GIB + WORKSPACE_GIB  # what an engine keeps while it slee
 PACKAGES_GIB = 1.0  # of each process without a GPU: what it imports
 SPARE_GIB = 0.5  # of a GPU that belongs to one worker: the driver's own
 # On a GPU, on a CPU: float32 logits alive at once, as `learner/model/completion_head.py` and
-# `teacher_workers/backends/lm_head_scores.py` cut them. Of the learner's there are three: logits, their gradient, and
+# `cluster/models/token_scores.py` cut them. Of the learner's there are three: logits, their gradient, and
 # what the loss computes, and another for each model whose whole distribution is compared; of a teacher's two.
 LEARNED_LOGITS = {True: 1 << 28, False: 1 << 26}
 SCORED_LOGITS, SCORED_TOKENS = {True: 1 << 27, False: 1 << 23}, 128
 MOST_SEQUENCES = 1024  # at once, where vLLM chooses
 SAMPLED_BYTES = 12  # of one logit of a sampled token: itself, its log-probability and a copy, in float32
-# Gradients that ZeRO reduces at once, for the learner too: DeepSpeed's own 500,000,000 and their float32 copy would
-# take 2.8 GiB, and 400 MB are as fast.
-REDUCED_VALUES = 100_000_000
+LARGE_BUCKET, SMALL_BUCKET = 500_000_000, 100_000_000  # of ZeRO, in values; the first is DeepSpeed's own
+SMALL_GPU_BYTES = 32 << 30
 GATHERED_VALUES = 1_000_000_000  # of parameters that ZeRO stage 3 has whole at once
 
 
@@ -46,7 +45,7 @@ class WorkerMemory:
     context: float  # of all its processes, with their workspaces
     optimizer: float = 0.0  # float32 masters, AdamW's moments, averages that teachers have
     gradients: float = 0.0  # in float32
-    head: float = 0.0  # a teacher's head beside its engine; of the learner, the head's gradient and the teachers' heads
+    head: float = 0.0  # a teacher's LM head; of the learner, the head's gradient and the teachers' heads
     cache: float = 0.0  # keys and values
     buffers: float = 0.0  # weights under way, ZeRO's buckets, hidden states of a micro-batch
     available: float | None = None  # None: the node's memory, which all workers share
@@ -116,10 +115,20 @@ def yields_to_learner(config: Config) -> bool:
     return config.ray.share_gpu and config.rollout.engine.sleep and config.rollout.max_staleness == 0
 
 
+def most_sequences(config: Config) -> int:
+    """Return how many sequences a rollout engine may run at once; vLLM chooses on a GPU of its own, if none are set."""
+    engine = config.rollout.engine
+    return engine.max_concurrent_sequences or (engine.concurrent_sequences if config.ray.share_gpu else MOST_SEQUENCES)
+
+
 def rollout_memory(config: Config, size: ModelSize, longest: int, gpu_gib: float | None) -> WorkerMemory:
     """Return what an engine that generates takes; where it has GPUs of its own, weights come through a buffer."""
     engine = config.rollout.engine
-    logits = (engine.max_concurrent_sequences or MOST_SEQUENCES) * size.vocabulary * SAMPLED_BYTES
+    logits = (
+        (most_sequences(config) if gpu_gib is not None else engine.concurrent_sequences)
+        * size.vocabulary
+        * SAMPLED_BYTES
+    )
     received = gpu_gib is not None and choose(config, True)[1] == "nccl"
     beside = {
         "buffers": _transfer_gib(config, size) if received else 0.0,
@@ -129,19 +138,18 @@ def rollout_memory(config: Config, size: ModelSize, longest: int, gpu_gib: float
 
 
 def teacher_memory(config: Config, name: str, size: ModelSize, longest: int, gpu_gib: float | None) -> WorkerMemory:
-    """Return what an engine that scores takes, and its actor: a second process with the LM head and logits of it.
+    """Return what an engine that scores takes; its worker has the LM head and logits, and vLLM counts both.
 
-    Others of its slot sleep meanwhile, their heads in host memory.
+    Others of its slot sleep meanwhile.
     """
     teacher, on_gpu = config.teachers[name], gpu_gib is not None
-    chunk = max(SCORED_LOGITS[on_gpu], SCORED_TOKENS * size.vocabulary) * 4
+    vocabulary = size.vocabulary / max(1, teacher.engine.tensor_parallel)
+    logits = 2 * max(SCORED_LOGITS[on_gpu], SCORED_TOKENS * vocabulary) * 4
     [others] = [len(names) - 1 for names in config.scorer_groups.values() if name in names]
-    beside = {
-        "head": _gib(size.head_parameters * DTYPE_BYTES[teacher.engine.dtype]),
-        "logits": _gib(2 * chunk),
-        "context": CONTEXT_GIB + WORKSPACE_GIB + others * SLEEPING_GIB if on_gpu else 0.0,
-    }
-    return _engine_memory(config, f"teacher-{name}", teacher.engine, size, longest, gpu_gib, beside)
+    beside = {"context": others * SLEEPING_GIB if on_gpu else 0.0}
+    return _engine_memory(
+        config, f"teacher-{name}", teacher.engine, size, longest, gpu_gib, beside, logits=_gib(logits), scores=True
+    )
 
 
 def _engine_memory(
@@ -152,20 +160,24 @@ def _engine_memory(
     longest: int,
     gpu_gib: float | None,
     beside: Mapping[str, float],
-    logits: float = 0.0,
+    logits: float,
+    scores: bool = False,
 ) -> WorkerMemory:
     """Return what lies inside an engine and, of the same GPU, `beside` it, which vLLM does not know of."""
     ranks, value = max(1, engine.tensor_parallel), DTYPE_BYTES[engine.dtype]
-    weights = _gib(size.weight_bytes(value, engine.quantization is not None) / ranks)
+    # Of a scoring engine, a copy of a tied head; vLLM's model has no other one.
+    head = _gib(size.head_parameters * value / ranks) if scores else 0.0
+    weights = _gib(size.weight_bytes(value, engine.quantization is not None) / ranks) - (0.0 if size.is_tied else head)
     # A batch of tokens in a feed-forward layer: both halves of it, their product, the residual and what is normed.
     tokens = max(engine.max_batched_tokens, longest) if gpu_gib else longest
     experts = 2 * size.experts_per_token * size.width
     activations = _gib(tokens * (3 * size.inner_width / ranks + 4 * size.width + experts) * value)
     context = PACKAGES_GIB
     if gpu_gib is not None:
-        context = CONTEXT_GIB + WORKSPACE_GIB + (0.0 if engine.enforce_eager else GRAPHS_GIB)
+        is_eager = scores if engine.enforce_eager is None else engine.enforce_eager
+        context = CONTEXT_GIB + WORKSPACE_GIB + (0.0 if is_eager else GRAPHS_GIB)
         context += COMMUNICATION_GIB if ranks > 1 else 0.0
-    inside, outside = weights + activations + logits + context, sum(beside.values())
+    inside, outside = weights + head + activations + logits + context, sum(beside.values())
     available, cache = None, engine.kv_cache_gib or DEFAULT_CACHE_GIB
     if gpu_gib is not None and config.ray.share_gpu:  # its fraction is for all of it
         available = gpu_gib * (engine.gpu_memory_fraction or 0.0)
@@ -177,9 +189,9 @@ def _engine_memory(
         pool,
         weights,
         activations,
-        logits + beside.get("logits", 0.0),
+        logits,
         context + beside.get("context", 0.0),
-        head=beside.get("head", 0.0),
+        head=head,
         cache=cache,
         buffers=beside.get("buffers", 0.0),
         available=available,
@@ -235,7 +247,7 @@ def learner_memory(config: Config, sizes: Mapping[str, ModelSize], longest: int,
         optimizer=_gib(size.parameters * optimizer / ranks),
         gradients=_gib(size.parameters * 4 / (ranks if stage >= 2 else 1)),
         head=_gib(size.head_parameters * (4 + value) + heads),
-        buffers=_gib(states) + (_zero_gib(config, size) + _transfer_gib(config, size) if on_gpu else 0.0),
+        buffers=_gib(states) + _learner_buffers(config, size, gpu_gib),
         available=available,
         longest_tokens=longest,
     )
@@ -253,16 +265,28 @@ def activation_bytes(size: ModelSize, tokens: int, value_bytes: int, recomputes:
     return tokens * (kept + last_norm + backward)
 
 
-def _zero_gib(config: Config, size: ModelSize) -> float:
-    """Return DeepSpeed's bucket of gradients and its float32 copy, and parameters that stage 3 has whole."""
+def _learner_buffers(config: Config, size: ModelSize, gpu_gib: float | None) -> float:
+    """Return, on a GPU, the buffer of weights under way, DeepSpeed's bucket of gradients and its float32 copy.
+
+    Stage 3 has some parameters whole besides.
+    """
     learner = config.learner
-    if learner.zero_stage == 0:
-        return 0.0
+    if gpu_gib is None or learner.zero_stage == 0:
+        return 0.0 if gpu_gib is None else _transfer_gib(config, size)
     value, settings = DTYPE_BYTES[learner.dtype], _zero_settings(learner.deepspeed)
-    bucket = int(settings.get("reduce_bucket_size", REDUCED_VALUES))
+    bucket = int(settings.get("reduce_bucket_size", bucket_values(size.parameters, int(gpu_gib * BYTES_PER_GIB))))
     gathered = int(settings.get("stage3_max_live_parameters", GATHERED_VALUES)) if learner.zero_stage == 3 else 0
     copied = 0 if value == 4 else min(size.parameters, bucket) * 4
-    return _gib(bucket * value + copied + min(size.parameters, gathered) * value)
+    zero = _gib(bucket * value + copied + min(size.parameters, gathered) * value)
+    return zero + _transfer_gib(config, size)
+
+
+def bucket_values(num_values: int, gpu_bytes: int | None) -> int:
+    """Return how many gradients, or weights, travel at once: DeepSpeed's number, or what the model or the GPU allows.
+
+    DeepSpeed takes memory for a whole bucket, in the weights' dtype and in float32: 3 GB for its own number.
+    """
+    return min(num_values, SMALL_BUCKET if gpu_bytes is not None and gpu_bytes < SMALL_GPU_BYTES else LARGE_BUCKET)
 
 
 def _zero_settings(deepspeed: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -13,12 +13,12 @@ from msgspec.structs import replace
 from cluster.config.run_config import Config
 from cluster.models.model_size import STUDENT, ModelSize
 from cluster.placement.memory import (
-    MOST_SEQUENCES,
     SPARE_GIB,
     Lengths,
     cache_bytes_per_token,
     estimate,
     learner_memory,
+    most_sequences,
     own_fraction,
     yields_to_learner,
 )
@@ -145,8 +145,7 @@ def _shared_engines(
     config: Config, sizes: Mapping[str, ModelSize], lengths: Lengths, gpu_gib: float
 ) -> dict[str, _SharedEngine]:
     rows = config.prompts.prompts_per_step * config.rollout.samples_per_prompt
-    most = config.rollout.engine.max_concurrent_sequences or MOST_SEQUENCES
-    rows = min(math.ceil(rows / max(1, config.rollout.num_workers)), most)
+    rows = min(math.ceil(rows / max(1, config.rollout.num_workers)), most_sequences(config))
     engines = {}
     for pool, worker in estimate(config, sizes, lengths, gpu_gib).items():
         if pool == "learner":

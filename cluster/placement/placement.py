@@ -46,19 +46,22 @@ class PoolPlacement:
     num_workers: int
     gpus_per_worker: float  # below 1: its part of a shared GPU
     cpus_per_worker: float  # what Ray reserves
-    cpu_threads: int  # what the worker's kernels use when there is no GPU
+    cpu_threads: int  # what the worker's own kernels may use of the node's cores
     nodes: tuple[NodeResources, ...]  # one per worker
 
     @property
     def share(self) -> dict[str, Any]:
         """Return Ray actor options of a worker that has no node of its own."""
-        share: dict[str, Any] = {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
-        if not self.gpus_per_worker:
-            # Ray would set the threads from the reserved CPUs, which are fractions here.
-            share["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(self.cpu_threads)}}
-        elif self.gpus_per_worker < 1:
-            share["runtime_env"] = {"env_vars": {SHARED_GPU_VARIABLE: "1"}}
-        return share
+        # Ray would set the threads from the reserved CPUs: a fraction, or with a GPU one, with which an optimizer in
+        # host memory takes ten times as long.
+        variables = {"OMP_NUM_THREADS": str(self.cpu_threads)}
+        if 0 < self.gpus_per_worker < 1:
+            variables[SHARED_GPU_VARIABLE] = "1"
+        return {
+            "num_cpus": self.cpus_per_worker,
+            "num_gpus": self.gpus_per_worker,
+            "runtime_env": {"env_vars": variables},
+        }
 
     def options(self) -> list[dict[str, Any]]:
         # Soft: a worker whose node is dead goes to any other with room; while its node lives, its share waits there.
@@ -186,8 +189,9 @@ def _on_one_gpu(config: Config, nodes: Sequence[NodeResources], free: Sequence[N
         config, ray=msgspec.structs.replace(config.ray, share_gpu=False), weight_sync=WeightSyncConfig()
     )
     placed = plan_placement(on_cpu, [replace(nodes[host], gpus=0)], [without_gpu])
+    threads = config.rollout.engine.cpu_threads or 1
     return Placement(
-        replace(placed.rollout, gpus_per_worker=shares.rollout),
+        replace(placed.rollout, gpus_per_worker=shares.rollout, cpu_threads=threads),
         {name: replace(pool, gpus_per_worker=shares.teachers[name]) for name, pool in placed.teachers.items()},
         replace(placed.learner, gpus_per_worker=shares.learner),
     )
@@ -226,10 +230,19 @@ def _placed(demand: Demand, nodes: Sequence[NodeResources], places: Sequence[int
 
 
 def _threads(config: Config, nodes: Sequence[NodeResources], places: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the threads of each pool's workers without GPUs: as set, else what the fullest of its nodes allows."""
-    engines = Counter(node for pool, taken in places.items() if pool != LEARNER for node in taken)
+    """Return the threads of each pool's workers: as set, else what the fullest of its nodes allows.
+
+    With GPUs all workers of a node compute at the same time, but for rollout workers, whose threads would wait.
+    """
+    on_gpu = any(node.gpus for node in nodes)
     ranks = Counter(places[LEARNER])
-    wanted = {"rollout": config.rollout.engine.cpu_threads, LEARNER: config.learner.cpu_threads}
+    engines = Counter(node for pool, taken in places.items() if pool != LEARNER for node in taken)
+    if on_gpu:
+        ranks = engines = Counter(node for taken in places.values() for node in taken)
+    wanted = {
+        "rollout": config.rollout.engine.cpu_threads or (1 if on_gpu else None),
+        LEARNER: config.learner.cpu_threads,
+    }
     wanted |= {
         label: next((threads for name in names if (threads := config.teachers[name].engine.cpu_threads)), None)
         for label, names in config.scorer_groups.items()

@@ -20,6 +20,7 @@ from cluster.models.pairs import Pairs, compare_all
 from rollout_workers.contexts.builder import ContextSettings
 from rollout_workers.contexts.plan import plan_contexts
 from rollout_workers.environments.base import environment_named
+from rollout_workers.environments.tool_calls import tool_schemas
 from rollout_workers.environments.verifier_process import check_rewards
 from rollout_workers.load_prompts import load_prompts
 from rollout_workers.privileged import PrivilegedPlan, plan_privileged
@@ -84,6 +85,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     check_support(config, min(model.vocabulary for model in models) - len(pairs.stop_class[1:]))
     environment_named(config.environment.kind)  # refuses a wrong name before anything starts
     check_rewards(config.environment.weights)
+    tool_schemas(config.environment.tools)
     context = min(model.context_tokens for model in models)
     now = now or datetime.now()
     notes: list[str] = []
@@ -98,7 +100,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
-    privileged = plan_privileged(config, train, student.tokenizer, student.context_tokens, now)
+    privileged = plan_privileged(config, prompts, len(train), student.tokenizer, student.context_tokens, now)
     replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,

@@ -139,6 +139,7 @@ def start_teacher_rollouts(
         engine=teacher.engine,
         sampled_candidates=False,
         merges_stops=False,
+        float32_head=False,
         contexts=None,
         privileged=None,
         max_model_len=inputs.scoring_model_len(name),
@@ -174,7 +175,12 @@ def _rollout_settings(config: Config, inputs: Inputs) -> RolloutActorSettings:
         environment=config.environment,
         sampled_candidates=config.objective.needs.sampled_candidates,
         merges_stops=len(config.rollout.stop_class or ()) > 1,
+        keeps_cache=config.rollout.keep_cache_on_update,
+        float32_head=config.rollout.engine.dtype != "float32" and config.learner.head_dtype != "bfloat16",
         contexts=inputs.contexts,
+        chat=(config.student, config.prompts, inputs.read_at)
+        if config.environment.has_turns and config.prompts.template == "chat"
+        else None,
         # Strictly on-policy, new weights are the next thing that follows a step's rollouts.
         rests=config.rollout.engine.sleep and config.rollout.max_staleness == 0,
         privileged=inputs.privileged.settings,

@@ -20,6 +20,7 @@ class ProbeState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     failures: tuple[tuple[int, int], ...] = ()  # prompt id, completions that failed since the last right one
     asked: tuple[tuple[int, int], ...] = ()  # prompt id, requests to the sampler so far
+    unseen: tuple[tuple[int, int], ...] = ()  # prompt id, those of them since its last ordinary completion
     planned: tuple[tuple[int, tuple[int, ...]], ...] = ()  # step under way, from 0, and the prompts chosen for it
 
 
@@ -41,13 +42,13 @@ class Probe:
         self._config, self._plan = config, plan or PrivilegedPlan()
         self._failures = Counter(dict(state.failures))
         self._asked = Counter(dict(state.asked))
+        self._unseen = Counter(dict(state.unseen))
         self._planned = dict(state.planned)
 
     @property
     def state(self) -> ProbeState:
-        return ProbeState(
-            tuple(sorted(self._failures.items())), tuple(sorted(self._asked.items())), tuple(self._planned.items())
-        )
+        failures, asked, unseen = (tuple(sorted(one.items())) for one in (self._failures, self._asked, self._unseen))
+        return ProbeState(failures, asked, unseen, tuple(self._planned.items()))
 
     def requests(self, run: Config, step: int) -> list[RolloutRequest]:
         """Return the requests to the sampler in optimizer step `step`, from 0."""
@@ -56,17 +57,23 @@ class Probe:
     def choose(self, step: int) -> tuple[int, ...]:
         """Return the prompts that the sampler writes for in optimizer step `step`, from 0, the same at every call.
 
-        These are hard ones that no step under way has, the least often asked for first.
+        These are hard ones that no step under way has and that do not wait for ordinary completions, the least often
+        asked for first.
         """
         config = self._config
         if config is None or not config.is_active(step):
             return ()
         if step not in self._planned:
             under_way = {prompt_id for chosen in self._planned.values() for prompt_id in chosen}
-            free = (prompt_id for prompt_id in self._hard(config) if prompt_id not in under_way)
+            free = (
+                prompt_id
+                for prompt_id in self._hard(config)
+                if prompt_id not in under_way and self._unseen[prompt_id] < config.max_rows
+            )
             chosen = tuple(nsmallest(config.prompts_per_step, free, key=lambda one: (self._asked[one], one)))
             self._planned[step] = chosen
             self._asked.update(chosen)
+            self._unseen.update(chosen)
         return self._planned[step]
 
     def observe(self, step: int, batches: Sequence[BatchHandle]) -> Record:
@@ -84,6 +91,7 @@ class Probe:
         once_hard = []
         for _, (prompt_id, reward) in sorted(rewards.items()):
             is_right = reward >= config.min_reward
+            del self._unseen[prompt_id]
             self._failures[prompt_id] += 1
             if is_right:
                 del self._failures[prompt_id]

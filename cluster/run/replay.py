@@ -22,6 +22,7 @@ from cluster.actors.object_store import pack
 from cluster.config.replay import replayed_prompts, replays_signals
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
+from cluster.config.stages import ROLLOUT_ENGINES
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import CheckpointError, ConfigError, PromptError
 from cluster.contracts.metrics import Max, Mean, Metric, Sum
@@ -215,13 +216,14 @@ class Replay:
 def without_idle_workers(config: Config, has_held_out: bool) -> Config:
     """Return the run without the workers that a replay of all rows has no use for.
 
-    Held-out prompts need rollout workers, but no teacher.
+    Held-out prompts need rollout workers, but no teacher; and so do teachers that score in their engines.
     """
     replay = config.rollout.replay
     if replay is None or replay.share < 1:
         return config
     rollout, teachers, audit = config.rollout, config.teachers, config.score_audit
-    if not has_held_out:
+    scores_there = any(teacher.backend == ROLLOUT_ENGINES for teacher in teachers.values())
+    if not has_held_out and not (scores_there and replay.signals == "recomputed"):
         rollout = msgspec.structs.replace(rollout, num_workers=0)
     if replays_signals(config):
         teachers = {name: msgspec.structs.replace(teacher, num_workers=0) for name, teacher in teachers.items()}

@@ -73,7 +73,7 @@ def rollouts_of(spans: Iterable[Span]) -> list[WorkerRollout]:
 
 def decode_rate(rollouts: Sequence[WorkerRollout], config: Config) -> tuple[tuple[int, float], ...]:
     """Return seconds per token by the number of running sequences: two points, or one where engines were full."""
-    most = config.rollout.engine.max_concurrent_sequences
+    most = config.rollout.engine.concurrent_sequences
     fitting = [rollout for rollout in rollouts if rollout.num_rows <= most]
     if not fitting:
         random = np.random.default_rng(0)

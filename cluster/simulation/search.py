@@ -154,7 +154,7 @@ def work_seconds(config: Config, rates: Rates, widths: Widths) -> dict[str, floa
     """Return the GPU-seconds of a step in each pool, with engines that are always full."""
     prompt_tokens, completion_tokens = Demand(config, rates).tokens_per_step()
     tokens = prompt_tokens + completion_tokens
-    points, most = rates.rollout.seconds_per_token, config.rollout.engine.max_concurrent_sequences
+    points, most = rates.rollout.seconds_per_token, config.rollout.engine.concurrent_sequences
     rollout = completion_tokens * min(seconds_per_token(points, running) / running for running in (1, most))
     work = {"rollout": rollout * widths.gpus["rollout"]}
     shares_of_routes = sum(rates.teachers[route].share for route in config.routes)

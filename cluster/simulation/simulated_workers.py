@@ -131,7 +131,7 @@ class SimulatedRolloutWorker(_Worker):
     ) -> None:
         """Take the clock, the engine's rates, what the real actor gets, and the trajectory that answers a request."""
         super().__init__(time)
-        self.decoding = Decoding(time, rates.seconds_per_token, settings.engine.max_concurrent_sequences)
+        self.decoding = Decoding(time, rates.seconds_per_token, settings.engine.concurrent_sequences)
         self._rows_per_batch = settings.rows_per_batch
         self._trajectory_of = trajectory_of
         self._rollouts: dict[int, _Rollout] = {}

@@ -82,6 +82,11 @@ def late_logits_processors(config: Any, classes: Sequence[tuple[str, str]]) -> N
         config.model_config.logits_processors = [pair[config.use_v2_model_runner] for pair in classes]
 
 
+def keeping_scheduler(is_async: bool | None) -> str:
+    """Return the name of the scheduler whose running requests keep their caches, as vLLM names classes."""
+    return f"cluster.vllm.keep_cache.Keeping{'Async' if is_async else ''}Scheduler"
+
+
 def taken_by(message: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those values for which a message of vLLM's has a field.
 

@@ -20,8 +20,10 @@ from cluster.vllm.plugins import provide_plugins
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from cluster.vllm.token_scoring import Scoring
+
 OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
-LAYERS_VARIABLE = "PRECEPTOR_ENGINE_LAYERS"  # a LayersToSend in JSON, for the engine's processes; "": none
+SCORING_KEY = "preceptor_scoring"  # of a Scoring in vLLM's additional configuration, which its workers have
 SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU
 OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself, at most; the rest is for what vLLM does not count
 DEFAULT_CACHE_GIB = 1.0  # where nothing says how large it is
@@ -29,14 +31,14 @@ BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
-# Turns a causal LM into an embedder of tokens; "model" keeps its hidden states in its own dtype, where vLLM would cast
-# them to float32.
+# Turns a causal LM into an embedder of tokens, which `token_scoring.py` lets score them; "model" keeps its hidden
+# states in its own dtype, where vLLM would cast them to float32.
 POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"head_dtype": "model"}}
 
 
 @dataclass(frozen=True)
 class LayersToSend:
-    """Says which layers of its model a pooling engine returns behind the last hidden states (`layer_states.py`)."""
+    """Says which layers of its model an engine's model returns behind the last hidden states (`layer_states.py`)."""
 
     layers: tuple[int, ...]  # from 1, of the engine's own model; the last is after the final norm
     bank: str | None = None  # file of a projection bank whose teacher has these layers; None: states as they are
@@ -50,9 +52,10 @@ class EngineRole:
     max_model_len: int  # prompt + completion, and 1 more where it generates, in tokens
     prefix_caching: bool
     tokenizer: bool  # without one the engine can neither find stop strings nor know the EOS token
-    pooling: bool = False  # return last hidden states instead of generating
-    layers: LayersToSend | None = None  # return those layers' states behind them
+    scoring: "Scoring | None" = None  # score tokens instead of generating
     sleeps: bool = False  # whether it is to give its GPU memory back for a time
+    keeps_cache: bool = False  # whether running requests keep their keys and values when the weights change
+    float32_head: bool = False  # on a GPU: compute logits in float32, as the learner does; vLLM 0.24 cannot
     priorities: bool = False  # when not all requests fit, those of the lowest priority run first
     logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"  # processed: after temperature, top-p
     max_logprobs: int = 1
@@ -74,6 +77,9 @@ def prepare_environment(engine: EngineConfig) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Where it finds nvcc, FlashInfer compiles its sampler for minutes, and no request of ours can use it: ours have
+    # seeds and want log-probabilities.
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if engine.dtype == "float32":
         # On a GPU vLLM attends in float32 with Triton alone, which would round what it multiplies to TF32's 10 bits.
         os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
@@ -100,20 +106,23 @@ def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
 def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":
     """Start an engine and its process, in a running event loop; raise ModelError if vLLM refuses the model."""
     prepare_environment(engine)
-    os.environ[LAYERS_VARIABLE] = "" if role.layers is None else msgspec.json.encode(role.layers).decode()
     if PYTHON_VARIABLE in os.environ:
         multiprocessing.set_executable(os.environ[PYTHON_VARIABLE])
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from cluster.vllm.compat import VLLMError, early_logits_processors, late_logits_processors
+    from cluster.vllm.compat import VLLMError, early_logits_processors, keeping_scheduler, late_logits_processors
 
-    arguments = _common_arguments(engine, role) | _platform_arguments(engine, current_platform.is_cpu()) | engine.extra
-    if current_platform.is_cpu() and arguments["enforce_eager"]:
+    is_cpu = current_platform.is_cpu()
+    arguments = _common_arguments(engine, role) | _platform_arguments(engine, role, is_cpu) | engine.extra
+    if is_cpu and arguments["enforce_eager"]:
         # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    if role.layers is not None:
+    if not is_cpu:
+        # For the engine's process, which computes on the GPU; OpenMP has read the actor's own number already.
+        os.environ["OMP_NUM_THREADS"] = str(engine.cpu_threads or 1)
+    if role.scoring is not None and role.scoring.layers is not None:
         arguments["enforce_eager"] = True  # a compiled model does not call the hooks on its layers
     arguments["enable_sleep_mode"] = role.sleeps and current_platform.is_sleep_mode_available()
     arguments |= early_logits_processors(role.logits_processors)
@@ -121,6 +130,8 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         args = AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)
         config = args.create_engine_config()
         late_logits_processors(config, role.logits_processors)
+        if role.keeps_cache:
+            config.scheduler_config.scheduler_cls = keeping_scheduler(config.scheduler_config.async_scheduling)
         return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
     except (VLLMError, TypeError, ValueError, OSError, RuntimeError) as error:  # TypeError: of engine.extra
         printed = last_error(own_output())  # by the engine's process; what this one has is seldom the reason
@@ -135,7 +146,7 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
     return {
         "dtype": engine.dtype,
         "tensor_parallel_size": engine.tensor_parallel,
-        "max_num_seqs": engine.max_concurrent_sequences,
+        "max_num_seqs": engine.concurrent_sequences,
         "max_num_batched_tokens": max(engine.max_batched_tokens, role.max_model_len),
         "max_model_len": role.max_model_len,
         "quantization": engine.quantization,
@@ -147,13 +158,18 @@ def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:
         "skip_tokenizer_init": not role.tokenizer,
         "weight_transfer_config": WeightTransferConfig(backend=backend) if backend else None,
         "worker_extension_cls": role.worker_extension or "",
-        **(POOLING_ARGUMENTS if role.pooling else {}),
+        **({} if role.scoring is None else scoring_arguments(role.scoring)),
     }
 
 
-def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
+def scoring_arguments(scoring: "Scoring") -> dict[str, Any]:
+    """Return vLLM's arguments of an engine that scores tokens."""
+    return POOLING_ARGUMENTS | {"additional_config": {SCORING_KEY: msgspec.to_builtins(scoring)}}
+
+
+def _platform_arguments(engine: EngineConfig, role: EngineRole, is_cpu: bool) -> dict[str, Any]:
     if not is_cpu:
-        return gpu_arguments(engine, is_shared=SHARED_GPU_VARIABLE in os.environ)
+        return gpu_arguments(engine, role, is_shared=SHARED_GPU_VARIABLE in os.environ)
     return {
         "kv_cache_memory_bytes": int((engine.kv_cache_gib or DEFAULT_CACHE_GIB) * BYTES_PER_GIB),
         "enforce_eager": engine.enforce_eager is not False,
@@ -164,11 +180,13 @@ def _platform_arguments(engine: EngineConfig, is_cpu: bool) -> dict[str, Any]:
     }
 
 
-def gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
+def gpu_arguments(engine: EngineConfig, role: EngineRole, is_shared: bool) -> dict[str, Any]:
     """Return vLLM's arguments that only count on a GPU, of the engine's own or shared with others."""
+    # A teacher reads long prompts and decodes nothing: compiling and CUDA graphs would cost it a minute and a GiB.
+    is_eager = role.scoring is not None if engine.enforce_eager is None else engine.enforce_eager
     arguments: dict[str, Any] = {
         "gpu_memory_utilization": engine.gpu_memory_fraction or OWN_GPU_FRACTION,
-        "enforce_eager": bool(engine.enforce_eager),
+        "enforce_eager": is_eager,
         # Inside a Ray actor vLLM would otherwise ask Ray for more actors to hold the other ranks.
         "distributed_executor_backend": "mp" if engine.tensor_parallel > 1 else None,
     }
@@ -176,4 +194,17 @@ def gpu_arguments(engine: EngineConfig, is_shared: bool) -> dict[str, Any]:
         # vLLM would measure what is left for the cache, and take what the others allocate meanwhile for its own; it
         # ends when they free something. With a given size, the fraction is only what must be free when it starts.
         arguments["kv_cache_memory_bytes"] = int((engine.kv_cache_gib or DEFAULT_CACHE_GIB) * BYTES_PER_GIB)
+    elif engine.max_concurrent_sequences is None and role.scoring is None:
+        arguments["max_num_seqs"] = _vllms_sequences(engine.tensor_parallel)
+    if role.float32_head:
+        arguments["hf_overrides"] = {"head_dtype": "float32"}  # rounded logits alone differ by 0.02 nats from these
     return arguments
+
+
+def _vllms_sequences(tensor_parallel: int) -> int:
+    """Return how many sequences vLLM runs at once on this GPU if no number is set."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    _, sequences = AsyncEngineArgs.get_batch_defaults(tensor_parallel)
+    return sequences[UsageContext.LLM_CLASS]

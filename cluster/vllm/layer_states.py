@@ -1,24 +1,22 @@
-"""Lets a pooling engine return the hidden states of several layers beside the last ones, of one prefill.
+"""Lets a model in vLLM return the hidden states of several layers beside the last ones, of one prefill.
 
-vLLM's pooling models return the states after the final norm alone, and drop what EAGLE's models collect on the way. The
-plugin `register` changes how vLLM turns a causal LM into an embedder of tokens: the model's forward then returns
-`cat([last, state of layer 1, ...], -1)`, each state projected by a bank where there is one. Hooks on the decoder layers
-take the states, so that no family of models needs to support it; they need a model that runs eagerly.
+vLLM's pooling models return the states after the final norm alone, and drop what EAGLE's models collect on the way. A
+model that is to send layers (`token_scoring.py`) returns `cat([last, state of layer 1, ...], -1)`, each state projected
+by a bank where there is one. Hooks on the decoder layers take the states, so that no family of models needs to support
+it; they need a model that runs eagerly.
 
-This file imports vLLM in `register` only, and only in processes of an engine that is to send layers.
+This file imports vLLM in `register` only.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from cluster.contracts.errors import ModelError
 from cluster.models.hidden_layers import ProjectionBank, load_bank
-from cluster.vllm.engine import LAYERS_VARIABLE, LayersToSend
+from cluster.vllm.engine import LayersToSend
 
 FINAL_NORMS = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "norm_f", "final_norm")
 # Of the norm: how far the final norm of the last layer's states may be from what the model returned. Another sum than
@@ -27,40 +25,14 @@ NORM_TOLERANCE = 0.02
 
 
 def register() -> None:
-    """Let this process's engine send layers if it is to; vLLM calls this plugin in each of its processes."""
-    if not os.environ.get(LAYERS_VARIABLE):
-        return
+    """Let models score tokens and send layers where an engine is to; vLLM calls this in each of its processes."""
     from vllm.model_executor.models import adapters
 
+    from cluster.vllm.token_scoring import scoring_tokens
+
     convert = adapters.as_embedding_model
-    if not hasattr(convert, "sends_layers"):  # vLLM may load plugins twice in a process
-        adapters.as_embedding_model = sending_layers(convert)
-
-
-def sending_layers(convert: Callable[[type], type]) -> Callable[[type], type]:
-    """Return a conversion into an embedder of tokens whose embeddings hold the layers' states too."""
-
-    def converted(model_class: type) -> type:
-        embedder: Any = convert(model_class)
-
-        class SendsLayers(embedder):
-            def __init__(self, *, vllm_config: Any, prefix: str = "", **arguments: Any) -> None:
-                super().__init__(vllm_config=vllm_config, prefix=prefix, **arguments)
-                # Here, for vLLM keeps the class for other engines of the process.
-                settings = os.environ.get(LAYERS_VARIABLE)
-                depth = vllm_config.model_config.hf_text_config.num_hidden_layers
-                to_send = msgspec.json.decode(settings, type=LayersToSend) if settings else None
-                self._layer_states = LayerStates(self, depth, to_send) if to_send else None
-
-            def forward(self, *arguments: Any, **named: Any) -> Any:
-                output = super().forward(*arguments, **named)
-                return output if self._layer_states is None else self._layer_states.beside(output)
-
-        SendsLayers.__name__ = embedder.__name__
-        return SendsLayers
-
-    converted.sends_layers = True  # type: ignore[attr-defined]
-    return converted
+    if not hasattr(convert, "scores_tokens"):  # vLLM may load plugins twice in a process
+        adapters.as_embedding_model = scoring_tokens(convert)
 
 
 class LayerStates:

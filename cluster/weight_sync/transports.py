@@ -89,7 +89,7 @@ TRANSPORTS: dict[str, Transport] = {
 }
 
 
-# To teachers: the actor reads the LM head from what arrives, which a transfer from GPU to GPU does not show it.
+# To teachers, which may be on other nodes than the learner and come and go: no group of GPUs waits for them.
 TEACHER_TRANSPORT = "object_store"
 
 

@@ -2,8 +2,8 @@
 
     python -m examples.hints.make_prompts --out runs/hints
 
-The embedded student solves such a problem in several tries, which the run file leaves no tokens for. The hint is the
-list of numbers with nothing in it but the right pair.
+The lists are longer than those that the embedded student was trained on, and the run file leaves no tokens for a second
+try. The hint is a list of the usual length with nothing in it but the right pair.
 """
 
 import argparse
@@ -15,7 +15,8 @@ import numpy as np
 
 from examples.countdown.task import LIST_LENGTH, Problems, answer_patterns, draw_problems, prompt_texts
 
-SIZES = {"train": 2_000, "held_out": 256}
+SIZES = {"train": 384, "held_out": 256}
+NUMBERS = 10  # in a problem's list
 
 
 def rows_of(problems: Problems) -> Iterator[dict[str, str]]:
@@ -31,7 +32,7 @@ def write_prompts(folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([7, seed])
     for name, count in SIZES.items():
-        problems = draw_problems(rng, count, held_out=name == "held_out")
+        problems = draw_problems(rng, count, NUMBERS, held_out=name == "held_out")
         lines = (json.dumps(row) + "\n" for row in rows_of(problems))
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -82,10 +82,10 @@ class BatchBuffer:
         for index, episode_id in enumerate(handle.episodes, start=first):
             rows.setdefault(episode_id, []).append(index)
         for episode_id, of_episode in rows.items():
-            group = self._groups[episode_id // self.samples_per_prompt]
-            group.append(of_episode)
-            if len(group) == self.samples_per_prompt:
-                released += self._release(episode_id // self.samples_per_prompt, divides)
+            key = episode_id // self.samples_per_prompt
+            self._groups[key].append(of_episode)
+            if len(self._groups[key]) == self.samples_per_prompt:
+                released += self._release(key, divides)
         return released
 
     def rest(self) -> list[int]:

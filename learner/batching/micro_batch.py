@@ -1,7 +1,7 @@
 """Lays the trajectories of one micro-batch out in a grid of tokens, with flat completion columns beside it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,6 @@ class RoutedTokens:
             part = slice(len(self.places) * index // num_parts, len(self.places) * (index + 1) // num_parts)
             yield RoutedTokens(self.route, self.places[part], _pick(self.scores, part))
 
-    def to(self, device: torch.device) -> "RoutedTokens":
-        return RoutedTokens(self.route, self.places.to(device), map_tensors(self.scores, lambda one: one.to(device)))
-
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -74,8 +71,15 @@ class MicroBatch:
     watch: "Watch | None" = None  # reads what the forward says of rows that are kept
 
     def to(self, device: torch.device) -> "MicroBatch":
-        moved = {name: value.to(device) for name, value in vars(self).items() if hasattr(value, "to")}
-        return replace(self, **moved, routes=tuple(route.to(device) for route in self.routes))
+        """Return the micro-batch there; from pinned memory without waiting for the copy."""
+        return self.changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        """Return the micro-batch with every tensor replaced by what `change` makes of it."""
+        own: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tokens = CompletionTokens(**map_tensors(vars(self.tokens), change))
+        routes = [RoutedTokens(one.route, change(one.places), map_tensors(one.scores, change)) for one in self.routes]
+        return replace(self, **own, tokens=tokens, routes=tuple(routes))
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,17 @@ class Trajectory:
     def positions(self) -> NDArray[Any]:
         """Return the places of the completion tokens among all that the student sampled."""
         return np.arange(len(self.rollout_logprobs)) if self.strict is None else np.flatnonzero(self.strict)
+
+    @property
+    def turns(self) -> NDArray[np.int64]:
+        """Return which turn of its episode each completion token is of: tokens between which none was read are one's.
+
+        Beside a teacher with its own tokenizer, trajectories have one turn.
+        """
+        places = np.flatnonzero(self.loss_mask)
+        if self.strict is not None:
+            return np.full(len(places), self.turn)
+        return self.turn + np.cumsum(np.diff(places, prepend=places[:1]) > 1)
 
     @property
     def num_sampled(self) -> int:
@@ -195,6 +210,7 @@ def _completion_tokens(placed: Sequence[Trajectory], seed: int) -> CompletionTok
         task_advantage=of_each("task_advantage"),
         reward=of_each("reward"),
         weight=of_each("weight"),
+        turn=_join([row.turns for row in placed], np.int64),
         privileged=of_each("privileged", np.bool_),
     )
 

@@ -1,8 +1,11 @@
 """Trains over DeepSpeed ZeRO stages 1, 2 and 3; no other file imports deepspeed."""
 
 import logging
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -14,13 +17,14 @@ from deepspeed.checkpoint.constants import (
     SINGLE_PARTITION_OF_FP32_GROUPS,
 )
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor
 
 from cluster.config.pass_through import merged
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError
-from cluster.placement.memory import REDUCED_VALUES
+from cluster.placement.memory import LARGE_BUCKET, bucket_values
 from learner.batching.micro_batch import MicroBatch
 from learner.checkpointing.shards import flatten, host_copy, unflatten
 from learner.engines.base import PausableAdamW, adamw_settings, exchange, paused
@@ -62,7 +66,9 @@ class ZeroEngine:
             rank=rank,
             world_size=world_size,
         )
-        settings = zero_settings(config, world_size)
+        gpu_bytes = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        bucket = bucket_values(sum(parameter.numel() for parameter in student.parameters()), gpu_bytes)
+        settings = zero_settings(config, world_size, bucket)
         with _refusals(config):
             if self._is_sharded:
                 _shard(student, settings)
@@ -70,6 +76,8 @@ class ZeroEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=student, optimizer=self._optimizer, config=settings, dist_init_required=False
             )
+        # Stage 1 in bfloat16: each rank adds up the whole gradient in float32, and ranks exchange it once a step.
+        self._adds_whole_gradients = isinstance(self._engine.optimizer, BF16_Optimizer)
 
     def forward(
         self, batch: MicroBatch, objective: Objective | None = None, teacher_heads: TeacherHeads | None = None
@@ -86,10 +94,15 @@ class ZeroEngine:
             group["lr"] = learning_rate
         # How many tokens a step has is known only when all have been added up. A loss scale is what DeepSpeed divides
         # gradients and their norm by; it would also multiply the losses, so it is 1 while they are added up.
-        optimizer = self._engine.optimizer
-        optimizer.override_loss_scale(float(max(1, num_tokens)))
-        self._engine.step()
-        optimizer.override_loss_scale(1.0)
+        optimizer, divisor = self._engine.optimizer, float(max(1, num_tokens))
+        if self._adds_whole_gradients:  # this optimizer has no loss scale, and all its gradients are in its own buffers
+            for gradients in optimizer.fp32_groups_gradients_flat:
+                gradients.div_(divisor)
+            self._engine.step()
+        else:
+            optimizer.override_loss_scale(divisor)
+            self._engine.step()
+            optimizer.override_loss_scale(1.0)
         return float(self._engine.get_global_grad_norm())
 
     def discard(self, num_tokens: int) -> float:
@@ -108,6 +121,8 @@ class ZeroEngine:
         optimizer = self._engine.optimizer
         if self._is_sharded:
             return list(optimizer.fp32_partitioned_groups_flat)
+        if self._adds_whole_gradients:
+            return list(optimizer.fp32_groups_flat_partition)
         return list(optimizer.single_partition_of_fp32_groups)
 
     @contextmanager
@@ -132,6 +147,12 @@ class ZeroEngine:
         """
         weights, values = unflatten(state, self.masters())
         optimizer = self._engine.optimizer
+        if self._adds_whole_gradients:  # its own way back prints to the terminal
+            for master, saved in zip(self.masters(), weights, strict=True):
+                master.data.copy_(saved)
+            self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": values})
+            optimizer.update_lp_params()
+            return
         own_state = optimizer.state_dict()
         own_state[self._weights_key] = weights
         own_state[self._optimizer_key] = {**own_state[self._optimizer_key], "state": values}
@@ -159,16 +180,24 @@ def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | P
     """Return the optimizer for where its state is; offloaded parameters alone leave it, and the masters, on the GPU."""
     settings = adamw_settings(config)
     if config.offload_optimizer == "cpu":
+        tools_on_path()  # DeepSpeed compiles this optimizer
         return PausableCPUAdam(student.parameters(), **settings)
     return PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
 
 
-def zero_settings(config: LearnerConfig, world_size: int) -> dict[str, Any]:
+def tools_on_path() -> None:
+    """Let torch find `ninja`, which lies beside Python in an environment that was not activated."""
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if folder not in path.split(os.pathsep):
+        os.environ["PATH"] = f"{path}{os.pathsep}{folder}"
+
+
+def zero_settings(config: LearnerConfig, world_size: int, bucket: int = LARGE_BUCKET) -> dict[str, Any]:
     """Return DeepSpeed's own configuration for the learner's section.
 
     The micro-batch counts are placeholders: batches come already cut, and the engine receives which one is the last.
     """
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": REDUCED_VALUES}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if config.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters == "cpu":

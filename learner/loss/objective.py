@@ -17,7 +17,7 @@ from learner.loss.softmax import at_least_float32, temperature_normaliser
 from learner.loss.targets import log_linear
 from learner.loss.term import Chunk
 from learner.loss.terms import TERMS
-from learner.loss.token_weights import entropy_weights, is_early, position_importance
+from learner.loss.token_weights import entropy_weights, is_early, position_importance, turn_weights
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
 
 
@@ -40,7 +40,7 @@ class Objective:
         self.needs, self.kernels, self.temperature = config.needs, kernels, temperature
         self._step_means = {name: mean if math.isfinite(mean) else 0.0 for name, mean in (step_means or {}).items()}
         self._ignored_ids = torch.tensor(sorted(ignored_ids), dtype=torch.int64)
-        self._token_weights = config.token_weights
+        self._token_weights = config.token_weights.at(0)
         terms = {name: TERMS[type(term)](name, term, temperature) for name, term in config.at(0).terms.items()}
         self._of_states = {name: term for name, term in terms.items() if isinstance(term, RepresentationLoss)}
         self._terms = {name: term for name, term in terms.items() if name not in self._of_states}
@@ -136,6 +136,10 @@ class Objective:
         weights = tokens.weight * is_early(
             tokens.position, tokens.length, config.first_tokens, config.first_fraction, config.skip_first
         )
+        if len(tokens.turn) and isinstance(config.first_turns, int):
+            weights = weights * (tokens.turn < config.first_turns)
+        if len(tokens.turn) and config.turns == "equal":
+            weights = weights * turn_weights(tokens.turn, tokens.trajectory)
         if len(self._ignored_ids):
             weights = weights * ~torch.isin(tokens.target_ids, self._ignored_ids.to(weights.device))
         if config.position_importance and first_pass is not None:

@@ -34,6 +34,20 @@ def is_early(position: Tensor, length: Tensor, tokens: int | None, fraction: flo
     return early
 
 
+def turn_weights(turn: Tensor, trajectory: Tensor) -> Tensor:
+    """Return tokens of the trajectory / (its turns x tokens of the turn): all its turns count alike, mean 1, [n].
+
+    TurnOPD (arXiv 2607.05804).
+    """
+    begins = torch.ones_like(turn)
+    begins[1:] = (turn[1:] != turn[:-1]) | (trajectory[1:] != trajectory[:-1])
+    run = begins.cumsum(0) - 1
+    ones = torch.ones_like(turn, dtype=torch.float64)
+    num_turns = _sum_of_trajectory(begins.double(), trajectory)
+    weights = _sum_of_trajectory(ones, trajectory) / (num_turns * _sum_of_trajectory(ones, run))
+    return weights.float()
+
+
 def position_importance(log_ratio: Tensor, trajectory: Tensor, extra: float) -> Tensor:
     """Return 1 + extra (1 - share of the trajectory's |log-ratio| before the token) (IW-OPD, arXiv 2606.22600), [n]."""
     size = log_ratio.abs().double()

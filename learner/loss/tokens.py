@@ -29,6 +29,8 @@ class CompletionTokens:
     task_advantage: Tensor  # [n]: of the trajectory's reward within its group; 0 without a reward
     reward: Tensor  # [n]: the trajectory's; NaN without one
     weight: Tensor  # [n]: of the trajectory, in every term
+    # [n] int64: the episode's turn, from 0; [0]: all tokens are of the first
+    turn: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     # [n] whether another sampler than the student wrote the trajectory; [0]: the student wrote all
     privileged: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cluster.models.lm_head import multiplies_wide
 from cluster.models.stop_class import merge_logits, split_gradient
-from learner.model.wide_products import multiplies_wide
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,9 @@ class Projection:
         of_hidden[chosen] = (gradient @ (self._weight if self._wide is None else self._wide)).to(of_hidden.dtype)
         if gradient.dtype == torch.float32:
             of_weight.addmm_(gradient.t(), self._hidden[chosen].float())
+        elif adds_wide(gradient.device):
+            # Sums in float32, and makes no [vocabulary, width] product to add.
+            torch.addmm(of_weight, gradient.t(), self._hidden[chosen], out_dtype=torch.float32, out=of_weight)
         else:
             of_weight.add_(gradient.t() @ self._hidden[chosen])
 
@@ -95,6 +98,11 @@ class Projection:
             torch.mm(hidden.float(), self._wide.t(), out=logits)
         if self._bias is not None:
             logits += self._bias
+
+
+def adds_wide(device: torch.device) -> bool:
+    """Return whether torch adds a product of bfloat16 to a float32 matrix there; a CPU does not, nor an older torch."""
+    return device.type == "cuda" and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def _multiply_rounded(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Tensor) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import HeadDtype, LearnerConfig
 from cluster.contracts.errors import ModelError
-from cluster.models.lm_head import check_tied_head, read_logit_scaling
+from cluster.models.lm_head import check_tied_head, multiplies_wide, read_logit_scaling
 from cluster.models.model_files import is_local, load_model_config
 from cluster.weight_sync.manifest import Manifest
 from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch
@@ -22,7 +22,7 @@ from learner.model.attention import Kernel, Packing, Segments, choose_kernel, re
 from learner.model.checkpoint_format import CheckpointFormat
 from learner.model.completion_head import CompletionHead, TeacherHeads
 from learner.model.projection import LogitScaling
-from learner.model.wide_products import multiplies_wide, widen
+from learner.model.wide_products import widen
 
 if TYPE_CHECKING:
     from learner.loss.objective import Objective  # given to the calls; loading it is not needed
@@ -64,6 +64,8 @@ def load_student(
         check_forward(model.to(device), student.model)
     if config.gradient_checkpointing:
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        compile_layers(causal_lm)
     model.train()
     return model
 
@@ -130,6 +132,15 @@ def first_layers(causal_lm: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         decoder.layers = layers
+
+
+def compile_layers(causal_lm: PreTrainedModel) -> None:
+    """Let torch compile every decoder layer, in place: parameters keep their names. Lengths may vary.
+
+    Layers of one kind have the same code, so that all but the first take it from torch's cache.
+    """
+    for layer in causal_lm.get_decoder().layers:
+        layer.compile(dynamic=True)
 
 
 class Student(nn.Module):

@@ -3,21 +3,12 @@
 The factors are bfloat16 and the product is rounded to it, as before: torch sums in float32 as well.
 """
 
-import platform
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-
-def multiplies_wide(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether products in this dtype are faster in float32 there."""
-    is_plain = platform.machine() == "x86_64" and not (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return device.type == "cpu" and dtype == torch.bfloat16 and is_plain
 
 
 def widen(model: nn.Module) -> None:

@@ -37,7 +37,8 @@ class VllmSender:
     """Sends all weights through one buffer on the GPU; the connection opens with the first publication.
 
     A tensor that is larger than `config` says makes the buffer larger; what travels is of `dtype`, the rollout engines'
-    own. All ranks call `make_link` together; `end_process` ends this one for good.
+    own. All ranks call `make_link` together; with `engines_sleep`, others take memory of this GPU again when they wake;
+    `end_process` ends this one for good.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class VllmSender:
         listen: Callable[[Sequence[ActorHandle], float], Recipients] = Recipients,
         bring: Callable[[Sequence[ActorHandle], int, float], NewcomerUpdate] = NewcomerUpdate,
         end_process: Callable[[int], Any] = os._exit,
+        engines_sleep: bool = False,
     ) -> None:
         self._engine, self._make_link, self._end_process = engine, make_link, end_process
         self._listen, self._bring = listen, bring
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._engines_sleep = timeout_seconds, engines_sleep
         self._buckets = list(plan_buckets(engine.student.manifest(dtype), config.bucket_bytes))
         self._link: Link | None = None
         self._buffer: Tensor
@@ -68,9 +70,8 @@ class VllmSender:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._buffer = torch.empty(max(map(total_bytes, self._buckets)), dtype=torch.uint8, device=device)
             self._link = self._make_link(self._buffer)
-        if self._link.is_read_in_place and torch.cuda.is_available():
-            # What training left in torch's cache: engines that slept meanwhile take their memory again.
-            torch.cuda.empty_cache()
+        if self._engines_sleep:
+            torch.cuda.empty_cache()  # what training left there, and will take again; nothing without a GPU
         update, newcomers = self._begin(self._link, workers, policy_version) if self._engine.rank == 0 else (None, None)
         for bucket in self._buckets:
             self._fill(self._link, bucket)
@@ -196,12 +197,19 @@ def make_nccl_sender(engine: TrainEngine, config: Config) -> WeightSender:
 def make_ipc_sender(engine: TrainEngine, config: Config) -> WeightSender:
     """Build the sender of a run whose workers share a GPU; raise WeightSyncError if torch's memory cannot be shared."""
     refuse_expandable_segments(os.environ)
-    return _make_sender(engine, config, ipc_link)
+    return _make_sender(engine, config, ipc_link, some_sleep(config))
 
 
-def _make_sender(engine: TrainEngine, config: Config, make_link: Callable[[Tensor], Link]) -> WeightSender:
+def some_sleep(config: Config) -> bool:
+    """Return whether engines beside the learner give memory back for a time: the generator's, or teachers of a slot."""
+    return config.rollout.engine.sleep or any(len(names) > 1 for names in config.scorer_groups.values())
+
+
+def _make_sender(
+    engine: TrainEngine, config: Config, make_link: Callable[[Tensor], Link], engines_sleep: bool = False
+) -> WeightSender:
     dtype, timeout_seconds = config.rollout.engine.dtype, config.ray.call_timeout_seconds
-    return VllmSender(engine, config.weight_sync, dtype, timeout_seconds, make_link)
+    return VllmSender(engine, config.weight_sync, dtype, timeout_seconds, make_link, engines_sleep=engines_sleep)
 
 
 def nccl_link(engine: TrainEngine, tensor_parallel: int, bucket_bytes: int) -> Callable[[Tensor], Link]:

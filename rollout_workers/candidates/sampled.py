@@ -21,7 +21,8 @@ GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea and Flood 2014): ad
 MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 # Not 53: the product of a total and 1 - 2**-53 may be rounded up to the total, which lies beyond every token.
 UNIFORM_BITS = 52
-MAX_LOGITS_AT_ONCE = 1 << 24  # bounds the copies of logits in flight, the largest of them to 128 MiB
+MAX_LOGITS_AT_ONCE = 1 << 24  # bounds the copy of logits to 64 MiB
+LEAST_IN_BLOCKS = 1 << 12  # tokens of a vocabulary whose blocks are summed up first; below, more calls cost more
 MAX_STEPS_ON_DEVICE = 64  # waits for a GPU once in so many steps, and when candidates are fetched
 
 
@@ -40,11 +41,6 @@ class Step:
     def __init__(self, ids: Tensor, logprobs: Tensor) -> None:
         self.ids: NDArray[Any] | Tensor = ids  # [rows, largest count]
         self.logprobs: NDArray[Any] | Tensor = logprobs  # [rows, largest count]
-
-    def to_host(self) -> None:
-        """Wait for the device and let go of its memory."""
-        if isinstance(self.ids, Tensor) and isinstance(self.logprobs, Tensor):
-            self.ids, self.logprobs = self.ids.cpu().numpy(), self.logprobs.cpu().numpy()
 
 
 @dataclass
@@ -109,8 +105,15 @@ class CandidateLog:
             self._requests.pop(key, None)
 
     def _to_host(self) -> None:
-        for step in self._on_device:
-            step.to_host()
+        """Wait for the device, once for all steps, and let go of its memory."""
+        if self._on_device:
+            for name in ("ids", "logprobs"):
+                values = [getattr(step, name) for step in self._on_device]
+                parts = (
+                    torch.cat([value.flatten() for value in values]).cpu().split([value.numel() for value in values])
+                )
+                for step, value, part in zip(self._on_device, values, parts, strict=True):
+                    setattr(step, name, part.view_as(value).numpy())
         self._on_device.clear()
 
 
@@ -121,26 +124,70 @@ def _sample_rows(rows: Sequence[LogitsRow], logits: Tensor) -> tuple[Tensor, Ten
     seeds = np.array([row.candidates.request.seed for row in rows], np.uint64)
     positions = np.array([row.position for row in rows], np.uint64)
     count = max(row.candidates.request.count for row in rows)
-    temperatures = on_device([row.temperature for row in rows]).unsqueeze(-1)
-    some = logits[on_device([row.row for row in rows])] / temperatures
-    return sample(some, on_device(uniforms(seeds, positions, count)))
+    places, numbers = on_device([row.row for row in rows]), on_device(uniforms(seeds, positions, count))
+    temperatures = [row.temperature for row in rows]
+    divisors = None if set(temperatures) == {1.0} else on_device(temperatures).unsqueeze(-1)
+    return sample(logits, numbers, places, divisors)
 
 
-def sample(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample tokens with replacement from softmax(logits).
+def sample(
+    logits: Tensor, uniform: Tensor, places: Tensor | None = None, temperatures: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sample tokens with replacement from softmax(logits / temperatures).
 
     Args:
-        logits: [rows, vocabulary] float32; minus infinity is never sampled.
+        logits: [any, vocabulary] float32; minus infinity is never sampled.
         uniform: [rows, count] float64 in [0, 1).
+        places: [rows] rows of the logits; None: all of them.
+        temperatures: [rows, 1]; None: 1.
 
     Returns:
         ids [rows, count] int32, and their log-probabilities [rows, count] float32.
     """
-    log_total = logits.logsumexp(-1, keepdim=True)
-    cumulative = (logits - log_total).exp().cumsum(-1, dtype=torch.float64)
-    # The first token whose cumulative probability lies above; one of probability 0 never lies above its predecessor.
-    ids = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-    return ids.int(), logits.gather(-1, ids) - log_total
+    vocabulary = logits.shape[-1]
+    size = vocabulary if vocabulary < LEAST_IN_BLOCKS else 1 << (vocabulary.bit_length() + 1) // 2
+    weights = logits.new_empty(len(uniform), -(-vocabulary // size) * size)  # in memory once: all else is in place
+    of_tokens = weights[:, :vocabulary]
+    if places is None:
+        of_tokens.copy_(logits)
+    else:
+        torch.index_select(logits, 0, places, out=of_tokens)
+    of_tokens.sub_(of_tokens.amax(-1, keepdim=True))
+    if temperatures is not None:
+        of_tokens.div_(temperatures)
+    of_tokens.exp_()
+    weights[:, vocabulary:] = 0
+    ids, probabilities = (_find if size == vocabulary else _find_in_blocks)(weights.unflatten(-1, (-1, size)), uniform)
+    return ids.int(), probabilities.log().float()
+
+
+def _find(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ids at which the cumulative distribution of weights [rows, 1, vocabulary] passes the numbers.
+
+    The second value is their probabilities; both are [rows, count].
+    """
+    weights = weights.squeeze(1)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # The first token whose cumulative weight lies above; one of weight 0 never lies above its predecessor.
+    ids = torch.searchsorted(cumulative, uniform * total, right=True)
+    return ids, weights.gather(-1, ids) / total
+
+
+def _find_in_blocks(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Do the same for weights [rows, blocks, size], and sum up in float64 only inside the blocks that are found."""
+    size = weights.shape[-1]
+    ends = weights.sum(-1).cumsum(-1, dtype=torch.float64)  # [rows, blocks]
+    total = ends[:, -1:]
+    numbers = uniform * total
+    blocks = torch.searchsorted(ends, numbers, right=True)  # [rows, count]
+    inside = weights.gather(1, blocks.unsqueeze(-1).expand(-1, -1, size))  # [rows, count, size]
+    numbers -= ends.gather(-1, blocks) - inside.sum(-1)
+    cumulative = inside.cumsum(-1, dtype=torch.float64)
+    # Sums that are rounded otherwise may leave a number beyond the last token of its block that can be sampled.
+    last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())
+    within = torch.searchsorted(cumulative, numbers.unsqueeze(-1), right=True).minimum(last)
+    return blocks * size + within.squeeze(-1), inside.gather(-1, within).squeeze(-1) / total
 
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64], count: int) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from cluster.config.terms import TEACHER
 from cluster.contracts.errors import PromptError
 from cluster.contracts.metrics import Mean, Metric, Sum
 from cluster.contracts.requests import ContextUse
-from cluster.contracts.trajectory import GeneratedTrajectory, Ints
+from cluster.contracts.trajectory import GeneratedTrajectory, Ints, masked
 from rollout_workers.contexts.groups import Attempt
 from rollout_workers.contexts.template import ContextTemplate, compiled
 from rollout_workers.prompt_row import PromptRow
@@ -242,21 +242,6 @@ class ContextBuilder:
         if is_early is not None:
             metrics["context/early_answer_ratio"] = Mean(float(is_early), 1.0)
         return metrics
-
-
-def masked(row: GeneratedTrajectory) -> GeneratedTrajectory:
-    """Return a row of which nothing is scored or learned from; its tokens and its reward stay."""
-    return replace(
-        row,
-        max_policy_version=row.min_policy_version,
-        version_changes=NONE,
-        loss_mask=np.zeros_like(row.loss_mask),
-        rollout_logprobs=row.rollout_logprobs[:0],
-        candidate_ids=None if row.candidate_ids is None else row.candidate_ids[:0],
-        candidate_rollout_logprobs=None
-        if row.candidate_rollout_logprobs is None
-        else row.candidate_rollout_logprobs[:0],
-    )
 
 
 def shown_attempts(config: ContextConfig, attempt: Attempt, group: Sequence[Attempt]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from cluster.contracts.trajectory import GeneratedTrajectory
 
 @dataclass(frozen=True)
 class Attempt:
-    """Holds a finished completion, and what a context may show of it."""
+    """Holds a finished episode, and what a context may show of it."""
 
-    trajectory: GeneratedTrajectory
+    trajectory: GeneratedTrajectory  # its last row
     text: str = ""  # of its last turn, as the verifier reads it
     feedback: str = ""  # of the environment
+    earlier: tuple[GeneratedTrajectory, ...] = ()  # its rows before the last
     metrics: Metrics = field(default_factory=dict)  # of how it came about
 
 

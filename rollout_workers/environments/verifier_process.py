@@ -1,10 +1,12 @@
 """Rewards completions off the event loop: what takes time, and the user's own functions, run in a process of their own.
 
 A reward function is `function(prompt, completion, columns) -> float`, all of it text and plain values: `columns` holds
-the further columns of the prompt's row, its `answer`, and the completion's `finish_reason`.
+the further columns of the prompt's row, its `answer`, and the completion's `finish_reason`. A tool is any function of
+plain values.
 """
 
 import asyncio
+import json
 import logging
 import math
 import os
@@ -14,16 +16,19 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.contracts.errors import ConfigError, RolloutError
 from cluster.contracts.import_path import is_import_path, load_object
 from cluster.contracts.metrics import Metric, Sum
 from rollout_workers.environments.verifiers import MATH_SECONDS, VERIFIERS, verify
 
-START_SECONDS = 300.0  # for the process to start and to import the modules of reward functions
+START_SECONDS = 300.0  # for the process to start and to import the modules of reward functions and tools
+MOST_CHARACTERS = 20_000  # of what a tool returns; the rest is left out
 
 _log = logging.getLogger("preceptor")
+
+Value = TypeVar("Value")
 
 
 def check_rewards(names: Iterable[str]) -> None:
@@ -46,8 +51,11 @@ class VerifierProcess:
     has no reward; by `math` it is wrong.
     """
 
-    def __init__(self, rewards: str | Mapping[str, float] = "exact", seconds: float = 30.0) -> None:
-        """Take a verifier, or weights of verifiers and reward functions, and the longest time for one call."""
+    def __init__(
+        self, rewards: str | Mapping[str, float] = "exact", seconds: float = 30.0, tools: Iterable[str] = ()
+    ) -> None:
+        """Take a verifier, or weights of verifiers and reward functions, the longest time for one call, and tools."""
+        self._tools = tuple(tools)
         self._weights = {rewards: 1.0} if isinstance(rewards, str) else rewards
         self._seconds = seconds
         self._process: ProcessPoolExecutor | None = None
@@ -83,6 +91,14 @@ class VerifierProcess:
                 values.append((weight, await self._verify(name, completion, answer, finish_reason)))
         return sum(weight * value for weight, value in values) if values else None
 
+    async def call_tool(self, path: str, arguments: Mapping[str, Any], seconds: float) -> str:
+        """Return what a tool returns, as text; or what went wrong, which begins with "error"."""
+        try:
+            text = await self._in_process(seconds, call_tool, path, dict(arguments))
+        except RolloutError:
+            return "error: the tool ended its process"
+        return f"error: the tool took longer than {seconds:g} seconds" if text is None else text
+
     def metrics(self) -> dict[str, Metric]:
         """Return how many completions have no reward since the last call, because it took too long."""
         if not any(is_import_path(name) for name in self._weights):
@@ -101,7 +117,7 @@ class VerifierProcess:
         value = await self._in_process(4 * MATH_SECONDS, verify, kind, completion, answer, finish_reason)
         return 0.0 if value is None else value
 
-    async def _in_process(self, seconds: float, function: Callable[..., float], *arguments: Any) -> float | None:
+    async def _in_process(self, seconds: float, function: Callable[..., Value], *arguments: Any) -> Value | None:
         """Call a function in the process and return what it returns, or None if it took longer than its time."""
         async with self._lock:
             process = await self._ready(seconds)
@@ -127,7 +143,7 @@ class VerifierProcess:
         if self._process is None:
             process = ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn"))
             try:
-                loading = asyncio.wrap_future(process.submit(prepare, list(self._weights)))
+                loading = asyncio.wrap_future(process.submit(prepare, [*self._weights, *self._tools]))
                 self._pid = await asyncio.wait_for(loading, START_SECONDS)
             except (BrokenProcessPool, TimeoutError) as error:
                 raise RolloutError(f"the process that rewards completions did not start: {error}") from error
@@ -151,10 +167,20 @@ def prepare(names: Iterable[str]) -> int:
     """Import in the process what rewards need, before any time is taken, and return the process's id."""
     for name in names:
         if is_import_path(name):
-            load_object(name, "a reward")
+            load_object(name, "a reward or a tool")
         elif name == "math":
             import math_verify  # noqa: F401
     return os.getpid()
+
+
+def call_tool(path: str, arguments: dict[str, Any]) -> str:
+    """Return what a tool returns as text: JSON, but for a text itself; or the error that it raises."""
+    try:
+        value = load_object(path, "a tool")(**arguments)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    except Exception as error:  # noqa: BLE001  # whatever the user's code raises, for the student to read
+        text = f"error: {type(error).__name__}: {error}"
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
 
 
 def call_reward(path: str, prompt: str, completion: str, columns: dict[str, Any]) -> float:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
-import torch
 from msgspec.structs import replace as with_fields
 
 from cluster.config.stages import TeacherConfig
@@ -21,7 +21,7 @@ from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.signals import Scores
 from cluster.models.alignment import load_token_map
 from teacher_workers.backends.base import Answer, TeacherBackend, find_backend
-from teacher_workers.backends.lm_head_scores import HiddenStatesBackend
+from teacher_workers.backends.scored_rows import ScoredRowsBackend
 from teacher_workers.translation import TranslatedRows, place, translate
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class AlignedBackend(TeacherBackend):
         self._inner: TeacherBackend = find_backend(_without_alignment(teacher))(
             _without_alignment(teacher), max_model_len, sleeps
         )
-        if isinstance(self._inner, HiddenStatesBackend):
-            self._inner.shared_ids = torch.from_numpy(self._map.shared_ids)
+        if isinstance(self._inner, ScoredRowsBackend):
+            self._inner.shared_ids = self._map.shared_ids.astype(np.int32)
 
     @classmethod
     def fault(cls, teacher: TeacherConfig, request: ScoreRequest) -> str | None:

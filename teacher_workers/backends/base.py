@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts
 
 Answer = tuple[Scores, Metrics] | tuple[Scores, Metrics, int]  # the last: of weights that are not the backend's own
-FLOOR = -87.0  # of ids that a teacher lacks or excludes: the log of float32's smallest normal number is -87.3
 
 
 class TeacherBackend(Protocol):

@@ -22,11 +22,11 @@ from cluster.contracts.errors import ModelError, ScoreError, UniformError
 from cluster.contracts.metrics import Metrics, Sum
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
-from cluster.contracts.signals import Scores
+from cluster.contracts.signals import FLOOR, Scores
 from cluster.contracts.trajectory import Bytes, Floats, Ints
 from cluster.models.model_files import load_tokenizer
 from teacher_workers.audit.checks import AGREEMENT_NATS, FLOOR_NATS, UNIFORM_NATS
-from teacher_workers.backends.base import FLOOR, TeacherBackend
+from teacher_workers.backends.base import TeacherBackend
 from teacher_workers.completions_client import CompletionsClient, Position, ServedModel
 
 if TYPE_CHECKING:

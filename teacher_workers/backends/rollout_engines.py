@@ -20,10 +20,10 @@ from cluster.contracts.errors import ActorDiedError, ScoreError
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
-from cluster.contracts.signals import Scores
+from cluster.contracts.signals import FLOOR, Scores
 from cluster.contracts.trajectory import Floats, Ints
 from cluster.models.weight_files import fingerprint
-from teacher_workers.backends.base import FLOOR, TeacherBackend
+from teacher_workers.backends.base import TeacherBackend
 
 if TYPE_CHECKING:
     from cluster.models.model_checks import ModelFacts

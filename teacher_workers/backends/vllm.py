@@ -1,4 +1,4 @@
-"""Scores with a language model that vLLM runs: vLLM returns the last hidden states, and our LM head reads them.
+"""Scores with a language model that vLLM runs: its worker scores the tokens, and sends one record per token.
 
 vLLM is imported where it is used: the driver asks the class for facts about the model and must not load it.
 """
@@ -7,57 +7,59 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ActorDiedError, ConfigError, ModelError, ScoreError
-from cluster.contracts.trajectory import Bytes, Ints
+from cluster.contracts.metrics import Metrics
+from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.signals import Scores
+from cluster.contracts.trajectory import Ints
 from cluster.models.hidden_layers import load_bank, paired_layers
-from cluster.models.lm_head import load_teacher_head
+from cluster.models.lm_head import read_head_facts
 from cluster.models.model_checks import ModelFacts, read_model
 from cluster.models.model_files import load_model_config
+from cluster.models.token_scores import Layout
 from cluster.models.weight_files import fingerprint
 from cluster.vllm.engine import EngineRole, LayersToSend, build_engine
-from cluster.vllm.weight_sync.updates import UPDATE_CALLS, EngineUpdates
+from cluster.vllm.token_scoring import SCORING_CALLS, Scoring, scoring_request
+from cluster.vllm.weight_sync.updates import EngineUpdates
 from cluster.weight_sync.transports import TEACHER_TRANSPORT, vllm_backend
-from teacher_workers.backends.arriving_head import ArrivingHead
-from teacher_workers.backends.lm_head_scores import HiddenStatesBackend, predicting_rows
+from teacher_workers.backends.scored_rows import ScoredRowsBackend
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
-class VllmBackend(HiddenStatesBackend):
+class VllmBackend(ScoredRowsBackend):
     """Runs one teacher in vLLM.
 
     Engines on GPUs sleep by vLLM's sleep mode; those on CPUs, which have none, end and start again.
     """
 
-    signals = HiddenStatesBackend.signals | {"layers"}
+    signals = ScoredRowsBackend.signals | {"layers"}
     can_generate = True
     takes_weights = True
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
-        """Read the LM head and start the engine; raise ModelError if that fails."""
-        head = load_teacher_head(teacher)
+        """Start the engine; raise ModelError if that fails."""
+        head = read_head_facts(teacher.model, teacher.trust_remote_code, teacher.excluded_token_ids, teacher.stop_class)
         layers = layers_to_send(teacher)
+        width = 0 if layers is None else len(layers.layers) * sent_width(layers, head.width)
+        super().__init__(head, teacher.engine.dtype, width)
         self._teacher = teacher
         self._role = EngineRole(
             max_model_len=max_model_len,
             prefix_caching=True,  # for the prompts that several trajectories share
             tokenizer=False,
-            pooling=True,
-            layers=layers,
+            scoring=Scoring(head, layers),
             sleeps=sleeps,
             weight_transfer_backend=vllm_backend(TEACHER_TRANSPORT) if teacher.is_refreshed else None,
-            worker_extension=UPDATE_CALLS if teacher.is_refreshed else None,
+            worker_extension=SCORING_CALLS,
         )
-        self._arriving_head = ArrivingHead()
+        self._has_shared_ids = False  # the engine that runs now
         self._engine: AsyncLLM | None = self._build()  # None: it sleeps where engines have no sleep mode
-        # After the engine has taken its share of the GPU's memory: head and logits live in what gpu_memory_fraction
-        # leaves free.
-        width = 0 if layers is None else len(layers.layers) * sent_width(layers, head.weight.shape[1])
-        super().__init__(head.to("cuda" if torch.cuda.is_available() else "cpu"), width)
 
     @classmethod
     def check(cls, teacher: TeacherConfig, student: ModelFacts) -> ModelFacts:
@@ -77,12 +79,37 @@ class VllmBackend(HiddenStatesBackend):
         """Return whether the engine's process is gone, other than by sleeping."""
         return self._engine is not None and bool(self._engine.errored)
 
+    async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
+        if self.shared_ids is not None and not self._has_shared_ids:
+            assert self._engine is not None, "no score is requested of a sleeping engine"
+            await self._engine.collective_rpc("set_shared_ids", args=(self.shared_ids.tobytes(),))
+            self._has_shared_ids = True
+        return await super().score(batch, request)
+
+    async def score_row(
+        self, request_id: str, token_ids: Ints, positions: Ints, ids: Ints, layout: Layout
+    ) -> tuple[NDArray[np.uint8], int]:
+        """Let vLLM read a row and score the tokens at some positions.
+
+        Raises:
+            ScoreError: vLLM gave the request up.
+            ActorDiedError: the engine's process is gone.
+        """
+        # A student with more tokens may write one that the teacher has no embedding of, which would end vLLM's process.
+        token_ids = np.minimum(token_ids, self._head.vocabulary_size - 1)
+        wanted = scoring_request(positions, ids, layout)
+        # vLLM computes nothing of cached positions. Where the prompt ends with a block of its cache, the last position
+        # of the prompt, which predicts the first sampled token, may be cached.
+        use_cache = (int(positions[0]) + 1) % self._block_size != 0
+        records, num_cached = await self._read(request_id, token_ids, wanted, use_cache)
+        if num_cached and not len(records):  # another trajectory began with the same completion tokens
+            records, num_cached = await self._read(f"{request_id}-whole", token_ids, wanted, use_cache=False)
+        return records, num_cached
+
     async def sleep(self) -> None:
         """Give the hardware back: weights go to host memory, the cache is dropped; without a sleep mode, all ends."""
         from vllm.platforms import current_platform
 
-        self.move_head("cpu")
-        torch.cuda.empty_cache()  # else torch keeps the head's memory for this process; does nothing without a GPU
         if self._engine is None:
             return
         if current_platform.is_sleep_mode_available():
@@ -97,7 +124,6 @@ class VllmBackend(HiddenStatesBackend):
         else:
             # In a thread, for it takes seconds in which the actor must give signs of life.
             self._engine = await asyncio.to_thread(self._build)
-        self.move_head("cuda" if torch.cuda.is_available() else "cpu")
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         await self._updates.init_weight_transfer(init_info)
@@ -108,39 +134,21 @@ class VllmBackend(HiddenStatesBackend):
         await self._updates.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._arriving_head.read(self._head, update_info)
         await self._updates.update_weights(update_info)
 
     async def finish_weight_update(self, policy_version: int) -> str:
         checksum = await self._updates.install(policy_version)
-        self._head = self._arriving_head.install(self._head)
         await self._updates.resume()
         return checksum
 
-    async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
-        """Return the hidden states after the final norm, on CPU, in the dtype that the engine runs in.
-
-        Raises:
-            ScoreError: vLLM gave the request up or returned another number of positions.
-            ActorDiedError: the engine's process is gone.
-        """
-        first = int(loss_mask.argmax()) - 1  # the position that predicts the first sampled token
-        # A student with more tokens may write one that the teacher has no embedding of, which would end vLLM's process.
-        token_ids = np.minimum(token_ids, self._head.vocabulary_size - 1)
-        states, num_cached = await self._read(request_id, token_ids, use_cache=True)
-        if num_cached > first:
-            # Another trajectory began with the same completion tokens, or the prompt's cached blocks end where the
-            # prompt does. vLLM returns no hidden states of cached positions.
-            states, num_cached = await self._read(f"{request_id}-whole", token_ids, use_cache=False)
-        return predicting_rows(states, loss_mask, num_cached), num_cached
-
     async def shutdown(self) -> None:
-        await super().shutdown()
         if self._engine is not None:
             self._engine.shutdown()
 
-    async def _read(self, request_id: str, token_ids: Ints, use_cache: bool) -> tuple[torch.Tensor, int]:
-        """Return the hidden states of the positions that vLLM computed, and how many before them it had cached."""
+    async def _read(
+        self, request_id: str, token_ids: Ints, wanted: dict[str, Any], use_cache: bool
+    ) -> tuple[NDArray[np.uint8], int]:
+        """Return the records, none if one of their positions was cached, and how many positions were."""
         from vllm import PoolingParams
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -151,6 +159,7 @@ class VllmBackend(HiddenStatesBackend):
             task="token_embed",
             use_activation=False,  # it would normalise lengths to 1
             skip_reading_prefix_cache=not use_cache,
+            extra_kwargs=wanted,
         )
         try:
             *_, output = [out async for out in self._engine.encode(prompt, params, request_id)]
@@ -158,10 +167,14 @@ class VllmBackend(HiddenStatesBackend):
             raise ActorDiedError("the process of a teacher's engine is gone") from error
         except (EngineGenerateError, VLLMValidationError, ValueError) as error:
             raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
-        return output.outputs.data, output.num_cached_tokens
+        return output.outputs.data.numpy(), output.num_cached_tokens
 
     def _build(self) -> "AsyncLLM":
-        return build_engine(self._teacher.model, self._teacher.trust_remote_code, self._teacher.engine, self._role)
+        self._has_shared_ids = False
+        teacher = self._teacher
+        engine = build_engine(teacher.model, teacher.trust_remote_code, teacher.engine, self._role)
+        self._block_size = engine.vllm_config.cache_config.block_size
+        return engine
 
 
 def layers_to_send(teacher: TeacherConfig) -> LayersToSend | None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from msgspec.json import encode
 from transformers import AutoModelForCausalLM
 
 from cluster.models.hidden_layers import ProjectionBank
-from cluster.vllm.engine import LAYERS_VARIABLE, POOLING_ARGUMENTS, LayersToSend
+from cluster.vllm.engine import LayersToSend, scoring_arguments
+from cluster.vllm.token_scoring import Scoring
 from tests.architectures.models import ARCHITECTURES, make_tokenizer
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
@@ -41,7 +41,6 @@ def write_deep_model(name: str, folder: Path) -> None:
 
 def engine_states(folder: Path, to_send: LayersToSend) -> list[torch.Tensor]:
     """Return what the engine sends of each sequence, [tokens, width + widths]."""
-    os.environ[LAYERS_VARIABLE] = encode(to_send).decode()
     from vllm import LLM, PoolingParams
     from vllm.config import PoolerConfig
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
@@ -56,7 +55,7 @@ def engine_states(folder: Path, to_send: LayersToSend) -> list[torch.Tensor]:
         kv_cache_memory_bytes=1 << 27,
         disable_log_stats=True,
         pooler_config=PoolerConfig(task="token_embed"),
-        **POOLING_ARGUMENTS,
+        **scoring_arguments(Scoring(layers=to_send)),
     )
     try:
         prompts: Any = [{"prompt_token_ids": sequence} for sequence in SEQUENCES]

@@ -34,7 +34,8 @@ ENGINE_ARGUMENTS = (
     "model trust_remote_code dtype tensor_parallel_size max_num_seqs max_num_batched_tokens max_model_len quantization "
     "disable_log_stats max_logprobs logprobs_mode enable_prefix_caching scheduling_policy skip_tokenizer_init "
     "weight_transfer_config worker_extension_cls runner convert hf_overrides gpu_memory_utilization enforce_eager "
-    "distributed_executor_backend kv_cache_memory_bytes enable_chunked_prefill logits_processors enable_sleep_mode"
+    "distributed_executor_backend additional_config kv_cache_memory_bytes enable_chunked_prefill logits_processors "
+    "enable_sleep_mode"
 )
 SAMPLING = (
     "temperature top_p top_k min_p max_tokens seed stop repetition_detection logprobs flat_logprobs detokenize "
@@ -44,9 +45,29 @@ WEIGHT_VERBS = "init_weight_transfer_engine start_weight_update update_weights f
 TRANSFER = "vllm.distributed.weight_transfer"
 NEEDS = (
     Need(
-        "vllm.engine.arg_utils", "AsyncEngineArgs", takes=tuple(ENGINE_ARGUMENTS.split()), has=("create_engine_config",)
+        "vllm.engine.arg_utils",
+        "AsyncEngineArgs",
+        takes=tuple(ENGINE_ARGUMENTS.split()),
+        has=("create_engine_config", "get_batch_defaults"),
     ),
-    Need("vllm.config.vllm", "VllmConfig", has=("use_v2_model_runner", "model_config")),
+    Need("vllm.usage.usage_lib", "UsageContext", has=("LLM_CLASS",)),
+    Need("vllm.envs", words=("VLLM_USE_FLASHINFER_SAMPLER",)),
+    Need("vllm.config.scheduler", "SchedulerConfig", has=("scheduler_cls", "async_scheduling")),
+    Need("vllm.v1.core.sched.scheduler", "Scheduler", has=("requests", "running", "add_request")),
+    Need(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler.reset_prefix_cache",
+        takes=("reset_running_requests", "reset_connector"),
+    ),
+    Need("vllm.v1.request", "Request", has=("status", "cache_salt", "block_hashes", "update_block_hashes")),
+    Need("vllm.v1.request", "RequestStatus", has=("RUNNING",)),
+    Need(
+        "vllm.config.vllm",
+        "VllmConfig",
+        has=("use_v2_model_runner", "model_config", "cache_config", "load_config", "additional_config"),
+    ),
+    Need("vllm.config.cache", "CacheConfig", has=("block_size",)),
+    Need("vllm.config.load", "LoadConfig", has=("load_format",)),
     Need("vllm.config.model", "ModelConfig", has=("logits_processors",), words=("processed_logprobs", "head_dtype")),
     Need("vllm.config.weight_transfer", "WeightTransferConfig", takes=("backend",)),
     Need("vllm.sampling_params", "SamplingParams", takes=tuple(SAMPLING.split())),
@@ -56,7 +77,14 @@ NEEDS = (
         "RepetitionDetectionParams",
         takes=("max_pattern_size", "min_pattern_size", "min_count"),
     ),
-    Need("vllm.pooling_params", "PoolingParams", takes=("task", "use_activation", "skip_reading_prefix_cache")),
+    Need(
+        "vllm.pooling_params",
+        "PoolingParams",
+        takes=("task", "use_activation", "skip_reading_prefix_cache", "extra_kwargs"),
+    ),
+    Need("vllm.v1.pool.metadata", "PoolingMetadata", takes=("prompt_lens", "pooling_params")),
+    Need("vllm.model_executor.layers.pooler.special", "DispatchPooler", has=("poolers_by_task",)),
+    Need("vllm.model_executor.layers.pooler.tokwise.poolers", "TokenPooler", has=("pooling", "head")),
     Need("vllm.tasks", words=("token_embed",)),
     Need("vllm.logprobs", "FlatLogprobs", has=("token_ids", "logprobs")),
     Need(
@@ -72,7 +100,7 @@ NEEDS = (
     Need(
         "vllm.v1.engine.async_llm",
         "AsyncLLM",
-        has=("errored", "shutdown", "resume_generation", "engine_core", *WEIGHT_VERBS.split()),
+        has=("errored", "shutdown", "resume_generation", "engine_core", "vllm_config", *WEIGHT_VERBS.split()),
         spare=("update_weight_version",),
     ),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.from_vllm_config", takes=("vllm_config", "disable_log_stats")),
@@ -91,7 +119,10 @@ NEEDS = (
     Need(
         "vllm.v1.worker.gpu_worker",
         "Worker",
-        has=("weight_transfer_engine", "model_runner", "use_v2_model_runner", "wake_up", *WEIGHT_VERBS.split()),
+        has=(
+            *("weight_transfer_engine", "model_runner", "use_v2_model_runner", "get_model", "wake_up"),
+            *WEIGHT_VERBS.split(),
+        ),
         spare=("sleep_mode_backend",),
     ),
     Need("vllm.v1.worker.cpu_worker", "CPUWorker", has=("weight_transfer_engine", *WEIGHT_VERBS.split())),

@@ -8,6 +8,7 @@ from tests.faults.tables import (
     alignment,
     estimators,
     first_run,
+    gpu,
     gradient,
     memory,
     models,
@@ -36,6 +37,7 @@ AREAS: dict[str, tuple[Fault, ...]] = {
     "memory": memory.FAULTS,
     "run": run.FAULTS,
     "first_run": first_run.FAULTS,
+    "gpu": gpu.FAULTS,
 }
 GROUPS = {"minimised": ("objective", "estimators", "presets")}  # of areas
 FAULTS = tuple(fault for faults in AREAS.values() for fault in faults)

@@ -265,7 +265,8 @@ class WholeStep:
 
 def accumulate_all(engine: TrainEngine, batches: Iterable[MicroBatch], step: WholeStep) -> dict[str, Metric]:
     """Add up the gradients of all micro-batches of a step."""
-    return accumulate(engine, batches, step.objective, step.teacher_heads, completes_step=True)
+    batches = list(batches)
+    return accumulate(engine, batches, len(batches), step.objective, step.teacher_heads, completes_step=True)
 
 
 def train_step(

@@ -1,5 +1,6 @@
 """One process of plain torch: micro-batching, self-distillation, metrics."""
 
+import threading
 import time
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from learner.batching.plan import plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.loss.objective import Objective
 from learner.model.student import load_student
-from learner.train_step import accumulate
+from learner.train_step import accumulate, prefetched
 from tests.learner.support import (
     LENGTHS,
     OBJECTIVES,
@@ -231,6 +232,32 @@ def test_figures_of_two_ranks_merge_into_those_of_one(make_config, scored):
         assert merged[name] == pytest.approx(of_one[name], abs=1e-5), name
 
 
+def test_the_next_micro_batch_is_made_while_one_is_computed_and_no_more_of_them():
+    """Time per micro-batch is therefore the longer of making and computing it, not their sum."""
+    began = [threading.Event() for _ in range(5)]
+
+    def made():
+        for number, event in enumerate(began):
+            event.set()
+            yield number
+
+    for number in prefetched(made(), torch.device("cpu")):
+        assert began[min(number + 1, 4)].wait(timeout=20)
+        time.sleep(0.01)
+        assert not any(event.is_set() for event in began[number + 2 :])
+
+
+def test_a_fault_in_making_a_micro_batch_comes_where_it_is_taken():
+    def made():
+        yield "first"
+        raise ValueError("the second has no tokens")
+
+    batches = prefetched(made(), torch.device("cpu"))
+    assert next(batches) == "first"
+    with pytest.raises(ValueError, match="the second has no tokens"):
+        next(batches)
+
+
 @pytest.mark.parametrize("completes_step", [False, True])
 def test_micro_batches_may_come_one_by_one_and_the_last_of_the_step_is_marked(make_config, scored, completes_step):
     (batches,) = plan_batches([scored], 50)
@@ -238,7 +265,7 @@ def test_micro_batches_may_come_one_by_one_and_the_last_of_the_step_is_marked(ma
     marks = []
     backward = engine.backward
     engine.backward = lambda loss, is_last: (marks.append(is_last), backward(loss, is_last))
-    accumulate(engine, iter(batches), Objective(OBJECTIVES["topk"]), {}, completes_step)
+    accumulate(engine, iter(batches), len(batches), Objective(OBJECTIVES["topk"]), {}, completes_step)
     assert marks == [False, False, False, False, completes_step]
 
 

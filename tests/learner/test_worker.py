@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from cluster.config.terms import DivergenceTerm
+from cluster.contracts.errors import PlacementError
 from cluster.contracts.metrics import report
 from cluster.contracts.trajectory import generated_schema, ragged
 from cluster.contracts.wire import to_wire
 from learner.batching.arrivals import RankShare
+from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step
 from learner.engines.torch import ReferenceEngine
 from learner.model.student import load_student
-from learner.worker import LearnerActor
+from learner.train_step import accumulate
+from learner.worker import LearnerActor, check_gpu
 from tests.learner.support import OBJECTIVES, completion_tokens, score_by
 
 
@@ -43,11 +46,33 @@ def test_student_logprobs_of_no_trajectories_are_empty(make_config, make_worker,
     assert len(make_worker(make_config()).student_logprobs([scored.slice(0, 0)])) == 0
 
 
+def test_a_rank_that_has_a_gpu_does_not_train_on_the_cpu_in_silence():
+    with pytest.raises(PlacementError, match=r"Ray gave it GPU 3, but torch .* finds none; update the NVIDIA driver"):
+        check_gpu([3], torch.device("cpu"))
+    check_gpu([3], torch.device("cuda"))
+    check_gpu([], torch.device("cpu"))
+
+
 def test_a_step_without_any_trajectory_reports_no_loss(make_config, make_worker):
     grids = plan_step([], 1, 64)[0]
     worker = make_worker(make_config())
     assert "loss" not in report(worker.accumulate(RankShare((), (), grids), completes_step=True))
     assert report(worker.take_step(num_tokens=0, step=0))["gradient_norm"] == 0
+
+
+def test_micro_batches_made_ahead_give_the_same_gradients_to_the_bit(make_config, make_worker, scored):
+    config = make_config()
+    grids = plan_step(ragged(scored, "token_ids").lengths.tolist(), num_ranks=1, micro_batch_tokens=50)[0]
+    worker = make_worker(config)
+    worker.accumulate(RankShare((scored,), (0.0,) * scored.num_rows, grids), completes_step=False)
+    ahead = [parameter.grad.clone() for parameter in worker._engine.student.parameters()]
+    engine = ReferenceEngine(load_student(config.student, config.learner), config.learner)
+    rows = trajectories([scored], [0.0] * scored.num_rows)
+    batches = [build_micro_batch(grid, rows, config.run.seed) for grid in grids]
+    accumulate(engine, batches, len(batches), worker._objective, {}, completes_step=False)
+    assert len(grids) > 2
+    for one, other in zip(ahead, engine.student.parameters(), strict=True):
+        assert torch.equal(one, other.grad)
 
 
 class SecondRank(ReferenceEngine):

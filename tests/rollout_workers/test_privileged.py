@@ -100,7 +100,7 @@ def planned(
     config, path = run_config(*overrides, template=template), folder / "p.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = load_prompts(path, tokenizer, config, context_tokens=64)
-    return plan_privileged(config, prompts, tokenizer, 64, NOW), prompts
+    return plan_privileged(config, prompts, len(prompts), tokenizer, 64, NOW), prompts
 
 
 def answer(

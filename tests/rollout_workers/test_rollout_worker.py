@@ -10,10 +10,11 @@ import pytest
 
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import Ints, ragged
+from cluster.contracts.trajectory import Ints, ragged, row_id
 from rollout_workers.environments.base import NewEnvironment, Observation, Outcome, Prompt, Services
+from rollout_workers.episode import LimitReached, Limits
 from rollout_workers.prompts import turn_seed
-from rollout_workers.worker import RolloutWorker
+from rollout_workers.worker import MOST_FAILURES, RolloutWorker
 from tests.rollout_workers.deployment import make_prompts
 
 SAMPLING = SamplingSettings(max_completion_tokens=8, temperature=1.0)
@@ -85,10 +86,12 @@ class ScriptedEngine:
         self.events.append("shutdown")
 
 
-def rollout(environment: NewEnvironment, max_observation_tokens: int, longest: int) -> tuple[Any, ScriptedEngine]:
+def rollout(
+    environment: NewEnvironment, max_observation_tokens: int, longest: int, **limits: Any
+) -> tuple[Any, ScriptedEngine]:
     """Return a row of prompt 0, whose tokens are 10 to 19, each completion having `longest` tokens."""
     engine = ScriptedEngine(longest)
-    worker = RolloutWorker(engine, SERVICES, 2, environment, max_observation_tokens)
+    worker = RolloutWorker(engine, SERVICES, 2, environment, Limits(max_observation_tokens, **limits))
     worker.set_prompts(make_prompts())
     [batch] = asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=9)]))
     return batch, engine
@@ -123,9 +126,14 @@ def test_an_observation_needs_room_in_the_run_file() -> None:
         rollout(Asking, max_observation_tokens=0, longest=1)
 
 
-def test_an_environment_that_fails_names_the_trajectory_and_the_error() -> None:
-    with pytest.raises(RolloutError, match=r"trajectory 0: the environment failed: KeyError: 'no tool'"):
-        rollout(Failing, max_observation_tokens=2, longest=1)
+def test_an_environment_that_fails_leaves_a_row_without_anything_to_learn_from(caplog: Any) -> None:
+    batch, _ = rollout(Failing, max_observation_tokens=2, longest=3)
+    assert "trajectory 0: the environment failed: KeyError: 'no tool'" in caplog.text
+    assert (batch["finish_reason"][0].as_py(), batch["reward"][0].as_py()) == ("environment_error", None)
+    assert ragged(batch, "token_ids")[0].tolist() == [*range(10, 20), 50, 50, 50]
+    assert not ragged(batch, "loss_mask").values.any()
+    assert not len(ragged(batch, "rollout_logprobs").values)
+    assert (batch["min_policy_version"][0].as_py(), batch["max_policy_version"][0].as_py()) == (4, 4)
 
 
 def make_worker(rows_per_batch: int = 2) -> tuple[RolloutWorker, ScriptedEngine]:
@@ -205,3 +213,128 @@ def test_prompts_must_be_set_first() -> None:
     worker = RolloutWorker(ScriptedEngine(), SERVICES, 1)
     with pytest.raises(RolloutError, match="before the prompts were set"):
         asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=1)]))
+
+
+class FailingAtOnce(Asking):
+    async def start(self, prompt: Prompt, seed: int) -> Ints:
+        raise OSError
+
+
+def test_an_environment_that_fails_every_time_ends_the_rollout_with_its_error() -> None:
+    worker = RolloutWorker(ScriptedEngine(), SERVICES, 2, FailingAtOnce)
+    worker.set_prompts(make_prompts())
+    requests = [RolloutRequest(index, index % 4, 0, 1) for index in range(MOST_FAILURES)]
+    with pytest.raises(RolloutError, match="the environment failed: OSError; it is the 16th time") as raised:
+        asyncio.run(collect(worker, requests))
+    assert isinstance(raised.value.__cause__, OSError)
+    # One fewer is a step with rows of prompts alone, labelled with the weights that the worker has.
+    worker = RolloutWorker(ScriptedEngine(), SERVICES, 2, FailingAtOnce)
+    worker.set_prompts(make_prompts())
+    asyncio.run(worker.finish_weight_update(7))
+    batches = asyncio.run(collect(worker, requests[:-1]))
+    assert {version for batch in batches for version in batch["min_policy_version"].to_pylist()} == {7}
+
+
+def test_an_engine_that_fails_is_no_failure_of_the_environment() -> None:
+    class Broken(ScriptedEngine):
+        async def generate(self, *_: Any) -> Completion:
+            raise KeyError("block")
+
+    worker = RolloutWorker(Broken(), SERVICES, 2, Asking, Limits(2))
+    worker.set_prompts(make_prompts())
+    with pytest.raises(RolloutError, match="trajectory 0: the engine failed: KeyError: 'block'"):
+        asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=9)]))
+
+
+def test_turns_tokens_of_a_turn_and_seconds_are_bounded() -> None:
+    batch, engine = rollout(Endless, 100, 3, turns=2, turn_tokens=3)
+    assert ragged(batch, "loss_mask")[0].tolist() == [0] * 10 + [1] * 3 + [0] * 2 + [1] * 3
+    assert [tokens for _, tokens, _ in engine.asked] == [3, 3]
+    assert (batch["reward"][0].as_py(), batch["finish_reason"][0].as_py()) == (0.25, "length")
+
+    class Slow(Endless):
+        async def step(self, completion: Completion) -> Observation | Outcome:
+            await asyncio.sleep(0.03)
+            return await super().step(completion)
+
+    batch, engine = rollout(Slow, 100, 1, seconds=0.05)
+    assert len(engine.asked) == 2
+    assert batch["finish_reason"][0].as_py() == "length"
+
+    class Hanging(Asking):
+        async def step(self, completion: Completion) -> Observation | Outcome:
+            await asyncio.sleep(60)
+            raise AssertionError
+
+    batch, _ = rollout(Hanging, 100, 1, seconds=0.05)
+    assert batch["finish_reason"][0].as_py() == "environment_error"
+
+
+class Forgetful(Asking):
+    """Shows the prompt and, after each completion, only the number of completions so far; from the fourth, all."""
+
+    async def start(self, prompt: Prompt, seed: int) -> Ints:
+        self._prompt = prompt.token_ids.tolist()
+        return prompt.token_ids
+
+    async def step(self, completion: Completion) -> Observation | Outcome:
+        self._num_seen += 1
+        if self._num_seen == 4:
+            return Outcome(0.5)
+        whole = [*self._prompt, self._num_seen]
+        if self._num_seen == 3:  # what the second row holds, and more
+            whole = [*self._prompt, 2, *[50] * len(completion.token_ids), 9]
+        return Observation(whole, is_whole=True)
+
+
+def test_a_broken_prefix_begins_a_further_row_of_the_same_episode() -> None:
+    engine = ScriptedEngine(longest=2)
+    worker = RolloutWorker(engine, SERVICES, 2, Forgetful, Limits(20))
+    worker.set_prompts(make_prompts())
+    [batch] = asyncio.run(collect(worker, [RolloutRequest(3, 0, 1, seed=9)]))
+    prompt = list(range(10, 20))
+    tokens, mask = ragged(batch, "token_ids"), ragged(batch, "loss_mask")
+    assert [tokens[row].tolist() for row in range(3)] == [
+        [*prompt, 50, 50],
+        [*prompt, 1, 50, 50],
+        [*prompt, 2, 50, 50, 9, 50, 50],
+    ]
+    assert [mask[row].tolist() for row in range(3)] == [
+        [0] * 10 + [1, 1],
+        [0] * 11 + [1, 1],
+        [0] * 11 + [1, 1, 0, 1, 1],
+    ]
+    assert batch["trajectory_id"].to_pylist() == [3, row_id(3, 1), row_id(3, 2)]
+    assert batch["episode_id"].to_pylist() == [3, 3, 3]
+    assert batch["turn"].to_pylist() == [0, 1, 2]
+    assert batch["sample_index"].to_pylist() == [1, 1, 1]
+    assert batch["reward"].to_pylist() == [0.5, 0.5, 0.5]
+    assert [asked for _, _, asked in engine.asked] == [9, turn_seed(9, 1), turn_seed(9, 2), turn_seed(9, 3)]
+
+
+class Leading:
+    """Asks for two completions of its own accord, of which the second goes on from the first."""
+
+    def __init__(self, services: Services) -> None:
+        self.limit = False
+
+    async def run(self, prompt: Prompt, seed: int, sample: Any) -> Outcome:
+        prompt_ids = prompt.token_ids.tolist()
+        first, _ = await asyncio.gather(sample(prompt_ids), sample([*prompt_ids, 30]))
+        await sample([*prompt_ids, *first.token_ids, 31])
+        try:
+            await sample([*prompt_ids, 32])
+        except LimitReached:
+            return Outcome(0.75)
+        raise AssertionError
+
+
+def test_an_agent_leads_its_episode_and_learns_of_the_limit() -> None:
+    batch, engine = rollout(Leading, max_observation_tokens=20, longest=2, turns=3)
+    assert len(engine.asked) == 3
+    tokens = ragged(batch, "token_ids")
+    prompt = list(range(10, 20))
+    assert tokens[0].tolist() == [*prompt, 50, 50, 31, 50, 50]
+    assert tokens[1].tolist() == [*prompt, 30, 50, 50]
+    assert batch["reward"].to_pylist() == [0.75, 0.75]
+    assert batch["turn"].to_pylist() == [0, 1]

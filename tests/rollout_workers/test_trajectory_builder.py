@@ -7,7 +7,7 @@ import pytest
 
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import Completion, RolloutRequest
-from cluster.contracts.trajectory import make_generated, ragged
+from cluster.contracts.trajectory import make_generated, masked, ragged, row_id
 from rollout_workers.environments.base import Prompt
 from rollout_workers.trajectory_builder import (
     build_trajectory,
@@ -63,8 +63,8 @@ def test_versions_change_where_the_first_token_of_the_next_was_written(
 def test_metrics_count_completions_and_average_only_verified_rewards() -> None:
     rows = [
         make_trajectory(completion=[3] * 6, finish_reason="length", reward=0.0),
-        make_trajectory(completion=[3] * 2, reward=1.0),
-        make_trajectory(completion=[3] * 1, reward=None),
+        make_trajectory(completion=[3] * 2, reward=1.0, trajectory_id=1),
+        make_trajectory(completion=[3] * 1, reward=None, trajectory_id=2),
     ]
     values = report(rollout_metrics(rows, seconds=2.0))
     assert values["rollout/tokens"] == 9
@@ -76,7 +76,8 @@ def test_metrics_count_completions_and_average_only_verified_rewards() -> None:
 
 
 def test_repetition_is_reported_where_it_is_looked_for_and_is_no_truncation() -> None:
-    rows = [make_trajectory(finish_reason="repetition"), make_trajectory(), make_trajectory(), make_trajectory()]
+    rows = [make_trajectory(trajectory_id=index) for index in range(3)]
+    rows += [make_trajectory(finish_reason="repetition", trajectory_id=3)]
     values = report(rollout_metrics(rows, seconds=1.0, stops_repetition=True))
     assert (values["rollout/repetition_ratio"], values["rollout/truncated_ratio"]) == (0.25, 0.0)
     assert "rollout/repetition_ratio" not in rollout_metrics(rows, seconds=1.0)
@@ -84,3 +85,24 @@ def test_repetition_is_reported_where_it_is_looked_for_and_is_no_truncation() ->
 
 def test_without_any_answer_there_is_no_reward_metric() -> None:
     assert "rollout/reward" not in rollout_metrics([make_trajectory()], seconds=1.0)
+
+
+def test_an_episode_counts_once_and_one_whose_environment_failed_only_as_that() -> None:
+    rows = [
+        make_trajectory(completion=[3] * 4, reward=1.0),
+        make_trajectory(
+            (1,), [3] * 2, trajectory_id=row_id(0, 1), episode_id=0, turn=1, finish_reason="length", reward=1.0
+        ),
+        make_trajectory(completion=[3] * 2, reward=0.0, trajectory_id=1),
+        masked(make_trajectory(trajectory_id=2, finish_reason="environment_error")),
+    ]
+    rows[2] = replace(rows[2], token_ids=np.arange(5, dtype=np.int32), loss_mask=np.array([0, 1, 0, 0, 1], np.uint8))
+    values = report(rollout_metrics(rows, seconds=1.0, has_turns=True))
+    assert values["rollout/environment_errors"] == 1
+    assert values["rollout/reward"] == 0.5
+    assert values["rollout/completion_length"] == 4  # 6 and 2
+    assert values["rollout/truncated_ratio"] == 0.5
+    assert values["rollout/turns"] == 2
+    assert set(rollout_metrics(rows[3:], 1.0, has_turns=True)) == {
+        "rollout/tokens", "rollout/seconds", "rollout/environment_errors"
+    }  # fmt: skip

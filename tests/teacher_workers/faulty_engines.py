@@ -13,7 +13,7 @@ from cluster.config.stages import Dtype
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.models.lm_head import LmHead
 from teacher_workers.actor import TeacherWorker
-from teacher_workers.backends.lm_head_scores import HiddenStatesBackend
+from tests.teacher_workers.hidden_states import HiddenStatesBackend
 
 VOCABULARY, WIDTH = 112, 16
 

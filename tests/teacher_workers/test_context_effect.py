@@ -14,8 +14,8 @@ from cluster.contracts.trajectory import Bytes, Ints, make_generated
 from cluster.models.lm_head import LmHead
 from teacher_workers.actor import TeacherWorker
 from teacher_workers.backends.base import check_signals
-from teacher_workers.backends.lm_head_scores import HiddenStatesBackend
 from tests.builders import make_config, make_trajectory
+from tests.teacher_workers.hidden_states import HiddenStatesBackend
 
 VOCABULARY = 40
 HINT = 9  # which a prompt with a context begins with

@@ -15,10 +15,11 @@ from cluster.actors.object_store import pack
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ActorError, ScoreError
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.signals import FLOOR
 from cluster.contracts.trajectory import make_generated, models_in, ragged
 from cluster.contracts.wire import from_wire
 from cluster.models.lm_head import load_lm_head
-from teacher_workers.backends.base import FLOOR
+from cluster.models.token_scores import score_tokens
 from teacher_workers.pool import TeacherPool
 from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
@@ -85,6 +86,19 @@ def test_every_batch_is_scored_once_and_equals_transformers(pools: dict[str, Tea
             entropy = -(logprobs.exp() * logprobs).sum(-1)
             assert np.abs(ragged(batch, "teacher_entropy")[row] - entropy.numpy()).max() < TOLERANCE
             assert np.abs(ragged(batch, "teacher_hidden")[row] - hidden.numpy()).max() < TOLERANCE
+
+
+def test_the_engines_scores_are_what_a_head_makes_of_its_hidden_states(
+    pools: dict[str, TeacherPool], tiny_teacher: Path
+) -> None:
+    request = ScoreRequest("teacher", top_k=NUM_CANDIDATES, entropy=True, hidden=True)
+    (handle,) = TeacherRouter(pools, call_seconds=60).score([make_handle(0)], lambda _: [("exact", request)])
+    batch = read(handle)
+    states = torch.from_numpy(ragged(batch, "teacher_hidden").values.copy())
+    written = ragged(batch, "token_ids").values[ragged(batch, "loss_mask").values != 0]
+    again = score_tokens(load_lm_head(str(tiny_teacher), False, "float32"), states, written, request)
+    for name in ("logprobs", "candidate_logprobs", "entropy"):
+        np.testing.assert_allclose(ragged(batch, f"teacher_{name}").values, again[name], rtol=0, atol=1e-6)
 
 
 def test_a_batch_goes_through_its_chain_and_each_model_adds_its_columns(

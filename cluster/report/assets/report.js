@@ -12,6 +12,8 @@
     ["Gradient norm", "before clipping", { "train/gradient_norm": "norm" }],
     ["Probability on the candidates", "", { "train/student_candidate_mass": "student", "train/teacher_candidate_mass": "teacher" }],
     ["Cut and repeating completions", "share", { "rollout/truncated_ratio": "cut at the limit", "rollout/repetition_ratio": "repeating" }],
+    ["Turns of an episode", "", { "rollout/turns": "mean" }],
+    ["Episodes whose environment failed", "", { "rollout/environment_errors": "of the step" }],
     ["Sampler and learner apart", "nats per token", { "train/sampler_learner_gap": "mean" }],
     ["Staleness", "updates", { "staleness/mean": "mean", "staleness/max": "largest" }],
   ];

@@ -10,9 +10,8 @@ from cluster.vllm.weight_sync.updates import TakesWeights
 class ServedWeights:
     """Lets one version of the weights score each batch, whole.
 
-    An update waits until no batch is being scored, since the hidden states of an engine and the LM head that reads them
-    change at two moments; batches that come meanwhile wait for its end. One that never ends lets them wait for ever:
-    the pool then starts the actor again (`TeacherPool.abandon`).
+    An update waits until no batch is being scored; batches that come meanwhile wait for its end. One that never ends
+    lets them wait for ever: the pool then starts the actor again (`TeacherPool.abandon`).
     """
 
     def __init__(self, engine: TakesWeights) -> None:

@@ -28,6 +28,7 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (
             TokenWeightsConfig,
             "first_tokens first_fraction skip_first stop_window stop_below special_tokens stop_tokens teacher_shares "
+            "turns first_turns "
             "position_importance entropy",
         ),
         (ImportanceConfig, "kind low high dual_clip"),
@@ -40,8 +41,8 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (GateConfig, "kappa gamma"),
         (
             PrivilegedConfig,
-            "template prompts_per_step samples_per_prompt hard_after min_reward select min_gentleness sharpness "
-            "strength shuffled phase_steps rest_steps",
+            "template prompts_per_step samples_per_prompt hard_after max_rows min_reward select min_gentleness "
+            "sharpness strength shuffled phase_steps rest_steps",
         ),
         (WeightSchedule, "to over_steps start"),
         (
@@ -235,6 +236,8 @@ def test_a_privileged_samplers_rows_need_terms_that_can_learn_from_them() -> Non
     ):
         with pytest.raises(ConfigError, match=message):
             make_config(PRIVILEGED, *refused)
+    with pytest.raises(ConfigError, match=r"rollout.privileged writes for prompts .* remove one of the two"):
+        make_config(PRIVILEGED, IMITATED, "rollout.replay=runs/x")
     with pytest.raises(
         ConfigError, match=r"terms.imitated: rows = 'privileged', but there is no \[rollout.privileged\]"
     ):

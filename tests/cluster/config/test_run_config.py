@@ -15,19 +15,20 @@ FIELDS = {
     "prompts": "train held_out columns answer_after template system_prompt chat_template_kwargs last_answer too_long "
     "prompts_per_step shuffle",
     "rollout": "num_workers min_workers max_workers samples_per_prompt max_completion_tokens temperature top_p top_k "
-    "horizon stop stop_token_ids stop_class stop_repetition rows_per_batch max_staleness privileged record replay "
-    "engine",
+    "horizon stop stop_token_ids stop_class stop_repetition rows_per_batch max_staleness keep_cache_on_update "
+    "privileged record replay engine",
     "teachers": "model source refresh backend signals trust_remote_code num_workers slot min_workers max_workers "
     "accept_differences excluded_token_ids stop_class context shuffled_context base url api_key_env tokenizer "
     "min_coverage alignment request_timeout_seconds retry_seconds states engine",
     "objective": "preset support support_size terms token_weights",
-    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing attention head_dtype "
+    "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing compile attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "
     "offload_optimizer offload_parameters gpu_memory_fraction cpu_threads deepspeed",
     "balance": "mode observe_steps cooldown_steps min_gain",
     "weight_sync": "payload transport bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
-    "environment": "kind verifier rewards reward_seconds max_observation_tokens",
+    "environment": "kind verifier rewards reward_seconds max_observation_tokens max_turns max_turn_tokens "
+    "episode_seconds tools tool_format tool_seconds",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature teacher_too",
     "checkpoint": "every_steps keep_last export",
     "alarms": "metric above below relative_to steps action",

@@ -79,11 +79,45 @@ def test_the_backend_follows_the_driver(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     assert choose_backend() == "cpu"
     driver = tmp_path / "nvidia-smi"
-    driver.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200'\n")
+    driver.write_text(SMI.format("580.65.06, 9.0, NVIDIA H200"))
     driver.chmod(0o755)
     assert choose_backend() == "cuda"
     driver.write_text("#!/bin/sh\necho 'no GPU: driver not loaded'\nexit 9\n")
     assert choose_backend() == "cpu"
+
+
+SMI = """#!/bin/sh
+case "$1" in -L) echo 'GPU 0: NVIDIA H200';; *) echo '{0}'; echo '{0}';; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("listing", "refusal"),
+    [
+        (
+            "550.54.14, 9.0, NVIDIA H100",
+            r"the NVIDIA driver is 550\.54\.14, .* needs 580 or newer; update the driver, or",
+        ),
+        ("580.65.06, 7.0, Tesla V100", r"the Tesla V100 has compute capability 7\.0, CUDA 13 needs 7\.5 or newer; use"),
+        ("580.65.06, 7.5, Tesla T4", ""),
+        ("[N/A], [N/A], a GPU, of another kind", ""),
+    ],
+)
+def test_a_gpu_that_the_locked_packages_cannot_use_is_refused_before_they_are_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listing: str, refusal: str
+) -> None:
+    monkeypatch.delenv("PRECEPTOR_BACKEND", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "nvidia-smi").write_text(SMI.format(listing))
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    if not refusal:
+        assert choose_backend() == "cuda"
+        return
+    with pytest.raises(InstallError, match=refusal):
+        choose_backend()
+    for backend in ("cpu", "cuda"):  # the second for another machine than this one, as in an image
+        monkeypatch.setenv("PRECEPTOR_BACKEND", backend)
+        assert choose_backend() == backend
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_a_model_without_a_head_is_refused(tmp_path: Path) -> None:
 
 def test_a_quantised_head_is_refused(tmp_path: Path) -> None:
     replace_head(tmp_path, torch.zeros(VOCABULARY, 16, dtype=torch.int8))
-    with pytest.raises(ModelError, match=r"'lm_head\.weight' is torch\.int8 .* not quantised"):
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' is I8 .* not quantised"):
         load_lm_head(str(tmp_path), False, "float32")
 
 

@@ -109,7 +109,7 @@ def test_everybody_gets_a_part_of_one_gpu_on_one_node() -> None:
     assert sum(pool.num_workers * pool.cpus_per_worker for pool in placement.pools) <= 4
     [options] = placement.rollout.options()
     assert options["num_gpus"] == pytest.approx(0.275)
-    assert options["runtime_env"] == {"env_vars": {SHARED_GPU_VARIABLE: "1"}}
+    assert options["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "1", SHARED_GPU_VARIABLE: "1"}}
     assert describe(placement)[2] == ("learner", "1 x 0.4 GPU")
 
 

@@ -44,8 +44,22 @@ def test_a_teacher_without_workers_reserves_nothing_and_has_a_share_for_later() 
     config = make_config("teachers.code={model='b',num_workers=0,engine={tensor_parallel=4}}")
     placement = plan_placement(config, [NodeResources(cpus=32, gpus=3)])
     assert placement.teachers["code"].options() == []
-    assert placement.teachers["code"].share == {"num_cpus": 1.0, "num_gpus": 4}
+    share = placement.teachers["code"].share
+    assert (share["num_cpus"], share["num_gpus"]) == (1.0, 4)
     assert ("teacher-code", "0 x 4 GPU") in describe(placement)
+
+
+def test_beside_a_gpu_learner_and_teachers_share_the_nodes_cores_and_generators_have_one_thread() -> None:
+    config = make_config("rollout.num_workers=4", "teachers.main.engine.tensor_parallel=2", "learner.num_workers=2")
+    placement = plan_placement(config, [NodeResources(cpus=64, gpus=8)])
+    threads = {
+        pool.name: {option["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] for option in pool.options()}
+        for pool in placement.pools
+    }
+    assert threads == {"rollout": {"1"}, "teacher-main": {"9"}, "learner": {"9"}}  # 64 cores for 7 workers
+    set_by_hand = make_config("learner.cpu_threads=24", "rollout.engine.cpu_threads=2")
+    placement = plan_placement(set_by_hand, [NodeResources(cpus=64, gpus=8)])
+    assert (placement.learner.cpu_threads, placement.rollout.cpu_threads) == (24, 2)
 
 
 def test_too_few_gpus_are_said_with_numbers() -> None:

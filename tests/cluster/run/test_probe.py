@@ -87,6 +87,17 @@ def test_a_step_has_at_most_its_quota_and_those_asked_for_least_come_first() -> 
     assert probe.choose(4) == (0, 1)
 
 
+def test_a_prompt_waits_for_completions_that_show_what_its_rows_did() -> None:
+    probe = make_probe(max_rows=2)
+    fail(probe, 0, [0])
+    for step, chosen in ((1, (0,)), (2, (0,)), (3, ())):
+        assert probe.choose(step) == chosen
+        observe(probe, step, (3, 1.0))
+    assert make_probe(probe.state, max_rows=2).choose(4) == ()
+    observe(probe, 4, (0, 0.0))  # it still fails
+    assert probe.choose(5) == (0,)
+
+
 def test_prompts_without_a_context_are_never_chosen() -> None:
     probe = make_probe(prompt_ids=[2])
     fail(probe, 0, [0, 1, 2])

@@ -32,6 +32,13 @@ from tests.cluster.run.recorded import (
     scored,
 )
 
+IN_ROLLOUT_ENGINES = (
+    "teachers.main.from=student",
+    "teachers.main.model=student",
+    "teachers.main.backend=rollout",
+    "teachers.main.refresh=live",
+    "teachers.main.num_workers=0",
+)
 ORDER = PromptOrder(num_prompts=50, seed=0, shuffle=True)
 
 
@@ -228,6 +235,7 @@ def test_workers_without_use_are_left_out(tmp_path: Path) -> None:
         "recorded": (),
         "recomputed": ("rollout.replay.signals=recomputed",),
         "half": ("rollout.replay.share=0.34",),
+        "in the rollout engines": ("rollout.replay.signals=recomputed", *IN_ROLLOUT_ENGINES),
     }.items():
         for has_held_out in (False, True):
             left = without_idle_workers(replaying(tmp_path, *overrides), has_held_out)
@@ -239,6 +247,8 @@ def test_workers_without_use_are_left_out(tmp_path: Path) -> None:
         ("recomputed", True): (1, 1),
         ("half", False): (1, 1),
         ("half", True): (1, 1),
+        ("in the rollout engines", False): (1, 0),
+        ("in the rollout engines", True): (1, 0),
     }
 
 

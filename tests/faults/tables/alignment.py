@@ -48,17 +48,17 @@ FAULTS = (
     ),
     Fault(
         "teacher scores shifted by one",
-        "teacher_workers/backends/lm_head_scores.py",
-        "np.flatnonzero(loss_mask) - 1 - num_cached",
-        "np.flatnonzero(loss_mask) - num_cached",
-        ("tests/teacher_workers/backends/test_lm_head_scores.py",),
+        "cluster/vllm/token_scoring.py",
+        'np.frombuffer(request["positions"], np.int32) - (num_tokens - len(computed))',
+        'np.frombuffer(request["positions"], np.int32) + 1 - (num_tokens - len(computed))',
+        ("tests/cluster/vllm/test_token_scoring.py",),
     ),
     Fault(
         "scores of given candidates shifted by one",
-        "teacher_workers/backends/lm_head_scores.py",
+        "cluster/models/token_scores.py",
         'scores["candidate_logprobs"] = logprobs[:, 1:]',
         'scores["candidate_logprobs"] = logprobs[:, :-1]',
-        ("tests/teacher_workers/backends/test_lm_head_scores.py",),
+        ("tests/cluster/models/test_token_scores.py",),
     ),
     Fault(
         "candidates of a rollout shifted by one",

@@ -348,10 +348,10 @@ FAULTS = (
     ),
     Fault(
         "small teacher tails summed beside 1",
-        "teacher_workers/backends/lm_head_scores.py",
-        "(requested - largest - log_total).where(is_known, FLOOR), best_ids, best - largest - log_total",
-        "(requested - (largest + log_total)).where(is_known, FLOOR), best_ids, best - (largest + log_total)",
-        ("tests/teacher_workers/backends/test_lm_head_scores.py::test_a_small_tail_is_what_the_candidates_leave",),
+        "cluster/models/token_scores.py",
+        "requested - largest - log_total, best - largest - log_total",
+        "requested - (largest + log_total), best - (largest + log_total)",
+        ("tests/cluster/models/test_token_scores.py::test_a_small_tail_is_what_the_candidates_leave",),
     ),
     Fault(
         "tokens that top-p cuts off are learned from",

@@ -27,8 +27,8 @@ FAULTS = (
     Fault(
         "every round completes the step",
         "learner/train_step.py",
-        "completes_step and following is None",
-        "following is None",
+        "completes_step and number == num_batches",
+        "number == num_batches",
         (
             "tests/learner/test_train_step.py::test_micro_batches_may_come_one_by_one_and_the_last_of_the_step_is_marked",
         ),

@@ -7,8 +7,8 @@ FAULTS = (
     Fault(
         "a teacher's engine leaves no room for its head",
         "cluster/placement/memory.py",
+        "inside, outside = weights + head + activations + logits + context, sum(beside.values())",
         "inside, outside = weights + activations + logits + context, sum(beside.values())",
-        "inside, outside = weights + activations + logits + context, sum(beside.values()) - beside.get('head', 0.0)",
         LIES,
     ),
     Fault(

@@ -30,7 +30,7 @@ FAULTS = (
         "cluster/models/lm_head.py",
         "            logits.index_fill_(-1, self.excluded_ids, EXCLUDED_LOGIT)\n",
         "            pass\n",
-        ("tests/teacher_workers/backends/test_lm_head_scores.py",),
+        ("tests/cluster/models/test_token_scores.py",),
     ),
     Fault(
         "a tied head is compared in its first rows alone",

@@ -232,8 +232,8 @@ FAULTS = (
     Fault(
         "samples of a prompt taken apart",
         "learner/batching/arrivals.py",
-        "key = trajectory_id // self.samples_per_prompt",
-        "key = trajectory_id % self.samples_per_prompt",
+        "key = episode_id // self.samples_per_prompt",
+        "key = episode_id % self.samples_per_prompt",
         ("tests/learner/batching/test_arrivals.py",),
     ),
     Fault(
@@ -307,10 +307,10 @@ FAULTS = (
     ),
     Fault(
         "a teacher scores the written stop id by itself",
-        "teacher_workers/backends/lm_head_scores.py",
-        "    ids = merge_ids(ids, head.stop_class)\n",
-        "",
-        ("tests/teacher_workers/backends/test_lm_head_scores.py::test_ids_that_end_completions_are_scored_as_one",),
+        "cluster/models/token_scores.py",
+        "ids = merge_ids(ids.to(device, torch.int64), head.stop_class)",
+        "ids = ids.to(device, torch.int64)",
+        ("tests/cluster/models/test_token_scores.py::test_ids_that_end_completions_are_scored_as_one",),
     ),
     Fault(
         "stop ids are merged in all rows of the sampler",

@@ -6,7 +6,7 @@ FAULTS = (
     Fault(
         "kept rows follow the micro-batches",
         "learner/kept_rows.py",
-        "is_chosen = rows[index].trajectory_id in chosen",
+        "is_chosen = rows[index].episode_id in chosen",
         "is_chosen = place < self._count",
         ("tests/learner/test_kept_rows.py",),
     ),
@@ -34,7 +34,7 @@ FAULTS = (
     Fault(
         "whole step sampled again for a lost batch",
         "cluster/run/flow.py",
-        "lost = [request for request in batches.requests if request.trajectory_id in handle.trajectory_ids]",
+        "lost = [request for request in batches.requests if request.trajectory_id in handle.episodes]",
         "lost = list(batches.requests)",
         ("tests/cluster/run/test_flow.py",),
     ),
@@ -57,10 +57,10 @@ FAULTS = (
     Fault(
         "repeated row not noticed",
         "cluster/run/ledger.py",
-        "            if trajectory_id not in self._missing:\n"
-        '                self._fail(f"trajectory {trajectory_id} came a second time")\n'
-        "            expected = self._missing.pop(trajectory_id)\n",
-        "            expected = self._missing.pop(trajectory_id, prompt_id)\n",
+        "            if episode_id not in self._missing:\n"
+        '                self._fail(f"trajectory {episode_id} came a second time")\n'
+        "            expected = self._missing.pop(episode_id)\n",
+        "            expected = self._missing.pop(episode_id, prompt_id)\n",
         ("tests/cluster/run/test_ledger.py",),
     ),
     Fault(

@@ -71,11 +71,11 @@ FAULTS = (
         ("tests/cluster/vllm/test_served_weights.py",),
     ),
     Fault(
-        "the padding of a vocabulary becomes tokens",
-        "cluster/models/lm_head.py",
-        "values[: self.vocabulary_size].to(self.weight.device",
-        "values.to(self.weight.device",
-        ("tests/teacher_workers/backends/test_arriving_head.py",),
+        "a rank takes the rows of the head that are another's",
+        "cluster/vllm/token_scoring.py",
+        "values[self.shard.first : self.shard.first + len(to)]",
+        "values[: len(to)]",
+        ("tests/cluster/vllm/test_token_scoring.py",),
     ),
     Fault(
         "a ledger trusts any teacher version",

@@ -19,10 +19,10 @@ FAULTS = (
     ),
     Fault(
         "unknown token scored 0",
-        "teacher_workers/backends/lm_head_scores.py",
+        "cluster/models/token_scores.py",
         ".where(is_known, FLOOR)",
         ".where(is_known, 0.0)",
-        ("tests/teacher_workers/backends/test_lm_head_scores.py",),
+        ("tests/cluster/models/test_token_scores.py",),
     ),
     Fault(
         "NaN scores filled with zeros",
@@ -34,10 +34,10 @@ FAULTS = (
     ),
     Fault(
         "candidate ids worst first",
-        "teacher_workers/backends/lm_head_scores.py",
-        ".where(is_known, FLOOR), best_ids,",
-        ".where(is_known, FLOOR), best_ids.flip(-1),",
-        ("tests/teacher_workers/backends/test_lm_head_scores.py",),
+        "cluster/models/token_scores.py",
+        "columns += [best_ids.view(torch.float32), best]",
+        "columns += [best_ids.flip(-1).contiguous().view(torch.float32), best]",
+        ("tests/cluster/models/test_token_scores.py",),
     ),
     Fault(
         "scored batch of step 0",

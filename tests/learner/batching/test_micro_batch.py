@@ -44,6 +44,23 @@ def test_positions_restart_with_every_trajectory_and_are_zero_at_padding(rows):
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]]
 
 
+def test_a_micro_batch_moves_with_every_tensor(rows):
+    seen = []
+
+    def note(tensor):
+        seen.append(tensor)
+        return tensor.clone()
+
+    batch = build_micro_batch(((0, 1), (2,)), rows, seed=0)
+    moved = batch.changed(note)
+    everywhere = [moved.input_ids, moved.position_ids, moved.predicting, moved.places, moved.routes[0].places]
+    assert len(seen) == len(everywhere) + 11 + 4  # columns of tokens, and two models' two signals
+    assert not any(tensor is one for tensor in everywhere for one in seen)
+    assert moved.lengths == batch.lengths
+    assert torch.equal(moved.tokens.logprobs["base"], batch.tokens.logprobs["base"])
+    assert moved.tokens.logprobs["base"] is not batch.tokens.logprobs["base"]
+
+
 def test_every_completion_token_is_predicted_from_the_place_to_its_left(rows):
     batch = build_micro_batch(((0, 1), (2,)), rows, seed=0)
     assert batch.predicting.tolist() == [0, 1, 3, 6]
@@ -171,3 +188,10 @@ def test_two_sampled_spans_of_a_row_are_predicted_from_the_places_before_their_t
     assert batch.tokens.target_ids.tolist() == [11, 12, 15, 21]
     assert batch.tokens.position.tolist() == [0, 1, 2, 0]
     assert batch.tokens.logprobs["teacher"].tolist() == [-5.5, -6, -7.5, -10.5]
+
+
+def test_each_completion_token_knows_its_turn_of_the_episode(rows):
+    first = trajectory([10, 11, 12, 13, 14, 15], [0, 1, 1, 0, 1, 0])
+    further = trajectory([20, 21, 22, 23], [0, 1, 0, 1], turn=2)
+    batch = build_micro_batch(((0, 1), (2,)), [first, further, trajectory([30, 31], [0, 0])], seed=0)
+    assert batch.tokens.turn.tolist() == [0, 0, 1, 2, 3]

@@ -76,7 +76,8 @@ with restored.weights_of("only"):
 print("kept")
 """
 LOADS_ONCE = """
-import resource, sys, torch
+import sys, torch
+from pathlib import Path
 from safetensors.torch import load_file
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from cluster.config.run_file import parse_run_config
@@ -89,17 +90,19 @@ config = parse_run_config(
     "learner.zero_stage = 3\\nlearner.dtype = 'float32'\\nrollout.engine.dtype = 'float32'"
 )
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
 
 class Measured(LearnerActor):
     def use(self, engine, teacher_heads):
         self.engine = engine
 
 def load(*arguments):
-    before = peak()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = memory("VmRSS")
     student = load_student(*arguments)
-    sys.stdout.write(f"{peak() - before}\\n")
+    sys.stdout.write(f"{memory('VmHWM') - before}\\n")
     return student
 
 import learner.worker
@@ -112,6 +115,67 @@ with actor.engine.full_parameters(["model.layers.1.mlp.up_proj.weight", "model.e
 decoder = actor.engine.student.causal_lm.model
 fresh = Qwen3RotaryEmbedding(decoder.config)
 assert all(torch.equal(buffer, decoder.rotary_emb.get_buffer(name)) for name, buffer in fresh.named_buffers())
+"""
+ADDS_UP_IN_BFLOAT16 = """
+import sys, torch
+from dataclasses import replace
+from cluster.config.stages import LearnerConfig
+from cluster.config.sections import StudentConfig
+from learner.engines.torch import ReferenceEngine
+from learner.engines.zero import ZeroEngine
+from learner.loss.objective import Objective
+from learner.model.student import load_student
+from learner.train_step import accumulate
+from cluster.contracts.trajectory import ragged
+from learner.batching.micro_batch import build_micro_batch, trajectories
+from learner.batching.plan import plan_step
+from tests.learner.support import OBJECTIVES, advantages_of, make_scored
+
+folder, store, stage, rank = sys.argv[1:]
+config = LearnerConfig(zero_stage=int(stage), dtype="bfloat16", num_workers=2, max_gradient_norm=0.5)
+student = StudentConfig(folder)
+zero = ZeroEngine(load_student(student, config), config, int(rank), 2, "file://" + store)
+plain = ReferenceEngine(load_student(student, config), config)
+objective, scored = Objective(OBJECTIVES["topk"]), make_scored(OBJECTIVES["topk"])
+rows = trajectories([scored], advantages_of([scored]))
+plan = plan_step(ragged(scored, "token_ids").lengths.tolist(), 2, 48)
+shares = [[build_micro_batch(grid, rows, seed=0) for grid in grids] for grids in plan]
+tokens = sum(len(batch.tokens) for share in shares for batch in share)
+assert len(shares[0]) > 1, "one micro-batch shows no sum"
+
+def sums(engine, batches):
+    accumulate(engine, batches, len(batches), objective, {}, completes_step=True)
+
+def same(ours, theirs):
+    assert abs(ours - theirs) < 2e-3 * theirs, (ours, theirs)
+
+sums(zero, shares[int(rank)])
+sums(plain, [batch for share in shares for batch in share])
+same(zero.discard(tokens), plain.discard(tokens))
+kept = None
+for step in range(3):
+    sums(zero, shares[int(rank)])
+    sums(plain, [batch for share in shares for batch in share])
+    same(zero.step(1e-3, tokens), plain.step(1e-3, tokens))
+    if step == 0:
+        kept = zero.snapshot()
+names = ["model.norm.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]
+with zero.full_parameters(names) as ours, plain.full_parameters(names) as theirs:
+    after = {name: ours[name].float().clone() for name in names}
+    for name in names:
+        assert (ours[name].float() - theirs[name].float()).abs().mean() < 1e-4, name
+zero.restore(kept)
+for name, value in zero.snapshot().items():
+    assert torch.equal(value, kept[name]), name
+with zero.full_parameters(names) as ours:
+    assert any(not torch.equal(after[name], ours[name].float()) for name in names), "not another state"
+for _ in range(2):
+    sums(zero, shares[int(rank)])
+    zero.step(1e-3, tokens)
+with zero.full_parameters(names) as ours:
+    for name in names:
+        assert torch.equal(after[name], ours[name].float()), "steps after a restore differ"
+print("the same")
 """
 LOOKS_FOR_NO_COMPILER = """
 import deepspeed
@@ -132,6 +196,15 @@ def run(program: str, *arguments: str, **variables: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+def on_two_ranks(program: str, *arguments: str) -> list[str]:
+    with ThreadPoolExecutor(2) as threads:
+        ranks = [
+            threads.submit(run, program, *arguments, str(rank), RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
+            for rank in range(2)
+        ]
+        return [rank.result() for rank in ranks]
+
+
 def test_stage_3_never_brings_the_whole_student_to_a_device(student_folder: Path, tmp_path: Path) -> None:
     assert run(STARTS_SHARDED, str(student_folder), str(tmp_path / "store"), DS_ACCELERATOR="cpu") == "sharded"
 
@@ -147,14 +220,15 @@ def test_two_ranks_lend_their_parts_of_an_average_to_the_student(
     stage: str, dtype: str, student_folder: Path, tmp_path: Path
 ) -> None:
     arguments = (str(student_folder), str(tmp_path / "store"), stage, dtype)
-    with ThreadPoolExecutor(2) as threads:
-        ranks = [
-            threads.submit(
-                run, KEEPS_AN_AVERAGE, *arguments, str(rank), RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu"
-            )
-            for rank in range(2)
-        ]
-        assert [rank.result() for rank in ranks] == ["kept", "kept"]
+    assert on_two_ranks(KEEPS_AN_AVERAGE, *arguments) == ["kept", "kept"]
+
+
+@pytest.mark.parametrize("stage", ["1", pytest.param("2", marks=pytest.mark.exhaustive)])
+def test_two_ranks_in_bfloat16_learn_as_one_process_of_plain_torch(
+    stage: str, student_folder: Path, tmp_path: Path
+) -> None:
+    arguments = (str(student_folder), str(tmp_path / "store"), stage)
+    assert on_two_ranks(ADDS_UP_IN_BFLOAT16, *arguments) == ["the same", "the same"]
 
 
 def test_one_rank_alone_holds_the_students_weights_before_they_are_sharded(tmp_path: Path) -> None:
@@ -171,20 +245,7 @@ def test_one_rank_alone_holds_the_students_weights_before_they_are_sharded(tmp_p
     model = Qwen3ForCausalLM(config)
     weights = 4 * model.num_parameters()
     model.save_pretrained(tmp_path / "model")
-    with ThreadPoolExecutor(2) as threads:
-        ranks = [
-            threads.submit(
-                run,
-                LOADS_ONCE,
-                str(tmp_path / "model"),
-                str(tmp_path / "store"),
-                str(rank),
-                RANK=str(rank),
-                WORLD_SIZE="2",
-                DS_ACCELERATOR="cpu",
-            )
-            for rank in range(2)
-        ]
-        first, second = (int(rank.result()) for rank in ranks)
+    arguments = (str(tmp_path / "model"), str(tmp_path / "store"))
+    first, second = map(int, on_two_ranks(LOADS_ONCE, *arguments))
     assert first > 0.9 * weights > 200e6
     assert second < 0.2 * weights

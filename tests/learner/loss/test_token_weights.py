@@ -5,13 +5,18 @@ import math
 import pytest
 import torch
 
+from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
+from cluster.config.terms import WeightSchedule
+from learner.loss.objective import Objective
 from learner.loss.token_weights import (
     entropy_weights,
     is_early,
     is_trusted_trajectory,
     later_returns,
     position_importance,
+    turn_weights,
 )
+from tests.learner.loss.builders import make_tokens, random_logprobs
 
 TRAJECTORY = torch.tensor([0, 0, 0, 1, 2, 2])
 POSITION = torch.tensor([0, 1, 2, 0, 0, 1])
@@ -95,3 +100,26 @@ def test_no_tokens_give_nothing() -> None:
     assert len(position_importance(empty, nowhere, 0.5)) == 0
     assert len(entropy_weights(empty, empty, nowhere)) == 0
     assert len(is_trusted_trajectory(empty, empty, nowhere, 0.5, 2.0)) == 0
+
+
+def test_every_turn_of_a_row_counts_alike_and_the_row_as_many_as_its_tokens():
+    turn = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2])
+    trajectory = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])  # the second row is of one turn, its episode's third
+    weights = turn_weights(turn, trajectory)
+    torch.testing.assert_close(weights, torch.tensor([4 / 6, 4 / 6, 4 / 6, 2.0, 1, 1, 1, 1]))
+    assert turn_weights(turn[:0], trajectory[:0]).shape == (0,)
+
+
+def test_turns_after_the_first_few_have_no_weight_and_their_number_follows_a_schedule():
+    turn = torch.tensor([0, 0, 1, 2])
+    config = ObjectiveConfig(
+        token_weights=TokenWeightsConfig(first_turns=WeightSchedule(start=1.0, to=3.0, over_steps=4), turns="equal")
+    )
+    tokens = make_tokens(torch.arange(4), {"teacher": random_logprobs(4, 8, seed=0)}, turn=turn)
+    two, one = 2 / 3, 4 / 3  # 4 tokens over 3 turns of 2 tokens and of 1
+    expected = {0: [two, two, 0, 0], 1: [two, two, 0, 0], 2: [two, two, one, 0], 4: [two, two, one, one]}
+    for step, weights in expected.items():
+        plan = Objective(config.at(step)).plan(tokens, None)
+        torch.testing.assert_close(plan.weights.float(), torch.tensor(weights, dtype=torch.float32))
+    with pytest.raises(ValueError, match="first_turns goes from 0 to 3; expected 1 or more turns"):
+        TokenWeightsConfig(first_turns=WeightSchedule(start=0.0, to=3.0, over_steps=4))

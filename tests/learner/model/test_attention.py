@@ -12,10 +12,11 @@ from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ModelError
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step
+from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
 from learner.model.attention import KERNELS, Packing, Segments, choose_kernel, fault_of, grouped, packed_attention
 from learner.model.student import load_student
-from tests.learner.support import SMALL
+from tests.learner.support import OBJECTIVES, SMALL
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 1, 3, 16, 2, 9)
@@ -225,3 +226,31 @@ def test_flash_attention_that_cannot_take_the_models_heads_is_refused_before_the
     assert choose_kernel("flash", Qwen3Config(**SMALL), CPU, torch.bfloat16) is not None
     with pytest.raises(ModelError, match="48 is not 32"):
         choose_kernel("flash", DeepseekV3Config(**LATENT), CPU, torch.bfloat16)
+
+
+def test_compiled_layers_keep_the_names_of_their_parameters_and_their_place_under_checkpointing(student_folder):
+    plain = student_with("grouped", student_folder)
+    compiled = student_with("grouped", student_folder, compile=True, gradient_checkpointing=True)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    layers = compiled.causal_lm.model.layers
+    assert all(layer._compiled_call_impl is not None and layer.gradient_checkpointing for layer in layers)
+    assert all(layer._compiled_call_impl is None for layer in plain.causal_lm.model.layers)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["grouped", "masked"])
+def test_compiled_layers_say_and_learn_the_same(student_folder, scored, attention, gradient_checkpointing):
+    plain = student_with(attention, student_folder)
+    compiled = student_with(attention, student_folder, compile=True, gradient_checkpointing=gradient_checkpointing)
+    rows = trajectories([scored])
+    for grid in (((0, 1), (2, 3)), ((4,),), ((1, 2, 3),)):  # other lengths, other groups
+        batch = build_micro_batch(grid, rows, seed=0)
+        found = []
+        for student in (plain, compiled):
+            student.zero_grad()
+            result = Evaluation(*student(batch, Objective(OBJECTIVES["topk"])))
+            result.loss.backward()
+            found.append((result.logprobs, [parameter.grad.clone() for parameter in student.parameters()]))
+        torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)

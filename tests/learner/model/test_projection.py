@@ -7,7 +7,7 @@ from torch import nn
 from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.loss.objective import Objective
 from learner.model.completion_head import CompletionHead
-from learner.model.projection import LogitScaling, Projection
+from learner.model.projection import LogitScaling, Projection, adds_wide
 from tests.learner.support import OBJECTIVES, VOCABULARY, make_scored
 
 WIDTH = 24
@@ -31,6 +31,35 @@ def test_logits_in_float32_are_not_rounded_to_the_weights_dtype(bias):
     rounded, _ = logits_of(rounds=True, bias=bias)
     assert (wide - exact).abs().max() < 1e-5
     assert (rounded - exact).abs().max() > 1e-2  # logits up to 16 in steps of 1/16
+
+
+def test_on_a_gpu_the_gradient_of_the_weight_is_summed_up_without_rounding_each_part(monkeypatch):
+    """The product that only a GPU has is computed in float32 here."""
+    weight, hidden = random(VOCABULARY, WIDTH, seed=1), random(64, WIDTH, seed=2)
+    gradient = random(64, VOCABULARY, seed=3)
+    exact = gradient.double().t() @ hidden.double()
+
+    def add(into, left, right, out_dtype, out):
+        assert out is into
+        assert out_dtype == torch.float32
+        assert left.dtype == right.dtype == torch.bfloat16
+        return out.add_(left.float() @ right.float())
+
+    monkeypatch.setattr("learner.model.projection.multiplies_wide", lambda dtype, device: False)
+    off = {}
+    for is_wide in (False, True):
+        monkeypatch.setattr("learner.model.projection.adds_wide", lambda device, is_wide=is_wide: is_wide)
+        monkeypatch.setattr(torch, "addmm", add)
+        projection = Projection(hidden, weight, None, LogitScaling(), with_gradient=True)
+        for chunk in torch.arange(64).split(16):
+            projection.logits(chunk)
+            projection.backward(chunk, gradient[chunk].float())
+        off[is_wide] = (projection.gradients[1].double() - exact).norm() / exact.norm()
+    assert off[True] < 1e-6 < 1e-3 < off[False]
+
+
+def test_a_cpu_has_no_such_product():
+    assert not adds_wide(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("head_dtype", ["float32", "bfloat16"])

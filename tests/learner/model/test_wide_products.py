@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from learner.model.wide_products import multiplies_wide, widen
+from cluster.models.lm_head import multiplies_wide
+from learner.model.wide_products import widen
 
 TOKENS, WIDTH, OUT = 64, 48, 80
 CPU = torch.device("cpu")

@@ -108,6 +108,7 @@ class Publication:
         crashing: Mapping[str, tuple[str, int]] | None = None,
         recipients: type[FakeRecipients] = FakeRecipients,
         end: Callable[[int], Any] | None = None,
+        engines_sleep: bool = False,
     ) -> None:
         self.engine = FakeEngine()
         self.all_recipients: list[FakeRecipients] = []
@@ -124,7 +125,8 @@ class Publication:
 
         config = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)
         engine: Any = self.engine
-        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, bring, end or self.ends.append)
+        end = end or self.ends.append
+        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, bring, end, engines_sleep)
 
     def publish(self, *workers: str, version: int = 1) -> Any:
         return self.sender.publish(list(workers), version)

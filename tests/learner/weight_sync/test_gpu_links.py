@@ -24,7 +24,8 @@ from cluster.weight_sync.ipc_handles import HANDLE_FIELDS, rebuild_arguments
 from cluster.weight_sync.manifest import plan_buckets, total_bytes
 from learner.model.student import Student
 from learner.weight_sync.gpu_links import IpcLink, NcclLink, describe, first_rank
-from learner.weight_sync.gpu_sender import ipc_link, refuse_expandable_segments
+from learner.weight_sync.gpu_sender import ipc_link, refuse_expandable_segments, some_sleep
+from tests.builders import make_config
 from tests.learner.weight_sync.fake_gpus import (
     BUCKET_BYTES,
     PARAMETERS,
@@ -331,6 +332,26 @@ def test_a_shared_buffer_is_read_before_the_next_bucket_overwrites_it() -> None:
     publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), recipients=Reader)
     publication.publish("a")
     assert_all_arrived(received([message for message, _ in read], [payload for _, payload in read]))
+
+
+@pytest.mark.parametrize("engines_sleep", [False, True])
+def test_the_learners_cache_is_emptied_only_for_engines_that_take_memory_again(
+    monkeypatch: pytest.MonkeyPatch, engines_sleep: bool
+) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), engines_sleep=engines_sleep)
+    for version in (1, 2):
+        publication.publish("a", version=version)
+    assert len(emptied) == 2 * engines_sleep
+
+
+def test_engines_that_take_memory_again_are_a_generator_that_sleeps_and_teachers_of_a_slot() -> None:
+    assert not some_sleep(make_config("ray.share_gpu=true"))
+    assert some_sleep(make_config("ray.share_gpu=true", "rollout.engine.sleep=true"))
+    slot = [f"teachers.{name}={{model='t',slot='s'}}" for name in ("main", "code")]
+    assert some_sleep(make_config(*slot))
+    assert not some_sleep(make_config(slot[0]))
 
 
 def test_every_engine_finds_the_buffer_of_its_own_gpu() -> None:

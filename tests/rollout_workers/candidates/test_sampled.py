@@ -69,6 +69,32 @@ def test_many_candidates_follow_the_distribution() -> None:
     assert chi_square < 7 + 5 * 14**0.5  # 8 - 1 degrees of freedom: mean 7, variance 14; five deviations
 
 
+@pytest.mark.parametrize("vocabulary", [300, 5000, 9001])
+def test_candidates_of_a_large_vocabulary_are_those_of_one_sum_over_all_of_it(vocabulary: int) -> None:
+    random = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(6, vocabulary, generator=random) * 4
+    logits[:, torch.rand(vocabulary, generator=random) < 0.5] = -torch.inf
+    logits[:, -90:] = -torch.inf  # the last block has none
+    uniform = torch.rand(4, 50, generator=random, dtype=torch.float64)
+    uniform[:, 0], uniform[:, 1] = 0.0, 1 - 2.0**-52
+    places, temperatures = torch.tensor([5, 0, 3, 3]), torch.tensor([[0.5], [1.0], [2.0], [0.9]])
+    ids, logprobs = sample(logits, uniform, places, temperatures)
+    expected = (logits[places] / temperatures).double().log_softmax(-1)
+    cumulative = expected.exp().cumsum(-1)
+    passed = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    assert torch.equal(ids[:, 2:].long(), passed[:, 2:])
+    torch.testing.assert_close(logprobs.double(), expected.gather(-1, ids.long()), atol=2e-6, rtol=1e-6)
+
+
+def test_a_number_that_rounding_puts_behind_its_block_takes_the_last_token_that_is_possible() -> None:
+    logits = torch.full((1, 5000), -torch.inf)
+    logits[0, :70] = torch.linspace(0, 1e-3, 70)  # of blocks of 64 tokens, or 128
+    numbers = torch.linspace(0, 1, 20_000, dtype=torch.float64).mul(1 - 2.0**-52)[None]
+    ids, logprobs = sample(logits, numbers)
+    assert ids.max() == 69
+    assert logprobs.isfinite().all()
+
+
 def test_a_position_that_is_computed_again_has_its_last_draws() -> None:
     log = CandidateLog()
     candidates = log.open(CandidateRequest("a", 2, seed=1))

@@ -251,13 +251,14 @@ def test_an_error_of_another_kind_keeps_its_sentence() -> None:
     assert verdict.faults[0].sentence == "teacher math, replica math-0: vLLM could not score 9 tokens: out of blocks"
 
 
-def test_the_worker_refuses_states_of_another_width_than_its_heads() -> None:
+def test_the_worker_refuses_records_of_another_size_than_the_request_needs() -> None:
     class Wide(RightEngine):
-        def read(self, token_ids: np.ndarray, loss_mask: np.ndarray) -> Any:
-            return super().read(token_ids, loss_mask).repeat(1, 2)
+        async def score_row(self, *request: Any) -> Any:
+            records, num_cached = await super().score_row(*request)
+            return np.tile(records, 2), num_cached
 
     error = ask("math-0", Wide(), make_probes(make_rows(), SCORES))
-    assert str(error).startswith("math-0: trajectory 0: the engine returned hidden states of shape [19, 32], 19 ")
+    assert str(error).startswith("math-0: trajectory 0: the engine returned records of shape [19, ")
 
 
 def test_infinite_bfloat16_states_are_refused_when_they_are_shipped() -> None:

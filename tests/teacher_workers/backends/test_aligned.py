@@ -15,6 +15,7 @@ from cluster.config.stages import AlignmentConfig, TeacherConfig
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.signals import FLOOR
 from cluster.contracts.trajectory import GeneratedTrajectory, make_generated, ragged
 from cluster.contracts.wire import from_wire, to_wire
 from cluster.models.alignment import TokenMap
@@ -24,7 +25,7 @@ from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
 from teacher_workers.actor import TeacherWorker
 from teacher_workers.backends.aligned import AlignedBackend
-from teacher_workers.backends.base import FLOOR, find_backend
+from teacher_workers.backends.base import find_backend
 from teacher_workers.translation import translate
 from tests.builders import make_trajectory
 from tests.learner.support import objective_of

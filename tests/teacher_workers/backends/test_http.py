@@ -20,12 +20,12 @@ from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.errors import ConfigError, ModelError, NotFiniteError, ScoreError, UniformError, WrongLengthError
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.signals import Scores
+from cluster.contracts.signals import FLOOR, Scores
 from cluster.contracts.trajectory import make_generated
 from cluster.demo import EMBEDDED
 from cluster.models.model_checks import ModelFacts, read_model
 from teacher_workers.actor import TeacherWorker
-from teacher_workers.backends.base import FLOOR, check_signals, check_teacher
+from teacher_workers.backends.base import check_signals, check_teacher
 from teacher_workers.backends.http import HttpBackend
 from tests.builders import make_config, make_trajectory
 from tests.leak_check import wait_until

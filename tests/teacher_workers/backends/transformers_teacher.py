@@ -9,7 +9,7 @@ from cluster.config.stages import TeacherConfig
 from cluster.contracts.trajectory import Bytes, Ints
 from cluster.models.lm_head import load_lm_head
 from cluster.models.weight_files import fingerprint
-from teacher_workers.backends.lm_head_scores import HiddenStatesBackend, predicting_rows
+from tests.teacher_workers.hidden_states import HiddenStatesBackend
 
 
 class TransformersBackend(HiddenStatesBackend):
@@ -26,7 +26,7 @@ class TransformersBackend(HiddenStatesBackend):
     async def hidden_states(self, request_id: str, token_ids: Ints, loss_mask: Bytes) -> tuple[torch.Tensor, int]:
         with torch.no_grad():
             ids = torch.from_numpy(token_ids.astype("int64"))[None]
-            return predicting_rows(self._model.model(input_ids=ids).last_hidden_state[0], loss_mask), 0
+            return self._model.model(input_ids=ids).last_hidden_state[0, loss_mask.nonzero()[0] - 1], 0
 
 
 BACKEND = f"{__name__}:TransformersBackend"

@@ -1,17 +1,27 @@
 """Scores from hidden states against a log-softmax over the whole vocabulary in fp64."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cluster.contracts.errors import ScoreError
 from cluster.contracts.requests import ScoreRequest
-from cluster.contracts.signals import Scores
+from cluster.contracts.signals import FLOOR, Scores
 from cluster.models.lm_head import LmHead
-from teacher_workers.backends.lm_head_scores import FLOOR, MIN_CHUNK_TOKENS, predicting_rows, score_tokens
+from cluster.models.token_scores import (
+    MIN_CHUNK_TOKENS,
+    HeadShard,
+    Layout,
+    largest_logits,
+    rows_of_rank,
+    score_positions,
+    score_tokens,
+)
 
 VOCABULARY, WIDTH = 70_000, 8  # so large that the smallest chunk applies
 NUM_TOKENS = 2 * MIN_CHUNK_TOKENS + 5  # three chunks
@@ -153,21 +163,6 @@ def test_hidden_states_travel_in_the_teachers_own_dtype() -> None:
     assert scores["hidden"].tolist() == [[1.0, -2.5]]
 
 
-def test_a_token_is_predicted_by_the_position_before_it() -> None:
-    hidden = torch.arange(6.0).unsqueeze(-1)
-    assert predicting_rows(hidden, np.array([0, 0, 1, 0, 1, 1], np.uint8)).flatten().tolist() == [1, 3, 4]
-    assert predicting_rows(hidden, np.zeros(6, np.uint8)).shape == (0, 1)
-    assert predicting_rows(hidden[2:], np.array([0, 0, 0, 1, 0, 1], np.uint8), num_cached=2).flatten().tolist() == [
-        2,
-        4,
-    ]
-
-
-def test_another_number_of_hidden_states_than_tokens_is_refused() -> None:
-    with pytest.raises(ScoreError, match="5 hidden states for 6 tokens"):
-        predicting_rows(torch.zeros(5, 1), np.array([0, 0, 1, 1, 1, 1], np.uint8))
-
-
 @pytest.mark.parametrize("asked", [{"given_candidates": True}, {"top_k": NUM_CANDIDATES}])
 def test_ids_that_end_completions_are_scored_as_one(
     asked: dict[str, Any], head: LmHead, hidden: torch.Tensor, expected: torch.Tensor
@@ -191,3 +186,82 @@ def test_ids_that_end_completions_are_scored_as_one(
     else:
         of_candidates = gather(kept, np.where(candidates == 3, 11, candidates))
         np.testing.assert_allclose(scores["candidate_logprobs"], of_candidates, rtol=2e-7, atol=2e-6)
+
+
+def of_ranks(head: LmHead, num_ranks: int, score_with: Callable[[HeadShard], torch.Tensor]) -> list[torch.Tensor]:
+    """Return what every rank gets, each with its part of the head, in a thread of its own."""
+    sent: list[torch.Tensor] = [torch.empty(0)] * num_ranks
+    barrier = Barrier(num_ranks, timeout=60)
+
+    def on(rank: int) -> torch.Tensor:
+        def gather(values: torch.Tensor) -> torch.Tensor:
+            sent[rank] = values
+            barrier.wait()
+            together = torch.cat(sent, dim=-1)
+            barrier.wait()
+            return together
+
+        first, last = rows_of_rank(head.vocabulary_size, rank, num_ranks)
+        bias = None if head.bias is None else head.bias[first:last]
+        own = replace(head, weight=head.weight[first:last], bias=bias)
+        shard = HeadShard.of(own, first, head.vocabulary_size, gather)
+        return score_with(replace(shard, shared=shared_of(head)[first:last]))
+
+    with ThreadPoolExecutor(num_ranks) as pool:
+        return list(pool.map(on, range(num_ranks)))
+
+
+def shared_of(head: LmHead) -> torch.Tensor:
+    return (torch.arange(head.vocabulary_size) % 3 > 0).float()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("given", [0, 4])
+def test_ranks_with_parts_of_the_head_say_together_what_one_with_all_of_it_does(num_ranks: int, given: int) -> None:
+    """The head has all that a head can have; its stop class and its excluded ids lie in the parts of several ranks."""
+    draw = torch.manual_seed(4)
+    size, num_tokens = 1024, MIN_CHUNK_TOKENS + 7
+    head = LmHead(
+        torch.randn(size, WIDTH, generator=draw),
+        bias=torch.randn(size, generator=draw),
+        logit_factor=1.7,
+        softcap=9.0,
+        excluded_ids=torch.tensor([2, 700]),
+        stop_class=(900, 5, 400),
+    )
+    hidden, layers = torch.randn(num_tokens, WIDTH, generator=draw), torch.randn(num_tokens, 3, generator=draw)
+    ids = torch.randint(0, size + 9, (num_tokens, 1 + given), generator=draw)
+    ids[:4, 0] = torch.tensor([5, 900, 2, size])
+    layout = Layout(given, 0 if given else 6, entropy=True, shared_mass=True, hidden=True, layers=True)
+
+    def score_with(shard: HeadShard) -> torch.Tensor:
+        with torch.inference_mode():
+            return score_positions(shard, hidden, layers, ids, layout)
+
+    dtype = layout.dtype("<f4", WIDTH, 3)
+    whole = score_with(replace(HeadShard.of(head), shared=shared_of(head))).numpy().reshape(-1).view(dtype)
+    for records in of_ranks(head, num_ranks, score_with):
+        found = records.numpy().reshape(-1).view(dtype)
+        for name in dtype.names or ():
+            if name == "candidate_ids":
+                np.testing.assert_array_equal(found[name], whole[name])
+            else:
+                np.testing.assert_allclose(found[name], whole[name], rtol=1e-6, atol=2e-6)
+
+
+def test_a_record_has_the_probability_of_all_shared_tokens() -> None:
+    head = LmHead(torch.tensor([[8.0], [4.0], [2.0], [1.0], [1.0]]).log())  # probabilities 1/2, 1/4, 1/8, 1/16, 1/16
+    shard = replace(HeadShard.of(head), shared=torch.tensor([1.0, 0, 0, 1, 1]))
+    records = score_positions(
+        shard, torch.ones(2, 1), torch.empty(2, 0), torch.zeros(2, 1), Layout(shared_mass=True, entropy=True)
+    )
+    assert records.view(torch.float32)[:, 2].tolist() == pytest.approx([0.625, 0.625])
+
+
+@pytest.mark.parametrize(("size", "k"), [(512, 3), (640, 5), (320, 3), (100, 4)])
+def test_the_largest_logits_are_found_by_groups_as_topk_finds_them(size: int, k: int) -> None:
+    logits = torch.randperm(7 * size, generator=torch.manual_seed(size)).float().view(7, size)
+    values, places = largest_logits(logits, k)
+    expected, expected_places = logits.topk(k)
+    assert torch.equal(values, expected)
+    assert torch.equal(places, expected_places)
