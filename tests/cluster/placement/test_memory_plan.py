@@ -248,7 +248,7 @@ def test_the_table_shows_every_part_the_gpu_and_what_is_left() -> None:
     assert lines[0].split() == ["GiB", *head.split()]
     cells = lines[2].split()
     assert cells[0] == "teacher-main"
-    assert (cells[1], cells[3]) == ("14.1", "0.8")
+    assert (cells[1], cells[4]) == ("14.1", "0.8")
     assert cells[-2] == "80.0"
     assert float(cells[-3]) + float(cells[-1]) == pytest.approx(80.0, abs=0.11)
     parts = [float(cell) for cell in cells[1:-3] if cell != "-"]
