@@ -177,12 +177,13 @@ def _find(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def _find_in_blocks(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Do the same for weights [rows, blocks, size], and sum up in float64 only inside the blocks that are found."""
     size = weights.shape[-1]
-    ends = weights.sum(-1).cumsum(-1, dtype=torch.float64)  # [rows, blocks]
+    sums = weights.sum(-1).double()  # [rows, blocks]
+    ends = sums.cumsum(-1)
     total = ends[:, -1:]
     numbers = uniform * total
     blocks = torch.searchsorted(ends, numbers, right=True)  # [rows, count]
     inside = weights.gather(1, blocks.unsqueeze(-1).expand(-1, -1, size))  # [rows, count, size]
-    numbers -= ends.gather(-1, blocks) - inside.sum(-1)
+    numbers = (numbers - (ends - sums).gather(-1, blocks)).clamp_(min=0)  # from the start of the block
     cumulative = inside.cumsum(-1, dtype=torch.float64)
     # Sums that are rounded otherwise may leave a number beyond the last token of its block that can be sampled.
     last = torch.searchsorted(cumulative, cumulative[..., -1:].contiguous())

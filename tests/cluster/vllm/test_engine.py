@@ -4,6 +4,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ import torch
 from cluster.config.stages import Dtype, EngineConfig
 from cluster.contracts.errors import ModelError
 from cluster.vllm.engine import OWNER_VARIABLE, EngineRole, build_engine, gpu_arguments, prepare_environment
-from cluster.vllm.token_scoring import Scoring
 
 ROLLOUT = EngineRole(64, prefix_caching=True, tokenizer=True)
-TEACHER = EngineRole(64, prefix_caching=True, tokenizer=False, scoring=Scoring())
+SCORING: Any = SimpleNamespace(head=None, layers=None)  # its class would import vLLM
+TEACHER = EngineRole(64, prefix_caching=True, tokenizer=False, scoring=SCORING)
 
 # Starts a process as vLLM starts an engine's, which comes to its plugins when it may.
 OWNER = f"""
@@ -185,7 +187,7 @@ def test_an_engine_on_a_gpu_leaves_the_nodes_cores_to_its_actor(
     monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "9"})
     engine = EngineConfig(cpu_threads=cpu_threads, max_concurrent_sequences=8)
     with pytest.raises(ModelError, match="as far as the test goes"):
-        build_engine("nowhere", False, engine, TEACHER)
+        build_engine("nowhere", False, engine, ROLLOUT)
     assert os.environ["OMP_NUM_THREADS"] == of_engine
 
 

@@ -95,6 +95,13 @@ def test_a_number_that_rounding_puts_behind_its_block_takes_the_last_token_that_
     assert logprobs.isfinite().all()
 
 
+def test_no_number_draws_a_token_of_probability_zero_wherever_blocks_begin() -> None:
+    logits = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    logits[0, ::2] = -torch.inf  # the first of every block among them
+    _, logprobs = sample(logits, torch.linspace(0, 1, 200_000, dtype=torch.float64).mul(1 - 2.0**-52)[None])
+    assert logprobs.isfinite().all()
+
+
 def test_a_position_that_is_computed_again_has_its_last_draws() -> None:
     log = CandidateLog()
     candidates = log.open(CandidateRequest("a", 2, seed=1))
