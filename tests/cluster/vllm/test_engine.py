@@ -4,8 +4,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +11,10 @@ import torch
 from cluster.config.stages import Dtype, EngineConfig
 from cluster.contracts.errors import ModelError
 from cluster.vllm.engine import OWNER_VARIABLE, EngineRole, build_engine, gpu_arguments, prepare_environment
+from cluster.vllm.token_scoring import Scoring
 
 ROLLOUT = EngineRole(64, prefix_caching=True, tokenizer=True)
-SCORING: Any = SimpleNamespace(head=None, layers=None)  # its class would import vLLM
-TEACHER = EngineRole(64, prefix_caching=True, tokenizer=False, scoring=SCORING)
+TEACHER = EngineRole(64, prefix_caching=True, tokenizer=False, scoring=Scoring())
 
 # Starts a process as vLLM starts an engine's, which comes to its plugins when it may.
 OWNER = f"""
