@@ -23,6 +23,7 @@ from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_sam
 from cluster.run.hooks import RunContext, StepHook, load_hooks
 from cluster.run.inputs import Inputs, load_inputs
 from cluster.run.kept_rows import KeptRows
+from cluster.run.memory import cluster_gpu, memory_plan, with_memory_plan
 from cluster.run.observation import AlarmActions, PoolObservation, ProbeObservation, ScoreAudits, StepRecords
 from cluster.run.pools import start_pipeline, start_student_rollouts, start_teacher_rollouts
 from cluster.run.preflight import run_live_checks
@@ -45,8 +46,9 @@ def start_training(config: Config) -> RunSummary:
     config, inputs = _prepare(config, _recorded_time(config))
     config = without_idle_workers(config, bool(inputs.held_out_ids))
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+        written, config = config, with_memory_plan(config, inputs, cluster_gpu(), view.say)
         placement = await_placement(config, view.say)
-        directory = RunDirectory.create(config)
+        directory = RunDirectory.create(written)  # a resumed run may have other GPUs
         with run_lock(directory):
             write_record(directory, inputs)
             _announce(view, session, placement, inputs, directory)
@@ -78,6 +80,7 @@ def _resume(directory: RunDirectory, config: Config) -> RunSummary:
     else:
         warnings += compare_prompts(directory, began_with, inputs)
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+        config = with_memory_plan(config, inputs, cluster_gpu(), view.say)
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs, directory)
         for warning in warnings:
@@ -96,6 +99,7 @@ def evaluate_models(config: Config) -> None:
     if not inputs.held_out_ids:
         raise CheckpointError("prompts.held_out: the run file names no held-out prompts to evaluate on")
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+        config = with_memory_plan(config, inputs, cluster_gpu(), view.say)
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
         with start_student_rollouts(config, inputs, placement) as pool:
@@ -109,6 +113,11 @@ def check_run(config: Config) -> bool:
     config, inputs = _prepare(config, _recorded_time(config))
     config = live(config)
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+        plan = memory_plan(config, inputs, cluster_gpu())
+        for line in (*plan.choices, *plan.lines()):
+            view.say(line)
+        plan.refuse()
+        config = plan.config
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
         others = [name for name, teacher in config.teachers.items() if teacher.is_aligned]

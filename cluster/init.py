@@ -19,12 +19,10 @@ from cluster.config.data_source import parse_source
 from cluster.config.draft import TEACHER, Draft
 from cluster.contracts.errors import ConfigError, ModelError, PromptError
 from cluster.models.model_files import context_length, load_model_config, load_tokenizer
-from cluster.models.model_size import ModelSize
-from cluster.placement.memory import STUDENT
-from cluster.placement.placement import plan_placement
+from cluster.models.model_size import STUDENT, ModelSize, model_sizes
+from cluster.placement.placement import describe, plan_placement
 from cluster.placement.proposal import Machine, choose_hardware
 from cluster.run.inputs import Inputs, load_inputs
-from cluster.simulation.dry_run import describe_memory, model_sizes
 from rollout_workers.environments.verifiers import check_answer
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, guess_columns, hub_or_cache, read_rows, value_at
 
@@ -67,7 +65,7 @@ def write_run_file(options: InitOptions) -> None:
     _choose_verifier(draft, inputs)
     longest = _choose_lengths(draft, inputs, options, machine)
     _choose_learning(draft, sizes[STUDENT])
-    memory = choose_hardware(draft, sizes, longest, machine)
+    plan = choose_hardware(draft, sizes, longest, machine)
     head = [
         f"student {options.student}: {sizes[STUDENT].describe()}",
         f"teacher {options.teacher}: {sizes[TEACHER].describe()}",
@@ -80,7 +78,8 @@ def write_run_file(options: InitOptions) -> None:
         options.out.write_text(draft.render(head), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{options.out}: cannot write the run file: {error.strerror}") from error
-    lines = [*head, *inputs.pairs.lines, *inputs.notes, *draft.reasons(), *describe_memory(placement, memory)]
+    lines = [*head, *inputs.pairs.lines, *inputs.notes, *draft.reasons(), *plan.lines()]
+    lines += [f"{pool}: {share}" for pool, share in describe(placement)]
     lines += [f"{options.out} is written; next: preceptor check {options.out}, then preceptor train {options.out}"]
     sys.stdout.write("\n".join(lines) + "\n")
 

@@ -184,7 +184,7 @@ class LearnerGroup:
         """Add up the gradients of batches as they come; return the tokens learned from and the ranks' metrics."""
         config = self._config
         arrivals = BatchBuffer(objective or config.objective, config.rollout.samples_per_prompt, step)
-        planner = RoundPlanner(config.learner.num_workers, config.learner.micro_batch_tokens)
+        planner = RoundPlanner(config.learner.num_workers, config.learner.forward_tokens)
         pending: dict[Any, tuple[str, float]] = {}  # reference -> rank, and when it was called
         answers: list[dict[str, Metric]] = []
         spans: list[Span] = []

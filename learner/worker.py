@@ -74,7 +74,9 @@ class LearnerActor:
         transformers.utils.logging.disable_progress_bar()
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out by itself
-        student = load_student(config.student, config.learner, device)
+        # Under stage 3 rank 0's weights are everybody's: no other rank has a second copy in its node's memory.
+        reads_weights = config.learner.zero_stage < 3 or self._rank == 0
+        student = load_student(config.student, config.learner, device, reads_weights)
         student.head.stop_class = config.rollout.stop_class or ()
         teacher_heads = load_teacher_heads(config, device)
         for states in filter(None, (teacher.states for teacher in config.teachers.values())):
@@ -183,7 +185,7 @@ class LearnerActor:
         (wire,) = self._fetch(references)
         batch = from_wire(wire)
         lengths = ragged(batch, "token_ids").lengths.tolist()
-        (grids,) = plan_step(lengths, num_ranks=1, micro_batch_tokens=self._config.learner.micro_batch_tokens)
+        (grids,) = plan_step(lengths, num_ranks=1, micro_batch_tokens=self._config.learner.forward_tokens)
         completion_lengths = ragged(batch, "rollout_logprobs").lengths
         of_rows: dict[int, Floats] = {}
         rows = trajectories([batch])

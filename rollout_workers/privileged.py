@@ -160,9 +160,10 @@ class PrivilegedSampler:
         scores = await asyncio.gather(*(self._score(one, priority) for one in right))
         chosen = select(self._config, scores)
         attempt = attempts[0] if chosen is None else right[chosen]
-        row = masked(attempt.trajectory) if chosen is None else attempt.trajectory
+        rows = [masked(row) if chosen is None else row for row in _rows(attempt)]
+        *earlier, last = (replace(row, sampler=SAMPLER) for row in rows)
         metrics = sampler_metrics(self._config, attempts, scores, chosen)
-        return replace(attempt, trajectory=replace(row, sampler=SAMPLER), metrics=metrics)
+        return replace(attempt, trajectory=last, earlier=tuple(earlier), metrics=metrics)
 
     def prompt_ids(self, prompt_id: int) -> Ints:
         """Return what the sampler reads in the place of a prompt."""
@@ -170,12 +171,18 @@ class PrivilegedSampler:
         return self._builder.tokens(self._builder.prompts.source(prompt_id), self._scorer.template.render(inputs))
 
     async def _score(self, attempt: Attempt, priority: int) -> BlindScores:
-        """Read a text after the prompt without the context."""
-        row = attempt.trajectory
-        name = f"{row.trajectory_id}-blind-{id(attempt)}"
-        written = np.flatnonzero(row.loss_mask).astype(np.int32)
-        _, logprobs = await self._engine.prompt_logprobs(name, row.token_ids, written, 1, priority)
+        """Read a text after the prompt without the context; of an episode of several rows, all."""
+        asked = []
+        for row in _rows(attempt):
+            places = np.flatnonzero(row.loss_mask).astype(np.int32)
+            name = f"{row.trajectory_id}-blind-{id(row)}"
+            asked.append(self._engine.prompt_logprobs(name, row.token_ids, places, 1, priority))
+        logprobs = np.concatenate([of_row for _, of_row in await asyncio.gather(*asked)])
         return BlindScores(logprobs[:, 0], logprobs[:, 1])
+
+
+def _rows(attempt: Attempt) -> tuple[GeneratedTrajectory, ...]:
+    return (*attempt.earlier, attempt.trajectory)
 
 
 def select(config: PrivilegedConfig, scores: Sequence[BlindScores]) -> int | None:
@@ -194,7 +201,7 @@ def sampler_metrics(
     """Return what one prompt's texts say of the sampler; `scores` are of the right ones."""
     gentleness = [one.gentleness(config) for one in scores]
     metrics: dict[str, Metric] = {
-        "privileged/tokens": Sum(float(sum(len(one.trajectory.rollout_logprobs) for one in attempts))),
+        "privileged/tokens": Sum(float(sum(len(row.rollout_logprobs) for one in attempts for row in _rows(one)))),
         "privileged/prompts": Sum(1.0),
         "privileged/solve_rate": Mean(float(len(scores)), float(len(attempts))),
         "privileged/acceptance": Mean(float(chosen is not None), 1.0),

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,6 +26,7 @@ import pyarrow as pa
 import torch
 from torch.nn import functional
 
+from benchmarks.harness.process_trees import cpu_seconds, descendants, spent
 from benchmarks.harness.report import RESULTS, Row, at_least, describe_machine, print_rows, row
 from cluster.config.stages import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.requests import ScoreRequest
@@ -83,6 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cases.teacher_scoring", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--rows", type=int, help="trajectories; default: 256 of the embedded teacher, 32 of SmolLM2")
     parser.add_argument("--alone", action="store_true", help="leave out what vLLM scores by itself")
     parser.add_argument("--threads", type=int, help="of each engine and of the LM head; default: all cores")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-teacher-scoring.json")
@@ -90,7 +93,8 @@ def main() -> int:
     rows = []
     for name in options.models:
         plan = Plan(repeats=options.repeats, threads=options.threads, is_alone=options.alone)
-        rows += asyncio.run(measure(SETTINGS[name], plan))
+        setting = replace(SETTINGS[name], num_rows=options.rows or SETTINGS[name].num_rows)
+        rows += asyncio.run(measure(setting, plan))
     print_rows(rows)
     described = {
         "command": " ".join(["python -m benchmarks.cases.teacher_scoring", *sys.argv[1:]]),
@@ -121,13 +125,16 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
         head = replace(head, weight=head.weight.float())
     batches = make_batches(setting, head.vocabulary_size)
     try:
-        seconds = await _interleaved(_cases(Parts(ours, generating, worker, before, head), batches, plan.top_ks), plan)
+        seconds, cpu = await _interleaved(
+            _cases(Parts(ours, generating, worker, before, head), batches, plan.top_ks), plan
+        )
     finally:
         await ours.shutdown()
         if generating is not None:
             generating.shutdown()
     num_tokens = sum(int(ragged(batch, "token_ids").offsets[-1]) for batch in batches)
-    return _rows_of(seconds, f"{setting.name}, {setting.num_rows} rows, {num_tokens} tokens", num_tokens, plan.top_ks)
+    size = f"{setting.name}, {setting.num_rows} rows, {num_tokens} tokens"
+    return [*_rows_of(seconds, size, num_tokens, plan.top_ks), *_cpu_rows_of(cpu, size, plan.top_ks)]
 
 
 @dataclass(frozen=True)
@@ -191,18 +198,25 @@ def make_batches(setting: Setting, vocabulary_size: int, shortest: int | None = 
     return [make_generated(trajectories[first : first + ROWS_PER_BATCH]) for first in firsts]
 
 
-async def _interleaved(cases: Cases, plan: Plan) -> dict[str, Times]:
-    """Return the seconds of each case in each turn; the first turn warms up and is left out."""
+async def _interleaved(cases: Cases, plan: Plan) -> tuple[dict[str, Times], dict[str, Times]]:
+    """Return the seconds of each case in each turn, and the CPU-seconds of this process and the engines.
+
+    The first turn warms up and is left out.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
+    cpu: dict[str, list[float]] = {name: [] for name in cases}
+    processes = descendants(os.getpid())
     began = time.perf_counter()
     for turn in range(plan.repeats + 1):
         if turn > 1 and time.perf_counter() - began > plan.seconds:
             break
         for name, case in cases.items():
-            started = time.perf_counter()
+            started, before = time.perf_counter(), cpu_seconds(processes)
             await case()
             seconds[name].append(time.perf_counter() - started)
-    return {name: np.array(values[1:]) for name, values in seconds.items()}
+            cpu[name].append(spent(before, cpu_seconds(processes)))
+    of_wall, of_cpu = ({name: np.array(values[1:]) for name, values in each.items()} for each in (seconds, cpu))
+    return of_wall, of_cpu
 
 
 def _rows_of(seconds: dict[str, Times], size: str, num_tokens: int, top_ks: Sequence[int]) -> list[Row]:
@@ -233,6 +247,18 @@ def _rows_of(seconds: dict[str, Times], size: str, num_tokens: int, top_ks: Sequ
         if dicts is not None:
             of_dicts = ratio(f"topk {top_k} / dicts", dicts / topk)
             rows.append(at_least(of_dicts, LEAST_OF_DICTS[top_k]) if top_k in LEAST_OF_DICTS else of_dicts)
+    return rows
+
+
+def _cpu_rows_of(cpu: dict[str, Times], size: str, top_ks: Sequence[int]) -> list[Row]:
+    """Compare CPU-seconds, which other programs on the machine change less than they change seconds."""
+    unavoidable = cpu["raw prefill"] + cpu["LM head alone"]
+    rows = []
+    for name in ("sampled", *(f"topk {top_k}" for top_k in top_ks)):
+        before = cpu[f"{name}, head in the actor"]
+        for against, times in (("(prefill + head)", unavoidable), (f"{name}, head in the actor", before)):
+            value = float(np.median(times / cpu[name]))
+            rows.append(row(f"score: CPU-seconds of {against} / {name}", size, value, "ratio"))
     return rows
 
 

@@ -62,8 +62,6 @@ def check_replay(config: "Config") -> None:
             f"rollout.replay.share = {replay.share} of {count} prompts is {replayed}; take another share, or more "
             "prompts.prompts_per_step"
         )
-    if config.rollout.privileged is not None and replay.share == 1:
-        raise ValueError("rollout.privileged writes beside live rows, and all are replayed; lower rollout.replay.share")
     refreshed = [name for name, teacher in config.teachers.items() if teacher.is_refreshed]
     if refreshed and replay.signals == "recorded":
         raise ValueError(

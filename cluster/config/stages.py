@@ -50,11 +50,11 @@ class EngineConfig(Section):
     # None: 256; for a rollout engine on a GPU of its own, what vLLM takes for that GPU: 1,024 on an H100 or H200
     max_concurrent_sequences: Count | None = None
     max_batched_tokens: Count = 8192
-    gpu_memory_fraction: GpuFraction | None = None  # None: 0.9; on a shared GPU an equal part of what is left
-    kv_cache_gib: Positive = 1.0  # on CPU and on a shared GPU; on a GPU of its own the memory fraction decides
-    cpu_threads: Count | None = (
-        None  # None: this worker's share of the node's cores; beside a GPU an engine itself has 1
-    )
+    gpu_memory_fraction: GpuFraction | None = None  # None: what the memory plan gives it, 0.9 at most (docs/gpu.md)
+    # On CPU and on a shared GPU; on a GPU of its own the memory fraction decides. None: 1.0 on CPU, else as planned.
+    kv_cache_gib: Positive | None = None
+    # None: this worker's share of the node's cores; beside a GPU an engine itself has 1
+    cpu_threads: Count | None = None
     # None: rollout engines compile on GPU; on CPU it takes longer than a short run gains, and teachers never decode
     enforce_eager: bool | None = None
     quantization: str | None = None  # teachers only; as vLLM names it, for example "fp8_per_tensor"
@@ -275,6 +275,7 @@ def _check_url(url: str) -> None:
         )
 
 
+USUAL_MICRO_BATCH_TOKENS = 8192
 Attention = Literal["auto", "flash", "varlen", "grouped", "masked"]
 HeadDtype = Literal["float32", "bfloat16"]
 Decay = Annotated[float, Meta(ge=0, lt=1)]  # of a moving average; one of 1 would never move
@@ -286,8 +287,9 @@ class LearnerConfig(Section):
     num_workers: Items = 1
     zero_stage: Literal[0, 1, 2, 3] = 2  # 0: one rank of plain torch, without DeepSpeed
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # sums of a step's gradients leave float16's range
-    micro_batch_tokens: Count = 8192  # prompt and completion tokens per forward and rank
-    gradient_checkpointing: bool = False
+    # Prompt and completion tokens per forward and rank; None: what the memory plan gives it on a GPU, else 8192.
+    micro_batch_tokens: Count | None = None
+    gradient_checkpointing: bool | None = None  # None: on a GPU that would not hold the activations
     compile: bool = False  # decoder layers, by torch.compile; not with stage 3, whose hooks gather parameters inside
     # How packed trajectories are kept apart: flash-attn's kernel, torch's own, torch's plain attention by groups of
     # similar length, or a mask; auto: the first that works on CUDA, a mask on CPU.
@@ -303,7 +305,7 @@ class LearnerConfig(Section):
     max_gradient_norm: Positive = 1.0
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO stage 3
-    gpu_memory_fraction: GpuFraction = 0.4  # kept free for it on a shared GPU
+    gpu_memory_fraction: GpuFraction | None = None  # kept free for it on a shared GPU; None: what it needs
     cpu_threads: Count | None = None  # None: this worker's share of the node's cores
     deepspeed: dict[str, Any] = field(default_factory=dict)  # further entries of DeepSpeed's configuration
 
@@ -329,6 +331,16 @@ class LearnerConfig(Section):
             raise ValueError(
                 "learner.zero_stage = 0 is one rank that offloads nothing; set stage 2 or 3 for more than that"
             )
+
+    @property
+    def forward_tokens(self) -> int:
+        """Return the most tokens of a micro-batch."""
+        return self.micro_batch_tokens or USUAL_MICRO_BATCH_TOKENS
+
+    @property
+    def recomputes(self) -> bool:
+        """Return whether each layer's activations are computed again in the backward pass."""
+        return bool(self.gradient_checkpointing)
 
 
 class WeightSyncConfig(Section):

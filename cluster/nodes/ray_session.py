@@ -26,6 +26,7 @@ from cluster.monitoring.status_file import change_status, read_status
 from cluster.nodes.interruption import interrupt_on_sigterm
 from cluster.nodes.local_cluster import LOOPBACK, local_cluster, on_loopback, private_umask
 from cluster.nodes.reaper import SHARED_MEMORY
+from cluster.placement.gpus import visible_gpus
 
 # Ray's own patience. The owner of a cluster whose head may come back sets it higher.
 RAY_PATIENCE, RAY_SECONDS = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
@@ -92,6 +93,9 @@ def _connect(address: str, seconds: float) -> None:
 
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30  # a step's trajectories and one copy of the weights; Ray spills the rest to disk
+# Of memory, where there are GPUs: hidden states of a model 4,096 wide take 8 KB a token, 1 GiB for 128 thousand. Ray's
+# own share, too; shared memory must hold it, with some left for others.
+OBJECT_STORE_SHARE, SHARED_MEMORY_SHARE = 0.3, 0.9
 CONNECT_SECONDS = 10.0
 TOKEN_ADVICE = (
     "set RAY_AUTH_MODE=token and give the cluster's own token in RAY_AUTH_TOKEN, in the file that RAY_AUTH_TOKEN_PATH "
@@ -128,7 +132,8 @@ def ray_session(config: Config) -> Iterator[RaySession]:
         with _joined(address, common) as session, _watched_head(config):
             yield session
         return
-    if warning := shared_memory_warning(SHARED_MEMORY, LOCAL_OBJECT_STORE_BYTES):
+    store_bytes = object_store_bytes(SHARED_MEMORY, bool(visible_gpus()))
+    if warning := shared_memory_warning(SHARED_MEMORY, store_bytes):
         _log.warning("%s", warning)
     try:
         with (
@@ -136,7 +141,7 @@ def ray_session(config: Config) -> Iterator[RaySession]:
                 one_gpu=config.ray.share_gpu,
                 include_dashboard=config.ray.dashboard,
                 dashboard_host=config.ray.dashboard_host,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                object_store_memory=store_bytes,
                 **common,
             ) as cluster,
             interrupt_on_sigterm(),
@@ -146,6 +151,18 @@ def ray_session(config: Config) -> Iterator[RaySession]:
     except AuthenticationError as error:
         reason = str(error).split(". ")[0]
         raise PlacementError(f"the token for the local Ray cluster cannot be used: {reason}") from error
+
+
+def object_store_bytes(folder: Path, has_gpus: bool, memory_bytes: int | None = None) -> int:
+    """Return the size of a local cluster's object store, whose shared memory is in the folder.
+
+    `memory_bytes` are those of the machine; None: of this one.
+    """
+    if not has_gpus:
+        return LOCAL_OBJECT_STORE_BYTES
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if memory_bytes is None else memory_bytes
+    shared = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    return max(LOCAL_OBJECT_STORE_BYTES, int(min(OBJECT_STORE_SHARE * memory, SHARED_MEMORY_SHARE * shared)))
 
 
 def shared_memory_warning(folder: Path, needed_bytes: int) -> str:

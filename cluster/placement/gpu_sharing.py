@@ -1,4 +1,8 @@
-"""Divides a GPU that all stages share, and makes the choices of a run that depend on its GPUs."""
+"""Divides a GPU that all stages share, and makes the choices of a run that depend on its GPUs.
+
+The memory plan has set every share where the GPU's size is known; what is open here is divided without looking at the
+models.
+"""
 
 from dataclasses import dataclass
 
@@ -11,6 +15,7 @@ from cluster.weight_sync.transports import choose
 
 PROCESS_FRACTION = 0.05  # of a shared GPU: each process has a CUDA context of its own, some 0.5 GB
 LEAST_FRACTION = 0.02  # below it an engine would not hold a model
+LEARNER_FRACTION = 0.4
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ def share_gpu(config: Config) -> GpuShares:
             f"learner.num_workers is {config.learner.num_workers}, and with ray.share_gpu there is one GPU"
         )
     fixed = [count * engine.gpu_memory_fraction for count, engine in pools.values() if engine.gpu_memory_fraction]
-    left = 1 - PROCESS_FRACTION - config.learner.gpu_memory_fraction - sum(fixed)
+    of_learner = config.learner.gpu_memory_fraction or LEARNER_FRACTION
+    left = 1 - PROCESS_FRACTION - of_learner - sum(fixed)
     open_engines = sum(count for count, engine in pools.values() if engine.gpu_memory_fraction is None)
     each = left / open_engines if open_engines else 0.0
     if left < -1e-9 or (open_engines and each < LEAST_FRACTION):
@@ -43,7 +49,7 @@ def share_gpu(config: Config) -> GpuShares:
     shares = {name: engine.gpu_memory_fraction or each for name, (_, engine) in pools.items()}
     # Those whose backends need no GPU have no share.
     teachers = {name: shares.get(label, 0.0) for label, names in config.scorer_groups.items() for name in names}
-    return GpuShares(shares["rollout"], teachers, config.learner.gpu_memory_fraction)
+    return GpuShares(shares["rollout"], teachers, of_learner)
 
 
 def with_gpus(config: Config, on_gpu: bool) -> Config:
@@ -78,8 +84,7 @@ def _refusal(config: Config, left: float, open_engines: int) -> str:
         for name, (count, engine) in _engines(config).items()
         if engine.gpu_memory_fraction
     ]
-    parts = ", ".join(
-        [*taken, f"learner {config.learner.gpu_memory_fraction:g}", f"{PROCESS_FRACTION:g} for processes"]
-    )
+    of_learner = config.learner.gpu_memory_fraction or LEARNER_FRACTION
+    parts = ", ".join([*taken, f"learner {of_learner:g}", f"{PROCESS_FRACTION:g} for processes"])
     others = f" for {open_engines} more engines, which need {LEAST_FRACTION:g} each" if open_engines else ""
     return f"one GPU has no room for the run: {parts} leave {left:.2f}{others}; lower gpu_memory_fraction"

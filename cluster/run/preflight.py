@@ -110,7 +110,11 @@ def mirror(config: Config) -> Config:
             states=None if teacher.states is None or teacher.states.bank is not None else teacher.states,
             # On a shared GPU it takes the teacher's place.
             engine=msgspec.structs.replace(
-                config.rollout.engine, gpu_memory_fraction=teacher.engine.gpu_memory_fraction, sleep=False
+                config.rollout.engine,
+                gpu_memory_fraction=teacher.engine.gpu_memory_fraction,
+                kv_cache_gib=(config.ray.share_gpu and teacher.engine.kv_cache_gib)
+                or config.rollout.engine.kv_cache_gib,
+                sleep=False,
             ),
         )
         for name, teacher in config.teachers.items()

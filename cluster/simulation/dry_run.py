@@ -6,21 +6,20 @@ no weight is read, and no teacher's server is asked.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 from msgspec.structs import replace
 
 from cluster.config.run_config import Config
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.errors import PlacementError
 from cluster.contracts.requests import ScoreRequest
 from cluster.models.model_checks import ModelFacts
 from cluster.models.model_files import load_tokenizer
-from cluster.models.model_size import ModelSize, model_size
+from cluster.models.model_size import model_sizes
 from cluster.placement.gpu_sharing import with_gpus
-from cluster.placement.memory import STUDENT, WorkerMemory, estimate
-from cluster.placement.placement import Placement, describe, plan_placement
+from cluster.placement.memory import Lengths
+from cluster.placement.memory_plan import plan_memory
+from cluster.placement.placement import describe, plan_placement
 from cluster.placement.proposal import Machine
 from cluster.run.inputs import Inputs, load_inputs
 from teacher_workers.backends.http import HttpBackend
@@ -32,23 +31,24 @@ def print_dry_run(config: Config, gpus: int | None, gpu_gib: float | None) -> No
     """Print what a run would be on so many GPUs of so many GiB, or on this machine; raise if it cannot work there."""
     machine = Machine.read(gpus, gpu_gib)
     inputs = load_inputs(_without_servers(config))
-    config = with_gpus(config, on_gpu=machine.gpus > 0)
-    placement = plan_placement(config, machine.nodes(config.ray.share_gpu))
     sizes = model_sizes(config)
     gib = machine.gpu_gib if machine.gpus else None
-    memory = estimate(config, sizes, inputs.max_model_len, gib, inputs.scoring_model_len)
+    lengths = Lengths(inputs.max_model_len, inputs.scoring_model_len, inputs.rollout_model_len(config))
+    plan = plan_memory(config, sizes, lengths, gib)
     lines = [
         f"machine: {machine.describe()}",
         *(f"{name}: {size.describe()}" for name, size in sizes.items()),
         *inputs.pairs.lines,
         *inputs.notes,
         *describe_prompts(config, inputs),
-        *describe_memory(placement, memory),
+        *plan.choices,
+        *plan.lines(),
     ]
     sys.stdout.write("\n".join(lines) + "\n")
-    faults = [fault for one in memory if (fault := one.fault())]
-    if faults:
-        raise PlacementError(f"{'; '.join(faults)}; take larger GPUs, or more of them")
+    plan.refuse()
+    config = with_gpus(plan.config, on_gpu=machine.gpus > 0)
+    placement = plan_placement(config, machine.nodes(config.ray.share_gpu))
+    sys.stdout.writelines(f"{pool}: {share}\n" for pool, share in describe(placement))
 
 
 class UnaskedServer(HttpBackend):
@@ -69,18 +69,6 @@ def _without_servers(config: Config) -> Config:
     unasked = f"{__name__}:{UnaskedServer.__name__}"
     teachers = {name: replace(one, backend=unasked) if one.urls else one for name, one in config.teachers.items()}
     return replace(config, teachers=teachers)
-
-
-def model_sizes(config: Config) -> dict[str, ModelSize]:
-    """Return the sizes of the student and of the teachers that engines of the run serve."""
-    engines = {name: teacher for name, teacher in config.teachers.items() if teacher.engine.tensor_parallel}
-    return {STUDENT: model_size(config.student), **{name: model_size(teacher) for name, teacher in engines.items()}}
-
-
-def describe_memory(placement: Placement, memory: Sequence[WorkerMemory]) -> list[str]:
-    """Return a line for each pool: its workers, and the memory of one."""
-    shares = dict(describe(placement))
-    return [f"{one.pool}: {shares.get(one.pool, 'in turns with others')}, {one.describe()}" for one in memory]
 
 
 def describe_prompts(config: Config, inputs: Inputs) -> list[str]:

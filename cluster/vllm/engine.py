@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 OWNER_VARIABLE = "PRECEPTOR_ENGINE_OWNER"  # process id of the actor
 SCORING_KEY = "preceptor_scoring"  # of a Scoring in vLLM's additional configuration, which its workers have
 SHARED_GPU_VARIABLE = "PRECEPTOR_SHARED_GPU"  # set for actors whose engine shares its GPU
-OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself; the rest is for what vLLM does not count
+OWN_GPU_FRACTION = 0.9  # of a GPU that an engine has to itself, at most; the rest is for what vLLM does not count
+DEFAULT_CACHE_GIB = 1.0  # where nothing says how large it is
 BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.
@@ -170,7 +171,7 @@ def _platform_arguments(engine: EngineConfig, role: EngineRole, is_cpu: bool) ->
     if not is_cpu:
         return gpu_arguments(engine, role, is_shared=SHARED_GPU_VARIABLE in os.environ)
     return {
-        "kv_cache_memory_bytes": int(engine.kv_cache_gib * BYTES_PER_GIB),
+        "kv_cache_memory_bytes": int((engine.kv_cache_gib or DEFAULT_CACHE_GIB) * BYTES_PER_GIB),
         "enforce_eager": engine.enforce_eager is not False,
         # A seeded request whose prompt is split ends vLLM 0.32's engine on CPU: it rewinds the generator by an offset
         # that only CUDA generators have.
@@ -192,7 +193,7 @@ def gpu_arguments(engine: EngineConfig, role: EngineRole, is_shared: bool) -> di
     if is_shared:
         # vLLM would measure what is left for the cache, and take what the others allocate meanwhile for its own; it
         # ends when they free something. With a given size, the fraction is only what must be free when it starts.
-        arguments["kv_cache_memory_bytes"] = int(engine.kv_cache_gib * BYTES_PER_GIB)
+        arguments["kv_cache_memory_bytes"] = int((engine.kv_cache_gib or DEFAULT_CACHE_GIB) * BYTES_PER_GIB)
     elif engine.max_concurrent_sequences is None and role.scoring is None:
         arguments["max_num_seqs"] = _vllms_sequences(engine.tensor_parallel)
     if role.float32_head:

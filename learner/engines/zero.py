@@ -24,6 +24,7 @@ from torch import Tensor
 from cluster.config.pass_through import merged
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError
+from cluster.placement.memory import LARGE_BUCKET, bucket_values
 from learner.batching.micro_batch import MicroBatch
 from learner.checkpointing.shards import flatten, host_copy, unflatten
 from learner.engines.base import PausableAdamW, adamw_settings, exchange, paused
@@ -31,9 +32,6 @@ from learner.loss.objective import Objective
 from learner.loss.tokens import Evaluation
 from learner.model.completion_head import TeacherHeads
 from learner.model.student import Student
-
-LARGE_BUCKET, SMALL_BUCKET = 500_000_000, 100_000_000  # values; the first is DeepSpeed's own
-SMALL_GPU_BYTES = 32 << 30
 
 
 class PausableCPUAdam(DeepSpeedCPUAdam):
@@ -194,14 +192,6 @@ def tools_on_path() -> None:
         os.environ["PATH"] = f"{path}{os.pathsep}{folder}"
 
 
-def bucket_values(num_values: int, gpu_bytes: int | None) -> int:
-    """Return how many gradients, or weights, travel at once: DeepSpeed's number, or what the model or the GPU allows.
-
-    DeepSpeed takes memory for a whole bucket, in the weights' dtype and in float32: 3 GB for its own number.
-    """
-    return min(num_values, SMALL_BUCKET if gpu_bytes is not None and gpu_bytes < SMALL_GPU_BYTES else LARGE_BUCKET)
-
-
 def zero_settings(config: LearnerConfig, world_size: int, bucket: int = LARGE_BUCKET) -> dict[str, Any]:
     """Return DeepSpeed's own configuration for the learner's section.
 
@@ -248,6 +238,7 @@ def _shard(student: Student, zero: dict[str, Any]) -> None:
     device = deepspeed.accelerator.get_accelerator().current_device_name()
     for buffer in student.buffers():
         buffer.data = buffer.data.to(device)
+        deepspeed.comm.broadcast(buffer.data, 0)  # as `Init` does with parameters: only rank 0 has read the files
 
 
 def _skip_shared_memory_op() -> None:

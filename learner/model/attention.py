@@ -100,9 +100,7 @@ def packed_attention(
         )
     rows = tuple(part[0].transpose(0, 1) for part in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # ZeRO stage 3 leaves the model in host memory until it is sharded, and its forward is checked there.
-    kernel = packing.kernel if query.device.type != "cpu" else grouped
-    return kernel(rows[0], rows[1], rows[2], packing.segments, scale).unsqueeze(0), None
+    return packing.kernel(rows[0], rows[1], rows[2], packing.segments, scale).unsqueeze(0), None
 
 
 def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dtype: torch.dtype) -> Kernel | None:

@@ -1,5 +1,7 @@
 """Runs the student: packed grids in, what an objective makes of their completion tokens out."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,23 +28,56 @@ if TYPE_CHECKING:
     from learner.loss.objective import Objective  # given to the calls; loading it is not needed
 
 HOST = torch.device("cpu")
+LEAST_LAYERS = 2  # that check the forward of a model which ZeRO stage 3 shards
 PROBE_LENGTHS = (5, 3)  # tokens of the two sequences that check the forward when a model is loaded
 # Of a log-probability near 0, and how far below 0 it must be for as much again. Probes are no text, so theirs are far
 # below: SmolLM2 without ten layers gives one -22.9, and in bfloat16 -22.3 or -22.96, by how threads share sums.
 PROBE_TOLERANCE, TOLERANCE_DOUBLES_AT = {torch.float32: 1e-3, torch.bfloat16: 0.25}, 8.0
 
 
-def load_student(student: StudentConfig, config: LearnerConfig, device: torch.device = HOST) -> "Student":
-    """Read the model that learns, under ZeRO stage 3 into host memory; raise ModelError if it cannot be trained."""
+def load_student(
+    student: StudentConfig, config: LearnerConfig, device: torch.device = HOST, reads_weights: bool = True
+) -> "Student":
+    """Read the model that learns, under ZeRO stage 3 into host memory; raise ModelError if it cannot be trained.
+
+    Without `reads_weights` its values are anything: ZeRO stage 3 sends all ranks those of rank 0, one parameter after
+    the other, and memory that nothing has written to takes none of the host's.
+    """
     model_config = load_model_config(student.model, student.trust_remote_code)
     _disable_noise(model_config)
     kernel = choose_kernel(config.attention, model_config, device, getattr(torch, config.dtype))
+    attention = _plain_attention(model_config) if kernel is None else register_packed_attention()
+    if reads_weights:
+        causal_lm = _read(student, config, model_config, attention)
+        check_tied_head(student.model, model_config)
+    else:
+        causal_lm = _without_values(student, config, model_config, attention)
+    model = Student(causal_lm, kernel, config.head_dtype)
+    if multiplies_wide(getattr(torch, config.dtype), device):
+        widen(causal_lm)
+    if config.zero_stage == 3:
+        if reads_weights:
+            with first_layers(causal_lm):  # the whole model would be slow on the CPU, and too much for one GPU
+                check_forward(model.to(device), student.model)
+                model.to("cpu")
+    else:
+        check_forward(model.to(device), student.model)
+    if config.gradient_checkpointing:
+        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        compile_layers(causal_lm)
+    model.train()
+    return model
+
+
+def _read(student: StudentConfig, config: LearnerConfig, model_config: Any, attention: str) -> PreTrainedModel:
+    causal_lm: PreTrainedModel
     try:
         causal_lm, loaded = AutoModelForCausalLM.from_pretrained(
             student.model,
             config=model_config,
             dtype=getattr(torch, config.dtype),
-            attn_implementation=_plain_attention(model_config) if kernel is None else register_packed_attention(),
+            attn_implementation=attention,
             use_safetensors=True,  # anything else is a pickle, which can run code
             output_loading_info=True,
             trust_remote_code=student.trust_remote_code,
@@ -57,17 +92,46 @@ def load_student(student: StudentConfig, config: LearnerConfig, device: torch.de
             f"student '{student.model}': its safetensors lack {len(missing)} of its parameters, first '{missing[0]}'; "
             "random ones would take their place, so save the whole model again"
         )
-    check_tied_head(student.model, model_config)
-    model = Student(causal_lm, kernel, config.head_dtype).to("cpu" if config.zero_stage == 3 else device)
-    if multiplies_wide(getattr(torch, config.dtype), device):
-        widen(causal_lm)
-    check_forward(model, student.model)
-    if config.gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if config.compile:
-        compile_layers(causal_lm)
-    model.train()
-    return model
+    return causal_lm
+
+
+def _without_values(
+    student: StudentConfig, config: LearnerConfig, model_config: Any, attention: str
+) -> PreTrainedModel:
+    """Build the model as it would be read, with parameters and buffers of any value."""
+    with torch.device("meta"):
+        causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model_config,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention,
+            trust_remote_code=student.trust_remote_code,
+        )
+    if any(isinstance(value, Tensor) for module in causal_lm.modules() for value in vars(module).values()):
+        return _read(student, config, model_config, attention)  # it keeps tensors that rank 0 does not send
+    causal_lm._apply(lambda tensor: torch.empty_like(tensor, device=HOST))
+    causal_lm.tie_weights()
+    return causal_lm
+
+
+@contextmanager
+def first_layers(causal_lm: PreTrainedModel) -> Iterator[None]:
+    """Let the model have only its first layers, one of each kind among them, for as long as the context lasts."""
+    decoder = causal_lm.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        yield
+        return
+    kinds = getattr(causal_lm.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    # A layer is called with the mask of its place, so they stay the first.
+    of_kind = {
+        (kind, *map(type, layer.children())): place
+        for place, (kind, layer) in reversed([*enumerate(zip(kinds, layers, strict=False))])
+    }
+    decoder.layers = layers[: max(LEAST_LAYERS, *(place + 1 for place in of_kind.values()))]
+    try:
+        yield
+    finally:
+        decoder.layers = layers
 
 
 def compile_layers(causal_lm: PreTrainedModel) -> None:

@@ -66,7 +66,9 @@ def test_one_gpu_is_shared(prompts: Path) -> None:
     assert one.ray.share_gpu
     engines = (one.rollout.engine, one.teachers["main"].engine)
     fractions = [one.learner.gpu_memory_fraction, *(engine.gpu_memory_fraction or 0 for engine in engines)]
-    assert sum(fractions) == pytest.approx(0.95)
+    # Three processes' contexts, logits, ZeRO's bucket and caches: models this small leave most of the GPU free.
+    assert 0.25 < sum(fractions) <= 0.95
+    assert all(engine.kv_cache_gib for engine in engines)
 
 
 def test_eight_gpus_are_divided(prompts: Path) -> None:

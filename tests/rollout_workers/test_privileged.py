@@ -22,12 +22,13 @@ from cluster.contracts.metrics import merge, report
 from cluster.contracts.requests import PRIVILEGED_IDS, Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import ragged
 from rollout_workers.contexts.builder import ContextBuilder
+from rollout_workers.contexts.groups import Attempt
 from rollout_workers.environments.base import Outcome, Prompt, Services
 from rollout_workers.load_prompts import load_prompts
 from rollout_workers.privileged import SAMPLER, BlindScores, PrivilegedPlan, PrivilegedSampler, plan_privileged, select
 from rollout_workers.prompts import PromptSet, sampling_seed
 from rollout_workers.worker import RolloutWorker
-from tests.builders import make_config
+from tests.builders import make_config, make_trajectory
 
 WORDS = ["<unk>", "one", "two", "plus", "is", "hint", "three", "four"]
 PLAIN, HINTED = [1, 3, 2, 4], [5, 6, 1, 3, 2, 4]  # "one plus two is", and "hint three" before it
@@ -175,6 +176,26 @@ def test_rows_of_the_sampler_do_not_count_among_the_students_own(tmp_path: Path,
     assert metrics["rollout/reward"] == 0  # the student's; with the sampler's row it would be 0.5
     assert metrics["rollout/completion_length"] == 3
     assert (metrics["rollout/tokens"], metrics["privileged/tokens"]) == (3, 1)
+
+
+def test_all_rows_of_an_episode_are_scored_and_are_the_samplers(tmp_path: Path, tokenizer: Any) -> None:
+    plan, prompts = planned(tmp_path, tokenizer)
+    assert plan.settings is not None
+    engine, builder = HintedEngine([]), ContextBuilder(plan.settings.contexts, tokenizer, prompts)
+    first, last = (
+        make_trajectory(PLAIN, [6] * count, trajectory_id=PRIVILEGED_IDS + count, reward=1.0) for count in (1, 2)
+    )
+
+    async def sample(*_: Any) -> Attempt:
+        return Attempt(last, earlier=(first,))
+
+    sampler = PrivilegedSampler(plan.settings, builder, engine, sample)  # type: ignore[arg-type]
+    attempt = asyncio.run(sampler.answer(RolloutRequest(PRIVILEGED_IDS, 0, 0, seed=9), SAMPLING, 0))
+    assert engine.scored[:2] == [[*PLAIN, 6], [*PLAIN, 6, 6]]
+    assert [row.sampler for row in (*attempt.earlier, attempt.trajectory)] == [SAMPLER] * 2
+    metrics = report(attempt.metrics)
+    assert metrics["privileged/tokens"] == 3 * plan.settings.config.samples_per_prompt
+    assert metrics["privileged/chosen_logprob"] == (-4 - 1 - 1) / 3
 
 
 def test_without_a_sampler_its_requests_are_refused() -> None:

@@ -47,7 +47,7 @@ def test_the_share_is_of_a_step_s_prompts() -> None:
         ([REPLAY, "rollout.replay.share=0.001"], "share = 0.001 of 64 prompts is 0"),
         ([REPLAY, "rollout.replay.share=0.999"], "share = 0.999 of 64 prompts is 64"),
         ([REPLAY, "rollout.replay.where=reward >"], "condition 'reward >': invalid syntax"),
-        ([REPLAY, *PRIVILEGED], "rollout.privileged writes beside live rows, and all are replayed"),
+        ([REPLAY, *PRIVILEGED], "rollout.replay repeats what it once did; remove one"),
         ([REPLAY, "balance=auto"], "a run that replays all rows has no rollout workers to balance"),
         ([REPLAY, *SELF], "teachers.main.refresh changes the teacher, and .* set signals = 'recomputed'"),
     ],

@@ -27,7 +27,8 @@ FIELDS = {
     "balance": "mode observe_steps cooldown_steps min_gain",
     "weight_sync": "payload transport bucket_bytes",
     "score_audit": "every_steps rows tolerance_nats",
-    "environment": "kind verifier rewards reward_seconds max_observation_tokens max_turns max_turn_tokens "
+    "environment": "kind verifier rewards reward_seconds harness arguments python episodes_at_once "
+    "max_observation_tokens max_turns max_turn_tokens "
     "episode_seconds tools tool_format tool_seconds",
     "evaluation": "every_steps num_prompts samples_per_prompt temperature teacher_too",
     "checkpoint": "every_steps keep_last export",

@@ -15,6 +15,7 @@ from ray.exceptions import ActorDiedError
 
 from cluster.actors.cluster import RAY
 from cluster.contracts.errors import PlacementError
+from cluster.placement.gpus import smallest_gpu, visible_gpus
 from cluster.placement.placement import Placement, await_placement
 from tests.builders import make_config
 
@@ -47,11 +48,12 @@ def main() -> None:
         cluster.shutdown()
 
 
-def on_gpus(cluster: Cluster) -> dict[str, list[int]]:
-    """Two nodes of four GPUs: an engine of four, three generators, one rank."""
+def on_gpus(cluster: Cluster) -> dict[str, Any]:
+    """Two nodes of four GPUs: an engine of four, three generators, one rank; and what NVML says there of GPUs."""
     names = add_nodes(cluster, (4, 4), (4, 4))
     placement = place("rollout.num_workers=3", "teachers.main.engine.tensor_parallel=4")
-    return {pool.name: where(start(pool.options()), names) for pool in placement.pools}
+    placed = {pool.name: where(start(pool.options()), names) for pool in placement.pools}
+    return {**placed, "smallest_gpu": smallest_gpu([*names]), "gpus_here": visible_gpus()}
 
 
 def on_cpus(cluster: Cluster) -> dict[str, list[int]]:

@@ -38,6 +38,7 @@ def test_an_engine_of_four_gpus_has_a_node_for_itself_and_the_others_share_one()
     nodes = placed("gpus")
     [engine] = nodes["teacher-main"]
     assert nodes["rollout"] + nodes["learner"] == [1 - engine] * 4
+    assert nodes["smallest_gpu"] == min(nodes["gpus_here"], default=None)  # every node is this machine
 
 
 def test_five_workers_start_on_two_nodes_of_two_cpus() -> None:

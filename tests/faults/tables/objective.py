@@ -230,6 +230,20 @@ FAULTS = (
         ("tests/conformance/test_terms_by_enumeration.py",),
     ),
     Fault(
+        "turns weighed by the tokens of the row",
+        "learner/loss/token_weights.py",
+        "(num_turns * _sum_of_trajectory(ones, run))",
+        "(num_turns * _sum_of_trajectory(ones, trajectory))",
+        ("tests/learner/loss/test_token_weights.py",),
+    ),
+    Fault(
+        "turns of an episode counted from each row anew",
+        "learner/batching/micro_batch.py",
+        "return self.turn + np.cumsum",
+        "return 0 + np.cumsum",
+        ("tests/learner/batching/test_micro_batch.py",),
+    ),
+    Fault(
         "samples of a prompt taken apart",
         "learner/batching/arrivals.py",
         "key = episode_id // self.samples_per_prompt",

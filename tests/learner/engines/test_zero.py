@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -73,6 +74,47 @@ assert restored.restore(teachers.snapshot()) == {}
 with restored.weights_of("only"):
     assert all(torch.equal(*pair) for pair in zip(weights(), average, strict=True)), "another average"
 print("kept")
+"""
+LOADS_ONCE = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from cluster.config.run_file import parse_run_config
+from learner.engines.zero import ZeroEngine
+from learner.worker import LearnerActor
+
+folder, store, rank = sys.argv[1:]
+config = parse_run_config(
+    f"student.model = '{folder}'\\nprompts.train = 'p'\\nteachers.only.model = 't'\\nlearner.num_workers = 2\\n"
+    "learner.zero_stage = 3\\nlearner.dtype = 'float32'\\nrollout.engine.dtype = 'float32'"
+)
+
+def memory(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) * 1024
+
+class Measured(LearnerActor):
+    def use(self, engine, teacher_heads):
+        self.engine = engine
+
+def load(*arguments):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = memory("VmRSS")
+    student = load_student(*arguments)
+    sys.stdout.write(f"{memory('VmHWM') - before}\\n")
+    return student
+
+import learner.worker
+load_student, learner.worker.load_student = learner.worker.load_student, load
+actor = Measured(config, int(rank), 2)
+actor.start("file://" + store)
+with actor.engine.full_parameters(["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"]) as found:
+    for name, expected in load_file(folder + "/model.safetensors").items():
+        assert name not in found or torch.equal(found[name], expected), name
+decoder = actor.engine.student.causal_lm.model
+fresh = Qwen3RotaryEmbedding(decoder.config)
+assert all(torch.equal(buffer, decoder.rotary_emb.get_buffer(name)) for name, buffer in fresh.named_buffers())
 """
 ADDS_UP_IN_BFLOAT16 = """
 import sys, torch
@@ -187,3 +229,23 @@ def test_two_ranks_in_bfloat16_learn_as_one_process_of_plain_torch(
 ) -> None:
     arguments = (str(student_folder), str(tmp_path / "store"), stage)
     assert on_two_ranks(ADDS_UP_IN_BFLOAT16, *arguments) == ["the same", "the same"]
+
+
+def test_one_rank_alone_holds_the_students_weights_before_they_are_sharded(tmp_path: Path) -> None:
+    config = Qwen3Config(
+        vocab_size=20_000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config)
+    weights = 4 * model.num_parameters()
+    model.save_pretrained(tmp_path / "model")
+    arguments = (str(tmp_path / "model"), str(tmp_path / "store"))
+    first, second = map(int, on_two_ranks(LOADS_ONCE, *arguments))
+    assert first > 0.7 * weights > 150e6
+    assert second < 0.2 * weights

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cluster.config.stages import LearnerConfig
+from cluster.placement.memory import bucket_values
 from learner.engines.base import PausableAdamW
-from learner.engines.zero import bucket_values, make_optimizer, tools_on_path, zero_settings
+from learner.engines.zero import make_optimizer, tools_on_path, zero_settings
 
 
 def test_parameters_that_are_offloaded_alone_leave_the_optimizer_on_the_gpu() -> None:

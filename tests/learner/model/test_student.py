@@ -16,6 +16,8 @@ from transformers import (
     MambaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from cluster.config.sections import StudentConfig
@@ -25,7 +27,7 @@ from learner.batching.micro_batch import build_micro_batch, trajectories
 from learner.batching.plan import plan_step
 from learner.loss.tokens import Evaluation
 from learner.model.projection import LogitScaling
-from learner.model.student import check_forward, load_student
+from learner.model.student import HOST, check_forward, first_layers, load_student
 from tests.learner.support import SMALL, VOCABULARY
 
 FP32 = LearnerConfig(dtype="float32")
@@ -91,6 +93,42 @@ def test_a_forward_that_scales_its_logits_in_an_unknown_way_is_refused_in_one_se
     with pytest.raises(ModelError, match="two packed sequences differ by") as error:
         check_forward(student, "tiny")
     assert "\n" not in str(error.value)
+
+
+SHARDED = LearnerConfig(dtype="float32", zero_stage=3)
+
+
+def test_a_rank_that_reads_no_weights_has_the_same_parameters_and_buffers(student_folder):
+    """ZeRO stage 3 sends it the values of rank 0."""
+    read, unread = (load_student(StudentConfig(str(student_folder)), SHARDED, HOST, reads) for reads in (True, False))
+    shapes = [{name: (one.shape, one.dtype) for name, one in student.named_parameters()} for student in (read, unread)]
+    assert shapes[0] == shapes[1]
+    assert not any(one.is_meta for one in (*unread.parameters(), *unread.buffers()))
+    buffers = [{name: (one.shape, one.dtype) for name, one in student.named_buffers()} for student in (read, unread)]
+    assert buffers[0] == buffers[1] != {}
+    assert unread.head.weight is unread.causal_lm.get_input_embeddings().weight  # tied
+    assert unread.manifest("float32") == read.manifest("float32")
+
+
+def test_a_model_that_is_sharded_is_checked_by_its_first_layers(tmp_path):
+    """Gemma 2 attends within a window in every second layer; five more layers are like the first two."""
+    model = Gemma2ForCausalLM(Gemma2ForCausalLM.config_class(**{**SMALL, "num_hidden_layers": 7}))
+    whole = model.model.layers
+    with first_layers(model):
+        assert list(model.model.layers) == list(whole)[:2]
+    assert model.model.layers is whole
+    settings = {**SMALL, "num_hidden_layers": 6, "num_experts": 4, "moe_intermediate_size": 8}
+    mixed = Qwen3MoeConfig(**settings, mlp_only_layers=[0, 1, 2])
+    experts = Qwen3MoeForCausalLM(mixed)
+    with first_layers(experts):
+        assert len(experts.model.layers) == 4  # the first with experts is the fourth
+    # Its logits are scaled by a number that the learner does not know of.
+    granite = GraniteForCausalLM(GraniteForCausalLM.config_class(**SMALL, logits_scaling=3.0))
+    granite.save_pretrained(tmp_path)
+    student = load_student(StudentConfig(str(tmp_path)), SHARDED)
+    student.head.scaling = LogitScaling()
+    with first_layers(student.causal_lm), pytest.raises(ModelError, match="two packed sequences differ by"):
+        check_forward(student, "granite")
 
 
 class Rounding:

@@ -1,8 +1,10 @@
 """The tools environment: what the student reads of calls, and what of a conversation is tokenised anew."""
 
 import asyncio
+import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,6 +22,7 @@ from rollout_workers.environments.tool_calls import hermes_calls, json_calls, re
 from rollout_workers.environments.tools import Tools
 from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.episode import Limits
+from rollout_workers.load_prompts import load_prompts
 from rollout_workers.prompt_row import PromptRow
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutWorker
@@ -223,3 +226,22 @@ def test_an_answer_without_a_call_is_rewarded_at_once() -> None:
         batch, engine, _ = run_tools(f"{answer}<|end|>")
         assert batch["reward"].to_pylist() == [reward]
         assert len(engine.prompts) == 1
+
+
+def test_prompts_are_rendered_with_the_tools_unless_a_row_has_its_own(tmp_path: Path) -> None:
+    own = tool_schemas(CALCULATOR[:1])
+    lines = [{"prompt": "1+2", "answer": "3"}, {"prompt": "4", "tools": own}]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    config = make_config("environment.kind=tools", f"environment.tools={json.dumps(CALCULATOR)}")
+    chat = chat_with()
+    prompts = load_prompts(tmp_path / "train.jsonl", build_tokenizer(), config, context_tokens=4096)
+    texts = [chat.decode(prompts.prompt(number).token_ids) for number in (0, 1)]
+    assert texts == [
+        "<|tools|>multiply add<|end|><|user|>1+2<|end|><|assistant|>",
+        "<|tools|>multiply<|end|><|user|>4<|end|><|assistant|>",
+    ]
+    # The row is there for the turns that follow.
+    rows = [prompts.prompt(number).row for number in (0, 1)]
+    assert [row and chat.text(row, []) for row in rows] == texts
+    plain = load_prompts(tmp_path / "train.jsonl", build_tokenizer(), make_config(), context_tokens=4096)
+    assert plain.prompt(0).row is None

@@ -51,6 +51,15 @@ async def dies(base_url: str, api_key: str, prompt: dict[str, Any]) -> None:
     os._exit(3)
 
 
+def branches(base_url: str, api_key: str, prompt: dict[str, Any]) -> float:
+    """Ask, and go on from the answer in two ways."""
+    messages = prompt["messages"]
+    first = ask(base_url, api_key, messages)["choices"][0]["message"]
+    for further in ("two", "three"):
+        ask(base_url, api_key, [*messages, first, {"role": "user", "content": further}])
+    return 0.5
+
+
 async def fails_for_odd_seeds(base_url: str, api_key: str, prompt: dict[str, Any]) -> float:
     await asyncio.to_thread(ask, base_url, api_key, prompt["messages"])
     if prompt["seed"] % 2:

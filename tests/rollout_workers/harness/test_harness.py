@@ -14,6 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
+from rollout_workers.episode import Limits
 from rollout_workers.harness.endpoint import Endpoint
 from rollout_workers.harness.environment import HarnessEnvironment, HarnessError
 from rollout_workers.prompt_row import PromptRow
@@ -147,6 +148,9 @@ def test_a_request_whose_client_has_gone_is_given_up() -> None:
     assert asyncio.run(run())
 
 
+OPENING = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
+
+
 class EchoEngine:
     """Samples the last three ids that it reads, with log-probability -1 and under policy version 4."""
 
@@ -160,27 +164,31 @@ class EchoEngine:
         pass
 
 
+def generate(episode: ScriptedEpisode, count: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Let a worker run this many episodes on an engine that repeats what it reads; return its rows and metrics."""
+    prompt = {"token_ids": [episode.ids(OPENING)], "text": ["one"], "answer": [None], "domain": [""]}
+    row = msgspec.json.encode(PromptRow("one")).decode()
+    prompts = PromptSet.of_columns({**prompt, "teacher": ["main"], "columns": [None], "source": [row]})
+    limits = Limits(observation_tokens=200)
+    worker = RolloutWorker(EchoEngine(), episode.services, 4, HarnessEnvironment, limits)  # type: ignore[arg-type]
+    worker.set_prompts(prompts)
+    requests = [RolloutRequest(index, 0, index, seed=index) for index in range(count)]
+
+    async def run() -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        generated = worker.generate(requests, SamplingSettings(16, 1.0))
+        [(batch, metrics)] = [(batch, metrics) async for batch, metrics, _ in generated]
+        await worker.shutdown()
+        return batch.sort_by("trajectory_id").to_pylist(), dict(metrics)
+
+    return asyncio.run(run())
+
+
 def test_an_episode_whose_harness_fails_teaches_nothing_and_the_others_are_rows(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     episode = ScriptedEpisode(tokenizer, "fails_for_odd_seeds")
-    messages = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
-    prompt = {"token_ids": [episode.ids(messages)], "text": ["one"], "answer": [None], "domain": [""]}
-    row = msgspec.json.encode(PromptRow("one")).decode()
-    prompts = PromptSet.of_columns({**prompt, "teacher": ["main"], "columns": [None], "source": [row]})
-    worker = RolloutWorker(EchoEngine(), episode.services, 4, HarnessEnvironment)  # type: ignore[arg-type]
-    worker.set_prompts(prompts)
-    requests = [RolloutRequest(index, 0, index, seed=index) for index in range(4)]
-
-    async def run() -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        generated = worker.generate(requests, SamplingSettings(8, 1.0))
-        batches = [(batch, metrics) async for batch, metrics, _ in generated]
-        await worker.shutdown()
-        [(batch, metrics)] = batches
-        return batch.sort_by("trajectory_id").to_pylist(), dict(metrics)
-
-    rows, metrics = asyncio.run(run())
-    opening = episode.ids(messages)
+    rows, metrics = generate(episode, 4)
+    opening = episode.ids(OPENING)
     whole = [*opening, *opening[-3:]]
     assert [row["token_ids"] for row in rows] == [whole] * 4
     assert [row["finish_reason"] for row in rows] == ["stop", "environment_error"] * 2
@@ -189,3 +197,22 @@ def test_an_episode_whose_harness_fails_teaches_nothing_and_the_others_are_rows(
     assert [row["reward"] for row in rows] == [0.5, None, 0.5, None]
     assert (rows[0]["min_policy_version"], rows[0]["max_policy_version"]) == (4, 4)
     assert metrics["rollout/environment_errors"].value == 2.0
+
+
+def test_two_ways_on_from_one_answer_are_two_rows_and_the_answer_is_trained_once(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    episode = ScriptedEpisode(tokenizer, "branches")
+    rows, _ = generate(episode, 1)
+    opening = episode.ids(OPENING)
+    echo = opening[-3:]
+    asked = [
+        episode.ids(f"<|im_end|>\n<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+        for text in ("two", "three")
+    ]
+    assert [row["token_ids"] for row in rows] == [[*opening, *echo, *more, *echo] for more in asked]
+    sampled = [
+        [*[0] * len(opening), *[own] * 3, *[0] * len(more), *[1] * 3] for own, more in zip((1, 0), asked, strict=True)
+    ]
+    assert [row["loss_mask"] for row in rows] == sampled
+    assert [(row["episode_id"], row["turn"], row["reward"]) for row in rows] == [(0, 0, 0.5), (0, 2, 0.5)]
