@@ -21,7 +21,8 @@ from tests.rollout_workers.test_rollouts_on_vllm import (
 )
 from tests.tiny_qwen3 import CONTEXT_TOKENS, load
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+# An engine of its own; `tests/cluster/vllm/test_keep_cache.py` holds the scheduler alone in `make test`.
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
