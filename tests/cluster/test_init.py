@@ -66,8 +66,8 @@ def test_one_gpu_is_shared(prompts: Path) -> None:
     assert one.ray.share_gpu
     engines = (one.rollout.engine, one.teachers["main"].engine)
     fractions = [one.learner.gpu_memory_fraction, *(engine.gpu_memory_fraction or 0 for engine in engines)]
-    # Three processes' contexts, logits, ZeRO's bucket and caches: models this small leave most of the GPU free.
-    assert 0.25 < sum(fractions) <= 0.95
+    # Three contexts, logits and caches: models this small leave most of the GPU free.
+    assert 0.2 < sum(fractions) <= 0.95
     assert all(engine.kv_cache_gib for engine in engines)
 
 

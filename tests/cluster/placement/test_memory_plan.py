@@ -253,7 +253,7 @@ def test_the_table_shows_every_part_the_gpu_and_what_is_left() -> None:
     assert float(cells[-3]) + float(cells[-1]) == pytest.approx(80.0, abs=0.11)
     parts = [float(cell) for cell in cells[1:-3] if cell != "-"]
     assert sum(parts) == pytest.approx(float(cells[-3]), abs=0.4)  # each is rounded
-    assert lines[4].startswith("rollout: the cache holds 617,482 tokens, 302 of the longest sequences (2,048)")
+    assert lines[4].startswith("rollout: the cache holds 605,273 tokens, 296 of the longest sequences (2,048)")
     assert plan("1.7B", "8B", 80.0, SHARED).lines()[4].split()[:2] == ["all", "workers"]
     assert "GPU" not in plan("1.7B", "8B", None).lines()[0]
 
