@@ -115,7 +115,9 @@ def draw_privileged_context(document: Document, output: Path) -> None:
 def draw_privileged_sampling(document: Document, output: Path) -> None:
     """Draw pass rates on held-out prompts over the sampled tokens: a panel per set, a line per arm and seed."""
     figure = Figure(figsize=INCHES, layout="constrained")
-    panels = (("hard", "hard"), ("dense", "dense"), ("both", "hard"), ("both", "dense"))  # trained on, measured on
+    trained = {outcome["set"] for outcome in document["outcomes"]}
+    panels = [("hard", "hard"), ("dense", "dense"), ("both", "hard"), ("both", "dense")]  # trained on, measured on
+    panels = [panel for panel in panels if panel[0] in trained]
     parts = figure.subplots(1, len(panels), sharey=True)
     arms = list(dict.fromkeys(outcome["arm"] for outcome in document["outcomes"]))
     colors = dict(zip(arms, COLORS, strict=False))

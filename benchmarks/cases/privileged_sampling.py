@@ -455,13 +455,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--pretraining-steps", type=int, default=PRETRAINING_STEPS)
+    parser.add_argument("--report", action="store_true", help="only the rows and the figure of what is there")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-privileged-sampling.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     log = options.output.with_suffix(".jsonl")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     everything = [(name, arm) for name, arms in ARMS.items() for arm in arms]
-    for seed in seeds:
+    for seed in () if options.report else seeds:
         done = {(one["set"], one["arm"]) for one in read_outcomes(log) if one["seed"] == seed}
         if missing := [one for one in everything if one not in done]:
             for outcome in study(seed, missing, options.pretraining_steps):
