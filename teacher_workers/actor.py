@@ -20,7 +20,7 @@ from cluster.contracts.pieces import Pieces
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import SIGNALS
-from cluster.contracts.trajectory import add_scores, ragged, version_field
+from cluster.contracts.trajectory import STUDENT, Floats, add_scores, ragged, version_field
 from cluster.contracts.wire import from_wire
 from cluster.vllm.engine import prepare_environment
 from cluster.vllm.weight_sync.served_weights import ServedWeights
@@ -111,11 +111,7 @@ def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model:
 
 
 def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: float) -> dict[str, Metric]:
-    logprobs, rollout_logprobs = (ragged(scored, name).values for name in (f"{model}_logprobs", "rollout_logprobs"))
-    aligned = SIGNALS["aligned"].column(model)
-    if aligned in scored.schema.names:
-        strict = ragged(scored, aligned).values != 0
-        logprobs, rollout_logprobs = logprobs[strict], rollout_logprobs[strict]
+    logprobs, _ = _compared(scored, model)
     num_tokens, num_scored = float(as_read_by(scored, model)[0].offsets[-1]), float(len(logprobs))
     metrics: dict[str, Metric] = {
         f"{model}/tokens": Sum(num_tokens),
@@ -124,15 +120,40 @@ def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: f
         f"{model}/seconds": Sum(seconds),
         f"{model}/logprob": Mean(float(logprobs.sum(dtype=np.float64)), num_scored),
     }
-    if model == TEACHER:
+    return metrics | _distances(_of_student(scored)) if model == TEACHER else metrics
+
+
+def _distances(scored: pa.RecordBatch) -> dict[str, Metric]:
+    """Return how far the teacher is from the sampler of some rows; nothing without rows."""
+    logprobs, rollout_logprobs = _compared(scored, TEACHER)
+    if not scored.num_rows:
+        return {}
+    gap, num_scored = rollout_logprobs - logprobs, float(len(logprobs))
+    metrics: dict[str, Metric] = {
         # One-sample estimate of KL(sampler || teacher); of the student itself when it sampled at temperature 1.
-        gap = rollout_logprobs - logprobs
-        metrics["teacher/sampled_kl"] = Mean(float(gap.sum(dtype=np.float64)), num_scored)
-        metrics["teacher/log_ratio"] = Mean(float(np.abs(gap).sum(dtype=np.float64)), num_scored)
-        if aligned not in scored.schema.names and len(tail := cut_tail(scored)):
-            of_tail = float(np.abs(gap[tail]).sum(dtype=np.float64))
-            metrics["teacher/cut_tail_log_ratio"] = Mean(of_tail, float(len(tail)))
+        "teacher/sampled_kl": Mean(float(gap.sum(dtype=np.float64)), num_scored),
+        "teacher/log_ratio": Mean(float(np.abs(gap).sum(dtype=np.float64)), num_scored),
+    }
+    if SIGNALS["aligned"].column(TEACHER) not in scored.schema.names and len(tail := cut_tail(scored)):
+        of_tail = float(np.abs(gap[tail]).sum(dtype=np.float64))
+        metrics["teacher/cut_tail_log_ratio"] = Mean(of_tail, float(len(tail)))
     return metrics
+
+
+def _compared(scored: pa.RecordBatch, model: str) -> tuple[Floats, Floats]:
+    """Return the model's and the sampler's log-probabilities of the tokens that the model scored."""
+    logprobs, rollout_logprobs = (ragged(scored, name).values for name in (f"{model}_logprobs", "rollout_logprobs"))
+    aligned = SIGNALS["aligned"].column(model)
+    if aligned not in scored.schema.names:
+        return logprobs, rollout_logprobs
+    strict = ragged(scored, aligned).values != 0
+    return logprobs[strict], rollout_logprobs[strict]
+
+
+def _of_student(scored: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the rows that the student sampled from its own prompts; a privileged sampler's are far by intent."""
+    is_own = pc.equal(scored["sampler"], STUDENT)
+    return scored if pc.all(is_own).as_py() else scored.filter(is_own)
 
 
 def cut_tail(batch: pa.RecordBatch) -> NDArray[np.int64]:

@@ -375,48 +375,58 @@ def study(seed: int, missing: Sequence[tuple[str, str]], pretraining_steps: int)
         yield outcome
 
 
-def rows_of(outcomes: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return means over the seeds, and the contrasts with every paired difference."""
-    in_order = sorted(outcomes, key=lambda one: one["seed"])
-    by_arm = {
-        (name, arm): [one for one in in_order if (one["set"], one["arm"]) == (name, arm)]
-        for name, arms in ARMS.items()
-        for arm in arms
-    }
-    size, rows = f"{len(by_arm['hard', 'blind'])} seeds", list[Row]()
+ByArm = Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]  # set, arm -> seed -> outcome
 
-    def add_mean(label: str, of_arm: Sequence[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], float]) -> None:
-        rows.append(row(label, size, mean(map(value, of_arm)), "share"))
+
+def rows_of(outcomes: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return means over the seeds that an arm has, and the contrasts with every paired difference."""
+    by_arm = _by_arm(outcomes)
+    rows: list[Row] = []
+
+    def add_mean(label: str, arm: tuple[str, str], value: Callable[[Mapping[str, Any]], float]) -> None:
+        values = [value(one) for one in by_arm[arm].values()]
+        if values:
+            rows.append(row(label, f"{len(values)} seeds", mean(values), "share"))
 
     for key, label in (
         ("measured_anew_hard", "hard: pass rate without a hint, measured anew"),
         ("measured_anew_dense", "dense: pass rate without a hint, measured anew"),
         ("hint_on_hard", "hard: pass rate with a hint"),
     ):
-        add_mean(label, by_arm["hard", "blind"], itemgetter(key))
-    for (name, arm), of_arm in by_arm.items():
+        add_mean(label, ("hard", "blind"), itemgetter(key))
+    for name, arm in by_arm:
         for on in ("hard", "dense"):
-            values = [one["curves"][on][-1][1] for one in of_arm]
-            rows.append(row(f"trained on {name}, {arm}: held-out {on} prompts at the end", size, mean(values), "share"))
+            label = f"trained on {name}, {arm}: held-out {on} prompts at the end"
+            add_mean(label, (name, arm), lambda one, on=on: one["curves"][on][-1][1])  # type: ignore[misc]
     for arm in ARMS["hard"]:
-        add_mean(f"trained on hard, {arm}: other way of writing", by_arm["hard", arm], itemgetter("other_way"))
+        add_mean(f"trained on hard, {arm}: other way of writing", ("hard", arm), itemgetter("other_way"))
     for key in ("hinted_solve_rate", "acceptance", "gentleness"):
-        add_mean(f"trained on hard, privileged: {key}", by_arm["hard", "privileged"], itemgetter(key))
-    return rows + _contrasts(by_arm, size)
+        add_mean(f"trained on hard, privileged: {key}", ("hard", "privileged"), itemgetter(key))
+    return rows + _contrasts(by_arm)
 
 
-def _contrasts(by_arm: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], size: str) -> list[Row]:
-    def difference(name: str, arm: str, other: str, on: str) -> list[float]:
-        pairs = zip(by_arm[name, arm], by_arm[name, other], strict=True)
-        return [_gain(one, on) - _gain(beside, on) for one, beside in pairs]
+def _by_arm(outcomes: Sequence[Mapping[str, Any]]) -> ByArm:
+    in_order = sorted(outcomes, key=lambda one: one["seed"])
+    return {
+        (name, arm): {one["seed"]: one for one in in_order if (one["set"], one["arm"]) == (name, arm)}
+        for name, arms in ARMS.items()
+        for arm in arms
+    }
+
+
+def _contrasts(by_arm: ByArm) -> list[Row]:
+    def difference(name: str, arm: str, other: str, on: str) -> dict[int, float]:
+        seeds = [seed for seed in by_arm[name, arm] if seed in by_arm[name, other]]
+        return {seed: _gain(by_arm[name, arm][seed], on) - _gain(by_arm[name, other][seed], on) for seed in seeds}
 
     on_hard, on_dense = (difference(name, "privileged", "blind", name) for name in ("hard", "dense"))
-    interaction = [hard - dense for hard, dense in zip(on_hard, on_dense, strict=True)]
+    interaction = {seed: on_hard[seed] - on_dense[seed] for seed in on_hard if seed in on_dense}
     rows = []
     for label, differences in (("privileged - blind, hard", on_hard), ("the same, hard - dense", interaction)):
-        smallest = row(f"{label}, smallest", size, min(differences), "share")
-        rows.append({**at_least(smallest, 0), "differences": _list(differences)})
-        rows.append(at_most(row(f"{label}, sign-flip p", size, sign_flip_p(differences), "p"), 0.05))
+        size, values = f"{len(differences)} seeds", list(differences.values())
+        smallest = row(f"{label}, smallest", size, min(values), "share")
+        rows.append({**at_least(smallest, 0), "differences": _list(values)})
+        rows.append(at_most(row(f"{label}, sign-flip p", size, sign_flip_p(values), "p"), 0.05))
     for label, differences in (
         ("privileged - blind, dense", on_dense),
         ("privileged - unselected, hard", difference("hard", "privileged", "unselected", "hard")),
@@ -424,7 +434,9 @@ def _contrasts(by_arm: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]], si
         ("privileged - blind, both, on hard", difference("both", "privileged", "blind", "hard")),
         ("privileged - blind, both, on dense", difference("both", "privileged", "blind", "dense")),
     ):
-        rows.append({**row(f"{label}, mean", size, mean(differences), "share"), "differences": _list(differences)})
+        if differences:
+            size, values = f"{len(differences)} seeds", list(differences.values())
+            rows.append({**row(f"{label}, mean", size, mean(values), "share"), "differences": _list(values)})
     return rows
 
 

@@ -2,7 +2,8 @@
 
 *Rate.* Runs in turns, several of each: live without a record, live with one, its replay with recorded signals, and its
 replay with the teacher scoring again. Completion tokens per second are of the whole loop, between the ends of the first
-and the last counted step. What recording costs is what its thread computed, and what the loop waited for it.
+and the last counted step; CPU-seconds are those of all processes meanwhile, which other work on the machine changes
+little. What recording costs is what its thread computed, and what the loop waited for it.
 
 *Accuracy.* At equal updates, for each seed: live with the default objective and that of Semi-OPD, and replays of what
 the initial student wrote for the same prompts: one pass over all of it, and three over a third. The recorded run has a
@@ -13,6 +14,7 @@ A run is appended to a JSON-lines file as soon as it ends, and a second call doe
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.model_pairs import ROOT
+from benchmarks.harness.process_trees import cpu_seconds, descendants
 from benchmarks.harness.report import RESULTS, Row, at_least, at_most, print_rows, row, write_rows
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.files import Record
@@ -84,15 +87,16 @@ Outcome = dict[str, Any]
 
 
 class StepTimes(StepHook):
-    """Writes when each step ended beside the run's metrics."""
+    """Writes beside the run's metrics when each step ended, and the CPU-seconds of all processes of the run by then."""
 
     def __init__(self, run: RunContext) -> None:
         super().__init__(run)
         self._path = run.directory.path / "step_times.jsonl"
+        self._processes = descendants(os.getpid())
 
     def after_step(self, step: int, metrics: Record, batches: Sequence[BatchHandle]) -> Record:
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(time.perf_counter()) + "\n")
+            file.write(json.dumps([time.perf_counter(), sum(cpu_seconds(self._processes).values())]) + "\n")
         return {}
 
 
@@ -156,10 +160,12 @@ def do_run(folder: Path, overrides: Iterable[str]) -> Outcome:
     words = ["train", str(ROOT / "examples/replay/record.toml"), f"run.directory={folder}", hook, *SETTINGS, *overrides]
     subprocess.run([sys.executable, "-m", "cluster.cli", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     steps = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    ends = [float(line) for line in (folder / "run/step_times.jsonl").read_text(encoding="utf-8").splitlines()]
+    ends = [json.loads(line) for line in (folder / "run/step_times.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds, cpu = (last - first for first, last in zip(ends[WARM_UP_STEPS - 1], ends[-1], strict=True))
     counted, cost = steps[WARM_UP_STEPS:], ("record/write_seconds", "record/wait_seconds")
     return {
-        "seconds": ends[-1] - ends[WARM_UP_STEPS - 1],
+        "seconds": seconds,
+        "cpu_seconds": cpu,
         "tokens": sum(step["completion_tokens"] for step in counted),
         "bytes": sum(step.get("record/bytes", 0.0) for step in counted),
         "record_seconds": sum(step.get(name, 0.0) for step in counted for name in cost),
@@ -180,7 +186,11 @@ def rate_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     size = f"embedded pair, {RATE_STEPS - WARM_UP_STEPS} steps, {len(rounds)} rounds"
     rates = {arm: [done[n]["tokens"] / done[n]["seconds"] for n in rounds] for arm, done in of_arms.items()}
     rows = [row(f"{arm}: tokens/s", size, statistics.median(values), "tokens/s") for arm, values in rates.items()]
+    cost = {arm: [1000 * done[n]["cpu_seconds"] / done[n]["tokens"] for n in rounds] for arm, done in of_arms.items()}
+    rows += [row(f"{arm}: CPU per 1,000 tokens", size, statistics.median(cost[arm]), "CPU-s") for arm in RATE_ARMS]
     for arm in list(RATE_ARMS)[1:]:
+        saved = statistics.median(live / one for one, live in zip(cost[arm], cost["live"], strict=True))
+        rows.append(row(f"live / {arm}: CPU per token", size, saved, "ratio"))
         ratio = statistics.median(one / live for one, live in zip(rates[arm], rates["live"], strict=True))
         replayed = row(f"{arm}: of the live rate", size, ratio, "ratio")
         rows.append(at_least(replayed, LEAST_SPEED_UP) if arm == "replayed, recorded signals" else replayed)

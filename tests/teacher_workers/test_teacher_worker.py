@@ -53,6 +53,16 @@ def test_scores_are_added_row_by_row_and_counted() -> None:
     assert values["teacher/sampled_kl"] == pytest.approx(3 / 5 * math.log(2))  # the student gave every token one half
 
 
+def test_rows_of_a_privileged_sampler_say_nothing_of_the_students_distance() -> None:
+    """The student's row has two tokens, of one half and one quarter; the sampler's row three."""
+    rows = [make_trajectory(completion=[3, 5]), make_trajectory(completion=[5, 5, 5], sampler="privileged:student")]
+    _, metrics = asyncio.run(make_worker(HALF_3_QUARTER_5).score(make_generated(rows), TEACHER))
+    assert report(metrics)["teacher/sampled_kl"] == pytest.approx(math.log(2) / 2)
+    _, metrics = asyncio.run(make_worker(HALF_3_QUARTER_5).score(make_generated(rows[1:]), TEACHER))
+    assert "teacher/sampled_kl" not in metrics
+    assert report(metrics)["teacher/scored_tokens"] == 3
+
+
 def test_how_far_the_teacher_is_from_the_ends_of_what_was_cut_off_is_said_by_itself() -> None:
     """The last quarter of the second row alone: two tokens of one quarter; all others are of one half."""
     completion = [3] * 6 + [5] * 2

@@ -54,7 +54,7 @@ def test_a_micro_batch_moves_with_every_tensor(rows):
     batch = build_micro_batch(((0, 1), (2,)), rows, seed=0)
     moved = batch.changed(note)
     everywhere = [moved.input_ids, moved.position_ids, moved.predicting, moved.places, moved.routes[0].places]
-    assert len(seen) == len(everywhere) + 11 + 4  # columns of tokens, and two models' two signals
+    assert len(seen) == len(everywhere) + 13 + 4  # columns of tokens, and two models' two signals
     assert not any(tensor is one for tensor in everywhere for one in seen)
     assert moved.lengths == batch.lengths
     assert torch.equal(moved.tokens.logprobs["base"], batch.tokens.logprobs["base"])
