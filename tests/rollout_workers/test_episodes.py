@@ -44,6 +44,9 @@ class StubModel:
         self.sampled.setdefault(request_id.partition("-")[0], []).append((list(prompt_ids), completion))
         return completion
 
+    async def shutdown(self) -> None:
+        """End nothing."""
+
 
 class RandomAnswers:
     """Answers with random observations; now and then shows the whole of what was, or something else altogether."""

@@ -238,6 +238,7 @@ def test_compiled_layers_keep_the_names_of_their_parameters_and_their_place_unde
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)  # a C++ compiler runs for minutes on a busy machine
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("attention", ["grouped", "masked"])
 def test_compiled_layers_say_and_learn_the_same(student_folder, scored, attention, gradient_checkpointing):
