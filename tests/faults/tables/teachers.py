@@ -58,8 +58,8 @@ FAULTS = (
     Fault(
         "sampled KL of the wrong sign",
         "teacher_workers/actor.py",
-        "gap = rollout_logprobs - logprobs",
-        "gap = logprobs - rollout_logprobs",
+        "gap, num_scored = rollout_logprobs - logprobs,",
+        "gap, num_scored = logprobs - rollout_logprobs,",
         ("tests/teacher_workers/test_teacher_worker.py",),
     ),
     Fault(
@@ -122,8 +122,8 @@ FAULTS = (
     Fault(
         "a teacher behind a URL keeps its GPUs",
         "cluster/config/stages.py",
-        "replace(self.engine, tensor_parallel=0)",
-        "replace(self.engine)",
+        "\n        force_setattr(self, \"engine\", replace(self.engine, tensor_parallel=0))",
+        "",
         ("tests/cluster/placement/test_placement.py",),
     ),
 )

@@ -94,8 +94,8 @@ FAULTS = (
     Fault(
         "metrics count what is not strict",
         "teacher_workers/actor.py",
-        "logprobs, rollout_logprobs = logprobs[strict], rollout_logprobs[strict]",
-        "pass",
+        "return logprobs[strict], rollout_logprobs[strict]",
+        "return logprobs, rollout_logprobs",
         BACKEND,
     ),
     Fault(

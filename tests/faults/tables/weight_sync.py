@@ -82,8 +82,8 @@ FAULTS = (
     Fault(
         "restarted worker labelled with the first version",
         "learner/group.py",
-        "        self._published_version = policy_version\n",
-        "",
+        "        self._published_version = policy_version\n        return report",
+        "        return report",
         (
             "tests/learner/batching/test_arriving_batches.py::test_a_worker_that_comes_late_gets_the_version_that_the_others_have",
         ),
