@@ -122,7 +122,7 @@ FAULTS = (
     Fault(
         "a teacher behind a URL keeps its GPUs",
         "cluster/config/stages.py",
-        "\n        force_setattr(self, \"engine\", replace(self.engine, tensor_parallel=0))",
+        '\n        force_setattr(self, "engine", replace(self.engine, tensor_parallel=0))',
         "",
         ("tests/cluster/placement/test_placement.py",),
     ),
