@@ -12,10 +12,12 @@ from tests.architecture import PACKAGES, ROOT, broken_layers
 DOORS = {
     "vllm": {
         "cluster.vllm.engine",
+        "cluster.vllm.keep_cache",
         "cluster.vllm.layer_states",
         "cluster.vllm.token_scoring",
         "cluster.vllm.compat",
         "rollout_workers.candidates.vllm_processor",
+        "rollout_workers.environments.tool_calls",
         "cluster.vllm.weight_sync.loading",
         "cluster.vllm.weight_sync.nccl_and_ipc",
         "cluster.vllm.weight_sync.object_store",
@@ -29,6 +31,7 @@ DOORS = {
     "deepspeed": {"learner.engines.zero"},
     "triton": {"learner.loss.kernels.triton_kernels", "learner.loss.kernels.triton_launch"},
 }
+ELSEWHERE = {"rollout_workers.harness.verifiers_v1"}  # imported by the Python that has the package `verifiers`
 HEAVY = ("torch", "ray", "vllm", "transformers", "deepspeed")
 
 SOURCES = {
@@ -88,5 +91,6 @@ def test_the_command_line_loads_no_heavy_library_before_it_needs_one() -> None:
 
 
 def test_every_module_can_be_imported_without_a_gpu() -> None:
-    modules = [name.removesuffix(".__init__") for name in SOURCES if not name.endswith("__main__")]
+    imported = (name for name in SOURCES if not name.endswith("__main__") and name not in ELSEWHERE)
+    modules = [name.removesuffix(".__init__") for name in imported]
     loaded_by("; ".join(f"import {name}" for name in modules))

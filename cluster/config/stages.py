@@ -81,7 +81,7 @@ class HorizonConfig(Section, frozen=True):
 class RolloutConfig(Section):
     """The student's generators."""
 
-    num_workers: CountOrZero = 1  # 0: all rows are replayed
+    num_workers: Annotated[int, Meta(ge=0, le=1_000_000)] = 1  # 0: all rows are replayed
     min_workers: Items = 1  # the balancer's limits of num_workers
     max_workers: Items | None = None  # None: what the other pools can spare
     samples_per_prompt: Items = 1

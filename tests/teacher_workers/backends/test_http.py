@@ -412,7 +412,7 @@ def test_objectives_that_need_more_than_a_server_says_are_refused_before_anythin
         "direct-opd",
         "cross-tokenizer",
     }
-    more_than_20, entropy, states = {"generalized-topk", "tropd"}, {"eopd"}, {"oprd", "last-opd"}
+    more_than_20, entropy, states = {"generalized-topk", "tropd", "semi-opd"}, {"eopd"}, {"oprd", "last-opd"}
     assert refused == whole_vocabulary | chosen_by_the_student | more_than_20 | entropy | states
 
 
