@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.demo import EMBEDDED
+from cluster.monitoring.metric_table import all_metrics
 from examples.hints import make_prompts
 from tests.end_to_end.conftest import records_of
 from tests.end_to_end.runs import preceptor
@@ -52,6 +53,8 @@ def ledger_of(run: Path) -> list[dict[str, Any]]:
 def test_hard_prompts_get_rows_of_the_sampler_which_the_learner_sees_as_the_engine_did(hinted_run: Path) -> None:
     first, *later = records_of(hinted_run)
     assert first["privileged/hard_prompts"] > 0
+    shown = {metric.source for metric in all_metrics() if metric.source.startswith("privileged/")}
+    assert shown <= {name for record in later for name in record}
     assert "privileged/prompts" not in first  # nothing was known of any prompt
     asked = [record for record in later if record.get("privileged/acceptance")]
     assert asked
