@@ -7,7 +7,6 @@ time is over. Logs and rows are in FOLDER, where `summary.json` is whole at any 
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu import missing_packages
+from benchmarks.gpu import interrupt, missing_packages
 from benchmarks.harness.model_pairs import ROOT
 from benchmarks.harness.report import Row, print_rows, row, write_rows
 
@@ -23,7 +22,6 @@ COMMAND = "python -m benchmarks.first_minutes"
 ALL_SECONDS = 470.0
 LEAST_SECONDS = 20.0  # a step does not begin with less
 LONGER = 2.0  # times the expected seconds after which a step is ended
-ENDING_SECONDS = 15.0
 PYTEST = ("pytest", "-q", "-p", "no:cacheprovider")
 
 
@@ -94,20 +92,9 @@ def _take(step: Step, folder: Path, deadline: float, is_dry_run: bool) -> Row:
         except subprocess.TimeoutExpired:
             output.write(f"ended after {limit:.0f} s\n")
         finally:
-            _end(process)
+            interrupt(process)
     took = row(step.name, f"expected {step.seconds:.0f} s on a GPU", time.perf_counter() - began, "s")
     return {**took, "bar": "exit code 0", "met": process.returncode == 0}
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Interrupt a program as Ctrl-C does, and end what then stays."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(ENDING_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 if __name__ == "__main__":

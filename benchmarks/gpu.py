@@ -256,13 +256,13 @@ def _wait(
                 return "was interrupted; what it had measured by then is kept"
             look()
     finally:
-        _end(process)  # also when this very program is interrupted
+        interrupt(process)  # also when this very program is interrupted
         look()
     return None if process.returncode == 0 else f"ended with exit code {process.returncode}"
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Interrupt a part as Ctrl-C does, and end what then stays."""
+def interrupt(process: "subprocess.Popen[bytes]") -> None:
+    """Interrupt a program as Ctrl-C does, and end what then stays."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGINT)

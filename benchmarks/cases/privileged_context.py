@@ -21,12 +21,10 @@ Outcomes are appended to a JSON-lines file as they come, and a second call does 
 
 import argparse
 import copy
-import itertools
 import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import mean
@@ -38,15 +36,24 @@ from torch import Tensor, nn
 
 from benchmarks.cases.figures import draw_privileged_context
 from benchmarks.harness.report import RESULTS, Row, at_least, at_most, describe_machine, print_rows, row
+from benchmarks.harness.shifted_digits import (
+    BASE,
+    NUM_TOKENS,
+    Model,
+    Questions,
+    draw_questions,
+    read_outcomes,
+    sign_flip_p,
+    text_of,
+    write,
+)
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from learner.loss.objective import Objective
 from learner.loss.tokens import CompletionTokens
 
 COMMAND = "python -m benchmarks.cases.privileged_context"
-BASE, DIGITS = 7, 4  # digits are modulo 7; a prompt has four
-EMPTY, FIRST_CONTEXT, FIRST_MARK = 7, 8, 15  # tokens besides the digits 0 to 6
-VOCABULARY, WIDTH, HEADS, LAYERS = 22, 64, 4, 2
+DIGITS, VOCABULARY = 4, NUM_TOKENS
 TEXT_TOKENS = 2 + 2 * DIGITS  # slot, mark, and every digit with its answer
 NOISE = 0.2  # share of the answers' digits that are random when the model learns to obey
 PRETRAINING_STEPS, PRETRAINING_ROWS, PRETRAINING_RATE = 300, 128, 3e-3
@@ -57,60 +64,14 @@ EVALUATED_EVERY = 20
 ARMS = ("rule", "shuffled", "random", "instance")
 
 
-class Model(nn.Module):
-    """A causal transformer over whole sequences."""
-
-    def __init__(self, vocabulary: int = VOCABULARY, text_tokens: int = TEXT_TOKENS) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(vocabulary, WIDTH), nn.Embedding(text_tokens, WIDTH)
-        layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-        self.head = nn.Linear(WIDTH, vocabulary)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return logits, [rows, tokens, vocabulary]."""
-        states = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
-        mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
-        logits: Tensor = self.head(self.layers(states, mask=mask, is_causal=True))
-        return logits
-
-
-@dataclass(frozen=True)
-class Questions:
-    """Holds prompts with an empty slot, and the shift that is right for each."""
-
-    prompts: Tensor  # [rows, 2 + DIGITS] slot, mark, digits
-    shifts: Tensor  # [rows]
-
-    def __getitem__(self, rows: Tensor) -> "Questions":
-        return Questions(self.prompts[rows], self.shifts[rows])
-
-    @property
-    def answers(self) -> Tensor:
-        return (self.prompts[:, 2:] + self.shifts[:, None]) % BASE
-
-    def with_contexts(self, shifts: Tensor) -> Tensor:
-        """Return the prompts with contexts that name these shifts."""
-        return torch.cat([FIRST_CONTEXT + shifts[:, None], self.prompts[:, 1:]], dim=1)
-
-
-def draw_questions(draw: torch.Generator, count: int, table: Tensor | None = None) -> Questions:
-    """Draw prompts; the shift is the table's by the mark, or random."""
-    marks = torch.randint(BASE, (count,), generator=draw)
-    digits = torch.randint(BASE, (count, DIGITS), generator=draw)
-    columns = [torch.full((count, 1), EMPTY), FIRST_MARK + marks[:, None], digits]
-    shifts = torch.randint(BASE, (count,), generator=draw) if table is None else table[marks]
-    return Questions(torch.cat(columns, dim=1), shifts)
-
-
 def pretrain(seed: int, steps: int) -> Model:
     """Return a model that obeys its slot up to noise, and guesses every digit evenly where it is empty."""
     torch.manual_seed(seed)
-    model, draw = Model(), torch.Generator().manual_seed(seed)
+    model, draw = Model(VOCABULARY, TEXT_TOKENS), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), PRETRAINING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        questions = draw_questions(draw, PRETRAINING_ROWS)
+        questions = draw_questions(draw, PRETRAINING_ROWS, DIGITS)
         is_empty = torch.rand(PRETRAINING_ROWS, 1, generator=draw) < 0.25
         is_noise = (torch.rand(PRETRAINING_ROWS, DIGITS, generator=draw) < NOISE) | is_empty
         noise = torch.randint(BASE, (PRETRAINING_ROWS, DIGITS), generator=draw)
@@ -123,25 +84,6 @@ def pretrain(seed: int, steps: int) -> Model:
         optimizer.step()
         schedule.step()
     return model
-
-
-def text_of(prompts: Tensor, answers: Tensor) -> Tensor:
-    """Return whole texts, [rows, TEXT_TOKENS]; places 2, 4, ... hold the digits, and predict the answers."""
-    pairs = torch.stack([prompts[:, 2:], answers], dim=2).flatten(1)
-    return torch.cat([prompts[:, :2], pairs], dim=1)
-
-
-@torch.no_grad()
-def write(model: Model, prompts: Tensor, draw: torch.Generator | None) -> Tensor:
-    """Return answers, [rows, DIGITS]: sampled, or the likeliest tokens without a generator."""
-    ids = prompts[:, :2]
-    for digit in prompts[:, 2:].T:
-        ids = torch.cat([ids, digit[:, None]], dim=1)
-        logits = model(ids)[:, -1]
-        likeliest = logits.argmax(-1, keepdim=True)
-        chosen = likeliest if draw is None else torch.multinomial(logits.softmax(-1), 1, generator=draw)
-        ids = torch.cat([ids, chosen], dim=1)
-    return ids[:, 3::2]
 
 
 @torch.no_grad()
@@ -248,7 +190,7 @@ def study(seed: int, arms: Sequence[str], steps: int, pretraining_steps: int) ->
         draw = torch.Generator().manual_seed(700 + seed)
         shared = None if arm == "instance" else table
         names = {"train": PROMPTS, "held_out": HELD_OUT, "stream": steps * ROWS}
-        sets = {name: draw_questions(draw, count, shared) for name, count in names.items()}
+        sets = {name: draw_questions(draw, count, DIGITS, shared) for name, count in names.items()}
         began = time.perf_counter()
         outcome = train(arm, teacher, sets, seed, steps)
         held_out = sets["held_out"]
@@ -260,18 +202,6 @@ def study(seed: int, arms: Sequence[str], steps: int, pretraining_steps: int) ->
             flush=True,
         )
         yield outcome
-
-
-def sign_flip_p(differences: Sequence[float]) -> float:
-    """Return the one-sided p of an exact sign-flip test: the share of all choices of signs with as high a mean.
-
-    Example:
-        >>> sign_flip_p([0.1, 0.2, 0.3, 0.1, 0.2])
-        0.03125
-    """
-    signs = list(itertools.product((1, -1), repeat=len(differences)))
-    flipped = [sum(sign * value for sign, value in zip(one, differences, strict=True)) for one in signs]
-    return mean(total >= sum(differences) - 1e-12 for total in flipped)
 
 
 def rows_of(outcomes: Sequence[Mapping[str, Any]]) -> list[Row]:
@@ -334,11 +264,6 @@ def main() -> int:
     options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     draw_privileged_context(document, options.output.with_name("privileged_context.png"))
     return 0 if all(one.get("met", True) for one in rows) else 1
-
-
-def read_outcomes(log: Path) -> list[dict[str, Any]]:
-    """Return the outcomes so far."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 if __name__ == "__main__":

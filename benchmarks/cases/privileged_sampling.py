@@ -32,10 +32,8 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -45,18 +43,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.figures import draw_privileged_sampling
-from benchmarks.cases.privileged_context import (
+from benchmarks.harness.paired_arms import rows_of
+from benchmarks.harness.report import RESULTS, describe_machine, print_rows
+from benchmarks.harness.shifted_digits import (
     BASE,
-    EMPTY,
-    FIRST_CONTEXT,
     FIRST_MARK,
+    NUM_TOKENS,
     Model,
+    Questions,
+    draw_questions,
     read_outcomes,
-    sign_flip_p,
     text_of,
     write,
 )
-from benchmarks.harness.report import RESULTS, Row, at_least, at_most, describe_machine, print_rows, row
 from cluster.config.context import PrivilegedConfig
 from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.batches import BatchHandle
@@ -68,7 +67,7 @@ from rollout_workers.privileged import BlindScores, PrivilegedPlan, select
 
 COMMAND = "python -m benchmarks.cases.privileged_sampling"
 DIGITS = 6
-OTHER_WAY = 22  # the first of the answers in the other way of writing; those of the usual way are 0 to 6
+OTHER_WAY = NUM_TOKENS  # the first of the answers in the other way of writing; those of the usual way are 0 to 6
 VOCABULARY, TEXT_TOKENS = OTHER_WAY + BASE, 2 + 2 * DIGITS
 KNOWN_MARKS = 3  # of 7, whose shifts the model mostly knows without a hint
 NOISE = {"hint": 0.1, "known": 0.13, "unknown": 1.0}  # share of answers that are random in what the model learns from
@@ -96,41 +95,15 @@ IMITATION = {"support": "sampled", "terms": {"imitated": IMITATE}}
 TOGETHER = {"support": "sampled", "terms": {"reward": REWARD, "imitated": IMITATE | {"weight": IMITATION_WEIGHT}}}
 
 
-@dataclass(frozen=True)
-class Questions:
-    """Holds prompts with an empty slot, and the shift that is right for each."""
-
-    prompts: Tensor  # [rows, 2 + DIGITS] slot, mark, digits
-    shifts: Tensor  # [rows]
-
-    def __getitem__(self, rows: Tensor) -> "Questions":
-        return Questions(self.prompts[rows], self.shifts[rows])
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def answers(self) -> Tensor:
-        return (self.prompts[:, 2:] + self.shifts[:, None]) % BASE
-
-    @property
-    def hinted(self) -> Tensor:
-        return torch.cat([FIRST_CONTEXT + self.shifts[:, None], self.prompts[:, 1:]], dim=1)
-
-    def rewards(self, answers: Tensor) -> Tensor:
-        """Return 1 for texts of six right answers, in either way of writing, [rows]."""
-        values = torch.where(answers >= OTHER_WAY, answers - OTHER_WAY, answers)
-        return (values == self.answers).all(1).float()
-
-    def repeat(self, count: int) -> "Questions":
-        return self[torch.arange(len(self)).repeat_interleave(count)]
+def rewards_of(questions: Questions, answers: Tensor) -> Tensor:
+    """Return 1 for texts of six right answers, in either way of writing, [rows]."""
+    values = torch.where(answers >= OTHER_WAY, answers - OTHER_WAY, answers)
+    return (values == questions.answers).all(1).float()
 
 
-def draw_questions(draw: torch.Generator, count: int, table: Tensor) -> Questions:
-    marks = torch.randint(BASE, (count,), generator=draw)
-    digits = torch.randint(BASE, (count, DIGITS), generator=draw)
-    prompts = torch.cat([torch.full((count, 1), EMPTY), FIRST_MARK + marks[:, None], digits], dim=1)
-    return Questions(prompts, table[marks])
+def with_hints(questions: Questions) -> Tensor:
+    """Return the prompts with hints that name the right shifts."""
+    return questions.with_contexts(questions.shifts)
 
 
 def pretrain(seed: int, table: Tensor, steps: int) -> Model:
@@ -140,7 +113,7 @@ def pretrain(seed: int, table: Tensor, steps: int) -> Model:
     optimizer = torch.optim.Adam(model.parameters(), PRETRAINING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        questions = draw_questions(draw, PRETRAINING_ROWS, table)
+        questions = draw_questions(draw, PRETRAINING_ROWS, DIGITS, table)
         is_blind = torch.rand(PRETRAINING_ROWS, generator=draw) < 0.5
         any_shift = torch.randint(BASE, (PRETRAINING_ROWS,), generator=draw)
         questions = Questions(questions.prompts, torch.where(is_blind, questions.shifts, any_shift))
@@ -152,7 +125,7 @@ def pretrain(seed: int, table: Tensor, steps: int) -> Model:
         random = torch.randint(BASE, (PRETRAINING_ROWS, DIGITS), generator=draw)
         usual = torch.rand(PRETRAINING_ROWS, generator=draw) < torch.where(is_blind, USUAL["blind"], USUAL["hint"])
         answers = torch.where(noise, random, questions.answers) + torch.where(usual, 0, OTHER_WAY)[:, None]
-        prompts = torch.where(is_blind[:, None], questions.prompts, questions.hinted)
+        prompts = torch.where(is_blind[:, None], questions.prompts, with_hints(questions))
         logits = model(text_of(prompts, answers))[:, 2::2]
         loss = nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), answers.reshape(-1))
         optimizer.zero_grad()
@@ -165,16 +138,16 @@ def pretrain(seed: int, table: Tensor, steps: int) -> Model:
 def pass_rates(model: Model, questions: Questions, prompts: Tensor, tries: int, draw: torch.Generator) -> Tensor:
     """Return each prompt's share of right completions, [rows]."""
     repeated = questions.repeat(tries)
-    rewards = repeated.rewards(write(model, prompts.repeat_interleave(tries, 0), draw))
+    rewards = rewards_of(repeated, write(model, prompts.repeat_interleave(tries, 0), draw))
     return rewards.reshape(-1, tries).mean(1)
 
 
 def find_sets(model: Model, seed: int, table: Tensor) -> tuple[dict[str, dict[str, Questions]], dict[str, float]]:
     """Return the sets' training and held-out prompts, and their pass rates by completions drawn anew."""
     draw = torch.Generator().manual_seed(500 + seed)
-    questions = draw_questions(draw, DRAWN, table)
+    questions = draw_questions(draw, DRAWN, DIGITS, table)
     blind = pass_rates(model, questions, questions.prompts, TRIES, draw)
-    hinted = pass_rates(model, questions, questions.hinted, HINTED_TRIES, draw)
+    hinted = pass_rates(model, questions, with_hints(questions), HINTED_TRIES, draw)
     chosen = {"hard": (blind == 0) & (hinted > 0), "dense": (blind >= 0.2) & (blind <= 0.6)}
     sets, rates = {}, {"hint_on_hard": float(hinted[chosen["hard"]].mean())}
     for name, is_chosen in chosen.items():
@@ -251,8 +224,8 @@ class Student:
         """Sample with hints; return the prompts that have a right text, and the text selected for each."""
         count = self.config.samples_per_prompt
         repeated = questions.repeat(count)
-        answers = self.sample(repeated, questions.hinted.repeat_interleave(count, 0))
-        is_right = repeated.rewards(answers).bool().reshape(-1, count)
+        answers = self.sample(repeated, with_hints(questions).repeat_interleave(count, 0))
+        is_right = rewards_of(repeated, answers).bool().reshape(-1, count)
         blind = self.logprobs(repeated.prompts, answers)
         own = blind.gather(-1, answers[..., None])[..., 0].reshape(-1, count, DIGITS).numpy()
         best = blind.amax(-1).reshape(-1, count, DIGITS).numpy()
@@ -283,7 +256,7 @@ class Student:
 
     def own_tokens(self, questions: Questions, answers: Tensor) -> CompletionTokens:
         rollout = self.logprobs(questions.prompts, answers).gather(-1, answers[..., None])[..., 0]
-        rewards = questions.rewards(answers)
+        rewards = rewards_of(questions, answers)
         groups = (group_advantages(group, divide_by_deviation=True) for group in rewards.reshape(-1, SAMPLES).tolist())
         advantages = torch.tensor([one for group in groups for one in group])
         return completion_tokens(answers, rollout, rewards, advantages, privileged=False)
@@ -350,7 +323,7 @@ def reinforce(student: Student, budget: int, with_hints: bool) -> Iterator[int]:
             hinted, texts = student.hinted_texts(student.questions[hard])
             prompts, tokens = torch.cat([prompts, hinted.prompts]), joined(tokens, imitated_tokens(texts))
         student.step(optimizer, objective, prompts, tokens)
-        asked, rewards = numbers.repeat_interleave(SAMPLES).tolist(), questions.rewards(answers).tolist()
+        asked, rewards = numbers.repeat_interleave(SAMPLES).tolist(), rewards_of(questions, answers).tolist()
         ids, ones = tuple(range(step * len(asked), (step + 1) * len(asked))), (1,) * len(asked)
         probe.observe(step, [BatchHandle(None, "", ids, ones, ones, tuple(asked), tuple(rewards))])
         yield step + 1
@@ -375,80 +348,6 @@ def study(seed: int, missing: Sequence[tuple[str, str]], pretraining_steps: int)
         yield outcome
 
 
-ByArm = Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]  # set, arm -> seed -> outcome
-
-
-def rows_of(outcomes: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """Return means over the seeds that an arm has, and the contrasts with every paired difference."""
-    by_arm = _by_arm(outcomes)
-    rows: list[Row] = []
-
-    def add_mean(label: str, arm: tuple[str, str], value: Callable[[Mapping[str, Any]], float]) -> None:
-        values = [value(one) for one in by_arm[arm].values()]
-        if values:
-            rows.append(row(label, f"{len(values)} seeds", mean(values), "share"))
-
-    for key, label in (
-        ("measured_anew_hard", "hard: pass rate without a hint, measured anew"),
-        ("measured_anew_dense", "dense: pass rate without a hint, measured anew"),
-        ("hint_on_hard", "hard: pass rate with a hint"),
-    ):
-        add_mean(label, ("hard", "blind"), itemgetter(key))
-    for name, arm in by_arm:
-        for on in ("hard", "dense"):
-            label = f"trained on {name}, {arm}: held-out {on} prompts at the end"
-            add_mean(label, (name, arm), lambda one, on=on: one["curves"][on][-1][1])  # type: ignore[misc]
-    for arm in ARMS["hard"]:
-        add_mean(f"trained on hard, {arm}: other way of writing", ("hard", arm), itemgetter("other_way"))
-    for key in ("hinted_solve_rate", "acceptance", "gentleness"):
-        add_mean(f"trained on hard, privileged: {key}", ("hard", "privileged"), itemgetter(key))
-    return rows + _contrasts(by_arm)
-
-
-def _by_arm(outcomes: Sequence[Mapping[str, Any]]) -> ByArm:
-    in_order = sorted(outcomes, key=lambda one: one["seed"])
-    return {
-        (name, arm): {one["seed"]: one for one in in_order if (one["set"], one["arm"]) == (name, arm)}
-        for name, arms in ARMS.items()
-        for arm in arms
-    }
-
-
-def _contrasts(by_arm: ByArm) -> list[Row]:
-    def difference(name: str, arm: str, other: str, on: str) -> dict[int, float]:
-        seeds = [seed for seed in by_arm[name, arm] if seed in by_arm[name, other]]
-        return {seed: _gain(by_arm[name, arm][seed], on) - _gain(by_arm[name, other][seed], on) for seed in seeds}
-
-    on_hard, on_dense = (difference(name, "privileged", "blind", name) for name in ("hard", "dense"))
-    interaction = {seed: on_hard[seed] - on_dense[seed] for seed in on_hard if seed in on_dense}
-    rows = []
-    for label, differences in (("privileged - blind, hard", on_hard), ("the same, hard - dense", interaction)):
-        size, values = f"{len(differences)} seeds", list(differences.values())
-        smallest = row(f"{label}, smallest", size, min(values), "share")
-        rows.append({**at_least(smallest, 0), "differences": _list(values)})
-        rows.append(at_most(row(f"{label}, sign-flip p", size, sign_flip_p(values), "p"), 0.05))
-    for label, differences in (
-        ("privileged - blind, dense", on_dense),
-        ("privileged - unselected, hard", difference("hard", "privileged", "unselected", "hard")),
-        ("privileged - reference, hard", difference("hard", "privileged", "reference", "hard")),
-        ("privileged - blind, both, on hard", difference("both", "privileged", "blind", "hard")),
-        ("privileged - blind, both, on dense", difference("both", "privileged", "blind", "dense")),
-    ):
-        if differences:
-            size, values = f"{len(differences)} seeds", list(differences.values())
-            rows.append({**row(f"{label}, mean", size, mean(values), "share"), "differences": _list(values)})
-    return rows
-
-
-def _gain(outcome: Mapping[str, Any], on: str) -> float:
-    curve = outcome["curves"][on]
-    return float(curve[-1][1] - curve[0][1])
-
-
-def _list(differences: Sequence[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in differences)
-
-
 def main() -> int:
     """Train what is missing, write the rows and draw the figure."""
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
@@ -469,7 +368,7 @@ def main() -> int:
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(outcome) + "\n")
     outcomes = [one for one in read_outcomes(log) if one["seed"] in seeds]
-    rows = rows_of(outcomes)
+    rows = rows_of(outcomes, ARMS)
     print_rows(rows)
     document = {"machine": {"command": COMMAND, **describe_machine()}, "rows": rows, "outcomes": outcomes}
     options.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -8,6 +8,15 @@ import torch
 
 from benchmarks.cases import privileged_context as study
 from benchmarks.cases.figures import draw_privileged_context
+from benchmarks.harness.shifted_digits import (
+    EMPTY,
+    FIRST_CONTEXT,
+    FIRST_MARK,
+    Questions,
+    draw_questions,
+    sign_flip_p,
+    text_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -20,17 +29,17 @@ def one_thread() -> Iterator[None]:
 
 
 def test_a_text_holds_every_digit_before_its_answer() -> None:
-    prompts = torch.tensor([[study.EMPTY, study.FIRST_MARK, 1, 2, 3, 4]])
-    questions = study.Questions(prompts, torch.tensor([5]))
+    prompts = torch.tensor([[EMPTY, FIRST_MARK, 1, 2, 3, 4]])
+    questions = Questions(prompts, torch.tensor([5]))
     assert questions.answers.tolist() == [[6, 0, 1, 2]]
-    text = study.text_of(questions.with_contexts(questions.shifts), questions.answers)
-    assert text.tolist() == [[study.FIRST_CONTEXT + 5, study.FIRST_MARK, 1, 6, 2, 0, 3, 1, 4, 2]]
+    text = text_of(questions.with_contexts(questions.shifts), questions.answers)
+    assert text.tolist() == [[FIRST_CONTEXT + 5, FIRST_MARK, 1, 6, 2, 0, 3, 1, 4, 2]]
 
 
 def test_arms_differ_in_what_the_teacher_reads_alone() -> None:
     table = torch.tensor([3, 1, 4, 0, 5, 2, 6])
-    questions = study.draw_questions(torch.Generator().manual_seed(0), 50, table)
-    assert (questions.shifts == table[questions.prompts[:, 1] - study.FIRST_MARK]).all()
+    questions = draw_questions(torch.Generator().manual_seed(0), 50, study.DIGITS, table)
+    assert (questions.shifts == table[questions.prompts[:, 1] - FIRST_MARK]).all()
     contexts = {arm: study.contexts_of(arm, questions, torch.Generator().manual_seed(1)) for arm in study.ARMS}
     assert contexts["rule"].tolist() == contexts["instance"].tolist() == questions.shifts.tolist()
     assert sorted(contexts["shuffled"].tolist()) == sorted(questions.shifts.tolist())
@@ -40,7 +49,7 @@ def test_arms_differ_in_what_the_teacher_reads_alone() -> None:
 
 @pytest.mark.parametrize(("differences", "p"), [([0.1, 0.2, 0.3, 0.1, 0.2], 1 / 32), ([1.0, -1.0], 3 / 4)])
 def test_the_sign_flip_test_counts_all_choices_of_signs(differences: list[float], p: float) -> None:
-    assert study.sign_flip_p(differences) == p
+    assert sign_flip_p(differences) == p
 
 
 def test_a_study_gives_rows_and_a_small_figure(tmp_path: Path) -> None:

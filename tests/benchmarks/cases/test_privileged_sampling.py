@@ -9,6 +9,8 @@ import torch
 
 from benchmarks.cases import privileged_sampling as study
 from benchmarks.cases.figures import draw_privileged_sampling
+from benchmarks.harness.paired_arms import rows_of
+from benchmarks.harness.shifted_digits import BASE, EMPTY, FIRST_CONTEXT, Model, Questions, draw_questions
 
 
 @pytest.fixture(autouse=True)
@@ -20,23 +22,24 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def questions_of(count: int) -> study.Questions:
-    return study.draw_questions(torch.Generator().manual_seed(0), count, torch.tensor([3, 1, 4, 0, 5, 2, 6]))
+def questions_of(count: int) -> Questions:
+    table = torch.tensor([3, 1, 4, 0, 5, 2, 6])
+    return draw_questions(torch.Generator().manual_seed(0), count, study.DIGITS, table)
 
 
 def test_only_a_text_whose_answers_are_all_right_is_rewarded_in_either_way_of_writing() -> None:
     questions = questions_of(3)
     answers = questions.answers.clone()
     answers[1] += study.OTHER_WAY
-    answers[2, 4] = (answers[2, 4] + 1) % study.BASE
-    assert questions.rewards(answers).tolist() == [1, 1, 0]
-    assert (questions.hinted[:, 0] == study.FIRST_CONTEXT + questions.shifts).all()
-    assert (questions.prompts[:, 0] == study.EMPTY).all()
+    answers[2, 4] = (answers[2, 4] + 1) % BASE
+    assert study.rewards_of(questions, answers).tolist() == [1, 1, 0]
+    assert (study.with_hints(questions)[:, 0] == FIRST_CONTEXT + questions.shifts).all()
+    assert (questions.prompts[:, 0] == EMPTY).all()
 
 
 def test_an_arm_counts_every_token_that_it_samples_with_and_without_hints() -> None:
     torch.manual_seed(0)
-    student = study.Student(study.Model(study.VOCABULARY, study.TEXT_TOKENS), questions_of(4), seed=0)
+    student = study.Student(Model(study.VOCABULARY, study.TEXT_TOKENS), questions_of(4), seed=0)
     questions, texts = student.hinted_texts(student.questions)
     assert student.sampled_tokens == 4 * study.SAMPLES * study.DIGITS
     assert len(questions) == len(texts) == 0  # an untrained model guesses
@@ -46,7 +49,7 @@ def test_an_arm_counts_every_token_that_it_samples_with_and_without_hints() -> N
 def test_of_the_right_texts_the_likeliest_is_imitated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of writing are right, and an untrained model's log-probabilities of them differ."""
     torch.manual_seed(0)
-    student = study.Student(study.Model(study.VOCABULARY, study.TEXT_TOKENS), questions_of(1), seed=0)
+    student = study.Student(Model(study.VOCABULARY, study.TEXT_TOKENS), questions_of(1), seed=0)
     right = student.questions.answers
     texts = torch.cat([right, right + study.OTHER_WAY] * (study.SAMPLES // 2))
     monkeypatch.setattr(student, "sample", lambda questions, prompts: texts)
@@ -70,7 +73,7 @@ def test_the_contrasts_are_differences_of_gains_paired_by_seed(tmp_path: Path) -
         for arm in arms
         for seed in range(1, 6)
     ]
-    rows = {row["name"]: row for row in study.rows_of(outcomes)}
+    rows = {row["name"]: row for row in rows_of(outcomes, study.ARMS)}
     assert rows["privileged - blind, hard, smallest"]["differences"] == "0.410, 0.420, 0.430, 0.440, 0.450"
     assert rows["the same, hard - dense, smallest"]["value"] == pytest.approx(0.41)
     assert rows["the same, hard - dense, sign-flip p"]["value"] == 1 / 32
