@@ -98,27 +98,8 @@ def tiny_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def rollouts(ray_cluster: None, tiny_student: Path) -> "Iterator[RolloutDeployment]":
     """Start two real rollout actors, which several files share."""
-    # Here, for what they import takes seconds, and most tests do without.
-    from cluster.actors.cluster import PoolTimeouts
-    from cluster.config.sections import StudentConfig
-    from cluster.config.stages import EngineConfig
-    from rollout_workers.pool import RolloutActorSettings, RolloutPool
-    from tests.rollout_workers.deployment import RolloutDeployment, make_prompts
-    from tests.tiny_qwen3 import CONTEXT_TOKENS, load
+    # Here, for what it imports takes seconds, and most tests do without.
+    from tests.rollout_workers.deployment import deployed
 
-    engine = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1)
-    settings = RolloutActorSettings(
-        student=StudentConfig(str(tiny_student)),
-        engine=engine,
-        max_model_len=CONTEXT_TOKENS,
-        rows_per_batch=4,
-        weight_transport="object_store",
-        sampled_candidates=True,
-        merges_stops=True,
-    )
-    pool = RolloutPool(settings, [{"num_cpus": 1}] * 2, PoolTimeouts(start_seconds=500, call_seconds=120), "shared")
-    pool.wait_until_ready()
-    prompts = make_prompts()
-    pool.set_prompts(prompts)
-    yield RolloutDeployment(pool, prompts, load(tiny_student))
-    pool.shutdown()
+    with deployed(tiny_student, "shared", num_workers=2, sampled_candidates=True, merges_stops=True) as deployment:
+        yield deployment

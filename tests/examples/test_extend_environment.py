@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.actors.cluster import PoolTimeouts
-from cluster.config.sections import EnvironmentConfig, StudentConfig
-from cluster.config.stages import EngineConfig
+from cluster.config.sections import EnvironmentConfig
 from cluster.contracts.requests import SamplingSettings
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
-from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, make_prompts, rows_of
-from tests.tiny_qwen3 import CONTEXT_TOKENS, EOS, HALT, expected_logprobs, load, write_tiny_qwen3
+from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, deployed, rows_of
+from tests.tiny_qwen3 import EOS, HALT, expected_logprobs, write_tiny_qwen3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,21 +23,9 @@ WITH_ANSWER = [index for index in range(NUM_PROMPTS) if index % 2 == 0]
 @pytest.fixture(scope="module")
 def rollouts(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutDeployment]:
     folder = write_tiny_qwen3(tmp_path_factory.mktemp("student"))
-    settings = RolloutActorSettings(
-        student=StudentConfig(str(folder)),
-        engine=EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1),
-        max_model_len=CONTEXT_TOKENS,
-        rows_per_batch=4,
-        weight_transport="object_store",
-        environment=EnvironmentConfig(KIND, "exact", max_observation_tokens=2),
-        sampled_candidates=True,
-    )
-    pool = RolloutPool(settings, [{"num_cpus": 1}], PoolTimeouts(start_seconds=500, call_seconds=120))
-    pool.wait_until_ready()
-    prompts = make_prompts()
-    pool.set_prompts(prompts)
-    yield RolloutDeployment(pool, prompts, load(folder))
-    pool.shutdown()
+    environment = EnvironmentConfig(KIND, "exact", max_observation_tokens=2)
+    with deployed(folder, environment=environment, sampled_candidates=True) as deployment:
+        yield deployment
 
 
 def sampled_spans(row: dict[str, Any]) -> list[tuple[int, int]]:

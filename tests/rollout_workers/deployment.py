@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ import ray
 import torch
 from transformers import PreTrainedModel
 
-from cluster.actors.cluster import RAY
+from cluster.actors.cluster import RAY, PoolTimeouts
+from cluster.config.sections import StudentConfig
+from cluster.config.stages import EngineConfig
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import ragged
 from cluster.contracts.wire import from_wire
 from cluster.weight_sync.manifest import checksum
 from learner.model.student import Student
-from rollout_workers.pool import RolloutPool
+from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from rollout_workers.prompts import PromptSet
+from tests.tiny_qwen3 import CONTEXT_TOKENS, load
 
 NUM_PROMPTS = 8
 LONG_PROMPT_TOKENS = 300  # more than two of vLLM's cache blocks, which hold 128 tokens on CPU
@@ -107,6 +111,29 @@ class FrozenEngine:
     def full_parameters(self, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
         """Give whole parameters."""
         yield {name: self.student.causal_lm.get_parameter(name).detach() for name in names}
+
+
+@contextmanager
+def deployed(
+    folder: Path, name: str = "rollout", transport: str | None = "object_store", num_workers: int = 1, **settings: Any
+) -> Iterator[RolloutDeployment]:
+    """Start real rollout actors of a tiny student; `settings` are further ones of `RolloutActorSettings`."""
+    actors = RolloutActorSettings(
+        student=StudentConfig(str(folder)),
+        engine=EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1),
+        max_model_len=CONTEXT_TOKENS,
+        rows_per_batch=4,
+        weight_transport=transport,
+        **settings,
+    )
+    pool = RolloutPool(actors, [{"num_cpus": 1}] * num_workers, PoolTimeouts(start_seconds=500, call_seconds=120), name)
+    try:
+        pool.wait_until_ready()
+        prompts = make_prompts()
+        pool.set_prompts(prompts)
+        yield RolloutDeployment(pool, prompts, load(folder))
+    finally:
+        pool.shutdown()
 
 
 def rows_of(reference: Any) -> list[dict[str, Any]]:

@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.actors.cluster import PoolTimeouts
-from cluster.config.sections import EnvironmentConfig, StudentConfig
-from cluster.config.stages import EngineConfig
+from cluster.config.sections import EnvironmentConfig
 from cluster.contracts.requests import SamplingSettings
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
-from tests.rollout_workers.deployment import RolloutDeployment, make_prompts
-from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load, write_tiny_qwen3
+from tests.rollout_workers.deployment import RolloutDeployment, deployed
+from tests.tiny_qwen3 import expected_logprobs, write_tiny_qwen3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -22,22 +19,11 @@ NUM_EPISODES = 24
 @pytest.fixture(scope="module")
 def rollouts(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutDeployment]:
     folder = write_tiny_qwen3(tmp_path_factory.mktemp("student"))
-    settings = RolloutActorSettings(
-        student=StudentConfig(str(folder)),
-        engine=EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1),
-        max_model_len=CONTEXT_TOKENS,
-        rows_per_batch=4,
-        weight_transport=None,
-        environment=EnvironmentConfig(
-            "tests.rollout_workers.test_episodes:RandomAnswers", max_observation_tokens=60, max_turn_tokens=6
-        ),
+    environment = EnvironmentConfig(
+        "tests.rollout_workers.test_episodes:RandomAnswers", max_observation_tokens=60, max_turn_tokens=6
     )
-    pool = RolloutPool(settings, [{"num_cpus": 1}], PoolTimeouts(start_seconds=500, call_seconds=120))
-    pool.wait_until_ready()
-    prompts = make_prompts()
-    pool.set_prompts(prompts)
-    yield RolloutDeployment(pool, prompts, load(folder))
-    pool.shutdown()
+    with deployed(folder, transport=None, environment=environment) as deployment:
+        yield deployment
 
 
 def test_a_whole_row_of_turns_has_the_probabilities_under_which_it_was_sampled(rollouts: RolloutDeployment) -> None:

@@ -6,12 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.actors.cluster import PoolTimeouts
-from cluster.config.sections import StudentConfig
-from cluster.config.stages import EngineConfig
 from cluster.contracts.requests import SamplingSettings
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
-from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, RolloutDeployment, make_prompts
+from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, RolloutDeployment, deployed
 from tests.rollout_workers.test_rollouts_on_vllm import (
     MAX_TRIES,
     gaps,
@@ -19,7 +15,6 @@ from tests.rollout_workers.test_rollouts_on_vllm import (
     largest_gap,
     version_of_each_token,
 )
-from tests.tiny_qwen3 import CONTEXT_TOKENS, load
 
 # An engine of its own; `tests/cluster/vllm/test_keep_cache.py` holds the scheduler alone in `make test`.
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)]
@@ -27,20 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)
 
 @pytest.fixture
 def keeping(ray_cluster: None, tiny_student: Path) -> Iterator[RolloutDeployment]:
-    settings = RolloutActorSettings(
-        student=StudentConfig(str(tiny_student)),
-        engine=EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1),
-        max_model_len=CONTEXT_TOKENS,
-        rows_per_batch=4,
-        weight_transport="object_store",
-        keeps_cache=True,
-    )
-    pool = RolloutPool(settings, [{"num_cpus": 1}], PoolTimeouts(start_seconds=500, call_seconds=120), "keeping")
-    pool.wait_until_ready()
-    prompts = make_prompts()
-    pool.set_prompts(prompts)
-    yield RolloutDeployment(pool, prompts, load(tiny_student))
-    pool.shutdown()
+    with deployed(tiny_student, "keeping", keeps_cache=True) as deployment:
+        yield deployment
 
 
 def test_tokens_after_an_update_come_from_new_weights_and_kept_caches_and_new_prompts_from_new_weights_alone(

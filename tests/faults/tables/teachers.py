@@ -117,7 +117,7 @@ FAULTS = (
         "teacher_workers/completions_client.py",
         'text.replace(self._key, "***")',
         'text.replace("***", self._key)',
-        ("tests/teacher_workers/backends/test_http.py",),
+        ("tests/teacher_workers/backends/test_http_before_a_run.py",),
     ),
     Fault(
         "a teacher behind a URL keeps its GPUs",

@@ -7,15 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.actors.cluster import PoolTimeouts
-from cluster.config.sections import StudentConfig
-from cluster.config.stages import EngineConfig, WeightSyncConfig
+from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.requests import SamplingSettings
 from learner.weight_sync.gpu_sender import VllmSender
-from rollout_workers.pool import RolloutActorSettings, RolloutPool
 from tests.learner.weight_sync.fake_gpus import FakeGroup, nccl
-from tests.rollout_workers.deployment import FrozenEngine, RolloutDeployment, make_prompts
-from tests.tiny_qwen3 import CONTEXT_TOKENS, expected_logprobs, load
+from tests.rollout_workers.deployment import FrozenEngine, RolloutDeployment, deployed
+from tests.tiny_qwen3 import expected_logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
 
@@ -26,14 +23,8 @@ SECONDS = 120.0
 @pytest.fixture
 def newcomer(ray_cluster: None, tiny_student: Path) -> Iterator[RolloutDeployment]:
     """Start a rollout actor of a run whose weights travel by NCCL, which a CPU has not."""
-    engine = EngineConfig(dtype="float32", kv_cache_gib=0.1, cpu_threads=1)
-    settings = RolloutActorSettings(StudentConfig(str(tiny_student)), engine, CONTEXT_TOKENS, 4, "nccl")
-    pool = RolloutPool(settings, [{"num_cpus": 1}], PoolTimeouts(500, SECONDS), "newcomers")
-    pool.wait_until_ready()
-    prompts = make_prompts()
-    pool.set_prompts(prompts)
-    yield RolloutDeployment(pool, prompts, load(tiny_student))
-    pool.shutdown()
+    with deployed(tiny_student, "newcomers", "nccl") as deployment:
+        yield deployment
 
 
 def test_a_newcomer_writes_with_the_weights_that_it_was_brought(newcomer: RolloutDeployment) -> None:

@@ -158,3 +158,9 @@ def teacher_at(*servers: FakeServer, **fields: Any) -> TeacherConfig:
     urls = tuple(server.url for server in servers)
     defaults: dict[str, Any] = {"request_timeout_seconds": 5.0, "retry_seconds": 0.0}
     return TeacherConfig("big", url=urls if len(urls) > 1 else urls[0], **{**defaults, **fields})
+
+
+def each(change: Callable[[int, float], tuple[int, float]]) -> Callable[[Positions], Positions]:
+    return lambda positions: [
+        position and dict(change(token_id, logprob) for token_id, logprob in position.items()) for position in positions
+    ]
