@@ -9,8 +9,12 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from cluster.vllm.compat import REUSES_STREAMS, taken_by
 from cluster.vllm.weight_sync.loading import fault_of_incomplete, tied_layers
+from cluster.vllm.weight_sync.nccl_group import NcclJoin
 from cluster.vllm.weight_sync.object_store import BucketMessage, ObjectStoreReceiver
 from cluster.weight_sync.ipc_handles import rebuild_arguments
+from cluster.weight_sync.joint_group import Meeting
+
+PACKING_SETTINGS = dict.fromkeys(("packed", "packed_buffer_size_bytes", "packed_num_buffers"))  # of an invitation
 
 
 class VllmReceiver:
@@ -71,11 +75,18 @@ class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
         self._came_by_store = False
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
-        """Join a group; vLLM would forget the one before, whose buffers would stay on the GPU for good."""
-        if self.model_update_group is not None:
-            self.model_update_group.destroy()
-            self.model_update_group = None
-        super().init_transfer_engine(init_info)
+        """Join a group, or raise WeightSyncError within a limit; vLLM's own would wait for a dead rank for ever."""
+        # vLLM would also forget the group before, whose buffers would stay on the GPU for good.
+        before, self.model_update_group = self.model_update_group, None
+        if before is not None:
+            before.destroy()
+        for name in taken_by(NCCLWeightTransferInitInfo, PACKING_SETTINGS):  # 0.24 hears them with every update
+            setattr(self, name, getattr(init_info, name))
+        own = self.parallel_config
+        rank = init_info.rank_offset + own.data_parallel_index * own.world_size + own.rank
+        where: Any = init_info.master_address, init_info.master_port  # `NcclLink` names both
+        meeting = Meeting(*where, init_info.world_size, rank)
+        self.model_update_group = meeting.form(NcclJoin())
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
         """Return what a broadcast brings, or a bucket that lies in shared memory."""
