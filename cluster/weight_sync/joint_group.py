@@ -14,12 +14,13 @@ from datetime import timedelta
 from threading import Thread
 from typing import Any, Protocol
 
-from torch.distributed import DistError, PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them, untyped
+from torch.distributed import DistError
 
 from cluster.contracts.errors import WeightSyncError
 
 FORMING_SECONDS = 60.0  # NCCL takes a few, over many nodes perhaps ten
-LOOK_SECONDS = 0.02
+POLL_SECONDS = 0.02
 ARRIVED, BEGINS, GIVEN_UP = "arrived", "begins", "given up"  # keys of the store
 
 
@@ -52,19 +53,16 @@ class Meeting:
         """
         deadline = time.monotonic() + self.seconds
         try:
-            self._store = store = self._connect()
+            self._store = store = self._connect(is_master=self.rank == 0)
             self._meet(store, deadline, is_given_up)
             return self._join(store, backend, deadline, is_given_up)
         except DistError as error:  # the store's rank is gone, or cannot be reached
             raise WeightSyncError(self._sentence(f"{_first_line(error)}")) from error
 
-    def _connect(self) -> TCPStore:
+    def _connect(self, is_master: bool) -> TCPStore:
+        timeout = timedelta(seconds=2 * self.seconds)  # our deadline comes first, but where nobody answers
         return TCPStore(
-            self.master_address,
-            self.master_port,
-            is_master=self.rank == 0,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=self.seconds),
+            self.master_address, self.master_port, is_master=is_master, wait_for_workers=False, timeout=timeout
         )
 
     def _meet(self, store: TCPStore, deadline: float, is_given_up: Callable[[], bool]) -> None:
@@ -80,12 +78,11 @@ class Meeting:
 
     def _join(self, store: TCPStore, backend: Backend, deadline: float, is_given_up: Callable[[], bool]) -> Any:
         joined: Future[Any] = Future()
-        own = store.clone()  # what waits on a connection keeps others from reading it
-        own.set_timeout(timedelta(seconds=2 * self.seconds))  # the deadline comes first
-        arguments = (joined, backend, PrefixStore("join", own), self.rank, self.world_size)
+        # On a connection of its own: what waits on one keeps others from reading it.
+        arguments = (joined, backend, PrefixStore("join", self._connect(False)), self.rank, self.world_size)
         Thread(target=_join, args=arguments, name="weight-transfer-group", daemon=True).start()
         try:
-            while not wait([joined], LOOK_SECONDS).done:
+            while not wait([joined], POLL_SECONDS).done:
                 self._watch(store, deadline, is_given_up, f"they did not join within {self.seconds:g} s")
             return joined.result()
         except (WeightSyncError, DistError):
@@ -104,7 +101,7 @@ class Meeting:
         if time.monotonic() > deadline:
             hint = "if none of them died, set NCCL_SOCKET_IFNAME to the interface that connects the nodes"
             raise self._given_up(store, f"{late}; {hint}")
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
 
     def _given_up(self, store: TCPStore, reason: str) -> WeightSyncError:
         """Tell the other ranks, as far as they can be reached, and return the error."""

@@ -146,7 +146,7 @@ class IpcLink:
         """Do nothing: every message says where the buffers are."""
 
     def give_up(self) -> None:
-        """Do nothing: `open` waits for nobody."""
+        """Do nothing: `open` does not wait."""
 
     def update_message(self, bucket: Bucket) -> dict[str, Any]:
         """Say where the parameters stand, on every GPU that has a rank of the learner."""
@@ -162,7 +162,7 @@ class IpcLink:
 
 
 def _form_by_nccl(meeting: Meeting, is_given_up: Callable[[], bool]) -> Any:
-    from cluster.vllm.weight_sync.nccl_group import NcclJoin  # vLLM, which nothing else in the learner needs
+    from cluster.vllm.weight_sync.nccl_and_ipc import NcclJoin  # vLLM, which nothing else in the learner needs
 
     return meeting.form(NcclJoin(), is_given_up)
 

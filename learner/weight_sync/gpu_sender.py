@@ -25,8 +25,7 @@ from cluster.weight_sync.manifest import Bucket, WeightSyncReport, plan_buckets,
 from learner.engines.base import TrainEngine
 from learner.rendezvous import free_port
 from learner.weight_sync.gpu_links import IpcLink, Link, NcclLink, gather_from_ranks
-from learner.weight_sync.newcomers import NewcomerUpdate
-from learner.weight_sync.object_store import WeightSender, fill
+from learner.weight_sync.object_store import NewcomerUpdate, WeightSender, fill
 from learner.weight_sync.recipients import Recipients
 
 CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before their answers are read
