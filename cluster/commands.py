@@ -43,6 +43,7 @@ def start_training(config: Config) -> RunSummary:
     """Train from the beginning."""
     check_trackers(config)
     load_hooks(config)  # one that cannot be imported ends the command before anything starts
+    RunDirectory.refuse_taken(config)
     config, inputs = _prepare(config, _recorded_time(config))
     config = without_idle_workers(config, bool(inputs.held_out_ids))
     with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
