@@ -203,9 +203,8 @@ def init(options: argparse.Namespace) -> int:
     """Write a first run file for two models and prompts, and say what was chosen and why."""
     from cluster.init import InitOptions, write_run_file
 
-    write_run_file(
-        InitOptions(options.student, options.teacher, options.data, options.out, options.gpus, options.gpu_memory)
-    )
+    names = InitOptions.__dataclass_fields__
+    write_run_file(InitOptions(**{name: value for name, value in vars(options).items() if name in names}))
     return 0
 
 
@@ -340,8 +339,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_init(add: Callable[..., Any]) -> None:
-    for name in ("--student", "--teacher"):
-        add(name, required=True, metavar="MODEL", help="a Hugging Face directory or a hub id")
+    add("--student", required=True, metavar="MODEL", help="a Hugging Face directory or a hub id")
+    add("--teacher", metavar="MODEL|URL", help="the same, or a server: http://host:8000/v1")
+    add("--method", metavar="NAME", help="of docs/self_distillation.md; without --teacher, the student teaches itself")
+    add("--teacher-model", metavar="NAME", help="of a server that serves several")
+    add("--api-key-env", metavar="NAME", help="the environment variable that holds the server's key")
+    add("--trust-remote-code", action="store_true", help="of student and teacher")
     add("--data", required=True, metavar="PROMPTS", help="as prompts.train of a run file")
     add("--out", type=Path, default=Path("run.toml"), metavar="FILE", help="the run file to write")
     add("--gpus", type=int, help="that the run will have; without, those of this machine")
