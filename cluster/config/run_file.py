@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.config.advice import advice
 from cluster.config.alarms import AlarmConfig, with_default_alarms
 from cluster.config.fields import Section
 from cluster.config.methods import expand_method
@@ -210,8 +211,10 @@ def _in_our_words(error: Exception, tree: dict[str, Any]) -> str:
     """Say msgspec's finding with the field's path first: `learner.zero_stage: ...`."""
     message, at, path = str(error).rpartition(" - at `$.")
     if not at:
-        return str(error).removesuffix(" - at `$`")
-    return f"{_with_name(path.rstrip('`'), tree)}: {message}"
+        message = str(error).removesuffix(" - at `$`")
+        return message + advice(message, "", Config)
+    path = path.rstrip("`")
+    return f"{_with_name(path, tree)}: {message}{advice(message, path, Config)}"
 
 
 def _with_name(path: str, tree: dict[str, Any]) -> str:
