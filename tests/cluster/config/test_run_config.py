@@ -255,3 +255,11 @@ def test_a_refresh_says_which_version_scores_each_step(refresh: str, versions: l
 def test_a_wrong_field_or_value_is_told_what_it_could_be(text: str, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         parse_run_config(f"student.model = 'm'\nteachers.t.model = 't'\nprompts.train = 'p'\n{text}")
+
+
+def test_a_tilde_is_the_home_folder_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "student.model = '~/s'\nteachers.t.model = '~/t'\nprompts.train = '~/p.jsonl'"
+    config = parse_run_config(text, ["run.directory=~/runs"])
+    found = (config.student.model, config.teachers["t"].model, config.prompts.train, config.run.directory)
+    assert found == ("/home/me/s", "/home/me/t", "/home/me/p.jsonl", "/home/me/runs")
