@@ -1,6 +1,7 @@
 """Parses the command line; `preceptor --help` shows every command. An error is one sentence; --debug its trace."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from cluster.config.run_file import load_run_config
 from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped, in_one_line
 from cluster.nodes.preloaded_python import preloading
 
+DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+=")  # as other programs have it
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -243,13 +245,14 @@ def stop(options: argparse.Namespace) -> int:
 
 
 class _Interleaving(argparse.ArgumentParser):
-    """Takes overrides after options too; argparse takes all positional arguments in one place."""
+    """Takes overrides after options, and with dashes; argparse takes all positional arguments in one place."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, left = super().parse_known_args(args, namespace)
         if "arguments" in parsed:
-            parsed.arguments += [text for text in left if not text.startswith("-")]
-            left = [text for text in left if text.startswith("-")]
+            overrides = [text for text in left if not text.startswith("-") or DASHED_OVERRIDE.match(text)]
+            parsed.arguments += [text.lstrip("-") for text in overrides]
+            left = [text for text in left if text not in overrides]
         return parsed, left
 
 

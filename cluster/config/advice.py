@@ -31,7 +31,7 @@ def advice(message: str, path: str, root: type) -> str:
         values = [str(value) for type_ in types if isinstance(type_, inspect.LiteralType) for value in type_.values]
         return f"; expected one of {', '.join(values)}" if values else ""
     if "`, got `str`" in message and any(isinstance(type_, inspect.FloatType | inspect.IntType) for type_ in types):
-        return "; write the number without quotes"
+        return "; write a number, without quotes"
     if "matching regex" in message:
         return "; use letters, digits, '.', '_' and '-', a letter or digit first"
     if message == "Expected `array`, got `str`":

@@ -247,7 +247,7 @@ def test_a_refresh_says_which_version_scores_each_step(refresh: str, versions: l
         ("teachers.self = {from = 'student', refresh = 'always'}", "teachers.self.refresh: .* one of frozen, live$"),
         ("objective.terms.main.loss = 'kl'", "terms.main.loss: .* one of policy_gradient, divergence, task_reward, "),
         ("objective.terms.main = {loss = 'divergence', betaa = 1}", "unknown field `betaa`; did you mean beta?"),
-        ("learner.learning_rate = '1e-5'", "learner.learning_rate: Expected `float`, .*; write the number without quo"),
+        ("learner.learning_rate = '1e-5'", "learner.learning_rate: Expected `float`, .*; write a number, without quo"),
         ("rollout.stop = '###'", r'rollout.stop: Expected `array`, got `str`; write a list: \["..."\]'),
         ("run.name = 'a/b'", "run.name: .*; use letters, digits, '.', '_' and '-', a letter or digit first"),
     ],
