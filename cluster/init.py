@@ -26,6 +26,7 @@ from cluster.placement.placement import describe, plan_placement
 from cluster.placement.proposal import Machine, choose_hardware
 from cluster.run.inputs import Inputs, load_inputs
 from rollout_workers.environments.verifiers import check_answer
+from rollout_workers.prompt_rows import USUAL_COLUMNS
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, guess_columns, hub_or_cache, read_rows, value_at
 from teacher_workers.backends.http import served_model
 
@@ -85,8 +86,7 @@ def write_run_file(options: InitOptions) -> None:
     plan = choose_hardware(draft, sizes, longest, machine)
     head = [
         f"student {options.student}: {sizes[STUDENT].describe()}",
-        f"teacher {options.teacher or 'student'}: "
-        f"{sizes[TEACHER].describe() if TEACHER in sizes else 'served there'}",
+        f"teacher {options.teacher or 'student'}: {sizes[TEACHER].describe() if TEACHER in sizes else 'served there'}",
         f"data {options.data}: {inputs.train.num_prompts} prompts",
         f"machine: {machine.describe()}",
     ]
@@ -176,7 +176,7 @@ def _choose_columns(draft: Draft, data: str) -> None:
     if not rows:
         return  # reading the prompts says what is wrong
     columns = guess_columns(rows[0])
-    renamed = {field: column for field, column in columns.items() if column != field}
+    renamed = {field: column for field, column in columns.items() if column not in USUAL_COLUMNS[field]}
     if renamed:
         draft.set("prompts.columns", renamed, f"the columns are {', '.join(rows[0])}")
     prompts, answers = ([value_at(row, columns.get(field, field)) for row in rows] for field in ("prompt", "answer"))
@@ -228,19 +228,17 @@ def _verifier_for(answers: Sequence[str]) -> tuple[str, str]:
     return "exact", "compared as texts"
 
 
-def _choose_lengths(
-    draft: Draft, inputs: Inputs, options: InitOptions, machine: Machine, teacher_tokens: int
-) -> int:
+def _choose_lengths(draft: Draft, inputs: Inputs, options: InitOptions, machine: Machine, teacher_tokens: int) -> int:
     """Choose completions' length so that 99 % of the prompts fit; return the tokens of the longest sequence."""
     tokens = [len(inputs.prompts.prompt(number).token_ids) for number in _sampled(inputs)]
     median, most = (int(np.quantile(tokens, share)) for share in (0.5, 0.99))
     longest = inputs.prompts.longest_tokens
     context = min(context_length(load_model_config(options.student, options.trust_remote_code)), teacher_tokens)
     further = max(0, inputs.scorer_prompt_tokens.get(TEACHER, 0) - longest)  # of the teacher's own prompts
-    room = context - most - further - 1
-    if room < 1:
+    left = context - most - further - 1
+    if left < 1:
         raise PromptError(f"{options.data}: the teacher's contexts leave no room in {context} tokens; shorten them")
-    completion = min(GPU_COMPLETION_TOKENS if machine.gpus else CPU_COMPLETION_TOKENS, room)
+    completion = min(GPU_COMPLETION_TOKENS if machine.gpus else CPU_COMPLETION_TOKENS, left)
     why = f"prompts have {median} tokens (median), {most} (99 %), {longest} (longest), the context {context}"
     draft.set("rollout.max_completion_tokens", completion, why)
     count = min(GPU_PROMPTS if machine.gpus else CPU_PROMPTS, inputs.train.num_prompts)

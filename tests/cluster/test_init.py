@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
-from cluster.config.run_config import Config
 from cluster.config.methods import METHODS
+from cluster.config.run_config import Config
 from cluster.config.run_file import load_run_config, parse_run_config
 from cluster.demo import EMBEDDED
 from cluster.run.inputs import load_inputs
