@@ -51,23 +51,31 @@ def _of_unknown(name: str, names: list[str], root: type) -> str:
 
 def _types_at(type_: Any, path: list[str]) -> Iterator[Any]:
     """Yield the types that a value at a path may have, of all members of unions."""
+    for member in _members(type_):
+        if not path:
+            yield member
+        for below in _below(member, path[0]) if path else ():
+            yield from _types_at(below, path[1:])
+
+
+def _members(type_: Any) -> Iterator[Any]:
     if isinstance(type_, inspect.Metadata):
-        yield from _types_at(type_.type, path)
+        yield from _members(type_.type)
     elif isinstance(type_, inspect.UnionType):
         for member in type_.types:
-            yield from _types_at(member, path)
-    elif not path:
+            yield from _members(member)
+    else:
         yield type_
-    elif isinstance(type_, inspect.StructType):
-        if path == [type_.tag_field]:
-            yield inspect.LiteralType((type_.tag,))
-        for field in type_.fields:
-            if field.encode_name == path[0]:
-                yield from _types_at(field.type, path[1:])
-    elif isinstance(type_, inspect.DictType):
-        yield from _types_at(type_.value_type, path[1:])
-    elif isinstance(type_, inspect.VarTupleType | inspect.ListType):
-        yield from _types_at(type_.item_type, path[1:])
+
+
+def _below(type_: Any, name: str) -> list[Any]:
+    """Return the types of what has this name inside a value; `name` is `[...]` where it is any."""
+    if isinstance(type_, inspect.StructType):
+        tags = [inspect.LiteralType((type_.tag,))] if name == type_.tag_field else []
+        return tags + [field.type for field in type_.fields if field.encode_name == name]
+    if isinstance(type_, inspect.DictType):
+        return [type_.value_type]
+    return [type_.item_type] if isinstance(type_, inspect.VarTupleType | inspect.ListType) else []
 
 
 def _field_names(type_: Any) -> list[str]:

@@ -145,9 +145,8 @@ def served_model(teacher: TeacherConfig) -> ServedModel:
         return _run(_each(teacher, CompletionsClient.served_model))[0]
     url, models = _run(_each(teacher, CompletionsClient.list_models))[0]
     if len(models) != 1:
-        raise ModelError(
-            f"{url} serves {', '.join(model.id for model in models) or 'no model'}; name one of them with --teacher-model"
-        )
+        names = ", ".join(model.id for model in models) or "no model"
+        raise ModelError(f"{url} serves {names}; name one of them with --teacher-model")
     return models[0]
 
 

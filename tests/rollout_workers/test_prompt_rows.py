@@ -199,7 +199,9 @@ def test_a_column_teacher_that_names_none_of_the_runs_is_not_read_where_there_is
     assert loaded.lines == [f"{path}: 2 prompts; their teacher (2 others) is not read: [teachers] has one alone"]
     for other in ({"prompt": "three"}, {"prompt": "three", "teacher": "main"}):
         path = write(tmp_path, other, {"prompt": "two", "teacher": "mian"})
-        with pytest.raises(PromptError, match=r"p.jsonl:2: teacher is 'mian'; expected .*prompts.columns.teacher names"):
+        with pytest.raises(
+            PromptError, match=r"p.jsonl:2: teacher is 'mian'; expected .*prompts.columns.teacher names"
+        ):
             Loaded(path, tokenizer)
 
 

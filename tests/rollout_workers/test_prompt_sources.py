@@ -51,7 +51,10 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
 
 def test_a_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Wie geht's? 你好\n\n[1, 2] are?\n")
-    expected = [(f"{tmp_path}/p.txt:1", {"prompt": "Wie geht's? 你好"}), (f"{tmp_path}/p.txt:3", {"prompt": "[1, 2] are?"})]
+    expected = [
+        (f"{tmp_path}/p.txt:1", {"prompt": "Wie geht's? 你好"}),
+        (f"{tmp_path}/p.txt:3", {"prompt": "[1, 2] are?"}),
+    ]
     assert list(read_rows(str(tmp_path / "p.txt"))) == expected
     (tmp_path / "p.txt").write_text('{"prompt": "a"}\n')  # which other programs write under this name
     assert rows(str(tmp_path / "p.txt")) == [{"prompt": "a"}]

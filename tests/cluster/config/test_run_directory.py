@@ -63,7 +63,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(
 
 
 def test_what_the_system_says_of_a_folder_is_in_the_sentence() -> None:
-    with pytest.raises(ConfigError, match="/proc/none/run: cannot make the run directory: .*; name another folder in"):
+    with pytest.raises(ConfigError, match=r"/proc/none/run: cannot make the run directory: .*; name another folder in"):
         RunDirectory.create(make_config("run.directory='/proc/none'"))
 
 

@@ -210,5 +210,5 @@ def test_heads_that_vllms_kernels_for_cpus_do_not_have_are_refused_before_an_eng
     config = Qwen3Config(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=16)
     config.architectures = ["Qwen3ForCausalLM"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="its heads have 16 dimensions, and on a CPU .* heads of 32, 64, .* on a GPU"):
+    with pytest.raises(ModelError, match=r"its heads have 16 dimensions, and on a CPU .* heads of 32, 64, .* on a GPU"):
         build_engine(str(tmp_path), False, EngineConfig(dtype="float32"), EngineRole(64, False, tokenizer=False))
