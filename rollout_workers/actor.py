@@ -32,8 +32,9 @@ from rollout_workers.environments.tool_calls import reader_of
 from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.episode import Limits
 from rollout_workers.pool import RolloutActorSettings
-from rollout_workers.privileged import PrivilegedSampler
+from rollout_workers.privileged import PrivilegedSampler, PrivilegedSettings
 from rollout_workers.prompts import PromptSet
+from rollout_workers.teacher_engine import TeacherEngine
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
 if TYPE_CHECKING:
@@ -97,12 +98,23 @@ class RolloutActor(WeightVerbs):
                 None
                 if (privileged := settings.privileged) is None
                 else PrivilegedSampler(
-                    privileged, ContextBuilder(privileged.contexts, tokenizer, prompts), engine, sample
+                    privileged,
+                    ContextBuilder(privileged.contexts, tokenizer, prompts),
+                    engine,
+                    sample,
+                    self._writer(privileged),
                 )
             ),
         )
         self._engine, self._served = engine, ServedWeights(self._worker)
         self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
+
+    def _writer(self, privileged: PrivilegedSettings) -> RolloutEngine | None:
+        """Return the engines of the teacher that writes for hard prompts; None: the student does."""
+        teacher = privileged.config.sampler
+        if teacher is None:
+            return None
+        return TeacherEngine(teacher, privileged.retry_seconds, lambda: self._worker.policy_version)
 
     async def set_prompts(self, wire: pa.Buffer) -> None:
         """Replace the prompts; Ray hands every actor of a node the same bytes."""

@@ -20,7 +20,7 @@ from cluster.contracts.errors import ConfigError, PreceptorError
 from cluster.contracts.metrics import Mean, Metric, Sum
 from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import Floats, GeneratedTrajectory, Ints, masked
+from cluster.contracts.trajectory import STUDENT, Floats, GeneratedTrajectory, Ints, masked
 from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext
 from rollout_workers.contexts.groups import Attempt
 from rollout_workers.contexts.template import check_columns
@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-SAMPLER = "privileged:student"  # in a row's column `sampler`: the student with another prompt wrote it
-
-# Samples one text of a request, of the student that reads these tokens in the place of its prompt.
-Sample = Callable[[RolloutRequest, SamplingSettings, int, Ints], Awaitable[Attempt]]
+# Samples one text of a request, in an engine or else the worker's own, whose model reads these tokens in the place of
+# the prompt.
+Sample = Callable[[RolloutRequest, SamplingSettings, int, Ints, RolloutEngine | None], Awaitable[Attempt]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,12 @@ class PrivilegedSettings:
 
     config: PrivilegedConfig
     contexts: ContextSettings  # of no scorer: how prompts are rendered
+    retry_seconds: float = 0.0  # that a request waits for a worker of the teacher that writes
 
     @property
     def scorer(self) -> ScorerContext:
         """Return the sampler's context in the form that the builder of contexts reads."""
-        return ScorerContext("", SAMPLER, self.config.context, self.config.shuffled)
+        return ScorerContext("", self.config.label, self.config.context, self.config.shuffled)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan_privileged(
         prompts: all of them, training prompts first.
         num_train: how many these are.
         tokenizer: the student's.
-        context_tokens: of the student.
+        context_tokens: of the model that writes.
         now: what chat templates take for the time.
 
     Raises:
@@ -85,7 +85,8 @@ def plan_privileged(
     section = config.rollout.privileged
     if section is None:
         return PrivilegedPlan()
-    settings = PrivilegedSettings(section, ContextSettings((), config.prompts, now))
+    retry_seconds = 0.0 if section.sampler is None else config.teachers[section.sampler].retry_seconds
+    settings = PrivilegedSettings(section, ContextSettings((), config.prompts, now), retry_seconds)
     try:
         _check_template(settings.scorer, config, prompts)
         builder = ContextBuilder(settings.contexts, tokenizer, prompts)
@@ -143,10 +144,16 @@ class PrivilegedSampler:
     """Answers requests of the privileged sampler with one row each; one without a text to learn from is masked."""
 
     def __init__(
-        self, settings: PrivilegedSettings, builder: ContextBuilder, engine: RolloutEngine, sample: Sample
+        self,
+        settings: PrivilegedSettings,
+        builder: ContextBuilder,
+        engine: RolloutEngine,
+        sample: Sample,
+        writer: RolloutEngine | None = None,
     ) -> None:
+        """Take the student's engine, which scores, and the one that writes; None: the same."""
         self._config, self._scorer = settings.config, settings.scorer
-        self._builder, self._engine, self._sample = builder, engine, sample
+        self._builder, self._engine, self._sample, self._writer = builder, engine, sample, writer
 
     async def answer(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
         """Sample, verify and select; all texts of a request run at once."""
@@ -155,13 +162,15 @@ class PrivilegedSampler:
             replace(request, seed=sampling_seed(request.seed, request.prompt_id, number))
             for number in range(self._config.samples_per_prompt)
         ]
-        attempts = await asyncio.gather(*(self._sample(one, sampling, priority, prompt_ids) for one in tries))
+        attempts = await asyncio.gather(
+            *(self._sample(one, sampling, priority, prompt_ids, self._writer) for one in tries)
+        )
         right = [one for one in attempts if (one.trajectory.reward or 0.0) >= self._config.min_reward]
         scores = await asyncio.gather(*(self._score(one, priority) for one in right))
         chosen = select(self._config, scores)
         attempt = attempts[0] if chosen is None else right[chosen]
         rows = [masked(row) if chosen is None else row for row in _rows(attempt)]
-        *earlier, last = (replace(row, sampler=SAMPLER) for row in rows)
+        *earlier, last = (replace(row, sampler=self._config.label) for row in rows)
         metrics = sampler_metrics(self._config, attempts, scores, chosen)
         return replace(attempt, trajectory=last, earlier=tuple(earlier), metrics=metrics)
 
@@ -216,4 +225,4 @@ def sampler_metrics(
 
 def own_rows(rows: Sequence[GeneratedTrajectory]) -> list[GeneratedTrajectory]:
     """Return the rows that the student sampled from its own prompts."""
-    return [row for row in rows if row.sampler != SAMPLER]
+    return [row for row in rows if row.sampler == STUDENT]

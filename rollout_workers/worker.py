@@ -117,6 +117,11 @@ class RolloutWorker:
         self._policy_version = policy_version
         return await self.engine.finish_weight_update(policy_version)
 
+    @property
+    def policy_version(self) -> int:
+        """Return the version of the engine's weights; 0: those that it loaded from disk."""
+        return self._policy_version or 0
+
     def forget_version(self) -> None:
         """Let the next update bring any policy version, an earlier one too."""
         self._policy_version = None
@@ -157,17 +162,23 @@ class RolloutWorker:
         return await self._privileged.answer(request, sampling, priority)
 
     async def _rollout(
-        self, request: RolloutRequest, sampling: SamplingSettings, priority: int, read_as: Ints | None = None
+        self,
+        request: RolloutRequest,
+        sampling: SamplingSettings,
+        priority: int,
+        read_as: Ints | None = None,
+        engine: RolloutEngine | None = None,
     ) -> Attempt:
         """Run one episode; its environment may fail, but not those of many episodes one after the other.
 
-        The student reads `read_as`, if given, in the place of its prompt, which the rows have all the same.
+        The model of the engine, or else of the worker's own, reads `read_as`, if given, in the place of the prompt,
+        which the rows have all the same.
         """
         if self._prompts is None:
             raise RolloutError("a rollout was requested before the prompts were set")
         prompt = self._prompts.prompt(request.prompt_id)
         names = self._request_ids(request)
-        episode = Episode(self.engine, request, prompt, sampling, self._limits, priority, names, read_as)
+        episode = Episode(engine or self.engine, request, prompt, sampling, self._limits, priority, names, read_as)
         try:
             environment = self._environment(replace(self._services, stop=sampling.stop))
             reason, answer = await episode.run(environment)
@@ -197,5 +208,5 @@ class RolloutWorker:
                 "without a success between"
             ) from error
         _log.warning("trajectory %d: the environment failed: %s; it teaches nothing", request.trajectory_id, what)
-        *earlier, row = episode.failed_rows(self._policy_version or 0)
+        *earlier, row = episode.failed_rows(self.policy_version)
         return Attempt(row, earlier=tuple(earlier))

@@ -1,6 +1,7 @@
 """Scores batches in a Ray actor: bytes and a request in, the same rows with one more model's columns out."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -14,10 +15,10 @@ from cluster.actors.object_store import pack
 from cluster.config.stages import TeacherConfig
 from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
-from cluster.contracts.errors import ScoreError
+from cluster.contracts.errors import ActorDiedError, ScoreError
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
 from cluster.contracts.pieces import Pieces
-from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import SIGNALS
 from cluster.contracts.trajectory import STUDENT, Floats, add_scores, ragged, version_field
@@ -84,6 +85,14 @@ class TeacherActor(WeightVerbs):
         """Score one batch; Ray has fetched its bytes to this node before the call."""
         assert self._worker is not None, "a pool sends batches to actors that have started"
         return pack_scored(wire, *await self._worker.score(from_wire(wire), request), request.model)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
+        """Sample one completion for a rollout worker, as the backend does."""
+        if self._worker is None:  # its name is listed before
+            raise ActorDiedError(f"{self._name} has not started")
+        return await self._worker.backend.generate(prompt_ids, sampling, seed, priority)
 
     async def abandon(self) -> None:
         """Be ready for weights of any version; during an update this is refused."""

@@ -35,11 +35,13 @@ class PrivilegedConfig(Section, frozen=True):
 
     A prompt counts as hard when its last `hard_after` completions, in the steps that asked for it, all failed. For up
     to `prompts_per_step` hard prompts, a step has one further row each. The rollout worker samples
-    `samples_per_prompt` texts from the student that reads `template` in the place of its prompt, has the environment
-    reward them, and scores the right ones without the context.
+    `samples_per_prompt` texts from the student, or from a teacher, that reads `template` in the place of the prompt,
+    has the environment reward them, and lets the student score the right ones without the context.
     """
 
-    template: Text  # Jinja, or a file of it, as of a teacher's context; it may read the prompt's row alone
+    # Jinja, or a file of it, as of a teacher's context; it may read the prompt's row alone. None: the prompt itself
+    template: Text | None = None
+    sampler: Text | None = None  # NAME of the [teachers.NAME] that writes; None: the student with the template
     prompts_per_step: Items = 4
     samples_per_prompt: Annotated[int, Meta(ge=1, le=256)] = 8
     hard_after: Count = 8  # failures in a row
@@ -58,14 +60,27 @@ class PrivilegedConfig(Section, frozen=True):
     rest_steps: CountOrZero = 0
 
     def __post_init__(self) -> None:
-        force_setattr(self, "template", read_template(self.template))
+        if self.template is None and self.sampler is None:
+            raise ValueError("template is missing; the student writes no more with its own prompt than without a sampler")
+        force_setattr(self, "template", "{{ prompt }}" if self.template is None else read_template(self.template))
         if self.rest_steps and self.phase_steps is None:
             raise ValueError("rest_steps is for phases; set phase_steps, or remove it")
 
     @property
     def context(self) -> ContextConfig:
         """Return the template as a context, which the builder of contexts reads."""
+        assert self.template is not None, "it is set when the section is read"
         return ContextConfig(self.template)
+
+    @property
+    def label(self) -> str:
+        """Return what the rows have in their column `sampler`.
+
+        Example:
+            >>> PrivilegedConfig("{{ hint }}").label, PrivilegedConfig(sampler="math").label
+            ('privileged:student', 'privileged:math')
+        """
+        return f"privileged:{self.sampler or 'student'}"
 
     def is_active(self, step: int) -> bool:
         """Return whether optimizer step `step`, from 0, may have rows of the sampler.

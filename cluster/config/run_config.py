@@ -100,13 +100,21 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_tools(self)
         _check_packages(self.prompts, self.environment)
         _check_contexts(self)
+        _check_sampling_teacher(self)
         self.objective.check_privileged(has_sampler=self.rollout.privileged is not None)
 
     @property
     def routes(self) -> list[str]:
-        """Return the teachers that prompts may name: all but those that only stand beside another in a target."""
+        """Return the teachers that prompts may name: all but those that stand beside another, in a target or to write.
+        """
         beside = {teacher.base for teacher in self.teachers.values()} | {*self.objective.needs.models, INITIAL_STUDENT}
+        beside.add(self.sampling_teacher)
         return [name for name in self.teachers if name not in beside or name == TEACHER] or list(self.teachers)
+
+    @property
+    def sampling_teacher(self) -> str | None:
+        """Return the [teachers.NAME] that writes for prompts that the student never solves; None: no teacher does."""
+        return None if self.rollout.privileged is None else self.rollout.privileged.sampler
 
     @property
     def scorer_groups(self) -> dict[str, list[str]]:
@@ -205,6 +213,25 @@ def _check_contexts(config: Config) -> None:
     for name, teacher in config.teachers.items():
         if teacher.shuffled_context and teacher.context is None:
             raise ValueError(f"teachers.{name}: shuffled_context = true, but there is no context to shuffle; set one")
+
+
+def _check_sampling_teacher(config: Config) -> None:
+    """Check that the teacher that writes for hard prompts, if there is one, writes what the student can learn from."""
+    name = config.sampling_teacher
+    if name is None:
+        return
+    where = f"rollout.privileged.sampler = '{name}'"
+    if name not in config.teachers:
+        raise ValueError(f"{where} is none of the teachers; there are {sorted(config.teachers)}")
+    teacher = config.teachers[name]
+    if teacher.source is not None:
+        raise ValueError(f"{where} is the student itself (from = 'student'); leave `sampler` out, and it writes too")
+    if teacher.is_aligned:
+        raise ValueError(f"{where} has another tokenizer, and the student learns its own tokens; name another teacher")
+    if config.objective.needs.sampled_candidates:
+        raise ValueError(f"{where}: objective.support = 'samples' has draws of the student alone; use another support")
+    if config.balance.mode != "off":
+        raise ValueError(f"{where} writes, and the balancer counts scores alone; turn balance off")
 
 
 def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:

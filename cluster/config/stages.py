@@ -35,6 +35,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 GpuFraction = Annotated[float, Meta(gt=0, le=1)]  # of one GPU's memory
 MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
 ROLLOUT_ENGINES = "rollout"  # the backend of a teacher that scores in the rollout pool's engines
+GENERATING = "vllm-generate"  # the backend of a teacher whose engine samples
 ALIGNED = "aligned"  # a teacher's tokenizer that is not the student's
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 

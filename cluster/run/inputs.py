@@ -64,9 +64,10 @@ class Inputs:
     def rollout_model_len(self, config: Config) -> int:
         """Return the context that the rollout engines must offer.
 
-        The privileged sampler reads longer prompts, and so do teachers that score in them.
+        The student as privileged sampler reads longer prompts, and so do teachers that score in these engines.
         """
-        own = self.max_model_len + max(0, self.privileged.prompt_tokens - self.prompts.longest_tokens)
+        longest = self.privileged.prompt_tokens if config.sampling_teacher is None else 0
+        own = self.max_model_len + max(0, longest - self.prompts.longest_tokens)
         scoring = (name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
         return max(own, self.scoring_model_len(*scoring))
 
@@ -100,7 +101,9 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
-    privileged = plan_privileged(config, prompts, len(train), student.tokenizer, student.context_tokens, now)
+    sampler = config.sampling_teacher
+    context_of_sampler = student.context_tokens if sampler is None else capacities[sampler]
+    privileged = plan_privileged(config, prompts, len(train), student.tokenizer, context_of_sampler, now)
     replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,
@@ -116,6 +119,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         scorer_prompt_tokens={
             **plan.prompt_tokens,
             **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
+            **({} if sampler is None else {sampler: max(privileged.prompt_tokens, plan.prompt_tokens.get(sampler, 0))}),
         },
         contexts=plan.settings,
         privileged=privileged,

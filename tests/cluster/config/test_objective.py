@@ -41,7 +41,7 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (GateConfig, "kappa gamma"),
         (
             PrivilegedConfig,
-            "template prompts_per_step samples_per_prompt hard_after max_rows min_reward select min_gentleness "
+            "template sampler prompts_per_step samples_per_prompt hard_after max_rows min_reward select min_gentleness "
             "sharpness strength shuffled phase_steps rest_steps",
         ),
         (WeightSchedule, "to over_steps start"),
@@ -338,3 +338,32 @@ def test_last_opd_fades_from_hidden_states_to_the_divergence_in_ten_steps() -> N
         {"main": 1.0, "states": 0.0},
     ]
     assert (objective.needs.last_states, objective.needs.layer_states) == (("teacher",), ())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.privileged.sampler=math"], r"sampler = 'math' is none of the teachers; there are \['main'\]"),
+        (["rollout.privileged={max_rows=2}"], r"template is missing"),
+        (["teachers.main={from='student'}", "rollout.privileged.sampler=main"], r"'main' is the student itself"),
+        (["rollout.privileged.sampler=main", "balance=auto"], r"'main' writes, and the balancer counts scores alone"),
+        (["rollout.privileged.sampler=main", "teachers.main.tokenizer=aligned"], r"'main' has another tokenizer"),
+        (
+            ["rollout.privileged.sampler=main", "objective.support=samples", "objective.support_size=4"],
+            r"'main': objective.support = 'samples' has draws of the student alone",
+        ),
+    ],
+)
+def test_what_cannot_write_for_the_student_is_refused(overrides: list[str], message: str) -> None:
+    terms = "objective={support='sampled',terms={main={loss='policy_gradient',importance={kind='truncated'}}}}"
+    with pytest.raises(ConfigError, match=message):
+        make_config(terms, *([] if "template" in message else [PRIVILEGED]), *overrides)
+
+
+def test_a_teacher_that_writes_stands_beside_those_that_prompts_go_to() -> None:
+    main = "objective.terms.main={loss='divergence',rows='student'}"
+    beside = [PRIVILEGED, IMITATED, main, "rollout.privileged.sampler=writer"]
+    config = make_config(*beside, "teachers.writer={model='w',backend='vllm-generate'}")
+    assert (config.routes, config.sampling_teacher) == (["main"], "writer")
+    alone = make_config(*beside[:-1], "rollout.privileged.sampler=main", "teachers.main.backend=vllm-generate")
+    assert alone.routes == ["main"]  # it writes and scores

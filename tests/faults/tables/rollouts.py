@@ -177,10 +177,10 @@ FAULTS = (
     ),
     Fault(
         "EOS left out",
-        "rollout_workers/vllm_requests.py",
+        "cluster/vllm/generation.py",
         "token_ids=np.asarray(output.token_ids, np.int32),\n        logprobs=logprobs[:, 0],",
         "token_ids=np.asarray(output.token_ids, np.int32)[:-1],\n        logprobs=logprobs[:-1, 0],",
-        ("tests/rollout_workers/test_vllm_requests.py",),
+        ("tests/cluster/vllm/test_generation.py",),
     ),
     Fault(
         "absent part of a packed parameter not noticed",
