@@ -146,12 +146,6 @@ class RolloutWorker:
             for attempt, group in released
             for row in (*attempt.earlier, attempt.trajectory)
         ]
-        further = [row for row, _ in built if row.turn and row.context_hash]
-        if further:
-            raise RolloutError(
-                f"trajectory {further[0].episode}: its environment begins a further row at turn {further[0].turn + 1}, "
-                f"and teachers.{further[0].teacher}.context stands in the place of the first prompt; remove the context"
-            )
         return [row for row, _ in built], merge([metrics for _, metrics in built])
 
     async def _answer(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:

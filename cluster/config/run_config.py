@@ -230,6 +230,8 @@ def _check_sampling_teacher(config: Config) -> None:
         raise ValueError(f"{where} has another tokenizer, and the student learns its own tokens; name another teacher")
     if config.objective.needs.sampled_candidates:
         raise ValueError(f"{where}: objective.support = 'samples' has draws of the student alone; use another support")
+    if not teacher.num_workers:
+        raise ValueError(f"{where} has num_workers = 0, so nothing would write; set it to 1 or more")
     if config.balance.mode != "off":
         raise ValueError(f"{where} writes, and the balancer counts scores alone; turn balance off")
 

@@ -11,7 +11,7 @@ from itertools import count as counter
 import numpy as np
 
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.errors import ConfigError, ScoreError
+from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.contracts.trajectory import Ints
 from cluster.models.model_checks import ModelFacts
@@ -79,11 +79,6 @@ class GeneratingBackend(ListedLogprobsBackend):
     async def listed(self, rows: Sequence[tuple[Ints, Ints]], count: int, newest: int) -> tuple[Listed, int]:
         from cluster.vllm.generation import prompt_logprobs
 
-        if self._teacher.excluded_token_ids:
-            raise ScoreError(
-                f"backend = 'vllm-generate' gives {len(self._teacher.excluded_token_ids)} tokens a probability that "
-                "the student lacks or the run file excludes; let a teacher with backend = 'vllm' score"
-            )
         asked = (
             prompt_logprobs(self._engine, "teacher", f"score-{next(self._requests)}", ids, places, count, FIRST)
             for ids, places in rows

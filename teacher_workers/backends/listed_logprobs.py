@@ -52,21 +52,24 @@ class ListedLogprobsBackend(TeacherBackend):
         """Score all rows with one version of the weights, which is at least the newest that wrote any of them.
 
         A stop id of a class of several is the class: its log-probability is that of all members that the engine lists,
-        which are the most likely tokens and the written one.
+        which are the most likely tokens and the written one. So is the probability that excluded tokens leave.
         """
         token_ids, loss_mask = as_read_by(batch, request.model)
         rows = [(token_ids[row], np.flatnonzero(loss_mask[row]).astype(np.int32)) for row in range(len(token_ids))]
         newest = max(batch["max_policy_version"].to_pylist(), default=0)
         merged = self._teacher.stop_class if len(self._teacher.stop_class) > 1 else ()
-        listed, version = await self.listed(rows, request.top_k + len(merged), newest)
-        logprobs, ids, of_candidates = columns(listed, merged, request.top_k)
+        excluded = self._teacher.excluded_token_ids
+        listed, version = await self.listed(rows, request.top_k + len(merged) + len(excluded), newest)
+        logprobs, ids, of_candidates = columns(listed, merged, request.top_k, excluded)
         scores: dict[str, NDArray[Any]] = {"logprobs": logprobs}
         if request.top_k:
             scores |= {"candidate_ids": ids, "candidate_logprobs": of_candidates}
         return scores, {}, version
 
 
-def columns(listed: Listed, stop_class: Sequence[int], top_k: int) -> tuple[Floats, Ints, Floats]:
+def columns(
+    listed: Listed, stop_class: Sequence[int], top_k: int, excluded: Sequence[int] = ()
+) -> tuple[Floats, Ints, Floats]:
     """Return logprobs [sampled_tokens], and ids and logprobs [sampled_tokens, top_k] of the most likely classes.
 
     Example:
@@ -76,6 +79,10 @@ def columns(listed: Listed, stop_class: Sequence[int], top_k: int) -> tuple[Floa
         ([0.5], [[1, 4]], [[0.5, 0.5]])
     """
     tokens, own, ids, logprobs = listed[0][:, :1], listed[1][:, 0], listed[0][:, 1:], listed[1][:, 1:]
+    if excluded:
+        is_excluded = np.isin(ids, excluded)
+        left = np.log1p(-np.where(is_excluded, np.exp(logprobs), 0.0).sum(1))
+        own, logprobs = own - left, np.where(is_excluded, -np.inf, logprobs - left[:, None])
     if stop_class:
         members, own_is_member = np.isin(ids, stop_class), np.isin(tokens[:, 0], stop_class)
         own_is_listed = (ids == tokens).any(1)

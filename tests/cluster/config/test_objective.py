@@ -346,6 +346,7 @@ def test_last_opd_fades_from_hidden_states_to_the_divergence_in_ten_steps() -> N
         (["rollout.privileged.sampler=math"], r"sampler = 'math' is none of the teachers; there are \['main'\]"),
         (["rollout.privileged={max_rows=2}"], r"template is missing"),
         (["teachers.main={from='student'}", "rollout.privileged.sampler=main"], r"'main' is the student itself"),
+        (["rollout.privileged.sampler=main", "teachers.main.num_workers=0"], r"'main' has num_workers = 0"),
         (["rollout.privileged.sampler=main", "balance=auto"], r"'main' writes, and the balancer counts scores alone"),
         (["rollout.privileged.sampler=main", "teachers.main.tokenizer=aligned"], r"'main' has another tokenizer"),
         (

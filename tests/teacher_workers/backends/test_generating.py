@@ -1,9 +1,11 @@
 """A teacher whose engine samples: what it is asked for, and what it refuses before a run."""
 
+import numpy as np
 import pytest
 
 from cluster.contracts.errors import ConfigError
 from teacher_workers.backends.base import check_signals
+from teacher_workers.backends.listed_logprobs import columns
 from tests.builders import make_config
 
 WRITES = (
@@ -30,3 +32,10 @@ def test_what_writes_has_an_engine_that_samples() -> None:
 def test_scores_that_such_an_engine_has_not_are_refused(overrides: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_signals(make_config(*WRITES, "teachers.main.backend=vllm-generate", overrides))
+
+
+def test_excluded_tokens_leave_their_probability_to_the_others() -> None:
+    listed = np.array([[5, 9, 5, 4]], np.int32), np.log(np.array([[0.3, 0.4, 0.3, 0.2]], np.float32))
+    own, ids, logprobs = columns(listed, (), 2, excluded=(8, 9))
+    assert np.exp(own) == pytest.approx(0.5)
+    assert (ids.tolist(), np.exp(logprobs[0]).round(6).tolist()) == ([[5, 4]], [0.5, pytest.approx(1 / 3, abs=1e-5)])
