@@ -7,7 +7,6 @@ whose `rollout_logprobs` are those of the sampler. Sources: Pedagogical RL (Chak
 """
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -128,16 +127,7 @@ class BlindScores:
         return float(self.logprobs.sum(dtype=np.float64))
 
     def gentleness(self, config: PrivilegedConfig) -> float:
-        """Return exp(-(strength / sharpness) log mean exp(sharpness d)), in (0, 1]; 1: greedy decoding writes the text.
-
-        d is how far each token's log-probability is below the favourite's (Pedagogical RL).
-        """
-        if not len(self.logprobs):
-            return 1.0
-        scaled = config.sharpness * np.maximum(self.best - self.logprobs, 0.0).astype(np.float64)
-        largest = float(scaled.max())
-        pooled = largest + math.log(float(np.exp(scaled - largest).mean()))
-        return math.exp(-config.strength / config.sharpness * pooled)
+        return config.gentleness.of(self.logprobs, self.best)
 
 
 class PrivilegedSampler:

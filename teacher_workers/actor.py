@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
+from cluster.config.context import GentlenessConfig
 from cluster.config.stages import TeacherConfig
 from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
@@ -28,13 +29,14 @@ from cluster.vllm.weight_sync.served_weights import ServedWeights
 from cluster.vllm.weight_sync.updates import WeightVerbs
 from teacher_workers.backends.base import TeacherBackend, find_backend
 from teacher_workers.context_effect import context_effect
+from teacher_workers.gentle_rewards import with_gentle_rewards
 
 
 class TeacherWorker:
     """Adds a backend's scores to batches, and refuses scores that cannot be a language model's."""
 
-    def __init__(self, name: str, backend: TeacherBackend) -> None:
-        self._name = name
+    def __init__(self, name: str, backend: TeacherBackend, gentleness: GentlenessConfig | None = None) -> None:
+        self._name, self._gentleness = name, gentleness
         self.backend = backend
         self.weights = ServedWeights(backend)
 
@@ -58,6 +60,9 @@ class TeacherWorker:
             scored = await asyncio.to_thread(add_scores, batch, request.model, scores, version)
         except ScoreError as error:
             raise type(error)(f"{self._name}: {error}") from error
+        if self._gentleness is not None and request.model == TEACHER:
+            scored, of_rewards = with_gentle_rewards(scored, self._gentleness)
+            metrics = {**metrics, **of_rewards}
         return scored, _metrics(scored, request.model, metrics, perf_counter() - started)
 
 
@@ -108,7 +113,7 @@ class TeacherActor(WeightVerbs):
 def start_worker(name: str, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> TeacherWorker:
     """Start a backend and the worker that scores with it; called in the event loop."""
     prepare_environment(teacher.engine)  # before a backend loads vLLM or torch
-    return TeacherWorker(name, find_backend(teacher)(teacher, max_model_len, sleeps))
+    return TeacherWorker(name, find_backend(teacher)(teacher, max_model_len, sleeps), teacher.gentleness)
 
 
 def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model: str) -> tuple[Pieces, BatchHandle]:

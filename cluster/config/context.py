@@ -1,12 +1,15 @@
 """Defines what is read in the place of the student's prompt: `[teachers.NAME.context]` and `[rollout.privileged]`."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from cluster.config.fields import Count, CountOrZero, Finite, Fraction, Items, NonNegative, Positive, Section, Text
+from cluster.contracts.columns import Floats
 
 MAX_TEMPLATE_BYTES = 1 << 16
 
@@ -30,6 +33,31 @@ class ContextConfig(Section, frozen=True):
         force_setattr(self, "template", read_template(self.template))
 
 
+class GentlenessConfig(Section, frozen=True):
+    """Says how gentle a text is to a model: exp(-(strength / sharpness) log mean exp(sharpness d)), in (0, 1].
+
+    d is how far, in nats, each token's log-probability is below that of the model's favourite; a text that greedy
+    decoding writes has 1 (Pedagogical RL).
+    """
+
+    sharpness: Positive = 5.0  # a high one lets one unlikely token decide
+    strength: NonNegative = 0.5
+
+    def of(self, logprobs: Floats, best: Floats) -> float:
+        """Return the gentleness of a text whose tokens, and the favourites there, have these, both [tokens].
+
+        Example:
+            >>> GentlenessConfig(strength=0.5).of(np.array([-2.0, -2.0]), np.array([-1.0, -1.0])) == math.exp(-0.5)
+            True
+        """
+        if not len(logprobs):
+            return 1.0
+        scaled = self.sharpness * np.maximum(best - logprobs, 0.0).astype(np.float64)
+        largest = float(scaled.max())
+        pooled = largest + math.log(float(np.exp(scaled - largest).mean()))
+        return math.exp(-self.strength / self.sharpness * pooled)
+
+
 class PrivilegedConfig(Section, frozen=True):
     """Sets `[rollout.privileged]`: who writes, for which prompts, and which of its texts is learned from.
 
@@ -51,9 +79,7 @@ class PrivilegedConfig(Section, frozen=True):
     # gentlest one, or, as a control, the first.
     select: Literal["likelihood", "gentleness", "first"] = "likelihood"
     min_gentleness: Fraction = 0.0  # texts that are less gentle are not learned from
-    # Of gentleness exp(-(strength/sharpness) log mean exp(sharpness d)), d: how far, in nats, each token is from the
-    # student's favourite. A high sharpness lets one unlikely token decide.
-    sharpness: Positive = 5.0
+    sharpness: Positive = 5.0  # of gentleness, as GentlenessConfig has them
     strength: NonNegative = 0.5
     shuffled: bool = False  # a control: the context of another prompt
     phase_steps: Count | None = None  # steps with such rows, before `rest_steps` without, and so on; None: all steps
@@ -71,6 +97,10 @@ class PrivilegedConfig(Section, frozen=True):
         """Return the template as a context, which the builder of contexts reads."""
         assert self.template is not None, "it is set when the section is read"
         return ContextConfig(self.template)
+
+    @property
+    def gentleness(self) -> GentlenessConfig:
+        return GentlenessConfig(self.sharpness, self.strength)
 
     @property
     def label(self) -> str:

@@ -12,6 +12,7 @@ from cluster.config.aligned import check_aligned
 from cluster.config.fields import Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.replay import check_replay
+from cluster.config.samplers import check_gentleness, check_sampling_teacher
 from cluster.config.sections import (
     HARNESS_KINDS,
     CheckpointConfig,
@@ -100,7 +101,8 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_tools(self)
         _check_packages(self.prompts, self.environment)
         _check_contexts(self)
-        _check_sampling_teacher(self)
+        check_gentleness(self)
+        check_sampling_teacher(self)
         self.objective.check_privileged(has_sampler=self.rollout.privileged is not None)
 
     @property
@@ -213,27 +215,6 @@ def _check_contexts(config: Config) -> None:
     for name, teacher in config.teachers.items():
         if teacher.shuffled_context and teacher.context is None:
             raise ValueError(f"teachers.{name}: shuffled_context = true, but there is no context to shuffle; set one")
-
-
-def _check_sampling_teacher(config: Config) -> None:
-    """Check that the teacher that writes for hard prompts, if there is one, writes what the student can learn from."""
-    name = config.sampling_teacher
-    if name is None:
-        return
-    where = f"rollout.privileged.sampler = '{name}'"
-    if name not in config.teachers:
-        raise ValueError(f"{where} is none of the teachers; there are {sorted(config.teachers)}")
-    teacher = config.teachers[name]
-    if teacher.source is not None:
-        raise ValueError(f"{where} is the student itself (from = 'student'); leave `sampler` out, and it writes too")
-    if teacher.is_aligned:
-        raise ValueError(f"{where} has another tokenizer, and the student learns its own tokens; name another teacher")
-    if config.objective.needs.sampled_candidates:
-        raise ValueError(f"{where}: objective.support = 'samples' has draws of the student alone; use another support")
-    if not teacher.num_workers:
-        raise ValueError(f"{where} has num_workers = 0, so nothing would write; set it to 1 or more")
-    if config.balance.mode != "off":
-        raise ValueError(f"{where} writes, and the balancer counts scores alone; turn balance off")
 
 
 def _check_sampling(objective: ObjectiveConfig, rollout: RolloutConfig) -> None:

@@ -368,3 +368,28 @@ def test_a_teacher_that_writes_stands_beside_those_that_prompts_go_to() -> None:
     assert (config.routes, config.sampling_teacher) == (["main"], "writer")
     alone = make_config(*beside[:-1], "rollout.privileged.sampler=main", "teachers.main.backend=vllm-generate")
     assert alone.routes == ["main"]  # it writes and scores
+
+
+GENTLE = ("teachers.main={from='student',gentleness={}}", "environment.verifier=exact")
+REWARDED = "objective={support='topk',support_size=1,terms={reward={loss='task_reward'}}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective={support='sampled',terms={reward={loss='task_reward'}}}"], r"set objective.support = 'topk'"),
+        (["objective.preset=tail-topk"], r"no term learns from them; add loss = 'task_reward'"),
+        ([REWARDED, PRIVILEGED], r"gentleness trains a sampler in a run of its own"),
+        (
+            [REWARDED.replace("'task_reward'}", "'task_reward'},m={loss='divergence',target={side=1.0}}")]
+            + ["teachers.side={model='s',gentleness={}}"],
+            r"teachers.side.gentleness is of a teacher that prompts go to",
+        ),
+    ],
+)
+def test_gentleness_needs_rewards_that_are_compared_and_a_teachers_favourites(
+    overrides: list[str], message: str
+) -> None:
+    assert make_config(*GENTLE, REWARDED, "rollout.samples_per_prompt=4").teachers["main"].gentleness
+    with pytest.raises(ConfigError, match=message):
+        make_config(*GENTLE, "rollout.samples_per_prompt=4", *overrides)
