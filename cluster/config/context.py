@@ -9,6 +9,7 @@ from msgspec import Meta
 from msgspec.structs import force_setattr
 
 from cluster.config.fields import Count, CountOrZero, Finite, Fraction, Items, NonNegative, Positive, Section, Text
+from cluster.config.terms import SMALLEST_SHARE, WeightSchedule
 from cluster.contracts.columns import Floats
 
 MAX_TEMPLATE_BYTES = 1 << 16
@@ -70,7 +71,7 @@ class PrivilegedConfig(Section, frozen=True):
     # Jinja, or a file of it, as of a teacher's context; it may read the prompt's row alone. None: the prompt itself
     template: Text | None = None
     sampler: Text | None = None  # NAME of the [teachers.NAME] that writes; None: the student with the template
-    prompts_per_step: Items = 4
+    prompts_per_step: Items | WeightSchedule = 4  # a schedule counts whole prompts
     samples_per_prompt: Annotated[int, Meta(ge=1, le=256)] = 8
     hard_after: Count = 8  # failures in a row
     max_rows: Count = 4  # of a prompt, before it waits for completions without the context to show what they did
@@ -89,6 +90,9 @@ class PrivilegedConfig(Section, frozen=True):
         if self.template is None and self.sampler is None:
             raise ValueError("template is missing; the student writes no more with its own prompt than without a sampler")
         force_setattr(self, "template", "{{ prompt }}" if self.template is None else read_template(self.template))
+        quota = self.prompts_per_step
+        if isinstance(quota, WeightSchedule) and (min(quota.start, quota.to) < 0 or self.most_prompts < 1):
+            raise ValueError(f"prompts_per_step goes from {quota.start:g} to {quota.to:g}; expected 0 or more, and not 0 alone")
         if self.rest_steps and self.phase_steps is None:
             raise ValueError("rest_steps is for phases; set phase_steps, or remove it")
 
@@ -112,19 +116,29 @@ class PrivilegedConfig(Section, frozen=True):
         """
         return f"privileged:{self.sampler or 'student'}"
 
-    def is_active(self, step: int) -> bool:
-        """Return whether optimizer step `step`, from 0, may have rows of the sampler.
+    @property
+    def most_prompts(self) -> int:
+        """Return the largest quota of any step."""
+        quota = self.prompts_per_step
+        return int(max(quota.start, quota.to)) if isinstance(quota, WeightSchedule) else quota
+
+    def quota(self, step: int) -> int:
+        """Return how many rows of the sampler optimizer step `step`, from 0, may have.
 
         Example:
             >>> config = PrivilegedConfig("{{ hint }}", phase_steps=2, rest_steps=1)
-            >>> [config.is_active(step) for step in range(6)]
-            [True, True, False, True, True, False]
+            >>> [config.quota(step) for step in range(6)]
+            [4, 4, 0, 4, 4, 0]
+            >>> fading = PrivilegedConfig("{{ hint }}", prompts_per_step=WeightSchedule(start=8, to=0, over_steps=4))
+            >>> [fading.quota(step) for step in range(6)]
+            [8, 6, 4, 2, 0, 0]
         """
-        if self.phase_steps is None:
-            return True
-        if not self.rest_steps:
-            return step < self.phase_steps
-        return step % (self.phase_steps + self.rest_steps) < self.phase_steps
+        if self.phase_steps is not None:
+            place = step % (self.phase_steps + self.rest_steps) if self.rest_steps else step
+            if place >= self.phase_steps:
+                return 0
+        quota = self.prompts_per_step
+        return int(quota.at(step) + SMALLEST_SHARE) if isinstance(quota, WeightSchedule) else quota
 
 
 def read_template(template: str) -> str:

@@ -15,6 +15,7 @@ from cluster.config.terms import (
     OF_GROUP,
     OF_MODELS,
     OUTSIDE_SUPPORT,
+    SMALLEST_SHARE,
     TEACHER,
     AnyTerm,
     CrossEntropyTerm,
@@ -25,8 +26,6 @@ from cluster.config.terms import (
     TaskRewardTerm,
     WeightSchedule,
 )
-
-SMALLEST_SHARE = 1e-9  # of a turn, by which a schedule's sum may miss a whole one
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,9 @@ class ImportanceConfig(Section, frozen=True):
             raise ValueError(f"low = {self.low} is not below high = {self.high}; no ratio would be left between them")
 
 
+SMALLEST_SHARE = 1e-9  # of a whole number, by which a schedule's sum may miss one
+
+
 class WeightSchedule(Section, frozen=True):
     """Moves a weight linearly from one value to another over the first optimizer steps; then it stays.
 

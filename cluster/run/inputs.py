@@ -184,7 +184,7 @@ def privileged_requests(config: Config, prompt_ids: Sequence[int], step: int) ->
     Each is a group of its own where rewards are compared within a prompt's samples.
     """
     section, samples = config.rollout.privileged, config.rollout.samples_per_prompt
-    first = step * section.prompts_per_step if section is not None else 0
+    first = step * section.most_prompts if section is not None else 0
     group = -(-PRIVILEGED_IDS // samples)  # the first whose ids are all the sampler's
     return [
         RolloutRequest(
