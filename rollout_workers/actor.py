@@ -20,7 +20,7 @@ from cluster.config.sections import HARNESS_KINDS, EnvironmentConfig, PromptsCon
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
-from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.protocols import Generator, RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.weight_sync.served_weights import ServedWeights
@@ -109,7 +109,7 @@ class RolloutActor(WeightVerbs):
         self._engine, self._served = engine, ServedWeights(self._worker)
         self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
 
-    def _writer(self, privileged: PrivilegedSettings) -> RolloutEngine | None:
+    def _writer(self, privileged: PrivilegedSettings) -> Generator | None:
         """Return the engines of the teacher that writes for hard prompts; None: the student does."""
         teacher = privileged.config.sampler
         if teacher is None:

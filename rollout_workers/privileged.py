@@ -17,7 +17,7 @@ from cluster.config.context import PrivilegedConfig
 from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, PreceptorError
 from cluster.contracts.metrics import Mean, Metric, Sum
-from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.protocols import Generator, RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import STUDENT, Floats, GeneratedTrajectory, Ints, masked
 from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Samples one text of a request, in an engine or else the worker's own, whose model reads these tokens in the place of
 # the prompt.
-Sample = Callable[[RolloutRequest, SamplingSettings, int, Ints, RolloutEngine | None], Awaitable[Attempt]]
+Sample = Callable[[RolloutRequest, SamplingSettings, int, Ints, Generator | None], Awaitable[Attempt]]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class PrivilegedSampler:
         builder: ContextBuilder,
         engine: RolloutEngine,
         sample: Sample,
-        writer: RolloutEngine | None = None,
+        writer: Generator | None = None,
     ) -> None:
         """Take the student's engine, which scores, and the one that writes; None: the same."""
         self._config, self._scorer = settings.config, settings.scorer

@@ -8,13 +8,12 @@ import numpy as np
 
 from cluster.actors.named_actors import AGAIN, NamedActors
 from cluster.contracts.errors import RolloutError
-from cluster.contracts.protocols import RolloutEngine
 from cluster.contracts.requests import Completion, SamplingSettings
 
 REPLACED = r"(@[0-9a-f]+)?"  # in the names of the workers of a teacher that took another's place
 
 
-class TeacherEngine(RolloutEngine):
+class TeacherEngine:
     """Asks the worker of a teacher that has the fewest texts to write."""
 
     def __init__(self, teacher: str, retry_seconds: float, policy_version: Callable[[], int]) -> None:

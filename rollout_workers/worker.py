@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from cluster.contracts.errors import PreceptorError, RolloutError, WeightSyncError
 from cluster.contracts.metrics import Metrics, merge
-from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.protocols import Generator, RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
 from rollout_workers.batching import BatchSize, in_batches
@@ -161,7 +161,7 @@ class RolloutWorker:
         sampling: SamplingSettings,
         priority: int,
         read_as: Ints | None = None,
-        engine: RolloutEngine | None = None,
+        engine: Generator | None = None,
     ) -> Attempt:
         """Run one episode; its environment may fail, but not those of many episodes one after the other.
 

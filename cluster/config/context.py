@@ -88,11 +88,15 @@ class PrivilegedConfig(Section, frozen=True):
 
     def __post_init__(self) -> None:
         if self.template is None and self.sampler is None:
-            raise ValueError("template is missing; the student writes no more with its own prompt than without a sampler")
+            raise ValueError(
+                "template is missing; the student writes no more with its own prompt than without a sampler"
+            )
         force_setattr(self, "template", "{{ prompt }}" if self.template is None else read_template(self.template))
         quota = self.prompts_per_step
         if isinstance(quota, WeightSchedule) and (min(quota.start, quota.to) < 0 or self.most_prompts < 1):
-            raise ValueError(f"prompts_per_step goes from {quota.start:g} to {quota.to:g}; expected 0 or more, and not 0 alone")
+            raise ValueError(
+                f"prompts_per_step goes from {quota.start:g} to {quota.to:g}; expected 0 or more, and not 0 alone"
+            )
         if self.rest_steps and self.phase_steps is None:
             raise ValueError("rest_steps is for phases; set phase_steps, or remove it")
 

@@ -107,8 +107,7 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def routes(self) -> list[str]:
-        """Return the teachers that prompts may name: all but those that stand beside another, in a target or to write.
-        """
+        """Return the teachers that prompts may name: all but those beside another, in a target or to write."""
         beside = {teacher.base for teacher in self.teachers.values()} | {*self.objective.needs.models, INITIAL_STUDENT}
         beside.add(self.sampling_teacher)
         return [name for name in self.teachers if name not in beside or name == TEACHER] or list(self.teachers)

@@ -1,4 +1,4 @@
-"""Checks what a run may do with a teacher that writes for the student, and with one for which the student learns to write.
+"""Checks a teacher that writes for the student, and one for which the student learns to write.
 
 The first is `[rollout.privileged] sampler = "NAME"`, the second `[teachers.NAME.gentleness]`.
 """

@@ -176,7 +176,7 @@ class TeacherConfig(Section):
     stop_class: tuple[CountOrZero, ...] = ()  # the run's, and the ids that end this teacher's turns; the run sets it
     context: ContextConfig | None = None  # what it reads in the place of the student's prompt; None: the same
     shuffled_context: bool = False  # the control of `context`: that of another prompt
-    # Multiplies each reward by how gentle the text is to this teacher: trains a sampler for it. None: rewards are R alone
+    # Multiplies each reward by how gentle the text is to this teacher, to train a sampler for it; None: leaves it
     gentleness: GentlenessConfig | None = None
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     # Servers with prompt log-probabilities, which divide the rows: "http://host:8000/v1". The workers need no GPU; of

@@ -57,7 +57,7 @@ async def generate(
     try:
         params = sampling_params(sampling, seed, extra, excluded)
         with raised_as_death(owner):
-            async for request in engine.generate(prompt, params, request_id, priority=priority):  # type: ignore[arg-type]
+            async for request in engine.generate(prompt, params, request_id, priority=priority):
                 [output] = request.outputs
                 versions.add(output, policy_version())
     except (EngineGenerateError, VLLMClientError, ValueError) as error:

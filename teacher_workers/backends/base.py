@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from cluster.config.run_config import Config
 from cluster.config.stages import GENERATING, ROLLOUT_ENGINES, TeacherConfig
-from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.contracts.errors import ConfigError, PreceptorError, RolloutError
 from cluster.contracts.import_path import is_import_path, load_object
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
@@ -26,8 +26,8 @@ Answer = tuple[Scores, Metrics] | tuple[Scores, Metrics, int]  # the last: of we
 class TeacherBackend(Protocol):
     """Scores the sampled tokens of trajectories with one teacher; one object per actor, made in its event loop.
 
-    The driver asks the class: `signals`, `generates`, `can_generate`, `fault`, `check`, `identity` and `absence` need no object or
-    hardware.
+    The driver asks the class: `signals`, `generates`, `can_generate`, `fault`, `check`, `identity` and `absence` need
+    no object or hardware.
     """
 
     signals: ClassVar[frozenset[str]]  # names that requests may contain; those at import paths as the run file has them
@@ -92,7 +92,7 @@ class TeacherBackend(Protocol):
         Raises:
             RolloutError: the request is refused or given up.
         """
-        raise NotImplementedError
+        raise RolloutError(f"{type(self).__name__} scores, and samples no completions")
 
     @property
     def is_dead(self) -> bool:

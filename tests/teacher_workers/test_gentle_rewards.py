@@ -14,7 +14,6 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from cluster.models.lm_head import LmHead
 from learner.loss.objective import Objective
 from learner.loss.tokens import CompletionTokens
 from teacher_workers.actor import TeacherWorker

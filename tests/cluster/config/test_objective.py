@@ -381,8 +381,10 @@ REWARDED = "objective={support='topk',support_size=1,terms={reward={loss='task_r
         (["objective.preset=tail-topk"], r"no term learns from them; add loss = 'task_reward'"),
         ([REWARDED, PRIVILEGED], r"gentleness trains a sampler in a run of its own"),
         (
-            [REWARDED.replace("'task_reward'}", "'task_reward'},m={loss='divergence',target={side=1.0}}")]
-            + ["teachers.side={model='s',gentleness={}}"],
+            [
+                REWARDED.replace("'task_reward'}", "'task_reward'},m={loss='divergence',target={side=1.0}}"),
+                "teachers.side={model='s',gentleness={}}",
+            ],
             r"teachers.side.gentleness is of a teacher that prompts go to",
         ),
     ],

@@ -17,7 +17,7 @@ WRITES = (
 
 def test_what_writes_has_an_engine_that_samples() -> None:
     check_signals(make_config(*WRITES, "teachers.main.backend=vllm-generate"))
-    message = r"sampler = 'main': the backend 'vllm' of that teacher scores and writes nothing; set teachers.main.backend"
+    message = r"sampler = 'main': the backend 'vllm' of that teacher scores and writes nothing; set teachers"
     with pytest.raises(ConfigError, match=message):
         check_signals(make_config(*WRITES))
 
