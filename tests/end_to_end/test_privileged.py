@@ -107,7 +107,7 @@ def test_a_teacher_writes_blind_for_hard_prompts_and_scores_with_the_same_engine
     run_file = tmp_path / "run.toml"
     run_file.write_text(text.replace("TEACHER", str(EMBEDDED / "teacher")))
     changed = (
-        "run.steps=3",
+        "run.steps=2",
         "prompts.prompts_per_step=4",
         "rollout.samples_per_prompt=2",
         "rollout.record=true",
