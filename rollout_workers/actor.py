@@ -32,9 +32,8 @@ from rollout_workers.environments.tool_calls import reader_of
 from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.episode import Limits
 from rollout_workers.pool import RolloutActorSettings
-from rollout_workers.privileged import PrivilegedSampler, PrivilegedSettings
+from rollout_workers.privileged import PrivilegedSampler, PrivilegedSettings, TeacherEngine
 from rollout_workers.prompts import PromptSet
-from rollout_workers.teacher_engine import TeacherEngine
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
 if TYPE_CHECKING:

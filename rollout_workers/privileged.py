@@ -7,18 +7,20 @@ whose `rollout_logprobs` are those of the sampler. Sources: Pedagogical RL (Chak
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cluster.actors.named_actors import AGAIN, NamedActors
 from cluster.config.context import PrivilegedConfig
 from cluster.config.run_config import Config
-from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.contracts.errors import ConfigError, PreceptorError, RolloutError
 from cluster.contracts.metrics import Mean, Metric, Sum
 from cluster.contracts.protocols import Generator, RolloutEngine
-from cluster.contracts.requests import RolloutRequest, SamplingSettings
+from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import STUDENT, Floats, GeneratedTrajectory, Ints, masked
 from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext
 from rollout_workers.contexts.groups import Attempt
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+REPLACED = r"(@[0-9a-f]+)?"  # in the names of the workers of a teacher that took another's place
 # Samples one text of a request, in an engine or else the worker's own, whose model reads these tokens in the place of
 # the prompt.
 Sample = Callable[[RolloutRequest, SamplingSettings, int, Ints, Generator | None], Awaitable[Attempt]]
@@ -182,6 +185,33 @@ class PrivilegedSampler:
 
 def _rows(attempt: Attempt) -> tuple[GeneratedTrajectory, ...]:
     return (*attempt.earlier, attempt.trajectory)
+
+
+class TeacherEngine:
+    """Asks the worker of a teacher that has the fewest texts to write."""
+
+    def __init__(self, teacher: str, retry_seconds: float, policy_version: Callable[[], int]) -> None:
+        """Take [teachers.NAME], how long a call waits for a worker, and the version of the student's weights.
+
+        Every token is labelled with that version: the student of then selects the text and learns from it.
+        """
+        names = rf"teacher-{re.escape(teacher)}{REPLACED}-\d+{AGAIN}"
+        self._teacher, self._retry_seconds = teacher, retry_seconds
+        self._actors = NamedActors(names, retry_seconds, RolloutError)
+        self._policy_version = policy_version
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
+        """Sample one completion; raise RolloutError if no worker of the teacher does."""
+        completion = await self._actors.call(
+            lambda actor: actor.generate.remote(prompt_ids, sampling, seed, priority),
+            load=1,
+            otherwise=f"request {request_id}: no worker of teacher {self._teacher} wrote within teachers."
+            f"{self._teacher}.retry_seconds = {self._retry_seconds:g}; see what `preceptor status` says of it",
+        )
+        versions = np.full(len(completion.token_ids), self._policy_version(), np.int32)
+        return replace(completion, policy_versions=versions)
 
 
 def select(config: PrivilegedConfig, scores: Sequence[BlindScores]) -> int | None:

@@ -29,7 +29,6 @@ from cluster.vllm.weight_sync.served_weights import ServedWeights
 from cluster.vllm.weight_sync.updates import WeightVerbs
 from teacher_workers.backends.base import TeacherBackend, find_backend
 from teacher_workers.context_effect import context_effect
-from teacher_workers.gentle_rewards import with_gentle_rewards
 
 
 class TeacherWorker:
@@ -122,6 +121,38 @@ def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model:
     added = Mean(float(scored.size - wire.size), float(sum(handle.num_completion_tokens)))
     metrics = {**handle.metrics, f"{model}/bytes_per_token": added}
     return scored, replace(handle, metrics=metrics, scorer_version=batch[version_field(model).name][0].as_py())
+
+
+def with_gentle_rewards(scored: pa.RecordBatch, config: GentlenessConfig) -> tuple[pa.RecordBatch, Metrics]:
+    """Return a scored batch whose rewards are R * G, and the mean of G; rows without a reward stay as they are.
+
+    In Pedagogical RL the student of such a run learns to write for the teacher, which is that student without what it
+    reads: R * G says right, and near to what the teacher would write by itself.
+
+    All rows of an episode are one text. The teacher has chosen the candidates, so its favourite is the best of them or
+    the sampled token.
+    """
+    columns = (SIGNALS[name].column(TEACHER) for name in ("logprobs", "candidate_logprobs"))
+    own, candidates = (ragged(scored, name) for name in columns)
+    episodes, rewards = scored["episode_id"].to_pylist(), scored["reward"].to_pylist()
+    of_episode: dict[int, list[int]] = {}
+    for row, episode in enumerate(episodes):
+        of_episode.setdefault(episode, []).append(row)
+    gentleness = {
+        episode: config.of(
+            np.concatenate([own[row] for row in rows]), np.concatenate([candidates[row].max(1) for row in rows])
+        )
+        for episode, rows in of_episode.items()
+    }
+    rated = [gentleness[episodes[rows[-1]]] for rows in of_episode.values() if rewards[rows[-1]] is not None]
+    gentle = [
+        None if reward is None else reward * gentleness[episode]
+        for episode, reward in zip(episodes, rewards, strict=True)
+    ]
+    position = scored.schema.get_field_index("reward")
+    field = scored.schema.field(position)
+    metrics = {"teacher/gentleness": Mean(sum(rated), float(len(rated)))} if rated else {}
+    return scored.set_column(position, field, pa.array(gentle, field.type)), metrics
 
 
 def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: float) -> dict[str, Metric]:

@@ -7,10 +7,21 @@ from typing import Annotated, Literal
 import numpy as np
 from msgspec import Meta
 from msgspec.structs import force_setattr
+from numpy.typing import NDArray
 
-from cluster.config.fields import Count, CountOrZero, Finite, Fraction, Items, NonNegative, Positive, Section, Text
-from cluster.config.terms import SMALLEST_SHARE, WeightSchedule
-from cluster.contracts.columns import Floats
+from cluster.config.fields import (
+    SMALLEST_SHARE,
+    Count,
+    CountOrZero,
+    Finite,
+    Fraction,
+    Items,
+    NonNegative,
+    Positive,
+    Section,
+    Text,
+    WeightSchedule,
+)
 
 MAX_TEMPLATE_BYTES = 1 << 16
 
@@ -44,7 +55,7 @@ class GentlenessConfig(Section, frozen=True):
     sharpness: Positive = 5.0  # a high one lets one unlikely token decide
     strength: NonNegative = 0.5
 
-    def of(self, logprobs: Floats, best: Floats) -> float:
+    def of(self, logprobs: NDArray[np.float32], best: NDArray[np.float32]) -> float:
         """Return the gentleness of a text whose tokens, and the favourites there, have these, both [tokens].
 
         Example:

@@ -10,12 +10,11 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 from msgspec.structs import replace
 
-from cluster.config.fields import CountOrZero, Items, NonNegative, Positive, Section
+from cluster.config.fields import SMALLEST_SHARE, CountOrZero, Items, NonNegative, Positive, Section, WeightSchedule
 from cluster.config.terms import (
     OF_GROUP,
     OF_MODELS,
     OUTSIDE_SUPPORT,
-    SMALLEST_SHARE,
     TEACHER,
     AnyTerm,
     CrossEntropyTerm,
@@ -24,7 +23,6 @@ from cluster.config.terms import (
     RepresentationTerm,
     Support,
     TaskRewardTerm,
-    WeightSchedule,
 )
 
 

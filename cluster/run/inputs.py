@@ -90,7 +90,6 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     context = min(model.context_tokens for model in models)
     now = now or datetime.now()
     notes: list[str] = []
-
     own_tokenizers = {name: facts.tokenizer for name, facts in teachers.items() if config.teachers[name].is_aligned}
 
     def load(source: str, splits: Sequence[str]) -> PromptSet:
@@ -101,9 +100,8 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
-    sampler = config.sampling_teacher
-    context_of_sampler = student.context_tokens if sampler is None else capacities[sampler]
-    privileged = plan_privileged(config, prompts, len(train), student.tokenizer, context_of_sampler, now)
+    capacity = capacities.get(config.sampling_teacher or "", student.context_tokens)
+    privileged = plan_privileged(config, prompts, len(train), student.tokenizer, capacity, now)
     replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,
@@ -117,14 +115,20 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         notes=(*notes, *plan.notes, *privileged.notes),
         read_at=now,
         scorer_prompt_tokens={
-            **plan.prompt_tokens,
+            **_with_writer(plan.prompt_tokens, config.sampling_teacher, privileged),
             **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
-            **({} if sampler is None else {sampler: max(privileged.prompt_tokens, plan.prompt_tokens.get(sampler, 0))}),
         },
         contexts=plan.settings,
         privileged=privileged,
         replay=replay,
     )
+
+
+def _with_writer(prompt_tokens: Mapping[str, int], writer: str | None, plan: PrivilegedPlan) -> Mapping[str, int]:
+    """Return the tokens of each teacher's longest prompt, with those that one reads to write for the student."""
+    if writer is None:
+        return prompt_tokens
+    return {**prompt_tokens, writer: max(plan.prompt_tokens, prompt_tokens.get(writer, 0))}
 
 
 def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int) -> int:

@@ -10,7 +10,7 @@ import ray
 from cluster.actors import named_actors
 from cluster.contracts.errors import ActorDiedError, RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings
-from rollout_workers.teacher_engine import TeacherEngine
+from rollout_workers.privileged import TeacherEngine
 
 SAMPLING = SamplingSettings(4, 1.0)
 

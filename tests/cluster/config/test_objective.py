@@ -2,6 +2,7 @@ import msgspec
 import pytest
 
 from cluster.config.context import PrivilegedConfig
+from cluster.config.fields import WeightSchedule
 from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
 from cluster.config.presets import PRESETS
 from cluster.config.run_file import config_from_json, dump_run_config, parse_run_config
@@ -12,7 +13,6 @@ from cluster.config.terms import (
     ImportanceConfig,
     PolicyGradientTerm,
     TaskRewardTerm,
-    WeightSchedule,
 )
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import ScoreRequest
