@@ -176,6 +176,27 @@ FAULTS = (
         ("tests/cluster/run/test_supervisor.py",),
     ),
     Fault(
+        "a teacher's text has the version of the teacher's weights",
+        "rollout_workers/privileged.py",
+        "versions = np.full(len(completion.token_ids), self._policy_version(), np.int32)",
+        "versions = completion.policy_versions",
+        ("tests/rollout_workers/test_teacher_engine.py",),
+    ),
+    Fault(
+        "gentleness of an episode is that of each row alone",
+        "teacher_workers/actor.py",
+        "        of_episode.setdefault(episode, []).append(row)\n",
+        "        of_episode[episode] = [row]\n",
+        ("tests/teacher_workers/test_gentle_rewards.py",),
+    ),
+    Fault(
+        "a context drops what the student read after the prompt",
+        "rollout_workers/contexts/builder.py",
+        "return np.concatenate([context, row.token_ids[len(prompt) : first]])",
+        "return context",
+        ("tests/rollout_workers/contexts/test_builder.py",),
+    ),
+    Fault(
         "EOS left out",
         "cluster/vllm/generation.py",
         "token_ids=np.asarray(output.token_ids, np.int32),\n        logprobs=logprobs[:, 0],",
