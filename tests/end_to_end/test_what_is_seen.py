@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 POOLS = {"rollout", "teacher-countdown", "learner"}
 SEEN_SECONDS = 120.0  # Ray brings figures to its endpoint every few seconds
-PRIVILEGED = "privileged/"  # begins metrics that runs with a privileged sampler have (test_privileged.py)
+# Begin metrics that only runs with a privileged sampler (test_privileged.py), or with several turns, have.
+OF_OTHER_RUNS = ("privileged/", "rollout/turns", "rollout/environment_errors")
 SERIES = re.compile(r"(ray_preceptor_\w+)\{")
 
 
@@ -112,7 +113,7 @@ def newest_history(path: Path) -> dict[str, Any]:
 
 def test_every_query_of_the_dashboard_finds_finite_values_of_the_run(shown: Shown) -> None:
     assert len(asked_for()) == len(all_metrics())
-    others = {exported_name(metric) for metric in all_metrics() if metric.source.startswith(PRIVILEGED)}
+    others = {exported_name(metric) for metric in all_metrics() if metric.source.startswith(OF_OTHER_RUNS)}
     for name in asked_for() - others:
         samples = shown.series.get(name, [])
         assert samples, f"{name} is not on Ray's metrics endpoint"
@@ -150,7 +151,7 @@ def test_nothing_stays_of_a_run_that_was_interrupted_once(shown: Shown) -> None:
 def test_every_metric_of_the_table_is_one_of_the_run(short_run: ShortRun) -> None:
     found = {name for record in short_run.records() for name in record}
     sources = {metric.source.replace("{pool}", "rollout") for metric in all_metrics()}
-    sources = {source for source in sources if not source.startswith(PRIVILEGED)}
+    sources = {source for source in sources if not source.startswith(OF_OTHER_RUNS)}
     assert sources - found == {EVERY_STEP, COMPLETION_LENGTHS}
 
 
