@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cluster.config.stages import Attention
@@ -105,7 +105,7 @@ def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dt
     """Return the kernel for packed attention, or None for transformers' own way with a mask.
 
     "auto" takes, on CUDA in half precision, the first of `flash`, `varlen` that is installed and agrees with `grouped`;
-    otherwise `grouped`; and `masked` for models with windows or caps.
+    otherwise `grouped`; and `masked` for models with windows or caps, or with attention of their own making.
 
     Raises:
         ModelError: a kernel was asked for by name that is not there or does not work here.
@@ -226,8 +226,21 @@ def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, widths: tup
     return [part.detach().float() for part in (attended, *gradients)]
 
 
+def plain_attention(model_config: Any) -> str:
+    """Return transformers' attention with masks: its own where torch's, "sdpa", leaves out what the model asks for.
+
+    That is a cap of the scores (Gemma 2), in silence, and sinks (gpt-oss), for which transformers refuses "sdpa".
+    """
+    capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    return "eager" if capped or not getattr(model_class, "_supports_sdpa", True) else "sdpa"
+
+
 def _is_plain(model_config: Any) -> bool:
-    """Return whether every layer attends to all earlier tokens, without caps."""
+    """Return whether every layer attends to all earlier tokens, without caps, by a function that one can choose."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return False
     kinds = getattr(model_config, "layer_types", None) or ()
     window = getattr(model_config, "sliding_window", None) if not kinds else None
     caps = getattr(model_config, "attn_logit_softcapping", None)

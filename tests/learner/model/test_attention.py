@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, Gemma2ForCausalLM, MistralConfig, Qwen3Config
+from transformers import DeepseekV3Config, Gemma2ForCausalLM, MistralConfig, Qwen3Config, StableLmConfig
 
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
@@ -128,6 +128,7 @@ def test_an_empty_micro_batch_goes_through(student_folder, scored):
 def test_a_mask_is_left_to_models_with_windows(dtype):
     assert choose_kernel("auto", Qwen3Config(**SMALL), CPU, dtype) is grouped
     assert choose_kernel("auto", MistralConfig(**SMALL, sliding_window=4), CPU, dtype) is None
+    assert choose_kernel("auto", StableLmConfig(**SMALL), CPU, dtype) is None  # its layers do not pass packings on
     assert choose_kernel("masked", Qwen3Config(**SMALL), CPU, dtype) is None
 
 
