@@ -169,8 +169,9 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale
     for grid in segments.grids:
         end = start + grid[0] * grid[1]
         q, k, v = (part[start:end].unflatten(0, grid).transpose(1, 2) for part in rows)
-        shared = {"enable_gqa": True} if shares_keys and not on_gpu else {}
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, **shared)
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=shares_keys and not on_gpu
+        )
         results.append(attended.transpose(1, 2).flatten(0, 1))
         start = end
     return torch.cat(results).index_select(0, segments.order)
@@ -227,13 +228,8 @@ def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, widths: tup
 
 
 def plain_attention(model_config: Any) -> str:
-    """Return transformers' attention with masks: its own where torch's, "sdpa", leaves out what the model asks for.
-
-    That is a cap of the scores (Gemma 2), in silence, and sinks (gpt-oss), for which transformers refuses "sdpa".
-    """
-    capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    return "eager" if capped or not getattr(model_class, "_supports_sdpa", True) else "sdpa"
+    """Return transformers' attention with masks; torch's, "sdpa", leaves out Gemma 2's cap of attention in silence."""
+    return "eager" if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def _is_plain(model_config: Any) -> bool:
