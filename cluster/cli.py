@@ -1,6 +1,7 @@
 """Parses the command line; `preceptor --help` shows every command. An error is one sentence; --debug its trace."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from cluster.config.run_file import load_run_config
 from cluster.contracts.errors import ConfigError, PreceptorError, RunStopped, in_one_line
 from cluster.nodes.preloaded_python import preloading
 
+DASHED_OVERRIDE = re.compile(r"--\w+\.[\w.]+=")  # as other programs have it
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
 
@@ -203,9 +205,8 @@ def init(options: argparse.Namespace) -> int:
     """Write a first run file for two models and prompts, and say what was chosen and why."""
     from cluster.init import InitOptions, write_run_file
 
-    write_run_file(
-        InitOptions(options.student, options.teacher, options.data, options.out, options.gpus, options.gpu_memory)
-    )
+    names = InitOptions.__dataclass_fields__
+    write_run_file(InitOptions(**{name: value for name, value in vars(options).items() if name in names}))
     return 0
 
 
@@ -244,13 +245,14 @@ def stop(options: argparse.Namespace) -> int:
 
 
 class _Interleaving(argparse.ArgumentParser):
-    """Takes overrides after options too; argparse takes all positional arguments in one place."""
+    """Takes overrides after options, and with dashes; argparse takes all positional arguments in one place."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, left = super().parse_known_args(args, namespace)
         if "arguments" in parsed:
-            parsed.arguments += [text for text in left if not text.startswith("-")]
-            left = [text for text in left if text.startswith("-")]
+            overrides = [text for text in left if not text.startswith("-") or DASHED_OVERRIDE.match(text)]
+            parsed.arguments += [text.lstrip("-") for text in overrides]
+            left = [text for text in left if text not in overrides]
         return parsed, left
 
 
@@ -340,8 +342,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_init(add: Callable[..., Any]) -> None:
-    for name in ("--student", "--teacher"):
-        add(name, required=True, metavar="MODEL", help="a Hugging Face directory or a hub id")
+    add("--student", required=True, metavar="MODEL", help="a Hugging Face directory or a hub id")
+    add("--teacher", metavar="MODEL|URL", help="the same, or a server: http://host:8000/v1")
+    add("--method", metavar="NAME", help="of docs/self_distillation.md; without --teacher, the student teaches itself")
+    add("--teacher-model", metavar="NAME", help="of a server that serves several")
+    add("--api-key-env", metavar="NAME", help="the environment variable that holds the server's key")
+    add("--trust-remote-code", action="store_true", help="of student and teacher")
     add("--data", required=True, metavar="PROMPTS", help="as prompts.train of a run file")
     add("--out", type=Path, default=Path("run.toml"), metavar="FILE", help="the run file to write")
     add("--gpus", type=int, help="that the run will have; without, those of this machine")

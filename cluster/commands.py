@@ -1,5 +1,6 @@
 """Does what each command of the command line names, from a configuration to the last line that it prints."""
 
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 
@@ -43,9 +44,10 @@ def start_training(config: Config) -> RunSummary:
     """Train from the beginning."""
     check_trackers(config)
     load_hooks(config)  # one that cannot be imported ends the command before anything starts
+    RunDirectory.refuse_taken(config)
     config, inputs = _prepare(config, _recorded_time(config))
     config = without_idle_workers(config, bool(inputs.held_out_ids))
-    with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+    with _view(config) as view, ray_session(config) as session:
         written, config = config, with_memory_plan(config, inputs, cluster_gpu(), view.say)
         placement = await_placement(config, view.say)
         directory = RunDirectory.create(written)  # a resumed run may have other GPUs
@@ -79,7 +81,7 @@ def _resume(directory: RunDirectory, config: Config) -> RunSummary:
         write_record(directory, inputs)
     else:
         warnings += compare_prompts(directory, began_with, inputs)
-    with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+    with _view(config) as view, ray_session(config) as session:
         config = with_memory_plan(config, inputs, cluster_gpu(), view.say)
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs, directory)
@@ -98,7 +100,7 @@ def evaluate_models(config: Config) -> None:
     config, inputs = _prepare(config)
     if not inputs.held_out_ids:
         raise CheckpointError("prompts.held_out: the run file names no held-out prompts to evaluate on")
-    with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+    with _view(config) as view, ray_session(config) as session:
         config = with_memory_plan(config, inputs, cluster_gpu(), view.say)
         placement = await_placement(config, view.say)
         _announce(view, session, placement, inputs)
@@ -112,7 +114,7 @@ def check_run(config: Config) -> bool:
     """Print the placement, run every self-check and return whether all passed; of a replay, those of a live run."""
     config, inputs = _prepare(config, _recorded_time(config))
     config = live(config)
-    with terminal_view(config.run.name, config.run.steps) as view, ray_session(config) as session:
+    with _view(config) as view, ray_session(config) as session:
         plan = memory_plan(config, inputs, cluster_gpu())
         for line in (*plan.choices, *plan.lines()):
             view.say(line)
@@ -238,6 +240,10 @@ def _announce(
         view.say(line)
     if directory is not None:
         view.say(f"run: {directory.path}")
+
+
+def _view(config: Config) -> AbstractContextManager[TerminalView]:
+    return terminal_view(config.run.name, config.run.steps, config.environment.reward_name)
 
 
 def _say(view: TerminalView, model: str, evaluation: Evaluation) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 
 from cluster.config.data_source import parse_source
 from cluster.config.draft import TEACHER, Draft
+from cluster.config.methods import METHODS
+from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ConfigError, ModelError, PromptError
 from cluster.models.model_files import context_length, load_model_config, load_tokenizer
 from cluster.models.model_size import STUDENT, ModelSize, model_sizes
@@ -24,7 +26,9 @@ from cluster.placement.placement import describe, plan_placement
 from cluster.placement.proposal import Machine, choose_hardware
 from cluster.run.inputs import Inputs, load_inputs
 from rollout_workers.environments.verifiers import check_answer
+from rollout_workers.prompt_rows import USUAL_COLUMNS
 from rollout_workers.prompt_sources import HELD_OUT_SPLITS, guess_columns, hub_or_cache, read_rows, value_at
+from teacher_workers.backends.http import served_model
 
 HELD_OUT_NAMES = ("held_out", "validation", "valid", "val", "dev", "test", "eval")  # in the place of "train"
 # Published runs of on-policy distillation, whole models: 1e-6 to 1e-5 from 1.7B to 8B. Those of small models are from
@@ -46,29 +50,43 @@ class InitOptions:
     """Holds the options of the command line."""
 
     student: str
-    teacher: str
+    teacher: str | None  # a folder, a hub id, or the URL of a server; None: the student itself, as the method has it
     data: str
     out: Path
+    method: str | None = None
+    teacher_model: str | None = None  # the server's name for it; None: the only one that it serves
+    api_key_env: str | None = None
+    trust_remote_code: bool = False
     gpus: int | None = None  # None: those of this machine
     gpu_memory: float | None = None  # GiB of each
+
+    @property
+    def is_served(self) -> bool:
+        """Return whether the teacher is a server's."""
+        return self.teacher is not None and self.teacher.startswith(("http://", "https://"))
 
 
 def write_run_file(options: InitOptions) -> None:
     """Choose, write the run file and say what was chosen; raise a PreceptorError where no run could start."""
     if options.out.exists():
         raise ConfigError(f"{options.out}: is there already; name another file with --out")
+    if options.teacher is None and options.method is None:
+        raise ConfigError(f"name a teacher with --teacher, or a method with --method: {', '.join(METHODS)}")
     machine = Machine.read(options.gpus, options.gpu_memory)
     draft = Draft()
     _choose_data(draft, options)
+    teacher_tokens = _choose_teacher(draft, options)
     inputs = _read_inputs(draft)
     sizes = model_sizes(draft.config())
     _choose_verifier(draft, inputs)
-    longest = _choose_lengths(draft, inputs, options, machine)
+    longest = _choose_lengths(draft, inputs, options, machine, teacher_tokens)
+    if options.method is None:
+        draft.set("objective.preset", "tail-topk", "the teacher's 16 most likely tokens and a bucket for all others")
     _choose_learning(draft, sizes[STUDENT])
     plan = choose_hardware(draft, sizes, longest, machine)
     head = [
         f"student {options.student}: {sizes[STUDENT].describe()}",
-        f"teacher {options.teacher}: {sizes[TEACHER].describe()}",
+        f"teacher {options.teacher or 'student'}: {sizes[TEACHER].describe() if TEACHER in sizes else 'served there'}",
         f"data {options.data}: {inputs.train.num_prompts} prompts",
         f"machine: {machine.describe()}",
     ]
@@ -88,7 +106,8 @@ def _choose_data(draft: Draft, options: InitOptions) -> None:
     draft.set("run.name", re.sub(r"[^A-Za-z0-9_-]", "-", options.out.stem).lstrip("_-") or "run")
     draft.set("run.steps", STEPS)
     draft.set("student.model", options.student)
-    draft.set(f"teachers.{TEACHER}.model", options.teacher)
+    if options.trust_remote_code:
+        draft.set("student.trust_remote_code", True, "as --trust-remote-code asks")
     draft.set("prompts.train", options.data)
     held_out = _held_out(options.data)
     if held_out is not None:
@@ -96,7 +115,7 @@ def _choose_data(draft: Draft, options: InitOptions) -> None:
         draft.set("evaluation.every_steps", 25)
         draft.set("evaluation.num_prompts", 200, "of the held-out ones, or all if there are fewer")
     _choose_columns(draft, options.data)
-    template = load_tokenizer(options.student).chat_template
+    template = load_tokenizer(options.student, options.trust_remote_code).chat_template
     if template is None:
         draft.set("prompts.template", "raw", "the student's tokenizer has no chat template")
     else:
@@ -105,6 +124,30 @@ def _choose_data(draft: Draft, options: InitOptions) -> None:
         draft.set("prompts.chat_template_kwargs", {"enable_thinking": False}, "thoughts would fill the completions")
     draft.set("prompts.too_long", "skip", "of prompts that leave no room; the run says how many")
     draft.set("rollout.max_completion_tokens", 1)
+
+
+def _choose_teacher(draft: Draft, options: InitOptions) -> int:
+    """Name the teacher; return the tokens of its context, the most there are where a server does not say."""
+    section = f"teachers.{TEACHER}"
+    if options.method is not None:
+        draft.set("method", options.method, "its context, objective and sampling, which this file may change")
+    if not options.is_served and (options.teacher_model or options.api_key_env):
+        raise ConfigError(f"--teacher-model and --api-key-env are for a URL, found --teacher {options.teacher}")
+    if options.teacher is None:
+        draft.set(f"{section}.from", "student", "as its method has it")
+        return sys.maxsize
+    if not options.is_served:
+        draft.set(f"{section}.model", options.teacher)
+        if options.trust_remote_code:
+            draft.set(f"{section}.trust_remote_code", True, "as --trust-remote-code asks")
+        return context_length(load_model_config(options.teacher, options.trust_remote_code))
+    server = TeacherConfig(options.teacher_model or "", url=options.teacher, api_key_env=options.api_key_env)
+    served = served_model(server)
+    draft.set(f"{section}.url", options.teacher)
+    draft.set(f"{section}.model", served.id, f"set {section}.tokenizer to its tokenizer to have the two compared")
+    if options.api_key_env:
+        draft.set(f"{section}.api_key_env", options.api_key_env)
+    return served.max_model_len or sys.maxsize
 
 
 def _held_out(data: str) -> str | None:
@@ -133,7 +176,7 @@ def _choose_columns(draft: Draft, data: str) -> None:
     if not rows:
         return  # reading the prompts says what is wrong
     columns = guess_columns(rows[0])
-    renamed = {field: column for field, column in columns.items() if column != field}
+    renamed = {field: column for field, column in columns.items() if column not in USUAL_COLUMNS[field]}
     if renamed:
         draft.set("prompts.columns", renamed, f"the columns are {', '.join(rows[0])}")
     prompts, answers = ([value_at(row, columns.get(field, field)) for row in rows] for field in ("prompt", "answer"))
@@ -185,18 +228,22 @@ def _verifier_for(answers: Sequence[str]) -> tuple[str, str]:
     return "exact", "compared as texts"
 
 
-def _choose_lengths(draft: Draft, inputs: Inputs, options: InitOptions, machine: Machine) -> int:
+def _choose_lengths(draft: Draft, inputs: Inputs, options: InitOptions, machine: Machine, teacher_tokens: int) -> int:
     """Choose completions' length so that 99 % of the prompts fit; return the tokens of the longest sequence."""
     tokens = [len(inputs.prompts.prompt(number).token_ids) for number in _sampled(inputs)]
     median, most = (int(np.quantile(tokens, share)) for share in (0.5, 0.99))
     longest = inputs.prompts.longest_tokens
-    context = min(context_length(load_model_config(model)) for model in (options.student, options.teacher))
-    completion = min(GPU_COMPLETION_TOKENS if machine.gpus else CPU_COMPLETION_TOKENS, context - most - 1)
+    context = min(context_length(load_model_config(options.student, options.trust_remote_code)), teacher_tokens)
+    further = max(0, inputs.scorer_prompt_tokens.get(TEACHER, 0) - longest)  # of the teacher's own prompts
+    left = context - most - further - 1
+    if left < 1:
+        raise PromptError(f"{options.data}: the teacher's contexts leave no room in {context} tokens; shorten them")
+    completion = min(GPU_COMPLETION_TOKENS if machine.gpus else CPU_COMPLETION_TOKENS, left)
     why = f"prompts have {median} tokens (median), {most} (99 %), {longest} (longest), the context {context}"
     draft.set("rollout.max_completion_tokens", completion, why)
     count = min(GPU_PROMPTS if machine.gpus else CPU_PROMPTS, inputs.train.num_prompts)
     draft.set("prompts.prompts_per_step", count)
-    return min(longest + completion + 1, context)
+    return min(longest + further + completion + 1, context)
 
 
 def _sampled(inputs: Inputs) -> range:
@@ -205,7 +252,6 @@ def _sampled(inputs: Inputs) -> range:
 
 
 def _choose_learning(draft: Draft, student: ModelSize) -> None:
-    draft.set("objective.preset", "tail-topk", "the teacher's 16 most likely tokens and a bucket for all others")
     rate = next(rate for parameters, rate in LEARNING_RATES if student.parameters <= parameters)
     draft.set("learner.learning_rate", rate, f"usual for {student.describe()}")
     draft.set("learner.warmup_steps", 5)

@@ -1,6 +1,7 @@
 """Runs one rank of the learner: scored trajectories in, new weights out."""
 
 import os
+import resource
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -170,6 +171,7 @@ class LearnerActor:
         return {
             "gradient_norm": Max(gradient_norm),
             "learning_rate": Max(learning_rate),
+            "peak_memory_gib": Max(_peak_memory_bytes(_device()) / 2**30),
             "busy_seconds": Sum(perf_counter() - started),
         }
 
@@ -259,6 +261,13 @@ def check_gpu(gpu_ids: Sequence[Any], device: torch.device) -> None:
             f"learner: Ray gave it GPU {gpu_ids[0]}, but torch {torch.__version__} (CUDA {torch.version.cuda}) finds "
             "none; update the NVIDIA driver to what this CUDA needs, or start Ray with --num-gpus 0 to train on the CPU"
         )
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this rank has had: of its GPU what torch allocated, on a CPU all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _device() -> torch.device:

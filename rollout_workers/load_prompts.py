@@ -81,6 +81,7 @@ class _Loading:
         self._prompts: list[tuple[str, PromptRow, str]] = []  # where each stands, and the text that the student reads
         self._problems: list[tuple[str, PromptError]] = []
         self._num_too_long = self._num_own_system = 0
+        self._other_teachers: set[str | None] = set()  # that rows name, and the run does not have
 
     def add(self, where: str, row: Row | PromptError) -> None:
         self._num_rows += 1
@@ -105,6 +106,7 @@ class _Loading:
         token_ids = (
             self._tokenizer(texts, add_special_tokens=config.prompts.template == "raw")["input_ids"] if texts else []
         )
+        self._pass_over_other_teachers()
         kept: list[tuple[Sequence[int], PromptRow, str]] = []
         for (where, prompt, _), ids in zip(self._prompts, token_ids, strict=True):
             try:
@@ -128,6 +130,15 @@ class _Loading:
                 "source": [_source(config, prompt) for _, prompt, _ in kept],
             }
         )
+
+    def _pass_over_other_teachers(self) -> None:
+        """Read no `teacher` where the run has one and every row names another, such as the author of its answer."""
+        routes, named = self._config.routes, {prompt.teacher for _, prompt, _ in self._prompts}
+        if len(routes) == 1 and named and named.isdisjoint({None, *routes}):
+            self._other_teachers = named
+            self._prompts = [
+                (where, msgspec.structs.replace(prompt, teacher=None), text) for where, prompt, text in self._prompts
+            ]
 
     def _tokenise_for_teachers(self, prompts: Sequence[tuple[PromptRow, str]]) -> list[Sequence[int] | None]:
         """Return each prompt as its teacher reads it; None where the teacher reads the student's tokens."""
@@ -157,6 +168,8 @@ class _Loading:
             lines.append(
                 f"{self._num_own_system:,} keep their own system message in the place of prompts.system_prompt"
             )
+        if self._other_teachers:
+            lines.append(f"their teacher ({len(self._other_teachers)} others) is not read: [teachers] has one alone")
         num_answers = sum(prompt.ends_in_answer for _, prompt, _ in self._prompts)
         if num_answers:
             done = "is left out" if settings.last_answer == "drop" else "the student continues"
@@ -213,7 +226,10 @@ def _route(teacher: str | None, names: Sequence[str]) -> str:
     if teacher is None and len(names) == 1:
         return names[0]
     if teacher is None or teacher not in names:
-        raise PromptError(f"teacher is {teacher!r}; expected one of {names}")
+        raise PromptError(
+            f"teacher is {teacher!r}; expected one of {names}, the [teachers.NAME] of the run file; "
+            "prompts.columns.teacher names another column"
+        )
     return teacher
 
 

@@ -15,7 +15,7 @@ from rollout_workers.prompt_sources import Row, guess_columns, value_at
 
 _FIELDS = ("prompt", "answer", "domain", "teacher", "tools", "chat_template_kwargs")
 # Where a field is looked for without prompts.columns: under its own name, and as TRL, OpenAI and verl call it.
-_USUAL_COLUMNS: Mapping[str, Sequence[str]] = {
+USUAL_COLUMNS: Mapping[str, Sequence[str]] = {
     **{name: (name,) for name in _FIELDS},
     "prompt": ("prompt", "messages"),
     "answer": ("answer", "reward_model.ground_truth"),
@@ -30,7 +30,7 @@ class RowReader:
         self._settings, self._reads_columns = config.prompts, config.reads_columns
         self._verifiers = [kind for kind in config.environment.weights if kind in VERIFIERS]
         named = config.prompts.columns
-        self._paths = {name: (named[name],) if name in named else usual for name, usual in _USUAL_COLUMNS.items()}
+        self._paths = {name: (named[name],) if name in named else usual for name, usual in USUAL_COLUMNS.items()}
 
     def read(self, row: Row) -> PromptRow:
         """Return the prompt of a row; raise PromptError for what is wrong with it."""
@@ -89,7 +89,7 @@ class RowReader:
 
 def _no_prompt(row: Row, settings: PromptsConfig) -> str:
     named = settings.columns.get("prompt")
-    present = [named] if named is not None else [name for name in _USUAL_COLUMNS["prompt"] if name in row]
+    present = [named] if named is not None else [name for name in USUAL_COLUMNS["prompt"] if name in row]
     if any(name in row for name in present):
         return f"`{present[0]}` is null"
     columns = ", ".join(row) or "none"

@@ -1,5 +1,7 @@
 """Reads the rows of prompts: JSON lines, JSON, Parquet, CSV, a folder, a data set of the hub, a package's tasks."""
 
+import gzip
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ Row = dict[str, Any]
 TASKS = f"{VERIFIERS}:tasks"
 HUB_SECONDS = 5.0  # that the hub has to answer at all
 MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it would only take long
+GZIP = b"\x1f\x8b"  # at the beginning of a file
 TRAIN_SPLITS, HELD_OUT_SPLITS = ("train",), ("test", "validation")  # of a data set, the first that it has
 # Names of the columns that hold prompts and answers in public data sets, the likeliest first.
 PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "input", "query")
@@ -108,9 +111,30 @@ def _file_rows(place: str) -> Iterator[tuple[str, Row | PromptError]]:
     content = read_file(path, "prompt file", PromptError)
     if content.startswith(b"PAR1"):
         return _table_rows(place, _read_parquet(path))
+    if content.startswith(GZIP):
+        content = _unpacked(path, content)
     if content.lstrip().startswith(b"["):
         return _json_rows(path, content)
+    if ".txt" in path.suffixes and not content.lstrip().startswith(b"{"):
+        return _text_lines(path, content)
     return _json_lines(path, content)
+
+
+def _unpacked(path: Path, content: bytes) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise PromptError(f"{path}: cannot unpack the prompt file: {error}") from error
+
+
+def _text_lines(path: Path, content: bytes) -> Iterator[tuple[str, Row | PromptError]]:
+    """Yield a prompt per line that is not empty."""
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        try:
+            if text := line.decode().strip():
+                yield f"{path}:{number}", {"prompt": text}
+        except UnicodeDecodeError as error:
+            yield f"{path}:{number}", PromptError(f"not UTF-8: {error}")
 
 
 def _json_lines(path: Path, content: bytes) -> Iterator[tuple[str, Row | PromptError]]:

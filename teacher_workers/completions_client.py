@@ -146,9 +146,13 @@ class CompletionsClient:
     async def close(self) -> None:
         await self._http.aclose()
 
+    async def list_models(self) -> tuple[str, list[ServedModel]]:
+        """Return the URL of a server that answers, and the models that it lists."""
+        return await self._ask("GET", "/models", _read_models)
+
     async def served_model(self) -> ServedModel:
         """Return how the servers list the model; raise ScoreError if they do not serve it."""
-        url, models = await self._ask("GET", "/models", _read_models)
+        url, models = await self.list_models()
         for model in models:
             if model.id == self._model:
                 return model

@@ -11,7 +11,7 @@ from cluster.contracts.errors import in_one_line
 
 TEACHER = "main"  # NAME of its [teachers.NAME]
 SECTIONS = (
-    *("run", "student", "prompts", "environment", "rollout", "rollout.engine"),
+    *("", "run", "student", "prompts", "environment", "rollout", "rollout.engine"),
     *(f"teachers.{TEACHER}", f"teachers.{TEACHER}.engine", "objective", "learner", "evaluation", "checkpoint", "ray"),
 )
 DEFAULTS = {
@@ -60,7 +60,8 @@ class Draft:
         lines = [f"# {in_one_line(line)}" for line in head]
         for section in SECTIONS:
             fields = [field for field in self.choices if field.rpartition(".")[0] == section]
-            lines += ["", f"[{section}]"] if fields else []
+            lines += [""] if fields else []
+            lines += [f"[{section}]"] if fields and section else []
             for field in fields:
                 choice = self.choices[field]
                 line = f"{field.rpartition('.')[2]} = {to_toml(choice.value)}"

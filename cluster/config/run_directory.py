@@ -1,5 +1,6 @@
 """Names the files of a run directory; no other module builds their paths."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,20 +46,36 @@ class RunDirectory:
 
     @classmethod
     def create(cls, config: Config) -> "RunDirectory":
-        """Make the folder of a new run and write its configuration; raise ConfigError if it holds a run already."""
+        """Make the folder of a new run and write its configuration; raise ConfigError as `refuse_taken` does."""
+        cls.refuse_taken(config)
         directory = cls(Path(config.run.directory) / config.run.name)
-        for folder in reversed([directory.path, *directory.path.parents]):
-            folder.mkdir(mode=0o700, exist_ok=True)
         try:
+            for folder in reversed([directory.path, *directory.path.parents]):
+                folder.mkdir(mode=0o700, exist_ok=True)
             directory.config.touch(mode=0o600, exist_ok=False)  # of two runs that start at once, one gets the name
-        except FileExistsError as error:
+            directory.path.chmod(0o700)  # it may have been there already
+            directory.config.write_text(dump_run_config(config), encoding="utf-8")
+        except FileExistsError:
+            cls.refuse_taken(config)
+            raise
+        except OSError as error:
+            raise ConfigError(_unwritable(directory.path, error.strerror)) from error
+        return directory
+
+    @classmethod
+    def refuse_taken(cls, config: Config) -> None:
+        """Raise ConfigError if the folder of a new run holds a run already, or cannot be made."""
+        directory = cls(Path(config.run.directory) / config.run.name)
+        if os.path.lexists(directory.config):
             raise ConfigError(
                 f"{directory.path}: holds a run already; continue it with --resume {directory.path} "
                 "or choose another run.name"
-            ) from error
-        directory.path.chmod(0o700)  # it may have been there already
-        directory.config.write_text(dump_run_config(config), encoding="utf-8")
-        return directory
+            )
+        nearest = next(folder for folder in (directory.path, *directory.path.parents) if os.path.lexists(folder))
+        if not nearest.is_dir():
+            raise ConfigError(_unwritable(directory.path, f"{nearest} is not a folder"))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(_unwritable(directory.path, f"{nearest} is not writable"))
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -76,3 +93,7 @@ class RunDirectory:
         """Return the configuration that the run was started with, changed by `section.field=value` overrides."""
         text = read_text(self.config, "run's configuration", ConfigError, MAX_RUN_FILE_BYTES)
         return config_from_json(text, overrides, source=str(self.config))
+
+
+def _unwritable(path: Path, reason: str | None) -> str:
+    return f"{path}: cannot make the run directory: {reason}; name another folder in run.directory"

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from cluster.config.advice import advice
 from cluster.config.alarms import AlarmConfig, with_default_alarms
 from cluster.config.fields import Section
 from cluster.config.methods import expand_method
@@ -36,6 +37,13 @@ _RENAMED_FIELDS = {
     "weight_sync.mode": "weight_sync.payload",
     "weight_sync.backend": "weight_sync.transport",
     "evaluation.verifier": "environment.verifier",
+}
+# Fields that may hold a path, by section, besides those of teachers.
+_PATHS = {
+    "run": ("directory",),
+    "student": ("model",),
+    "prompts": ("train", "held_out"),
+    "rollout.replay": ("run",),
 }
 MAX_DOTS = 4096  # tomllib takes the square of a dotted key's length
 # Tables whose keys are the user's own names. They become names of actors, columns, figures and overrides.
@@ -84,6 +92,7 @@ def _build(tree: dict[str, Any], overrides: Sequence[str], source: str) -> Confi
         _apply_override(tree, override)
         _spell_out(tree, f"override '{override}'")
     _check_texts(tree, source)
+    _expand_home(tree)
     tree = expand_method(tree)
     if "objective" in tree:
         tree["objective"] = expand_preset(tree["objective"])
@@ -108,6 +117,17 @@ def _spell_out(tree: dict[str, Any], source: str) -> None:
         if field in fields and isinstance(tree.setdefault(new_section, {}), dict):
             _log.warning("%s: %s is now %s; rename it", source, old, new)
             tree[new_section][new_field] = fields.pop(field)
+
+
+def _expand_home(tree: dict[str, Any]) -> None:
+    """Write out the home folder in paths that begin with `~/`, as a shell does on the command line."""
+    teachers = [f"teachers.{name}" for name in _entries(tree, "teachers")]
+    for section in (*_PATHS, *teachers):
+        entries = _entries(tree, section)
+        for field in _PATHS.get(section, ("model", "tokenizer")):
+            value = entries.get(field)
+            if isinstance(value, str) and value.startswith("~/"):
+                entries[field] = str(Path(value).expanduser())
 
 
 def _with_students_model(tree: dict[str, Any]) -> dict[str, Any]:
@@ -210,8 +230,10 @@ def _in_our_words(error: Exception, tree: dict[str, Any]) -> str:
     """Say msgspec's finding with the field's path first: `learner.zero_stage: ...`."""
     message, at, path = str(error).rpartition(" - at `$.")
     if not at:
-        return str(error).removesuffix(" - at `$`")
-    return f"{_with_name(path.rstrip('`'), tree)}: {message}"
+        message = str(error).removesuffix(" - at `$`")
+        return message + advice(message, "", Config)
+    path = path.rstrip("`")
+    return f"{_with_name(path, tree)}: {message}{advice(message, path, Config)}"
 
 
 def _with_name(path: str, tree: dict[str, Any]) -> str:

@@ -110,15 +110,16 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
     alpha: Positive = 1.0  # power: the exponent; proximal: the target's share; constant: minus the advantage
     student: Literal["current", "rollout", "none"] = "current"  # whose probability the log-ratio divides by
     # Over the support, of the prefix. kl: minus the divergence; support_mean: the mean advantage of its tokens.
-    # batch_mean: the mean advantage of the step's sampled tokens
-    baseline: Literal["none", "kl", "support_mean", "batch_mean"] = "none"
+    # batch_mean, response_mean: the mean advantage of the step's, or the response's, sampled tokens
+    baseline: Literal["none", "kl", "support_mean", "batch_mean", "response_mean"] = "none"
     discount: Fraction = 0.0  # of later tokens' advantages in this token's
     importance: ImportanceConfig = ImportanceConfig()
 
     @property
     def needs_first_pass(self) -> bool:
-        # Later advantages, or a masked sequence.
-        return self.importance.kind == "sequence_mask" or (self.discount > 0 and self.student == "current")
+        # Later advantages, the mean of all, or a masked sequence.
+        of_all = self.importance.kind == "sequence_mask" or self.baseline == "response_mean"
+        return of_all or (self.discount > 0 and self.student == "current")
 
     @property
     def is_zero_at_the_student(self) -> bool:
@@ -152,13 +153,14 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
     def _fault_of_baseline(self, support: Support) -> str | None:
         if self.baseline == "none":
             return None
-        name, is_mean, of_step = f"baseline = '{self.baseline}'", self.baseline != "kl", self.baseline == "batch_mean"
+        name, is_mean = f"baseline = '{self.baseline}'", self.baseline != "kl"
+        of_sampled = self.baseline in ("batch_mean", "response_mean")
         faults = {
             f"{name} lowers the variance of one draw; a sum over candidates has none; use over = 'sampled'": (
                 self.over == "support"
             ),
             f"{name} needs support topk, student_topk, intersection or full, found '{support}'": (
-                support in ("sampled", "samples") and not of_step
+                support in ("sampled", "samples") and not of_sampled
             ),
             f"{name} changes nothing in expectation only where all tokens of a prefix count, but when = '{self.when}' "
             "depends on the sampled token; leave one of them out": is_mean and self.when not in OF_PREFIX,
@@ -166,8 +168,8 @@ class PolicyGradientTerm(Term, tag_field="loss", tag="policy_gradient", frozen=T
             f"{name} is a mean under the current student; student = 'rollout' divides by another": (
                 is_mean and self.student == "rollout"
             ),
-            f"{name} is the mean over the step, of log-ratios alone; leave out when = '{self.when}' and discount": (
-                of_step and (self.discount > 0 or self.when != "always")
+            f"{name} is the mean over all tokens, of log-ratios alone; leave out when = '{self.when}' and discount": (
+                of_sampled and (self.discount > 0 or self.when != "always")
             ),
         }
         return next((fault for fault, holds in faults.items() if holds), None)

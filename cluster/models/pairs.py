@@ -232,7 +232,8 @@ def _compare_tokens(name: str, section: TeacherConfig, tokens: _Tokens) -> Seque
     if differing and not tokens.are_added(differing):
         raise ModelError(
             f"{refusal}{tokens.describe(differing[0])}, and {len(differing)} ids differ in all; a teacher must read "
-            "the student's token ids as the same tokens, so choose one that has the student's tokenizer"
+            "the student's token ids as the same tokens, so choose one that has the student's tokenizer, or align "
+            f'the two with teachers.{name}.tokenizer = "aligned" (docs/cross_tokenizer.md)'
         )
     accept = f'if you know that this does no harm, set teachers.{name}.accept_differences = ["tokens"]'
     if differing and not accepts:

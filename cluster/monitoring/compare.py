@@ -118,6 +118,7 @@ def _outcome(directory: RunDirectory, records: Records) -> dict[str, Value]:
         "seconds of all steps": _middle(math.fsum, _series(records, "step/seconds").values()),
         "wall seconds since the last start": _wall_seconds(status),
         "completion tokens": _middle(math.fsum, _series(records, "completion_tokens").values()),
+        "learner's peak memory, GiB": max(_series(records, "train/peak_memory_gib").values(), default=None),
         "alarms": float(len(RecordsFile(directory.alarms).read())),
     }
 

@@ -18,7 +18,7 @@ REFRESHES_PER_SECOND = 1.0  # each takes some milliseconds, in which the loop ma
 _COLUMNS = [
     ("step", "step", "{:.0f}"),
     ("KL/token", "train/kl", "{:.4f}"),
-    ("accuracy", "rollout/reward", "{:.3f}"),
+    ("", "rollout/reward", "{:.3f}"),  # the run says what it is called
     ("held-out", "held_out/accuracy", "{:.3f}"),
     ("held-out KL", "held_out/kl", "{:.4f}"),
     ("length", "rollout/completion_length", "{:.1f}"),
@@ -51,6 +51,9 @@ class TerminalView(Protocol):
 class PlainView:
     """Prints one line per step, for logs and pipes."""
 
+    def __init__(self, reward_name: str = "accuracy") -> None:
+        self._reward_name = reward_name
+
     def say(self, line: str) -> None:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
@@ -59,7 +62,7 @@ class PlainView:
         self.say(line)
 
     def show(self, record: Record) -> None:
-        self.say("  ".join(f"{label} {text}" for label, text in _cells(record)))
+        self.say("  ".join(f"{label} {text}" for label, text in _cells(record, self._reward_name)))
 
     def finish(self) -> None:
         """Do nothing: lines stand in the order in which they were said."""
@@ -94,11 +97,11 @@ class LiveView:
 
 
 @contextmanager
-def terminal_view(name: str, total_steps: int) -> Iterator[TerminalView]:
-    """Give a live view on a terminal, plain lines elsewhere."""
+def terminal_view(name: str, total_steps: int, reward_name: str = "accuracy") -> Iterator[TerminalView]:
+    """Give a live view on a terminal, plain lines elsewhere; `reward_name` is what lines call the mean reward."""
     console = Console()
     if not (console.is_interactive and sys.stdout.isatty()):
-        yield PlainView()
+        yield PlainView(reward_name)
         return
     view = LiveView(console, name, total_steps)
     try:
@@ -107,9 +110,9 @@ def terminal_view(name: str, total_steps: int) -> Iterator[TerminalView]:
         view.finish()
 
 
-def _cells(record: Record) -> list[tuple[str, str]]:
+def _cells(record: Record, reward_name: str) -> list[tuple[str, str]]:
     return [
-        (label, form.format(record[name]))
+        (label or reward_name, form.format(record[name]))
         for label, name, form in _COLUMNS
         if name in record and math.isfinite(record[name])
     ]

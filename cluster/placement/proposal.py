@@ -61,6 +61,8 @@ class Machine:
 def choose_hardware(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> MemoryPlan:
     """Complete a draft whose longest sequences have so many tokens, and return what its workers take of memory.
 
+    `sizes` lacks a teacher that is served elsewhere.
+
     Raises:
         PlacementError: the models do not fit.
     """
@@ -91,10 +93,12 @@ def _choose_for_cpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, 
     if is_small:
         draft.set("learner.dtype", "float32", "a student of this size is as fast in it")
         draft.set("rollout.engine.dtype", "float32")
-        draft.set(f"teachers.{TEACHER}.engine.dtype", "float32")
+        if TEACHER in sizes:
+            draft.set(f"teachers.{TEACHER}.engine.dtype", "float32")
     draft.set("learner.micro_batch_tokens", max(2048, longest))
     rows = draft.value("prompts.prompts_per_step")
-    for section, name in (("rollout", STUDENT), (f"teachers.{TEACHER}", TEACHER)):
+    for name in sizes:
+        section = "rollout" if name == STUDENT else f"teachers.{name}"
         needed = rows * longest * sizes[name].kv_values_per_token * (4 if is_small else 2) / GIB
         cache = min(_up(needed, MIN_CACHE_GIB), _down(machine.memory_gib / 8, MIN_CACHE_GIB))
         why = f"the {rows} sequences of a step, if all had {longest} tokens, take {needed:.2g} GiB"
@@ -103,7 +107,8 @@ def _choose_for_cpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, 
 
 def _choose_for_one_gpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> None:
     """Put all on one GPU, as the memory plan divides it, the optimizer in host memory only if nothing else fits."""
-    draft.set("ray.share_gpu", True, f"student, teacher and learner share the first GPU of {machine.gpus}")
+    sharing = "student, teacher and learner" if TEACHER in sizes else "student and learner"
+    draft.set("ray.share_gpu", True, f"{sharing} share the first GPU of {machine.gpus}")
     draft.set("rollout.engine.max_concurrent_sequences", draft.value("prompts.prompts_per_step"), "all of a step")
     first = plan = _plan(draft, sizes, longest, machine)
     if plan.fault is not None:
@@ -113,8 +118,10 @@ def _choose_for_one_gpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: i
             first.refuse()
     _write_learner(draft, plan)
     draft.set("learner.gpu_memory_fraction", plan.config.learner.gpu_memory_fraction)
-    engines = {"rollout": plan.config.rollout.engine, f"teachers.{TEACHER}": plan.config.teachers[TEACHER].engine}
-    for (section, engine), pool in zip(engines.items(), ("rollout", f"teacher-{TEACHER}"), strict=True):
+    engines = {("rollout", "rollout"): plan.config.rollout.engine}
+    if TEACHER in sizes:
+        engines[f"teachers.{TEACHER}", f"teacher-{TEACHER}"] = plan.config.teachers[TEACHER].engine
+    for (section, pool), engine in engines.items():
         worker = plan.workers[pool]
         draft.set(f"{section}.engine.gpu_memory_fraction", engine.gpu_memory_fraction, f"about {worker.total:.1f} GiB")
         why = f"{worker.cache_tokens:,} tokens, {worker.sequences or 0:,.0f} of the longest sequences"
@@ -123,7 +130,7 @@ def _choose_for_one_gpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: i
 
 def _choose_for_gpus(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> None:
     """Give the learner and the teacher as few GPUs as hold them, and the rollout pool, the slowest, the rest."""
-    ranks, width = max(1, machine.gpus // 4), 1
+    ranks, width = max(1, machine.gpus // 4), 1 if TEACHER in sizes else 0
     while True:
         draft.set("learner.num_workers", ranks)
         if _fits(draft, sizes, longest, machine, "learner") or 2 * ranks >= machine.gpus:
@@ -131,7 +138,7 @@ def _choose_for_gpus(draft: Draft, sizes: Mapping[str, ModelSize], longest: int,
         ranks *= 2
     if not _fits(draft, sizes, longest, machine, "learner"):
         draft.set("learner.offload_optimizer", "cpu", "else a rank would not fit")
-    while True:
+    while width:
         draft.set(f"teachers.{TEACHER}.engine.tensor_parallel", width)
         if _fits(draft, sizes, longest, machine, f"teacher-{TEACHER}") or 2 * width >= machine.gpus:
             break

@@ -129,6 +129,8 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     try:
         args = AsyncEngineArgs(model=model, trust_remote_code=trust_remote_code, **arguments)
         config = args.create_engine_config()
+        if is_cpu:
+            _check_heads_for_cpu(config.model_config)
         late_logits_processors(config, role.logits_processors)
         if role.keeps_cache:
             config.scheduler_config.scheduler_cls = keeping_scheduler(config.scheduler_config.async_scheduling)
@@ -137,6 +139,18 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         printed = last_error(own_output())  # by the engine's process; what this one has is seldom the reason
         reason = f"{error}; its last error: {printed}" if printed else str(error)
         raise ModelError(f"vLLM cannot serve {model}: {reason}") from error
+
+
+def _check_heads_for_cpu(model: Any) -> None:
+    """Raise ValueError where vLLM's attention on CPU has no kernel for the model; it would end inside a step."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, sizes = model.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if not model.use_mla and size not in sizes:
+        raise ValueError(
+            f"its heads have {size} dimensions, and on a CPU vLLM attends with heads of {', '.join(map(str, sizes))}; "
+            "take a model with such heads, or run it on a GPU"
+        )
 
 
 def _common_arguments(engine: EngineConfig, role: EngineRole) -> dict[str, Any]:

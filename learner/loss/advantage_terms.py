@@ -91,8 +91,11 @@ class PolicyGradientLoss(AdvantageLoss):
         return later_returns(advantages, tokens.trajectory, term.discount)
 
     def centred_advantages(self, tokens: CompletionTokens, first_pass: Evaluation) -> Tensor | None:
-        """Return the mapped log-ratios, if the term takes their mean off (Delta-MOPD, arXiv 2610.10460)."""
-        if self.config.baseline != "batch_mean":
+        """Return the mapped log-ratios, if the term takes their mean off.
+
+        That of a step: Delta-MOPD, arXiv 2610.10460; that of a response: Residual Advantage, arXiv 2610.11519.
+        """
+        if self.config.baseline not in ("batch_mean", "response_mean"):
             return None
         return self._advantage(
             log_linear(self.config.target, tokens.logprobs), first_pass.logprobs, first_pass.logprobs
@@ -119,7 +122,7 @@ class PolicyGradientLoss(AdvantageLoss):
         later advantages would change the expectation, for it would leave nothing of them.
         """
         added = torch.zeros_like(chunk.student[:, 0])
-        if self.config.discount or self.config.baseline == "batch_mean":
+        if self.config.discount or self.config.baseline in ("batch_mean", "response_mean"):
             added = added + chunk.plan.added_advantages[self._name]
         if self.config.baseline == "kl" and chunk.exact_kl is not None:
             added = added + chunk.exact_kl(self.config.target)

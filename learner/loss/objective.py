@@ -1,7 +1,7 @@
 """Computes what a run's objective makes of logits: the sum of its terms, with the gradient by the logits."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,13 @@ from learner.loss.softmax import at_least_float32, temperature_normaliser
 from learner.loss.targets import log_linear
 from learner.loss.term import Chunk
 from learner.loss.terms import TERMS
-from learner.loss.token_weights import entropy_weights, is_early, position_importance, turn_weights
+from learner.loss.token_weights import (
+    entropy_weights,
+    is_early,
+    position_importance,
+    turn_weights,
+    weighted_mean_of_trajectory,
+)
 from learner.loss.tokens import CompletionTokens, Evaluation, TokenPlan
 
 
@@ -61,17 +67,28 @@ class Objective:
         trusted = {name: term.trusted_trajectory(tokens, first_pass) for name, term in self._terms.items()}
         weights = self._weights(tokens, first_pass)
         means = {name: torch.full_like(tokens.rollout_logprobs, -mean) for name, mean in self._step_means.items()}
+        for name, advantages, of_term in self._centred(tokens, first_pass, "response_mean"):
+            means[name] = -weighted_mean_of_trajectory(advantages, of_term, tokens.trajectory)
         return TokenPlan(weights, _given(added) | means, _given(trusted), torch.zeros_like(weights))
 
     @torch.no_grad()
     def advantage_sums(self, tokens: CompletionTokens, first_pass: Evaluation) -> dict[str, Mean]:
         """Return some tokens' part of the mean advantages, by weight, of the terms that subtract the step's."""
-        weights, sums = self._weights(tokens, first_pass).double(), {}
+        return {
+            name: Mean(float((of_term * advantages).sum()), float(of_term.sum()))
+            for name, advantages, of_term in self._centred(tokens, first_pass, "batch_mean")
+        }
+
+    def _centred(
+        self, tokens: CompletionTokens, first_pass: Evaluation | None, baseline: str
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield the terms with a baseline of this name, their advantages, and their tokens' weights in its mean."""
         for name, term in self._terms.items():
-            if (advantages := term.centred_advantages(tokens, first_pass)) is not None:
-                of_term = weights * tokens.written_by(term.config.rows)
-                sums[name] = Mean(float((of_term * advantages).sum()), float(of_term.sum()))
-        return sums
+            if getattr(term.config, "baseline", None) == baseline and first_pass is not None:
+                advantages = term.centred_advantages(tokens, first_pass)
+                assert advantages is not None
+                weights = self._weights(tokens, first_pass).double()
+                yield name, advantages, weights * tokens.written_by(term.config.rows)
 
     @torch.no_grad()
     def evaluate(

@@ -112,7 +112,7 @@ class LossTerm(Protocol):
         return None
 
     def centred_advantages(self, _tokens: CompletionTokens, _first_pass: Evaluation) -> Tensor | None:
-        """Return the advantages of which the step's mean is taken off, [n]; None: it is not."""
+        """Return the advantages of which the step's mean, or the response's, is taken off, [n]; None: it is not."""
         return None
 
     def trusted_trajectory(self, _tokens: CompletionTokens, _first_pass: Evaluation | None) -> Tensor | None:

@@ -72,6 +72,12 @@ def entropy_weights(sure: Tensor | None, unsure: Tensor | None, trajectory: Tens
     return (weights / _mean_of_trajectory(weights, trajectory)).float()
 
 
+def weighted_mean_of_trajectory(values: Tensor, weights: Tensor, trajectory: Tensor) -> Tensor:
+    """Return the trajectory's mean of the values by weight, 0 where nothing of it counts, [n]."""
+    counted = _sum_of_trajectory(weights, trajectory)
+    return torch.where(counted > 0, _sum_of_trajectory(weights * values, trajectory) / counted, 0.0).to(values.dtype)
+
+
 def _sums_from_here(values: Tensor, trajectory: Tensor, discount: float) -> Tensor:
     """Return the sum over this and the later tokens of the trajectory of discount**distance times value, float64.
 

@@ -94,7 +94,7 @@ class HttpBackend(TeacherBackend):
     @classmethod
     def identity(cls, teacher: TeacherConfig) -> str:
         """Return a digest of the served name and of what the first server says is behind it."""
-        model = _run(_each(teacher, CompletionsClient.served_model))[0]
+        model = served_model(teacher)
         return hashlib.sha256(f"{teacher.model}\n{model.root}".encode()).hexdigest()
 
     @classmethod
@@ -133,6 +133,21 @@ class HttpBackend(TeacherBackend):
         listed = [_merged(_without(positions[place - 1], self._excluded), stop_class) for place in places]
         sampled = np.where(np.isin(token_ids[places], stop_class), stop_class[:1] or 0, token_ids[places])
         return _columns(listed, sampled, top_k)
+
+
+def served_model(teacher: TeacherConfig) -> ServedModel:
+    """Return the model that a teacher's first server lists under `teacher.model`; without a name, the only one.
+
+    Raises:
+        ModelError: the server is away, does not serve it, or serves several.
+    """
+    if teacher.model:
+        return _run(_each(teacher, CompletionsClient.served_model))[0]
+    url, models = _run(_each(teacher, CompletionsClient.list_models))[0]
+    if len(models) != 1:
+        names = ", ".join(model.id for model in models) or "no model"
+        raise ModelError(f"{url} serves {names}; name one of them with --teacher-model")
+    return models[0]
 
 
 def _spare(teacher: TeacherConfig, top_k: int) -> int:

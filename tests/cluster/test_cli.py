@@ -29,6 +29,16 @@ def test_an_error_is_one_sentence_and_a_failure(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("override", ["run.steps=0", "--run.steps=0"])
+def test_an_override_may_have_dashes_as_in_other_programs(
+    override: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run_file = tmp_path / "run.toml"
+    run_file.write_text('student.model = "a"\nteachers.t.model = "b"\nprompts.train = "c"\n')
+    assert main(["train", str(run_file), override]) == 1
+    assert capsys.readouterr().err == f"preceptor: {run_file}: run.steps: Expected `int` >= 1\n"
+
+
 def test_help_names_every_command() -> None:
     output = subprocess.run(
         [sys.executable, "-m", "cluster.cli", "--help"], capture_output=True, text=True, check=True

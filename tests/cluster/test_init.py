@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import main
+from cluster.config.methods import METHODS
 from cluster.config.run_config import Config
-from cluster.config.run_file import load_run_config
+from cluster.config.run_file import load_run_config, parse_run_config
 from cluster.demo import EMBEDDED
 from cluster.run.inputs import load_inputs
 from tests.end_to_end.runs import preceptor
+from tests.teacher_workers.backends.fake_server import FakeServer
 from tests.tiny_qwen3 import write_tiny_qwen3
 
 PAIR = ("--student", str(EMBEDDED / "student"), "--teacher", str(EMBEDDED / "teacher"))
@@ -141,3 +143,72 @@ def test_a_pair_that_cannot_be_one_stays_refused(
     assert main(["init", *pair, "--data", str(prompts), "--out", str(tmp_path / "run.toml")]) == 1
     assert "its tokenizer is not the student's" in capsys.readouterr().err
     assert not (tmp_path / "run.toml").exists()
+
+
+def init_served(prompts: Path, url: str, *options: str) -> int:
+    pair = ("--student", str(EMBEDDED / "student"), "--teacher", url)
+    return main(["init", *pair, "--data", str(prompts), "--out", str(prompts.with_name("run.toml")), *options])
+
+
+@pytest.mark.parametrize("gpus", ["0", "1", "4"])
+def test_a_url_is_a_teacher_that_needs_no_gpu(prompts: Path, capsys: pytest.CaptureFixture[str], gpus: str) -> None:
+    with FakeServer(max_model_len=64) as server:
+        assert init_served(prompts, server.url, "--gpus", gpus, "--gpu-memory", "24") == 0
+    config = load_run_config(prompts.with_name("run.toml"))
+    teacher = config.teachers["main"]
+    assert (teacher.url, teacher.model, teacher.engine.tensor_parallel) == (server.url, "big", 0)
+    said = capsys.readouterr().out
+    assert f"teacher {server.url}: served there" in said
+    assert "the context 64" in said  # the server's, which is shorter than the student's
+    assert config.ray.share_gpu == (gpus == "1")
+    assert config.rollout.num_workers == {"0": 1, "1": 1, "4": 3}[gpus]  # the learner has one
+
+
+def test_of_a_server_with_several_models_one_must_be_named(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Several(FakeServer):
+        def models(self, key: str | None) -> tuple[int, bytes]:
+            return 200, json.dumps({"data": [{"id": name} for name in ("small", self.model)]}).encode()
+
+    with Several() as server:
+        assert init_served(prompts, server.url, "--gpus", "0") == 1
+        assert capsys.readouterr().err == (
+            f"preceptor: {server.url} serves small, big; name one of them with --teacher-model\n"
+        )
+        assert init_served(prompts, server.url, "--gpus", "0", "--teacher-model", "big") == 0
+
+
+def test_options_of_servers_are_refused_for_other_teachers(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(prompts.with_name("run.toml"))
+    assert main(["init", *PAIR, "--data", str(prompts), "--out", out, "--api-key-env", "KEY"]) == 1
+    assert "--api-key-env are for a URL, found --teacher" in capsys.readouterr().err
+
+
+def test_remote_code_is_trusted_where_init_is_told_so(prompts: Path) -> None:
+    config = init(prompts, "--gpus", "0", "--trust-remote-code")
+    assert config.student.trust_remote_code
+    assert config.teachers["main"].trust_remote_code
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"opcd"}))  # which compares more tokens than there are
+def test_a_method_without_a_teacher_lets_the_student_teach_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    data, out = tmp_path / "mine.jsonl", tmp_path / "run.toml"
+    data.write_text('{"prompt": "12 : 27 25", "answer": "39 - 27", "experience": "12"}\n' * 40)
+    student = str(EMBEDDED / "student")
+    options = ("--student", student, "--method", method, "--gpus", "0")
+    assert main(["init", *options, "--data", str(data), "--out", str(out)]) == 0
+    config = load_run_config(out)
+    assert (config.method, config.teachers["main"].source) == (method, "student")
+    written = parse_run_config(f'method = "{method}"\nstudent.model = "s"\nprompts.train = "p"')
+    assert config.objective == written.objective
+    assert config.teachers["main"].refresh == written.teachers["self"].refresh
+    inputs = load_inputs(config)
+    assert inputs.scoring_model_len("main") <= 128  # the context
+    assert "teacher student: qwen3" in capsys.readouterr().out
+
+
+def test_neither_teacher_nor_method_is_one_sentence(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(prompts.with_name("run.toml"))
+    assert main(["init", "--student", str(EMBEDDED / "student"), "--data", str(prompts), "--out", out]) == 1
+    assert capsys.readouterr().err.startswith("preceptor: name a teacher with --teacher, or a method with --method: ")

@@ -281,6 +281,27 @@ def test_the_mean_of_a_step_is_that_of_its_tokens_by_weight() -> None:
     assert mean.value == pytest.approx(expected.item())
 
 
+def test_the_mean_of_a_response_is_taken_off_the_advantages_of_its_tokens_alone() -> None:
+    """Of two responses of 5 and 6 tokens whose first ones do not count; each has its own mean, by weight."""
+    objective = make_objective(
+        support="sampled",
+        terms={"main": {"loss": "policy_gradient", "baseline": "response_mean", "importance": {"kind": "none"}}},
+        token_weights={"skip_first": 1},
+    )
+    assert objective.needs.first_pass
+    assert not objective.needs.step_means
+    models = {"teacher": TEACHER.expand(VOCABULARY, -1)}
+    logits = STUDENT.expand(VOCABULARY, -1)
+    tokens = make_tokens(torch.arange(VOCABULARY), models, logits, lengths=[5, 6])
+    advantage = (TEACHER - STUDENT)[0]
+    centred = torch.cat([advantage[:5] - advantage[1:5].mean(), advantage[5:] - advantage[6:].mean()])
+    counted = torch.tensor([0.0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1], dtype=torch.float64)
+    leaf = logits.clone().requires_grad_()
+    log_p = leaf.log_softmax(-1).diagonal()
+    (expected,) = torch.autograd.grad(-(counted * centred * log_p).sum(), leaf)
+    assert_same(gradient_of(evaluate(objective, logits, tokens)), expected)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 @pytest.mark.parametrize(
     ("support", "fields"),

@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 POOLS = {"rollout", "teacher-countdown", "learner"}
 SEEN_SECONDS = 120.0  # Ray brings figures to its endpoint every few seconds
-PRIVILEGED = "privileged/"  # begins metrics that runs with a privileged sampler have (test_privileged.py)
+# Begin metrics that only runs with a privileged sampler (test_privileged.py), or with several turns, have.
+OF_OTHER_RUNS = ("privileged/", "rollout/turns", "rollout/environment_errors")
 SERIES = re.compile(r"(ray_preceptor_\w+)\{")
 
 
@@ -62,8 +63,8 @@ def asked_for() -> set[str]:
 
 
 def of_this_run() -> set[str]:
-    """Return those that a run without a privileged sampler has."""
-    others = {exported_name(metric) for metric in all_metrics() if metric.source.startswith(PRIVILEGED)}
+    """Return those that every run has."""
+    others = {exported_name(metric) for metric in all_metrics() if metric.source.startswith(OF_OTHER_RUNS)}
     return asked_for() - others
 
 
@@ -155,7 +156,7 @@ def test_nothing_stays_of_a_run_that_was_interrupted_once(shown: Shown) -> None:
 def test_every_metric_of_the_table_is_one_of_the_run(short_run: ShortRun) -> None:
     found = {name for record in short_run.records() for name in record}
     sources = {metric.source.replace("{pool}", "rollout") for metric in all_metrics()}
-    sources = {source for source in sources if not source.startswith(PRIVILEGED)}
+    sources = {source for source in sources if not source.startswith(OF_OTHER_RUNS)}
     assert sources - found == {EVERY_STEP, COMPLETION_LENGTHS}
 
 

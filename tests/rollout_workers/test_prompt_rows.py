@@ -189,6 +189,22 @@ def test_verls_format_is_read_as_it_is_and_its_null_prompts_are_counted(
         Loaded(path, tokenizer)
 
 
+def test_a_column_teacher_that_names_none_of_the_runs_is_not_read_where_there_is_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Data sets say by it who wrote an answer."""
+    path = write(tmp_path, {"prompt": "one", "teacher": "gpt"}, {"prompt": "two", "teacher": "claude"})
+    loaded = Loaded(path, tokenizer)
+    assert [loaded.prompts.teacher(row) for row in range(2)] == ["main", "main"]
+    assert loaded.lines == [f"{path}: 2 prompts; their teacher (2 others) is not read: [teachers] has one alone"]
+    for other in ({"prompt": "three"}, {"prompt": "three", "teacher": "main"}):
+        path = write(tmp_path, other, {"prompt": "two", "teacher": "mian"})
+        with pytest.raises(
+            PromptError, match=r"p.jsonl:2: teacher is 'mian'; expected .*prompts.columns.teacher names"
+        ):
+            Loaded(path, tokenizer)
+
+
 def test_further_columns_are_named_and_not_kept_where_nothing_reads_them(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

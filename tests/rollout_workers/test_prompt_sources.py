@@ -1,5 +1,6 @@
 """What is read from each kind of source: which rows, under which names."""
 
+import gzip
 import json
 import time
 from pathlib import Path
@@ -46,6 +47,26 @@ def test_every_kind_of_file_gives_the_same_rows(name: str, tmp_path: Path) -> No
     else:
         path.write_text(json.dumps(ROWS) if name == "p.json" else "".join(json.dumps(row) + "\n" for row in ROWS))
     assert rows(path) == ROWS
+
+
+def test_a_text_file_has_a_prompt_per_line(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Wie geht's? 你好\n\n[1, 2] are?\n")
+    expected = [
+        (f"{tmp_path}/p.txt:1", {"prompt": "Wie geht's? 你好"}),
+        (f"{tmp_path}/p.txt:3", {"prompt": "[1, 2] are?"}),
+    ]
+    assert list(read_rows(str(tmp_path / "p.txt"))) == expected
+    (tmp_path / "p.txt").write_text('{"prompt": "a"}\n')  # which other programs write under this name
+    assert rows(str(tmp_path / "p.txt")) == [{"prompt": "a"}]
+
+
+@pytest.mark.parametrize(("name", "content"), [("p.jsonl.gz", '{"prompt": "a"}\n'), ("p.txt.gz", "a\n")])
+def test_a_packed_file_is_read_as_what_it_holds(tmp_path: Path, name: str, content: str) -> None:
+    packed = gzip.compress(content.encode())
+    (tmp_path / name).write_bytes(packed)
+    assert rows(str(tmp_path / name)) == [{"prompt": "a"}]
+    (tmp_path / name).write_bytes(packed[:-6])
+    assert_refused(lambda: rows(str(tmp_path / name)), PromptError, "cannot unpack the prompt file")
 
 
 def test_empty_lines_are_passed_over_and_the_others_keep_their_numbers(tmp_path: Path) -> None:

@@ -155,7 +155,11 @@ def test_a_target_replaces_the_preset_s_whole() -> None:
         ),
         (
             "preset = 'thinking-machines'\nterms.main = {baseline = 'batch_mean', discount = 0.5}",
-            "baseline = 'batch_mean' is the mean over the step, of log-ratios alone; leave out .* and discount",
+            "baseline = 'batch_mean' is the mean over all tokens, of log-ratios alone; leave out .* and discount",
+        ),
+        (
+            "preset = 'thinking-machines'\nterms.main = {baseline = 'response_mean', discount = 0.5}",
+            "baseline = 'response_mean' is the mean over all tokens, of log-ratios alone; leave out .* and discount",
         ),
         (
             "preset = 'thinking-machines'\nterms.main = {baseline = 'batch_mean', when = 'teacher_entropy_above'}",

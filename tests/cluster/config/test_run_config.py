@@ -230,3 +230,36 @@ def test_a_refresh_says_which_version_scores_each_step(refresh: str, versions: l
     teacher = parse_run_config(SELF, [*evaluated, f"teachers.main.refresh={refresh}"]).teachers["main"]
     assert [teacher.version_due(step) for step in range(5)] == versions
     assert teacher.is_refreshed == (refresh != "frozen")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("learnr.dtype = 'float32'", "unknown field `learnr`; did you mean learner?"),
+        ("learner.learning_rat = 1.0", "learner: .* unknown field `learning_rat`; did you mean learning_rate?"),
+        ("run.max_staleness = 1", "run: .* unknown field `max_staleness`; did you mean rollout.max_staleness?"),
+        (
+            "run.num_workers = 1",
+            "did you mean rollout.num_workers or teachers.NAME.num_workers or learner.num_workers?",
+        ),
+        ("checkpoint.lr = 1", "unknown field `lr`; there are every_steps, keep_last, export$"),
+        ("learner.dtype = 'fp16'", "learner.dtype: Invalid enum value 'fp16'; expected one of bfloat16, float32$"),
+        ("teachers.self = {from = 'student', refresh = 'always'}", "teachers.self.refresh: .* one of frozen, live$"),
+        ("objective.terms.main.loss = 'kl'", "terms.main.loss: .* one of policy_gradient, divergence, task_reward, "),
+        ("objective.terms.main = {loss = 'divergence', betaa = 1}", "unknown field `betaa`; did you mean beta?"),
+        ("learner.learning_rate = '1e-5'", "learner.learning_rate: Expected `float`, .*; write a number, without quo"),
+        ("rollout.stop = '###'", r'rollout.stop: Expected `array`, got `str`; write a list: \["..."\]'),
+        ("run.name = 'a/b'", "run.name: .*; use letters, digits, '.', '_' and '-', a letter or digit first"),
+    ],
+)
+def test_a_wrong_field_or_value_is_told_what_it_could_be(text: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        parse_run_config(f"student.model = 'm'\nteachers.t.model = 't'\nprompts.train = 'p'\n{text}")
+
+
+def test_a_tilde_is_the_home_folder_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "student.model = '~/s'\nteachers.t.model = '~/t'\nprompts.train = '~/p.jsonl'"
+    config = parse_run_config(text, ["run.directory=~/runs"])
+    found = (config.student.model, config.teachers["t"].model, config.prompts.train, config.run.directory)
+    assert found == ("/home/me/s", "/home/me/t", "/home/me/p.jsonl", "/home/me/runs")

@@ -1,12 +1,13 @@
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import CheckpointError, ConfigError
 from tests.builders import make_config
@@ -49,6 +50,21 @@ def test_a_second_run_of_the_same_name_is_refused(tmp_path: Path) -> None:
     RunDirectory.create(config)
     with pytest.raises(ConfigError, match="holds a run already; continue it with --resume"):
         RunDirectory.create(config)
+
+
+@pytest.mark.parametrize("create", [RunDirectory.create, RunDirectory.refuse_taken])
+def test_a_folder_that_cannot_be_made_is_one_sentence(
+    tmp_path: Path, create: Callable[[Config], RunDirectory | None]
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = make_config(f"run.directory='{tmp_path}/file/deep'")
+    with pytest.raises(ConfigError, match=rf"deep/run: cannot make the run directory: {tmp_path}/file is not a folder"):
+        create(config)
+
+
+def test_what_the_system_says_of_a_folder_is_in_the_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"/proc/none/run: cannot make the run directory: .*; name another folder in"):
+        RunDirectory.create(make_config("run.directory='/proc/none'"))
 
 
 def test_of_runs_of_one_name_that_start_at_once_one_gets_the_folder(tmp_path: Path) -> None:

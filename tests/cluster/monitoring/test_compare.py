@@ -22,6 +22,7 @@ def make_run(folder: Path, name: str, accuracies: dict[int, float], *overrides: 
                 record: dict[str, Any] = {"step": step, "step/seconds": float(step), "train/kl": 1.0 / step}
                 held_out = {"held_out/accuracy": accuracies[step]} if step in accuracies else {}
                 record |= {"step/tokens_per_second": 100.0, "completion_tokens": 100 * step, **held_out}
+                record["train/peak_memory_gib"] = 1.0 + step
                 RecordsFile(directory.metrics).write(record)
             change_status(directory.status, started_at=1000.0, state="running")
             if error:
@@ -47,6 +48,7 @@ def test_settings_that_differ_and_the_outcome_stand_side_by_side(tmp_path: Path)
     assert outcome["step seconds, median"] == [2.5, 3.5]
     assert outcome["seconds of all steps"] == [10.0, 21.0]
     assert outcome["completion tokens"] == [1000.0, 2100.0]
+    assert outcome["learner's peak memory, GiB"] == [5.0, 7.0]
     assert outcome["KL per token, last 10 steps"][0] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
     assert not {"error", "held-out KL, last"} & outcome.keys()  # no run says
 

@@ -30,6 +30,13 @@ def test_a_pipe_gets_one_plain_line_per_step(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == "step 4  KL/token 0.2500\n"
 
 
+def test_a_reward_of_functions_is_not_called_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("accuracy", "reward"):
+        with terminal_view("demo", 20, name) as view:
+            view.show({"step": 4, "rollout/reward": 0.25})
+    assert capsys.readouterr().out == "step 4  accuracy 0.250\nstep 4  reward 0.250\n"
+
+
 def test_a_terminal_gets_what_is_said_above_and_how_the_run_stands_below() -> None:
     console = Console(file=StringIO(), force_terminal=True, width=120)
     view = LiveView(console, "demo", total_steps=20)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3Config
 
 from cluster.config.stages import Dtype, EngineConfig
 from cluster.contracts.errors import ModelError
@@ -203,3 +204,11 @@ def test_further_arguments_of_the_run_file_reach_vllm(monkeypatch: pytest.Monkey
     wrong = EngineConfig(extra={"performance_mod": 1})
     with pytest.raises(ModelError, match=r"vLLM cannot serve nowhere: .*performance_mod"):
         build_engine("nowhere", False, wrong, EngineRole(64, prefix_caching=False, tokenizer=True))
+
+
+def test_heads_that_vllms_kernels_for_cpus_do_not_have_are_refused_before_an_engine_starts(tmp_path: Path) -> None:
+    config = Qwen3Config(vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, head_dim=16)
+    config.architectures = ["Qwen3ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"its heads have 16 dimensions, and on a CPU .* heads of 32, 64, .* on a GPU"):
+        build_engine(str(tmp_path), False, EngineConfig(dtype="float32"), EngineRole(64, False, tokenizer=False))
