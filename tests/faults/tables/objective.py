@@ -328,10 +328,10 @@ FAULTS = (
     ),
     Fault(
         "stop ids are merged in all rows of the sampler",
-        "rollout_workers/stop_class_processor.py",
+        "cluster/vllm/stop_class_processor.py",
         "    if len(classes) < len(logits):\n",
         "    if False:\n",
-        ("tests/rollout_workers/test_stop_class_processor.py",),
+        ("tests/cluster/vllm/test_stop_class_processor.py",),
     ),
     Fault(
         "a student's tail is floored",
