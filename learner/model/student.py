@@ -66,6 +66,8 @@ def load_student(
         causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile:
         compile_layers(causal_lm)
+        # Left as it is: every number of groups of lengths would be compiled anew.
+        model.kernel = None if kernel is None else torch.compiler.disable(kernel)
     model.train()
     return model
 
