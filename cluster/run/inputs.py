@@ -97,7 +97,12 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
 
     prompts = train = load(config.prompts.train, TRAIN_SPLITS)
     if config.prompts.held_out is not None:
-        prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
+        held_out = load(config.prompts.held_out, HELD_OUT_SPLITS)
+        if shared := held_out.num_shared(train):
+            notes.append(f"warning: {shared:,} of the {len(held_out):,} held-out prompts are training prompts too")
+        prompts = PromptSet.join([train, held_out])
+    elif config.evaluation.every_steps:
+        notes.append("evaluation.every_steps is set, but nothing is evaluated: prompts.held_out names no prompts")
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
     privileged = plan_privileged(config, prompts, len(train), student.tokenizer, student.context_tokens, now)

@@ -342,3 +342,11 @@ def test_last_opd_fades_from_hidden_states_to_the_divergence_in_ten_steps() -> N
         {"main": 1.0, "states": 0.0},
     ]
     assert (objective.needs.last_states, objective.needs.layer_states) == (("teacher",), ())
+
+
+def test_the_defaults_term_can_be_changed_without_naming_its_kind_and_others_take_its_place() -> None:
+    changed = make_config("objective.terms.main.residual=false").objective
+    assert changed.terms == {"main": DivergenceTerm(residual=False)}
+    assert make_config("objective.terms.main.divergence=jsd").objective.support == "topk"
+    other = make_config("objective.terms.mine={loss='cross_entropy', when='log_ratio_positive'}").objective
+    assert list(other.terms) == ["mine"]
