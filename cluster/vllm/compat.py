@@ -5,11 +5,11 @@ Importing this imports vLLM. `tests/compat/vllm_names.py` lists what is used of 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.distributed.weight_transfer import packed_tensor
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
@@ -32,7 +32,19 @@ except ImportError:  # 0.24 takes model runner V1 wherever there is a logits pro
     LogitsProcessorV2 = LogitsContext = LogitsProcRequestState = object
     HAS_LOGITS_PROCESSORS_V2 = False
 
-__all__ = ["LogitsContext", "LogitsProcRequestState", "LogitsProcessorV2", "VLLMClientError", "VLLMError"]
+try:
+    from vllm.utils.nccl import unpinned_nccl_env
+except ImportError:  # 0.24 pins nothing
+    unpinned_nccl_env = nullcontext
+
+__all__ = [
+    "LogitsContext",
+    "LogitsProcRequestState",
+    "LogitsProcessorV2",
+    "VLLMClientError",
+    "VLLMError",
+    "unpinned_nccl_env",
+]
 
 STARTED_WITH = "default"  # vLLM's label of the weights that it loaded itself
 LABELS_TOKENS = "weight_versions" in {field.name for field in fields(CompletionOutput)}  # not 0.24
@@ -105,17 +117,3 @@ def suspend(worker: Any, keeps_weights: bool) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator  # 0.24
 
     CuMemAllocator.get_instance().sleep(offload_tags=("weights",) if keeps_weights else ())
-
-
-def open_nccl_group(master_address: str, master_port: int, world_size: int) -> Any:
-    """Wait for the rollout engines' ranks and join them as rank 0; returns what has `broadcast(tensor, src)`."""
-    try:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-    except ImportError:  # 0.24
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-
-        trainer_init = NCCLWeightTransferEngine.trainer_init
-    # vLLM's communicator makes a stream of its own the current one, on which training would then go on, without the
-    # memory that torch keeps for the stream before.
-    with torch.cuda.stream(torch.cuda.current_stream()):
-        return trainer_init({"master_address": master_address, "master_port": master_port, "world_size": world_size})

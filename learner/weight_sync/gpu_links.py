@@ -6,6 +6,7 @@ that share a GPU with a rank of the learner: they read that rank's buffer in pla
 """
 
 from collections.abc import Callable
+from threading import Event
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cluster.contracts.errors import WeightSyncError
 from cluster.weight_sync.ipc_handles import plain_handle
+from cluster.weight_sync.joint_group import Meeting
 from cluster.weight_sync.manifest import Bucket
 
 
@@ -26,7 +28,10 @@ class Link(Protocol):
         """Return what each worker needs to open its end."""
 
     def open(self) -> None:
-        """Join the invited workers, while they open their ends."""
+        """Join the invited workers, while they open their ends; raise WeightSyncError if it fails."""
+
+    def give_up(self) -> None:
+        """Let an `open` under way fail; called by another thread."""
 
     def update_message(self, bucket: Bucket) -> dict[str, Any]:
         """Return what a worker needs to receive one bucket."""
@@ -46,7 +51,7 @@ class NcclLink:
         choose_address: returns host and port where a group can meet; each group has one of its own.
         tensor_parallel: ranks of each rollout engine.
         bucket_bytes: the most that one message holds, but for a single larger tensor.
-        open_group: joins the group; None: vLLM's own.
+        form_group: joins the group as a meeting says, unless what it is passed becomes true; None: by NCCL.
     """
 
     is_read_in_place = False  # what fills the buffer next is on the same stream
@@ -57,42 +62,39 @@ class NcclLink:
         choose_address: Callable[[], tuple[str, int]],
         tensor_parallel: int,
         bucket_bytes: int,
-        open_group: Callable[..., Any] | None = None,
+        form_group: Callable[[Meeting, Callable[[], bool]], Any] | None = None,
     ) -> None:
         self.fills_buffer = is_sender
         self._choose_address = choose_address
         self._tensor_parallel = tensor_parallel
         # One buffer at the receiving end: every message is one bucket.
         self._packing = {"packed": True, "packed_buffer_size_bytes": bucket_bytes, "packed_num_buffers": 1}
-        self._open_group = open_group
+        self._form_group = form_group or _form_by_nccl
         self._group: Any = None
-        self._meeting: dict[str, Any] = {}  # of the group that was invited last
+        self._meeting: Meeting  # of the group that was invited last; workers that come late are told there
+        self._is_given_up = Event()
 
     def invite(self, num_workers: int) -> list[dict[str, Any]]:
         """Return each worker's first rank; its other ranks follow."""
         host, port = self._choose_address()
         world_size = first_rank(num_workers, self._tensor_parallel)
-        self._meeting = {"master_address": host, "master_port": port, "world_size": world_size}
-        common = self._meeting | self._packing
+        self._meeting, self._is_given_up = Meeting(host, port, world_size, rank=0), Event()
+        common = {"master_address": host, "master_port": port, "world_size": world_size} | self._packing
         return [common | {"rank_offset": first_rank(worker, self._tensor_parallel)} for worker in range(num_workers)]
 
     def open(self) -> None:
         """Join as rank 0, giving up the group before; raise WeightSyncError if the group does not form."""
-        if self._group is not None:
-            self._group.destroy()
-        if self._open_group is None:
-            from cluster.vllm.compat import open_nccl_group  # vLLM, which nothing else in the learner needs
-
-            self._open_group = open_nccl_group
-        try:
-            self._group = self._open_group(**self._meeting)
-        except (RuntimeError, OSError) as error:
-            raise WeightSyncError(
-                f"the NCCL group of {self._meeting['world_size']} ranks did not form: {error}"
-            ) from error
-        if self._group.disabled:
+        before, self._group = self._group, None
+        if before is not None:
+            before.destroy()
+        group = self._form_group(self._meeting, self._is_given_up.is_set)
+        if group.disabled:
             # vLLM's communicator then does nothing, and the workers would wait for ever.
             raise WeightSyncError("vLLM found no NCCL library on the learner's node; set weight_sync.transport")
+        self._group = group
+
+    def give_up(self) -> None:
+        self._is_given_up.set()
 
     def update_message(self, bucket: Bucket) -> dict[str, Any]:
         """Describe the parameters that the next broadcast holds, one after the other."""
@@ -143,6 +145,9 @@ class IpcLink:
     def open(self) -> None:
         """Do nothing: every message says where the buffers are."""
 
+    def give_up(self) -> None:
+        """Do nothing: `open` does not wait."""
+
     def update_message(self, bucket: Bucket) -> dict[str, Any]:
         """Say where the parameters stand, on every GPU that has a rank of the learner."""
         sizes = [tensor.num_bytes for tensor in bucket]
@@ -154,6 +159,12 @@ class IpcLink:
 
     def carry(self, values: Tensor) -> None:
         """Do nothing: the workers read the buffer."""
+
+
+def _form_by_nccl(meeting: Meeting, is_given_up: Callable[[], bool]) -> Any:
+    from cluster.vllm.weight_sync.nccl_and_ipc import NcclJoin  # vLLM, which nothing else in the learner needs
+
+    return meeting.form(NcclJoin(), is_given_up)
 
 
 def first_rank(worker: int, tensor_parallel: int) -> int:

@@ -15,17 +15,17 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 from torch import Tensor
 
 from cluster.config.run_config import Config
 from cluster.config.stages import WeightSyncConfig
-from cluster.contracts.errors import ActorDiedError, WeightSyncError
+from cluster.contracts.errors import ActorDiedError, PreceptorError, WeightSyncError
 from cluster.weight_sync.manifest import Bucket, WeightSyncReport, plan_buckets, total_bytes
 from learner.engines.base import TrainEngine
 from learner.rendezvous import free_port
 from learner.weight_sync.gpu_links import IpcLink, Link, NcclLink, gather_from_ranks
-from learner.weight_sync.newcomers import NewcomerUpdate
-from learner.weight_sync.object_store import WeightSender, fill
+from learner.weight_sync.object_store import NewcomerUpdate, WeightSender, fill
 from learner.weight_sync.recipients import Recipients
 
 CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before their answers are read
@@ -105,11 +105,12 @@ class VllmSender:
         members = [worker for worker in workers if worker not in new]
         update = GpuUpdate(link, self._listen(members, self._timeout_seconds), self._thread, self._end_process)
         living = update.start()
-        if living and living != self._connected:
-            # A group spans a fixed set of workers; another set needs another.
+        while living and living != self._connected:
+            # A group spans a fixed set of workers; another set needs another, as when one of them dies meanwhile.
             self._connected = []
-            update.connect()
-            self._connected = living
+            if update.connect():
+                self._connected = living
+            living = update.living()
         self._known = [*(living or self._known), *new]
         return update, self._bring(new, policy_version, self._timeout_seconds) if new else None
 
@@ -130,18 +131,42 @@ class GpuUpdate:
         self._num_workers = 0
 
     def start(self) -> list[ActorHandle]:
+        """Pause the workers, and return those that live."""
         self._ask("start_weight_update", ())
+        return self.living()
+
+    def living(self) -> list[ActorHandle]:
+        """Return the workers that live; from now on, the death of one of them ends the update."""
         self._num_workers = len(self._recipients.workers)
         return list(self._recipients.workers.values())
 
-    def connect(self) -> None:
-        """Open both ends at once: each waits for the others."""
+    def connect(self) -> bool:
+        """Open both ends at once, for each waits for the others; return False if a worker died meanwhile.
+
+        Raises:
+            WeightSyncError: the ends do not meet, though all workers live; a worker's own error, where it has one.
+        """
         invitations = self._link.invite(self._num_workers)
-        self._receiving = self._recipients.call(
+        called = self._recipients.call(
             "init_weight_transfer", dict(zip(self._recipients.workers, invitations, strict=True))
         )
-        self._beside(self._link.open)
-        self._await("open the weight transfer")
+        opening = self._thread.submit(_on_this_stream(self._link.open))
+        failure: BaseException | None = None
+        while not wait([opening], CHECK_SECONDS).done:
+            try:
+                self._recipients.poll(called)
+            except (PreceptorError, RayError) as error:
+                failure = failure or error
+                self._link.give_up()
+        # Those that live fail too when one has died.
+        of_worker = self._recipients.first_error(called, "open the weight transfer")
+        failure = failure or opening.exception() or of_worker
+        if len(self._recipients.workers) < self._num_workers:
+            _log.warning("a rollout worker died while the group for weights formed; the others form another")
+            return False
+        if failure is not None:
+            raise failure
+        return True
 
     def send(self, bucket: Bucket, values: Tensor) -> None:
         """Let the workers receive what lies in the buffer; with NCCL they read it while the next bucket is made."""

@@ -30,7 +30,7 @@ from cluster.weight_sync.manifest import (
     plan_buckets,
     total_bytes,
 )
-from cluster.weight_sync.transports import Encoded, Payload, make_payload
+from cluster.weight_sync.transports import Encoded, FullPayload, Payload, make_payload
 from learner.engines.base import TrainEngine
 from learner.weight_sync.recipients import Recipients
 
@@ -178,6 +178,30 @@ def check_received(received: Mapping[int, str], sent: str, policy_version: int, 
                 f"{kind} worker {position}: policy version {policy_version} was sent with checksum {sent} and arrived "
                 f"with {digest}; the worker must not be used"
             )
+
+
+class NewcomerUpdate:
+    """Brings weights through the object store to workers that are not in the learner's NCCL group yet.
+
+    A group spans a fixed set of workers. So a worker that comes during a run gets its first weights this way, from the
+    buffer that the sender fills for everyone: the group stays as it is, and the worker joins with the next publication.
+    """
+
+    def __init__(self, workers: Sequence[ActorHandle], policy_version: int, timeout_seconds: float) -> None:
+        self._update = WeightUpdate(workers, policy_version, "full", FullPayload(), None, timeout_seconds)
+
+    def send(self, bucket: Bucket, values: Tensor) -> None:
+        """Copy what lies in the buffer to host memory, in objects of the store's size, and let the workers read."""
+        memory = values.cpu().numpy()  # waits for what fills the buffer
+        first = 0
+        for part in plan_buckets(bucket, MAX_OBJECT_BYTES):
+            size = total_bytes(part)
+            self._update.send(self._update.put(part, [memory[first : first + size]]))
+            first += size
+
+    def finish(self) -> WeightSyncReport:
+        """Wait until every newcomer that lives runs on the weights."""
+        return self._update.finish()
 
 
 class WeightSender(Protocol):

@@ -6,9 +6,10 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from cluster.actors.cluster import RAY
-from cluster.contracts.errors import ActorDiedError
+from cluster.contracts.errors import ActorDiedError, ActorError, PreceptorError
 
 
 class Recipients:
@@ -49,3 +50,21 @@ class Recipients:
                     )
             self.workers = {position: self.workers[position] for position in living}
             return living
+
+    def first_error(self, references: Mapping[int, Any], what_for: str) -> Exception | None:
+        """Wait for every answer, and return the first error of a worker that lives; the dead are passed over.
+
+        Raises:
+            ActorError: a worker did not answer in time.
+        """
+        first: Exception | None = None
+        for position, reference in references.items():
+            try:
+                RAY.get(reference, self._timeout_seconds, f"{self._kind} worker {position} to {what_for}")
+            except ActorDiedError:
+                del self.workers[position]
+            except ActorError:
+                raise
+            except (PreceptorError, RayError) as error:
+                first = first or error
+        return first

@@ -112,7 +112,7 @@ class ScoredRowsBackend(TeacherBackend, ABC):
 def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:
     """Refuse several tokens that were all scored -log(vocabulary size): the model's weights are not loaded."""
     uniform = -math.log(vocabulary_size)
-    if len(logprobs) > 1 and np.allclose(logprobs, uniform, rtol=0, atol=UNIFORM_TOLERANCE):
+    if len(logprobs) > 1 and (np.abs(logprobs - uniform) <= UNIFORM_TOLERANCE).all():
         raise UniformError(
             f"all {len(logprobs)} tokens were scored {uniform:.4f}, as if every token of the vocabulary were equally "
             "likely; the teacher's weights are missing or damaged"

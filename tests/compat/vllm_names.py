@@ -162,7 +162,9 @@ NEEDS = (
         spare=("packed",),
     ),
     Need(f"{TRANSFER}.ipc_engine", "IPCWeightTransferEngine", has=("parse_update_info",)),
-    Need("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator", has=("disabled", "destroy")),
+    Need("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator", has=("disabled", "destroy", "comm")),
+    Need("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator.__init__", takes=("group", "device")),
+    Need("vllm.distributed.utils", "StatelessProcessGroup", takes=("rank", "world_size", "store")),
     Need("vllm.distributed.device_communicators.pynccl", "PyNcclCommunicator.broadcast", takes=("tensor", "src")),
     Need(
         "vllm.model_executor.layers.vocab_parallel_embedding",

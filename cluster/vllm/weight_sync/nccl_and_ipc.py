@@ -3,14 +3,19 @@
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import Store
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+from vllm.distributed.utils import StatelessProcessGroup
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine, NCCLWeightTransferInitInfo
 
-from cluster.vllm.compat import REUSES_STREAMS, taken_by
+from cluster.vllm.compat import REUSES_STREAMS, taken_by, unpinned_nccl_env
 from cluster.vllm.weight_sync.loading import fault_of_incomplete, tied_layers
 from cluster.vllm.weight_sync.object_store import BucketMessage, ObjectStoreReceiver
 from cluster.weight_sync.ipc_handles import rebuild_arguments
+from cluster.weight_sync.joint_group import Meeting
+
+PACKING_SETTINGS = dict.fromkeys(("packed", "packed_buffer_size_bytes", "packed_num_buffers"))  # of an invitation
 
 
 class VllmReceiver:
@@ -71,11 +76,18 @@ class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
         self._came_by_store = False
 
     def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
-        """Join a group; vLLM would forget the one before, whose buffers would stay on the GPU for good."""
-        if self.model_update_group is not None:
-            self.model_update_group.destroy()
-            self.model_update_group = None
-        super().init_transfer_engine(init_info)
+        """Join a group, or raise WeightSyncError within a limit; vLLM's own would wait for a dead rank for ever."""
+        # vLLM would also forget the group before, whose buffers would stay on the GPU for good.
+        before, self.model_update_group = self.model_update_group, None
+        if before is not None:
+            before.destroy()
+        for name in taken_by(NCCLWeightTransferInitInfo, PACKING_SETTINGS):  # 0.24 hears them with every update
+            setattr(self, name, getattr(init_info, name))
+        own = self.parallel_config
+        rank = init_info.rank_offset + own.data_parallel_index * own.world_size + own.rank
+        where: tuple[Any, Any] = init_info.master_address, init_info.master_port  # `NcclLink` names both
+        meeting = Meeting(*where, init_info.world_size, rank)
+        self.model_update_group = meeting.form(NcclJoin())
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
         """Return what a broadcast brings, or a bucket that lies in shared memory."""
@@ -104,3 +116,25 @@ class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
             return report
         of_store = self._store.end()
         return of_store | {"fault": of_store["fault"] or report["fault"]}
+
+
+class NcclJoin:
+    """Makes the communicator of one rank, as a `Backend` of `Meeting`."""
+
+    def __init__(self) -> None:
+        self._device = torch.accelerator.current_device_index()  # of this thread; `join` has one of its own
+        # Made before it joins: when it does not come back, its kernel is found here.
+        self._communicator: Any = PyNcclCommunicator.__new__(PyNcclCommunicator)
+
+    def join(self, store: Store, rank: int, world_size: int) -> PyNcclCommunicator:
+        """Return the communicator, which is `disabled` where vLLM finds no NCCL."""
+        group = StatelessProcessGroup(rank=rank, world_size=world_size, store=store)
+        # Its first collective waits for all ranks on the GPU: on a stream that nothing else is on.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()), unpinned_nccl_env():
+            self._communicator.__init__(group, device=self._device)
+        return self._communicator
+
+    def abort(self) -> None:
+        """End what waits on the GPU; a thread that waits for a connection is left behind, and holds nothing else."""
+        if hasattr(self._communicator, "comm"):
+            self._communicator.destroy()

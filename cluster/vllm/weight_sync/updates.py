@@ -70,7 +70,8 @@ class EngineUpdates:
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+        with raised_as_death(self._whose):
+            await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
         """Pause, keeping running requests, whose keys and values are computed anew under the new weights."""

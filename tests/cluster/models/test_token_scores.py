@@ -258,10 +258,22 @@ def test_a_record_has_the_probability_of_all_shared_tokens() -> None:
     assert records.view(torch.float32)[:, 2].tolist() == pytest.approx([0.625, 0.625])
 
 
-@pytest.mark.parametrize(("size", "k"), [(512, 3), (640, 5), (320, 3), (100, 4)])
-def test_the_largest_logits_are_found_by_groups_as_topk_finds_them(size: int, k: int) -> None:
-    logits = torch.randperm(7 * size, generator=torch.manual_seed(size)).float().view(7, size)
+@pytest.mark.parametrize(
+    ("size", "k"), [(512, 3), (640, 5), (320, 3), (100, 4), (112, 16), (112, 112), (2048, 64), (2049, 65)]
+)
+def test_the_largest_logits_are_found_by_groups_or_by_sorting_as_topk_finds_them(size: int, k: int) -> None:
+    logits = torch.randperm(7 * size, generator=torch.manual_seed(size)).float().view(7, size) / 3 - size
     values, places = largest_logits(logits, k)
     expected, expected_places = logits.topk(k)
     assert torch.equal(values, expected)
     assert torch.equal(places, expected_places)
+
+
+def test_sorted_logits_keep_every_bit_and_equal_ones_have_a_place_each() -> None:
+    tiny, next_up = 1e-42, float(np.nextafter(np.float32(2.0), np.float32(3.0)))
+    logits = torch.tensor([[-0.0, 2.0, next_up, -tiny, tiny, 2.0, -1e6, -3.5, 0.0]])
+    values, places = largest_logits(logits, 9)
+    assert values[0, :3].tolist() == [next_up, 2.0, 2.0]
+    assert sorted(places[0, 1:3].tolist()) == [1, 5]
+    assert torch.equal(values, logits.sort(descending=True).values)
+    assert sorted(places[0].tolist()) == list(range(9))

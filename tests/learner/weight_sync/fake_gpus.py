@@ -10,6 +10,7 @@ from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
 from cluster.config.stages import WeightSyncConfig
 from cluster.contracts.errors import ActorDiedError
+from cluster.weight_sync.joint_group import Meeting
 from cluster.weight_sync.manifest import Bucket, Manifest, TensorSpec
 from learner.weight_sync.gpu_links import IpcLink, NcclLink
 from learner.weight_sync.gpu_sender import VllmSender
@@ -81,6 +82,10 @@ class FakeRecipients:
         if any(references.values()):
             raise ActorDiedError("a rollout worker died")
 
+    def first_error(self, references: Mapping[int, Any], what_for: str) -> Exception | None:
+        self.answers(references, what_for)
+        return None
+
     def messages(self, method: str) -> list[dict[int, Any]]:
         return [arguments for verb, arguments in self.calls if verb == method]
 
@@ -135,7 +140,7 @@ class Publication:
 def nccl(groups: list[FakeGroup], tensor_parallel: int = 1, is_sender: bool = True) -> Callable[[Tensor], NcclLink]:
     ports = iter(range(5000, 6000))
 
-    def join(**meeting: Any) -> FakeGroup:
+    def join(meeting: Meeting, is_given_up: Callable[[], bool]) -> FakeGroup:
         groups.append(FakeGroup())
         return groups[-1]
 

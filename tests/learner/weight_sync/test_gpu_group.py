@@ -5,7 +5,7 @@ side reads what is broadcast as vLLM's does.
 """
 
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import Store
 from vllm.distributed.utils import StatelessProcessGroup
 
+from cluster.weight_sync.joint_group import Meeting
 from learner.weight_sync.gpu_links import NcclLink
 from tests.learner.weight_sync.fake_gpus import BUCKET_BYTES, FakeRecipients, Publication, assert_all_arrived, received
 
@@ -28,16 +30,21 @@ class StoreGroup:
 
     disabled = False
 
-    def __init__(self, master_address: str, master_port: int, world_size: int, rank: int = 0) -> None:
-        self._group = StatelessProcessGroup.create(
-            master_address, master_port, rank, world_size, store_timeout=int(SECONDS)
-        )
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._group = StatelessProcessGroup(rank=rank, world_size=world_size, store=store)
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> Tensor:
         return self._group.broadcast(tensor, src)
 
-    def destroy(self) -> None:
-        self._group.barrier(timeout=SECONDS)
+
+class StoreJoin:
+    """Joins as `NcclJoin` does."""
+
+    def join(self, store: Store, rank: int, world_size: int) -> StoreGroup:
+        return StoreGroup(store, rank, world_size)
+
+    def abort(self) -> None:
+        pass
 
 
 class EngineRank:
@@ -62,7 +69,7 @@ class EngineRank:
     def init_weight_transfer(self, message: Mapping[str, Any]) -> None:
         rank = message["rank_offset"] + self._rank_in_engine
         where = message["master_address"], message["master_port"], message["world_size"]
-        self._group = StoreGroup(*where, rank)
+        self._group = Meeting(*where, rank).form(StoreJoin())
 
     def update_weights(self, message: Mapping[str, Any]) -> None:
         self._messages.append(message)
@@ -109,9 +116,13 @@ def engines() -> Iterator[list[list[EngineRank]]]:
 
 
 def test_all_ranks_of_all_engines_meet_and_receive_the_same(engines: list[list[EngineRank]]) -> None:
+    def form(meeting: Meeting, is_given_up: Callable[[], bool]) -> StoreGroup:
+        group: StoreGroup = meeting.form(StoreJoin(), is_given_up)
+        return group
+
     def make_link(buffer: Tensor) -> NcclLink:
         most = max(BUCKET_BYTES, buffer.numel())
-        return NcclLink(True, lambda: (HOST, free_port()), TENSOR_PARALLEL, most, StoreGroup)
+        return NcclLink(True, lambda: (HOST, free_port()), TENSOR_PARALLEL, most, form)
 
     publication = Publication(make_link, recipients=Ranks)
     first, second, third = engines

@@ -1,0 +1,92 @@
+"""Ranks meet and join, or give up within a limit."""
+
+import socket
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import Any
+
+from torch.distributed import Store
+
+from cluster.contracts.errors import WeightSyncError
+from cluster.weight_sync.joint_group import Meeting
+
+HOST = "127.0.0.1"
+
+
+class Joined:
+    """Joins by writing to the store, which all ranks then read."""
+
+    def __init__(self, act: Callable[[], None] = lambda: None) -> None:
+        self._act = act
+        self.num_aborts = 0
+
+    def join(self, store: Store, rank: int, world_size: int) -> list[int]:
+        self._act()
+        store.set(str(rank), str(10 * rank))
+        return [int(store.get(str(other))) for other in range(world_size)]
+
+    def abort(self) -> None:
+        self.num_aborts += 1
+
+
+def meetings(world_size: int, seconds: float = 20.0) -> list[Meeting]:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port = int(listener.getsockname()[1])
+    return [Meeting(HOST, port, world_size, rank, seconds) for rank in range(world_size)]
+
+
+def never() -> bool:
+    return False
+
+
+def form_all(ranks: list[Meeting], backends: list[Joined], is_given_up: Callable[[], bool] = never) -> list[Any]:
+    """Return what each rank gets, or the error that it raises; `is_given_up` is rank 0's."""
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        stops = [is_given_up, *(never for _ in ranks[1:])]
+        futures = [threads.submit(*task) for task in zip([rank.form for rank in ranks], backends, stops, strict=False)]
+        return [future.exception() or future.result() for future in futures]
+
+
+def test_all_ranks_join_when_all_have_met() -> None:
+    assert form_all(meetings(3), [Joined() for _ in range(3)]) == [[0, 10, 20]] * 3
+
+
+def test_a_rank_that_never_comes_is_waited_for_within_the_limit() -> None:
+    began = time.monotonic()
+    errors = form_all(meetings(3, seconds=0.5)[:2], [Joined(), Joined()])
+    assert time.monotonic() - began < 5
+    for error in errors:
+        assert isinstance(error, WeightSyncError)
+        assert "group of 3 ranks that weights pass through did not form" in str(error)
+    assert "1 of them did not come within 0.5 s" in str(errors[0])
+    assert "NCCL_SOCKET_IFNAME" in str(errors[0])
+
+
+def test_a_rank_that_hangs_while_it_joins_is_left_behind_and_aborted() -> None:
+    is_over = Event()
+    backends = [Joined(), Joined(is_over.wait)]  # type: ignore[arg-type]
+    errors = form_all(meetings(2, seconds=1.0), backends)
+    is_over.set()
+    assert all("did not join within 1 s" in str(error) for error in errors)
+    assert [backend.num_aborts for backend in backends] == [1, 1]
+
+
+def test_the_reason_of_the_rank_that_fails_reaches_all_others() -> None:
+    def fail() -> None:
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    errors = form_all(meetings(3), [Joined(), Joined(fail), Joined()])
+    assert all("did not form: NCCL error: unhandled system error" in str(error) for error in errors)
+
+
+def test_what_rank_0_gives_up_all_give_up_and_may_meet_again() -> None:
+    began, is_given_up = time.monotonic(), Event()
+    is_given_up.set()
+    ranks = meetings(3)[:2]
+    errors = form_all(ranks, [Joined(), Joined()], is_given_up.is_set)
+    assert all("a rollout worker died or failed meanwhile" in str(error) for error in errors)
+    assert time.monotonic() - began < 5
+    assert form_all(meetings(2), [Joined(), Joined()]) == [[0, 10]] * 2
