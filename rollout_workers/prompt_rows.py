@@ -125,7 +125,9 @@ def _as_chat(prompt: Any) -> Any:
     """Return a conversation that a table keeps as JSON text, or in ShareGPT's form, as messages; all else as it is."""
     if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
         parsed = _from_json(prompt)
-        if isinstance(parsed, list) and all(isinstance(part, dict) and part.keys() & {"role", "from"} for part in parsed):
+        if isinstance(parsed, list) and all(
+            isinstance(part, dict) and part.keys() & {"role", "from"} for part in parsed
+        ):
             prompt = parsed
     if not isinstance(prompt, list):
         return prompt

@@ -95,14 +95,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     def load(source: str, splits: Sequence[str]) -> PromptSet:
         return load_prompts(source, student.tokenizer, config, context, splits, notes.append, now, own_tokenizers)
 
-    prompts = train = load(config.prompts.train, TRAIN_SPLITS)
-    if config.prompts.held_out is not None:
-        held_out = load(config.prompts.held_out, HELD_OUT_SPLITS)
-        if shared := held_out.num_shared(train):
-            notes.append(f"warning: {shared:,} of the {len(held_out):,} held-out prompts are training prompts too")
-        prompts = PromptSet.join([train, held_out])
-    elif config.evaluation.every_steps:
-        notes.append("evaluation.every_steps is set, but nothing is evaluated: prompts.held_out names no prompts")
+    train, prompts = _train_and_all(config, load, notes)
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
     privileged = plan_privileged(config, prompts, len(train), student.tokenizer, student.context_tokens, now)
@@ -126,6 +119,21 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         privileged=privileged,
         replay=replay,
     )
+
+
+def _train_and_all(
+    config: Config, load: Callable[[str, Sequence[str]], PromptSet], notes: list[str]
+) -> tuple[PromptSet, PromptSet]:
+    """Return the training prompts, and those with the held-out ones behind them."""
+    train = load(config.prompts.train, TRAIN_SPLITS)
+    if config.prompts.held_out is None:
+        if config.evaluation.every_steps:
+            notes.append("evaluation.every_steps is set, but nothing is evaluated: prompts.held_out names no prompts")
+        return train, train
+    held_out = load(config.prompts.held_out, HELD_OUT_SPLITS)
+    if shared := held_out.num_shared(train):
+        notes.append(f"warning: {shared:,} of the {len(held_out):,} held-out prompts are training prompts too")
+    return train, PromptSet.join([train, held_out])
 
 
 def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int) -> int:

@@ -34,7 +34,10 @@ def test_any_other_name_is_refused(kind: str) -> None:
     ("kind", "sentence"),
     [
         ("rollout_workers.prompts:PromptSet", "has neither start and step, nor run"),
-        ("rollout_workers.environments.verifiers:is_exact", "cannot be made from the services alone: missing .*'answer'"),
+        (
+            "rollout_workers.environments.verifiers:is_exact",
+            "cannot be made from the services alone: missing .*'answer'",
+        ),
     ],
 )
 def test_what_is_no_environment_is_refused_before_anything_starts(kind: str, sentence: str) -> None:

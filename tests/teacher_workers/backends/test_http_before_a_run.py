@@ -152,5 +152,7 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(monkeypatch: py
 
 def test_a_class_that_is_no_backend_is_one_sentence() -> None:
     teacher = TeacherConfig("m", backend="rollout_workers.prompts:PromptSet")
-    with pytest.raises(ConfigError, match="'rollout_workers.prompts:PromptSet' is no teacher backend; .* TeacherBackend"):
+    with pytest.raises(
+        ConfigError, match=r"'rollout_workers.prompts:PromptSet' is no teacher backend; .* TeacherBackend"
+    ):
         find_backend(teacher)
