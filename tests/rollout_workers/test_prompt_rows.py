@@ -222,7 +222,8 @@ def test_a_column_teacher_that_names_none_of_the_runs_is_not_read_where_there_is
     path = write(tmp_path, {"prompt": "one", "teacher": "gpt"}, {"prompt": "two", "teacher": "claude"})
     loaded = Loaded(path, tokenizer)
     assert [loaded.prompts.teacher(row) for row in range(2)] == ["main", "main"]
-    assert loaded.lines == [f"{path}: 2 prompts; their teacher (2 others) is not read: [teachers] has one alone"]
+    said = "the column teacher (claude, gpt) is not read, for the run has one teacher, and none of these"
+    assert loaded.lines == [f"{path}: 2 prompts; {said}"]
     for other in ({"prompt": "three"}, {"prompt": "three", "teacher": "main"}):
         path = write(tmp_path, other, {"prompt": "two", "teacher": "mian"})
         with pytest.raises(
