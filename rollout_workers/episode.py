@@ -16,7 +16,7 @@ import numpy as np
 
 from cluster.config.sections import EnvironmentConfig
 from cluster.contracts.errors import PreceptorError, RolloutError
-from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.protocols import Generator
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints, masked
 from rollout_workers.environments.base import Agent, Environment, Observation, Outcome, Prompt, TokenIds
@@ -58,7 +58,7 @@ class Episode:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: Generator,
         request: RolloutRequest,
         prompt: Prompt,
         sampling: SamplingSettings,

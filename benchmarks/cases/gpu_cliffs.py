@@ -1,4 +1,4 @@
-"""Measures on a CPU what was built for GPUs: draws, micro-batches made ahead, compiled layers, kept caches.
+"""Measures on a CPU what was built for GPUs: draws, top-k, micro-batches made ahead, compiled layers, kept caches.
 
 `python -m benchmarks.cases.gpu_cliffs [PART...] [--output FILE]`: before and after in turns, in one process; values are
 medians, and a ratio is the median of the turns' ratios, before over after.
@@ -18,10 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.harness.model_pairs import ROOT
 from benchmarks.harness.report import Row, at_least, print_rows, row, write_rows
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from cluster.config.stages import LearnerConfig
+from cluster.models.token_scores import largest_logits
 from cluster.vllm.compat import keeping_scheduler
 from learner.batching.micro_batch import Trajectory, build_micro_batch
 from learner.engines.torch import ReferenceEngine
@@ -32,7 +34,8 @@ from rollout_workers.candidates.sampled import sample
 
 COMMAND = "python -m benchmarks.cases.gpu_cliffs"
 TURNS = 9
-CANDIDATES, PROMPT_TOKENS = 8, 512
+CANDIDATES, PROMPT_TOKENS, TOP_K = 8, 512, 16
+SMOLLM2 = ROOT / "models/smollm2-student"
 # Engines in this process: a step is a call, and an update comes after so many.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -70,6 +73,17 @@ def draws() -> list[Row]:
             calls,
         )
         found += compared("draws of candidates", size, *pair, bar=0.95 if vocabulary < 1000 else 1.5)
+    return found
+
+
+def largest() -> list[Row]:
+    """Compare what a teacher's top-k takes with torch's own `topk`, over small and large vocabularies."""
+    found: list[Row] = []
+    for num_rows, vocabulary in ((4096, 112), (1024, 512), (128, 49_152), (512, 49_152), (128, 151_936)):
+        logits = torch.randn(num_rows, vocabulary, generator=torch.Generator().manual_seed(0)) * 4
+        size = f"{num_rows} x {vocabulary}, k = {TOP_K}"
+        pair = in_turns(lambda: logits.topk(TOP_K), lambda: largest_logits(logits, TOP_K))  # noqa: B023, called at once
+        found += compared("largest logits", size, *pair, bar=1.0)
     return found
 
 
@@ -128,11 +142,20 @@ def _trajectory(random: np.random.Generator, number: int, tokens: int, top_k: in
 
 
 def layers(width: int = 512, depth: int = 4, tokens: int = 512) -> list[Row]:
-    """Compare the decoder of a small Qwen3 with compiled layers, forward and backward, in float32."""
+    """Compare decoders with compiled layers, forward and backward, in float32: a small Qwen3, SmolLM2 if it is here."""
+    pairs = {f"{depth} layers of width {width}, {tokens} tokens": [small_model(width, depth) for _ in range(2)]}
+    if SMOLLM2.exists():
+        from transformers import AutoModelForCausalLM
+
+        size = f"SmolLM2-135M, {tokens} tokens"
+        pairs[size] = [AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32) for _ in range(2)]
+    return [found for size, (plain, compiled) in pairs.items() for found in _compiled(size, plain, compiled, tokens)]
+
+
+def _compiled(size: str, plain: Any, compiled: Any, tokens: int) -> list[Row]:
     from learner.model.student import compile_layers
 
-    models = [small_model(width, depth) for _ in range(2)]
-    compile_layers(models[1])
+    compile_layers(compiled)
     ids = torch.arange(tokens)[None] * 7 % 1024
 
     def run(model: Any) -> None:
@@ -140,10 +163,10 @@ def layers(width: int = 512, depth: int = 4, tokens: int = 512) -> list[Row]:
         model.zero_grad()
 
     began = time.perf_counter()
-    run(models[1])
-    first = row("compiling the layers", f"{depth} layers of width {width}", time.perf_counter() - began, "s")
-    pair = in_turns(lambda: run(models[0]), lambda: run(models[1]))
-    return [first, *compared("decoder, forward and backward", f"{tokens} tokens, width {width}", *pair)]
+    run(compiled)
+    first = row("compiling the layers", size, time.perf_counter() - began, "s")
+    pair = in_turns(lambda: run(plain), lambda: run(compiled), turns=5)
+    return [first, *compared("decoder, forward and backward", size, *pair)]
 
 
 def updates(requests: int = 16, tokens: int = 96, every: int = 16) -> list[Row]:
@@ -250,6 +273,7 @@ def compared(
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
     "draws": draws,
+    "largest": largest,
     "micro_batches": micro_batches,
     "learning": learning,
     "layers": layers,

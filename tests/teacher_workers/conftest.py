@@ -13,8 +13,16 @@ from tests.tiny_qwen3 import CONTEXT_TOKENS, write_tiny_qwen3
 ENGINE = {"kv_cache_gib": 0.1, "cpu_threads": 1}
 
 
-def start(name: str, model: Path, dtype: Dtype, num_replicas: int, states: StatesConfig | None = None) -> TeacherPool:
-    teacher = TeacherConfig(model=str(model), engine=EngineConfig(dtype=dtype, **ENGINE), states=states)
+def start(
+    name: str,
+    model: Path,
+    dtype: Dtype,
+    num_replicas: int,
+    states: StatesConfig | None = None,
+    tensor_parallel: int = 1,
+) -> TeacherPool:
+    engine = EngineConfig(dtype=dtype, tensor_parallel=tensor_parallel, **ENGINE)
+    teacher = TeacherConfig(model=str(model), engine=engine, states=states)
     timeouts = PoolTimeouts(start_seconds=500, call_seconds=120)
     return start_pool(name, teacher, CONTEXT_TOKENS, [{"num_cpus": 1}] * num_replicas, timeouts)
 

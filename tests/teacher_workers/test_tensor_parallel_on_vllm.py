@@ -1,25 +1,26 @@
 """A real engine of two ranks, each with half of the LM head, scores as one of a single rank does; on a CPU."""
 
-import asyncio
-import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
-from cluster.config.stages import EngineConfig, TeacherConfig
+from cluster.actors.object_store import pack
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated, ragged
-from cluster.vllm.engine import prepare_environment
-from teacher_workers.actor import TeacherWorker
+from cluster.contracts.wire import from_wire
+from teacher_workers.pool import TeacherPool
+from teacher_workers.router import TeacherRouter
 from tests.builders import make_trajectory
-from tests.teacher_workers.conftest import ENGINE
-from tests.tiny_qwen3 import CONTEXT_TOKENS, NUM_WORDS
+from tests.teacher_workers.conftest import start
+from tests.tiny_qwen3 import NUM_WORDS
 
-# Two engines, of which one has two worker processes; `tests/cluster/models/test_token_scores.py` holds the shards
-# alone in `make test`.
+# An engine of its own, with a process for each rank; `tests/cluster/models/test_token_scores.py` holds the shards alone
+# in `make test`.
 pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(600)]
 
 REQUESTS = {
@@ -27,6 +28,19 @@ REQUESTS = {
     "top-k": ScoreRequest("teacher", top_k=8),
     "entropy": ScoreRequest("teacher", top_k=3, entropy=True, hidden=True),
 }
+
+
+@pytest.fixture
+def both(pools: dict[str, TeacherPool], tiny_teacher: Path) -> Iterator[dict[str, TeacherPool]]:
+    """Start the teacher of one rank once more, with two."""
+    memory = Path("/dev/shm")
+    before = set(memory.iterdir())
+    split = start("split", tiny_teacher, "float32", num_replicas=1, tensor_parallel=2)
+    split.wait_until_ready()
+    yield {"exact": pools["exact"], "split": split}
+    split.shutdown()
+    for path in set(memory.glob("*-cpushm_*")) - before:  # vLLM leaves what its ranks exchanged on a CPU
+        path.unlink()
 
 
 def make_batch() -> pa.RecordBatch:
@@ -42,30 +56,21 @@ def make_batch() -> pa.RecordBatch:
     return make_generated(rows)
 
 
-async def scored(teacher: TeacherConfig, batch: pa.RecordBatch) -> dict[str, pa.RecordBatch]:
-    from teacher_workers.backends.vllm import VllmBackend
-
-    backend = VllmBackend(teacher, CONTEXT_TOKENS)
-    try:
-        worker = TeacherWorker("teacher", backend)
-        return {name: (await worker.score(batch, request))[0] for name, request in REQUESTS.items()}
-    finally:
-        await backend.shutdown()
+def scored(pools: dict[str, TeacherPool], name: str, request: ScoreRequest) -> pa.RecordBatch:
+    wire, handle = pack(make_batch(), {})
+    router = TeacherRouter(pools, call_seconds=120)
+    [answer] = router.score([replace(handle, reference=ray.put(wire))], lambda _: [(name, request)])
+    return from_wire(ray.get(answer.reference), "scored")
 
 
-def test_two_ranks_score_as_one(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in os.environ.items():
-        monkeypatch.setenv(name, value)  # what engines set is taken back
-    batch = make_batch()
-    found: list[dict[str, Any]] = []
-    for ranks in (1, 2):
-        engine = EngineConfig(dtype="float32", tensor_parallel=ranks, **ENGINE)
-        prepare_environment(engine)
-        found.append(asyncio.run(scored(TeacherConfig(model=str(tiny_teacher), engine=engine), batch)))
-    one, two = found
-    for name in REQUESTS:
-        for column in one[name].schema.names:
-            if not column.startswith(("teacher_", "candidate_ids")) or "version" in column:
-                continue
-            values, others = (ragged(batches[name], column).values for batches in (one, two))
-            np.testing.assert_allclose(others, values, rtol=0, atol=1e-5, err_msg=f"{name}: {column}")
+def test_two_ranks_score_as_one(both: dict[str, TeacherPool]) -> None:
+    for asked, request in REQUESTS.items():
+        one, two = (scored(both, name, request) for name in ("exact", "split"))
+        columns = [name for name in one.schema.names if name.startswith("teacher_") and "version" not in name]
+        assert len(columns) == len(request.signals - {"candidate_ids"})
+        for name in columns:
+            values, others = (ragged(batch, name).values for batch in (one, two))
+            assert len(values) == 60 + 50 + 40 + 30
+            np.testing.assert_allclose(others, values, rtol=0, atol=1e-5, err_msg=f"{asked}: {name}")
+        if request.top_k:
+            assert np.array_equal(*(ragged(batch, "candidate_ids").values for batch in (one, two)))

@@ -259,7 +259,7 @@ def test_a_record_has_the_probability_of_all_shared_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "k"), [(512, 3), (640, 5), (320, 3), (100, 4), (112, 16), (112, 112), (2048, 64), (2049, 65)]
+    ("size", "k"), [(512, 3), (640, 5), (320, 3), (100, 4), (112, 1), (112, 16), (112, 112), (2048, 64), (2049, 65)]
 )
 def test_the_largest_logits_are_found_by_groups_or_by_sorting_as_topk_finds_them(size: int, k: int) -> None:
     logits = torch.randperm(7 * size, generator=torch.manual_seed(size)).float().view(7, size) / 3 - size

@@ -4,6 +4,7 @@ from tests.faults.fault import Fault
 
 KEEPS = "cluster/vllm/keep_cache.py"
 KEPT = ("tests/cluster/vllm/test_keep_cache.py",)
+MEETS = ("tests/cluster/weight_sync/test_joint_group.py",)
 
 FAULTS = (
     Fault(
@@ -82,5 +83,33 @@ FAULTS = (
         "                gradients.div_(divisor)\n",
         "                pass\n",
         ("tests/learner/engines/test_zero.py",),
+    ),
+    Fault(
+        "ranks join before all have met",
+        "cluster/weight_sync/joint_group.py",
+        "arrived == self.world_size",
+        "arrived > 1",
+        MEETS,
+    ),
+    Fault(
+        "a rank gives its group up in silence",
+        "cluster/weight_sync/joint_group.py",
+        "store.set(GIVEN_UP, reason)",
+        "pass",
+        MEETS,
+    ),
+    Fault(
+        "a death while the group forms ends the learner's rank",
+        "learner/weight_sync/gpu_sender.py",
+        "                self._link.give_up()\n",
+        "                self._end()\n                self._link.give_up()\n",
+        ("tests/learner/weight_sync/test_gpu_links.py",),
+    ),
+    Fault(
+        "a sorted row's places are those of the smallest",
+        "cluster/models/token_scores.py",
+        "bits[:, -k:].flip(-1)",
+        "bits[:, :k]",
+        ("tests/cluster/models/test_token_scores.py",),
     ),
 )
