@@ -179,7 +179,8 @@ def test_of_a_server_with_several_models_one_must_be_named(prompts: Path, capsys
 
 def test_a_url_without_a_host_is_one_sentence(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert init_served(prompts, "http://") == 1
-    assert capsys.readouterr().err.startswith("preceptor: --teacher: url is 'http:'; expected http:// or https://, a host")
+    said = "preceptor: --teacher: url is 'http:'; expected http:// or https://, a host"
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_options_of_servers_are_refused_for_other_teachers(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
