@@ -22,7 +22,6 @@ import pytest
 from cluster.contracts.errors import JobError
 from cluster.demo import EMBEDDED
 from cluster.jobs.job_server import LOST_SECONDS, JobServer
-from examples.extend.teacher_backend import write_table
 from tests.cluster.nodes.test_ray_session import WRONG_TOKEN
 from tests.leak_check import short_folder, wait_until, without_ray
 
@@ -148,10 +147,7 @@ def test_a_submitted_run_brings_its_files_and_its_output_and_exit_code_come_back
 def test_a_run_that_is_stopped_leaves_a_checkpoint_and_can_be_followed_afterwards(
     cluster: dict[str, Any], tmp_path: Path
 ) -> None:
-    table = tmp_path / "pairs.json"  # a teacher without an engine
-    write_table(table, 112, [])
-    taught = (f"teachers.countdown.model={table}", "teachers.countdown.backend=examples.extend.teacher_backend:Bigrams")
-    options = (f"run.directory={tmp_path}", "run.steps=100000", *SHORT, *taught, "--python", sys.executable)
+    options = (f"run.directory={tmp_path}", "run.steps=100000", *SHORT, "--python", sys.executable)
     submitted = preceptor(cluster, "submit", "demo.toml", *options, "--no-wait")
     assert submitted.returncode == 0, submitted.stderr
     job = job_id(submitted.stderr)
