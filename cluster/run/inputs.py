@@ -95,9 +95,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     def load(source: str, splits: Sequence[str]) -> PromptSet:
         return load_prompts(source, student.tokenizer, config, context, splits, notes.append, now, own_tokenizers)
 
-    prompts = train = load(config.prompts.train, TRAIN_SPLITS)
-    if config.prompts.held_out is not None:
-        prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
+    train, prompts = _train_and_all(config, load, notes)
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
     capacity = capacities.get(config.sampling_teacher or "", student.context_tokens)
@@ -129,6 +127,21 @@ def _with_writer(prompt_tokens: Mapping[str, int], writer: str | None, plan: Pri
     if writer is None:
         return prompt_tokens
     return {**prompt_tokens, writer: max(plan.prompt_tokens, prompt_tokens.get(writer, 0))}
+
+
+def _train_and_all(
+    config: Config, load: Callable[[str, Sequence[str]], PromptSet], notes: list[str]
+) -> tuple[PromptSet, PromptSet]:
+    """Return the training prompts, and those with the held-out ones behind them."""
+    train = load(config.prompts.train, TRAIN_SPLITS)
+    if config.prompts.held_out is None:
+        if config.evaluation.every_steps:
+            notes.append("evaluation.every_steps is set, but nothing is evaluated: prompts.held_out names no prompts")
+        return train, train
+    held_out = load(config.prompts.held_out, HELD_OUT_SPLITS)
+    if shared := held_out.num_shared(train):
+        notes.append(f"warning: {shared:,} of the {len(held_out):,} held-out prompts are training prompts too")
+    return train, PromptSet.join([train, held_out])
 
 
 def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int) -> int:

@@ -143,6 +143,8 @@ def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
     if not is_import_path(name) and name not in BACKENDS:
         raise ConfigError(f"there is no teacher backend '{name}'; expected one of {sorted(BACKENDS)} or an import path")
     backend: type[TeacherBackend] = load_object(BACKENDS.get(name, name), "a teacher backend")
+    if TeacherBackend not in getattr(backend, "__mro__", ()):
+        raise ConfigError(f"'{name}' is no teacher backend; it must be a subclass of {TeacherBackend.__name__}")
     return backend
 
 

@@ -403,3 +403,11 @@ def test_gentleness_needs_rewards_that_are_compared_and_a_teachers_favourites(
     assert make_config(*GENTLE, REWARDED, "rollout.samples_per_prompt=4").teachers["main"].gentleness
     with pytest.raises(ConfigError, match=message):
         make_config(*GENTLE, "rollout.samples_per_prompt=4", *overrides)
+
+
+def test_the_defaults_term_can_be_changed_without_naming_its_kind_and_others_take_its_place() -> None:
+    changed = make_config("objective.terms.main.residual=false").objective
+    assert changed.terms == {"main": DivergenceTerm(residual=False)}
+    assert make_config("objective.terms.main.divergence=jsd").objective.support == "topk"
+    other = make_config("objective.terms.mine={loss='cross_entropy', when='log_ratio_positive'}").objective
+    assert list(other.terms) == ["mine"]
