@@ -141,22 +141,23 @@ def _trajectory(random: np.random.Generator, number: int, tokens: int, top_k: in
     return Trajectory(number, "main", 0.0, ids, mask, logprobs, candidates, of_candidates[:, :0], scores, {})
 
 
-def layers(width: int = 512, depth: int = 4, tokens: int = 512) -> list[Row]:
+def layers(width: int = 512, depth: int = 4) -> list[Row]:
     """Compare decoders with compiled layers, forward and backward, in float32: a small Qwen3, SmolLM2 if it is here."""
-    pairs = {f"{depth} layers of width {width}, {tokens} tokens": [small_model(width, depth) for _ in range(2)]}
+    name = f"{depth} layers of width {width}"
+    found = _compiled(name, small_model(width, depth), small_model(width, depth), tokens=512)
     if SMOLLM2.exists():
         from transformers import AutoModelForCausalLM
 
-        size = f"SmolLM2-135M, {tokens} tokens"
-        pairs[size] = [AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32) for _ in range(2)]
-    return [found for size, (plain, compiled) in pairs.items() for found in _compiled(size, plain, compiled, tokens)]
+        plain, compiled = (AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32) for _ in range(2))
+        found += _compiled("SmolLM2-135M", plain, compiled, tokens=128)
+    return found
 
 
-def _compiled(size: str, plain: Any, compiled: Any, tokens: int) -> list[Row]:
+def _compiled(name: str, plain: Any, compiled: Any, tokens: int) -> list[Row]:
     from learner.model.student import compile_layers
 
     compile_layers(compiled)
-    ids = torch.arange(tokens)[None] * 7 % 1024
+    ids, size = torch.arange(tokens)[None] * 7 % 1024, f"{name}, {tokens} tokens"
 
     def run(model: Any) -> None:
         model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.square().mean().backward()
