@@ -20,7 +20,7 @@ from cluster.config.sections import HARNESS_KINDS, EnvironmentConfig, PromptsCon
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.pieces import Pieces
-from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.protocols import Generator, RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import Floats, Ints
 from cluster.vllm.weight_sync.served_weights import ServedWeights
@@ -32,7 +32,7 @@ from rollout_workers.environments.tool_calls import reader_of
 from rollout_workers.environments.verifier_process import VerifierProcess
 from rollout_workers.episode import Limits
 from rollout_workers.pool import RolloutActorSettings
-from rollout_workers.privileged import PrivilegedSampler
+from rollout_workers.privileged import PrivilegedSampler, PrivilegedSettings, TeacherEngine
 from rollout_workers.prompts import PromptSet
 from rollout_workers.worker import RolloutBatch, RolloutWorker
 
@@ -97,12 +97,23 @@ class RolloutActor(WeightVerbs):
                 None
                 if (privileged := settings.privileged) is None
                 else PrivilegedSampler(
-                    privileged, ContextBuilder(privileged.contexts, tokenizer, prompts), engine, sample
+                    privileged,
+                    ContextBuilder(privileged.contexts, tokenizer, prompts),
+                    engine,
+                    sample,
+                    self._writer(privileged),
                 )
             ),
         )
         self._engine, self._served = engine, ServedWeights(self._worker)
         self._watching = asyncio.create_task(end_with_engine(lambda: engine.is_dead))
+
+    def _writer(self, privileged: PrivilegedSettings) -> Generator | None:
+        """Return the engines of the teacher that writes for hard prompts; None: the student does."""
+        teacher = privileged.config.sampler
+        if teacher is None:
+            return None
+        return TeacherEngine(teacher, privileged.retry_seconds, lambda: self._worker.policy_version)
 
     async def set_prompts(self, wire: pa.Buffer) -> None:
         """Replace the prompts; Ray hands every actor of a node the same bytes."""

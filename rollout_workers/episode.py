@@ -5,8 +5,10 @@ that only grows. Where the student is to read what does not begin with a row's t
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Real
 from time import monotonic
 from typing import Self, TypeVar
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from cluster.config.sections import EnvironmentConfig
 from cluster.contracts.errors import PreceptorError, RolloutError
-from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.protocols import Generator
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, GeneratedTrajectory, Ints, masked
 from rollout_workers.environments.base import Agent, Environment, Observation, Outcome, Prompt, TokenIds
@@ -56,7 +58,7 @@ class Episode:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: Generator,
         request: RolloutRequest,
         prompt: Prompt,
         sampling: SamplingSettings,
@@ -98,7 +100,7 @@ class Episode:
                 outcome = await self._in_time(environment.run(self.prompt, self._request.seed, self.sample))
             except LimitReached as limit:
                 return limit.reason, Outcome(None)
-            return self.last.finish_reason if self._rows else "stop", outcome
+            return self.last.finish_reason if self._rows else "stop", _checked(outcome)
         opening = await self._in_time(environment.start(self.prompt, self._request.seed))
         answer: Observation | Outcome = Observation(opening)
         while isinstance(answer, Observation):
@@ -106,7 +108,7 @@ class Episode:
                 completion = await self.sample(answer.token_ids, answer.is_whole)
             except LimitReached as limit:
                 return limit.reason, answer
-            answer = await self._in_time(environment.step(completion))
+            answer = _checked(await self._in_time(environment.step(completion)))
         return completion.finish_reason, answer
 
     async def sample(self, token_ids: TokenIds, is_whole: bool = True) -> Completion:
@@ -186,6 +188,8 @@ class Episode:
 
     async def _in_time(self, answer: Awaitable[Answer]) -> Answer:
         """Wait for the environment; raise TimeoutError if it alone takes as long as an episode may."""
+        if not isinstance(answer, Awaitable):
+            raise TypeError(f"a method returned {type(answer).__name__} at once; its methods must be async")
         return await asyncio.wait_for(answer, self._limits.seconds or None)
 
     def _place(self, whole: Ints) -> tuple[int, Ints]:
@@ -213,3 +217,13 @@ class Episode:
         has_turns = not self._limits.turns or self.num_turns < self._limits.turns
         if excess > 0 or self._tokens_left <= 0 or not has_turns or monotonic() >= self._ends_at:
             raise LimitReached("length")
+
+
+def _checked(answer: Observation | Outcome) -> Observation | Outcome:
+    """Return what an environment answered; raise TypeError or ValueError if it is not what one may answer."""
+    if not isinstance(answer, Observation | Outcome):
+        raise TypeError(f"it answered {type(answer).__name__}; expected an Observation or an Outcome")
+    reward = answer.reward
+    if reward is not None and not (isinstance(reward, Real) and math.isfinite(reward)):
+        raise ValueError(f"its reward is {reward!r}; expected a finite number, or None")
+    return answer

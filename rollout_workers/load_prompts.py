@@ -169,7 +169,8 @@ class _Loading:
                 f"{self._num_own_system:,} keep their own system message in the place of prompts.system_prompt"
             )
         if self._other_teachers:
-            lines.append(f"their teacher ({len(self._other_teachers)} others) is not read: [teachers] has one alone")
+            names = ", ".join(sorted(map(str, self._other_teachers))[:NAMED_PROBLEMS])
+            lines.append(f"the column teacher ({names}) is not read, for the run has one teacher, and none of these")
         num_answers = sum(prompt.ends_in_answer for _, prompt, _ in self._prompts)
         if num_answers:
             done = "is left out" if settings.last_answer == "drop" else "the student continues"

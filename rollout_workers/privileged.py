@@ -7,20 +7,21 @@ whose `rollout_logprobs` are those of the sampler. Sources: Pedagogical RL (Chak
 """
 
 import asyncio
-import math
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cluster.actors.named_actors import AGAIN, NamedActors
 from cluster.config.context import PrivilegedConfig
 from cluster.config.run_config import Config
-from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.contracts.errors import ConfigError, PreceptorError, RolloutError
 from cluster.contracts.metrics import Mean, Metric, Sum
-from cluster.contracts.protocols import RolloutEngine
-from cluster.contracts.requests import RolloutRequest, SamplingSettings
-from cluster.contracts.trajectory import Floats, GeneratedTrajectory, Ints, masked
+from cluster.contracts.protocols import Generator, RolloutEngine
+from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
+from cluster.contracts.trajectory import STUDENT, Floats, GeneratedTrajectory, Ints, masked
 from rollout_workers.contexts.builder import ContextBuilder, ContextSettings, ScorerContext
 from rollout_workers.contexts.groups import Attempt
 from rollout_workers.contexts.template import check_columns
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-SAMPLER = "privileged:student"  # in a row's column `sampler`: the student with another prompt wrote it
-
-# Samples one text of a request, of the student that reads these tokens in the place of its prompt.
-Sample = Callable[[RolloutRequest, SamplingSettings, int, Ints], Awaitable[Attempt]]
+REPLACED = r"(@[0-9a-f]+)?"  # in the names of the workers of a teacher that took another's place
+# Samples one text of a request, in an engine or else the worker's own, whose model reads these tokens in the place of
+# the prompt.
+Sample = Callable[[RolloutRequest, SamplingSettings, int, Ints, Generator | None], Awaitable[Attempt]]
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class PrivilegedSettings:
 
     config: PrivilegedConfig
     contexts: ContextSettings  # of no scorer: how prompts are rendered
+    retry_seconds: float = 0.0  # that a request waits for a worker of the teacher that writes
 
     @property
     def scorer(self) -> ScorerContext:
         """Return the sampler's context in the form that the builder of contexts reads."""
-        return ScorerContext("", SAMPLER, self.config.context, self.config.shuffled)
+        return ScorerContext("", self.config.label, self.config.context, self.config.shuffled)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def plan_privileged(
         prompts: all of them, training prompts first.
         num_train: how many these are.
         tokenizer: the student's.
-        context_tokens: of the student.
+        context_tokens: of the model that writes.
         now: what chat templates take for the time.
 
     Raises:
@@ -85,7 +87,8 @@ def plan_privileged(
     section = config.rollout.privileged
     if section is None:
         return PrivilegedPlan()
-    settings = PrivilegedSettings(section, ContextSettings((), config.prompts, now))
+    retry_seconds = 0.0 if section.sampler is None else config.teachers[section.sampler].retry_seconds
+    settings = PrivilegedSettings(section, ContextSettings((), config.prompts, now), retry_seconds)
     try:
         _check_template(settings.scorer, config, prompts)
         builder = ContextBuilder(settings.contexts, tokenizer, prompts)
@@ -127,26 +130,23 @@ class BlindScores:
         return float(self.logprobs.sum(dtype=np.float64))
 
     def gentleness(self, config: PrivilegedConfig) -> float:
-        """Return exp(-(strength / sharpness) log mean exp(sharpness d)), in (0, 1]; 1: greedy decoding writes the text.
-
-        d is how far each token's log-probability is below the favourite's (Pedagogical RL).
-        """
-        if not len(self.logprobs):
-            return 1.0
-        scaled = config.sharpness * np.maximum(self.best - self.logprobs, 0.0).astype(np.float64)
-        largest = float(scaled.max())
-        pooled = largest + math.log(float(np.exp(scaled - largest).mean()))
-        return math.exp(-config.strength / config.sharpness * pooled)
+        return config.gentleness.of(self.logprobs, self.best)
 
 
 class PrivilegedSampler:
     """Answers requests of the privileged sampler with one row each; one without a text to learn from is masked."""
 
     def __init__(
-        self, settings: PrivilegedSettings, builder: ContextBuilder, engine: RolloutEngine, sample: Sample
+        self,
+        settings: PrivilegedSettings,
+        builder: ContextBuilder,
+        engine: RolloutEngine,
+        sample: Sample,
+        writer: Generator | None = None,
     ) -> None:
+        """Take the student's engine, which scores, and the one that writes; None: the same."""
         self._config, self._scorer = settings.config, settings.scorer
-        self._builder, self._engine, self._sample = builder, engine, sample
+        self._builder, self._engine, self._sample, self._writer = builder, engine, sample, writer
 
     async def answer(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
         """Sample, verify and select; all texts of a request run at once."""
@@ -155,13 +155,15 @@ class PrivilegedSampler:
             replace(request, seed=sampling_seed(request.seed, request.prompt_id, number))
             for number in range(self._config.samples_per_prompt)
         ]
-        attempts = await asyncio.gather(*(self._sample(one, sampling, priority, prompt_ids) for one in tries))
+        attempts = await asyncio.gather(
+            *(self._sample(one, sampling, priority, prompt_ids, self._writer) for one in tries)
+        )
         right = [one for one in attempts if (one.trajectory.reward or 0.0) >= self._config.min_reward]
         scores = await asyncio.gather(*(self._score(one, priority) for one in right))
         chosen = select(self._config, scores)
         attempt = attempts[0] if chosen is None else right[chosen]
         rows = [masked(row) if chosen is None else row for row in _rows(attempt)]
-        *earlier, last = (replace(row, sampler=SAMPLER) for row in rows)
+        *earlier, last = (replace(row, sampler=self._config.label) for row in rows)
         metrics = sampler_metrics(self._config, attempts, scores, chosen)
         return replace(attempt, trajectory=last, earlier=tuple(earlier), metrics=metrics)
 
@@ -183,6 +185,33 @@ class PrivilegedSampler:
 
 def _rows(attempt: Attempt) -> tuple[GeneratedTrajectory, ...]:
     return (*attempt.earlier, attempt.trajectory)
+
+
+class TeacherEngine:
+    """Asks the worker of a teacher that has the fewest texts to write."""
+
+    def __init__(self, teacher: str, retry_seconds: float, policy_version: Callable[[], int]) -> None:
+        """Take [teachers.NAME], how long a call waits for a worker, and the version of the student's weights.
+
+        Every token is labelled with that version: the student of then selects the text and learns from it.
+        """
+        names = rf"teacher-{re.escape(teacher)}{REPLACED}-\d+{AGAIN}"
+        self._teacher, self._retry_seconds = teacher, retry_seconds
+        self._actors = NamedActors(names, retry_seconds, RolloutError)
+        self._policy_version = policy_version
+
+    async def generate(
+        self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
+        """Sample one completion; raise RolloutError if no worker of the teacher does."""
+        completion = await self._actors.call(
+            lambda actor: actor.generate.remote(prompt_ids, sampling, seed, priority),
+            load=1,
+            otherwise=f"request {request_id}: no worker of teacher {self._teacher} wrote within teachers."
+            f"{self._teacher}.retry_seconds = {self._retry_seconds:g}; see what `preceptor status` says of it",
+        )
+        versions = np.full(len(completion.token_ids), self._policy_version(), np.int32)
+        return replace(completion, policy_versions=versions)
 
 
 def select(config: PrivilegedConfig, scores: Sequence[BlindScores]) -> int | None:
@@ -216,4 +245,4 @@ def sampler_metrics(
 
 def own_rows(rows: Sequence[GeneratedTrajectory]) -> list[GeneratedTrajectory]:
     """Return the rows that the student sampled from its own prompts."""
-    return [row for row in rows if row.sampler != SAMPLER]
+    return [row for row in rows if row.sampler == STUDENT]

@@ -23,6 +23,9 @@ USUAL_COLUMNS: Mapping[str, Sequence[str]] = {
 }
 
 
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
+
 class RowReader:
     """Makes prompts of rows as the run file says."""
 
@@ -60,6 +63,8 @@ class RowReader:
                 if (value := value_at(row, path)) is not None:
                     fields[name] = value
                     break
+        if "prompt" in fields and self._settings.template == "chat":  # a raw text may be JSON
+            fields["prompt"] = _as_chat(fields["prompt"])
         if "answer" in fields:
             fields["answer"] = self._answer(fields["answer"])
         for name in fields.keys() & {"tools", "chat_template_kwargs"}:
@@ -114,6 +119,24 @@ def _from_json(value: Any) -> Any:
         return msgspec.json.decode(value) if isinstance(value, str) else value
     except msgspec.DecodeError:
         return value  # its type is refused
+
+
+def _as_chat(prompt: Any) -> Any:
+    """Return a conversation that a table keeps as JSON text, or in ShareGPT's form, as messages; all else as it is."""
+    if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
+        parsed = _from_json(prompt)
+        if isinstance(parsed, list) and all(
+            isinstance(part, dict) and part.keys() & {"role", "from"} for part in parsed
+        ):
+            prompt = parsed
+    if not isinstance(prompt, list):
+        return prompt
+    return [
+        {"role": _SHAREGPT_ROLES.get(part["from"], part["from"]), "content": part["value"]}
+        if isinstance(part, dict) and part.keys() == {"from", "value"}
+        else part
+        for part in prompt
+    ]
 
 
 def _checked(messages: Messages) -> Messages:

@@ -25,7 +25,7 @@ MAX_LINE_BYTES = 1 << 24  # more text than any context holds; tokenising it woul
 GZIP = b"\x1f\x8b"  # at the beginning of a file
 TRAIN_SPLITS, HELD_OUT_SPLITS = ("train",), ("test", "validation")  # of a data set, the first that it has
 # Names of the columns that hold prompts and answers in public data sets, the likeliest first.
-PROMPT_COLUMNS = ("prompt", "messages", "question", "problem", "instruction", "input", "query")
+PROMPT_COLUMNS = ("prompt", "messages", "conversations", "question", "problem", "instruction", "input", "query")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth", "reward_model.ground_truth")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.contracts.errors import PromptError
 from cluster.contracts.trajectory import Ints, ragged
@@ -55,6 +56,15 @@ class PromptSet:
         """Return a digest of the prompts' tokens, answers and teachers."""
         labels = msgspec.json.encode([self._table[name].to_pylist() for name in ("answer", "teacher")])
         return checksum([self.lengths.tobytes(), self._token_ids.values.tobytes(), labels])
+
+    def num_shared(self, others: "PromptSet") -> int:
+        """Return how many of these prompts have the tokens of one of the others."""
+        return int(pc.sum(pc.is_in(self._as_bytes(), others._as_bytes())).as_py() or 0)
+
+    def _as_bytes(self) -> pa.Array:
+        offsets = self._token_ids.offsets.astype(np.int64) * np.dtype(np.int32).itemsize
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(self._token_ids.values, np.int32))]
+        return pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
 
     def text(self, prompt_id: int) -> str:
         """Return the prompt as its file gives it; of a conversation, the last message."""

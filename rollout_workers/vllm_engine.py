@@ -7,27 +7,28 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.platforms import current_platform
-from vllm.v1.engine.exceptions import EngineGenerateError
 
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig
-from cluster.contracts.errors import ActorDiedError, RolloutError, ScoreError
+from cluster.contracts.errors import ActorDiedError, RolloutError
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.contracts.trajectory import Floats, Ints
-from cluster.vllm.compat import TokenVersions, VLLMClientError
 from cluster.vllm.engine import EngineRole, build_engine
+from cluster.vllm.generation import MERGING, NO_LIMIT, generate, prompt_logprobs
 from cluster.vllm.sleep_calls import put_to_sleep, wake
 from cluster.vllm.weight_sync.updates import EngineUpdates, raised_as_death
 from cluster.weight_sync.transports import vllm_backend
-from rollout_workers.candidates.vllm_processor import CandidateFetcher, Encoded, candidates_from_bytes
-from rollout_workers.vllm_requests import read_completion, read_prompt_logprobs, sampling_params, scoring_params
+from rollout_workers.candidates.sampled import CandidateRequest
+from rollout_workers.candidates.vllm_processor import (
+    CandidateFetcher,
+    Encoded,
+    candidates_from_bytes,
+    request_candidates,
+)
 
 CANDIDATES = "rollout_workers.candidates.vllm_processor"  # the module; vLLM loads its classes by name
 PROCESSORS = (f"{CANDIDATES}:CandidateProcessor", f"{CANDIDATES}:CandidateProcessorV2")
-STOPS = "rollout_workers.stop_class_processor"
-MERGING = (f"{STOPS}:StopClassProcessor", f"{STOPS}:StopClassProcessorV2")
 WORKER_EXTENSION = "rollout_workers.weight_sync.worker_extension.WorkerExtension"
-NO_LIMIT = -1  # of log-probabilities per token, to vLLM
 
 
 class SleepWhenIdle:
@@ -139,26 +140,19 @@ class VllmRolloutEngine:
         wants_candidates = sampling.candidates == "sampled" and bool(sampling.num_candidates)
         if wants_candidates and self._candidates is None:
             raise RolloutError(f"request {request_id} wants sampled candidates, but its engine was started without")
+        count, version = sampling.num_candidates, lambda: self._policy_version
         fetcher = self._candidates if wants_candidates else None
-        versions, is_finished = TokenVersions(), False
-        prompt = {"prompt_token_ids": [int(token) for token in prompt_ids]}
+        extra = request_candidates(CandidateRequest(request_id, count, seed)) if fetcher else None
         async with self._use.awake():
             try:
-                params = sampling_params(request_id, sampling, seed)
-                with raised_as_death("rollout"):
-                    async for request in self._engine.generate(prompt, params, request_id, priority=priority):
-                        [output] = request.outputs
-                        versions.add(output, self._policy_version)
-                is_finished = True
-            except (EngineGenerateError, VLLMClientError, ValueError) as error:
-                raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
-            finally:
-                if fetcher and not is_finished:
+                completion = await generate(
+                    self._engine, "rollout", request_id, prompt_ids, sampling, seed, priority, version, extra
+                )
+            except BaseException:
+                if fetcher:
                     fetcher.give_up(request_id)
-            completion = read_completion(request_id, output, versions.of(output), sampling)
-            if fetcher is None:
-                return completion
-            return await _with_candidates(fetcher, request_id, completion, sampling.num_candidates)
+                raise
+            return completion if fetcher is None else await _with_candidates(fetcher, request_id, completion, count)
 
     async def prompt_logprobs(
         self, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int
@@ -169,15 +163,8 @@ class VllmRolloutEngine:
             ScoreError: vLLM refuses the request or gives it up.
             ActorDiedError: the engine's process is gone.
         """
-        prompt = {"prompt_token_ids": token_ids.tolist()}
         async with self._use.awake():
-            try:
-                with raised_as_death("rollout"):
-                    scored = self._engine.generate(prompt, scoring_params(count), request_id, priority=priority)
-                    *_, request = [output async for output in scored]
-            except (EngineGenerateError, VLLMClientError, ValueError) as error:
-                raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
-        return read_prompt_logprobs(request, places, count)
+            return await prompt_logprobs(self._engine, "rollout", request_id, token_ids, places, count, priority)
 
     @property
     def is_dead(self) -> bool:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from cluster.contracts.errors import PreceptorError, RolloutError, WeightSyncError
 from cluster.contracts.metrics import Metrics, merge
-from cluster.contracts.protocols import RolloutEngine
+from cluster.contracts.protocols import Generator, RolloutEngine
 from cluster.contracts.requests import RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated
 from rollout_workers.batching import BatchSize, in_batches
@@ -117,6 +117,11 @@ class RolloutWorker:
         self._policy_version = policy_version
         return await self.engine.finish_weight_update(policy_version)
 
+    @property
+    def policy_version(self) -> int:
+        """Return the version of the engine's weights; 0: those that it loaded from disk."""
+        return self._policy_version or 0
+
     def forget_version(self) -> None:
         """Let the next update bring any policy version, an earlier one too."""
         self._policy_version = None
@@ -141,12 +146,6 @@ class RolloutWorker:
             for attempt, group in released
             for row in (*attempt.earlier, attempt.trajectory)
         ]
-        further = [row for row, _ in built if row.turn and row.context_hash]
-        if further:
-            raise RolloutError(
-                f"trajectory {further[0].episode}: its environment begins a further row at turn {further[0].turn + 1}, "
-                f"and teachers.{further[0].teacher}.context stands in the place of the first prompt; remove the context"
-            )
         return [row for row, _ in built], merge([metrics for _, metrics in built])
 
     async def _answer(self, request: RolloutRequest, sampling: SamplingSettings, priority: int) -> Attempt:
@@ -157,17 +156,23 @@ class RolloutWorker:
         return await self._privileged.answer(request, sampling, priority)
 
     async def _rollout(
-        self, request: RolloutRequest, sampling: SamplingSettings, priority: int, read_as: Ints | None = None
+        self,
+        request: RolloutRequest,
+        sampling: SamplingSettings,
+        priority: int,
+        read_as: Ints | None = None,
+        engine: Generator | None = None,
     ) -> Attempt:
         """Run one episode; its environment may fail, but not those of many episodes one after the other.
 
-        The student reads `read_as`, if given, in the place of its prompt, which the rows have all the same.
+        The model of the engine, or else of the worker's own, reads `read_as`, if given, in the place of the prompt,
+        which the rows have all the same.
         """
         if self._prompts is None:
             raise RolloutError("a rollout was requested before the prompts were set")
         prompt = self._prompts.prompt(request.prompt_id)
         names = self._request_ids(request)
-        episode = Episode(self.engine, request, prompt, sampling, self._limits, priority, names, read_as)
+        episode = Episode(engine or self.engine, request, prompt, sampling, self._limits, priority, names, read_as)
         try:
             environment = self._environment(replace(self._services, stop=sampling.stop))
             reason, answer = await episode.run(environment)
@@ -197,5 +202,5 @@ class RolloutWorker:
                 "without a success between"
             ) from error
         _log.warning("trajectory %d: the environment failed: %s; it teaches nothing", request.trajectory_id, what)
-        *earlier, row = episode.failed_rows(self._policy_version or 0)
+        *earlier, row = episode.failed_rows(self.policy_version)
         return Attempt(row, earlier=tuple(earlier))

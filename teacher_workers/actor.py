@@ -1,6 +1,7 @@
 """Scores batches in a Ray actor: bytes and a request in, the same rows with one more model's columns out."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter
 
@@ -11,13 +12,14 @@ from numpy.typing import NDArray
 
 from cluster.actors.liveness import end_with_engine
 from cluster.actors.object_store import pack
+from cluster.config.context import GentlenessConfig
 from cluster.config.stages import TeacherConfig
 from cluster.config.terms import TEACHER
 from cluster.contracts.batches import BatchHandle
-from cluster.contracts.errors import ScoreError
+from cluster.contracts.errors import ActorDiedError, ScoreError
 from cluster.contracts.metrics import Mean, Metric, Metrics, Sum
 from cluster.contracts.pieces import Pieces
-from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import SIGNALS
 from cluster.contracts.trajectory import STUDENT, Floats, add_scores, ragged, version_field
@@ -32,8 +34,8 @@ from teacher_workers.context_effect import context_effect
 class TeacherWorker:
     """Adds a backend's scores to batches, and refuses scores that cannot be a language model's."""
 
-    def __init__(self, name: str, backend: TeacherBackend) -> None:
-        self._name = name
+    def __init__(self, name: str, backend: TeacherBackend, gentleness: GentlenessConfig | None = None) -> None:
+        self._name, self._gentleness = name, gentleness
         self.backend = backend
         self.weights = ServedWeights(backend)
 
@@ -57,6 +59,9 @@ class TeacherWorker:
             scored = await asyncio.to_thread(add_scores, batch, request.model, scores, version)
         except ScoreError as error:
             raise type(error)(f"{self._name}: {error}") from error
+        if self._gentleness is not None and request.model == TEACHER:
+            scored, of_rewards = with_gentle_rewards(scored, self._gentleness)
+            metrics = {**metrics, **of_rewards}
         return scored, _metrics(scored, request.model, metrics, perf_counter() - started)
 
 
@@ -85,6 +90,14 @@ class TeacherActor(WeightVerbs):
         assert self._worker is not None, "a pool sends batches to actors that have started"
         return pack_scored(wire, *await self._worker.score(from_wire(wire), request), request.model)
 
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
+        """Sample one completion for a rollout worker, as the backend does."""
+        if self._worker is None:  # its name is listed before
+            raise ActorDiedError(f"{self._name} has not started")
+        return await self._worker.backend.generate(prompt_ids, sampling, seed, priority)
+
     async def abandon(self) -> None:
         """Be ready for weights of any version; during an update this is refused."""
         self.refuse_half_updated()
@@ -99,7 +112,7 @@ class TeacherActor(WeightVerbs):
 def start_worker(name: str, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> TeacherWorker:
     """Start a backend and the worker that scores with it; called in the event loop."""
     prepare_environment(teacher.engine)  # before a backend loads vLLM or torch
-    return TeacherWorker(name, find_backend(teacher)(teacher, max_model_len, sleeps))
+    return TeacherWorker(name, find_backend(teacher)(teacher, max_model_len, sleeps), teacher.gentleness)
 
 
 def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model: str) -> tuple[Pieces, BatchHandle]:
@@ -108,6 +121,38 @@ def pack_scored(wire: pa.Buffer, batch: pa.RecordBatch, metrics: Metrics, model:
     added = Mean(float(scored.size - wire.size), float(sum(handle.num_completion_tokens)))
     metrics = {**handle.metrics, f"{model}/bytes_per_token": added}
     return scored, replace(handle, metrics=metrics, scorer_version=batch[version_field(model).name][0].as_py())
+
+
+def with_gentle_rewards(scored: pa.RecordBatch, config: GentlenessConfig) -> tuple[pa.RecordBatch, Metrics]:
+    """Return a scored batch whose rewards are R * G, and the mean of G; rows without a reward stay as they are.
+
+    In Pedagogical RL the student of such a run learns to write for the teacher, which is that student without what it
+    reads: R * G says right, and near to what the teacher would write by itself.
+
+    All rows of an episode are one text. The teacher has chosen the candidates, so its favourite is the best of them or
+    the sampled token.
+    """
+    columns = (SIGNALS[name].column(TEACHER) for name in ("logprobs", "candidate_logprobs"))
+    own, candidates = (ragged(scored, name) for name in columns)
+    episodes, rewards = scored["episode_id"].to_pylist(), scored["reward"].to_pylist()
+    of_episode: dict[int, list[int]] = {}
+    for row, episode in enumerate(episodes):
+        of_episode.setdefault(episode, []).append(row)
+    gentleness = {
+        episode: config.of(
+            np.concatenate([own[row] for row in rows]), np.concatenate([candidates[row].max(1) for row in rows])
+        )
+        for episode, rows in of_episode.items()
+    }
+    rated = [gentleness[episodes[rows[-1]]] for rows in of_episode.values() if rewards[rows[-1]] is not None]
+    gentle = [
+        None if reward is None else reward * gentleness[episode]
+        for episode, reward in zip(episodes, rewards, strict=True)
+    ]
+    position = scored.schema.get_field_index("reward")
+    field = scored.schema.field(position)
+    metrics = {"teacher/gentleness": Mean(sum(rated), float(len(rated)))} if rated else {}
+    return scored.set_column(position, field, pa.array(gentle, field.type)), metrics
 
 
 def _metrics(scored: pa.RecordBatch, model: str, of_backend: Metrics, seconds: float) -> dict[str, Metric]:

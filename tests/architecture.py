@@ -80,7 +80,6 @@ NOT_DATA = {
     "Asked": "a request as the ledger's state keeps it",
     "AuditedRun": "a run's verification",
     "Divergence": "a formula",
-    "LengthGroup": "a shape of attention",
     "LogitScaling": "a setting of the model",
     "MapShape": "a setting of the objective",
     "PoolState": "a pool's workers",

@@ -67,7 +67,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def preloaded() -> Iterator[None]:
+    """Import torch, transformers and vLLM once for all actors, engines and commands that the tests start."""
+    from cluster.nodes.preloaded_python import preloaded_python
+
+    with preloaded_python():
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(preloaded: None) -> Iterator[None]:
     """Start one local Ray cluster for all tests that talk to actors themselves."""
     from cluster.nodes.local_cluster import local_cluster  # Ray, which most tests on a GPU do without
 

@@ -13,6 +13,9 @@ measured anew on 32 others. Each has training and held-out prompts. An arm train
 - privileged: 8 samples a prompt without a hint, then 8 with; of the right ones, the most likely under the student
   without a hint; 50 steps of gated cross-entropy on these; then GRPO
 - unselected: the same with the first right text in the place of the most likely
+- teacher: as privileged, but a teacher writes, a model that mostly knows the shifts of all marks, without hints
+- gentle: the hinted sampler is a copy that has learned before, by GRPO on reward times gentleness to the student, and
+  of its right texts the gentlest is taken (Pedagogical RL); all tokens count
 - reference: 50 steps of the same cross-entropy on reference solutions, in the other way of writing; then GRPO
 
 On BOTH, the two sets together, privileged is what a run does: a probe finds the prompts whose last 8 samples failed,
@@ -20,7 +23,8 @@ and each step of GRPO has rows of the hinted sampler for up to 12 of these besid
 
 All arms on a set sample equally many tokens, those of the hinted sampler included. Fixed before running: the gain of
 privileged over blind in the pass rate of held-out prompts is larger on HARD than on DENSE, by an exact sign-flip test
-over five seeds, and positive on HARD. Nothing is claimed of DENSE, of BOTH, and of the other two arms. Rates, and on
+over five seeds, and positive on HARD; so is that of teacher. Nothing is claimed of DENSE, of BOTH, and of the other
+arms. Rates, and on
 BOTH the quota, the weight of the cross-entropy and the budget, were chosen with seed 0, which is not among the five.
 
 Outcomes are appended to a JSON-lines file as they come, and a second call does only what is missing there.
@@ -78,12 +82,13 @@ TRIES, HINTED_TRIES = 32, 8  # completions of a prompt by which it is hard or de
 MEASURED = 4  # completions of each held-out prompt in a measurement
 SAMPLES, PROMPTS_PER_STEP, RATE = 8, 12, 1e-3
 IMITATION_STEPS, IMITATION_RATE = 50, 1e-3
+SAMPLER_STEPS = 10  # of GRPO, by which a sampler learns to be gentle
 STEP_TOKENS = PROMPTS_PER_STEP * SAMPLES * DIGITS  # of a step of GRPO
 BUDGETS = {"hard": 40 * STEP_TOKENS, "dense": 40 * STEP_TOKENS, "both": 110 * STEP_TOKENS}  # sampled by each arm
 EVALUATED_EVERY = 10  # steps of GRPO
 QUOTA, IMITATION_WEIGHT = 12, 8.0  # on both sets together
 ARMS = {
-    "hard": ("blind", "privileged", "unselected", "reference"),
+    "hard": ("blind", "privileged", "teacher", "gentle", "unselected", "reference"),
     "dense": ("blind", "privileged"),
     "both": ("blind", "privileged"),
 }
@@ -106,8 +111,8 @@ def with_hints(questions: Questions) -> Tensor:
     return questions.with_contexts(questions.shifts)
 
 
-def pretrain(seed: int, table: Tensor, steps: int) -> Model:
-    """Return a model that obeys hints of any shift, and without one knows the shifts of some marks."""
+def pretrain(seed: int, table: Tensor, steps: int, known_marks: int = KNOWN_MARKS) -> Model:
+    """Return a model that obeys hints of any shift, and without one knows the shifts of some marks, or of all."""
     torch.manual_seed(seed)
     model, draw = Model(VOCABULARY, TEXT_TOKENS), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), PRETRAINING_RATE)
@@ -117,7 +122,7 @@ def pretrain(seed: int, table: Tensor, steps: int) -> Model:
         is_blind = torch.rand(PRETRAINING_ROWS, generator=draw) < 0.5
         any_shift = torch.randint(BASE, (PRETRAINING_ROWS,), generator=draw)
         questions = Questions(questions.prompts, torch.where(is_blind, questions.shifts, any_shift))
-        is_known = questions.prompts[:, 1] < FIRST_MARK + KNOWN_MARKS
+        is_known = questions.prompts[:, 1] < FIRST_MARK + known_marks
         share = torch.where(is_known, NOISE["known"], NOISE["unknown"])
         noise = (
             torch.rand(PRETRAINING_ROWS, DIGITS, generator=draw) < torch.where(is_blind, share, NOISE["hint"])[:, None]
@@ -189,6 +194,7 @@ class Student:
     """Trains a copy of the model, and counts what it samples."""
 
     def __init__(self, base: Model, questions: Questions, seed: int, select_by: str = "likelihood") -> None:
+        self.writer: tuple[Model, bool] | None = None  # another model that writes, and whether it reads hints
         self.model, self.questions, self.sampled_tokens = copy.deepcopy(base), questions, 0
         self.draw, self.rates = torch.Generator().manual_seed(1000 + seed), dict[str, float]()
         self.config = PrivilegedConfig(
@@ -199,14 +205,14 @@ class Student:
             select=select_by,  # type: ignore[arg-type]
         )
 
-    def sample(self, questions: Questions, prompts: Tensor) -> Tensor:
+    def sample(self, questions: Questions, prompts: Tensor, model: Model | None = None) -> Tensor:
         self.sampled_tokens += len(questions) * DIGITS
-        return write(self.model, prompts, self.draw)
+        return write(model or self.model, prompts, self.draw)
 
-    def logprobs(self, prompts: Tensor, answers: Tensor) -> Tensor:
+    def logprobs(self, prompts: Tensor, answers: Tensor, model: Model | None = None) -> Tensor:
         """Return log-probabilities of all tokens, [rows, DIGITS, VOCABULARY]."""
         with torch.no_grad():
-            logprobs: Tensor = self.model(text_of(prompts, answers))[:, 2::2].log_softmax(-1)
+            logprobs: Tensor = (model or self.model)(text_of(prompts, answers))[:, 2::2].log_softmax(-1)
         return logprobs
 
     def step(
@@ -221,10 +227,12 @@ class Student:
         optimizer.step()
 
     def hinted_texts(self, questions: Questions) -> tuple[Questions, Tensor]:
-        """Sample with hints; return the prompts that have a right text, and the text selected for each."""
+        """Let the sampler write; return the prompts that have a right text, and the text selected for each."""
         count = self.config.samples_per_prompt
+        model, reads_hints = self.writer or (self.model, True)
         repeated = questions.repeat(count)
-        answers = self.sample(repeated, with_hints(questions).repeat_interleave(count, 0))
+        prompts = with_hints(questions) if reads_hints else questions.prompts
+        answers = self.sample(repeated, prompts.repeat_interleave(count, 0), model)
         is_right = rewards_of(repeated, answers).bool().reshape(-1, count)
         blind = self.logprobs(repeated.prompts, answers)
         own = blind.gather(-1, answers[..., None])[..., 0].reshape(-1, count, DIGITS).numpy()
@@ -254,12 +262,40 @@ class Student:
         questions = self.questions[chosen].repeat(SAMPLES)
         return chosen, questions, self.sample(questions, questions.prompts)
 
-    def own_tokens(self, questions: Questions, answers: Tensor) -> CompletionTokens:
-        rollout = self.logprobs(questions.prompts, answers).gather(-1, answers[..., None])[..., 0]
-        rewards = rewards_of(questions, answers)
+    def own_tokens(
+        self, questions: Questions, answers: Tensor, rewards: Tensor | None = None, prompts: Tensor | None = None
+    ) -> CompletionTokens:
+        """Describe own texts, with other rewards than the task's, or after other prompts, where these are given."""
+        prompts = questions.prompts if prompts is None else prompts
+        rollout = self.logprobs(prompts, answers).gather(-1, answers[..., None])[..., 0]
+        rewards = rewards_of(questions, answers) if rewards is None else rewards
         groups = (group_advantages(group, divide_by_deviation=True) for group in rewards.reshape(-1, SAMPLES).tolist())
         advantages = torch.tensor([one for group in groups for one in group])
         return completion_tokens(answers, rollout, rewards, advantages, privileged=False)
+
+    def train_sampler(self) -> dict[str, float]:
+        """Train a copy that reads hints on reward times gentleness to the student; return its first and last rates."""
+        sampler, rates = Student(self.model, self.questions, 0), dict[str, float]()
+        sampler.draw = self.draw
+        optimizer = torch.optim.Adam(sampler.model.parameters(), RATE)
+        objective = Objective(msgspec.convert(GRPO, ObjectiveConfig))
+        for step in range(SAMPLER_STEPS):
+            chosen = torch.randperm(len(self.questions), generator=self.draw)[:PROMPTS_PER_STEP]
+            questions = self.questions[chosen].repeat(SAMPLES)
+            prompts = with_hints(questions)
+            answers = sampler.sample(questions, prompts)
+            blind = self.logprobs(questions.prompts, answers)
+            own, best = blind.gather(-1, answers[..., None])[..., 0].numpy(), blind.amax(-1).numpy()
+            gentle = torch.tensor([self.config.gentleness.of(*one) for one in zip(own, best, strict=True)])
+            rewards = rewards_of(questions, answers)
+            sampler.step(
+                optimizer, objective, prompts, sampler.own_tokens(questions, answers, rewards * gentle, prompts)
+            )
+            name = "first" if step == 0 else "last"
+            rates |= {f"{name}_reward": float(rewards.mean()), f"{name}_gentleness": float(gentle.mean())}
+        self.sampled_tokens += sampler.sampled_tokens
+        self.writer = sampler.model, True
+        return rates
 
 
 def imitated_tokens(texts: Tensor) -> CompletionTokens:
@@ -279,10 +315,16 @@ def joined(first: CompletionTokens, second: CompletionTokens) -> CompletionToken
     return CompletionTokens(**columns, scores=scores, trajectory=trajectory)
 
 
-def train(arm: str, base: Model, sets: Sets, name: str, seed: int) -> dict[str, Any]:
-    """Train one student; return its pass rates on held-out prompts over the tokens that it sampled."""
+SELECT = {"unselected": "first", "gentle": "gentleness"}  # by arm
+
+
+def train(arm: str, base: Model, teacher: Model, sets: Sets, name: str, seed: int) -> dict[str, Any]:
+    """Train one student; return its pass rates on held-out prompts over the tokens that were sampled for it."""
     questions = sets[name]["train"] if name in sets else both(*(one["train"] for one in sets.values()))
-    student = Student(base, questions, seed, "first" if arm == "unselected" else "likelihood")
+    student = Student(base, questions, seed, SELECT.get(arm, "likelihood"))
+    if arm == "teacher":
+        student.writer = teacher, False
+    of_sampler = student.train_sampler() if arm == "gentle" else {}
     curves: dict[str, list[list[float]]] = {one: [] for one in sets}
 
     def evaluate() -> None:
@@ -292,7 +334,7 @@ def train(arm: str, base: Model, sets: Sets, name: str, seed: int) -> dict[str, 
             curve.append([student.sampled_tokens, float(rates.mean())])
 
     evaluate()
-    if name != "both" and arm in ("privileged", "unselected"):
+    if name != "both" and arm in ("privileged", "teacher", "gentle", "unselected"):
         student.sample(questions.repeat(SAMPLES), questions.prompts.repeat_interleave(SAMPLES, 0))  # finds hard ones
         student.imitate(*student.hinted_texts(questions))
     elif arm == "reference":
@@ -305,7 +347,8 @@ def train(arm: str, base: Model, sets: Sets, name: str, seed: int) -> dict[str, 
     held_out = sets["hard" if name == "both" else name]["held_out"]
     written = write(student.model, held_out.prompts, torch.Generator().manual_seed(1))
     other_way = float((written >= OTHER_WAY).float().mean())
-    return {"seed": seed, "set": name, "arm": arm, "curves": curves, **student.rates, "other_way": other_way}
+    rates = {**student.rates, **of_sampler, "other_way": other_way}
+    return {"seed": seed, "set": name, "arm": arm, "curves": curves, **rates}
 
 
 def reinforce(student: Student, budget: int, with_hints: bool) -> Iterator[int]:
@@ -337,10 +380,12 @@ def study(seed: int, missing: Sequence[tuple[str, str]], pretraining_steps: int)
     """Yield the outcome of every missing arm, as set and arm, with one seed; they share model and prompts."""
     table = torch.randperm(BASE, generator=torch.Generator().manual_seed(300 + seed))
     base = pretrain(seed, table, pretraining_steps).eval()
+    needs_teacher = any(arm == "teacher" for _, arm in missing)
+    teacher = pretrain(100 + seed, table, pretraining_steps, known_marks=BASE).eval() if needs_teacher else base
     sets, rates = find_sets(base, seed, table)
     for name, arm in missing:
         began = time.perf_counter()
-        outcome = train(arm, base, sets, name, seed) | rates
+        outcome = train(arm, base, teacher, sets, name, seed) | rates
         rises = {
             on: [round(point[1], 3) for point in (*curve[:2], curve[-1])] for on, curve in outcome["curves"].items()
         }
@@ -354,13 +399,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--pretraining-steps", type=int, default=PRETRAINING_STEPS)
+    parser.add_argument("--arms", nargs="+", help="only these arms, of all sets")
     parser.add_argument("--report", action="store_true", help="only the rows and the figure of what is there")
     parser.add_argument("--output", type=Path, default=RESULTS / f"{date.today():%Y-%m-%d}-privileged-sampling.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     log = options.output.with_suffix(".jsonl")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    everything = [(name, arm) for name, arms in ARMS.items() for arm in arms]
+    everything = [(name, arm) for name, arms in ARMS.items() for arm in options.arms or arms if arm in arms]
     for seed in () if options.report else seeds:
         done = {(one["set"], one["arm"]) for one in read_outcomes(log) if one["seed"] == seed}
         if missing := [one for one in everything if one not in done]:

@@ -44,9 +44,6 @@ SETTINGS = (
     f"teachers.countdown.model={EMBEDDED / 'teacher'}",
     "rollout.record=false",
     "learner.learning_rate=2e-3",
-    # On CPU packed trajectories are kept apart by a mask, whose cost grows with the square of what is packed; live rows
-    # arrive a few at a time, replayed ones all at once.
-    "learner.micro_batch_tokens=512",
     "learner.lr_schedule=linear",
     "learner.warmup_steps=5",
     "evaluation.teacher_too=false",

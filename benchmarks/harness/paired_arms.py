@@ -8,6 +8,8 @@ from typing import Any
 from benchmarks.harness.report import Row, at_least, at_most, row
 from benchmarks.harness.shifted_digits import sign_flip_p
 
+OF_SAMPLERS = ("hinted_solve_rate", "acceptance", "gentleness")
+OF_LEARNING = ("first_reward", "last_reward", "first_gentleness", "last_gentleness")
 ByArm = Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]  # set, arm -> seed -> outcome
 
 
@@ -31,10 +33,11 @@ def rows_of(outcomes: Sequence[Mapping[str, Any]], arms: Mapping[str, Sequence[s
         for on in ("hard", "dense"):
             label = f"trained on {name}, {arm}: held-out {on} prompts at the end"
             add_mean(label, (name, arm), lambda one, on=on: one["curves"][on][-1][1])  # type: ignore[misc]
-    for arm in arms["hard"]:
-        add_mean(f"trained on hard, {arm}: other way of writing", ("hard", arm), itemgetter("other_way"))
-    for key in ("hinted_solve_rate", "acceptance", "gentleness"):
-        add_mean(f"trained on hard, privileged: {key}", ("hard", "privileged"), itemgetter(key))
+    of_arms = [(arm, "other way of writing", "other_way") for arm in arms["hard"]]
+    of_arms += [(arm, key, key) for arm in ("privileged", "teacher", "gentle") for key in OF_SAMPLERS]
+    of_arms += [("gentle", f"its sampler's {key}", key) for key in OF_LEARNING]
+    for arm, label, key in of_arms:
+        add_mean(f"trained on hard, {arm}: {label}", ("hard", arm), itemgetter(key))
     return rows + _contrasts(by_arm)
 
 
@@ -55,13 +58,17 @@ def _contrasts(by_arm: ByArm) -> list[Row]:
     on_hard, on_dense = (difference(name, "privileged", "blind", name) for name in ("hard", "dense"))
     interaction = {seed: on_hard[seed] - on_dense[seed] for seed in on_hard if seed in on_dense}
     rows = []
-    for label, differences in (("privileged - blind, hard", on_hard), ("the same, hard - dense", interaction)):
+    of_teacher = difference("hard", "teacher", "blind", "hard")
+    claims = {"privileged - blind, hard": on_hard, "the same, hard - dense": interaction}
+    for label, differences in (claims | ({"teacher - blind, hard": of_teacher} if of_teacher else {})).items():
         size, values = f"{len(differences)} seeds", list(differences.values())
         smallest = row(f"{label}, smallest", size, min(values), "share")
         rows.append({**at_least(smallest, 0), "differences": _list(values)})
         rows.append(at_most(row(f"{label}, sign-flip p", size, sign_flip_p(values), "p"), 0.05))
     for label, differences in (
         ("privileged - blind, dense", on_dense),
+        ("teacher - privileged, hard", difference("hard", "teacher", "privileged", "hard")),
+        ("gentle - privileged, hard", difference("hard", "gentle", "privileged", "hard")),
         ("privileged - unselected, hard", difference("hard", "privileged", "unselected", "hard")),
         ("privileged - reference, hard", difference("hard", "privileged", "reference", "hard")),
         ("privileged - blind, both, on hard", difference("both", "privileged", "blind", "hard")),

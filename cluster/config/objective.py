@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, field
 from msgspec.structs import replace
 
-from cluster.config.fields import CountOrZero, Items, NonNegative, Positive, Section
+from cluster.config.fields import SMALLEST_SHARE, CountOrZero, Items, NonNegative, Positive, Section, WeightSchedule
 from cluster.config.terms import (
     OF_GROUP,
     OF_MODELS,
@@ -23,10 +23,7 @@ from cluster.config.terms import (
     RepresentationTerm,
     Support,
     TaskRewardTerm,
-    WeightSchedule,
 )
-
-SMALLEST_SHARE = 1e-9  # of a turn, by which a schedule's sum may miss a whole one
 
 
 @dataclass(frozen=True)

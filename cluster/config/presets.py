@@ -25,6 +25,7 @@ _PPO = {"kind": "ppo_clip", "low": 0.8, "high": 1.2}
 _ICEPOP = {"kind": "icepop", "low": 0.5, "high": 5.0}
 _COVER = _divergence("forward_kl", truncation="generalized")
 
+DEFAULT = "tail-topk"
 PRESETS: dict[str, dict[str, Any]] = {
     # One number per token from the teacher.
     "thinking-machines": _on("sampled", main=_sampled()),
@@ -102,16 +103,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 def expand_preset(written: Any) -> Any:
     """Return the [objective] table with its preset's fields under what is written; what is no table stays as it is.
 
+    Without a preset, a term that has the name of the default's, and no kind of its own, is that one, changed.
+
     Example:
         >>> expand_preset({"preset": "thinking-machines"})["support"]
         'sampled'
     """
     name = written.get("preset") if isinstance(written, dict) else None
     if not isinstance(name, str):
-        return written
+        return _on_default_terms(written)
     if name not in PRESETS:
         raise ConfigError(f"objective.preset: no preset is called '{name}'; there are {', '.join(PRESETS)}")
     return merged(PRESETS[name], written)
+
+
+def _on_default_terms(written: Any) -> Any:
+    terms = written.get("terms") if isinstance(written, dict) and "preset" not in written else None
+    if not isinstance(terms, dict):
+        return written
+    default = PRESETS[DEFAULT]["terms"]
+    changed = {
+        name: merged(default[name], term) if name in default and isinstance(term, dict) and "loss" not in term else term
+        for name, term in terms.items()
+    }
+    return {**written, "terms": changed}
 
 
 def merged(below: Any, above: Any) -> Any:

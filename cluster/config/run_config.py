@@ -12,6 +12,7 @@ from cluster.config.aligned import check_aligned
 from cluster.config.fields import Section, Text
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.replay import check_replay
+from cluster.config.samplers import check_gentleness, check_sampling_teacher
 from cluster.config.sections import (
     HARNESS_KINDS,
     CheckpointConfig,
@@ -100,13 +101,21 @@ class Config(Section, frozen=True, forbid_unknown_fields=True, kw_only=True):
         _check_tools(self)
         _check_packages(self.prompts, self.environment)
         _check_contexts(self)
+        check_gentleness(self)
+        check_sampling_teacher(self)
         self.objective.check_privileged(has_sampler=self.rollout.privileged is not None)
 
     @property
     def routes(self) -> list[str]:
-        """Return the teachers that prompts may name: all but those that only stand beside another in a target."""
+        """Return the teachers that prompts may name: all but those beside another, in a target or to write."""
         beside = {teacher.base for teacher in self.teachers.values()} | {*self.objective.needs.models, INITIAL_STUDENT}
+        beside.add(self.sampling_teacher)
         return [name for name in self.teachers if name not in beside or name == TEACHER] or list(self.teachers)
+
+    @property
+    def sampling_teacher(self) -> str | None:
+        """Return the [teachers.NAME] that writes for prompts that the student never solves; None: no teacher does."""
+        return None if self.rollout.privileged is None else self.rollout.privileged.sampler
 
     @property
     def scorer_groups(self) -> dict[str, list[str]]:

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from msgspec import Meta, field
 from msgspec.structs import force_setattr, replace
 
-from cluster.config.context import ContextConfig, PrivilegedConfig
+from cluster.config.context import ContextConfig, GentlenessConfig, PrivilegedConfig
 from cluster.config.fields import Count, CountOrZero, Fraction, Items, NonNegative, Positive, Section, Text
 from cluster.config.replay import ReplayConfig
 
@@ -35,6 +35,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 GpuFraction = Annotated[float, Meta(gt=0, le=1)]  # of one GPU's memory
 MAX_TEMPERATURE = 2.0  # vLLM takes no higher one
 ROLLOUT_ENGINES = "rollout"  # the backend of a teacher that scores in the rollout pool's engines
+GENERATING = "vllm-generate"  # the backend of a teacher whose engine samples
 ALIGNED = "aligned"  # a teacher's tokenizer that is not the student's
 MIN_TEMPERATURE = 0.01  # vLLM raises lower ones to it, and the importance ratio would divide by another distribution
 
@@ -175,6 +176,8 @@ class TeacherConfig(Section):
     stop_class: tuple[CountOrZero, ...] = ()  # the run's, and the ids that end this teacher's turns; the run sets it
     context: ContextConfig | None = None  # what it reads in the place of the student's prompt; None: the same
     shuffled_context: bool = False  # the control of `context`: that of another prompt
+    # Multiplies each reward by how gentle the text is to this teacher, to train a sampler for it; None: leaves it
+    gentleness: GentlenessConfig | None = None
     base: str | None = None  # NAME of the [teachers.NAME] that this one was trained from; for targets with "base"
     # Servers with prompt log-probabilities, which divide the rows: "http://host:8000/v1". The workers need no GPU; of
     # `engine` count `max_concurrent_sequences`, the requests in flight per worker, and `dtype`, that of the servers.

@@ -5,7 +5,17 @@ from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, field
 
-from cluster.config.fields import LARGEST_FLOAT, Count, Finite, Fraction, NonNegative, Positive, Section, Text
+from cluster.config.fields import (
+    LARGEST_FLOAT,
+    Count,
+    Finite,
+    Fraction,
+    NonNegative,
+    Positive,
+    Section,
+    Text,
+    WeightSchedule,
+)
 from cluster.contracts.import_path import is_import_path
 
 Support = Literal["sampled", "samples", "topk", "student_topk", "intersection", "full"]
@@ -56,29 +66,6 @@ class ImportanceConfig(Section, frozen=True):
     def __post_init__(self) -> None:
         if self.kind in ("icepop", "sequence_mask", "ppo_clip") and self.low >= self.high:
             raise ValueError(f"low = {self.low} is not below high = {self.high}; no ratio would be left between them")
-
-
-class WeightSchedule(Section, frozen=True):
-    """Moves a weight linearly from one value to another over the first optimizer steps; then it stays.
-
-    Example:
-        >>> [WeightSchedule(start=1.0, to=0.0, over_steps=10).at(step) for step in (0, 4, 10, 99)]
-        [1.0, 0.6, 0.0, 0.0]
-    """
-
-    to: Finite
-    over_steps: Count  # the first step that has all of `to`; steps count from 0
-    start: Finite = field(name="from")
-
-    def at(self, step: int) -> float:
-        """Return the weight of optimizer step `step`, from 0: it depends on nothing else."""
-        share = min(1.0, step / self.over_steps)
-        return (1 - share) * self.start + share * self.to
-
-    @property
-    def largest(self) -> float:
-        """Return the end that is farther from 0."""
-        return max(self.start, self.to, key=abs)
 
 
 class Term(Section, frozen=True):

@@ -7,8 +7,8 @@ from cluster.contracts.columns import Floats, Ints
 from cluster.contracts.requests import Completion, SamplingSettings
 
 
-class RolloutEngine(Protocol):
-    """Samples completions; its weights can be replaced while it runs (vLLM's weight-transfer verbs)."""
+class Generator(Protocol):
+    """Samples completions."""
 
     async def generate(
         self, request_id: str, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
@@ -17,6 +17,10 @@ class RolloutEngine(Protocol):
 
         When not all of them fit, those of the lowest `priority` run first.
         """
+
+
+class RolloutEngine(Generator, Protocol):
+    """Has the student's weights, which can be replaced while it runs (vLLM's weight-transfer verbs)."""
 
     async def prompt_logprobs(
         self, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int

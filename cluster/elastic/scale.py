@@ -136,6 +136,8 @@ def need_of(teachers: Collection[str], config: Config, inputs: Inputs, next_step
 
     Example of a result: "step 13 asks prompts that teacher math scores".
     """
+    if config.sampling_teacher in teachers:
+        return f"teacher {config.sampling_teacher} writes for prompts that the student never solves"
     scorers = {route: [name for name, _ in config.scorers(route)] for route in config.routes}
     served = {route: name for route, names in scorers.items() for name in reversed(names) if name in teachers}
     per_step = config.prompts.prompts_per_step

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.config.run_config import Config
-from cluster.config.stages import EngineConfig, RefreshConfig
+from cluster.config.stages import GENERATING, EngineConfig, RefreshConfig
 from cluster.models.model_size import STUDENT, ModelSize
 from cluster.vllm.engine import BYTES_PER_GIB, DEFAULT_CACHE_GIB, OWN_GPU_FRACTION
 from cluster.weight_sync.transports import choose
@@ -115,9 +115,12 @@ def yields_to_learner(config: Config) -> bool:
     return config.ray.share_gpu and config.rollout.engine.sleep and config.rollout.max_staleness == 0
 
 
-def most_sequences(config: Config) -> int:
-    """Return how many sequences a rollout engine may run at once; vLLM chooses on a GPU of its own, if none are set."""
-    engine = config.rollout.engine
+def most_sequences(config: Config, engine: EngineConfig | None = None) -> int:
+    """Return how many sequences may run at once in an engine that samples; without one, in a rollout engine.
+
+    On a GPU of its own vLLM chooses, if none are set.
+    """
+    engine = engine or config.rollout.engine
     return engine.max_concurrent_sequences or (engine.concurrent_sequences if config.ray.share_gpu else MOST_SEQUENCES)
 
 
@@ -140,9 +143,13 @@ def rollout_memory(config: Config, size: ModelSize, longest: int, gpu_gib: float
 def teacher_memory(config: Config, name: str, size: ModelSize, longest: int, gpu_gib: float | None) -> WorkerMemory:
     """Return what an engine that scores takes; its worker has the LM head and logits, and vLLM counts both.
 
-    Others of its slot sleep meanwhile.
+    Others of its slot sleep meanwhile. One that writes is as a rollout worker's, whose weights never change.
     """
     teacher, on_gpu = config.teachers[name], gpu_gib is not None
+    if teacher.backend == GENERATING:
+        sequences = most_sequences(config, teacher.engine) if on_gpu else teacher.engine.concurrent_sequences
+        sampled = _gib(sequences * size.vocabulary * SAMPLED_BYTES)
+        return _engine_memory(config, f"teacher-{name}", teacher.engine, size, longest, gpu_gib, {}, logits=sampled)
     vocabulary = size.vocabulary / max(1, teacher.engine.tensor_parallel)
     logits = 2 * max(SCORED_LOGITS[on_gpu], SCORED_TOKENS * vocabulary) * 4
     [others] = [len(names) - 1 for names in config.scorer_groups.values() if name in names]

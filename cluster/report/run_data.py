@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from cluster.config.fields import WeightSchedule
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.config.run_directory import RunDirectory
-from cluster.config.terms import DivergenceTerm, Term, WeightSchedule
+from cluster.config.terms import DivergenceTerm, Term
 from cluster.contracts.files import RecordsFile
 from cluster.monitoring.status_file import Status, read_status
 

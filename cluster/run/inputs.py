@@ -64,9 +64,10 @@ class Inputs:
     def rollout_model_len(self, config: Config) -> int:
         """Return the context that the rollout engines must offer.
 
-        The privileged sampler reads longer prompts, and so do teachers that score in them.
+        The student as privileged sampler reads longer prompts, and so do teachers that score in these engines.
         """
-        own = self.max_model_len + max(0, self.privileged.prompt_tokens - self.prompts.longest_tokens)
+        longest = self.privileged.prompt_tokens if config.sampling_teacher is None else 0
+        own = self.max_model_len + max(0, longest - self.prompts.longest_tokens)
         scoring = (name for name, one in config.teachers.items() if one.backend == ROLLOUT_ENGINES)
         return max(own, self.scoring_model_len(*scoring))
 
@@ -89,18 +90,16 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     context = min(model.context_tokens for model in models)
     now = now or datetime.now()
     notes: list[str] = []
-
     own_tokenizers = {name: facts.tokenizer for name, facts in teachers.items() if config.teachers[name].is_aligned}
 
     def load(source: str, splits: Sequence[str]) -> PromptSet:
         return load_prompts(source, student.tokenizer, config, context, splits, notes.append, now, own_tokenizers)
 
-    prompts = train = load(config.prompts.train, TRAIN_SPLITS)
-    if config.prompts.held_out is not None:
-        prompts = PromptSet.join([train, load(config.prompts.held_out, HELD_OUT_SPLITS)])
+    train, prompts = _train_and_all(config, load, notes)
     capacities = {name: facts.context_tokens for name, facts in teachers.items()}
     plan = plan_contexts(config, prompts, student.tokenizer, capacities, now)
-    privileged = plan_privileged(config, prompts, len(train), student.tokenizer, student.context_tokens, now)
+    capacity = capacities.get(config.sampling_teacher or "", student.context_tokens)
+    privileged = plan_privileged(config, prompts, len(train), student.tokenizer, capacity, now)
     replay = None if config.rollout.replay is None else _open_replay(config, prompts, notes)
     return Inputs(
         prompts=prompts,
@@ -114,13 +113,35 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
         notes=(*notes, *plan.notes, *privileged.notes),
         read_at=now,
         scorer_prompt_tokens={
-            **plan.prompt_tokens,
+            **_with_writer(plan.prompt_tokens, config.sampling_teacher, privileged),
             **{name: _aligned_tokens(config, prompts, name, capacities[name]) for name in own_tokenizers},
         },
         contexts=plan.settings,
         privileged=privileged,
         replay=replay,
     )
+
+
+def _with_writer(prompt_tokens: Mapping[str, int], writer: str | None, plan: PrivilegedPlan) -> Mapping[str, int]:
+    """Return the tokens of each teacher's longest prompt, with those that one reads to write for the student."""
+    if writer is None:
+        return prompt_tokens
+    return {**prompt_tokens, writer: max(plan.prompt_tokens, prompt_tokens.get(writer, 0))}
+
+
+def _train_and_all(
+    config: Config, load: Callable[[str, Sequence[str]], PromptSet], notes: list[str]
+) -> tuple[PromptSet, PromptSet]:
+    """Return the training prompts, and those with the held-out ones behind them."""
+    train = load(config.prompts.train, TRAIN_SPLITS)
+    if config.prompts.held_out is None:
+        if config.evaluation.every_steps:
+            notes.append("evaluation.every_steps is set, but nothing is evaluated: prompts.held_out names no prompts")
+        return train, train
+    held_out = load(config.prompts.held_out, HELD_OUT_SPLITS)
+    if shared := held_out.num_shared(train):
+        notes.append(f"warning: {shared:,} of the {len(held_out):,} held-out prompts are training prompts too")
+    return train, PromptSet.join([train, held_out])
 
 
 def _aligned_tokens(config: Config, prompts: PromptSet, name: str, capacity: int) -> int:
@@ -180,7 +201,7 @@ def privileged_requests(config: Config, prompt_ids: Sequence[int], step: int) ->
     Each is a group of its own where rewards are compared within a prompt's samples.
     """
     section, samples = config.rollout.privileged, config.rollout.samples_per_prompt
-    first = step * section.prompts_per_step if section is not None else 0
+    first = step * section.most_prompts if section is not None else 0
     group = -(-PRIVILEGED_IDS // samples)  # the first whose ids are all the sampler's
     return [
         RolloutRequest(

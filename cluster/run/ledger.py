@@ -247,7 +247,7 @@ def _may_be_privileged(record: LedgerRecord, config: Config, failed: Mapping[int
     section, chosen = config.rollout.privileged, record.privileged_ids
     if section is None or not chosen:
         return not chosen
-    is_quota = len(set(chosen)) == len(chosen) <= section.prompts_per_step and section.is_active(record.step - 1)
+    is_quota = len(set(chosen)) == len(chosen) <= section.quota(record.step - 1)
     return is_quota and all(failed[prompt_id] >= section.hard_after for prompt_id in chosen)
 
 

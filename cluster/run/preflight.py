@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.actors.cluster import RAY
+from cluster.config.fields import WeightSchedule
 from cluster.config.objective import ObjectiveConfig
 from cluster.config.run_config import Config
 from cluster.config.stages import Dtype, TeacherConfig
-from cluster.config.terms import TEACHER, PolicyGradientTerm, RepresentationTerm, WeightSchedule
+from cluster.config.terms import TEACHER, PolicyGradientTerm, RepresentationTerm
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ScoreRequest

@@ -61,7 +61,8 @@ class Probe:
         asked for first.
         """
         config = self._config
-        if config is None or not config.is_active(step):
+        quota = 0 if config is None else config.quota(step)
+        if config is None or not quota:
             return ()
         if step not in self._planned:
             under_way = {prompt_id for chosen in self._planned.values() for prompt_id in chosen}
@@ -70,7 +71,7 @@ class Probe:
                 for prompt_id in self._hard(config)
                 if prompt_id not in under_way and self._unseen[prompt_id] < config.max_rows
             )
-            chosen = tuple(nsmallest(config.prompts_per_step, free, key=lambda one: (self._asked[one], one)))
+            chosen = tuple(nsmallest(quota, free, key=lambda one: (self._asked[one], one)))
             self._planned[step] = chosen
             self._asked.update(chosen)
             self._unseen.update(chosen)

@@ -141,6 +141,11 @@ def check_pools(config: Config) -> None:
                 f"teachers.{name}: num_workers = 0 scores nothing, so no step of a plan would end; "
                 f"plan with teachers.{name}.num_workers=1"
             )
+    if config.sampling_teacher is not None:
+        raise ConfigError(
+            f"teachers.{config.sampling_teacher} writes for hard prompts, whose number nothing predicts; plan without "
+            "rollout.privileged.sampler"
+        )
     for first, *others in config.scorer_groups.values():
         if others:
             raise ConfigError(

@@ -94,6 +94,16 @@ def late_logits_processors(config: Any, classes: Sequence[tuple[str, str]]) -> N
         config.model_config.logits_processors = [pair[config.use_v2_model_runner] for pair in classes]
 
 
+def inspect_models_in(python: str) -> None:
+    """Let vLLM look at the class of a model, which it does once for each user, in a process of another interpreter.
+
+    It starts one to keep CUDA out of its own, which usually imports all of vLLM for it.
+    """
+    from vllm.model_executor.models import registry
+
+    registry._SUBPROCESS_COMMAND[:] = [python, "-c", f"from {registry.__name__} import _run; _run()"]
+
+
 def keeping_scheduler(is_async: bool | None) -> str:
     """Return the name of the scheduler whose running requests keep their caches, as vLLM names classes."""
     return f"cluster.vllm.keep_cache.Keeping{'Async' if is_async else ''}Scheduler"

@@ -106,14 +106,21 @@ def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
 def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role: EngineRole) -> "AsyncLLM":
     """Start an engine and its process, in a running event loop; raise ModelError if vLLM refuses the model."""
     prepare_environment(engine)
-    if PYTHON_VARIABLE in os.environ:
-        multiprocessing.set_executable(os.environ[PYTHON_VARIABLE])
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from cluster.vllm.compat import VLLMError, early_logits_processors, keeping_scheduler, late_logits_processors
+    from cluster.vllm.compat import (
+        VLLMError,
+        early_logits_processors,
+        inspect_models_in,
+        keeping_scheduler,
+        late_logits_processors,
+    )
 
+    if (python := os.environ.get(PYTHON_VARIABLE)) is not None:
+        multiprocessing.set_executable(python)
+        inspect_models_in(python)
     is_cpu = current_platform.is_cpu()
     arguments = _common_arguments(engine, role) | _platform_arguments(engine, role, is_cpu) | engine.extra
     if is_cpu and arguments["enforce_eager"]:

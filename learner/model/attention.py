@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cluster.config.stages import Attention
@@ -29,26 +29,22 @@ UNKNOWN_REQUESTS = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
 @dataclass(frozen=True)
-class LengthGroup:
-    """Trajectories of which none is twice as long as another, padded at the end to the longest."""
-
-    tokens: Tensor  # [trajectories, longest] int64: which token stands there; at padding, the trajectory's last
-    real: Tensor  # [tokens of the group] int64: places in the flattened `tokens` that are no padding
-
-
-@dataclass(frozen=True)
 class Segments:
-    """Holds where the trajectories of a packed row begin.
+    """Holds where the trajectories of a packed row begin, and grids of those of similar length.
+
+    A grid has trajectories of which none is twice as long as another, padded at the end to the longest.
 
     Example:
-        >>> Segments.of([2, 3], torch.device("cpu")).boundaries.tolist()
-        [0, 2, 5]
+        >>> segments = Segments.of([2, 3], torch.device("cpu"))
+        >>> segments.boundaries.tolist(), segments.grids, segments.padded.tolist(), segments.order.tolist()
+        ([0, 2, 5], ((1, 2), (1, 3)), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
     """
 
     longest: int
     boundaries: Tensor  # [trajectories + 1] int32
-    groups: tuple[LengthGroup, ...]
-    order: Tensor  # [tokens] int64: where in the groups' tokens, one group after the other, each token is
+    grids: tuple[tuple[int, int], ...]  # trajectories, and tokens of the longest
+    padded: Tensor  # [places of all grids] int64: which token stands there; at padding, the trajectory's last
+    order: Tensor  # [tokens] int64: in which of these places each token is
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
@@ -57,12 +53,14 @@ class Segments:
         doublings = np.array([(length - 1).bit_length() for length in lengths])
         members = [np.flatnonzero(doublings == doubling) for doubling in np.unique(doublings)]
         spans = [_padded(boundaries[group], np.array(lengths)[group]) for group in members]
-        order = np.argsort(np.concatenate([tokens.reshape(-1)[real] for tokens, real in spans]))
+        padded = np.concatenate([tokens.reshape(-1) for tokens, _ in spans])
+        real = np.flatnonzero(np.concatenate([is_real.reshape(-1) for _, is_real in spans]))
         return cls(
             longest=max(lengths),
             boundaries=torch.from_numpy(boundaries.astype(np.int32)).to(device),
-            groups=tuple(LengthGroup(*(torch.from_numpy(part).to(device) for part in span)) for span in spans),
-            order=torch.from_numpy(order).to(device),
+            grids=tuple(tokens.shape for tokens, _ in spans),
+            padded=torch.from_numpy(padded).to(device),
+            order=torch.from_numpy(real[np.argsort(padded[real])]).to(device),
         )
 
 
@@ -107,16 +105,17 @@ def choose_kernel(wanted: Attention, model_config: Any, device: torch.device, dt
     """Return the kernel for packed attention, or None for transformers' own way with a mask.
 
     "auto" takes, on CUDA in half precision, the first of `flash`, `varlen` that is installed and agrees with `grouped`;
-    on CUDA otherwise `grouped`; and `masked` on CPU and for models with windows or caps.
+    otherwise `grouped`; and `masked` for models with windows or caps, or with attention of their own making.
 
     Raises:
         ModelError: a kernel was asked for by name that is not there or does not work here.
     """
-    if wanted == "masked" or (wanted == "auto" and (device.type == "cpu" or not _is_plain(model_config))):
+    if wanted == "masked" or (wanted == "auto" and not _is_plain(model_config)):
         return None
     widths = head_widths(model_config)
     if wanted == "auto":
-        tried = ("flash", "varlen") if dtype in (torch.bfloat16, torch.float16) else ()
+        on_gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+        tried = ("flash", "varlen") if on_gpu else ()
         flash = [name for name in tried if not fault_of(name, device, dtype, widths)]
         return KERNELS[flash[0] if flash else "grouped"]()
     if fault := fault_of(wanted, device, dtype, widths):
@@ -161,14 +160,20 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale
 
     Padding stands at the end, where causal attention never reads from a real token, so no mask is needed.
     """
-    share = query.shape[1] // key.shape[1]
-    # The kernel for float32 wants as many heads of each; the other one, without a mask, does not.
-    repeated = [part if share == 1 else part.repeat_interleave(share, 1) for part in (key, value)]
-    results = []
-    for group in segments.groups:
-        q, k, v = (part[group.tokens].transpose(1, 2) for part in (query, *repeated))
-        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        results.append(attended.transpose(1, 2).flatten(0, 1).index_select(0, group.real))
+    shares_keys, on_gpu = query.shape[1] > key.shape[1], query.device.type == "cuda"
+    if shares_keys and on_gpu:  # its kernel for float32 wants as many heads of each
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    # `index_select` sums its gradient up faster than indexing does.
+    rows = [part.index_select(0, segments.padded) for part in (query, key, value)]
+    results, start = [], 0
+    for grid in segments.grids:
+        end = start + grid[0] * grid[1]
+        q, k, v = (part[start:end].unflatten(0, grid).transpose(1, 2) for part in rows)
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=shares_keys and not on_gpu
+        )
+        results.append(attended.transpose(1, 2).flatten(0, 1))
+        start = end
     return torch.cat(results).index_select(0, segments.order)
 
 
@@ -222,8 +227,16 @@ def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype, widths: tup
     return [part.detach().float() for part in (attended, *gradients)]
 
 
+def plain_attention(model_config: Any) -> str:
+    """Return transformers' attention with masks; torch's, "sdpa", leaves out Gemma 2's cap of attention in silence."""
+    return "eager" if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
+
+
 def _is_plain(model_config: Any) -> bool:
-    """Return whether every layer attends to all earlier tokens, without caps."""
+    """Return whether every layer attends to all earlier tokens, without caps, by a function that one can choose."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if not getattr(model_class, "_supports_attention_backend", False):
+        return False
     kinds = getattr(model_config, "layer_types", None) or ()
     window = getattr(model_config, "sliding_window", None) if not kinds else None
     caps = getattr(model_config, "attn_logit_softcapping", None)
@@ -231,6 +244,6 @@ def _is_plain(model_config: Any) -> bool:
 
 
 def _padded(starts: Any, lengths: Any) -> tuple[Any, Any]:
+    """Return the tokens [trajectories, longest] of a grid, and which of them are no padding."""
     steps = np.arange(lengths.max())
-    tokens = starts[:, None] + np.minimum(steps, lengths[:, None] - 1)
-    return tokens, np.flatnonzero(steps < lengths[:, None])
+    return starts[:, None] + np.minimum(steps, lengths[:, None] - 1), steps < lengths[:, None]

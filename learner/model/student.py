@@ -18,7 +18,14 @@ from cluster.models.model_files import is_local, load_model_config
 from cluster.weight_sync.manifest import Manifest
 from learner.batching.micro_batch import MicroBatch, Trajectory, build_micro_batch
 from learner.loss.tokens import Evaluation
-from learner.model.attention import Kernel, Packing, Segments, choose_kernel, register_packed_attention
+from learner.model.attention import (
+    Kernel,
+    Packing,
+    Segments,
+    choose_kernel,
+    plain_attention,
+    register_packed_attention,
+)
 from learner.model.checkpoint_format import CheckpointFormat
 from learner.model.completion_head import CompletionHead, TeacherHeads
 from learner.model.projection import LogitScaling
@@ -46,7 +53,7 @@ def load_student(
     model_config = load_model_config(student.model, student.trust_remote_code)
     _disable_noise(model_config)
     kernel = choose_kernel(config.attention, model_config, device, getattr(torch, config.dtype))
-    attention = _plain_attention(model_config) if kernel is None else register_packed_attention()
+    attention = plain_attention(model_config) if kernel is None else register_packed_attention()
     if reads_weights:
         causal_lm = _read(student, config, model_config, attention)
         check_tied_head(student.model, model_config)
@@ -225,6 +232,7 @@ def check_forward(student: Student, name: str) -> None:
             f"student '{name}': log-probabilities of two packed sequences differ by {difference:.2g} from those of its "
             "own forward on each alone; the learner supports decoder-only attention models whose logits are scaled by "
             "logit_scale, logits_scaling or final_logit_softcapping"
+            + ("" if student.kernel is None else '; this one may need learner.attention = "masked"')
         )
 
 
@@ -239,11 +247,6 @@ def _probe_row(length: int, vocabulary: int) -> Trajectory:
     nothing = torch.zeros(length - 1).numpy()
     no_candidates = nothing[:, None][:, :0]
     return Trajectory(0, "", 0.0, token_ids, loss_mask, nothing, no_candidates, no_candidates, {}, {})
-
-
-def _plain_attention(model_config: Any) -> str:
-    """Return transformers' attention with masks; torch's, "sdpa", leaves out Gemma 2's cap of attention in silence."""
-    return "eager" if getattr(model_config.get_text_config(), "attn_logit_softcapping", None) else "sdpa"
 
 
 def _disable_noise(model_config: Any) -> None:

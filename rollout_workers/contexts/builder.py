@@ -13,7 +13,7 @@ import numpy as np
 from cluster.config.context import ContextConfig
 from cluster.config.sections import PromptsConfig
 from cluster.config.terms import TEACHER
-from cluster.contracts.errors import PromptError
+from cluster.contracts.errors import PromptError, RolloutError
 from cluster.contracts.metrics import Mean, Metric, Sum
 from cluster.contracts.requests import ContextUse
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, masked
@@ -122,7 +122,7 @@ class ContextBuilder:
             if scorer.route != row.teacher or use == "none" or (use == "of_prompt" and scorer.template.reads_attempts):
                 continue
             read = self.read(scorer, attempt, group)
-            prompts[scorer.model] = read.token_ids
+            prompts[scorer.model] = self._continued(row, read.token_ids)
             digest.update(msgspec.json.encode([scorer.model, scorer.config.template, read.inputs], order="sorted"))
             if scorer.model == TEACHER:
                 metrics = self._metrics(read, attempt)
@@ -130,6 +130,23 @@ class ContextBuilder:
             is_masked = bool(metrics) and use == "all"
             return replace(masked(row) if is_masked else row, scorer_prompts=prompts), metrics
         return replace(row, scorer_prompts=prompts, context_hash=digest.hexdigest()), metrics
+
+    def _continued(self, row: GeneratedTrajectory, context: Ints) -> Ints:
+        """Return a context, and what else the student read before the row's first sampled token.
+
+        There is more where an environment opens with more than the prompt, and in further rows of an episode.
+        """
+        if not len(context) or not row.loss_mask.any():
+            return context
+        prompt, first = self.prompts.prompt(row.prompt_id).token_ids, int(row.loss_mask.argmax())
+        if np.array_equal(row.token_ids[: len(prompt)], prompt):
+            return np.concatenate([context, row.token_ids[len(prompt) : first]])
+        if row.turn:
+            raise RolloutError(
+                f"trajectory {row.episode}: the further row at turn {row.turn + 1} does not begin with the prompt, in "
+                f"whose place teachers.{row.teacher}.context stands; remove the context"
+            )
+        return context
 
     def read(self, scorer: ScorerContext, attempt: Attempt, group: Sequence[Attempt]) -> ReadPrompt:
         """Return what a scoring model reads of one completion; what is too long is cut."""

@@ -6,6 +6,7 @@ episode. An agent leads the loop itself and asks for completions. A new one is m
 state between its calls.
 """
 
+import inspect
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -141,4 +142,11 @@ def environment_named(kind: str) -> NewEnvironment:
         raise ConfigError(f"environment.kind is '{kind}'; expected {names}, or package.module:Class for one of yours")
     named = ENVIRONMENTS.get(kind, kind)
     new: NewEnvironment = load_object(named, "an environment") if isinstance(named, str) else named
+    verbs = [verb for verb in ("start", "step", "run") if callable(getattr(new, verb, None))]
+    if isinstance(new, type) and not {"start", "step"} <= set(verbs) and "run" not in verbs:
+        raise ConfigError(f"environment.kind: {kind} has neither start and step, nor run (docs/extending.md)")
+    try:
+        inspect.signature(new).bind(None)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"environment.kind: {kind} cannot be made from the services alone: {error}") from error
     return new

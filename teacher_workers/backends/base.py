@@ -4,16 +4,17 @@ Importing this loads no backend: the driver asks a backend's class before any ac
 environment of vLLM and OpenMP first.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import pyarrow as pa
 
 from cluster.config.run_config import Config
-from cluster.config.stages import ROLLOUT_ENGINES, TeacherConfig
-from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.config.stages import GENERATING, ROLLOUT_ENGINES, TeacherConfig
+from cluster.contracts.errors import ConfigError, PreceptorError, RolloutError
 from cluster.contracts.import_path import is_import_path, load_object
 from cluster.contracts.metrics import Metrics
-from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.signals import Scores
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ Answer = tuple[Scores, Metrics] | tuple[Scores, Metrics, int]  # the last: of we
 class TeacherBackend(Protocol):
     """Scores the sampled tokens of trajectories with one teacher; one object per actor, made in its event loop.
 
-    The driver asks the class: `signals`, `can_generate`, `fault`, `check`, `identity` and `absence` need no object or
-    hardware.
+    The driver asks the class: `signals`, `generates`, `can_generate`, `fault`, `check`, `identity` and `absence` need
+    no object or hardware.
     """
 
     signals: ClassVar[frozenset[str]]  # names that requests may contain; those at import paths as the run file has them
     reads_scorer_prompts: ClassVar[bool] = False  # whether `score` reads rows as `as_read_by` gives them
     takes_weights: ClassVar[bool] = False  # whether it has the verbs of weight updates; needed to follow the student
+    generates: ClassVar[bool] = False  # whether it has `generate`; needed to write for rollout.privileged
     can_generate: ClassVar[bool] = False  # whether vLLM can serve teachers.NAME.model, to measure the teacher itself
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
@@ -82,6 +84,16 @@ class TeacherBackend(Protocol):
             ScoreError: the scores cannot be training data.
         """
 
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
+        """Sample one completion in the student's tokens; those of the lowest `priority` run first.
+
+        Raises:
+            RolloutError: the request is refused or given up.
+        """
+        raise RolloutError(f"{type(self).__name__} scores, and samples no completions")
+
     @property
     def is_dead(self) -> bool:
         """Return whether a process of the backend is gone, so that the actor must start again."""
@@ -112,6 +124,7 @@ class TeacherBackend(Protocol):
 BACKENDS = {
     "vllm": "teacher_workers.backends.vllm:VllmBackend",
     "http": "teacher_workers.backends.http:HttpBackend",
+    GENERATING: "teacher_workers.backends.generating:GeneratingBackend",
     ROLLOUT_ENGINES: "teacher_workers.backends.rollout_engines:RolloutEnginesBackend",
 }
 ALIGNED_BACKEND = "teacher_workers.backends.aligned:AlignedBackend"  # around another, where tokenizers differ
@@ -126,11 +139,19 @@ def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
     if not is_import_path(name) and name not in BACKENDS:
         raise ConfigError(f"there is no teacher backend '{name}'; expected one of {sorted(BACKENDS)} or an import path")
     backend: type[TeacherBackend] = load_object(BACKENDS.get(name, name), "a teacher backend")
+    if TeacherBackend not in getattr(backend, "__mro__", ()):
+        raise ConfigError(f"'{name}' is no teacher backend; it must be a subclass of {TeacherBackend.__name__}")
     return backend
 
 
 def check_signals(config: Config) -> None:
     """Raise ConfigError if a teacher's backend cannot answer what the run requests of it."""
+    sampler = config.sampling_teacher
+    if sampler is not None and not find_backend(config.teachers[sampler]).generates:
+        raise ConfigError(
+            f"rollout.privileged.sampler = '{sampler}': the backend '{config.teachers[sampler].backend}' of that "
+            f"teacher scores and writes nothing; set teachers.{sampler}.backend = '{GENERATING}'"
+        )
     requested = {scorer: None for route in config.routes for scorer in config.scorers(route)}
     for name, request in requested:
         teacher = config.teachers[name]

@@ -3,20 +3,22 @@
 import json
 import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from tests.architectures.layer_states import DEPTH, RANK
+from tests.interpreter import python
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+PROGRAM = "import sys; from tests.architectures.layer_states import main; sys.exit(main())"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("preloaded")]
 TOLERANCE = 1e-4  # of a state's length, in float32; another layer, or another row, is about as far off as it is long
 
 
 def tried(*names: str) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.architectures.layer_states", *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    command = [python(), "-c", PROGRAM, *names]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,20 @@ import pytest
 
 from tests.architectures.models import ARCHITECTURES, write_model
 from tests.architectures.weight_path import TOLERANCE
+from tests.interpreter import python
 
+PROGRAM = "import sys; from tests.architectures.weight_path import main; sys.exit(main())"
 # vLLM runs these by transformers' classes, which it changes: a learner in the same process runs them no more.
 NOT_IN_ONE_PROCESS = ("olmo2", "smollm3")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("preloaded")]
 
 
 def tried(names: tuple[str, ...], folder: Path) -> dict[str, dict[str, Any]]:
     """Return what the models' weights did, all in one process."""
     folders = [str(write_model(name, folder / name, seed=0)) for name in names]
-    command = [sys.executable, "-m", "tests.architectures.weight_path", *folders]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    command = [python(), "-c", PROGRAM, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {answer["model"]: answer for answer in answers}

@@ -85,6 +85,8 @@ NEEDS = (
     Need("vllm.v1.pool.metadata", "PoolingMetadata", takes=("prompt_lens", "pooling_params")),
     Need("vllm.model_executor.layers.pooler.special", "DispatchPooler", has=("poolers_by_task",)),
     Need("vllm.model_executor.layers.pooler.tokwise.poolers", "TokenPooler", has=("pooling", "head")),
+    Need("vllm.model_executor.models.registry", "_SUBPROCESS_COMMAND"),
+    Need("vllm.model_executor.models.registry", "_run"),
     Need("vllm.tasks", words=("token_embed",)),
     Need("vllm.logprobs", "FlatLogprobs", has=("token_ids", "logprobs")),
     Need(

@@ -98,6 +98,7 @@ def test_an_unknown_field_is_named_with_its_path(files: Files, capsys: pytest.Ca
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.usefixtures("preloaded")
 def test_a_teacher_that_returns_nan_is_named_and_nothing_is_learned_from_it(files: Files) -> None:
     path = files["teacher"] / "model.safetensors"
     weights = {name: torch.full_like(value, torch.nan) for name, value in load_file(path).items()}

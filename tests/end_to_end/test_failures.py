@@ -49,7 +49,7 @@ def narrow_heads(folder: Path) -> Path:
     return folder
 
 
-def test_the_first_step_of_a_model_that_vllm_cannot_run_says_why(tmp_path: Path) -> None:
+def test_the_first_step_of_a_model_that_vllm_cannot_run_says_why(preloaded: None, tmp_path: Path) -> None:
     files = (f"teachers.countdown.model={EMBEDDED / 'teacher'}", f"prompts.train={EMBEDDED / 'train.jsonl'}")
     narrow = (f"student.model={narrow_heads(tmp_path / 'narrow')}", f"run.directory={tmp_path}", "run.name=run")
     few = (

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset
 import pytest
 
 from cluster.demo import EMBEDDED
@@ -88,3 +89,45 @@ def test_a_resumed_run_asks_the_sampler_for_the_same_prompts(hinted_run: Path, t
     resumed = preceptor("train", "--resume", str(copy))
     assert resumed.code == 0, resumed.output + resumed.error
     assert ledger_of(copy) == ledger_of(hinted_run)
+
+
+WRITER = """[teachers.main]
+model = "TEACHER"
+backend = "vllm-generate"
+engine = { dtype = "float32", kv_cache_gib = 0.25 }
+"""
+
+
+def test_a_teacher_writes_blind_for_hard_prompts_and_scores_with_the_same_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_prompts, "SIZES", {"train": 4, "held_out": 4})
+    make_prompts.write_prompts(tmp_path)
+    text = RUN_FILE.read_text().replace('[teachers.self]\nfrom = "student"\n', WRITER)
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(text.replace("TEACHER", str(EMBEDDED / "teacher")))
+    changed = (
+        "run.steps=2",
+        "prompts.prompts_per_step=4",
+        "rollout.samples_per_prompt=2",
+        "rollout.record=true",
+        "rollout.privileged.sampler=main",
+        "rollout.privileged.template={{ prompt }}",
+        "rollout.privileged.hard_after=2",
+        "rollout.privileged.samples_per_prompt=16",
+        "evaluation.every_steps=0",
+        "checkpoint.every_steps=0",
+    )
+    finished = preceptor("train", str(run_file), *overrides(tmp_path), *changed)
+    assert finished.code == 0, finished.output + finished.error
+    asked = [record for record in records_of(tmp_path / "run") if record.get("privileged/acceptance")]
+    for record in asked:
+        assert record["train/privileged_logprob"] == pytest.approx(record["privileged/chosen_logprob"], abs=1e-3)
+    rows = pyarrow.dataset.dataset(tmp_path / "run" / "rows", format="arrow").to_table().to_pylist()
+    written = [row for row in rows if row["sampler"] == "privileged:main" and row["rollout_logprobs"]]
+    assert written
+    for row in written:
+        # Sampled and teacher-forced by the same weights, from the same prompt.
+        assert row["rollout_logprobs"] == pytest.approx(row["teacher_logprobs"], abs=1e-4)
+        assert (row["reward"], row["max_policy_version"]) == (1.0, row["step"] - 1)
+    assert preceptor("verify", str(tmp_path / "run")).code == 0

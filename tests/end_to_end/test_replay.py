@@ -8,7 +8,7 @@ import pytest
 from tests.end_to_end.conftest import records_of
 from tests.end_to_end.runs import preceptor
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("preloaded")]
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "cluster/embedded"

@@ -19,7 +19,7 @@ EMBEDDED_PATHS = (
     f"prompts.train={EMBEDDED / 'train.jsonl'}",
     f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
 )
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("preloaded")]
 
 
 def test_every_step_is_recorded_with_every_stage(short_run: ShortRun) -> None:

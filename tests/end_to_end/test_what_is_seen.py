@@ -62,6 +62,12 @@ def asked_for() -> set[str]:
     return {name for panel in panels for target in panel.get("targets", []) for name in SERIES.findall(target["expr"])}
 
 
+def of_this_run() -> set[str]:
+    """Return those that every run has."""
+    others = {exported_name(metric) for metric in all_metrics() if metric.source.startswith(OF_OTHER_RUNS)}
+    return asked_for() - others
+
+
 def status(directory: Path) -> dict[str, Any]:
     found = preceptor("status", str(directory), "--json")
     assert found.code == 0, found.error
@@ -79,7 +85,7 @@ def shown(short_run: ShortRun, tmp_path_factory: pytest.TempPathFactory) -> Iter
     command = ("train", "--resume", str(directory / "run"))
     with running(directory, *settings, command=command) as run:
         run.wait_for(f"step {STEPS} ")
-        wait_until(lambda: asked_for() <= scrape(run).keys(), SEEN_SECONDS, poll_seconds=2)
+        wait_until(lambda: of_this_run() <= scrape(run).keys(), SEEN_SECONDS, poll_seconds=2)
         series, living = scrape(run), status(run.directory)
         run.signal_group(signal.SIGINT)
         assert run.process.wait(ENDED_SECONDS) == 130, "".join(run.lines)
@@ -113,8 +119,7 @@ def newest_history(path: Path) -> dict[str, Any]:
 
 def test_every_query_of_the_dashboard_finds_finite_values_of_the_run(shown: Shown) -> None:
     assert len(asked_for()) == len(all_metrics())
-    others = {exported_name(metric) for metric in all_metrics() if metric.source.startswith(OF_OTHER_RUNS)}
-    for name in asked_for() - others:
+    for name in of_this_run():
         samples = shown.series.get(name, [])
         assert samples, f"{name} is not on Ray's metrics endpoint"
         assert all(labels["run"] == "run" and math.isfinite(value) for labels, value in samples), name

@@ -16,7 +16,7 @@ from examples.extend.teacher_backend import write_table
 from tests.end_to_end.conftest import records_of
 from tests.end_to_end.runs import preceptor
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("preloaded")]
 
 STEPS = 2
 NUM_PROMPTS = 32

@@ -21,11 +21,18 @@ from cluster.contracts.errors import ConfigError, RolloutError
 from cluster.contracts.metrics import merge, report
 from cluster.contracts.requests import PRIVILEGED_IDS, Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import ragged
-from rollout_workers.contexts.builder import ContextBuilder
+from rollout_workers.contexts.builder import ContextBuilder, ContextSettings
 from rollout_workers.contexts.groups import Attempt
 from rollout_workers.environments.base import Outcome, Prompt, Services
 from rollout_workers.load_prompts import load_prompts
-from rollout_workers.privileged import SAMPLER, BlindScores, PrivilegedPlan, PrivilegedSampler, plan_privileged, select
+from rollout_workers.privileged import (
+    BlindScores,
+    PrivilegedPlan,
+    PrivilegedSampler,
+    PrivilegedSettings,
+    plan_privileged,
+    select,
+)
 from rollout_workers.prompts import PromptSet, sampling_seed
 from rollout_workers.worker import RolloutWorker
 from tests.builders import make_config, make_trajectory
@@ -39,6 +46,7 @@ ROWS = [
 TEMPLATE = "{% if sum is defined %}hint {{ sum }} {{ prompt }}{% endif %}"
 SAMPLING = SamplingSettings(max_completion_tokens=4, temperature=1.0)
 NOW = datetime(2026, 1, 2)
+SAMPLER = "privileged:student"
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +113,14 @@ def planned(
 
 
 def answer(
-    folder: Path, tokenizer: Any, texts: Sequence[Sequence[int]], *overrides: str, requests: Any = None
+    folder: Path,
+    tokenizer: Any,
+    texts: Sequence[Sequence[int]],
+    *overrides: str,
+    requests: Any = None,
+    writer: HintedEngine | None = None,
 ) -> tuple[pa.RecordBatch, dict[str, float], HintedEngine]:
-    """Return the batch that answers a request for prompt 0, its metrics, and what the engine saw."""
+    """Return the batch that answers a request for prompt 0, its metrics, and what the student's engine saw."""
     samples = f"rollout.privileged.samples_per_prompt={len(texts)}"
     plan, prompts = planned(folder, tokenizer, *overrides if requests else (samples, *overrides))
     settings, engine = plan.settings, HintedEngine(texts)
@@ -118,7 +131,7 @@ def answer(
         8,
         Sums,
         privileged=lambda prompts, engine, sample: PrivilegedSampler(
-            settings, ContextBuilder(settings.contexts, tokenizer, prompts), engine, sample
+            settings, ContextBuilder(settings.contexts, tokenizer, prompts), engine, sample, writer
         ),
     )
     worker.set_prompts(prompts)
@@ -176,6 +189,38 @@ def test_rows_of_the_sampler_do_not_count_among_the_students_own(tmp_path: Path,
     assert metrics["rollout/reward"] == 0  # the student's; with the sampler's row it would be 0.5
     assert metrics["rollout/completion_length"] == 3
     assert (metrics["rollout/tokens"], metrics["privileged/tokens"]) == (3, 1)
+
+
+def test_a_teacher_writes_and_the_student_selects(tmp_path: Path, tokenizer: Any) -> None:
+    texts = [[7, 7, 7], [6], [7], [6, 7]]
+    writer = HintedEngine(texts)
+    both = [RolloutRequest(0, 0, 0, seed=1), RolloutRequest(PRIVILEGED_IDS, 0, 0, seed=9)]
+    of_teacher = ("rollout.privileged.sampler=main", "rollout.privileged.samples_per_prompt=4")
+    batch, metrics, student = answer(tmp_path, tokenizer, [[7]], *of_teacher, requests=both, writer=writer)
+    assert (student.read, writer.read) == ([PLAIN], [HINTED] * 4)
+    assert (student.scored, writer.scored) == ([[*PLAIN, 6], [*PLAIN, 6, 7]], [])
+    rows = dict(zip(batch["sampler"].to_pylist(), ragged(batch, "token_ids"), strict=True))
+    assert {name: ids.tolist() for name, ids in rows.items()} == {
+        "student": [*PLAIN, 7],
+        "privileged:main": [*PLAIN, 6, 7],
+    }
+    assert (metrics["rollout/tokens"], metrics["privileged/tokens"]) == (1, 7)
+
+
+def test_a_teacher_without_a_template_reads_the_prompt_itself(tmp_path: Path, tokenizer: Any) -> None:
+    config = make_config(
+        "rollout.privileged={sampler='main'}",
+        "prompts.template=raw",
+        "rollout.max_completion_tokens=4",
+        "objective.terms={main={loss='cross_entropy',gate={},rows='privileged'}}",
+    )
+    section = config.rollout.privileged
+    assert section is not None
+    (tmp_path / "p.jsonl").write_text(json.dumps(ROWS[0]))
+    prompts = load_prompts(tmp_path / "p.jsonl", tokenizer, config, context_tokens=64)
+    builder = ContextBuilder(ContextSettings((), config.prompts, NOW), tokenizer, prompts)
+    sampler = PrivilegedSampler(PrivilegedSettings(section, builder.settings), builder, None, None)  # type: ignore[arg-type]
+    assert sampler.prompt_ids(0).tolist() == PLAIN
 
 
 def test_all_rows_of_an_episode_are_scored_and_are_the_samplers(tmp_path: Path, tokenizer: Any) -> None:

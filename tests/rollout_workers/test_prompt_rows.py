@@ -96,6 +96,32 @@ def test_a_conversation_that_ends_with_the_answer_is_refused_cut_or_continued(
     assert continued.words == ["user one end assistant two", "user one end assistant think"]
 
 
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        json.dumps([{"role": "system", "content": "terse"}, user("one")]),
+        [{"from": "system", "value": "terse"}, {"from": "human", "value": "one"}],
+        json.dumps([{"from": "system", "value": "terse"}, {"from": "human", "value": "one"}]),
+    ],
+    ids=["JSON text", "ShareGPT", "ShareGPT as JSON text"],
+)
+def test_a_conversation_may_be_json_text_or_sharegpts(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, conversation: Any
+) -> None:
+    loaded = Loaded(write(tmp_path, {"prompt": conversation}), tokenizer)
+    assert loaded.words == ["system terse end user one end assistant think"]
+    assert loaded.prompts.text(0) == "one"
+
+
+@pytest.mark.parametrize("text", ['[{"a": 1}]', '[{"role": ', "[{}]", "[one]"])
+def test_a_text_that_only_looks_like_a_conversation_stays_a_text(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text: str
+) -> None:
+    assert Loaded(write(tmp_path, {"prompt": text}), tokenizer).prompts.text(0) == text
+    raw = json.dumps([user("one")])
+    assert Loaded(write(tmp_path, {"prompt": raw}), tokenizer, "prompts.template=raw").prompts.text(0) == raw
+
+
 def test_text_parts_are_one_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     loaded = Loaded(write(tmp_path, {"prompt": [user(parts)]}), tokenizer)
@@ -196,7 +222,8 @@ def test_a_column_teacher_that_names_none_of_the_runs_is_not_read_where_there_is
     path = write(tmp_path, {"prompt": "one", "teacher": "gpt"}, {"prompt": "two", "teacher": "claude"})
     loaded = Loaded(path, tokenizer)
     assert [loaded.prompts.teacher(row) for row in range(2)] == ["main", "main"]
-    assert loaded.lines == [f"{path}: 2 prompts; their teacher (2 others) is not read: [teachers] has one alone"]
+    said = "the column teacher (claude, gpt) is not read, for the run has one teacher, and none of these"
+    assert loaded.lines == [f"{path}: 2 prompts; {said}"]
     for other in ({"prompt": "three"}, {"prompt": "three", "teacher": "main"}):
         path = write(tmp_path, other, {"prompt": "two", "teacher": "mian"})
         with pytest.raises(

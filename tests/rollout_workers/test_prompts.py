@@ -154,3 +154,10 @@ def test_seeds_differ_by_every_part_of_their_key_and_repeat_for_the_same() -> No
     assert len({sampling_seed(*key) for key in keys}) == len(keys)
     assert sampling_seed(5, 6, 7, 8) == sampling_seed(5, 6, 7, 8)
     assert all(0 <= sampling_seed(*key) < 2**63 for key in keys)
+
+
+def test_prompts_of_two_sets_are_shared_where_all_their_tokens_are_the_same() -> None:
+    some = PromptSet.of_token_ids([[1, 2], [1], [2, 1], [1, 2, 3], [1, 2]], "main")
+    assert some.num_shared(PromptSet.of_token_ids([[1, 2], [3], [1, 2, 3, 4]], "main")) == 2
+    assert some.num_shared(PromptSet.of_token_ids([], "main")) == 0
+    assert PromptSet.of_token_ids([], "main").num_shared(some) == 0

@@ -126,6 +126,35 @@ def test_an_observation_needs_room_in_the_run_file() -> None:
         rollout(Asking, max_observation_tokens=0, longest=1)
 
 
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (0.5, "it answered float; expected an Observation or an Outcome"),
+        (None, "it answered NoneType; expected"),
+        (Outcome(float("nan")), "its reward is nan; expected a finite number, or None"),
+        (Outcome("0.5"), "its reward is '0.5'; expected"),  # type: ignore[arg-type]
+        (Observation([7], reward=float("inf")), "its reward is inf; expected"),
+    ],
+)
+def test_an_answer_that_is_none_is_the_environments_failure(caplog: Any, answer: Any, sentence: str) -> None:
+    class Wrong(Asking):
+        async def step(self, completion: Completion) -> Observation | Outcome:
+            return answer  # type: ignore[no-any-return]
+
+    batch, _ = rollout(Wrong, max_observation_tokens=2, longest=3)
+    assert f"the environment failed: {sentence}" in caplog.text.replace("TypeError: ", "").replace("ValueError: ", "")
+    assert batch["finish_reason"][0].as_py() == "environment_error"
+
+
+def test_an_environment_whose_methods_are_not_async_is_told_so(caplog: Any) -> None:
+    class Plain(Asking):
+        def step(self, completion: Completion) -> Outcome:  # type: ignore[override]
+            return Outcome(1.0)
+
+    rollout(Plain, max_observation_tokens=2, longest=3)
+    assert "TypeError: a method returned Outcome at once; its methods must be async" in caplog.text
+
+
 def test_an_environment_that_fails_leaves_a_row_without_anything_to_learn_from(caplog: Any) -> None:
     batch, _ = rollout(Failing, max_observation_tokens=2, longest=3)
     assert "trajectory 0: the environment failed: KeyError: 'no tool'" in caplog.text

@@ -52,17 +52,43 @@ def test_of_the_right_texts_the_likeliest_is_imitated(monkeypatch: pytest.Monkey
     student = study.Student(Model(study.VOCABULARY, study.TEXT_TOKENS), questions_of(1), seed=0)
     right = student.questions.answers
     texts = torch.cat([right, right + study.OTHER_WAY] * (study.SAMPLES // 2))
-    monkeypatch.setattr(student, "sample", lambda questions, prompts: texts)
+    monkeypatch.setattr(student, "sample", lambda questions, prompts, model: texts)
     _, selected = student.hinted_texts(student.questions)
     prompts = student.questions.prompts.repeat(2, 1)
     sums = student.logprobs(prompts, texts[:2]).gather(-1, texts[:2, :, None])[..., 0].sum(1)
     assert selected.tolist() == [texts[int(sums.argmax())].tolist()]
 
 
+def test_a_teacher_writes_without_hints_and_a_sampler_learns_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    student = study.Student(Model(study.VOCABULARY, study.TEXT_TOKENS), questions_of(4), seed=0)
+    read = list[tuple[object, bool]]()
+
+    def write(model: Model, prompts: torch.Tensor, draw: object) -> torch.Tensor:
+        read.append((model, bool((prompts[:, 0] == EMPTY).all())))
+        return torch.zeros(len(prompts), study.DIGITS, dtype=torch.long)
+
+    monkeypatch.setattr(study, "write", write)
+    teacher = Model(study.VOCABULARY, study.TEXT_TOKENS)
+    student.writer = teacher, False
+    student.hinted_texts(student.questions)
+    assert read == [(teacher, True)]
+    monkeypatch.setattr(study, "SAMPLER_STEPS", 2)
+    before, sampled = student.model.head.weight.clone(), student.sampled_tokens
+    rates = student.train_sampler()
+    assert [is_blind for _, is_blind in read[1:]] == [False, False]
+    assert student.sampled_tokens == sampled + 2 * 4 * study.SAMPLES * study.DIGITS
+    assert rates["first_reward"] == 0 < rates["first_gentleness"] < 1
+    assert torch.equal(student.model.head.weight, before)  # the student itself has learned nothing
+    assert student.writer is not None
+    assert student.writer[0] is not student.model
+
+
 def outcome(name: str, arm: str, seed: int, hard: float, dense: float) -> dict[str, Any]:
     curves = {"hard": [[0, 0.0], [9, hard]], "dense": [[0, 0.5], [9, dense]]}
     rates = dict.fromkeys(("measured_anew_hard", "measured_anew_dense", "hint_on_hard", "other_way"), 0.0)
     rates |= dict.fromkeys(("hinted_solve_rate", "acceptance", "gentleness"), 0.5)
+    rates |= {f"{when}_{what}": 0.5 for when in ("first", "last") for what in ("reward", "gentleness")}
     return {"set": name, "arm": arm, "seed": seed, "curves": curves, **rates}
 
 

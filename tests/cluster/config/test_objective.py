@@ -2,6 +2,7 @@ import msgspec
 import pytest
 
 from cluster.config.context import PrivilegedConfig
+from cluster.config.fields import WeightSchedule
 from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
 from cluster.config.presets import PRESETS
 from cluster.config.run_file import config_from_json, dump_run_config, parse_run_config
@@ -12,7 +13,6 @@ from cluster.config.terms import (
     ImportanceConfig,
     PolicyGradientTerm,
     TaskRewardTerm,
-    WeightSchedule,
 )
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import ScoreRequest
@@ -41,7 +41,7 @@ BASE = "\n[teachers.before]\nmodel = 'before'"
         (GateConfig, "kappa gamma"),
         (
             PrivilegedConfig,
-            "template prompts_per_step samples_per_prompt hard_after max_rows min_reward select min_gentleness "
+            "template sampler prompts_per_step samples_per_prompt hard_after max_rows min_reward select min_gentleness "
             "sharpness strength shuffled phase_steps rest_steps",
         ),
         (WeightSchedule, "to over_steps start"),
@@ -342,3 +342,68 @@ def test_last_opd_fades_from_hidden_states_to_the_divergence_in_ten_steps() -> N
         {"main": 1.0, "states": 0.0},
     ]
     assert (objective.needs.last_states, objective.needs.layer_states) == (("teacher",), ())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.privileged.sampler=math"], r"sampler = 'math' is none of the teachers; there are \['main'\]"),
+        (["rollout.privileged={max_rows=2}"], r"template is missing"),
+        (["teachers.main={from='student'}", "rollout.privileged.sampler=main"], r"'main' is the student itself"),
+        (["rollout.privileged.sampler=main", "teachers.main.num_workers=0"], r"'main' has num_workers = 0"),
+        (["rollout.privileged.sampler=main", "balance=auto"], r"'main' writes, and the balancer counts scores alone"),
+        (["rollout.privileged.sampler=main", "teachers.main.tokenizer=aligned"], r"'main' has another tokenizer"),
+        (
+            ["rollout.privileged.sampler=main", "objective.support=samples", "objective.support_size=4"],
+            r"'main': objective.support = 'samples' has draws of the student alone",
+        ),
+    ],
+)
+def test_what_cannot_write_for_the_student_is_refused(overrides: list[str], message: str) -> None:
+    terms = "objective={support='sampled',terms={main={loss='policy_gradient',importance={kind='truncated'}}}}"
+    with pytest.raises(ConfigError, match=message):
+        make_config(terms, *([] if "template" in message else [PRIVILEGED]), *overrides)
+
+
+def test_a_teacher_that_writes_stands_beside_those_that_prompts_go_to() -> None:
+    main = "objective.terms.main={loss='divergence',rows='student'}"
+    beside = [PRIVILEGED, IMITATED, main, "rollout.privileged.sampler=writer"]
+    config = make_config(*beside, "teachers.writer={model='w',backend='vllm-generate'}")
+    assert (config.routes, config.sampling_teacher) == (["main"], "writer")
+    alone = make_config(*beside[:-1], "rollout.privileged.sampler=main", "teachers.main.backend=vllm-generate")
+    assert alone.routes == ["main"]  # it writes and scores
+
+
+GENTLE = ("teachers.main={from='student',gentleness={}}", "environment.verifier=exact")
+REWARDED = "objective={support='topk',support_size=1,terms={reward={loss='task_reward'}}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective={support='sampled',terms={reward={loss='task_reward'}}}"], r"set objective.support = 'topk'"),
+        (["objective.preset=tail-topk"], r"no term learns from them; add loss = 'task_reward'"),
+        ([REWARDED, PRIVILEGED], r"gentleness trains a sampler in a run of its own"),
+        (
+            [
+                REWARDED.replace("'task_reward'}", "'task_reward'},m={loss='divergence',target={side=1.0}}"),
+                "teachers.side={model='s',gentleness={}}",
+            ],
+            r"teachers.side.gentleness is of a teacher that prompts go to",
+        ),
+    ],
+)
+def test_gentleness_needs_rewards_that_are_compared_and_a_teachers_favourites(
+    overrides: list[str], message: str
+) -> None:
+    assert make_config(*GENTLE, REWARDED, "rollout.samples_per_prompt=4").teachers["main"].gentleness
+    with pytest.raises(ConfigError, match=message):
+        make_config(*GENTLE, "rollout.samples_per_prompt=4", *overrides)
+
+
+def test_the_defaults_term_can_be_changed_without_naming_its_kind_and_others_take_its_place() -> None:
+    changed = make_config("objective.terms.main.residual=false").objective
+    assert changed.terms == {"main": DivergenceTerm(residual=False)}
+    assert make_config("objective.terms.main.divergence=jsd").objective.support == "topk"
+    other = make_config("objective.terms.mine={loss='cross_entropy', when='log_ratio_positive'}").objective
+    assert list(other.terms) == ["mine"]

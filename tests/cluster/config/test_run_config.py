@@ -18,8 +18,8 @@ FIELDS = {
     "horizon stop stop_token_ids stop_class stop_repetition rows_per_batch max_staleness keep_cache_on_update "
     "privileged record replay engine",
     "teachers": "model source refresh backend signals trust_remote_code num_workers slot min_workers max_workers "
-    "accept_differences excluded_token_ids stop_class context shuffled_context base url api_key_env tokenizer "
-    "min_coverage alignment request_timeout_seconds retry_seconds states engine",
+    "accept_differences excluded_token_ids stop_class context shuffled_context gentleness base url api_key_env "
+    "tokenizer min_coverage alignment request_timeout_seconds retry_seconds states engine",
     "objective": "preset support support_size terms token_weights",
     "learner": "num_workers zero_stage dtype micro_batch_tokens gradient_checkpointing compile attention head_dtype "
     "learning_rate lr_schedule warmup_steps min_learning_rate_ratio betas epsilon weight_decay max_gradient_norm "

@@ -99,3 +99,15 @@ class Sizes:
 
     def resize(self, size: int) -> None:
         self.size = size
+
+
+def test_a_teacher_that_writes_is_needed_by_every_step() -> None:
+    privileged = (
+        "rollout.privileged={template='{{ prompt }} {{ hint }}',sampler='writer'}",
+        "teachers.writer={model='w',backend='vllm-generate'}",
+        "objective.terms.main.importance.kind=truncated",
+    )
+    run = config("objective=thinking-machines", *privileged)
+    found = need_of(["writer"], run, make_inputs(), next_step=2)
+    assert found == "teacher writer writes for prompts that the student never solves"
+    assert need_of(["main"], run, make_inputs(), next_step=2) is None

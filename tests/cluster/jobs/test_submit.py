@@ -22,6 +22,7 @@ import pytest
 from cluster.contracts.errors import JobError
 from cluster.demo import EMBEDDED
 from cluster.jobs.job_server import LOST_SECONDS, JobServer
+from examples.extend.teacher_backend import write_table
 from tests.cluster.nodes.test_ray_session import WRONG_TOKEN
 from tests.leak_check import short_folder, wait_until, without_ray
 
@@ -86,6 +87,8 @@ def environment(cluster: dict[str, Any]) -> dict[str, str]:
     """Return what the cluster and those who ask it know."""
     known = {"HOME": str(cluster["home"]), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": cluster["token_file"]}
     beside = {"TMPDIR": str(cluster["folder"]), "PYTHONPATH": os.pathsep.join(sys.path)}
+    # What vLLM knows of each architecture costs it a process of several seconds; the home of these tests is empty.
+    beside["VLLM_CACHE_ROOT"] = os.environ.get("VLLM_CACHE_ROOT") or str(Path.home() / ".cache/vllm")
     return {**without_ray(os.environ), **known, **beside}
 
 
@@ -145,7 +148,10 @@ def test_a_submitted_run_brings_its_files_and_its_output_and_exit_code_come_back
 def test_a_run_that_is_stopped_leaves_a_checkpoint_and_can_be_followed_afterwards(
     cluster: dict[str, Any], tmp_path: Path
 ) -> None:
-    options = (f"run.directory={tmp_path}", "run.steps=100000", *SHORT, "--python", sys.executable)
+    table = tmp_path / "pairs.json"  # a teacher without an engine
+    write_table(table, 112, [])
+    taught = (f"teachers.countdown.model={table}", "teachers.countdown.backend=examples.extend.teacher_backend:Bigrams")
+    options = (f"run.directory={tmp_path}", "run.steps=100000", *SHORT, *taught, "--python", sys.executable)
     submitted = preceptor(cluster, "submit", "demo.toml", *options, "--no-wait")
     assert submitted.returncode == 0, submitted.stderr
     job = job_id(submitted.stderr)

@@ -15,9 +15,15 @@ from cluster.nodes import reaper
 from cluster.nodes.preloaded_python import PYTHON_VARIABLE, preloaded_python
 
 SHOW = "import json, os, sys; print(json.dumps({}))"
-IMPORT_SECONDS = "import time; began = time.monotonic(); import vllm.v1.engine.core; print(time.monotonic() - began)"
+IMPORT_SECONDS = "import time; began = time.monotonic(); import torch; print(time.monotonic() - began)"
 IS_PRELOADED = "import sys; print('vllm.v1.engine.core' in sys.modules)"
 PATIENCE_SECONDS = 120.0  # the imports take ten seconds of a core
+# Makes the process that imports find none of the large packages: what such a test holds is not what they are.
+FINDS_NONE = """
+import sys, threading, time
+if any(part.endswith("preload.py") for part in sys.orig_argv):
+    sys.modules.update(dict.fromkeys(("transformers", "vllm")))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,15 @@ def python() -> Iterator[str]:
         yield os.environ[PYTHON_VARIABLE]
     if before is not None:
         os.environ[PYTHON_VARIABLE] = before
+
+
+@pytest.fixture
+def customised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return a file that every Python process runs first."""
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (tmp_path / "sitecustomize.py").write_text(FINDS_NONE)
+    return tmp_path / "sitecustomize.py"
 
 
 def output(*command: str, **options: object) -> str:
@@ -134,6 +149,7 @@ def test_what_the_imports_may_have_read_otherwise_starts_as_usual(python: str, a
     assert output(python, *arguments, env=environment) == output(sys.executable, *arguments, env=environment)
 
 
+@pytest.mark.usefixtures("customised")
 def test_programs_start_as_usual_when_the_server_is_gone(tmp_path: Path) -> None:
     owner = textwrap.dedent("""
         import os, signal
@@ -142,10 +158,7 @@ def test_programs_start_as_usual_when_the_server_is_gone(tmp_path: Path) -> None
             print(os.environ["PRECEPTOR_PYTHON"], flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """)
-    environment = {name: value for name, value in os.environ.items() if name != PYTHON_VARIABLE}
-    started = subprocess.run(
-        [sys.executable, "-c", owner], capture_output=True, text=True, check=False, env=environment, cwd=Path.cwd()
-    )
+    started = subprocess.run([sys.executable, "-c", owner], capture_output=True, text=True, check=False, cwd=Path.cwd())
     python = Path(started.stdout.strip())
     kept = tmp_path / "python"
     kept.write_text(python.read_text())
@@ -185,20 +198,16 @@ def test_whoever_needs_no_program_does_not_wait_for_the_imports(monkeypatch: pyt
     began = time.monotonic()
     with preloaded_python():
         folder = Path(os.environ[PYTHON_VARIABLE]).parent
-    assert time.monotonic() - began < 0.5 * float(output(sys.executable, "-c", IMPORT_SECONDS))
+    # What is imported takes several times as long as torch alone.
+    assert time.monotonic() - began < float(output(sys.executable, "-c", IMPORT_SECONDS))
     assert not folder.exists()
 
 
 def test_a_package_that_starts_a_thread_is_named_and_programs_start_as_usual(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    customised: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys, threading, time\n"
-        "if any(part.endswith('preload.py') for part in sys.orig_argv):\n"
-        "    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n"
-    )
-    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with customised.open("a") as file:
+        file.write("    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()\n")
     with preloaded_python():
         assert output(os.environ[PYTHON_VARIABLE], "-c", IS_PRELOADED) == "False\n"
     assert caplog.messages == [

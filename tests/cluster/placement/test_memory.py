@@ -94,6 +94,18 @@ def test_a_teachers_engine_has_room_for_its_head_and_logits(name: str, gpu_gib: 
     assert teacher.cache == pytest.approx(max(0.0, 0.9 * gpu_gib - beside))
 
 
+def test_a_teacher_that_writes_takes_what_a_rollout_engine_takes_but_for_weights_under_way() -> None:
+    workers = memory("teachers.main.backend=vllm-generate", student="8B", teacher="8B")
+    writes, rollout = workers["teacher-main"], workers["rollout"]
+    assert (writes.weights, writes.activations) == (rollout.weights, rollout.activations)
+    assert (writes.logits, writes.head, writes.buffers) == (rollout.logits, 0.0, 0.0)
+    assert writes.context == rollout.context - 0.5  # NCCL brings it nothing
+    assert writes.engine == pytest.approx(0.9 * 80)
+    assert memory("teachers.main.backend=vllm-generate", "teachers.main.engine.max_concurrent_sequences=64")[
+        "teacher-main"
+    ].logits == pytest.approx(64 * CONFIGS["8B"].vocab_size * 12 / GIB)
+
+
 @pytest.mark.parametrize(("gpu_gib", "tokens"), [(24.0, 25_700), (48.0, 183_000), (80.0, 392_800), (141.0, 792_600)])
 def test_an_8b_teacher_holds_by_hand(gpu_gib: float, tokens: int) -> None:
     # 0.9 x GPU - 15.26 of weights and head - 0.81 of activations - 2.0, over 144 KiB a token: 21.6 - 18.07 GiB times

@@ -47,7 +47,22 @@ def test_held_out_prompts_follow_the_training_prompts_and_are_never_trained_on(t
         )
     )
     assert inputs.held_out_ids == (3, 4)
+    assert inputs.notes == ("warning: 2 of the 2 held-out prompts are training prompts too",)
     assert sorted(inputs.train.take(0, 6)) == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_evaluation_without_prompts_is_said(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "1 : 1 2 |"}\n')
+    run = ("prompts.template=raw", "rollout.max_completion_tokens=8", "evaluation.every_steps=5")
+    config = make_config(
+        f"student.model={EMBEDDED}/student",
+        f"teachers.main.model={EMBEDDED}/teacher",
+        f"prompts.train={tmp_path}/p.jsonl",
+        *run,
+    )
+    assert load_inputs(config).notes == (
+        "evaluation.every_steps is set, but nothing is evaluated: prompts.held_out names no prompts",
+    )
 
 
 def test_training_and_evaluation_sample_as_the_run_file_says() -> None:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from cluster.contracts.batches import BatchHandle, ReadyBatches
-from cluster.contracts.errors import TrainingError
+from cluster.contracts.errors import ConfigError, TrainingError
 from cluster.contracts.requests import PRIVILEGED_IDS
 from cluster.run.checkpoints import RunState
 from cluster.run.inputs import privileged_requests, step_requests
@@ -102,6 +102,18 @@ def test_prompts_without_a_context_are_never_chosen() -> None:
     probe = make_probe(prompt_ids=[2])
     fail(probe, 0, [0, 1, 2])
     assert probe.choose(1) == (2,)
+
+
+def test_a_quota_may_fade_and_its_requests_keep_ids_of_their_own() -> None:
+    fading = "{from=3.0,to=1.0,over_steps=2}"
+    probe = make_probe(prompts_per_step=fading)
+    fail(probe, 0, [0, 1, 2, 3])
+    assert [len(probe.choose(step)) for step in (1, 2)] == [2, 1]
+    run = make_config(*OVERRIDES, f"rollout.privileged.prompts_per_step={fading}")
+    ids = [one.trajectory_id for step in range(4) for one in privileged_requests(run, (0, 1, 2), step)]
+    assert len(set(ids)) == 12
+    with pytest.raises(ConfigError, match=r"prompts_per_step goes from 0 to 0; expected 0 or more"):
+        make_probe(prompts_per_step="{from=0.0,to=0.0,over_steps=2}")
 
 
 def test_steps_outside_its_phases_have_no_rows_of_the_sampler() -> None:

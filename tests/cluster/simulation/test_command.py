@@ -68,6 +68,7 @@ def test_a_run_directory_stands_for_its_rates_and_they_can_be_kept(run_file: str
     [
         ("teachers.main.num_workers=0", "plan with teachers.main.num_workers=1"),
         ("teachers={main={model='a',slot='s'},code={model='b',slot='s'}}", "take turns in the slot 's', which a plan"),
+        ("rollout.privileged={sampler='main'}", "teachers.main writes for hard prompts, whose number nothing predicts"),
         ("ray.share_gpu=true", "a plan gives every pool GPUs of its own; plan with ray.share_gpu=false"),
     ],
 )

@@ -1,10 +1,12 @@
 """The adapter between vLLM's releases, as far as it can be asked without an engine."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+from vllm.model_executor.models import registry
 from vllm.outputs import CompletionOutput
 
 from cluster.vllm.compat import (
@@ -12,9 +14,11 @@ from cluster.vllm.compat import (
     LABELS_TOKENS,
     TokenVersions,
     early_logits_processors,
+    inspect_models_in,
     late_logits_processors,
     taken_by,
 )
+from tests.interpreter import python
 
 CLASSES, OTHERS = ("module:V1", "module:V2"), ("module:OtherV1", "module:OtherV2")
 
@@ -72,3 +76,20 @@ def test_a_message_takes_its_own_fields_only() -> None:
         names: list[str] = field(default_factory=list)
 
     assert taken_by(Message, {"names": ["a"], "packed": True}) == {"names": ["a"]}
+
+
+def test_vllm_looks_at_a_model_in_the_interpreter_that_is_named(
+    preloaded: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(registry, "_SUBPROCESS_COMMAND", [])
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # what vLLM has found before is there
+    noting = tmp_path / "python"
+    noting.write_text(f'#!/bin/sh\necho "$1" >> "{tmp_path}/started"\nexec "{python()}" "$@"\n')
+    noting.chmod(0o700)
+    inspect_models_in(str(noting))
+    model = registry.ModelRegistry.models["Qwen3ForCausalLM"]
+    found = model.inspect_model_cls()
+    assert (found.architecture, found.is_text_generation_model) == ("Qwen3ForCausalLM", True)
+    assert (tmp_path / "started").read_text() == "-c\n"
+    assert model.inspect_model_cls().architecture == found.architecture  # read from the file
+    assert (tmp_path / "started").read_text() == "-c\n"

@@ -62,10 +62,10 @@ FAULTS = (
     ),
     Fault(
         "candidates of a rollout shifted by one",
-        "rollout_workers/vllm_requests.py",
+        "cluster/vllm/generation.py",
         "candidate_logprobs=logprobs[:, 1:] if num_listed",
         "candidate_logprobs=logprobs[:, :-1] if num_listed",
-        ("tests/rollout_workers/test_vllm_requests.py",),
+        ("tests/cluster/vllm/test_generation.py",),
     ),
     Fault(
         "a slice is read from its parent's first row",

@@ -122,7 +122,7 @@ FAULTS = (
     ),
     Fault(
         "a schedule that runs backwards",
-        "cluster/config/terms.py",
+        "cluster/config/fields.py",
         "return (1 - share) * self.start + share * self.to",
         "return share * self.start + (1 - share) * self.to",
         ("tests/cluster/config/test_objective.py",),

@@ -218,8 +218,8 @@ FAULTS = (
     Fault(
         "a step's mean without the tokens' weights",
         "learner/loss/objective.py",
-        "weights, sums = self._weights(tokens, first_pass).double(), {}",
-        "weights, sums = torch.ones_like(tokens.weight).double(), {}",
+        "weights = self._weights(tokens, first_pass).double()",
+        "weights = torch.ones_like(tokens.weight).double()",
         ("tests/conformance/test_terms_by_enumeration.py",),
     ),
     Fault(
@@ -328,10 +328,10 @@ FAULTS = (
     ),
     Fault(
         "stop ids are merged in all rows of the sampler",
-        "rollout_workers/stop_class_processor.py",
+        "cluster/vllm/stop_class_processor.py",
         "    if len(classes) < len(logits):\n",
         "    if False:\n",
-        ("tests/rollout_workers/test_stop_class_processor.py",),
+        ("tests/cluster/vllm/test_stop_class_processor.py",),
     ),
     Fault(
         "a student's tail is floored",

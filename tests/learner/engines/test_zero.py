@@ -2,14 +2,15 @@
 
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+from tests.interpreter import python
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("preloaded")]
 
 STARTS_SHARDED = """
 import sys, torch
@@ -188,9 +189,11 @@ print("not looked")
 """
 
 
-def run(program: str, *arguments: str, **variables: str) -> str:
+def run(program: str, *arguments: str, accelerator: str = "cpu", **variables: str) -> str:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **variables}
-    command = [sys.executable, "-c", program, *arguments]
+    # DeepSpeed picks its accelerator as it is imported.
+    source = f"import os; os.environ['DS_ACCELERATOR'] = '{accelerator}'\n{program}"
+    command = [python(), "-c", source, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.splitlines()[-1]
@@ -199,18 +202,17 @@ def run(program: str, *arguments: str, **variables: str) -> str:
 def on_two_ranks(program: str, *arguments: str) -> list[str]:
     with ThreadPoolExecutor(2) as threads:
         ranks = [
-            threads.submit(run, program, *arguments, str(rank), RANK=str(rank), WORLD_SIZE="2", DS_ACCELERATOR="cpu")
-            for rank in range(2)
+            threads.submit(run, program, *arguments, str(rank), RANK=str(rank), WORLD_SIZE="2") for rank in range(2)
         ]
         return [rank.result() for rank in ranks]
 
 
 def test_stage_3_never_brings_the_whole_student_to_a_device(student_folder: Path, tmp_path: Path) -> None:
-    assert run(STARTS_SHARDED, str(student_folder), str(tmp_path / "store"), DS_ACCELERATOR="cpu") == "sharded"
+    assert run(STARTS_SHARDED, str(student_folder), str(tmp_path / "store")) == "sharded"
 
 
 def test_on_a_gpu_deepspeed_tries_no_compilers() -> None:
-    assert run(LOOKS_FOR_NO_COMPILER, DS_ACCELERATOR="cuda") == "not looked"
+    assert run(LOOKS_FOR_NO_COMPILER, accelerator="cuda") == "not looked"
 
 
 @pytest.mark.parametrize(

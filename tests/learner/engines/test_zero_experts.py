@@ -2,19 +2,20 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from tests.interpreter import python
 from tests.learner.support import SMALL
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.usefixtures("preloaded")]
 
 PROGRAM = """
-import sys
+import os, sys
+os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed picks it as it is imported
 import torch
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
@@ -64,8 +65,8 @@ def test_gathered_experts_are_those_of_plain_torch(tmp_path: Path) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "student")
     ranks = []
     for rank in range(2):
-        command = [sys.executable, "-c", PROGRAM, str(tmp_path / "student"), str(tmp_path / "store"), str(rank)]
-        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+        command = [python(), "-c", PROGRAM, str(tmp_path / "student"), str(tmp_path / "store"), str(rank)]
+        variables = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         environment = {**os.environ, **variables}
         pipe = subprocess.PIPE
         ranks.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from cluster.config.fields import WeightSchedule
 from cluster.config.objective import ObjectiveConfig, TokenWeightsConfig
-from cluster.config.terms import WeightSchedule
 from learner.loss.objective import Objective
 from learner.loss.token_weights import (
     entropy_weights,

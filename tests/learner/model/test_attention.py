@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, Gemma2ForCausalLM, MistralConfig, Qwen3Config
+from transformers import DeepseekV3Config, Gemma2ForCausalLM, MistralConfig, Qwen3Config, StableLmConfig
 
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
@@ -41,13 +41,13 @@ def test_segments_bring_every_token_back_to_its_place():
     segments = Segments.of(LENGTHS, CPU)
     assert segments.boundaries.tolist() == [0, 7, 8, 11, 27, 29, 38]
     assert segments.longest == 16
-    ungrouped = torch.cat([group.tokens.flatten()[group.real] for group in segments.groups])
-    assert ungrouped[segments.order].tolist() == list(range(38))
+    assert segments.padded[segments.order].tolist() == list(range(38))
+    assert segments.grids == ((1, 1), (1, 2), (1, 3), (1, 7), (2, 16))
 
 
 def test_padding_at_most_doubles_the_tokens():
-    groups = Segments.of([*range(1, 200), *[1] * 200], CPU).groups  # together they would be padded fourfold
-    assert all(group.tokens.numel() < 2 * len(group.real) for group in groups)
+    lengths = [*range(1, 200), *[1] * 200]  # together they would be padded fourfold
+    assert len(Segments.of(lengths, CPU).padded) < 2 * sum(lengths)
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 4), (4, 2, 2), (4, 1, 1)])
@@ -124,10 +124,12 @@ def test_an_empty_micro_batch_goes_through(student_folder, scored):
     assert len(found.logprobs) == 0
 
 
-def test_cpu_keeps_the_mask_unless_told_otherwise():
-    config, dtype = Qwen3Config(**SMALL), torch.float32
-    assert choose_kernel("auto", config, CPU, dtype) is None
-    assert choose_kernel("grouped", config, CPU, dtype) is grouped
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_is_left_to_models_with_windows(dtype):
+    assert choose_kernel("auto", Qwen3Config(**SMALL), CPU, dtype) is grouped
+    assert choose_kernel("auto", MistralConfig(**SMALL, sliding_window=4), CPU, dtype) is None
+    assert choose_kernel("auto", StableLmConfig(**SMALL), CPU, dtype) is None  # its layers do not pass packings on
+    assert choose_kernel("masked", Qwen3Config(**SMALL), CPU, dtype) is None
 
 
 @pytest.mark.parametrize("attention", ["flash", "varlen"])

@@ -134,7 +134,7 @@ def test_a_model_that_is_sharded_is_checked_by_its_first_layers(tmp_path):
 class Rounding:
     """Stands for a student whose packed forward gives every probe token 0.66 nats more than its own forward alone."""
 
-    head = SimpleNamespace(weight=torch.zeros(VOCABULARY, 4, dtype=torch.bfloat16))
+    head, kernel = SimpleNamespace(weight=torch.zeros(VOCABULARY, 4, dtype=torch.bfloat16)), None
 
     def __init__(self, logprob):
         self.logprob, self.causal_lm = logprob, self.alone

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cluster.config.run_config import Config
-from cluster.contracts.errors import ConfigError, PreceptorError
+from cluster.contracts.errors import ConfigError, PreceptorError, RolloutError
 from cluster.contracts.metrics import report
 from cluster.contracts.requests import ContextUse
+from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.trajectory import GeneratedTrajectory, make_generated
 from rollout_workers.contexts.builder import ContextBuilder, answers_early
 from rollout_workers.contexts.groups import Attempt
@@ -155,6 +156,27 @@ def test_feedback_stands_where_no_attempt_is_right_and_a_row_with_neither_is_mas
     # In one batch with others, as a row of which nothing is scored.
     batch = make_generated([row, contexts.row(corrected, group)])
     assert [len(logprobs) for logprobs in batch["rollout_logprobs"].to_pylist()] == [0, 3]
+
+
+def test_a_further_row_reads_the_context_and_what_followed_the_prompt(tmp_path: Path, tokenizer: Any) -> None:
+    contexts = Contexts(tmp_path, tokenizer, ROWS, "{{ tip }} {{ prompt }}")
+    prompt = contexts.prompts.prompt(0).token_ids  # user one assistant
+    context = tokenizer.encode("user hint one assistant")
+    further = make_attempt(prompt=[*prompt, 8, 9], completion=[5, 6], turn=1, episode_id=3, trajectory_id=3)
+    row = contexts.row(further)
+    tokens, mask = as_read_by(make_generated([row]), "teacher")
+    assert tokens[0].tolist() == [*context, 8, 9, 5, 6]
+    assert mask[0].tolist() == [0] * (len(context) + 2) + [1, 1]
+    # An environment that opens with more than the prompt.
+    assert contexts.read(make_attempt(prompt=[*prompt, 8])) == "user hint one assistant right"
+    assert contexts.read(make_attempt(prompt=prompt)) == "user hint one assistant"
+
+
+def test_a_further_row_that_changes_the_prompt_has_no_place_for_the_context(tmp_path: Path, tokenizer: Any) -> None:
+    contexts = Contexts(tmp_path, tokenizer, ROWS, "{{ tip }} {{ prompt }}")
+    message = r"trajectory 3: the further row at turn 2 does not begin with the prompt, .* teachers.main.context stands"
+    with pytest.raises(RolloutError, match=message):
+        contexts.row(make_attempt(prompt=[2, 11, 8], turn=1, episode_id=3, trajectory_id=3))
 
 
 def test_a_masked_row_names_one_version_and_keeps_no_candidates(tmp_path: Path, tokenizer: Any) -> None:

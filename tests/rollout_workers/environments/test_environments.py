@@ -28,3 +28,18 @@ def test_an_environment_has_a_name_or_an_import_path() -> None:
 def test_any_other_name_is_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match=kind):
         environment_named(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("rollout_workers.prompts:PromptSet", "has neither start and step, nor run"),
+        (
+            "rollout_workers.environments.verifiers:is_exact",
+            "cannot be made from the services alone: missing .*'answer'",
+        ),
+    ],
+)
+def test_what_is_no_environment_is_refused_before_anything_starts(kind: str, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=f"environment.kind: {kind} {sentence}"):
+        environment_named(kind)

@@ -11,11 +11,12 @@ import pytest
 
 from cluster.config.presets import PRESETS
 from cluster.config.sections import StudentConfig
+from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ConfigError, ModelError
 from cluster.contracts.requests import ScoreRequest
 from cluster.demo import EMBEDDED
 from cluster.models.model_checks import ModelFacts, read_model
-from teacher_workers.backends.base import check_signals, check_teacher
+from teacher_workers.backends.base import check_signals, check_teacher, find_backend
 from teacher_workers.backends.http import HttpBackend
 from tests.builders import make_config
 from tests.teacher_workers.backends.fake_server import FakeServer, Positions, each, make_table, teacher_at
@@ -147,3 +148,11 @@ def test_the_key_comes_from_the_environment_and_is_in_no_message(monkeypatch: py
             HttpBackend.identity(teacher)
     assert "wrong key in Bearer ***" in str(raised.value)
     assert "wrong-one" not in str(raised.value)
+
+
+def test_a_class_that_is_no_backend_is_one_sentence() -> None:
+    teacher = TeacherConfig("m", backend="rollout_workers.prompts:PromptSet")
+    with pytest.raises(
+        ConfigError, match=r"'rollout_workers.prompts:PromptSet' is no teacher backend; .* TeacherBackend"
+    ):
+        find_backend(teacher)

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import ray
 
+from cluster.actors import named_actors
 from cluster.config.run_file import parse_run_config
 from cluster.config.stages import TeacherConfig
 from cluster.contracts.errors import ConfigError, ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import make_generated
-from teacher_workers.backends import rollout_engines
 from teacher_workers.backends.base import check_signals
+from teacher_workers.backends.listed_logprobs import columns
 from teacher_workers.backends.rollout_engines import RolloutEnginesBackend
 from tests.builders import make_trajectory
 
@@ -48,7 +49,7 @@ class StandIn:
 def score(
     monkeypatch: pytest.MonkeyPatch, actors: dict[str, StandIn], teacher: TeacherConfig = LIVE, version: int = 0
 ) -> Any:
-    monkeypatch.setattr(rollout_engines, "_rollout_actors", lambda: actors)
+    monkeypatch.setattr(named_actors, "named_actors", lambda pattern: actors)
     row = make_trajectory((1, 2), (3, 4), min_policy_version=version, max_policy_version=version)
     return asyncio.run(RolloutEnginesBackend(teacher, 16).score(make_generated([row]), TOP_TWO))
 
@@ -90,7 +91,7 @@ def test_a_stop_class_is_one_token_though_its_members_are_listed_apart(monkeypat
 
 def test_a_written_member_that_is_not_listed_counts_too() -> None:
     listed = np.array([[9, 1, 8]], np.int32), np.log(np.array([[0.1, 0.6, 0.2]], np.float32))
-    own, ids, logprobs = rollout_engines._columns(listed, (8, 9), 2)
+    own, ids, logprobs = columns(listed, (8, 9), 2)
     assert np.exp(own) == pytest.approx(0.3)
     assert ids.tolist() == [[1, 8]]
     assert np.exp(logprobs[0]) == pytest.approx([0.6, 0.3])

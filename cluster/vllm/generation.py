@@ -1,31 +1,94 @@
-"""Translates one completion's request and answer between our contracts and vLLM."""
+"""Samples completions in a vLLM engine, and lets an engine that samples score given tokens; both in our own terms."""
 
-from typing import get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RepetitionDetectionParams
+from vllm.v1.engine.exceptions import EngineGenerateError
 
-from cluster.contracts.errors import RolloutError
+from cluster.contracts.errors import RolloutError, ScoreError
 from cluster.contracts.requests import Completion, SamplingSettings
 from cluster.contracts.trajectory import FinishReason, Floats, Ints
-from cluster.vllm.compat import OUTPUT_KIND
-from rollout_workers.candidates.sampled import CandidateRequest
-from rollout_workers.candidates.vllm_processor import request_candidates
-from rollout_workers.stop_class_processor import request_merging
+from cluster.vllm.compat import OUTPUT_KIND, TokenVersions, VLLMClientError
+from cluster.vllm.stop_class_processor import request_merging
+from cluster.vllm.weight_sync.updates import raised_as_death
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 OURS = "environment_error"
 FINISH_REASONS: dict[str, FinishReason] = {one: one for one in get_args(FinishReason) if one != OURS}  # vLLM's
 REPETITIONS = 4  # of a passage, one after the other, that end a completion
+NO_LIMIT = -1  # of log-probabilities per token, to vLLM
+NEVER = -100.0  # added to a logit; vLLM takes no lower one
+STOPS = "cluster.vllm.stop_class_processor"
+MERGING = (f"{STOPS}:StopClassProcessor", f"{STOPS}:StopClassProcessorV2")  # of an engine with a class of stop ids
 
 
-def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> SamplingParams:
+async def generate(
+    engine: "AsyncLLM",
+    owner: str,
+    request_id: str,
+    prompt_ids: Sequence[int],
+    sampling: SamplingSettings,
+    seed: int,
+    priority: int = 0,
+    policy_version: Callable[[], int] = lambda: 0,
+    extra: Mapping[str, Any] | None = None,
+    excluded: Sequence[int] = (),
+) -> Completion:
+    """Sample one completion; a stop string's own tokens stay, for the model sampled them.
+
+    Args:
+        owner: whose engine it is, in errors.
+        policy_version: of the engine's weights.
+        extra: for logits processors of the engine's own.
+        excluded: tokens that are never sampled.
+
+    Raises:
+        RolloutError: vLLM refuses the request or gives it up.
+        ActorDiedError: the engine's process is gone.
+    """
+    versions, prompt = TokenVersions(), {"prompt_token_ids": [int(token) for token in prompt_ids]}
+    try:
+        params = sampling_params(sampling, seed, extra, excluded)
+        with raised_as_death(owner):
+            async for request in engine.generate(prompt, params, request_id, priority=priority):
+                [output] = request.outputs
+                versions.add(output, policy_version())
+    except (EngineGenerateError, VLLMClientError, ValueError) as error:
+        raise RolloutError(f"request {request_id}: vLLM gave it up: {error}") from error
+    return read_completion(request_id, output, versions.of(output), sampling)
+
+
+async def prompt_logprobs(
+    engine: "AsyncLLM", owner: str, request_id: str, token_ids: Ints, places: Ints, count: int, priority: int
+) -> tuple[Ints, Floats]:
+    """Score given tokens as `RolloutEngine.prompt_logprobs` has it; vLLM leaves its prefix cache out of it.
+
+    Raises:
+        ScoreError: vLLM refuses the request or gives it up.
+        ActorDiedError: the engine's process is gone.
+    """
+    prompt: Any = {"prompt_token_ids": token_ids.tolist()}
+    try:
+        with raised_as_death(owner):
+            scored = engine.generate(prompt, scoring_params(count), request_id, priority=priority)
+            *_, request = [output async for output in scored]
+    except (EngineGenerateError, VLLMClientError, ValueError) as error:
+        raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
+    return read_prompt_logprobs(request, places, count)
+
+
+def sampling_params(
+    sampling: SamplingSettings, seed: int, extra: Mapping[str, Any] | None = None, excluded: Sequence[int] = ()
+) -> SamplingParams:
     count, is_sampled = sampling.num_candidates, sampling.candidates == "sampled"
-    extra = request_merging(sampling.stop_class) if len(sampling.stop_class) > 1 else {}
-    if is_sampled and count:
-        extra |= request_candidates(CandidateRequest(request_id, count, seed))
+    merged = request_merging(sampling.stop_class) if len(sampling.stop_class) > 1 else {}
     return SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -39,7 +102,8 @@ def sampling_params(request_id: str, sampling: SamplingSettings, seed: int) -> S
         flat_logprobs=True,
         detokenize=bool(sampling.stop),
         output_kind=OUTPUT_KIND,
-        extra_args=extra or None,
+        logit_bias=dict.fromkeys(excluded, NEVER) or None,
+        extra_args={**merged, **(extra or {})} or None,
     )
 
 

@@ -8,7 +8,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 
-from rollout_workers.stop_class_processor import StopClassProcessor, StopClassProcessorV2, request_merging
+from cluster.vllm.stop_class_processor import StopClassProcessor, StopClassProcessorV2, request_merging
 
 MERGING, PLAIN = SamplingParams(extra_args=request_merging((3, 1))), SamplingParams()
 

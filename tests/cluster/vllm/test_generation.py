@@ -7,7 +7,7 @@ from vllm.outputs import CompletionOutput
 
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import SamplingSettings
-from rollout_workers.vllm_requests import read_completion, sampling_params
+from cluster.vllm.generation import read_completion, sampling_params
 
 TWO_MOST_LIKELY = SamplingSettings(8, temperature=0.5, num_candidates=2)
 
@@ -36,11 +36,11 @@ def test_a_completion_that_ended_for_an_unknown_reason_is_an_error() -> None:
 
 def test_a_completion_ends_at_the_stop_ids_of_all_models() -> None:
     """The engine's own settings name 2; vLLM adds them to the request's."""
-    params = sampling_params("0", SamplingSettings(8, 1.0, stop_token_ids=(7, 9)), seed=5)
+    params = sampling_params(SamplingSettings(8, 1.0, stop_token_ids=(7, 9)), seed=5)
     params.update_from_generation_config({"eos_token_id": [2, 3]}, eos_token_id=2)
     assert {*params.stop_token_ids, params.eos_token_id} == {2, 3, 7, 9}
 
 
 def test_a_request_says_the_temperature_and_the_seed_once() -> None:
-    params = sampling_params("0", TWO_MOST_LIKELY, seed=5)
+    params = sampling_params(TWO_MOST_LIKELY, seed=5)
     assert (params.temperature, params.seed, params.max_tokens, params.logprobs) == (0.5, 5, 8, 2)
