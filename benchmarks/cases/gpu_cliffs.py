@@ -166,11 +166,11 @@ def _compiled(name: str, plain: Any, compiled: Any, tokens: int) -> list[Row]:
     began = time.perf_counter()
     run(compiled)
     first = row("compiling the layers", size, time.perf_counter() - began, "s")
-    pair = in_turns(lambda: run(plain), lambda: run(compiled), turns=5)
+    pair = in_turns(lambda: run(plain), lambda: run(compiled), turns=3)
     return [first, *compared("decoder, forward and backward", size, *pair)]
 
 
-def updates(requests: int = 16, tokens: int = 96, every: int = 16) -> list[Row]:
+def updates(requests: int = 8, tokens: int = 64, every: int = 16) -> list[Row]:
     """Compare generating while caches are reset as for new weights, with running requests' dropped and kept."""
     with tempfile.TemporaryDirectory() as folder:
         small_model(width=256, depth=4).config.save_pretrained(folder)
@@ -179,7 +179,7 @@ def updates(requests: int = 16, tokens: int = 96, every: int = 16) -> list[Row]:
             pair = in_turns(
                 lambda: _generate(dropping, requests, tokens, every),
                 lambda: _generate(keeping, requests, tokens, every),
-                turns=5,
+                turns=3,
             )
         finally:
             for llm in (dropping, keeping):
