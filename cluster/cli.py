@@ -97,19 +97,22 @@ def check(options: argparse.Namespace) -> int:
 
 def scale(options: argparse.Namespace) -> int:
     """Change how many workers the pools of a running run have."""
+    from cluster.elastic.control_files import open_going_run
     from cluster.elastic.scale import ask, parse_sizes
     from cluster.elastic.splits import describe_sizes
 
-    answer = ask(RunDirectory.open(options.run).scaling, parse_sizes(options.sizes))
+    sizes = parse_sizes(options.sizes)
+    answer = ask(open_going_run(options.run).scaling, sizes)
     sys.stdout.write(f"{describe_sizes(answer.sizes)}\n")
     return 0
 
 
 def teacher(options: argparse.Namespace) -> int:
     """Replace a teacher of a running run by another checkpoint."""
-    directory = RunDirectory.open(options.run)
+    from cluster.elastic.control_files import open_going_run
     from cluster.elastic.replace_teacher import ask_to_replace
 
+    directory = open_going_run(options.run)
     # The driver's current folder may be another one.
     model = str(Path(options.model).resolve()) if Path(options.model).is_dir() else options.model
     sys.stdout.write(f"{ask_to_replace(directory.replacing, options.name, model)}\n")
@@ -145,6 +148,8 @@ def rows(options: argparse.Namespace) -> int:
     """List the rows that a run recorded or kept, all or those for which a condition holds."""
     from cluster.run.rows import RowOptions, print_rows
 
+    if options.limit < 0:
+        raise ConfigError(f"--limit {options.limit}: expected how many rows to list at most, 0 or more")
     print_rows(options.run, RowOptions(options.where, options.columns, options.limit, options.json, options.text))
     return 0
 

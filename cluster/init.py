@@ -141,7 +141,10 @@ def _choose_teacher(draft: Draft, options: InitOptions) -> int:
         if options.trust_remote_code:
             draft.set(f"{section}.trust_remote_code", True, "as --trust-remote-code asks")
         return context_length(load_model_config(options.teacher, options.trust_remote_code))
-    server = TeacherConfig(options.teacher_model or "", url=options.teacher, api_key_env=options.api_key_env)
+    try:
+        server = TeacherConfig(options.teacher_model or "", url=options.teacher, api_key_env=options.api_key_env)
+    except ValueError as error:
+        raise ConfigError(f"--teacher: {error}") from error
     served = served_model(server)
     draft.set(f"{section}.url", options.teacher)
     draft.set(f"{section}.model", served.id, f"set {section}.tokenizer to its tokenizer to have the two compared")

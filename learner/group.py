@@ -219,6 +219,7 @@ class LearnerGroup:
         rounds = planner.all_rounds() or [((),) * config.learner.num_workers]
         answers += self._read_step(rounds, arrivals, objective, waiting_for)
         send(rounds, completes_step=True)
+        batches.move_on_until(list(pending))
         collect(list(pending))
         self._spans += spans
         return max(1, arrivals.num_loss_tokens), answers

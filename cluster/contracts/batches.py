@@ -93,6 +93,9 @@ class BatchSource(Protocol):
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready."""
 
+    def move_on_until(self, references: Sequence[Any]) -> None:
+        """Move batches of other steps on until all references are ready; return at once where there are none."""
+
 
 class ReadyBatches:
     """A BatchSource of batches that are all there."""
@@ -107,3 +110,6 @@ class ReadyBatches:
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         handles, self._handles = self._handles, []
         return handles
+
+    def move_on_until(self, references: Sequence[Any]) -> None:
+        """Do nothing: no other step is under way."""

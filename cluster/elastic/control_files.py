@@ -12,8 +12,9 @@ from uuid import uuid4
 
 import msgspec
 
-from cluster.config.run_directory import ControlFiles
-from cluster.contracts.errors import PreceptorError
+from cluster.config.run_directory import ControlFiles, RunDirectory
+from cluster.contracts.errors import CheckpointError, PreceptorError
+from cluster.monitoring.status_file import read_status
 
 CHECK_SECONDS = 1.0  # between two reads of the driver
 ANSWER_SECONDS = 60.0  # the driver answers between two events of the run, of which a slow step has few
@@ -27,6 +28,17 @@ class Message(msgspec.Struct, frozen=True):
 
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+
+def open_going_run(path: Path) -> RunDirectory:
+    """Open the directory of a run that may answer; raise CheckpointError if it holds none, or one that is over."""
+    directory = RunDirectory.open(path)
+    status = read_status(directory.status)
+    if status is not None and status.state not in ("starting", "running"):
+        raise CheckpointError(
+            f"{path}: the run is over ({status.state}), so nothing of it can be changed; resume it first"
+        )
+    return directory
 
 
 class ControlRequests:

@@ -26,15 +26,19 @@ def write_report(paths: Sequence[Path], out: Path | None = None) -> Path:
 
     Raises:
         CheckpointError: a directory holds no run, or a file in it is damaged.
-        ConfigError: there are too many runs for one picture.
+        ConfigError: there are too many runs for one picture, or the file cannot be written.
     """
     if len(paths) > MOST_RUNS:
         raise ConfigError(f"report: {len(paths)} runs; one report compares up to {MOST_RUNS}")
     runs = [read_run(path) for path in paths]
     out = out or paths[0] / "report.html"
-    out.touch(mode=0o600)
-    write_atomically(out, render(runs))
-    out.chmod(0o600)
+    html = render(runs)
+    try:
+        out.touch(mode=0o600)
+        write_atomically(out, html)
+        out.chmod(0o600)
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot write the report: {error.strerror}; name another file with --out") from error
     return out
 
 

@@ -10,8 +10,9 @@ their rollout. In training a rollout is a step, and several can be under way tog
 | driver | `flow.admit` | nothing | - |
 | driver | `learner.step` | all gradients, then the optimizer step | answers of the ranks |
 | `learner.step` | `StepBatches.take` | a scored batch of its step | a batch, or a rank in `wake_on` |
-| `take` | `Flow._advance` | any event of any pool, for all steps under way | a rollout worker, teacher or rank |
-| `_advance` | `poll`, `maintain` | nothing: hooks act, dead workers restart | called at least every second |
+| `learner.step` | `StepBatches.move_on_until` | the ranks' last answers, while other steps move on | the ranks |
+| both | `Flow.advance` | any event of any pool, for all steps under way | a rollout worker, teacher or rank |
+| `advance` | `poll`, `maintain` | nothing: hooks act, dead workers restart | called at least every second |
 | driver | `learner.publish_weights` | all rollout workers have the new weights | the workers' checksums |
 """
 
@@ -45,7 +46,7 @@ class StepBatches:
     requests: Sequence[RolloutRequest]
     sampling: SamplingSettings
     scorers: ScoringPlan
-    advance: Callable[[Sequence[Any]], bool]  # moves the flow on by at least one event
+    flow: "Flow"
     missing: int  # trajectories that are still generated or scored
     admitted_at: float
     generated_at: float  # when the last completion so far came back
@@ -66,11 +67,21 @@ class StepBatches:
             ActorError: an actor died, or nothing finished in time; names what is late.
         """
         while self._num_given == len(self.finished) and self.missing:
-            if self.advance(wake_on):
+            if self.flow.advance(wake_on):
                 break
         given = self.finished[self._num_given :]
         self._num_given = len(self.finished)
         return given
+
+    def move_on_until(self, references: Sequence[Any]) -> None:
+        """Move other steps on until all references are ready: teachers score their batches while the learner computes.
+
+        Raises:
+            PreceptorError: as `take`, of any step under way.
+        """
+        left = set(references)
+        while left and self.flow.is_moving:
+            left -= self.flow.advance(list(left))
 
 
 class Flow:
@@ -107,9 +118,7 @@ class Flow:
         handles = replayed()
         missing = len(requests) + sum(handle.num_episodes for handle in handles)
         now = perf_counter()
-        batches = self._under_way[step] = StepBatches(
-            requests, sampling, scorers, self._advance, missing, began, now, now
-        )
+        batches = self._under_way[step] = StepBatches(requests, sampling, scorers, self, missing, began, now, now)
         if requests:
             self._rollouts.submit(step, requests, sampling)
         for handle in handles:
@@ -134,8 +143,13 @@ class Flow:
         self._spans.clear()
         return spans
 
-    def _advance(self, wake_on: Sequence[Any]) -> bool:
-        """Wait until something finishes, pass on everything that has, and say whether a reference of `wake_on` has."""
+    @property
+    def is_moving(self) -> bool:
+        """Return whether trajectories of any rollout are still generated or scored."""
+        return bool(self._under_way)
+
+    def advance(self, wake_on: Sequence[Any] = ()) -> set[Any]:
+        """Wait until something finishes, pass on everything that has, and return which references of `wake_on` have."""
 
         def pending() -> list[Any]:
             self._poll()
@@ -147,7 +161,7 @@ class Flow:
         self._finish(self._teachers.collect(ready))
         for handle in self._teachers.take_lost():
             self._generate_again(handle)
-        return not set(ready).isdisjoint(wake_on)
+        return set(ready).intersection(wake_on)
 
     def _waited_for(self) -> str:
         late = ", ".join(names for names in (self._rollouts.late(), self._teachers.late()) if names)

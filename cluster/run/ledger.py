@@ -145,6 +145,9 @@ class CheckedBatches:
             self._count(handle)
         return handles
 
+    def move_on_until(self, references: Sequence[Any]) -> None:
+        self.batches.move_on_until(references)
+
     def record(self) -> LedgerRecord:
         """Return what was consumed, which must be all that the step requested."""
         self._check_complete()

@@ -177,6 +177,12 @@ def test_of_a_server_with_several_models_one_must_be_named(prompts: Path, capsys
         assert init_served(prompts, server.url, "--gpus", "0", "--teacher-model", "big") == 0
 
 
+def test_a_url_without_a_host_is_one_sentence(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert init_served(prompts, "http://") == 1
+    said = "preceptor: --teacher: url is 'http:'; expected http:// or https://, a host"
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_options_of_servers_are_refused_for_other_teachers(prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(prompts.with_name("run.toml"))
     assert main(["init", *PAIR, "--data", str(prompts), "--out", out, "--api-key-env", "KEY"]) == 1

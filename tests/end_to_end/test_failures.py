@@ -1,14 +1,12 @@
 """An engine that fails inside a step ends a run, or a command, with its own last error; the rest is in RUN/logs."""
 
-import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from cluster.demo import EMBEDDED
+from cluster.nodes.preloaded_python import PYTHON_VARIABLE
 from tests.end_to_end.conftest import SHORT
 from tests.end_to_end.runs import ENDED_SECONDS, preceptor, running
 from tests.leak_check import wait_until
@@ -35,32 +33,27 @@ def register():
 """
 
 
-def narrow_heads(folder: Path) -> Path:
-    """Copy the embedded student with heads of width 16, which vLLM refuses on a CPU when it first attends."""
-    shutil.copytree(EMBEDDED / "student", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 4}
-    (folder / "config.json").write_text(json.dumps(config))
-    weights = load_file(folder / "model.safetensors")
-    norms = {
-        name: value[:16].clone() for name, value in weights.items() if name.endswith(("q_norm.weight", "k_norm.weight"))
-    }
-    save_file(weights | norms, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def write_plugin(folder: Path) -> str:
+    """Write a plugin whose engines fail once there is a file, and return a PYTHONPATH on which vLLM finds it."""
+    info = folder / "failing_plugin-1.dist-info"
+    info.mkdir(parents=True)
+    (folder / "failing_plugin.py").write_text(PLUGIN)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: failing-plugin\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nfailing = failing_plugin:register\n")
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def test_the_first_step_of_a_model_that_vllm_cannot_run_says_why(preloaded: None, tmp_path: Path) -> None:
-    files = (f"teachers.countdown.model={EMBEDDED / 'teacher'}", f"prompts.train={EMBEDDED / 'train.jsonl'}")
-    narrow = (f"student.model={narrow_heads(tmp_path / 'narrow')}", f"run.directory={tmp_path}", "run.name=run")
-    few = (
-        f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}",
-        "evaluation.num_prompts=4",
-        "evaluation.teacher_too=false",
-    )
-    finished = preceptor("eval", str(EMBEDDED / "demo.toml"), *files, *narrow, *few, "ray.dashboard=false")
+def test_the_first_step_of_an_engine_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)  # what has imported already knows of no plugin
+    monkeypatch.setenv("PYTHONPATH", write_plugin(tmp_path / "plugin"))
+    monkeypatch.setenv("FAILING_FILE", str(tmp_path))  # is there from the first step on
+    names = {"student.model": "student", "teachers.countdown.model": "teacher", "prompts.train": "train.jsonl"}
+    files = [f"{name}={EMBEDDED / file}" for name, file in {**names, "prompts.held_out": "held_out.jsonl"}.items()]
+    few = ("evaluation.num_prompts=4", "evaluation.teacher_too=false", f"run.directory={tmp_path}", "run.name=run")
+    finished = preceptor("eval", str(EMBEDDED / "demo.toml"), *files, *few, "ray.dashboard=false")
     assert finished.code == 1
     assert "the process of a rollout engine is gone; its last error: " in finished.error
-    assert "head" in finished.error.partition("its last error: ")[2]
+    assert "no kernel takes this step" in finished.error.partition("its last error: ")[2]
     log = tmp_path / "run/logs/rollout-0.log"
     assert f"its output is in {log}" in finished.error
     assert "Traceback (most recent call last)" in log.read_text()
@@ -68,13 +61,7 @@ def test_the_first_step_of_a_model_that_vllm_cannot_run_says_why(preloaded: None
 
 @pytest.mark.exhaustive
 def test_an_error_inside_a_step_is_read_within_seconds_and_ends_the_run_when_it_comes_again(tmp_path: Path) -> None:
-    plugin, failing = tmp_path / "plugin", tmp_path / "failing"
-    info = plugin / "failing_plugin-1.dist-info"
-    info.mkdir(parents=True)
-    (plugin / "failing_plugin.py").write_text(PLUGIN)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: failing-plugin\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\nfailing = failing_plugin:register\n")
-    path = os.pathsep.join([str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path, failing = write_plugin(tmp_path / "plugin"), tmp_path / "failing"
     settings = (*SHORT, "run.steps=100000", "evaluation.teacher_too=false", "evaluation.num_prompts=4")
     with running(tmp_path, *settings, PYTHONPATH=path, FAILING_FILE=str(failing)) as run:
         run.wait_for("step 2 ")

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.run_directory import ControlFiles
+from cluster.cli import main
+from cluster.config.run_directory import ControlFiles, RunDirectory
 from cluster.contracts.errors import ConfigError, PlacementError, PreceptorError
 from cluster.elastic.control_files import POLL_SECONDS, ControlRequests, write_message
 from cluster.elastic.scale import ScaleRequest, ScaleResponse, Scaling, ask, parse_sizes
+from cluster.monitoring.status_file import KeptStatus
+from tests.builders import make_config
 
 
 class Pool:
@@ -205,3 +208,15 @@ def test_nonsense_in_the_place_of_a_request_changes_nothing(tmp_path: Path) -> N
 def test_a_size_that_is_none_is_one_sentence(argument: str) -> None:
     with pytest.raises(ConfigError, match="expected POOL=WORKERS"):
         parse_sizes([argument])
+
+
+@pytest.mark.parametrize("command", [["scale", "RUN", "rollout=2"], ["teacher", "RUN", "replace", "t", "m"]])
+def test_a_run_that_is_over_is_asked_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    directory = RunDirectory.create(make_config(f"run.directory={tmp_path}"))
+    with KeptStatus(directory.status, steps=1):
+        pass
+    assert main([str(directory.path) if word == "RUN" else word for word in command]) == 1
+    assert "run: the run is over (ended), so nothing of it can be changed; resume it" in capsys.readouterr().err
+    assert not directory.scaling.request.exists()

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import stat
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -50,6 +51,12 @@ def test_a_failed_run_says_why_without_the_path_of_its_directory(tmp_path):
     assert "failed after step 3 of 100" in text
     assert "run/x: the disk is full" in text
     assert str(tmp_path) not in text
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path):
+    directory = make_run(tmp_path)
+    with pytest.raises(ConfigError, match=r"/proc/none.html: cannot write the report: No such file .* with --out"):
+        write_report([directory.path], Path("/proc/none.html"))
 
 
 def test_a_run_that_goes_on_says_so(tmp_path):

@@ -72,3 +72,26 @@ def test_completions_that_were_lost_with_a_node_are_sampled_again_and_no_others(
         given += [key for handle in batches.take() for key in handle.trajectory_ids]
     assert sorted(given) == [0, 1, 2, 3, 4, 5]
     assert rollouts.requested == [(7, [0, 1, 2, 3, 4, 5]), (7, [2, 3])]
+
+
+class Slow(Rollouts):
+    """Hands one batch out for each event."""
+
+    def collect(self, ready: Collection[Any]) -> list[BatchHandle]:
+        return [self._written.pop(0)] if self._written else []
+
+
+def test_the_next_step_is_scored_while_the_learner_computes_this_one() -> None:
+    rollouts, teachers = Slow(), Teachers()
+    flow = Flow(rollouts, teachers, timeout_seconds=1.0)  # type: ignore[arg-type]
+    requests = [RolloutRequest(number, number, 0, seed=number) for number in range(3)]
+    sampling = SamplingSettings(8, 1.0)
+    this = flow.admit(0, requests[:2], sampling, lambda route: [])
+    following = flow.admit(1, requests[2:], sampling, lambda route: [("main", ScoreRequest("teacher"))])
+    assert this.take()
+    assert not following.finished
+    events = iter([[], ["rank 0"], ["rank 1"]])
+    rollouts.cluster.wait_for_any = lambda pending, *_: pending() and next(events)
+    this.move_on_until(["rank 0", "rank 1"])
+    assert [handle.trajectory_ids for handle in following.finished] == [(2,)]
+    assert following.is_exhausted is False  # it is given out when it is learned from

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -26,11 +27,12 @@ def make_handle(num_tokens: tuple[int, ...], reward: Mean, teacher: str = "main"
 
 def make_batches(handles: list[BatchHandle]) -> StepBatches:
     """Make a step that was admitted at 0 s, generated at 4 s and scored at 5 s."""
+    flow: Any = None  # nothing moves on it
     return StepBatches(
         (),
         SamplingSettings(1, 1.0),
         lambda route: [],
-        lambda wake_on: False,
+        flow,
         0,
         admitted_at=0.0,
         generated_at=4.0,

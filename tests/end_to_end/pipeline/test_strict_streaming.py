@@ -79,6 +79,9 @@ class Noted:
         self.handles += taken
         return taken
 
+    def move_on_until(self, references: Sequence[Any]) -> None:
+        self._batches.move_on_until(references)
+
 
 def rows_of(wire: Any) -> Rows:
     batch = from_wire(wire, "scored")

@@ -100,6 +100,20 @@ FAULTS = (
         ("tests/conformance/test_terms_by_enumeration.py",),
     ),
     Fault(
+        "the mean of a response has tokens that do not count",
+        "learner/loss/objective.py",
+        "means[name] = -weighted_mean_of_trajectory(advantages, of_term, tokens.trajectory)",
+        "means[name] = -weighted_mean_of_trajectory(advantages, torch.ones_like(of_term), tokens.trajectory)",
+        ("tests/conformance/test_terms_by_enumeration.py",),
+    ),
+    Fault(
+        "the mean of a response over all responses",
+        "learner/loss/objective.py",
+        "means[name] = -weighted_mean_of_trajectory(advantages, of_term, tokens.trajectory)",
+        "means[name] = -weighted_mean_of_trajectory(advantages, of_term, tokens.trajectory * 0)",
+        ("tests/conformance/test_terms_by_enumeration.py",),
+    ),
+    Fault(
         "the baseline is added",
         ADVANTAGE_TERMS,
         "added = added - self._support_mean(chunk)",

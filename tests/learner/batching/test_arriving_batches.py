@@ -40,6 +40,9 @@ class Scripted:
         del self._arrivals[0]
         return [handle]
 
+    def move_on_until(self, references: Sequence[Any]) -> None:
+        """Do nothing: no other step is under way."""
+
 
 def handle_of(num_tokens: int) -> BatchHandle:
     return BatchHandle(num_tokens, "only", (0,), (num_tokens,), (num_tokens,))
