@@ -179,6 +179,8 @@ class _Loading:
             lines.append(f"nothing reads the columns {', '.join(further)}")
         words = re.findall(r"\w+", str(self._tokenizer.chat_template))
         unread = [name for name in settings.chat_template_kwargs if name not in words]
+        if settings.template == "chat" and "tools" not in words and any(prompt.tools for _, prompt, _ in self._prompts):
+            lines.append("warning: the chat template never reads tools, so the student is not told of any")
         if unread:
             lines.append(f"the chat template never reads {', '.join(unread)} of prompts.chat_template_kwargs")
         return lines

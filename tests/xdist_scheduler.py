@@ -21,6 +21,7 @@ TOGETHER = {
         "teacher_workers/audit/test_runner_on_vllm.py",
         "teacher_workers/test_shared_prompts_on_vllm.py",
         "teacher_workers/test_scores_on_vllm.py",
+        "teacher_workers/test_tensor_parallel_on_vllm.py",
     ),
     # One pool of two rollout actors.
     "the rollouts": (

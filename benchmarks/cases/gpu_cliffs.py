@@ -141,22 +141,23 @@ def _trajectory(random: np.random.Generator, number: int, tokens: int, top_k: in
     return Trajectory(number, "main", 0.0, ids, mask, logprobs, candidates, of_candidates[:, :0], scores, {})
 
 
-def layers(width: int = 512, depth: int = 4, tokens: int = 512) -> list[Row]:
+def layers(width: int = 512, depth: int = 4) -> list[Row]:
     """Compare decoders with compiled layers, forward and backward, in float32: a small Qwen3, SmolLM2 if it is here."""
-    pairs = {f"{depth} layers of width {width}, {tokens} tokens": [small_model(width, depth) for _ in range(2)]}
+    name = f"{depth} layers of width {width}"
+    found = _compiled(name, small_model(width, depth), small_model(width, depth), tokens=512)
     if SMOLLM2.exists():
         from transformers import AutoModelForCausalLM
 
-        size = f"SmolLM2-135M, {tokens} tokens"
-        pairs[size] = [AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32) for _ in range(2)]
-    return [found for size, (plain, compiled) in pairs.items() for found in _compiled(size, plain, compiled, tokens)]
+        plain, compiled = (AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32) for _ in range(2))
+        found += _compiled("SmolLM2-135M", plain, compiled, tokens=128)
+    return found
 
 
-def _compiled(size: str, plain: Any, compiled: Any, tokens: int) -> list[Row]:
+def _compiled(name: str, plain: Any, compiled: Any, tokens: int) -> list[Row]:
     from learner.model.student import compile_layers
 
     compile_layers(compiled)
-    ids = torch.arange(tokens)[None] * 7 % 1024
+    ids, size = torch.arange(tokens)[None] * 7 % 1024, f"{name}, {tokens} tokens"
 
     def run(model: Any) -> None:
         model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.square().mean().backward()
@@ -165,11 +166,11 @@ def _compiled(size: str, plain: Any, compiled: Any, tokens: int) -> list[Row]:
     began = time.perf_counter()
     run(compiled)
     first = row("compiling the layers", size, time.perf_counter() - began, "s")
-    pair = in_turns(lambda: run(plain), lambda: run(compiled), turns=5)
+    pair = in_turns(lambda: run(plain), lambda: run(compiled), turns=3)
     return [first, *compared("decoder, forward and backward", size, *pair)]
 
 
-def updates(requests: int = 16, tokens: int = 96, every: int = 16) -> list[Row]:
+def updates(requests: int = 8, tokens: int = 64, every: int = 16) -> list[Row]:
     """Compare generating while caches are reset as for new weights, with running requests' dropped and kept."""
     with tempfile.TemporaryDirectory() as folder:
         small_model(width=256, depth=4).config.save_pretrained(folder)
@@ -178,7 +179,7 @@ def updates(requests: int = 16, tokens: int = 96, every: int = 16) -> list[Row]:
             pair = in_turns(
                 lambda: _generate(dropping, requests, tokens, every),
                 lambda: _generate(keeping, requests, tokens, every),
-                turns=5,
+                turns=3,
             )
         finally:
             for llm in (dropping, keeping):

@@ -10,7 +10,7 @@ from cluster.config.pass_through import check_pass_through
 from cluster.config.replay import replayed_prompts
 from cluster.config.run_config import Config
 from cluster.config.stages import ROLLOUT_ENGINES
-from cluster.config.terms import TEACHER
+from cluster.config.terms import TEACHER, TaskRewardTerm
 from cluster.contracts.batches import BatchHandle
 from cluster.contracts.errors import ConfigError
 from cluster.contracts.requests import PRIVILEGED_IDS, RolloutRequest, SamplingSettings
@@ -89,7 +89,7 @@ def load_inputs(config: Config, now: datetime | None = None) -> Inputs:
     tool_schemas(config.environment.tools)
     context = min(model.context_tokens for model in models)
     now = now or datetime.now()
-    notes: list[str] = []
+    notes = _idle_terms(config)
     own_tokenizers = {name: facts.tokenizer for name, facts in teachers.items() if config.teachers[name].is_aligned}
 
     def load(source: str, splits: Sequence[str]) -> PromptSet:
@@ -127,6 +127,16 @@ def _with_writer(prompt_tokens: Mapping[str, int], writer: str | None, plan: Pri
     if writer is None:
         return prompt_tokens
     return {**prompt_tokens, writer: max(plan.prompt_tokens, prompt_tokens.get(writer, 0))}
+
+
+def _idle_terms(config: Config) -> list[str]:
+    """Name the terms that would teach nothing, without being wrong."""
+    rewarded = [name for name, term in config.objective.terms.items() if isinstance(term, TaskRewardTerm)]
+    return [
+        f"warning: objective.terms.{name} compares the samples of a prompt, and teaches nothing with "
+        "rollout.samples_per_prompt = 1"
+        for name in (rewarded if config.rollout.samples_per_prompt == 1 else ())
+    ]
 
 
 def _train_and_all(

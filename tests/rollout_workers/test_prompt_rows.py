@@ -81,6 +81,10 @@ def test_the_tools_of_a_row_reach_the_chat_template(
     tools = [{"name": "three", "parameters": {}}]
     path = write(tmp_path, {"prompt": "one", "tools": json.dumps(tools) if is_json else tools})
     assert Loaded(path, tokenizer).words == ["tool three user one end assistant think"]
+    assert not Loaded(path, tokenizer).lines
+    tokenizer.chat_template = TEMPLATE.replace("tools", "functions")
+    [line] = Loaded(path, tokenizer).lines
+    assert line.endswith("warning: the chat template never reads tools, so the student is not told of any")
 
 
 def test_a_conversation_that_ends_with_the_answer_is_refused_cut_or_continued(

@@ -51,9 +51,9 @@ def test_held_out_prompts_follow_the_training_prompts_and_are_never_trained_on(t
     assert sorted(inputs.train.take(0, 6)) == [0, 0, 1, 1, 2, 2]
 
 
-def test_an_evaluation_without_prompts_is_said(tmp_path: Path) -> None:
+def test_evaluations_without_prompts_and_rewards_without_samples_are_said(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "1 : 1 2 |"}\n')
-    run = ("prompts.template=raw", "rollout.max_completion_tokens=8", "evaluation.every_steps=5")
+    run = ("prompts.template=raw", "rollout.max_completion_tokens=8", "evaluation.every_steps=5", "objective=opd-grpo")
     config = make_config(
         f"student.model={EMBEDDED}/student",
         f"teachers.main.model={EMBEDDED}/teacher",
@@ -61,6 +61,8 @@ def test_an_evaluation_without_prompts_is_said(tmp_path: Path) -> None:
         *run,
     )
     assert load_inputs(config).notes == (
+        "warning: objective.terms.reward compares the samples of a prompt, and teaches nothing with "
+        "rollout.samples_per_prompt = 1",
         "evaluation.every_steps is set, but nothing is evaluated: prompts.held_out names no prompts",
     )
 

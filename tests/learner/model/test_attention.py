@@ -240,7 +240,7 @@ def test_compiled_layers_keep_the_names_of_their_parameters_and_their_place_unde
 
 
 @pytest.mark.exhaustive
-@pytest.mark.timeout(900)  # a C++ compiler runs for minutes on a busy machine
+@pytest.mark.timeout(300)  # a C++ compiler runs, for 13 s in all where nothing else does
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("attention", ["grouped", "masked"])
 def test_compiled_layers_say_and_learn_the_same(student_folder, scored, attention, gradient_checkpointing):
@@ -256,4 +256,5 @@ def test_compiled_layers_say_and_learn_the_same(student_folder, scored, attentio
             result.loss.backward()
             found.append((result.logprobs, [parameter.grad.clone() for parameter in student.parameters()]))
         torch.testing.assert_close(found[1][0], found[0][0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-4)
+        for one, other in zip(found[1][1], found[0][1], strict=True):  # sums of numbers as large as the largest
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))
