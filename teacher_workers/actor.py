@@ -59,7 +59,8 @@ class TeacherWorker:
             scored = await asyncio.to_thread(add_scores, batch, request.model, scores, version)
         except ScoreError as error:
             raise type(error)(f"{self._name}: {error}") from error
-        if self._gentleness is not None and request.model == TEACHER:
+        # An evaluation asks for no candidates, and its rewards stay.
+        if self._gentleness is not None and request.model == TEACHER and request.top_k:
             scored, of_rewards = with_gentle_rewards(scored, self._gentleness)
             metrics = {**metrics, **of_rewards}
         return scored, _metrics(scored, request.model, metrics, perf_counter() - started)

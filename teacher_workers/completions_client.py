@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -77,6 +77,18 @@ class _Choice(msgspec.Struct):
 
 class _Completion(msgspec.Struct):
     choices: list[_Choice]
+
+
+class Written(msgspec.Struct):
+    """Holds what a server samples."""
+
+    token_ids: list[int] | None = None
+    logprobs: _Echo | None = None
+    finish_reason: str | None = None
+
+
+class _Sampled(msgspec.Struct):
+    choices: list[Written]
 
 
 class ServedModel(msgspec.Struct, frozen=True):
@@ -183,6 +195,21 @@ class CompletionsClient:
             raise refusals[0]
         raise ScoreError(f"{url} {NO_LOGPROBS}; a teacher needs vLLM's prompt_logprobs, or echo with logprobs")
 
+    async def generate(self, prompt_ids: Sequence[int], settings: Mapping[str, Any]) -> Written:
+        """Return a completion that a server samples by settings of its own names; its ids and log-probabilities.
+
+        Raises:
+            ScoreError: no server answered in time, one refused, or its answer names no ids.
+        """
+        asked = {"logprobs": 1, "return_token_ids": True}  # vLLM's own; others ignore the latter
+        body = {"model": self._model, "prompt": [int(token_id) for token_id in prompt_ids], **asked, **settings}
+        url, written = await self._ask("POST", "/completions", _read_written, body)
+        if written.token_ids is None or written.logprobs is None:
+            raise ScoreError(f"{url} answers without token ids and log-probabilities; to write, a teacher needs vLLM's")
+        if len(written.token_ids) != len(written.logprobs.token_logprobs) or None in written.logprobs.token_logprobs:
+            raise ScoreError(f"{url} answers {len(written.token_ids)} tokens, not all of them with a log-probability")
+        return written
+
     def _read(self, echoes: bool, url: str, content: bytes) -> _Choice:
         try:
             [choice] = msgspec.json.decode(content, type=_Completion).choices
@@ -284,6 +311,14 @@ def _api_key(teacher: TeacherConfig) -> str:
             "where preceptor, and Ray on every node, is started"
         )
     return key
+
+
+def _read_written(url: str, content: bytes) -> Written:
+    try:
+        [written] = msgspec.json.decode(content, type=_Sampled).choices
+    except ValueError as error:
+        raise ScoreError(f"{url} answered no completion: {error}") from error
+    return written
 
 
 def _read_models(url: str, content: bytes) -> list[ServedModel]:

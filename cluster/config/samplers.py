@@ -19,17 +19,24 @@ def check_sampling_teacher(config: "Config") -> None:
     where = f"rollout.privileged.sampler = '{name}'"
     if name not in config.teachers:
         raise ValueError(f"{where} is none of the teachers; there are {sorted(config.teachers)}")
-    teacher = config.teachers[name]
-    if teacher.source is not None:
-        raise ValueError(f"{where} is the student itself (from = 'student'); leave `sampler` out, and it writes too")
-    if teacher.is_aligned:
-        raise ValueError(f"{where} has another tokenizer, and the student learns its own tokens; name another teacher")
-    if config.objective.needs.sampled_candidates:
-        raise ValueError(f"{where}: objective.support = 'samples' has draws of the student alone; use another support")
-    if not teacher.num_workers:
-        raise ValueError(f"{where} has num_workers = 0, so nothing would write; set it to 1 or more")
-    if config.balance.mode != "off":
-        raise ValueError(f"{where} writes, and the balancer counts scores alone; turn balance off")
+    teacher, rollout, needs = config.teachers[name], config.rollout, config.objective.needs
+    is_served, is_plain = teacher.url is not None, (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1.0, 0)
+    faults = {
+        "is the student itself (from = 'student'); leave `sampler` out, and it writes too": teacher.source is not None,
+        "has another tokenizer, and the student learns its own tokens; name another teacher": teacher.is_aligned,
+        "writes, and objective.support = 'samples' has draws of the student alone; use another support": (
+            needs.sampled_candidates
+        ),
+        "writes at servers, which list no candidates; set objective.support = 'topk'": (
+            is_served and needs.candidates_from == "student"
+        ),
+        "writes at servers, whose log-probabilities are those of temperature 1; set rollout.temperature and top_p to 1 "
+        "and top_k to 0": is_served and not is_plain,
+        "has num_workers = 0, so nothing would write; set it to 1 or more": not teacher.num_workers,
+        "writes, and the balancer counts scores alone; turn balance off": config.balance.mode != "off",
+    }
+    if fault := next((fault for fault, holds in faults.items() if holds), None):
+        raise ValueError(f"{where} {fault}")
 
 
 def check_gentleness(config: "Config") -> None:

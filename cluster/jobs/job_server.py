@@ -23,6 +23,8 @@ OLDEST_RAY = "2.60"  # as pyproject.toml asks for it
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
 CHECK_SECONDS = 1.0  # between two questions how a job is doing
+AGENT_SECONDS = 60.0  # for a head that has just started to have an agent that takes jobs
+NO_AGENT = "No available agent"  # Ray's words where it has none
 LOST_SECONDS = 30.0  # without any answer: the head is gone
 FLUSH_SECONDS = 5.0  # for a job's last lines to arrive when it has ended
 STOP_WAIT_VARIABLE = "RAY_JOB_STOP_WAIT_TIME_S"  # between Ray's SIGTERM and its SIGKILL; 3 if not set
@@ -73,6 +75,9 @@ class JobServer:
             )
 
     def submit(self, job: Job, folder: Path) -> None:
+        when_ready(lambda: self._submit(job, folder))
+
+    def _submit(self, job: Job, folder: Path) -> None:
         with self._in_our_words():
             self._client.submit_job(
                 submission_id=job.job_id,
@@ -165,6 +170,20 @@ class JobServer:
             ) from error
         except RuntimeError as error:
             raise JobError(f"{self.address}: {error}") from error
+
+
+def when_ready(
+    submit: Callable[[], None], patience_seconds: float = AGENT_SECONDS, pause_seconds: float = CHECK_SECONDS
+) -> None:
+    """Submit again while the cluster, which may have just started, has no agent yet that takes jobs."""
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return submit()
+        except JobError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(pause_seconds)
 
 
 @dataclass

@@ -26,14 +26,13 @@ Answer = tuple[Scores, Metrics] | tuple[Scores, Metrics, int]  # the last: of we
 class TeacherBackend(Protocol):
     """Scores the sampled tokens of trajectories with one teacher; one object per actor, made in its event loop.
 
-    The driver asks the class: `signals`, `generates`, `can_generate`, `fault`, `check`, `identity` and `absence` need
-    no object or hardware.
+    The driver asks the class: `signals`, `can_generate`, `fault`, `sampling_fault`, `check`, `identity` and `absence`
+    need no object or hardware.
     """
 
     signals: ClassVar[frozenset[str]]  # names that requests may contain; those at import paths as the run file has them
     reads_scorer_prompts: ClassVar[bool] = False  # whether `score` reads rows as `as_read_by` gives them
     takes_weights: ClassVar[bool] = False  # whether it has the verbs of weight updates; needed to follow the student
-    generates: ClassVar[bool] = False  # whether it has `generate`; needed to write for rollout.privileged
     can_generate: ClassVar[bool] = False  # whether vLLM can serve teachers.NAME.model, to measure the teacher itself
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
@@ -51,6 +50,11 @@ class TeacherBackend(Protocol):
         missing = ", ".join(sorted(request.signals - cls.signals))
         backend = f"its backend '{teacher.backend}' does not send {missing}"
         return f"{backend}, which the objective or teachers.NAME.signals need" if missing else None
+
+    @classmethod
+    def sampling_fault(cls, teacher: TeacherConfig) -> str | None:
+        """Return why the backend has no `generate` to write for rollout.privileged; None if it has."""
+        return f"its backend '{teacher.backend}' scores and writes nothing; set backend = '{GENERATING}'"
 
     @classmethod
     def check(cls, teacher: TeacherConfig, student: "ModelFacts") -> "ModelFacts":
@@ -147,11 +151,10 @@ def find_backend(teacher: TeacherConfig) -> type[TeacherBackend]:
 def check_signals(config: Config) -> None:
     """Raise ConfigError if a teacher's backend cannot answer what the run requests of it."""
     sampler = config.sampling_teacher
-    if sampler is not None and not find_backend(config.teachers[sampler]).generates:
-        raise ConfigError(
-            f"rollout.privileged.sampler = '{sampler}': the backend '{config.teachers[sampler].backend}' of that "
-            f"teacher scores and writes nothing; set teachers.{sampler}.backend = '{GENERATING}'"
-        )
+    if sampler is not None:
+        teacher = config.teachers[sampler]
+        if fault := find_backend(teacher).sampling_fault(teacher):
+            raise ConfigError(f"teachers.{sampler}: it is to write (rollout.privileged.sampler), but {fault}")
     requested = {scorer: None for route in config.routes for scorer in config.scorers(route)}
     for name, request in requested:
         teacher = config.teachers[name]

@@ -26,7 +26,7 @@ FIRST = -1  # the priority of scores: rows wait for them, and a text is one of s
 class GeneratingBackend(ListedLogprobsBackend):
     """Runs one teacher in a vLLM engine that samples."""
 
-    can_generate = generates = True
+    can_generate = True
     scorer = "an engine that writes scores"
 
     def __init__(self, teacher: TeacherConfig, max_model_len: int, sleeps: bool = False) -> None:
@@ -50,6 +50,10 @@ class GeneratingBackend(ListedLogprobsBackend):
             ),
         )
         self._requests = counter()
+
+    @classmethod
+    def sampling_fault(cls, teacher: TeacherConfig) -> str | None:
+        return None
 
     @classmethod
     def check(cls, teacher: TeacherConfig, student: ModelFacts) -> ModelFacts:

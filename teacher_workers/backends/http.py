@@ -18,12 +18,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster.config.stages import TeacherConfig
-from cluster.contracts.errors import ModelError, ScoreError, UniformError
+from cluster.contracts.errors import ModelError, RolloutError, ScoreError, UniformError
 from cluster.contracts.metrics import Metrics, Sum
-from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import FLOOR, Scores
-from cluster.contracts.trajectory import Bytes, Floats, Ints
+from cluster.contracts.trajectory import Bytes, FinishReason, Floats, Ints
 from cluster.models.model_files import load_tokenizer
 from teacher_workers.audit.checks import AGREEMENT_NATS, FLOOR_NATS, UNIFORM_NATS
 from teacher_workers.backends.base import TeacherBackend
@@ -42,6 +42,7 @@ MIN_EVEN_TOKENS = 8  # so many alike scores are no text's
 WORKS = "objective.support 'sampled', 'topk' and 'intersection' work, without the teacher's entropy"
 
 MAX_SPARE_TOKENS = 4
+NEVER = -100.0  # added to a logit; servers take no lower one
 LEAST_MASS = 1e-6  # of what is not excluded
 
 Answer = TypeVar("Answer")
@@ -75,6 +76,15 @@ class HttpBackend(TeacherBackend):
                 _run(_check_top_k(teacher, request.top_k + _spare(teacher, request.top_k)))
             except ModelError as error:
                 return str(error)
+        return None
+
+    @classmethod
+    def sampling_fault(cls, teacher: TeacherConfig) -> str | None:
+        """Let every server write a token."""
+        try:
+            _run(_each(teacher, lambda client: client.generate([0], {"max_tokens": 1})))
+        except ModelError as error:
+            return str(error)
         return None
 
     @classmethod
@@ -121,6 +131,29 @@ class HttpBackend(TeacherBackend):
             scores |= {"candidate_ids": candidate_ids, "candidate_logprobs": candidate_logprobs}
         retries, self._retries_reported = self._client.num_retries - self._retries_reported, self._client.num_retries
         return scores, {f"{request.model}/retries": Sum(float(retries))}
+
+    async def generate(
+        self, prompt_ids: Sequence[int], sampling: SamplingSettings, seed: int, priority: int
+    ) -> Completion:
+        """Sample one completion at a server; a stop id of a class is the class, with the id's own log-probability."""
+        settings: dict[str, Any] = {
+            "max_tokens": sampling.max_completion_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "logit_bias": {str(token_id): NEVER for token_id in self._teacher.excluded_token_ids},
+        }
+        try:
+            written = await self._client.generate(prompt_ids, {name: one for name, one in settings.items() if one})
+        except ScoreError as error:
+            raise RolloutError(str(error)) from error
+        ids, stop_class = np.array(written.token_ids, np.int32), sampling.stop_class
+        ids = np.where(np.isin(ids, stop_class), stop_class[:1] or 0, ids).astype(np.int32)
+        logprobs = [] if written.logprobs is None else written.logprobs.token_logprobs
+        reason: FinishReason = "length" if written.finish_reason == "length" else "stop"
+        return Completion(ids, _clipped(np.array(logprobs, np.float32)), reason, np.zeros(len(ids), np.int32))
 
     async def shutdown(self) -> None:
         await self._client.close()

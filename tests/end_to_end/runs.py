@@ -16,8 +16,10 @@ from pathlib import Path
 
 from cluster.nodes.preloaded_python import PYTHON_VARIABLE
 from cluster.nodes.reaper import ProcessTree
+from tests.interpreter import python
 from tests.leak_check import MARK, Watch, command_line, short_folder, wait_until, without_ray
 
+COMMAND_LINE = "import sys; from cluster.cli import main; sys.exit(main())"
 COMMAND_SECONDS = 500
 STARTED_SECONDS = 500
 ENDED_SECONDS = 120
@@ -40,10 +42,10 @@ class Finished:
 
 
 def preceptor(*arguments: str) -> Finished:
-    """Run the command line in a process of its own."""
+    """Run the command line in a process of its own; its imports are there if the test uses the fixture `preloaded`."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     found = subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *arguments],
+        [python(), "-c", COMMAND_LINE, *arguments],
         capture_output=True,
         text=True,
         timeout=COMMAND_SECONDS,

@@ -93,7 +93,10 @@ def test_bad_files_are_named_before_anything_starts(
 
 def test_an_unknown_field_is_named_with_its_path(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *arguments(files), "learner.learning_rat=1"]) == 1
-    assert "demo.toml: learner: Object contains unknown field `learning_rat`\n" in capsys.readouterr().err
+    assert (
+        "demo.toml: learner: Object contains unknown field `learning_rat`; did you mean learning_rate?\n"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

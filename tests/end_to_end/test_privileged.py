@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.dataset
 import pytest
 
+from cluster.config.context import GentlenessConfig
 from cluster.demo import EMBEDDED
 from cluster.monitoring.metric_table import all_metrics
 from examples.hints import make_prompts
@@ -131,3 +133,45 @@ def test_a_teacher_writes_blind_for_hard_prompts_and_scores_with_the_same_engine
         assert row["rollout_logprobs"] == pytest.approx(row["teacher_logprobs"], abs=1e-4)
         assert (row["reward"], row["max_policy_version"]) == (1.0, row["step"] - 1)
     assert preceptor("verify", str(tmp_path / "run")).code == 0
+
+
+@pytest.mark.exhaustive
+def test_a_sampler_learns_by_rewards_that_a_teacher_without_its_hint_multiplies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_prompts, "SIZES", {"train": 8, "held_out": 4})
+    make_prompts.write_prompts(tmp_path)
+    for name in ("train", "held_out"):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        hinted = [
+            {**row, "plain": row["prompt"], "prompt": f"{row['prompt'].split(':')[0]}: {row['hint']} |"} for row in rows
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in hinted))
+    changed = (
+        "run.steps=2",
+        "prompts.prompts_per_step=8",
+        "rollout.record=true",
+        "teachers.blind={from='student',context={template='{{ plain }}'},gentleness={}}",
+        "teachers.blind.engine={dtype='float32',kv_cache_gib=0.25}",
+        "objective={support='topk',support_size=1,terms={reward={loss='task_reward'}}}",
+        "evaluation.every_steps=0",
+        "checkpoint.every_steps=0",
+    )
+    text = RUN_FILE.read_text()
+    run_file = tmp_path / "run.toml"
+    run_file.write_text(text[: text.index("[rollout.privileged]")] + text[text.index("[learner]") :])
+    finished = preceptor("train", str(run_file), *overrides(tmp_path), *changed)
+    assert finished.code == 0, finished.output + finished.error
+    rows = pyarrow.dataset.dataset(tmp_path / "run" / "rows", format="arrow").to_table().to_pylist()
+    right = [row for row in rows if row["reward"]]
+    assert right
+    gentleness = GentlenessConfig()
+    for row in right:
+        best = np.array(row["teacher_candidate_logprobs"])[:, 0]
+        expected = gentleness.of(np.array(row["teacher_logprobs"]), best)
+        assert row["reward"] == pytest.approx(expected, rel=1e-5)
+    first, *_ = records_of(tmp_path / "run")
+    # What the environment says stays: right texts had 1.
+    assert first["rollout/reward"] == pytest.approx(sum(row["step"] == 1 for row in right) / 64)
+    assert 0 < first["teacher/gentleness"] < 1

@@ -51,7 +51,8 @@ def test_all_rows_of_an_episode_are_one_text() -> None:
     assert rewards == [pytest.approx(expected)] * 2
 
 
-def test_models_beside_the_teacher_change_no_reward() -> None:
+def test_models_beside_the_teacher_and_evaluations_change_no_reward() -> None:
+    assert score(make_trajectory(completion=[5], reward=1.0), request=ScoreRequest("teacher"))[0] == [1.0]
     assert score(make_trajectory(completion=[5], reward=1.0), request=ScoreRequest("base", top_k=1))[0] == [1.0]
 
 

@@ -351,11 +351,15 @@ def test_last_opd_fades_from_hidden_states_to_the_divergence_in_ten_steps() -> N
         (["rollout.privileged={max_rows=2}"], r"template is missing"),
         (["teachers.main={from='student'}", "rollout.privileged.sampler=main"], r"'main' is the student itself"),
         (["rollout.privileged.sampler=main", "teachers.main.num_workers=0"], r"'main' has num_workers = 0"),
+        (
+            ["rollout.privileged.sampler=main", "teachers.main.url=http://host:1/v1", "rollout.temperature=0.7"],
+            r"'main' writes at servers, whose log-probabilities are those of temperature 1",
+        ),
         (["rollout.privileged.sampler=main", "balance=auto"], r"'main' writes, and the balancer counts scores alone"),
         (["rollout.privileged.sampler=main", "teachers.main.tokenizer=aligned"], r"'main' has another tokenizer"),
         (
             ["rollout.privileged.sampler=main", "objective.support=samples", "objective.support_size=4"],
-            r"'main': objective.support = 'samples' has draws of the student alone",
+            r"'main' writes, and objective.support = 'samples' has draws of the student alone",
         ),
     ],
 )

@@ -276,8 +276,8 @@ FAULTS = (
     Fault(
         "padded tokens brought back",
         "learner/model/attention.py",
-        "np.flatnonzero(steps < lengths[:, None])",
-        "np.flatnonzero(steps <= lengths[:, None])",
+        "lengths[:, None] - 1), steps < lengths[:, None]",
+        "lengths[:, None] - 1), steps <= lengths[:, None]",
         ("tests/learner/model/test_attention.py",),
     ),
     Fault(

@@ -109,7 +109,7 @@ class FakeServer:
                 return abs(failure), json.dumps({"error": {"message": "no luck"}}).encode()
             if path != "/v1/completions" or body["model"] != self.model:
                 return 404, json.dumps({"error": {"message": f"The model {body['model']} does not exist."}}).encode()
-            return self._score(body)
+            return self._write(body) if body.get("return_token_ids") and not body.get("echo") else self._score(body)
         finally:
             with self._lock:
                 self.in_flight -= 1
@@ -132,6 +132,22 @@ class FakeServer:
             choice["prompt_logprobs"] = [position and self._entries(position) for position in positions]
         elif top_k is not None and self.form != "none":
             choice["logprobs"] = self._echo(ids, positions)
+        return 200, self.body(json.dumps({"choices": [choice]}).encode())
+
+    def _write(self, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Write the most likely tokens; one that may not be written is none of them."""
+        ids, logprobs, last = list[int](), list[float](), body["prompt"][-1]
+        excluded = {int(token_id) for token_id in body.get("logit_bias", {})}
+        while len(ids) < body["max_tokens"] and (not ids or ids[-1] not in body.get("stop_token_ids", ())):
+            best = next(one for one in np.argsort(-self.table[last]).tolist() if one not in excluded)
+            ids.append(best)
+            logprobs.append(float(self.table[last][best]))
+            last = best
+        reason = "stop" if ids[-1] in body.get("stop_token_ids", ()) else "length"
+        choice: dict[str, Any] = {"text": "x", "finish_reason": reason}
+        choice["logprobs"] = {"tokens": [f"token {one}" for one in ids], "token_logprobs": logprobs}
+        if self.form == "vllm":
+            choice["token_ids"] = ids
         return 200, self.body(json.dumps({"choices": [choice]}).encode())
 
     def _entries(self, position: dict[int, float]) -> dict[int, dict[str, Any]]:

@@ -17,7 +17,7 @@ WRITES = (
 
 def test_what_writes_has_an_engine_that_samples() -> None:
     check_signals(make_config(*WRITES, "teachers.main.backend=vllm-generate"))
-    message = r"sampler = 'main': the backend 'vllm' of that teacher scores and writes nothing; set teachers"
+    message = r"teachers.main: it is to write .* its backend 'vllm' scores and writes nothing; set backend = 'vllm-gene"
     with pytest.raises(ConfigError, match=message):
         check_signals(make_config(*WRITES))
 

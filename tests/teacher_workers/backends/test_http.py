@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 
 from cluster.config.stages import EngineConfig, TeacherConfig
-from cluster.contracts.errors import NotFiniteError, ScoreError, UniformError, WrongLengthError
+from cluster.contracts.errors import NotFiniteError, RolloutError, ScoreError, UniformError, WrongLengthError
 from cluster.contracts.metrics import report
-from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.signals import FLOOR, Scores
 from cluster.contracts.trajectory import make_generated
 from teacher_workers.actor import TeacherWorker
@@ -302,3 +302,49 @@ def test_the_sentence_names_the_teacher_too() -> None:
 def test_minus_infinity_counts_as_the_lowest_score() -> None:
     with FakeServer(distort=each(lambda i, _: (i, -9999.0))) as server:
         assert score(teacher_at(server), SAMPLED)[0]["logprobs"].tolist() == [-87.0] * 3
+
+
+def write(server: FakeServer, sampling: SamplingSettings, **fields: Any) -> Completion:
+    async def run() -> Completion:
+        backend = HttpBackend(teacher_at(server, **fields), max_model_len=64)
+        try:
+            return await backend.generate([1, 2], sampling, seed=5, priority=0)
+        finally:
+            await backend.shutdown()
+
+    return asyncio.run(run())
+
+
+def best_after(server: FakeServer, token_id: int, *excluded: int) -> int:
+    return next(one for one in np.argsort(-server.table[token_id]).tolist() if one not in excluded)
+
+
+def test_a_server_writes_in_ids_with_the_log_probability_of_each() -> None:
+    with FakeServer() as server:
+        first = best_after(server, 2)
+        second = best_after(server, first)
+        completion = write(server, SamplingSettings(2, 1.0, stop_token_ids=(111,)))
+    assert completion.token_ids.tolist() == [first, second]
+    assert completion.logprobs == pytest.approx([server.table[2][first], server.table[first][second]], abs=1e-6)
+    assert completion.finish_reason == "length"
+    [asked] = server.requests
+    assert (asked["prompt"], asked["max_tokens"], asked["temperature"], asked["seed"]) == ([1, 2], 2, 1.0, 5)
+
+
+def test_a_written_stop_id_is_its_class_and_what_the_student_lacks_is_never_written() -> None:
+    with FakeServer() as server:
+        first, other = best_after(server, 2), best_after(server, 2, best_after(server, 2))
+        sampling = SamplingSettings(4, 1.0, stop_token_ids=(first,), stop_class=(7, first))
+        completion = write(server, sampling)
+        without = write(server, SamplingSettings(1, 1.0), excluded_token_ids=(first,))
+    assert (completion.token_ids.tolist(), completion.finish_reason) == ([7], "stop")
+    assert without.token_ids.tolist() == [other]
+
+
+def test_a_server_that_names_no_ids_cannot_write() -> None:
+    with FakeServer("echo") as server:
+        assert HttpBackend.sampling_fault(teacher_at(server)) is not None
+        with pytest.raises(RolloutError, match=r"answers without token ids and log-probabilities; to write, a teacher"):
+            write(server, SamplingSettings(1, 1.0))
+    with FakeServer() as server:
+        assert HttpBackend.sampling_fault(teacher_at(server)) is None

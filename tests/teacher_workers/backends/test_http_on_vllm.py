@@ -1,5 +1,6 @@
 """A real `vllm serve` behind a URL gives the scores that our own pool gives."""
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from cluster.actors.object_store import pack
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import EngineConfig, TeacherConfig
 from cluster.contracts.batches import BatchHandle
-from cluster.contracts.requests import ScoreRequest
+from cluster.contracts.requests import Completion, SamplingSettings, ScoreRequest
 from cluster.contracts.trajectory import GeneratedTrajectory, make_generated, ragged
 from cluster.contracts.wire import from_wire
 from cluster.demo import EMBEDDED
@@ -108,3 +109,23 @@ def test_the_server_says_its_context_its_limit_and_the_texts_of_its_tokens(serve
     assert HttpBackend.fault(teacher, ScoreRequest("teacher", top_k=20)) is None
     fault = HttpBackend.fault(teacher, ScoreRequest("teacher", top_k=21)) or ""
     assert "lists up to 20 tokens per position by their ids, and the objective compares 21" in fault
+
+
+def test_a_served_teacher_writes_tokens_with_the_log_probabilities_that_it_gives_them(server: VllmServer) -> None:
+    teacher = TeacherConfig(NAME, url=server.url, engine=ENGINE)
+    assert HttpBackend.sampling_fault(teacher) is None
+
+    async def run() -> tuple[Completion, Completion, Any]:
+        backend = HttpBackend(teacher, max_model_len=128)
+        try:
+            sampling, prompt = SamplingSettings(8, 1.0, stop_token_ids=(3,)), [1, 20, 30]
+            first, again = [await backend.generate(prompt, sampling, seed=9, priority=0) for _ in range(2)]
+            row = make_trajectory(prompt, first.token_ids.tolist())
+            return first, again, (await backend.score(make_generated([row]), ScoreRequest("teacher")))[0]
+        finally:
+            await backend.shutdown()
+
+    first, again, scores = asyncio.run(run())
+    assert 0 < len(first.token_ids) <= 8
+    assert first.token_ids.tolist() == again.token_ids.tolist()
+    np.testing.assert_allclose(first.logprobs, scores["logprobs"], atol=TOLERANCE)
