@@ -20,15 +20,21 @@ class Joined:
 
     def __init__(self, act: Callable[[], None] = lambda: None) -> None:
         self._act = act
+        self._is_aborted = Event()
         self.num_aborts = 0
 
     def join(self, store: Store, rank: int, world_size: int) -> list[int]:
         self._act()
         store.set(str(rank), str(10 * rank))
-        return [int(store.get(str(other))) for other in range(world_size)]
+        ranks = [str(other) for other in range(world_size)]
+        while not store.check(ranks):
+            if self._is_aborted.wait(0.01):
+                raise RuntimeError("aborted")
+        return [int(store.get(other)) for other in ranks]
 
     def abort(self) -> None:
         self.num_aborts += 1
+        self._is_aborted.set()
 
 
 def meetings(world_size: int, seconds: float = 20.0) -> list[Meeting]:
@@ -78,7 +84,7 @@ def test_the_reason_of_the_rank_that_fails_reaches_all_others() -> None:
     def fail() -> None:
         raise RuntimeError("NCCL error: unhandled system error")
 
-    errors = form_all(meetings(3), [Joined(), Joined(fail), Joined()])
+    errors = form_all(meetings(3, seconds=5.0), [Joined(), Joined(fail), Joined()])
     assert all("did not form: NCCL error: unhandled system error" in str(error) for error in errors)
 
 
