@@ -39,7 +39,7 @@ PROMPTS: dict[str, PromptCase] = {
     "utf-16 without mark": PromptCase(ONE.encode("utf-16-le"), "prompts.jsonl:1: not a prompt object"),
     "old line ends": PromptCase(f"{ONE}\r{ONE}".encode(), "prompts.jsonl:1: not a prompt object"),
     "Parquet": PromptCase(b"PAR1\x15\x04\x15\x10", "prompts.jsonl: cannot read the Parquet file"),
-    "gzip": PromptCase(b"\x1f\x8b\x08\x00\x00", "prompts.jsonl:1: not a prompt object"),
+    "gzip": PromptCase(b"\x1f\x8b\x08\x00\x00", "prompts.jsonl: cannot unpack the prompt file: Compressed file ended"),
     "JSON array cut": PromptCase(f"[\n{ONE},\n".encode(), "prompts.jsonl: not a JSON array of prompt objects"),
     "JSON array of texts": PromptCase(b'["w4"]', "prompts.jsonl: row 1: not a prompt object: Expected `object`"),
     "pretty-printed": PromptCase(b'{\n  "prompt": "w4"\n}\n', "prompts.jsonl:1: not a prompt object"),
