@@ -52,7 +52,7 @@ SETTINGS = (
     "ray.dashboard=false",
 )
 HELD_OUT = f"prompts.held_out={EMBEDDED / 'held_out.jsonl'}"
-STILL = ("rollout.record=true", "learner.learning_rate=1e-30")  # the student stays as it is
+STILL = (HELD_OUT, "rollout.record=true", "learner.learning_rate=1e-30")  # the student stays as it is
 RECORDED = "live, recorded"
 RATE_ARMS: dict[str, tuple[str, ...]] = {
     "live": (),
