@@ -204,25 +204,29 @@ class LearnerGroup:
             names = [pending[reference][0] for reference in references]
             answers.extend(self._cluster.get(list(references), config.ray.call_timeout_seconds, waiting_for, names))
             now = perf_counter()
-            for name, sent_at in map(pending.pop, references):
-                spans.append(Span("learner", name, "learn", sent_at, now))
+            spans.extend(Span("learner", name, "learn", sent_at, now) for name, sent_at in map(pending.pop, references))
 
         while True:
             for handle in batches.take(wake_on=list(pending)):
-                planner.add({index: arrivals.num_tokens(index) for index in arrivals.add(handle)})
+                planner.add(arrivals.num_tokens(arrivals.add(handle)))
             if batches.is_exhausted:
                 break
-            ready = set(self._cluster.wait(list(pending), len(pending), timeout_seconds=0))
-            collect([reference for reference in pending if reference in ready])
+            collect(self._ready(list(pending)))
             send(self._due_rounds(planner, len(pending)))
-        planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
+        planner.add(arrivals.num_tokens(arrivals.rest()))
         rounds = planner.all_rounds() or [((),) * config.learner.num_workers]
         answers += self._read_step(rounds, arrivals, objective, waiting_for)
         send(rounds, completes_step=True)
-        batches.move_on_until(list(pending))
-        collect(list(pending))
+        while pending:
+            batches.move_on_until(list(pending))
+            collect(self._ready(list(pending)) or list(pending))
         self._spans += spans
         return max(1, arrivals.num_loss_tokens), answers
+
+    def _ready(self, references: Sequence[Any]) -> list[Any]:
+        """Return those that are ready now, in their order."""
+        ready = set(self._cluster.wait(references, len(references), timeout_seconds=0))
+        return [reference for reference in references if reference in ready]
 
     def _read_step(
         self, rounds: Sequence[Round], arrivals: BatchBuffer, objective: ObjectiveConfig | None, waiting_for: str

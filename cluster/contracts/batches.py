@@ -94,7 +94,7 @@ class BatchSource(Protocol):
         """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready."""
 
     def move_on_until(self, references: Sequence[Any]) -> None:
-        """Move batches of other steps on until all references are ready; return at once where there are none."""
+        """Move batches of other steps on until a reference is ready; return at once where there are none."""
 
 
 class ReadyBatches:

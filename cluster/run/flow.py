@@ -10,7 +10,7 @@ their rollout. In training a rollout is a step, and several can be under way tog
 | driver | `flow.admit` | nothing | - |
 | driver | `learner.step` | all gradients, then the optimizer step | answers of the ranks |
 | `learner.step` | `StepBatches.take` | a scored batch of its step | a batch, or a rank in `wake_on` |
-| `learner.step` | `StepBatches.move_on_until` | the ranks' last answers, while other steps move on | the ranks |
+| `learner.step` | `StepBatches.move_on_until` | an answer of a rank, while other steps move on | the ranks |
 | both | `Flow.advance` | any event of any pool, for all steps under way | a rollout worker, teacher or rank |
 | `advance` | `poll`, `maintain` | nothing: hooks act, dead workers restart | called at least every second |
 | driver | `learner.publish_weights` | all rollout workers have the new weights | the workers' checksums |
@@ -74,14 +74,13 @@ class StepBatches:
         return given
 
     def move_on_until(self, references: Sequence[Any]) -> None:
-        """Move other steps on until all references are ready: teachers score their batches while the learner computes.
+        """Move other steps on until a reference is ready: teachers score their batches while the learner computes.
 
         Raises:
             PreceptorError: as `take`, of any step under way.
         """
-        left = set(references)
-        while left and self.flow.is_moving:
-            left -= self.flow.advance(list(left))
+        while self.flow.is_moving and not self.flow.advance(references):
+            pass
 
 
 class Flow:

@@ -1,7 +1,7 @@
 """Keeps a step's trajectories on the driver while they arrive: which may be learned from, and where they are."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,10 +96,10 @@ class BatchBuffer:
             return held
         return held + [index for key in list(self._groups) for index in self._release(key, divides)]
 
-    def num_tokens(self, index: int) -> int:
-        """Return the prompt and completion tokens of a trajectory."""
-        batch, row = self._places[index]
-        return self._handles[batch].num_tokens[row]
+    def num_tokens(self, indices: Iterable[int]) -> dict[int, int]:
+        """Return the prompt and completion tokens of trajectories."""
+        places = {index: self._places[index] for index in indices}
+        return {index: self._handles[batch].num_tokens[row] for index, (batch, row) in places.items()}
 
     def share(self, grids: tuple[Grid, ...]) -> RankShare:
         """Return what a rank needs for its micro-batches: the batches that they touch, their rows counted anew."""

@@ -122,9 +122,9 @@ def test_every_order_of_arrival_gives_the_gradient_of_the_batch_at_once(step, da
     planner = RoundPlanner(num_ranks, MICRO_BATCH_TOKENS)
     rounds = []
     for row in order:
-        planner.add({index: arrivals.num_tokens(index) for index in arrivals.add(handle_of(scored.slice(row, 1)))})
+        planner.add(arrivals.num_tokens(arrivals.add(handle_of(scored.slice(row, 1)))))
         rounds += planner.all_rounds() if data.draw(st.booleans()) else planner.full_rounds()
-    planner.add({index: arrivals.num_tokens(index) for index in arrivals.rest()})
+    planner.add(arrivals.num_tokens(arrivals.rest()))
     rounds += planner.all_rounds() or [((),) * num_ranks]
     if objective.needs.step_means:
         sums = merge(

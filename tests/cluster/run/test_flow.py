@@ -74,6 +74,13 @@ def test_completions_that_were_lost_with_a_node_are_sampled_again_and_no_others(
     assert rollouts.requested == [(7, [0, 1, 2, 3, 4, 5]), (7, [2, 3])]
 
 
+class Lossless(Teachers):
+    """Scores every batch at once."""
+
+    def submit(self, handle: BatchHandle, route: Any) -> None:
+        self._scored.append(handle)
+
+
 class Slow(Rollouts):
     """Hands one batch out for each event."""
 
@@ -82,16 +89,19 @@ class Slow(Rollouts):
 
 
 def test_the_next_step_is_scored_while_the_learner_computes_this_one() -> None:
-    rollouts, teachers = Slow(), Teachers()
+    rollouts, teachers = Slow(), Lossless()
     flow = Flow(rollouts, teachers, timeout_seconds=1.0)  # type: ignore[arg-type]
-    requests = [RolloutRequest(number, number, 0, seed=number) for number in range(3)]
+    requests = [RolloutRequest(number, number, 0, seed=number) for number in range(8)]
     sampling = SamplingSettings(8, 1.0)
     this = flow.admit(0, requests[:2], sampling, lambda route: [])
     following = flow.admit(1, requests[2:], sampling, lambda route: [("main", ScoreRequest("teacher"))])
     assert this.take()
     assert not following.finished
-    events = iter([[], ["rank 0"], ["rank 1"]])
+    events = iter([[], ["rank 1"], ["rank 0"]])
     rollouts.cluster.wait_for_any = lambda pending, *_: pending() and next(events)
-    this.move_on_until(["rank 0", "rank 1"])
-    assert [handle.trajectory_ids for handle in following.finished] == [(2,)]
+    this.move_on_until(["rank 0", "rank 1"])  # returns with the first answer, which may be an error
+    assert [handle.trajectory_ids for handle in following.finished] == [(2, 3), (4, 5)]
+    this.move_on_until(["rank 0"])
+    assert len(following.finished) == 3
+    this.move_on_until(["never"])  # returns, for nothing else is under way
     assert following.is_exhausted is False  # it is given out when it is learned from
