@@ -90,6 +90,10 @@ class BatchSource(Protocol):
     def is_exhausted(self) -> bool:
         """Return whether every batch was given out."""
 
+    @property
+    def is_moving(self) -> bool:
+        """Return whether batches of any step are still generated or scored."""
+
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready."""
 
@@ -106,6 +110,10 @@ class ReadyBatches:
     @property
     def is_exhausted(self) -> bool:
         return not self._handles
+
+    @property
+    def is_moving(self) -> bool:
+        return False
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         handles, self._handles = self._handles, []

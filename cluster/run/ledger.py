@@ -139,6 +139,10 @@ class CheckedBatches:
         self._check_complete()
         return True
 
+    @property
+    def is_moving(self) -> bool:
+        return self.batches.is_moving
+
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         handles = self.batches.take(wake_on)
         for handle in handles:

@@ -29,6 +29,10 @@ class Scripted:
     def is_exhausted(self) -> bool:
         return not self._arrivals
 
+    @property
+    def is_moving(self) -> bool:
+        return bool(self._arrivals)
+
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         self._started = self._started or time.perf_counter()
         seconds, handle = self._arrivals[0]
@@ -111,6 +115,7 @@ def test_only_the_last_round_completes_the_step(group, unit: float) -> None:
     figures = report(group.step(source, 4))
     assert (figures["rounds"], figures["completing_rounds"], figures["tokens"]) == (2, 1, 30)
     assert figures["step"] == 4  # whose learning rate the ranks take
+    assert figures["rounds_on_shared_cores"] == 1  # nothing is generated or scored during the last
 
 
 def test_a_worker_that_comes_late_gets_the_version_that_the_others_have(group) -> None:
