@@ -91,6 +91,10 @@ class BatchSource(Protocol):
         """Return whether every batch was given out."""
 
     @property
+    def missing(self) -> int:
+        """Return how many trajectories of the step are still generated or scored."""
+
+    @property
     def is_moving(self) -> bool:
         """Return whether batches of any step are still generated or scored."""
 
@@ -110,6 +114,10 @@ class ReadyBatches:
     @property
     def is_exhausted(self) -> bool:
         return not self._handles
+
+    @property
+    def missing(self) -> int:
+        return 0
 
     @property
     def is_moving(self) -> bool:

@@ -140,6 +140,10 @@ class CheckedBatches:
         return True
 
     @property
+    def missing(self) -> int:
+        return self.batches.missing
+
+    @property
     def is_moving(self) -> bool:
         return self.batches.is_moving
 

@@ -75,6 +75,10 @@ class Noted:
         return self._batches.is_exhausted
 
     @property
+    def missing(self) -> int:
+        return self._batches.missing
+
+    @property
     def is_moving(self) -> bool:
         return self._batches.is_moving
 
