@@ -1,7 +1,7 @@
 """A group over gloo, in NCCL's place; run as a program, a rollout engine that joins it and receives weights.
 
 The program answers each line of its input with a line. It kills itself where its argument says: "invited", as soon as
-it hears of the group; "met", when all ranks are there and join.
+it hears of the group; "met", when all ranks are there and join; "bucket", when it is to receive the second one.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from threading import Event
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ HOST = "127.0.0.1"
 
 
 class GlooGroup:
-    """The communicator as far as sender and receiver know it."""
+    """The communicator as far as sender and receiver know it.
+
+    It waits as NCCL does, for ever where a rank is gone, and comes back without a word when it is destroyed.
+    """
 
     disabled = False
 
@@ -31,13 +35,17 @@ class GlooGroup:
         options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
         options._timeout = timedelta(seconds=60)
         self._group = ProcessGroupGloo(store, rank, world_size, options)
+        self._is_aborted = Event()
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> Tensor:
-        self._group.broadcast(tensor, src).wait()
+        try:
+            self._group.broadcast(tensor, src).wait()
+        except RuntimeError:
+            self._is_aborted.wait()
         return tensor
 
     def destroy(self) -> None:
-        pass
+        self._is_aborted.set()
 
 
 class GlooJoin:
@@ -57,6 +65,7 @@ class GlooJoin:
 
 def main(dies_when: str) -> None:
     group: GlooGroup | None = None
+    num_buckets = 0
     for line in sys.stdin:
         verb, argument = json.loads(line)
         answer: dict[str, Any] = {}
@@ -64,16 +73,22 @@ def main(dies_when: str) -> None:
             if dies_when == "invited":
                 os.kill(os.getpid(), signal.SIGKILL)
             where = argument["master_address"], argument["master_port"], argument["world_size"]
+            meeting = Meeting(*where, argument["rank_offset"])
             try:
-                group = Meeting(*where, argument["rank_offset"]).form(GlooJoin(dies_when == "met"))
+                group = meeting.form(GlooJoin(dies_when == "met"))
             except WeightSyncError as error:
                 answer = {"error": str(error)}
         if verb == "update_weights":
             assert group is not None
+            num_buckets += 1
+            if dies_when == "bucket" and num_buckets == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
             widths = [getattr(torch, name).itemsize for name in argument["dtype_names"]]
             sizes = [torch.Size(shape).numel() for shape in argument["shapes"]]
             num_bytes = sum(size * width for size, width in zip(sizes, widths, strict=True))
-            answer = {"bytes": group.broadcast(torch.empty(num_bytes, dtype=torch.uint8), 0).tolist()}
+            with meeting.watched(group.destroy) as given_up:
+                answer = {"bytes": group.broadcast(torch.zeros(num_bytes, dtype=torch.uint8), 0).tolist()}
+            answer |= {"given_up": given_up.result()} if given_up.done() else {}
         answer_with(answer)
 
 

@@ -1,4 +1,7 @@
-"""A rollout engine that is killed while the group for weights forms costs nobody else: real processes, over gloo."""
+"""A rollout engine that is killed while the group for weights forms, or in a broadcast, costs nobody else.
+
+Real processes, over gloo, which waits as NCCL does.
+"""
 
 import json
 import select
@@ -7,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -51,6 +54,10 @@ class Engine:
         return self.answered[-1]
 
     @property
+    def has_answered(self) -> bool:
+        return bool(select.select([self.process.stdout], [], [], 0.02)[0]) and self.process.poll() is None
+
+    @property
     def weights(self) -> dict[str, Tensor]:
         payloads = [torch.tensor(answer["bytes"], dtype=torch.uint8) for answer in self.answered if "bytes" in answer]
         count = min(len(payloads), 3)  # of the last update
@@ -74,8 +81,19 @@ class Processes:
         if any(engine.process.poll() is not None for engine in references.values()):
             raise ActorDiedError("a rollout worker died")
 
-    def answers(self, references: Mapping[int, Engine], what_for: str) -> dict[int, Any]:
-        return {position: engine.answer() for position, engine in references.items()}
+    def answers(
+        self, references: Mapping[int, Engine], what_for: str, on_death: Callable[[], None] = lambda: None
+    ) -> dict[int, Any]:
+        while not all(engine.has_answered for engine in references.values()):
+            if any(engine.process.poll() is not None for engine in references.values()):
+                on_death()
+                break
+        living = {}
+        for position, engine in references.items():
+            with suppress(ActorDiedError):
+                living[position] = engine.answer()
+        self.workers = {p: worker for p, worker in self.workers.items() if p in living or not references}
+        return living
 
     def first_error(self, references: Mapping[int, Engine], what_for: str) -> Exception | None:
         errors = []
@@ -127,6 +145,25 @@ def test_rank_0_and_the_others_survive_deaths_at_any_moment_of_joining(start: Ca
     given_up = [answer["error"] for answer in first.answered if "error" in answer]
     assert len(given_up) == 2
     assert all("died or failed meanwhile" in sentence for sentence in given_up)
+
+
+def test_rank_0_and_the_others_survive_a_death_in_a_broadcast(start: Callable[..., list[Engine]]) -> None:
+    first, second, dying = start("never", "never", "bucket")
+    publication = Publication(make_link, recipients=Processes)  # type: ignore[arg-type]
+    sender: Any = publication.sender
+    began = time.monotonic()
+    sender.publish([first, second, dying], 1)
+    assert time.monotonic() - began < SECONDS
+    assert dying.process.wait() == -9
+    for engine in (first, second):
+        assert [len(engine.messages), sum("bytes" in answer for answer in engine.answered)] == [2 + 3, 2 + 3]
+        assert_all_arrived(engine.weights)
+    freed = [answer["given_up"] for engine in (first, second) for answer in engine.answered if "given_up" in answer]
+    assert freed
+    assert set(freed) == {"a rollout worker died or failed"}
+    sender.publish([first, second], 2)  # over the group that was formed anew
+    assert_all_arrived(first.weights)
+    assert publication.ends == []
 
 
 HOLD_A_STORE = """
