@@ -120,7 +120,7 @@ class GpuUpdate:
         """Let the link wait for the workers, as NCCL does for ever, and poll their answers for errors meanwhile.
 
         Raises:
-            WeightSyncError: nobody died, and the workers were not there in time; or a worker's own error.
+            WeightSyncError: all workers live, and were not there in time; or a worker's own error.
         """
         carrying = self._thread.submit(_on_this_stream(lambda: self._link.carry(values)))
         deadline = time.monotonic() + self._timeout_seconds
