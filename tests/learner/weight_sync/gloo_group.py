@@ -1,7 +1,8 @@
 """A group over gloo, in NCCL's place; run as a program, a rollout engine that joins it and receives weights.
 
 The program answers each line of its input with a line. It kills itself where its argument says: "invited", as soon as
-it hears of the group; "met", when all ranks are there and join; "bucket", when it is to receive the second one.
+it hears of the group; "met", when all ranks are there and join; "bucket", when it is to receive the second one. Its
+second argument, "nccl", takes NCCL, and the first GPU.
 """
 
 import json
@@ -63,8 +64,17 @@ class GlooJoin:
         pass
 
 
-def main(dies_when: str) -> None:
-    group: GlooGroup | None = None
+def make_join(dies: bool, backend: str) -> Any:
+    if backend == "gloo":
+        return GlooJoin(dies)
+    from cluster.vllm.weight_sync.nccl_and_ipc import NcclJoin
+
+    return NcclJoin()
+
+
+def main(dies_when: str, backend: str) -> None:
+    group: Any = None
+    on_gpu = backend == "nccl"
     num_buckets = 0
     for line in sys.stdin:
         verb, argument = json.loads(line)
@@ -75,7 +85,7 @@ def main(dies_when: str) -> None:
             where = argument["master_address"], argument["master_port"], argument["world_size"]
             meeting = Meeting(*where, argument["rank_offset"])
             try:
-                group = meeting.form(GlooJoin(dies_when == "met"))
+                group = meeting.form(make_join(dies_when == "met", backend))
             except WeightSyncError as error:
                 answer = {"error": str(error)}
         if verb == "update_weights":
@@ -86,8 +96,10 @@ def main(dies_when: str) -> None:
             widths = [getattr(torch, name).itemsize for name in argument["dtype_names"]]
             sizes = [torch.Size(shape).numel() for shape in argument["shapes"]]
             num_bytes = sum(size * width for size, width in zip(sizes, widths, strict=True))
+            buffer = torch.zeros(num_bytes, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
             with meeting.watched(group.destroy) as given_up:
-                answer = {"bytes": group.broadcast(torch.zeros(num_bytes, dtype=torch.uint8), 0).tolist()}
+                group.broadcast(buffer, 0, torch.cuda.current_stream() if on_gpu else None)
+                answer = {"bytes": buffer.tolist()}  # which waits for the GPU
             answer |= {"given_up": given_up.result()} if given_up.done() else {}
         answer_with(answer)
 
@@ -99,4 +111,4 @@ def answer_with(answer: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     answer_with({})  # it is there
-    main(sys.argv[1])
+    main(*sys.argv[1:])
