@@ -109,6 +109,7 @@ NEEDS = (
     Need(
         "vllm.v1.engine.async_llm", "AsyncLLM.generate", takes=("prompt", "sampling_params", "request_id", "priority")
     ),
+    Need("vllm.v1.engine.input_processor", words=("type", "prompt_token_ids")),  # of a prompt that is tokenised
     Need("vllm.v1.engine.async_llm", "AsyncLLM.encode", takes=("prompt", "pooling_params", "request_id")),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.sleep", takes=("level",)),
     Need("vllm.device_allocator.cumem", "CuMemAllocator.sleep", takes=("offload_tags",)),
