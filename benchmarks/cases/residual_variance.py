@@ -125,9 +125,7 @@ def rows_of(pair: Pair) -> list[Row]:
     ]
 
 
-def measure_prefix(
-    student: Tensor, teacher: Tensor, support_size: int, chosen_by: str = "teacher"
-) -> dict[str, float]:
+def measure_prefix(student: Tensor, teacher: Tensor, support_size: int, chosen_by: str = "teacher") -> dict[str, float]:
     """Return the squared biases and the variances of all estimators at one prefix."""
     p, log_ratio = student.exp(), student - teacher
     candidates = (student if chosen_by == "student" else teacher).topk(support_size).indices
