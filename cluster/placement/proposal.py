@@ -20,6 +20,8 @@ MIN_CACHE_GIB = 0.25
 GIB = 1 << 30
 GPUS_OF_A_NODE = 8  # of machines that are described only
 NO_BFLOAT16 = "this CPU has no bfloat16 products, and engines take two to four times as long with it"
+# What is planned with of a GPU that is described only: one called 80 or 141 GB has 79.6 or 139.8 GiB.
+NAMED_SHARE = 0.97
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class Machine:
     memory_gib: float
     gpus: int
     gpu_gib: float  # of each
+    is_named: bool = False  # whether that is what somebody calls it, and not what it was found to have
 
     @classmethod
     def read(cls, gpus: int | None, gpu_gib: float | None) -> "Machine":
         """Describe this machine, or one with so many GPUs of so many GiB each."""
         cpus = len(os.sched_getaffinity(0))
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+        memory, is_named = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, gpu_gib is not None
         if (gpus is not None and gpus < 0) or (gpu_gib is not None and not 0 < gpu_gib < math.inf):
             raise ConfigError(f"--gpus {gpus} --gpu-memory {gpu_gib}: expected 0 or more GPUs, of more than 0 GiB each")
         if gpus is None or (gpus and gpu_gib is None):
@@ -45,7 +48,12 @@ class Machine:
                 if not here:
                     raise ConfigError(f"--gpus {gpus}: this machine has none to look at; add --gpu-memory GIB")
                 gpu_gib = min(here)
-        return cls(cpus, memory, gpus, gpu_gib or 0.0)
+        return cls(cpus, memory, gpus, gpu_gib or 0.0, is_named)
+
+    @property
+    def planned_gib(self) -> float:
+        """Return what a GPU can be counted on to have."""
+        return self.gpu_gib * NAMED_SHARE if self.is_named else self.gpu_gib
 
     def nodes(self, share_gpu: bool) -> list[NodeResources]:
         """Return the machine as nodes of Ray: a shared GPU is the only one of its node, others come by eights."""
@@ -103,7 +111,7 @@ def choose_hardware(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, 
 
 
 def _plan(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> MemoryPlan:
-    return plan_memory(draft.config(), sizes, Lengths(longest), machine.gpu_gib if machine.gpus else None)
+    return plan_memory(draft.config(), sizes, Lengths(longest), machine.planned_gib if machine.gpus else None)
 
 
 def _choose_for_cpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> None:

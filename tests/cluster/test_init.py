@@ -91,6 +91,15 @@ def test_one_gpu_is_shared(prompts: Path) -> None:
     assert all(engine.kv_cache_gib for engine in engines)
 
 
+@pytest.mark.parametrize(("name", "found"), [("141", "139.0"), ("24", "23.5")])
+def test_a_run_file_for_a_gpu_by_its_name_fits_what_such_a_gpu_has(
+    prompts: Path, capsys: pytest.CaptureFixture[str], name: str, found: str
+) -> None:
+    init(prompts, "--gpus", "1", "--gpu-memory", name)
+    assert f"planned with {0.97 * float(name):.1f} GiB of each GPU" in capsys.readouterr().out
+    assert main(["plan", str(prompts.with_name("run.toml")), "--gpus", "1", "--gpu-memory", found]) == 0
+
+
 def test_eight_gpus_are_divided(prompts: Path) -> None:
     eight = init(prompts, "--gpus", "8", "--gpu-memory", "80")
     pools = (eight.rollout.num_workers, eight.teachers["main"].num_workers, eight.learner.num_workers)
