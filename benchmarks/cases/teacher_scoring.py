@@ -31,7 +31,7 @@ from benchmarks.harness.report import RESULTS, Row, at_least, describe_machine, 
 from cluster.config.stages import Dtype, EngineConfig, TeacherConfig
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import GeneratedTrajectory, Ints, make_generated, ragged
-from cluster.models.lm_head import LmHead, load_lm_head, multiplies_wide, read_head_facts
+from cluster.models.lm_head import LmHead, load_lm_head, multiplies_wide
 from cluster.models.token_scores import chunk_size
 from cluster.vllm.engine import prepare_environment
 
@@ -120,8 +120,7 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
     generating = None if plan.is_alone else build_generating_engine(teacher, context, max(plan.top_ks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = load_lm_head(teacher.model, teacher.trust_remote_code, engine.dtype).to(device)
-    facts = read_head_facts(teacher.model, teacher.trust_remote_code)
-    backends: list[Any] = [ours, RequestPerRow(ours, facts, engine.dtype), HeadInActor(ours, head)]
+    backends: list[Any] = [ours, RequestPerRow(ours), HeadInActor(ours, head)]
     worker, *former = (TeacherWorker("teacher", backend) for backend in backends)
     if multiplies_wide(head.weight.dtype, device):  # the engine does, so what it cannot do without takes no longer
         head = replace(head, weight=head.weight.float())

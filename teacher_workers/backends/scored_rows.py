@@ -108,13 +108,13 @@ def positions_before(loss_mask: Ragged) -> Ragged:
     return Ragged((places - starts - 1).astype(np.int32), offsets)
 
 
-def only_rows(rows: NDArray[np.int64], *columns: Ragged) -> list[Ragged]:
-    """Return some rows of columns, in their order; where they are all, the columns."""
-    if len(rows) == len(columns[0]):
-        return list(columns)
-    offsets = [np.cumsum([0, *column.lengths[rows]]) for column in columns]
-    values = [np.concatenate([column[row] for row in rows.tolist()]) for column in columns]
-    return [Ragged(*pair) for pair in zip(values, offsets, strict=True)]
+def only_rows(rows: NDArray[np.int64], token_ids: Ragged, positions: Ragged) -> tuple[Ragged, Ragged]:
+    """Return some rows of both columns, in their order; where they are all, the columns themselves."""
+    return (token_ids, positions) if len(rows) == len(token_ids) else (_some(rows, token_ids), _some(rows, positions))
+
+
+def _some(rows: NDArray[np.int64], column: Ragged) -> Ragged:
+    return Ragged(np.concatenate([column[row] for row in rows.tolist()]), np.cumsum([0, *column.lengths[rows]]))
 
 
 def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:

@@ -71,9 +71,9 @@ NEEDS = (
     Need(
         "vllm.v1.request",
         "Request.__init__",
-        takes=tuple(
-            "request_id prompt_token_ids sampling_params pooling_params client_index arrival_time priority "
-            "block_hasher".split()
+        takes=(
+            *("request_id", "prompt_token_ids", "sampling_params", "pooling_params", "client_index", "arrival_time"),
+            *("priority", "block_hasher"),
         ),
     ),
     Need(
