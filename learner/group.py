@@ -193,7 +193,6 @@ class LearnerGroup:
         spans: list[Span] = []
 
         def send(rounds: Sequence[Round], completes_step: bool = False) -> None:
-            arrivals.shares_cores = batches.is_moving
             for first in range(0, len(rounds), ROUNDS_PER_CALL):
                 of_call = rounds[first : first + ROUNDS_PER_CALL]
                 is_last = completes_step and first + len(of_call) == len(rounds)

@@ -93,7 +93,6 @@ class LearnerActor:
     def use(self, engine: TrainEngine, teacher_heads: TeacherHeads) -> None:
         """Train the engine's weights; the heads are for objectives over the whole vocabulary."""
         self._engine, self._teacher_heads = engine, teacher_heads
-        self._threads = torch.get_num_threads()
         self._kernels = choose_kernels(_device(), self._config.objective.needs.hidden)
         config, rollout = self._config, self._config.rollout
         self._ignored_ids = ignored_ids(config.student, config.objective.token_weights, rollout.stop_token_ids)
@@ -112,7 +111,6 @@ class LearnerActor:
         self, share: RankShare, completes_step: bool, objective: ObjectiveConfig | None = None
     ) -> dict[str, Metric]:
         """Add the gradients of this rank's share of a round; `objective`, of the same support, replaces the run's."""
-        self._take_cores(share.shares_cores)
         batches, rows, micro_batches = self._read(share)
         minimised = self._objective_of(share, objective)
         keep = None
@@ -125,14 +123,6 @@ class LearnerActor:
         metrics = accumulate(self._engine, moved, count, minimised, self._teacher_heads, completes_step, keep)
         return metrics if objective is not None else metrics | self._left_out(rows, share)
 
-    def _take_cores(self, are_shared: bool) -> None:
-        """Compute with this rank's threads, or with half of them while engines compute on the same cores.
-
-        Threads of one product wait for each other: where one has no core, all of them stand still.
-        """
-        if _device().type == "cpu" and self._config.learner.cpu_threads is None:
-            torch.set_num_threads(max(1, self._threads // 2) if are_shared else self._threads)
-
     def _left_out(self, rows: Sequence[Trajectory], share: RankShare) -> dict[str, Metric]:
         """Return which part of the sampled tokens comes after the ends of their trajectories, where these have any."""
         if not self._config.objective.token_weights.stop_window:
@@ -143,7 +133,6 @@ class LearnerActor:
 
     def advantage_sums(self, share: RankShare, objective: ObjectiveConfig | None = None) -> dict[str, Metric]:
         """Return what the current student makes of this rank's share of the mean advantages over a step."""
-        self._take_cores(share.shares_cores)
         started, read = perf_counter(), self._objective_of(share, objective)
         sums: list[dict[str, Metric]] = []
         for batch in self._read(share)[-1]:

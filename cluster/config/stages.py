@@ -309,7 +309,7 @@ class LearnerConfig(Section):
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"  # ZeRO stage 3
     gpu_memory_fraction: GpuFraction | None = None  # kept free for it on a shared GPU; None: what it needs
-    cpu_threads: Count | None = None  # None: its share of the node's cores, on a CPU half while engines compute
+    cpu_threads: Count | None = None  # None: this worker's share of the node's cores
     deepspeed: dict[str, Any] = field(default_factory=dict)  # further entries of DeepSpeed's configuration
 
     def __post_init__(self) -> None:

@@ -92,11 +92,7 @@ class BatchSource(Protocol):
 
     @property
     def missing(self) -> int:
-        """Return how many trajectories of the step are still generated or scored."""
-
-    @property
-    def is_moving(self) -> bool:
-        """Return whether batches of any step are still generated or scored."""
+        """Return how many requests of the step are still generated or scored."""
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready."""
@@ -118,10 +114,6 @@ class ReadyBatches:
     @property
     def missing(self) -> int:
         return 0
-
-    @property
-    def is_moving(self) -> bool:
-        return False
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         handles, self._handles = self._handles, []

@@ -58,10 +58,6 @@ class StepBatches:
     def is_exhausted(self) -> bool:
         return not self.missing and self._num_given == len(self.finished)
 
-    @property
-    def is_moving(self) -> bool:
-        return self.flow.is_moving
-
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready.
 

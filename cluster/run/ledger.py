@@ -143,10 +143,6 @@ class CheckedBatches:
     def missing(self) -> int:
         return self.batches.missing
 
-    @property
-    def is_moving(self) -> bool:
-        return self.batches.is_moving
-
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         handles = self.batches.take(wake_on)
         for handle in handles:

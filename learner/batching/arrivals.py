@@ -40,7 +40,6 @@ class RankShare:
     weights: tuple[float, ...] = ()  # of the rows of `references`, in order; empty: all are 1
     step: int = 0  # optimizer step, from 0, at which weights have what their schedules say
     step_means: Mapping[str, float] = field(default_factory=dict)  # term -> mean advantage over the whole step
-    shares_cores: bool = False  # whether rollout workers and teachers compute meanwhile
 
 
 @dataclass
@@ -52,7 +51,6 @@ class BatchBuffer:
     step: int = 0  # optimizer step, from 0
     num_loss_tokens: int = 0  # completion tokens that are learned from: the step's loss is divided by them
     step_means: Mapping[str, float] = field(default_factory=dict)  # for the ranks, once they are known
-    shares_cores: bool = False  # as the ranks are told
     _handles: list[BatchHandle] = field(default_factory=list)
     _places: list[tuple[int, int]] = field(default_factory=list)  # of each trajectory: batch, row in it
     _advantages: list[list[float]] = field(default_factory=list)  # of each batch's rows
@@ -127,7 +125,6 @@ class BatchBuffer:
             tuple(weight for batch in used for weight in self._weights(self._handles[batch])),
             self.step,
             self.step_means,
-            self.shares_cores,
         )
 
     def _weights(self, handle: BatchHandle) -> list[float]:

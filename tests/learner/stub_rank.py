@@ -41,7 +41,6 @@ class StubRank:
             "step_of_weights": Max(float(share.step)),
             "tokens": Sum(float(tokens)),
             "rounds": Sum(1.0),
-            "rounds_on_shared_cores": Sum(float(share.shares_cores)),
             "micro_batches": Sum(float(len(share.grids))),
             "completing_rounds": Sum(float(completes_step)),
             "largest_round_tokens": Max(float(tokens)),

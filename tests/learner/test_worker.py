@@ -1,7 +1,5 @@
 """One rank over the plain-torch engine: no Ray actor, no DeepSpeed."""
 
-from dataclasses import replace
-
 import msgspec
 import numpy as np
 import pytest
@@ -75,25 +73,6 @@ def test_micro_batches_made_ahead_give_the_same_gradients_to_the_bit(make_config
     assert len(grids) > 2
     for one, other in zip(ahead, engine.student.parameters(), strict=True):
         assert torch.equal(one, other.grad)
-
-
-@pytest.mark.parametrize(("overrides", "expected"), [((), [2, 4]), (("learner.cpu_threads=3",), [4, 4])])
-def test_a_rank_has_half_of_its_threads_while_engines_compute_unless_their_number_is_set(
-    make_config, make_worker, scored, overrides, expected
-):
-    before = torch.get_num_threads()
-    grids = plan_step(ragged(scored, "token_ids").lengths.tolist(), num_ranks=1, micro_batch_tokens=1000)[0]
-    share = RankShare((scored,), (0.0,) * scored.num_rows, grids)
-    try:
-        torch.set_num_threads(4)
-        worker = make_worker(make_config(*overrides))
-        used = []
-        for is_shared in (True, False):
-            worker.accumulate(replace(share, shares_cores=is_shared), completes_step=not is_shared)
-            used.append(torch.get_num_threads())
-    finally:
-        torch.set_num_threads(before)
-    assert used == expected
 
 
 class SecondRank(ReferenceEngine):

@@ -78,10 +78,6 @@ class Noted:
     def missing(self) -> int:
         return self._batches.missing
 
-    @property
-    def is_moving(self) -> bool:
-        return self._batches.is_moving
-
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         taken = self._batches.take(wake_on)
         self.handles += taken
