@@ -39,7 +39,7 @@ ENGINE_ARGUMENTS = (
 )
 SAMPLING = (
     "temperature top_p top_k min_p max_tokens seed stop repetition_detection logprobs flat_logprobs detokenize "
-    "output_kind extra_args"
+    "output_kind extra_args skip_clone"
 )
 WEIGHT_VERBS = "init_weight_transfer_engine start_weight_update update_weights finish_weight_update"
 TRANSFER = "vllm.distributed.weight_transfer"
@@ -132,7 +132,6 @@ NEEDS = (
     Need(
         "vllm.v1.engine.async_llm", "AsyncLLM.generate", takes=("prompt", "sampling_params", "request_id", "priority")
     ),
-    Need("vllm.v1.engine.input_processor", words=("type", "prompt_token_ids")),  # of a prompt that is tokenised
     Need("vllm.v1.engine.async_llm", "AsyncLLM.encode", takes=("prompt", "pooling_params", "request_id")),
     Need("vllm.v1.engine.async_llm", "AsyncLLM.sleep", takes=("level",)),
     Need("vllm.device_allocator.cumem", "CuMemAllocator.sleep", takes=("offload_tags",)),
