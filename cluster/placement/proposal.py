@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.config.draft import TEACHER, Draft
+from cluster.config.run_config import Config
 from cluster.contracts.errors import ConfigError, PlacementError
 from cluster.models.model_size import STUDENT, ModelSize
 from cluster.placement.gpus import visible_gpus
@@ -18,6 +19,7 @@ SMALL_PARAMETERS = 10_000_000  # a student that is so small learns in float32 wi
 MIN_CACHE_GIB = 0.25
 GIB = 1 << 30
 GPUS_OF_A_NODE = 8  # of machines that are described only
+NO_BFLOAT16 = "this CPU has no bfloat16 products, and engines take two to four times as long with it"
 # What is planned with of a GPU that is described only: one called 80 or 141 GB has 79.6 or 139.8 GiB.
 NAMED_SHARE = 0.97
 # By estimate, not measured: to write a token takes a GPU, which reads the weights for some hundred sequences at once,
@@ -70,6 +72,22 @@ class Machine:
         return f"{gpus}, {self.cpus} CPU cores, {self.memory_gib:.0f} GiB of memory"
 
 
+def lacks_bfloat16() -> bool:
+    """Return whether this machine's CPU multiplies float32 faster than bfloat16."""
+    import torch
+
+    from cluster.models.lm_head import multiplies_wide
+
+    return multiplies_wide(torch.bfloat16, torch.device("cpu"))
+
+
+def warning_of_dtype(config: Config, on_gpu: bool) -> str | None:
+    """Return what is slow about the engines' dtype, for a run file that was written for another machine."""
+    if on_gpu or config.rollout.engine.dtype != "bfloat16" or not lacks_bfloat16():
+        return None
+    return f"warning: rollout.engine.dtype = 'bfloat16', and {NO_BFLOAT16}; use float32, in all three stages"
+
+
 def choose_hardware(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> MemoryPlan:
     """Complete a draft whose longest sequences have so many tokens, and return what its workers take of memory.
 
@@ -101,9 +119,14 @@ def _plan(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: M
 
 
 def _choose_for_cpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> None:
-    is_small = sizes[STUDENT].parameters <= SMALL_PARAMETERS
-    if is_small:
+    in_float32 = True
+    if sizes[STUDENT].parameters <= SMALL_PARAMETERS:
         draft.set("learner.dtype", "float32", "a student of this size is as fast in it")
+    elif lacks_bfloat16():
+        draft.set("learner.dtype", "float32", NO_BFLOAT16)
+    else:
+        in_float32 = False
+    if in_float32:
         draft.set("rollout.engine.dtype", "float32")
         if TEACHER in sizes:
             draft.set(f"teachers.{TEACHER}.engine.dtype", "float32")
@@ -111,7 +134,7 @@ def _choose_for_cpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, 
     rows = draft.value("prompts.prompts_per_step")
     for name in sizes:
         section = "rollout" if name == STUDENT else f"teachers.{name}"
-        needed = rows * longest * sizes[name].kv_values_per_token * (4 if is_small else 2) / GIB
+        needed = rows * longest * sizes[name].kv_values_per_token * (4 if in_float32 else 2) / GIB
         cache = min(_up(needed, MIN_CACHE_GIB), _down(machine.memory_gib / 8, MIN_CACHE_GIB))
         why = f"the {rows} sequences of a step, if all had {longest} tokens, take {needed:.2g} GiB"
         draft.set(f"{section}.engine.kv_cache_gib", cache, why)

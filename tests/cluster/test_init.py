@@ -10,7 +10,8 @@ from cluster.cli import main
 from cluster.config.methods import METHODS
 from cluster.config.run_config import Config
 from cluster.config.run_file import load_run_config, parse_run_config
-from cluster.demo import EMBEDDED
+from cluster.demo import EMBEDDED, embedded_config
+from cluster.placement.proposal import warning_of_dtype
 from cluster.run.inputs import load_inputs
 from tests.end_to_end.runs import preceptor
 from tests.teacher_workers.backends.fake_server import FakeServer
@@ -53,6 +54,23 @@ def test_the_embedded_pair_gets_a_short_run_file_with_reasons(
     assert 'prompts.template = "raw": the student\'s tokenizer has no chat template' in said
     assert "prompts have 10 tokens (median)" in said
     assert f"{prompts.with_name('run.toml')} is written" in said
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_cpu_without_bfloat16_gets_float32(prompts: Path, monkeypatch: pytest.MonkeyPatch, lacks: bool) -> None:
+    monkeypatch.setattr("cluster.placement.proposal.SMALL_PARAMETERS", 0)
+    monkeypatch.setattr("cluster.placement.proposal.lacks_bfloat16", lambda: lacks)
+    config = init(prompts, "--gpus", "0")
+    engines = (config.rollout.engine, config.teachers["main"].engine)
+    assert {config.learner.dtype, *(engine.dtype for engine in engines)} == {"float32" if lacks else "bfloat16"}
+    assert warning_of_dtype(config, on_gpu=False) is None  # what is written is right here
+
+
+def test_a_run_file_of_another_machine_is_warned_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.placement.proposal.lacks_bfloat16", lambda: True)
+    config = embedded_config(["rollout.engine.dtype=bfloat16"])
+    assert "use float32" in (warning_of_dtype(config, on_gpu=False) or "")
+    assert warning_of_dtype(config, on_gpu=True) is None
 
 
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
