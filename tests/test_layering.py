@@ -27,6 +27,8 @@ DOORS = {
         "cluster.vllm.stop_class_processor",
         "rollout_workers.vllm_engine",
         "cluster.vllm.generation",
+        "cluster.vllm.batch_requests",
+        "cluster.vllm.cpu_norms",
         "teacher_workers.backends.vllm",
     },
     "deepspeed": {"learner.engines.zero"},
