@@ -17,6 +17,9 @@ from learner.weight_sync.gpu_links import Link
 from learner.weight_sync.recipients import Recipients
 
 CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before their answers are read
+CARRY_SHARE = (
+    0.5  # of the time in which the learner must answer: what is wrong is to be said before the driver gives up
+)
 FREE_SECONDS = 20.0  # for what waits on the GPU to end when its group is broken off; NCCL takes less than five
 
 _log = logging.getLogger("preceptor")
@@ -123,7 +126,8 @@ class GpuUpdate:
             WeightSyncError: all workers live, and were not there in time; or a worker's own error.
         """
         carrying = self._thread.submit(_on_this_stream(lambda: self._link.carry(values)))
-        deadline = time.monotonic() + self._timeout_seconds
+        limit = CARRY_SHARE * self._timeout_seconds
+        deadline = time.monotonic() + limit
         while not wait([carrying], CHECK_SECONDS).done:
             try:
                 self._recipients.poll(self._receiving)
@@ -138,7 +142,7 @@ class GpuUpdate:
             if time.monotonic() > deadline:
                 self._link.break_off("a broadcast took too long")
                 raise WeightSyncError(
-                    f"a bucket of weights did not reach all rollout workers within {self._timeout_seconds:g} s, though "
+                    f"a bucket of weights did not reach all rollout workers within {limit:g} s, though "
                     "none of them died; look at the network between the nodes (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO), "
                     'raise ray.call_timeout_seconds, or set weight_sync.transport = "object_store"'
                 )
