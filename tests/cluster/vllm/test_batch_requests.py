@@ -13,7 +13,7 @@ from cluster.models.token_scores import Layout
 from cluster.vllm.token_scoring import batch_request, unpack_answer
 from tests.cluster.vllm.schedulers import BLOCK, make_scheduler
 
-SCHEDULER = "cluster.vllm.batch_requests.BatchScheduler"
+SCHEDULERS = ("BatchScheduler", "BatchAsyncScheduler")
 
 
 def column(rows: list[list[int]]) -> Ragged:
@@ -23,9 +23,10 @@ def column(rows: list[list[int]]) -> Ragged:
 class Engine:
     """Answers a position with its number and the id that it is to score, if it was computed."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, scheduler: str) -> None:
+        name = f"cluster.vllm.batch_requests.{scheduler}"
         self.scheduler, self._hasher = make_scheduler(
-            model, SCHEDULER, runner="pooling", convert="embed", enable_chunked_prefill=False
+            model, name, runner="pooling", convert="embed", enable_chunked_prefill=False
         )
         self.computed: Counter[str] = Counter()  # tokens of each request that was scheduled
         self._running: dict[str, Any] = {}  # what each one asks
@@ -90,9 +91,9 @@ def tokens(seed: int, count: int) -> list[int]:
     return drawn
 
 
-@pytest.fixture
-def engine(tiny_student: Path) -> Engine:
-    return Engine(tiny_student)
+@pytest.fixture(params=SCHEDULERS)
+def engine(tiny_student: Path, request: pytest.FixtureRequest) -> Engine:
+    return Engine(tiny_student, request.param)
 
 
 def test_a_batch_is_answered_once_and_in_the_order_of_its_rows(engine: Engine) -> None:
