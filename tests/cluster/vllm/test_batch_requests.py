@@ -123,11 +123,12 @@ def test_rows_share_the_blocks_of_their_prompt(engine: Engine) -> None:
 
 @pytest.mark.parametrize("prompt_tokens", [BLOCK, BLOCK - 4], ids=["prompt-ends-with-block", "completions-alike"])
 def test_a_row_whose_completion_was_cached_is_read_whole(engine: Engine, prompt_tokens: int) -> None:
-    """The prompt and what the completions begin with fill one block."""
+    """The prompt and what the completions begin with fill one block. The last row is read before those, once."""
     start = tokens(0, BLOCK + 6)
     rows = [(start + tokens(seed, 3), [prompt_tokens - 1, BLOCK + 2]) for seed in (1, 2, 3)]
+    rows.append((tokens(4, 9), [4, 7]))
     engine.add("batch", rows)
-    records, num_cached = answered(engine.run("batch")["batch"], 3)
+    records, num_cached = answered(engine.run("batch")["batch"], 4)
     assert records == [[[place, ids[place + 1]] for place in places] for ids, places in rows]
     assert num_cached == 0
 
