@@ -12,6 +12,8 @@ from tests.interpreter import python
 
 DOORS = {
     "vllm": {
+        "cluster.vllm.batch_requests",
+        "cluster.vllm.cpu_norms",
         "cluster.vllm.engine",
         "cluster.vllm.keep_cache",
         "cluster.vllm.layer_states",
@@ -27,8 +29,6 @@ DOORS = {
         "cluster.vllm.stop_class_processor",
         "rollout_workers.vllm_engine",
         "cluster.vllm.generation",
-        "cluster.vllm.batch_requests",
-        "cluster.vllm.cpu_norms",
         "teacher_workers.backends.vllm",
     },
     "deepspeed": {"learner.engines.zero"},
