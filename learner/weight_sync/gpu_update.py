@@ -20,7 +20,7 @@ CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before their answe
 CARRY_SHARE = (
     0.5  # of the time in which the learner must answer: what is wrong is to be said before the driver gives up
 )
-FREE_SECONDS = 20.0  # for what waits on the GPU to end when its group is broken off; NCCL takes less than five
+FREE_SECONDS = 60.0  # for what waits on the GPUs to end when their group is broken off, and for a bucket to be loaded
 
 _log = logging.getLogger("preceptor")
 
@@ -152,13 +152,18 @@ class GpuUpdate:
             self._failure = error
             self._break_off()
 
-    def _break_off(self) -> None:
-        """Free this GPU and those of the living workers from a rank that is gone; NCCL would wait for ever."""
-        if self._link.is_read_in_place or self.is_broken:
-            return
-        _log.warning("the group for weights broke while they were sent; workers that live get all of them again")
-        self.is_broken = True
-        self._link.break_off("a rollout worker died or failed")
+    def _break_off(self) -> float | None:
+        """Free this GPU and those of the living workers from a rank that is gone; NCCL would wait for ever.
+
+        Return the seconds in which those must answer then; None: no group holds them.
+        """
+        if self._link.is_read_in_place:
+            return None
+        if not self.is_broken:
+            _log.warning("the group for weights broke while they were sent; workers that live get all of them again")
+            self.is_broken = True
+            self._link.break_off("a rollout worker died or failed")
+        return FREE_SECONDS
 
     def _end(self) -> None:
         _log.error("a rollout worker died while weights were sent to it, and NCCL does not let go of the GPU")
