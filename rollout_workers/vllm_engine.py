@@ -174,7 +174,8 @@ class VllmRolloutEngine:
         await self._updates.init_weight_transfer(init_info)
 
     async def start_weight_update(self) -> None:
-        await self._use.begin(brings_weights=True)
+        if not self._updates.is_under_way:
+            await self._use.begin(brings_weights=True)
         await self._updates.start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:

@@ -47,12 +47,13 @@ PROMPTS, COMPLETION_TOKENS = 16, 24  # of the embedded pair
 
 @dataclass(frozen=True)
 class Pair:
-    """Distributions of student and teacher at some prefixes, and how many of the teacher's tokens are listed."""
+    """Distributions of student and teacher at some prefixes, and how many tokens are listed."""
 
     name: str
     student: Tensor  # [prefixes, vocabulary] log-probabilities
     teacher: Tensor
     support_size: int
+    chosen_by: str = "teacher"  # whose most likely tokens are listed
 
 
 def main() -> int:
@@ -76,8 +77,8 @@ def pairs(num_prefixes: int) -> Iterator[Pair]:
         name = f"random, scale {scale:g}, {vocabulary} tokens"
         yield Pair(name, (teacher + 0.7 * logits[1]).log_softmax(-1), teacher.log_softmax(-1), support_size)
     student, teacher = embedded_logprobs(num_prefixes)
-    for support_size in (4, 16):
-        yield Pair(f"embedded, {student.shape[-1]} tokens", student, teacher, support_size)
+    for support_size, chosen_by in [(4, "teacher"), (16, "teacher"), (16, "student")]:
+        yield Pair(f"embedded, {student.shape[-1]} tokens", student, teacher, support_size, chosen_by)
 
 
 def embedded_logprobs(num_prefixes: int) -> tuple[Tensor, Tensor]:
@@ -113,9 +114,9 @@ def rows_of(pair: Pair) -> list[Row]:
     """Return the biases and variances of one pair."""
     total: dict[str, float] = {}
     for student, teacher in zip(pair.student, pair.teacher, strict=True):
-        for name, value in measure_prefix(student, teacher, pair.support_size).items():
+        for name, value in measure_prefix(student, teacher, pair.support_size, pair.chosen_by).items():
             total[name] = total.get(name, 0.0) + value
-    size, squared = f"{pair.name}, top {pair.support_size}", total.pop("squared length")
+    size, squared = f"{pair.name}, {pair.chosen_by}'s top {pair.support_size}", total.pop("squared length")
     return [
         row(name, size, total[name] / len(pair.student), "ratio")
         if name.startswith("mass")
@@ -124,10 +125,10 @@ def rows_of(pair: Pair) -> list[Row]:
     ]
 
 
-def measure_prefix(student: Tensor, teacher: Tensor, support_size: int) -> dict[str, float]:
+def measure_prefix(student: Tensor, teacher: Tensor, support_size: int, chosen_by: str = "teacher") -> dict[str, float]:
     """Return the squared biases and the variances of all estimators at one prefix."""
     p, log_ratio = student.exp(), student - teacher
-    candidates = teacher.topk(support_size).indices
+    candidates = (student if chosen_by == "student" else teacher).topk(support_size).indices
     outside = torch.ones_like(p, dtype=torch.bool).index_fill_(0, candidates, value=False)
     whole = _gradient(p, log_ratio)
     found = {

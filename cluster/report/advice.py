@@ -114,12 +114,14 @@ def _clipped(run: RunData) -> Advice | None:
 
 
 def _mass(run: RunData) -> Advice | None:
-    mass = run.metric("train/student_candidate_mass")
-    if not mass or _last(mass) > 0.8:
+    mass, objective = run.metric("train/student_candidate_mass"), run.config.objective
+    if not mass or _first(mass) > 0.9:
         return None
+    by_student = "" if objective.support != "topk" else 'objective.support = "student_topk" or '
     return Advice(
-        f"The candidates hold {_last(mass):.0%} of the student's probability.",
-        "Raise objective.support_size, or keep the residual on, which corrects for the rest.",
+        f"The candidates held {_first(mass):.0%} of the student's probability at the beginning: tokens outside them "
+        "learn from single samples alone, whose noise can cost accuracy.",
+        f"Try {by_student}a larger objective.support_size, and keep the residual on.",
     )
 
 

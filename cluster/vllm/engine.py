@@ -117,6 +117,7 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         keeping_scheduler,
         late_logits_processors,
     )
+    from cluster.vllm.cpu_norms import kernel_priorities
 
     if (python := os.environ.get(PYTHON_VARIABLE)) is not None:
         multiprocessing.set_executable(python)
@@ -126,6 +127,7 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
     if is_cpu and arguments["enforce_eager"]:
         # vLLM compiles a function of its sampler all the same, and a C++ compiler runs six seconds for it.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        arguments = kernel_priorities() | arguments
     if not is_cpu:
         # For the engine's process, which computes on the GPU; OpenMP has read the actor's own number already.
         os.environ["OMP_NUM_THREADS"] = str(engine.cpu_threads or 1)

@@ -3,15 +3,18 @@
 NCCL waits without a limit for a rank that is gone. So all ranks first meet at a TCP store, where waiting has one, and
 join only when everyone is there. They join in a thread of its own, while every rank watches the store: a rank that
 gives up says so there, and all others give up too. None of them ends, and each may form the next group.
+
+The store stays as long as the group. While a rank waits in a broadcast, another of its threads watches the store, and
+frees it when the group is given up.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Protocol
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # torch.distributed has them, untyped
@@ -21,6 +24,7 @@ from cluster.contracts.errors import WeightSyncError
 
 FORMING_SECONDS = 60.0  # NCCL takes a few, over many nodes perhaps ten
 POLL_SECONDS = 0.02
+WATCH_SECONDS = 0.25  # between looks at the store of a group that is in use: as many as it has ranks
 ARRIVED, BEGINS, GIVEN_UP = "arrived", "begins", "given up"  # keys of the store
 
 
@@ -58,6 +62,42 @@ class Meeting:
             return self._join(store, backend, deadline, is_given_up)
         except DistError as error:  # the store's rank is gone, or cannot be reached
             raise WeightSyncError(self._sentence(f"{_first_line(error)}")) from error
+
+    def give_up(self, reason: str) -> None:
+        """Tell the ranks that watch a group which has formed, as far as they can be reached, that it is given up."""
+        if self._store is not None:
+            with suppress(DistError):
+                self._store.set(GIVEN_UP, reason)
+
+    @contextmanager
+    def watched(self, abort: Callable[[], None]) -> Iterator["Future[str]"]:
+        """Watch for as long as the context lasts, and call `abort` in another thread when the group is given up.
+
+        What is given is done then: the reason. The end of the first rank, which holds the store, is one too.
+        """
+        given_up: Future[str] = Future()
+        is_over = Event()
+        thread = Thread(target=self._abort_when_given_up, args=(abort, given_up, is_over), daemon=True)
+        thread.start()
+        try:
+            yield given_up
+        finally:
+            is_over.set()
+            thread.join()
+
+    def _abort_when_given_up(self, abort: Callable[[], None], given_up: "Future[str]", is_over: Event) -> None:
+        store = self._store
+        assert store is not None, "the group has formed"
+        while not is_over.wait(WATCH_SECONDS):
+            try:
+                if not store.check([GIVEN_UP]):
+                    continue
+                reason = store.get(GIVEN_UP).decode()
+            except DistError as error:
+                reason = f"its first rank is gone: {_first_line(error)}"
+            given_up.set_result(reason)
+            abort()
+            return
 
     def _connect(self, is_master: bool) -> TCPStore:
         timeout = timedelta(seconds=2 * self.seconds)  # our deadline comes first, but where nobody answers

@@ -40,7 +40,10 @@ class Link(Protocol):
         """Wait until every rank has come here and its buffer holds what it was filled with."""
 
     def carry(self, values: Tensor) -> None:
-        """Send the filled part of the buffer to workers that have its `update_message`."""
+        """Send the filled part of the buffer to workers that have its `update_message`; it may wait for ever."""
+
+    def break_off(self, reason: str) -> None:
+        """Free this rank and the workers from a `carry` that will not end; called by another thread."""
 
 
 class NcclLink:
@@ -104,8 +107,20 @@ class NcclLink:
         """Do nothing: the broadcast follows the filling on the same stream."""
 
     def carry(self, values: Tensor) -> None:
-        """Broadcast, on the stream that filled the buffer; vLLM's default may be another one."""
-        self._group.broadcast(values, src=0, stream=torch.cuda.current_stream() if values.is_cuda else None)
+        """Broadcast on the stream that filled the buffer, for vLLM's default may be another, and wait for its end.
+
+        NCCL comes back as soon as the GPU has the work, and what waits for a dead rank is the GPU.
+        """
+        stream = torch.cuda.current_stream() if values.is_cuda else None
+        self._group.broadcast(values, src=0, stream=stream)
+        if stream is not None:
+            stream.synchronize()
+
+    def break_off(self, reason: str) -> None:
+        group, self._group = self._group, None
+        self._meeting.give_up(reason)  # the workers watch for it
+        if group is not None:
+            group.destroy()
 
 
 class IpcLink:
@@ -159,6 +174,9 @@ class IpcLink:
 
     def carry(self, values: Tensor) -> None:
         """Do nothing: the workers read the buffer."""
+
+    def break_off(self, reason: str) -> None:
+        """Do nothing: `carry` does not wait."""
 
 
 def _form_by_nccl(meeting: Meeting, is_given_up: Callable[[], bool]) -> Any:

@@ -4,41 +4,36 @@ The weights are gathered, cast and sent bucket by bucket through one buffer, whi
 vLLM's engines compare no checksum, so the report's is empty. It has not run on a GPU yet (docs/gpu.md).
 """
 
-import logging
 import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
 from torch import Tensor
 
 from cluster.config.run_config import Config
 from cluster.config.stages import WeightSyncConfig
-from cluster.contracts.errors import ActorDiedError, PreceptorError, WeightSyncError
+from cluster.contracts.errors import WeightSyncError
 from cluster.weight_sync.manifest import Bucket, WeightSyncReport, plan_buckets, total_bytes
 from learner.engines.base import TrainEngine
 from learner.rendezvous import free_port
 from learner.weight_sync.gpu_links import IpcLink, Link, NcclLink, gather_from_ranks
+from learner.weight_sync.gpu_update import GpuUpdate
 from learner.weight_sync.object_store import NewcomerUpdate, WeightSender, fill
 from learner.weight_sync.recipients import Recipients
-
-CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before their answers are read
-
-_log = logging.getLogger("preceptor")
 
 
 class VllmSender:
     """Sends all weights through one buffer on the GPU; the connection opens with the first publication.
 
     A tensor that is larger than `config` says makes the buffer larger; what travels is of `dtype`, the rollout engines'
-    own. All ranks call `make_link` together; with `engines_sleep`, others take memory of this GPU again when they wake;
-    `end_process` ends this one for good.
+    own. All ranks call `make_link` together, and `agree`, which returns every rank's value; with `engines_sleep`,
+    others take memory of this GPU again when they wake; `end_process` ends this one for good.
     """
 
     def __init__(
@@ -52,8 +47,10 @@ class VllmSender:
         bring: Callable[[Sequence[ActorHandle], int, float], NewcomerUpdate] = NewcomerUpdate,
         end_process: Callable[[int], Any] = os._exit,
         engines_sleep: bool = False,
+        agree: Callable[[bool], list[bool]] = gather_from_ranks,
     ) -> None:
         self._engine, self._make_link, self._end_process = engine, make_link, end_process
+        self._agree = agree
         self._listen, self._bring = listen, bring
         self._timeout_seconds, self._engines_sleep = timeout_seconds, engines_sleep
         self._buckets = list(plan_buckets(engine.student.manifest(dtype), config.bucket_bytes))
@@ -72,22 +69,37 @@ class VllmSender:
             self._link = self._make_link(self._buffer)
         if self._engines_sleep:
             torch.cuda.empty_cache()  # what training left there, and will take again; nothing without a GPU
-        update, newcomers = self._begin(self._link, workers, policy_version) if self._engine.rank == 0 else (None, None)
-        for bucket in self._buckets:
-            self._fill(self._link, bucket)
-            self._link.settle()
-            values = self._buffer[: total_bytes(bucket)]
+        is_first = self._engine.rank == 0
+        update, newcomers = self._begin(self._link, workers, policy_version) if is_first else (None, None)
+        self._send_all(self._link, update, newcomers)
+        while self._is_broken(self._link, update):
             if update is not None:
-                update.send(bucket, values)
-            if newcomers is not None:
-                newcomers.send(bucket, values)
-            if self._link.is_read_in_place:
-                self._link.settle()
+                update = self._begin_anew(self._link, update)
+            self._send_all(self._link, update)
         paused_seconds = update.finish(policy_version) if update is not None else None
         if newcomers is not None:
             newcomers.finish()
         num_bytes = sum(map(total_bytes, self._buckets))
         return WeightSyncReport(policy_version, "", num_bytes, time.perf_counter() - started, paused_seconds)
+
+    def _send_all(self, link: Link, update: GpuUpdate | None, newcomers: NewcomerUpdate | None = None) -> None:
+        """Gather every bucket with the other ranks, and send it, from rank 0, as long as the group holds."""
+        for bucket in self._buckets:
+            self._fill(link, bucket)
+            link.settle()
+            values = self._buffer[: total_bytes(bucket)]
+            if update is not None:
+                update.send(bucket, values)
+            if newcomers is not None:
+                newcomers.send(bucket, values)
+            if link.is_read_in_place:
+                link.settle()
+        if update is not None:
+            update.settle()
+
+    def _is_broken(self, link: Link, update: GpuUpdate | None) -> bool:
+        """Return, on all ranks alike, whether the group broke, so that those that live need all buckets again."""
+        return not link.is_read_in_place and any(self._agree(update is not None and update.is_broken))
 
     def _fill(self, link: Link, bucket: Bucket) -> None:
         """Gather one bucket, with the other ranks, and leave it in the buffer if this rank's is read."""
@@ -98,12 +110,30 @@ class VllmSender:
 
     def _begin(
         self, link: Link, workers: Sequence[ActorHandle], policy_version: int
-    ) -> "tuple[GpuUpdate, NewcomerUpdate | None]":
+    ) -> tuple[GpuUpdate, NewcomerUpdate | None]:
         """Pause the workers and see that they are connected, but for those that come while others are."""
         come_later = not link.is_read_in_place and bool(self._connected)
         new = [worker for worker in workers if come_later and worker not in self._known]
         members = [worker for worker in workers if worker not in new]
-        update = GpuUpdate(link, self._listen(members, self._timeout_seconds), self._thread, self._end_process)
+        update = self._make_update(link, members)
+        living = self._connect(update)
+        self._known = [*(living or self._known), *new]
+        return update, self._bring(new, policy_version, self._timeout_seconds) if new else None
+
+    def _begin_anew(self, link: Link, broken: GpuUpdate) -> GpuUpdate:
+        """Begin an update of the workers that live, in another group."""
+        self._connected = []
+        update = self._make_update(link, broken.living())
+        update.paused = broken.paused
+        self._connect(update)
+        return update
+
+    def _make_update(self, link: Link, workers: Sequence[ActorHandle]) -> GpuUpdate:
+        recipients = self._listen(workers, self._timeout_seconds)
+        return GpuUpdate(link, recipients, self._thread, self._end_process, self._timeout_seconds)
+
+    def _connect(self, update: GpuUpdate) -> list[ActorHandle]:
+        """Pause the workers, and return those that live, which are in one group."""
         living = update.start()
         while living and living != self._connected:
             # A group spans a fixed set of workers; another set needs another, as when one of them dies meanwhile.
@@ -111,106 +141,7 @@ class VllmSender:
             if update.connect():
                 self._connected = living
             living = update.living()
-        self._known = [*(living or self._known), *new]
-        return update, self._bring(new, policy_version, self._timeout_seconds) if new else None
-
-
-class GpuUpdate:
-    """Conducts one update from rank 0: announces every bucket to the workers, then carries it.
-
-    The link waits for the workers in `thread`, while this one polls their answers for errors; `end_process` ends this
-    rank for good.
-    """
-
-    def __init__(
-        self, link: Link, recipients: Recipients, thread: ThreadPoolExecutor, end_process: Callable[[int], Any]
-    ) -> None:
-        self._link, self._recipients, self._thread, self._end_process = link, recipients, thread, end_process
-        self._receiving: dict[int, Any] = {}  # worker -> reference
-        self._paused = time.perf_counter()
-        self._num_workers = 0
-
-    def start(self) -> list[ActorHandle]:
-        """Pause the workers, and return those that live."""
-        self._ask("start_weight_update", ())
-        return self.living()
-
-    def living(self) -> list[ActorHandle]:
-        """Return the workers that live; from now on, the death of one of them ends the update."""
-        self._num_workers = len(self._recipients.workers)
-        return list(self._recipients.workers.values())
-
-    def connect(self) -> bool:
-        """Open both ends at once, for each waits for the others; return False if a worker died meanwhile.
-
-        Raises:
-            WeightSyncError: the ends do not meet, though all workers live; a worker's own error, where it has one.
-        """
-        invitations = self._link.invite(self._num_workers)
-        called = self._recipients.call(
-            "init_weight_transfer", dict(zip(self._recipients.workers, invitations, strict=True))
-        )
-        opening = self._thread.submit(_on_this_stream(self._link.open))
-        failure: BaseException | None = None
-        while not wait([opening], CHECK_SECONDS).done:
-            try:
-                self._recipients.poll(called)
-            except (PreceptorError, RayError) as error:
-                failure = failure or error
-                self._link.give_up()
-        # Those that live fail too when one has died.
-        of_worker = self._recipients.first_error(called, "open the weight transfer")
-        failure = failure or opening.exception() or of_worker
-        if len(self._recipients.workers) < self._num_workers:
-            _log.warning("a rollout worker died while the group for weights formed; the others form another")
-            return False
-        if failure is not None:
-            raise failure
-        return True
-
-    def send(self, bucket: Bucket, values: Tensor) -> None:
-        """Let the workers receive what lies in the buffer; with NCCL they read it while the next bucket is made."""
-        self._await("receive a bucket of weights")
-        if not self._recipients.workers:
-            return
-        message = self._link.update_message(bucket)
-        self._receiving = self._recipients.call("update_weights", dict.fromkeys(self._recipients.workers, message))
-        self._beside(lambda: self._link.carry(values))
-        if self._link.is_read_in_place:
-            self._await("receive a bucket of weights")
-
-    def finish(self, policy_version: int) -> float:
-        """Wait until every worker runs on the new weights; return the seconds of generation's pause."""
-        self._await("receive the last bucket of weights")
-        self._ask("finish_weight_update", policy_version)
-        return time.perf_counter() - self._paused
-
-    def _ask(self, verb: str, argument: Any) -> None:
-        answers = self._recipients.call(verb, dict.fromkeys(self._recipients.workers, argument))
-        self._recipients.answers(answers, f"answer {verb}")
-
-    def _await(self, what_for: str) -> None:
-        self._recipients.answers(self._receiving, what_for)
-        self._receiving = {}
-        if len(self._recipients.workers) < self._num_workers and not self._link.is_read_in_place:
-            self._end()
-
-    def _beside(self, act: Callable[[], None]) -> None:
-        """Do what may wait for the workers for ever, as NCCL does, and poll their answers for errors meanwhile."""
-        acting = self._thread.submit(_on_this_stream(act))
-        while not wait([acting], CHECK_SECONDS).done:
-            try:
-                self._recipients.poll(self._receiving)
-            except ActorDiedError:
-                self._end()
-                return
-        acting.result()
-
-    def _end(self) -> None:
-        # NCCL waits on this GPU, and on those of the living workers, for a rank that is gone. Only the end of the
-        # processes ends that; the driver then goes back to the last checkpoint with new ones.
-        _log.error("a rollout worker died while weights were sent to it; this rank of the learner ends")
-        self._end_process(1)
+        return living
 
 
 def make_nccl_sender(engine: TrainEngine, config: Config) -> WeightSender:
@@ -266,16 +197,3 @@ def ipc_link(buffer: Tensor) -> Link:
     if not buffer.is_cuda:
         raise WeightSyncError('weight_sync.transport = "ipc" shares memory of a GPU, and the learner has none')
     return IpcLink(buffer, str(torch.cuda.get_device_properties(buffer.device).uuid), gather_from_ranks)
-
-
-def _on_this_stream(act: Callable[[], None]) -> Callable[[], None]:
-    """Return what another thread can do for this one: each thread has a current stream of its own."""
-    if not torch.cuda.is_available():
-        return act
-    stream = torch.cuda.current_stream()
-
-    def act_there() -> None:
-        with torch.cuda.stream(stream):
-            act()
-
-    return act_there

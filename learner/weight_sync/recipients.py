@@ -1,6 +1,6 @@
 """Calls the workers that one weight update goes to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -36,12 +36,18 @@ class Recipients:
             ready, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=0)
             RAY.get(ready, self._timeout_seconds, f"{self._kind} workers")
 
-    def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
-        """Return the answers of the workers that live; from now on the others are passed over."""
+    def answers(
+        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], None] = lambda: None
+    ) -> dict[int, Any]:
+        """Return the answers of the workers that live; from now on the others are passed over.
+
+        `on_death` is called when one is gone, before the answers of the others are waited for.
+        """
         try:
             answers = RAY.get(list(references.values()), self._timeout_seconds, f"{self._kind} workers to {what_for}")
             return dict(zip(references, answers, strict=True))
         except ActorDiedError:
+            on_death()
             living = {}
             for position, reference in references.items():
                 with suppress(ActorDiedError):

@@ -75,8 +75,12 @@ class RolloutDeployment:
         leave_out: Sequence[str] = (),
         damage: bool = False,
         base_version: int | None = None,
+        is_given_up: bool = False,
     ) -> str:
-        """Send the reference's weights in two buckets; returns the checksum, equal on all actors, and as expected."""
+        """Send the reference's weights in two buckets; returns the checksum, equal on all actors, and as expected.
+
+        An update that `is_given_up` is left open after the first bucket.
+        """
         timeouts: dict[str, Any] = {"timeout_seconds": 60, "waiting_for": "the test's weight sync"}
         RAY.call_all(self.pool.actors, "start_weight_update", **timeouts)
         named = [(name, value) for name, value in self.student.named_parameters() if name not in leave_out]
@@ -93,6 +97,8 @@ class RolloutDeployment:
                 "base_version": base_version,
             }
             RAY.call_all(self.pool.actors, "update_weights", update_info, **timeouts)
+            if is_given_up:
+                return ""
         received = RAY.call_all(self.pool.actors, "finish_weight_update", policy_version, **timeouts)
         assert set(received) == {checksum(buffers)}
         self.policy_version = policy_version

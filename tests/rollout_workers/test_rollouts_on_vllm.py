@@ -187,6 +187,15 @@ def test_an_incomplete_update_names_what_is_missing_and_a_complete_one_repairs_i
     assert largest_gap(rollouts, row) < 1e-5
 
 
+def test_an_update_that_is_begun_anew_leaves_nothing_of_the_one_that_was_given_up(rollouts: RolloutDeployment) -> None:
+    version = rollouts.policy_version + 1
+    for is_given_up in (True, False):
+        rollouts.change_weights()
+        rollouts.publish(version, is_given_up=is_given_up)
+    rows = rollouts.generate(rollouts.requests([4, LONG_PROMPT]), SamplingSettings(32, 1.0))
+    assert max(largest_gap(rollouts, row) for row in rows) < 1e-5
+
+
 def test_a_damaged_bucket_is_refused(rollouts: RolloutDeployment) -> None:
     version = rollouts.policy_version + 1
     with pytest.raises(WeightSyncError, match="damaged"):

@@ -45,7 +45,7 @@ class VllmReceiver:
 
     def finish_weight_update(self) -> None:
         """Look for layers that are not full, before vLLM makes do with what they have; 0.24 does not call this."""
-        self._fault = fault_of_incomplete(self.model, self._tied_layers)
+        self._fault = self._fault or fault_of_incomplete(self.model, self._tied_layers)
         vllms: Any = super()
         vllms.finish_weight_update()
 
@@ -65,10 +65,13 @@ class IpcReceiver(VllmReceiver, IPCWeightTransferEngine):
 class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
     """Receives broadcasts, and joins one group after another; until it is in one, weights come by the object store.
 
-    A group spans a fixed set of workers, so another is formed whenever one of them starts again, comes or leaves.
+    A group spans a fixed set of workers, so another is formed whenever one of them starts again, comes or leaves. One
+    that breaks in a broadcast, as when a rank dies, is left: the model holds nonsense then, until the learner begins
+    the update anew.
     """
 
     model_update_group: PyNcclCommunicator | None
+    _meeting: Meeting
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -86,8 +89,8 @@ class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
         own = self.parallel_config
         rank = init_info.rank_offset + own.data_parallel_index * own.world_size + own.rank
         where: tuple[Any, Any] = init_info.master_address, init_info.master_port  # `NcclLink` names both
-        meeting = Meeting(*where, init_info.world_size, rank)
-        self.model_update_group = meeting.form(NcclJoin())
+        self._meeting = Meeting(*where, init_info.world_size, rank)
+        self.model_update_group = self._meeting.form(NcclJoin())
 
     def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
         """Return what a broadcast brings, or a bucket that lies in shared memory."""
@@ -105,7 +108,14 @@ class NcclReceiver(VllmReceiver, NCCLWeightTransferEngine):
             self._came_by_store = True
             self._store.receive_weights(update_info)
             return
-        super().receive_weights(update_info, *arguments, **loader)
+        group = self.model_update_group
+        assert group is not None, "the learner broadcasts in the group that it invited to"
+        with self._meeting.watched(group.destroy) as given_up:
+            super().receive_weights(update_info, *arguments, **loader)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # 0.24 comes back before the broadcast ends
+        if given_up.done():  # no exception: vLLM's update and, of several ranks, their answers would be left half open
+            self._fault = f"the group of the broadcast was given up: {given_up.result()}"
         if not REUSES_STREAMS:
             torch.cuda.empty_cache()
 

@@ -47,14 +47,20 @@ class UpdateCalls:
     weight_transfer_engine: Any  # one of TRANSPORTS' receivers
     start_weight_update: Callable[[], None]
     finish_weight_update: Callable[[], None]
+    _update_is_open = False
 
     def begin_update(self) -> None:
+        """Begin; what has come of an update that was begun before and never ended is overwritten by this one."""
+        if self._update_is_open:
+            self.finish_weight_update()  # vLLM begins no other before
         self.weight_transfer_engine.begin()
         self.start_weight_update()
+        self._update_is_open = True
 
     def finish_and_report(self) -> dict[str, Any]:
         """Finish the update and return its outcome as plain values, which vLLM can pass between processes."""
         self.finish_weight_update()
+        self._update_is_open = False
         report: dict[str, Any] = self.weight_transfer_engine.end()
         return report
 
@@ -65,6 +71,7 @@ class EngineUpdates:
     def __init__(self, engine: "AsyncLLM", whose: str) -> None:
         """Take the engine; errors call it a `whose` engine, such as "rollout"."""
         self._engine, self._whose = engine, whose
+        self.is_under_way = False
         self._buffers: list[pa.Buffer] = []  # of the update under way
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
@@ -74,7 +81,10 @@ class EngineUpdates:
             await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def start_weight_update(self) -> None:
-        """Pause, keeping running requests, whose keys and values are computed anew under the new weights."""
+        """Pause, keeping running requests, whose keys and values are computed anew under the new weights.
+
+        An update under way is given up for this one, as when its sender lost another worker within a broadcast.
+        """
         # Clearing the caches here, while nothing runs, covers both running requests and shared prefixes: vLLM puts the
         # former back in its queue. A reset after the update would fail as long as a request holds a block.
         # vLLM's `pause_generation` does the same and then sleeps for 20 ms, so that outputs on their way reach their
@@ -82,6 +92,8 @@ class EngineUpdates:
         with raised_as_death(self._whose):
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
             await self._engine.collective_rpc("begin_update")
+        self._buffers.clear()
+        self.is_under_way = True
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive one bucket; where `update_info["buffer"]` holds its bytes, vLLM's processes map them."""
@@ -105,6 +117,7 @@ class EngineUpdates:
                 self._engine.collective_rpc("finish_and_report"), label_weights(self._engine, policy_version)
             )
         self._buffers.clear()
+        self.is_under_way = False
         return common_checksum(reports, policy_version)
 
     async def resume(self) -> None:

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 from typing import Any
 
+import pytest
 from torch.distributed import Store
 
 from cluster.contracts.errors import WeightSyncError
-from cluster.weight_sync.joint_group import Meeting
+from cluster.weight_sync.joint_group import WATCH_SECONDS, Meeting
 
 HOST = "127.0.0.1"
 
@@ -96,3 +97,28 @@ def test_what_rank_0_gives_up_all_give_up_and_may_meet_again() -> None:
     assert all("a rollout worker died or failed meanwhile" in str(error) for error in errors)
     assert time.monotonic() - began < 20  # the limit of a meeting
     assert form_all(meetings(2), [Joined(), Joined()]) == [[0, 10]] * 2
+
+
+@pytest.mark.parametrize("is_first_gone", [False, True])
+def test_a_rank_is_freed_from_a_group_that_another_gives_up_or_whose_first_is_gone(is_first_gone: bool) -> None:
+    first, second = meetings(2)
+    assert form_all([first, second], [Joined(), Joined()]) == [[0, 10]] * 2
+    freed = Event()
+    with second.watched(freed.set) as given_up:
+        if is_first_gone:
+            del first  # and with it the store
+        else:
+            first.give_up("a rollout worker died")
+        assert freed.wait(20)
+    assert given_up.result().startswith("its first rank is gone" if is_first_gone else "a rollout worker died")
+
+
+def test_a_rank_of_a_group_that_holds_is_left_alone() -> None:
+    ranks = meetings(2)
+    form_all(ranks, [Joined(), Joined()])
+    freed = Event()
+    with ranks[1].watched(freed.set) as given_up:
+        assert not freed.wait(2 * WATCH_SECONDS)
+    ranks[0].give_up("too late")
+    assert not freed.wait(2 * WATCH_SECONDS)
+    assert not given_up.done()

@@ -106,6 +106,27 @@ FAULTS = (
         ("tests/learner/weight_sync/test_gpu_links.py",),
     ),
     Fault(
+        "a rank waits for ever in a group that was given up",
+        "cluster/weight_sync/joint_group.py",
+        "            abort()\n            return\n",
+        "            return\n",
+        MEETS,
+    ),
+    Fault(
+        "what a broken group lost is not sent again",
+        "learner/weight_sync/gpu_sender.py",
+        "return not link.is_read_in_place and any(",
+        "return not link.is_read_in_place and False and any(",
+        ("tests/learner/weight_sync/test_gpu_links.py",),
+    ),
+    Fault(
+        "an update that never ended stays open",
+        "cluster/vllm/weight_sync/updates.py",
+        "        if self._update_is_open:\n",
+        "        if False:\n",
+        ("tests/cluster/vllm/weight_sync/test_nccl_and_ipc.py",),
+    ),
+    Fault(
         "a sorted row's places are those of the smallest",
         "cluster/models/token_scores.py",
         "bits[:, -k:].flip(-1)",

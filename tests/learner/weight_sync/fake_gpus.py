@@ -74,7 +74,11 @@ class FakeRecipients:
         calls = sum(verb == method for verb, _ in self.calls)
         return {position: self._crashing.get(worker) == (method, calls) for position, worker in self.workers.items()}
 
-    def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
+    def answers(
+        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], None] = lambda: None
+    ) -> dict[int, Any]:
+        if any(references.values()):
+            on_death()
         self.workers = {p: w for p, w in self.workers.items() if not references.get(p, False)}
         return dict.fromkeys(self.workers)
 
@@ -114,6 +118,7 @@ class Publication:
         recipients: type[FakeRecipients] = FakeRecipients,
         end: Callable[[int], Any] | None = None,
         engines_sleep: bool = False,
+        agree: Callable[[bool], list[bool]] = lambda value: [value],
     ) -> None:
         self.engine = FakeEngine()
         self.all_recipients: list[FakeRecipients] = []
@@ -131,7 +136,7 @@ class Publication:
         config = WeightSyncConfig(bucket_bytes=BUCKET_BYTES)
         engine: Any = self.engine
         end = end or self.ends.append
-        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, bring, end, engines_sleep)
+        self.sender = VllmSender(engine, config, "bfloat16", 1.0, make_link, listen, bring, end, engines_sleep, agree)
 
     def publish(self, *workers: str, version: int = 1) -> Any:
         return self.sender.publish(list(workers), version)

@@ -1,7 +1,8 @@
 """A group over gloo, in NCCL's place; run as a program, a rollout engine that joins it and receives weights.
 
 The program answers each line of its input with a line. It kills itself where its argument says: "invited", as soon as
-it hears of the group; "met", when all ranks are there and join.
+it hears of the group; "met", when all ranks are there and join; "bucket", when it is to receive the second one. Its
+second argument, "nccl", takes NCCL, and the first GPU.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from threading import Event
 from typing import Any
 
 import torch
@@ -22,7 +24,10 @@ HOST = "127.0.0.1"
 
 
 class GlooGroup:
-    """The communicator as far as sender and receiver know it."""
+    """The communicator as far as sender and receiver know it.
+
+    It waits as NCCL does, for ever where a rank is gone, and comes back without a word when it is destroyed.
+    """
 
     disabled = False
 
@@ -31,13 +36,17 @@ class GlooGroup:
         options._devices = [ProcessGroupGloo.create_device(hostname=HOST)]
         options._timeout = timedelta(seconds=60)
         self._group = ProcessGroupGloo(store, rank, world_size, options)
+        self._is_aborted = Event()
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any = None) -> Tensor:
-        self._group.broadcast(tensor, src).wait()
+        try:
+            self._group.broadcast(tensor, src).wait()
+        except RuntimeError:
+            self._is_aborted.wait()
         return tensor
 
     def destroy(self) -> None:
-        pass
+        self._is_aborted.set()
 
 
 class GlooJoin:
@@ -55,8 +64,18 @@ class GlooJoin:
         pass
 
 
-def main(dies_when: str) -> None:
-    group: GlooGroup | None = None
+def make_join(dies: bool, backend: str) -> Any:
+    if backend == "gloo":
+        return GlooJoin(dies)
+    from cluster.vllm.weight_sync.nccl_and_ipc import NcclJoin
+
+    return NcclJoin()
+
+
+def main(dies_when: str, backend: str) -> None:
+    group: Any = None
+    on_gpu = backend == "nccl"
+    num_buckets = 0
     for line in sys.stdin:
         verb, argument = json.loads(line)
         answer: dict[str, Any] = {}
@@ -64,16 +83,24 @@ def main(dies_when: str) -> None:
             if dies_when == "invited":
                 os.kill(os.getpid(), signal.SIGKILL)
             where = argument["master_address"], argument["master_port"], argument["world_size"]
+            meeting = Meeting(*where, argument["rank_offset"])
             try:
-                group = Meeting(*where, argument["rank_offset"]).form(GlooJoin(dies_when == "met"))
+                group = meeting.form(make_join(dies_when == "met", backend))
             except WeightSyncError as error:
                 answer = {"error": str(error)}
         if verb == "update_weights":
             assert group is not None
+            num_buckets += 1
+            if dies_when == "bucket" and num_buckets == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
             widths = [getattr(torch, name).itemsize for name in argument["dtype_names"]]
             sizes = [torch.Size(shape).numel() for shape in argument["shapes"]]
             num_bytes = sum(size * width for size, width in zip(sizes, widths, strict=True))
-            answer = {"bytes": group.broadcast(torch.empty(num_bytes, dtype=torch.uint8), 0).tolist()}
+            buffer = torch.zeros(num_bytes, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
+            with meeting.watched(group.destroy) as given_up:
+                group.broadcast(buffer, 0, torch.cuda.current_stream() if on_gpu else None)
+                answer = {"bytes": buffer.tolist()}  # which waits for the GPU
+            answer |= {"given_up": given_up.result()} if given_up.done() else {}
         answer_with(answer)
 
 
@@ -84,4 +111,4 @@ def answer_with(answer: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     answer_with({})  # it is there
-    main(sys.argv[1])
+    main(*sys.argv[1:])

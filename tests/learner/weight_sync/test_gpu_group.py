@@ -95,7 +95,9 @@ class Ranks(FakeRecipients):
         for one in (one for of_ranks in references.values() for one in of_ranks if one.done()):
             one.result()
 
-    def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
+    def answers(
+        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], None] = lambda: None
+    ) -> dict[int, Any]:
         return {position: [one.result(SECONDS) for one in of_ranks] for position, of_ranks in references.items()}
 
 

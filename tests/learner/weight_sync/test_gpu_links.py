@@ -25,6 +25,7 @@ from cluster.weight_sync.ipc_handles import HANDLE_FIELDS, rebuild_arguments
 from cluster.weight_sync.joint_group import Meeting
 from cluster.weight_sync.manifest import plan_buckets, total_bytes
 from learner.model.student import Student
+from learner.weight_sync import gpu_update
 from learner.weight_sync.gpu_links import IpcLink, NcclLink, describe, first_rank
 from learner.weight_sync.gpu_sender import ipc_link, refuse_expandable_segments, some_sleep
 from tests.builders import make_config
@@ -225,37 +226,81 @@ def test_a_worker_that_dies_before_the_broadcast_is_left_out_of_the_group() -> N
     assert publication.ends == []
 
 
-def test_a_death_in_a_broadcast_ends_the_learners_rank() -> None:
-    publication = Publication(nccl([]), crashing={"b": ("update_weights", 2)})
+@pytest.mark.parametrize("bucket", [1, 2, 3])
+def test_after_a_death_in_a_broadcast_the_others_get_everything_again_without_the_dead(bucket: int) -> None:
+    groups: list[FakeGroup] = []
+    publication = Publication(nccl(groups), crashing={"b": ("update_weights", bucket)})
+    report = publication.publish("a", "b", "c")
+    assert [group.is_destroyed for group in groups] == [True, False]
+    broken, anew = publication.all_recipients
+    assert len(broken.messages("update_weights")) == bucket
+    assert list(anew.workers.values()) == ["a", "c"]
+    [invitation] = anew.messages("init_weight_transfer")
+    assert {message["world_size"] for message in invitation.values()} == {3}
+    updates = anew.messages("update_weights")
+    assert_all_arrived(received([update[1] for update in updates], groups[1].broadcasts))
+    assert not broken.messages("finish_weight_update")
+    assert anew.messages("finish_weight_update") == [{0: 1, 1: 1}]
+    assert publication.ends == []
+    assert report.num_bytes == 72
+    publication.publish("a", "c", version=2)
+    assert len(groups) == 2
+
+
+def test_a_newcomer_gets_its_weights_once_though_the_group_breaks_and_joins_the_next() -> None:
+    groups: list[FakeGroup] = []
+    crashing = {"b": ("update_weights", 9)}
+    publication = Publication(nccl(groups), crashing=crashing)
     publication.publish("a", "b")
-    assert publication.ends[0] == 1
+    publication.all_recipients.clear()
+    crashing["b"] = ("update_weights", 2)
+    publication.publish("a", "b", "new", version=2)
+    [newcomers] = publication.newcomers
+    assert_all_arrived(received([describe(bucket) for bucket, _ in newcomers.sent], [v for _, v in newcomers.sent]))
+    publication.publish("a", "new", version=3)
+    assert len(publication.newcomers) == 1
+    assert [sorted(r.workers.values()) for r in publication.all_recipients] == [["a"], ["a"], ["a", "new"]]
 
 
-class StuckGroup(FakeGroup):
-    """Waits in its first broadcast for ranks that never come, as NCCL does, until the test is over."""
+def test_all_ranks_of_the_learner_gather_everything_again_when_rank_0_does() -> None:
+    others = iter([True, False])
+    publication = Publication(nccl([], is_sender=False), agree=lambda value: [next(others), value])
+    publication.engine.rank = 1
+    publication.publish("a")
+    assert publication.engine.gathered == 2 * [["embed.weight"], ["norm.weight", "proj.weight"], ["scale"]]
 
-    def __init__(self, is_over: Event) -> None:
+
+class BlockedGpu(FakeGroup):
+    """Waits in its first broadcast for ranks that never come, as NCCL does, until the group is left or a test over."""
+
+    def __init__(self, is_over: Event, is_freed_by_abort: bool = True) -> None:
         super().__init__()
-        self._is_over = is_over
+        self._is_over, self._is_freed_by_abort = is_over, is_freed_by_abort
 
     def broadcast(self, tensor: Tensor, src: int, stream: Any) -> None:
         self._is_over.wait()
 
+    def destroy(self) -> None:
+        super().destroy()
+        if self._is_freed_by_abort:
+            self._is_over.set()
+
 
 @pytest.fixture
-def is_over() -> Iterator[Event]:
+def is_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
     """Let threads that wait for ever go when a test ends."""
+    monkeypatch.setattr(gpu_update, "CHECK_SECONDS", 0.05)
     event = Event()
     yield event
     event.set()
 
 
-def stuck_link(is_over: Event, in_opening: bool) -> Callable[[Tensor], NcclLink]:
+def stuck_link(is_over: Event, in_opening: bool, is_freed_by_abort: bool = False) -> Callable[[Tensor], NcclLink]:
     def join(meeting: Meeting, is_given_up: Callable[[], bool]) -> FakeGroup:
         while in_opening and not is_over.wait(0.01):
             if is_given_up():
                 raise WeightSyncError("the group did not form")
-        return StuckGroup(is_over)
+        return BlockedGpu(is_over, is_freed_by_abort) if meeting.world_size == 3 else FakeGroup()
 
     return lambda buffer: NcclLink(True, lambda: ("10.0.0.1", 5000), 1, buffer.numel(), join)
 
@@ -274,14 +319,58 @@ def test_a_worker_that_fails_while_nccl_waits_for_it_is_heard(is_over: Event, ve
         publication.publish("a", "b")
 
 
-def test_a_death_while_nccl_waits_in_a_broadcast_ends_the_learners_rank(is_over: Event) -> None:
+def test_a_death_while_nccl_waits_in_a_broadcast_frees_the_learners_gpu(is_over: Event) -> None:
+    link = stuck_link(is_over, in_opening=False, is_freed_by_abort=True)
+    publication = Publication(link, crashing={"b": ("update_weights", 1)})
+    publication.publish("a", "b")
+    assert publication.all_recipients[-1].messages("finish_weight_update") == [{0: 1}]
+    assert publication.ends == []
+
+
+def test_where_nccl_does_not_let_go_of_the_gpu_the_learners_rank_ends(
+    is_over: Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def end(code: int) -> None:
         raise SystemExit(code)
 
+    monkeypatch.setattr(gpu_update, "FREE_SECONDS", 0.1)
     crashing = {"b": ("update_weights", 1)}
     publication = Publication(stuck_link(is_over, in_opening=False), crashing=crashing, end=end)
     with pytest.raises(SystemExit):
         publication.publish("a", "b")
+
+
+def test_a_broadcast_that_never_ends_though_nobody_died_ends_the_run_with_a_sentence(is_over: Event) -> None:
+    publication = Publication(stuck_link(is_over, in_opening=False))
+    with pytest.raises(WeightSyncError, match=r"did not reach all rollout workers within 1 s.*NCCL_SOCKET_IFNAME"):
+        publication.publish("a", "b")
+
+
+class FailingGroup(FakeGroup):
+    """Fails in its second broadcast, as NCCL does where it hears of a death before Ray does."""
+
+    def broadcast(self, tensor: Tensor, src: int, stream: Any) -> None:
+        super().broadcast(tensor, src, stream)
+        if len(self.broadcasts) == 2:
+            raise RuntimeError("NCCL error: remote process exited")
+
+
+def failing_link(buffer: Tensor) -> NcclLink:
+    def join(meeting: Meeting, is_given_up: Callable[[], bool]) -> FakeGroup:
+        return FailingGroup() if meeting.world_size == 3 else FakeGroup()
+
+    return NcclLink(True, lambda: ("10.0.0.1", 5000), 1, 48, join)
+
+
+def test_what_nccl_fails_with_at_a_death_is_the_death() -> None:
+    publication = Publication(failing_link, crashing={"b": ("update_weights", 2)})
+    publication.publish("a", "b")
+    assert publication.all_recipients[-1].messages("finish_weight_update") == [{0: 1}]
+
+
+def test_what_nccl_fails_with_while_all_live_reaches_the_user() -> None:
+    with pytest.raises(WeightSyncError, match=r"NCCL failed while weights were sent: .*remote process exited"):
+        Publication(failing_link).publish("a", "b")
 
 
 def test_after_a_death_while_the_group_forms_the_others_form_another() -> None:
@@ -337,12 +426,12 @@ def test_a_shared_buffer_is_read_before_the_next_bucket_overwrites_it() -> None:
     class Reader(FakeRecipients):
         """Reads the buffer when its answer is awaited, as late as can be."""
 
-        def answers(self, references: Mapping[int, Any], what_for: str) -> dict[int, Any]:
+        def answers(self, references: Mapping[int, Any], what_for: str, **hooks: Any) -> dict[int, Any]:
             if references and what_for.startswith("receive"):
                 message = self.messages("update_weights")[-1][0]
                 [buffer] = message["ipc_handles"].values()
                 read.append((message, buffer[: sum(message["tensor_sizes"])].clone()))
-            return super().answers(references, what_for)
+            return super().answers(references, what_for, **hooks)
 
     publication = Publication(lambda buffer: in_place({"GPU-0": buffer}), recipients=Reader)
     publication.publish("a")
