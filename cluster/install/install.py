@@ -180,7 +180,7 @@ def install_lock(venv: Path, lock: Path) -> None:
     torch = [pin for pin in pins if pin.startswith("torch==") and pin.endswith("+cpu")]
     # Packages whose names begin alike may both write the file of their common namespace.
     families = [list(alike) for _, alike in groupby((pin for pin in pins if pin not in torch), key=family)]
-    calls: "list[Callable[[], None]]" = [partial(install_cpu_torch, venv, pin) for pin in torch]
+    calls: list[Callable[[], None]] = [partial(install_cpu_torch, venv, pin) for pin in torch]
     for number in range(SHARES):
         share = venv / f"{lock.stem}-{number}.txt"
         share.write_text("\n".join(pin for alike in families[number::SHARES] for pin in alike))
