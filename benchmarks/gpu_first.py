@@ -88,16 +88,7 @@ def findings_of(part: str, device: torch.device) -> Iterator[Finding]:
     """Yield a part's findings; an error is one more, so that the parts after it run."""
     try:
         yield from PARTS[part](device)
-    except (
-        ImportError,
-        LookupError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        Empty,
-        subprocess.TimeoutExpired,
-    ) as error:
+    except ERRORS as error:
         yield Finding(f"{type(error).__name__}: {error}", is_right=False)
 
 

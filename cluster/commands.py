@@ -19,6 +19,7 @@ from cluster.monitoring.trackers import check_trackers
 from cluster.nodes.interruption import stop_on_signals
 from cluster.nodes.ray_session import RaySession, ray_session
 from cluster.placement.placement import Placement, await_placement, describe
+from cluster.placement.proposal import warning_of_dtype
 from cluster.run.checkpoints import Checkpoints, RunState, StepEnd, find_resume_point
 from cluster.run.evaluation import Evaluation, Evaluations, Evaluator, write_samples
 from cluster.run.hooks import RunContext, StepHook, load_hooks
@@ -53,7 +54,7 @@ def start_training(config: Config) -> RunSummary:
         directory = RunDirectory.create(written)  # a resumed run may have other GPUs
         with run_lock(directory):
             write_record(directory, inputs)
-            _announce(view, session, placement, inputs, directory)
+            _announce(view, session, config, placement, inputs, directory)
             return _train(config, inputs, placement, view, directory)
 
 
@@ -84,7 +85,7 @@ def _resume(directory: RunDirectory, config: Config) -> RunSummary:
     with _view(config) as view, ray_session(config) as session:
         config = with_memory_plan(config, inputs, cluster_gpu(), view.say)
         placement = await_placement(config, view.say)
-        _announce(view, session, placement, inputs, directory)
+        _announce(view, session, config, placement, inputs, directory)
         for warning in warnings:
             view.say(warning)
         if state is not None:
@@ -103,7 +104,7 @@ def evaluate_models(config: Config) -> None:
     with _view(config) as view, ray_session(config) as session:
         config = with_memory_plan(config, inputs, cluster_gpu(), view.say)
         placement = await_placement(config, view.say)
-        _announce(view, session, placement, inputs)
+        _announce(view, session, config, placement, inputs)
         with start_student_rollouts(config, inputs, placement) as pool:
             tokenizer = load_tokenizer(config.student.model, config.student.trust_remote_code)
             _say(view, "student", Evaluator(config, inputs, tokenizer).evaluate_pool(pool))
@@ -121,7 +122,7 @@ def check_run(config: Config) -> bool:
         plan.refuse()
         config = plan.config
         placement = await_placement(config, view.say)
-        _announce(view, session, placement, inputs)
+        _announce(view, session, config, placement, inputs)
         others = [name for name, teacher in config.teachers.items() if teacher.is_aligned]
         read = f"{', '.join(others)} by their bytes, all other" if others else "teachers"
         view.say(f"  ok    tokenizers: {read} read the student's token ids as the same tokens")
@@ -227,6 +228,7 @@ def _recorded_time(config: Config) -> datetime | None:
 def _announce(
     view: TerminalView,
     session: RaySession,
+    config: Config,
     placement: Placement,
     inputs: Inputs,
     directory: RunDirectory | None = None,
@@ -238,6 +240,8 @@ def _announce(
         view.say(f"  {name}: {share}")
     for line in (*inputs.pairs.lines, *inputs.notes):
         view.say(line)
+    if (warning := warning_of_dtype(config, placement.on_gpu)) is not None:
+        view.say(warning)
     if directory is not None:
         view.say(f"run: {directory.path}")
 

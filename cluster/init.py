@@ -90,6 +90,8 @@ def write_run_file(options: InitOptions) -> None:
         f"data {options.data}: {inputs.train.num_prompts} prompts",
         f"machine: {machine.describe()}",
     ]
+    if machine.gpus and machine.is_named:
+        head.append(f"planned with {machine.planned_gib:.1f} GiB of each GPU, which has less than its name says")
     config = draft.config()
     placement = plan_placement(config, machine.nodes(config.ray.share_gpu))
     try:

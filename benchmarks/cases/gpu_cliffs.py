@@ -24,7 +24,8 @@ from cluster.config.objective import ObjectiveConfig
 from cluster.config.presets import expand_preset
 from cluster.config.stages import LearnerConfig
 from cluster.models.token_scores import largest_logits
-from cluster.vllm.compat import keeping_scheduler
+from cluster.vllm.compat import scheduler_name
+from cluster.vllm.engine import KEEPING_SCHEDULER
 from learner.batching.micro_batch import Trajectory, build_micro_batch
 from learner.engines.torch import ReferenceEngine
 from learner.loss.objective import Objective
@@ -174,7 +175,9 @@ def updates(requests: int = 8, tokens: int = 64, every: int = 16) -> list[Row]:
     """Compare generating while caches are reset as for new weights, with running requests' dropped and kept."""
     with tempfile.TemporaryDirectory() as folder:
         small_model(width=256, depth=4).config.save_pretrained(folder)
-        dropping, keeping = (_engine(folder, name) for name in (None, keeping_scheduler(is_async=False)))
+        dropping, keeping = (
+            _engine(folder, name) for name in (None, scheduler_name(KEEPING_SCHEDULER, is_async=False))
+        )
         try:
             pair = in_turns(
                 lambda: _generate(dropping, requests, tokens, every),

@@ -52,7 +52,8 @@ def touch(batch: pa.RecordBatch) -> None:
     for field in batch.schema:
         if pa.types.is_list(field.type):
             values = ragged(batch, field.name).values
-            values.reshape(-1).view(np.uint8).max(initial=0)
+            words = values.reshape(-1).view(f"u{values.itemsize}")  # numpy looks at bytes four times slower
+            words.max(initial=0)
 
 
 def hand_off_rows(repeats: int) -> list[Row]:

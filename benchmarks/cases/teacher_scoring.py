@@ -43,6 +43,7 @@ TOP_K = 16
 ROWS_PER_BATCH = 8
 LEAST_OF_UNAVOIDABLE = 0.95
 LEAST_OF_DICTS = {16: 2.5, 64: 3.0}  # by k
+FORMER = ("a request per row", "head in the actor")  # ways in which teachers scored before
 Cases = dict[str, Callable[[], Awaitable[Any]]]
 Times = np.ndarray[Any, np.dtype[np.float64]]  # [repeats]
 
@@ -110,7 +111,7 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
     engine = msgspec.structs.replace(plan.engine, dtype=setting.dtype, cpu_threads=plan.threads)
     prepare_environment(engine)
     torch.set_num_threads(plan.threads or torch.get_num_threads())
-    from benchmarks.harness.scoring_engines import HeadInActor, MeasuredEngine, build_generating_engine
+    from benchmarks.harness.scoring_engines import HeadInActor, MeasuredEngine, RequestPerRow, build_generating_engine
     from teacher_workers.actor import TeacherWorker  # Ray, which the batches of `benchmarks.gpu` need not have
 
     context = setting.longest_tokens + 1  # vLLM's own scoring must generate a token
@@ -119,14 +120,14 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
     generating = None if plan.is_alone else build_generating_engine(teacher, context, max(plan.top_ks))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     head = load_lm_head(teacher.model, teacher.trust_remote_code, engine.dtype).to(device)
-    in_actor: Any = HeadInActor(ours, head)
-    worker, before = TeacherWorker("teacher", ours), TeacherWorker("teacher", in_actor)
+    backends: list[Any] = [ours, RequestPerRow(ours), HeadInActor(ours, head)]
+    worker, *former = (TeacherWorker("teacher", backend) for backend in backends)
     if multiplies_wide(head.weight.dtype, device):  # the engine does, so what it cannot do without takes no longer
         head = replace(head, weight=head.weight.float())
     batches = make_batches(setting, head.vocabulary_size)
     try:
         seconds, cpu = await _interleaved(
-            _cases(Parts(ours, generating, worker, before, head), batches, plan.top_ks), plan
+            _cases(Parts(ours, generating, worker, former, head), batches, plan.top_ks), plan
         )
     finally:
         await ours.shutdown()
@@ -134,7 +135,7 @@ async def measure(setting: Setting, plan: Plan) -> list[Row]:
             generating.shutdown()
     num_tokens = sum(int(ragged(batch, "token_ids").offsets[-1]) for batch in batches)
     size = f"{setting.name}, {setting.num_rows} rows, {num_tokens} tokens"
-    return [*_rows_of(seconds, size, num_tokens, plan.top_ks), *_cpu_rows_of(cpu, size, plan.top_ks)]
+    return [*_rows_of(seconds, size, num_tokens, plan.top_ks), *_cpu_rows_of(cpu, size, setting.num_rows, plan.top_ks)]
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Parts:
     ours: Any
     generating: Any  # None: not measured
     worker: "TeacherWorker"
-    before: "TeacherWorker"  # with the head beside the engine
+    former: Sequence["TeacherWorker"]  # of FORMER
     head: LmHead
 
 
@@ -152,7 +153,7 @@ def _cases(parts: Parts, batches: Sequence[pa.RecordBatch], top_ks: Sequence[int
     """Return what is timed."""
     from benchmarks.harness.scoring_engines import read_prompt_logprobs
 
-    ours = parts.ours
+    ours, former = parts.ours, dict(zip(FORMER, parts.former, strict=True))
     sequences = [ids for batch in batches for ids in _rows(batch)]
     num_completion = sum(len(ragged(batch, "rollout_logprobs").values) for batch in batches)
 
@@ -168,12 +169,12 @@ def _cases(parts: Parts, batches: Sequence[pa.RecordBatch], top_ks: Sequence[int
         "LM head alone": lambda: asyncio.to_thread(_multiply, parts.head, num_completion),
         "hidden states": lambda: ours.read_hidden(sequences),
         "sampled": score,
-        "sampled, head in the actor": partial(score, parts.before),
+        **{f"sampled, {name}": partial(score, worker) for name, worker in former.items()},
         f"topk {top_ks[0]}, entropy, hidden": lambda: score(top_k=top_ks[0], entropy=True, hidden=True),
     }
     for top_k in top_ks:
         cases[f"topk {top_k}"] = partial(score, top_k=top_k)
-        cases[f"topk {top_k}, head in the actor"] = partial(score, parts.before, top_k=top_k)
+        cases |= {f"topk {top_k}, {name}": partial(score, worker, top_k=top_k) for name, worker in former.items()}
     if parts.generating is not None:
         cases["generating engine, raw prefill"] = lambda: vllm_scores(None, is_flat=True)
         cases["prompt_logprobs 0, flat"] = lambda: vllm_scores(0, is_flat=True)
@@ -234,14 +235,17 @@ def _rows_of(seconds: dict[str, Times], size: str, num_tokens: int, top_ks: Sequ
         ratio("LM head's time / raw prefill's", head / raw),
         ratio("sampled / raw prefill", raw / sampled),
         at_least(ratio("sampled / (prefill + head)", (raw + head) / sampled), LEAST_OF_UNAVOIDABLE),
-        ratio("sampled / sampled, head in the actor", seconds["sampled, head in the actor"] / sampled),
+        *(ratio(f"sampled / sampled, {name}", seconds[f"sampled, {name}"] / sampled) for name in FORMER),
     ]
     for top_k in top_ks:
-        topk, before = seconds[f"topk {top_k}"], seconds[f"topk {top_k}, head in the actor"]
+        topk = seconds[f"topk {top_k}"]
         rows += [
             ratio(f"topk {top_k} / raw prefill", raw / topk),
             at_least(ratio(f"topk {top_k} / (prefill + head)", (raw + head) / topk), LEAST_OF_UNAVOIDABLE),
-            ratio(f"topk {top_k} / topk {top_k}, head in the actor", before / topk),
+            *(
+                ratio(f"topk {top_k} / topk {top_k}, {name}", seconds[f"topk {top_k}, {name}"] / topk)
+                for name in FORMER
+            ),
         ]
         dicts = seconds.get(f"prompt_logprobs {top_k}, dicts")
         if dicts is not None:
@@ -250,13 +254,16 @@ def _rows_of(seconds: dict[str, Times], size: str, num_tokens: int, top_ks: Sequ
     return rows
 
 
-def _cpu_rows_of(cpu: dict[str, Times], size: str, top_ks: Sequence[int]) -> list[Row]:
+def _cpu_rows_of(cpu: dict[str, Times], size: str, num_rows: int, top_ks: Sequence[int]) -> list[Row]:
     """Compare CPU-seconds, which other programs on the machine change less than they change seconds."""
     unavoidable = cpu["raw prefill"] + cpu["LM head alone"]
-    rows = []
+    rows = [
+        row(f"score: CPU of {name}", size, 1e3 * float(np.median(values)) / num_rows, "ms per row")
+        for name, values in cpu.items()
+    ]
     for name in ("sampled", *(f"topk {top_k}" for top_k in top_ks)):
-        before = cpu[f"{name}, head in the actor"]
-        for against, times in (("(prefill + head)", unavoidable), (f"{name}, head in the actor", before)):
+        former = {f"{name}, {before}": cpu[f"{name}, {before}"] for before in FORMER}
+        for against, times in {"(prefill + head)": unavoidable, **former}.items():
             value = float(np.median(times / cpu[name]))
             rows.append(row(f"score: CPU-seconds of {against} / {name}", size, value, "ratio"))
     return rows

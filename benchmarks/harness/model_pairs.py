@@ -13,6 +13,7 @@ from cluster.demo import embedded_config
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOLLM2_RUN_FILE = ROOT / "examples/smollm2.toml"
+IN_FLOAT32 = ("learner.dtype=float32", "rollout.engine.dtype=float32", "teachers.smollm2.engine.dtype=float32")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,23 @@ PAIRS = {
 
 
 def pair_config(pair: str, overrides: Sequence[str] = ()) -> Config:
-    """Return what the pair's command line with these overrides would train.
+    """Return what the pair's command line with these overrides would train, on a CPU without bfloat16 in float32.
 
     Raises:
         ConfigError: an override is wrong.
     """
-    return embedded_config(overrides) if pair == "embedded" else load_run_config(SMOLLM2_RUN_FILE, overrides)
+    if pair == "embedded":
+        return embedded_config(overrides)
+    return load_run_config(SMOLLM2_RUN_FILE, [*(IN_FLOAT32 if lacks_bfloat16() else ()), *overrides])
+
+
+def lacks_bfloat16() -> bool:
+    """Return whether this CPU multiplies float32 faster than bfloat16, several times so."""
+    import torch
+
+    from cluster.models.lm_head import multiplies_wide
+
+    return multiplies_wide(torch.bfloat16, torch.device("cpu"))
 
 
 def missing_models(pair: str, root: Path = ROOT) -> str | None:

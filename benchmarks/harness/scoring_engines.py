@@ -13,14 +13,15 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from cluster.config.stages import TeacherConfig
+from cluster.contracts.columns import Ints, Ragged
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.scorer_prompts import as_read_by
 from cluster.contracts.signals import Scores
-from cluster.contracts.trajectory import Ints
 from cluster.models.lm_head import LmHead
-from cluster.models.token_scores import score_tokens
+from cluster.models.token_scores import Layout, score_tokens
 from cluster.vllm.engine import EngineRole, build_engine
+from teacher_workers.backends.scored_rows import only_rows
 from teacher_workers.backends.vllm import VllmBackend
 
 
@@ -67,6 +68,22 @@ class HeadInActor:
         sampled = token_ids.values[loss_mask.values != 0]
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, score_tokens, self._head, torch.cat(rows), sampled, request), {}
+
+
+class RequestPerRow(MeasuredEngine):
+    """Scores as teachers did before a batch was one request: every row is sent to the engine by itself."""
+
+    def __init__(self, engine: MeasuredEngine) -> None:
+        """Take an engine that runs."""
+        self.__dict__ = engine.__dict__
+
+    async def score_rows(self, token_ids: Ragged, positions: Ragged, ids: Ints, layout: Layout) -> tuple[Ragged, int]:
+        of_rows = enumerate(np.split(ids, positions.offsets[1:-1]))
+        asked = ((*only_rows(np.array([row]), token_ids, positions), own) for row, own in of_rows)
+        score = super().score_rows
+        answers, num_cached = zip(*await asyncio.gather(*(score(*row, layout) for row in asked)), strict=True)
+        records = [answer.values for answer in answers]
+        return Ragged(np.concatenate(records), np.cumsum([0, *map(len, records)])), sum(num_cached)
 
 
 def build_generating_engine(teacher: TeacherConfig, max_model_len: int, top_k: int) -> AsyncLLM:

@@ -3,8 +3,8 @@
 To be run by the interpreter that `python -m benchmarks.trl.environment` prints. The run file, with overrides as on our
 own command line, says everything that both sides share: models, prompts and their order, completion lengths, sampling,
 learning rate, AdamW, clipping. The objective is the exact reverse KL over the whole vocabulary, per completion token.
-What TRL alone decides (precision, prompts per forward) has the value that was fastest on two cores; `--precision` and
-`--device-batch` try others.
+What TRL alone decides (precision, prompts per forward) has the value that was fastest on two cores, bfloat16 only
+where the CPU has it; `--precision` and `--device-batch` try others.
 
 Nothing that this file imports loads torch, which reads its thread settings once, when it is loaded.
 """
@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks.harness.model_pairs import PAIRS, pair_config
+from benchmarks.harness.model_pairs import PAIRS, lacks_bfloat16, pair_config
 from benchmarks.trl.steps import Settings, StepRecorder, Trainer
 
 NUM_THREADS = 2
@@ -45,7 +45,7 @@ def main() -> None:
     fastest = FASTEST[options.pair, options.trainer]
     settings = Settings(
         options.trainer,
-        options.precision or fastest.precision,
+        options.precision or ("float32" if lacks_bfloat16() else fastest.precision),
         min(options.device_batch or fastest.device_batch, config.prompts.prompts_per_step),
     )
     train(config, settings, options.steps, StepRecorder(options.output))

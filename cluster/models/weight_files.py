@@ -66,6 +66,11 @@ def open_weights(model: str, path: Path) -> Any:
         raise ModelError(
             f"model '{model}': cannot read {path.name}: {error}; the file is damaged or cut: copy it again"
         ) from error
+    except RuntimeError as error:  # of torch, which the system gave no room for the whole file
+        raise ModelError(
+            f"model '{model}': {path.name} is too large for this machine's memory: {error}; save the model in smaller "
+            'files, save_pretrained(..., max_shard_size="5GB")'
+        ) from error
 
 
 def check_weight_files(model: str, config: "PretrainedConfig") -> dict[str, tuple[int, ...]]:

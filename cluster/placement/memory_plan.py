@@ -62,14 +62,18 @@ def plan_memory(config: Config, sizes: Mapping[str, ModelSize], lengths: Lengths
         }
         planned = with_engines(config, {pool: {"gpu_memory_fraction": one} for pool, one in fractions.items()})
         planned = with_micro_batch(planned, sizes, lengths.student, gpu_gib, gpu_gib - SPARE_GIB)
+
+    def share(opened: Config) -> Config:
+        return _share(opened, sizes, lengths, gpu_gib)
+
     workers = estimate(planned, sizes, lengths, gpu_gib)
     faults = [
-        worker_fault(planned, sizes, lengths, one, gpu_gib)
+        worker_fault(planned, sizes, lengths, one, gpu_gib, share)
         for pool, one in workers.items()
         if has_workers(planned, pool)  # a replay may need no engines
     ]
     if config.ray.share_gpu:
-        faults.insert(0, shared_fault(planned, workers, gpu_gib, lambda one: _share(one, sizes, lengths, gpu_gib)))
+        faults.insert(0, shared_fault(planned, workers, gpu_gib, share))
     choices = tuple(describe_choices(config, planned, workers))
     return MemoryPlan(planned, workers, gpu_gib, choices, next(filter(None, faults), None))
 

@@ -55,8 +55,16 @@ class MemoryPlan:
         return [line.rstrip() for line in table] + caches
 
 
+Choose = Callable[[Config], Config]  # divides a shared GPU among those whose shares are open
+
+
 def worker_fault(
-    config: Config, sizes: Mapping[str, ModelSize], lengths: Lengths, worker: WorkerMemory, gpu_gib: float
+    config: Config,
+    sizes: Mapping[str, ModelSize],
+    lengths: Lengths,
+    worker: WorkerMemory,
+    gpu_gib: float,
+    choose: Choose,
 ) -> str | None:
     """Say in one sentence why a worker cannot work, and what would let it; None if nothing is known against it."""
     if worker.available is None or worker.fits:
@@ -74,10 +82,25 @@ def worker_fault(
         )
     else:
         what = f"{worker.pool}: a worker needs about {worker.total:.1f} GiB ({_parts(worker)}) {of}"
+    if config.ray.share_gpu:
+        text, opened = _opened(config, worker.pool)
+        chosen = choose(opened)
+        is_divided = sum(shares(chosen).values()) <= SHARED_LIMIT + 1e-6
+        if is_divided and estimate(chosen, sizes, lengths, gpu_gib)[worker.pool].fits:
+            return f"{what}; leave {text} out of the run file: the GPU has room, and its share is then chosen"
     for text, changed in _changes(config, worker.pool):
         if estimate(changed, sizes, lengths, gpu_gib)[worker.pool].fits:
             return f"{what}; {text}"
     return f"{what}; take larger GPUs or a smaller model"
+
+
+def _opened(config: Config, pool: str) -> tuple[str, Config]:
+    """Return the settings of a pool's share of a shared GPU, and the run without them."""
+    if pool == "learner":
+        return "learner.gpu_memory_fraction", replace(config, learner=replace(config.learner, gpu_memory_fraction=None))
+    section = "rollout" if pool == "rollout" else f"teachers.{pool.removeprefix('teacher-')}"
+    text = f"{section}.engine.gpu_memory_fraction and kv_cache_gib"
+    return text, with_engines(config, {pool: {"gpu_memory_fraction": None, "kv_cache_gib": None}})
 
 
 def _changes(config: Config, pool: str) -> Iterator[tuple[str, Config]]:
@@ -117,9 +140,7 @@ def _engine_changes(config: Config, pool: str, section: str) -> Iterator[tuple[s
         ranks *= 2
 
 
-def shared_fault(
-    config: Config, workers: Mapping[str, WorkerMemory], gpu_gib: float, choose: Callable[[Config], Config]
-) -> str | None:
+def shared_fault(config: Config, workers: Mapping[str, WorkerMemory], gpu_gib: float, choose: Choose) -> str | None:
     """Say in one sentence that a GPU does not hold all workers, as `choose` has divided it; None if it does."""
     if sum(shares(config).values()) <= SHARED_LIMIT + 1e-6:
         return None

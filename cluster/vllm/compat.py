@@ -104,9 +104,20 @@ def inspect_models_in(python: str) -> None:
     registry._SUBPROCESS_COMMAND[:] = [python, "-c", f"from {registry.__name__} import _run; _run()"]
 
 
-def keeping_scheduler(is_async: bool | None) -> str:
-    """Return the name of the scheduler whose running requests keep their caches, as vLLM names classes."""
-    return f"cluster.vllm.keep_cache.Keeping{'Async' if is_async else ''}Scheduler"
+def scheduler_name(prefix: str, is_async: bool | None) -> str:
+    """Return the name of one of our schedulers, "module.Prefix", of the kind that vLLM would take."""
+    return f"{prefix}{'Async' if is_async else ''}Scheduler"
+
+
+def name_of(finished: Any) -> str:
+    """Return the name of a request that a scheduler says it finished: the request itself, or in 0.24 (name, client)."""
+    name: str = finished[0] if isinstance(finished, tuple) else finished.request_id
+    return name
+
+
+def finished_like(finished: Any, request: Any) -> Any:
+    """Return what a scheduler would say of a request in the place of another one that it finished."""
+    return (request.request_id, request.client_index) if isinstance(finished, tuple) else request
 
 
 def taken_by(message: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,8 @@ BYTES_PER_GIB = 1 << 30
 # Runs the model inside the engine core's own process. vLLM's default on CPU is a worker process per engine, which costs
 # a second start-up, the memory of a second interpreter, and two process switches per decoding step.
 IN_PROCESS_EXECUTOR = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+KEEPING_SCHEDULER = "cluster.vllm.keep_cache.Keeping"  # the first part of two names, as vLLM names classes
+BATCH_SCHEDULER = "cluster.vllm.batch_requests.Batch"
 # Turns a causal LM into an embedder of tokens, which `token_scoring.py` lets score them; "model" keeps its hidden
 # states in its own dtype, where vLLM would cast them to float32.
 POOLING_ARGUMENTS = {"runner": "pooling", "convert": "embed", "hf_overrides": {"head_dtype": "model"}}
@@ -114,8 +116,8 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         VLLMError,
         early_logits_processors,
         inspect_models_in,
-        keeping_scheduler,
         late_logits_processors,
+        scheduler_name,
     )
     from cluster.vllm.cpu_norms import kernel_priorities
 
@@ -141,8 +143,10 @@ def build_engine(model: str, trust_remote_code: bool, engine: EngineConfig, role
         if is_cpu:
             _check_heads_for_cpu(config.model_config)
         late_logits_processors(config, role.logits_processors)
-        if role.keeps_cache:
-            config.scheduler_config.scheduler_cls = keeping_scheduler(config.scheduler_config.async_scheduling)
+        if role.keeps_cache or role.scoring is not None:
+            prefix = KEEPING_SCHEDULER if role.keeps_cache else BATCH_SCHEDULER
+            scheduling = config.scheduler_config
+            scheduling.scheduler_cls = scheduler_name(prefix, scheduling.async_scheduling)
         return AsyncLLM.from_vllm_config(config, disable_log_stats=args.disable_log_stats)
     except (VLLMError, TypeError, ValueError, OSError, RuntimeError) as error:  # TypeError: of engine.extra
         printed = last_error(own_output())  # by the engine's process; what this one has is seldom the reason

@@ -7,17 +7,19 @@ answers requests that say which tokens to score with records of `cluster/models/
 nothing get hidden states, as from vLLM itself.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cluster.contracts.columns import Ints, Ragged
 from cluster.contracts.errors import ModelError
-from cluster.contracts.trajectory import Ints
 from cluster.models.lm_head import HeadFacts, LmHead, multiplies_wide
 from cluster.models.token_scores import HeadShard, Layout, chunk_size, rows_of_rank, score_positions
 from cluster.vllm.engine import SCORING_KEY, LayersToSend
@@ -36,16 +38,48 @@ class Scoring:
     layers: LayersToSend | None = None  # behind the last hidden states
 
 
-def scoring_request(positions: Ints, ids: Ints, layout: Layout) -> dict[str, Any]:
-    """Return what a request says to `ScoringHead`, in PoolingParams.extra_kwargs.
+def batch_request(token_ids: Ragged, positions: Ragged, ids: Ints, layout: Layout) -> dict[str, Any]:
+    """Return what a request says of the rows of a batch, in PoolingParams.extra_kwargs.
 
-    The positions [n] predict the ids [n, 1 + given] of the layout.
+    Of each row, the positions [n], at least one, predict the ids [n, 1 + given] of the layout.
     """
-    return {
-        "positions": positions.astype(np.int32).tobytes(),
-        "ids": np.ascontiguousarray(ids, np.int32).tobytes(),
-        "layout": list(layout),
+    arrays = {
+        "token_ids": token_ids.values,
+        "token_offsets": token_ids.offsets,
+        "positions": positions.values,
+        "position_offsets": positions.offsets,
+        "ids": ids,
     }
+    return {name: values.astype(np.int32).tobytes() for name, values in arrays.items()} | {"layout": list(layout)}
+
+
+def rows_in(request: Mapping[str, Any]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Return of each row its token ids, and what its own request says to `ScoringHead`."""
+    arrays = {name: np.frombuffer(values, np.int32) for name, values in request.items() if name != "layout"}
+    layout, token_ids, positions = Layout(*request["layout"]), arrays["token_ids"].tolist(), arrays["positions"]
+    ids = arrays["ids"].reshape(len(positions), 1 + layout.num_given)
+    spans, of_positions = (pairwise(arrays[name].tolist()) for name in ("token_offsets", "position_offsets"))
+    for (first, last), (begin, end) in zip(spans, of_positions, strict=True):
+        yield token_ids[first:last], {"positions": positions[begin:end], "ids": ids[begin:end], "layout": layout}
+
+
+def pack_answer(records: Sequence[Tensor], num_cached: int) -> Tensor:
+    """Return the records [n, bytes] of all rows as bytes, behind the number of cached positions and those of rows."""
+    header = torch.tensor([num_cached, *map(len, records)], dtype=torch.int32)
+    return torch.cat([header.view(torch.uint8), torch.cat(list(records)).view(-1)])
+
+
+def unpack_answer(answer: NDArray[np.uint8], num_rows: int) -> tuple[Ragged, int]:
+    """Return the records [total, bytes] of so many rows, and the number of cached positions.
+
+    Example:
+        >>> records = [torch.full((2, 4), 7, dtype=torch.uint8), torch.ones(1, 4, dtype=torch.uint8)]
+        >>> of_rows, num_cached = unpack_answer(pack_answer(records, 16).numpy(), 2)
+        >>> of_rows.offsets.tolist(), of_rows[1].tolist(), num_cached
+        ([0, 2, 3], [[1, 1, 1, 1]], 16)
+    """
+    num_cached, *counts = answer[: 4 * (1 + num_rows)].view(np.int32).tolist()
+    return Ragged(answer[4 * (1 + num_rows) :].reshape(sum(counts), -1), np.cumsum([0, *counts])), num_cached
 
 
 def scoring_tokens(convert: Callable[[type], type]) -> Callable[[type], type]:
@@ -172,31 +206,30 @@ class ScoringHead(nn.Module):
 
     def forward(self, pooled: list[Tensor | None], metadata: Any) -> list[Tensor | None]:
         """Return hidden states or records of each request; None of those that vLLM has not read to their end."""
-        outputs: list[Tensor | None] = self._plain(pooled, metadata)
+        wanted = [params.extra_kwargs for params in metadata.pooling_params]
+        outputs: list[Tensor | None] = self._plain(pooled, metadata) if None in wanted else [None] * len(pooled)
         if not self._is_warm:
             self._warm_up()
         places: dict[Layout, list[int]] = {}
-        for place, params in enumerate(metadata.pooling_params):
-            if pooled[place] is not None and params.extra_kwargs is not None:
-                places.setdefault(Layout(*params.extra_kwargs["layout"]), []).append(place)
+        for place, request in enumerate(wanted):
+            if pooled[place] is not None and request is not None:
+                places.setdefault(request["layout"], []).append(place)
+        lengths = metadata.prompt_lens.tolist()
         for layout, alike in places.items():
-            requests = [
-                (pooled[place], int(metadata.prompt_lens[place]), metadata.pooling_params[place].extra_kwargs)
-                for place in alike
-            ]
+            requests = [(pooled[place], lengths[place], wanted[place]) for place in alike]
             for place, records in zip(alike, self._records(requests, layout), strict=True):
                 outputs[place] = records
         return outputs
 
-    def _records(self, requests: Sequence[tuple[Any, int, dict[str, Any]]], layout: Layout) -> Sequence[Tensor]:
+    def _records(self, requests: Sequence[tuple[Any, int, Any]], layout: Layout) -> Sequence[Tensor]:
         """Return each request's records; none of a request with a position that vLLM took from its prefix cache."""
         states, ids = [], []
         for computed, num_tokens, request in requests:
-            positions = np.frombuffer(request["positions"], np.int32) - (num_tokens - len(computed))
-            is_there = not (positions < 0).any()
-            states.append(_rows_at(computed, positions if is_there else positions[:0]))
-            own_ids = np.frombuffer(request["ids"], np.int32).reshape(-1, 1 + layout.num_given)
-            ids.append(own_ids[: len(states[-1])])
+            positions = request["positions"] - (num_tokens - len(computed))
+            if positions[0] < 0:  # the first; they ascend
+                positions = positions[:0]
+            states.append(_rows_at(computed, positions))
+            ids.append(request["ids"][: len(positions)])
         rows = torch.cat(states)
         width = self._arriving.shard.rows.weight.shape[1]
         hidden, layers = rows.split([width, rows.shape[1] - width], dim=-1)

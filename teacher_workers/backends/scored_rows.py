@@ -1,6 +1,5 @@
-"""Scores batches with an engine that scores rows, one request each, and sends records of their tokens."""
+"""Scores batches with an engine that scores positions of rows, and sends one record of each."""
 
-import asyncio
 import math
 from abc import ABC, abstractmethod
 from typing import Any
@@ -34,16 +33,13 @@ class ScoredRowsBackend(TeacherBackend, ABC):
         """Take the engine's head, the dtype of its hidden states, and how many values of other layers a token has."""
         self._head, self._state_dtype, self._layers_width = head, STATE_DTYPES[state_dtype], layers_width
         self.shared_ids: Ints | None = None  # tokens that a student of another tokenizer has too; None: all are
-        self._num_requests = 0
 
     @abstractmethod
-    async def score_row(
-        self, request_id: str, token_ids: Ints, positions: Ints, ids: Ints, layout: Layout
-    ) -> tuple[NDArray[np.uint8], int]:
-        """Return the records [n, bytes] of a row, and how many of its positions the engine had cached.
+    async def score_rows(self, token_ids: Ragged, positions: Ragged, ids: Ints, layout: Layout) -> tuple[Ragged, int]:
+        """Return each row's records [n, bytes], and how many positions of all rows the engine had cached.
 
-        The `positions` [n], ascending, at least one, predict the sampled tokens; `ids` [n, 1 + given] are these and the
-        other tokens that are to be scored.
+        The `positions` [n] of a row, ascending, at least one, predict its sampled tokens; `ids` [positions of all rows,
+        1 + given] are these and the other tokens that are to be scored.
         """
 
     async def score(self, batch: pa.RecordBatch, request: ScoreRequest) -> tuple[Scores, Metrics]:
@@ -61,52 +57,64 @@ class ScoredRowsBackend(TeacherBackend, ABC):
         ids = sampled[:, None]
         if layout.num_given:
             ids = np.concatenate([ids, ragged(batch, "candidate_ids").values], axis=1)
-        rows = as_read_by(batch, request.model)
-        records, num_cached = await self._score_rows(batch, rows, ids, layout)
+        token_ids, loss_mask = as_read_by(batch, request.model)
+        records, num_cached = await self._records(batch, token_ids, positions_before(loss_mask), ids, layout)
         scores = scores_in(records)
         logprobs = scores["logprobs"]
         if self._head.stop_class:  # which is likelier than one token
             logprobs = logprobs[~np.isin(sampled, self._head.stop_class)]
         refuse_uniform(logprobs, self._head.vocabulary_size - len(self._head.excluded_ids))
-        metrics = {f"{request.model}/prefix_hit_ratio": Mean(float(num_cached), float(len(rows[0].values)))}
+        metrics = {f"{request.model}/prefix_hit_ratio": Mean(float(num_cached), float(len(token_ids.values)))}
         if layout.shared_mass:
             mass = scores.pop("shared_mass")
             metrics[f"{request.model}/teacher_shared_mass"] = Mean(float(mass.sum(dtype=np.float64)), float(len(mass)))
         return scores, metrics
 
-    async def _score_rows(
-        self, batch: pa.RecordBatch, read: tuple[Ragged, Ragged], ids: Ints, layout: Layout
+    async def _records(
+        self, batch: pa.RecordBatch, token_ids: Ragged, positions: Ragged, ids: Ints, layout: Layout
     ) -> tuple[NDArray[Any], int]:
         """Return the records [sampled_tokens] of all rows, and the number of cached positions."""
-        token_ids, loss_mask = read
-        offsets = ragged(batch, "rollout_logprobs").offsets
-        number, self._num_requests = self._num_requests, self._num_requests + len(token_ids)
-        # A row without a context has no sampled token: nothing is learned of it.
-        rows = [row for row in range(len(token_ids)) if offsets[row] < offsets[row + 1]]
-        answers = await asyncio.gather(
-            *(
-                self.score_row(
-                    str(number + row),
-                    token_ids[row],
-                    (np.flatnonzero(loss_mask[row]) - 1).astype(np.int32),
-                    ids[offsets[row] : offsets[row + 1]],
-                    layout,
-                )
-                for row in rows
-            )
-        )
         dtype = layout.dtype(self._state_dtype, self._head.width, self._layers_width)
+        # A row without a context has no sampled token: nothing is learned of it.
+        rows = np.flatnonzero(positions.lengths)
+        if not len(rows):
+            return np.empty(0, dtype), 0
+        records, num_cached = await self.score_rows(*only_rows(rows, token_ids, positions), ids, layout)
         # The batch's total is not enough: a row that lacks one beside a row with one too many would shift what lies
         # between.
-        for row, (records, _) in zip(rows, answers, strict=True):
-            needed = (offsets[row + 1] - offsets[row], dtype.itemsize)
-            if records.shape != needed:
-                raise WrongLengthError(
-                    f"trajectory {batch['trajectory_id'][row].as_py()}: the engine returned records of shape "
-                    f"{list(records.shape)}, its completion tokens need {list(map(int, needed))}"
-                )
-        whole = np.concatenate([np.empty((0, dtype.itemsize), np.uint8), *(records for records, _ in answers)])
-        return whole.reshape(-1).view(dtype), sum(cached for _, cached in answers)
+        size = records.values.shape[1]
+        is_wrong = (records.lengths != positions.lengths[rows]) | (size != dtype.itemsize)
+        if is_wrong.any():
+            first = int(is_wrong.argmax())
+            raise WrongLengthError(
+                f"trajectory {batch['trajectory_id'][rows[first]].as_py()}: the engine returned records of shape "
+                f"{[int(records.lengths[first]), size]}, its completion tokens need "
+                f"{[int(positions.lengths[rows[first]]), dtype.itemsize]}"
+            )
+        return records.values.reshape(-1).view(dtype), num_cached
+
+
+def positions_before(loss_mask: Ragged) -> Ragged:
+    """Return the positions, from the start of each row, that predict the sampled tokens.
+
+    Example:
+        >>> mask = Ragged(np.array([0, 1, 1, 0, 0, 1], np.uint8), np.array([0, 3, 6]))
+        >>> [positions_before(mask)[row].tolist() for row in range(2)]
+        [[0, 1], [1]]
+    """
+    places = np.flatnonzero(loss_mask.values)
+    offsets = np.searchsorted(places, loss_mask.offsets)
+    starts = np.repeat(loss_mask.offsets[:-1], np.diff(offsets))
+    return Ragged((places - starts - 1).astype(np.int32), offsets)
+
+
+def only_rows(rows: NDArray[np.int64], token_ids: Ragged, positions: Ragged) -> tuple[Ragged, Ragged]:
+    """Return some rows of both columns, in their order; where they are all, the columns themselves."""
+    return (token_ids, positions) if len(rows) == len(token_ids) else (_some(rows, token_ids), _some(rows, positions))
+
+
+def _some(rows: NDArray[np.int64], column: Ragged) -> Ragged:
+    return Ragged(np.concatenate([column[row] for row in rows.tolist()]), np.cumsum([0, *column.lengths[rows]]))
 
 
 def refuse_uniform(logprobs: Floats, vocabulary_size: int) -> None:

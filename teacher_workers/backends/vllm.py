@@ -1,4 +1,4 @@
-"""Scores with a language model that vLLM runs: its worker scores the tokens, and sends one record per token.
+"""Scores with a language model that vLLM runs: its worker scores a batch's tokens, and sends one record per token.
 
 vLLM is imported where it is used: the driver asks the class for facts about the model and must not load it.
 """
@@ -11,11 +11,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cluster.config.stages import TeacherConfig
+from cluster.contracts.columns import Ints, Ragged
 from cluster.contracts.errors import ActorDiedError, ConfigError, ModelError, ScoreError
 from cluster.contracts.metrics import Metrics
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.signals import Scores
-from cluster.contracts.trajectory import Ints
 from cluster.models.hidden_layers import load_bank, paired_layers
 from cluster.models.lm_head import read_head_facts
 from cluster.models.model_checks import ModelFacts, read_model
@@ -23,7 +23,7 @@ from cluster.models.model_files import load_model_config
 from cluster.models.token_scores import Layout
 from cluster.models.weight_files import fingerprint
 from cluster.vllm.engine import EngineRole, LayersToSend, build_engine
-from cluster.vllm.token_scoring import SCORING_CALLS, Scoring, scoring_request
+from cluster.vllm.token_scoring import SCORING_CALLS, Scoring, batch_request, unpack_answer
 from cluster.vllm.weight_sync.updates import EngineUpdates
 from cluster.weight_sync.transports import TEACHER_TRANSPORT, vllm_backend
 from teacher_workers.backends.scored_rows import ScoredRowsBackend
@@ -58,6 +58,7 @@ class VllmBackend(ScoredRowsBackend):
             weight_transfer_backend=vllm_backend(TEACHER_TRANSPORT) if teacher.is_refreshed else None,
             worker_extension=SCORING_CALLS,
         )
+        self._num_requests = 0
         self._has_shared_ids = False  # the engine that runs now
         self._engine: AsyncLLM | None = self._build()  # None: it sleeps where engines have no sleep mode
 
@@ -86,25 +87,22 @@ class VllmBackend(ScoredRowsBackend):
             self._has_shared_ids = True
         return await super().score(batch, request)
 
-    async def score_row(
-        self, request_id: str, token_ids: Ints, positions: Ints, ids: Ints, layout: Layout
-    ) -> tuple[NDArray[np.uint8], int]:
-        """Let vLLM read a row and score the tokens at some positions.
+    async def score_rows(self, token_ids: Ragged, positions: Ragged, ids: Ints, layout: Layout) -> tuple[Ragged, int]:
+        """Let vLLM read the rows and score the tokens at some positions.
 
         Raises:
-            ScoreError: vLLM gave the request up.
+            ScoreError: a row is longer than the engine's context, or vLLM gave the request up.
             ActorDiedError: the engine's process is gone.
         """
+        longest = int(token_ids.lengths.max())
+        if longest > self._role.max_model_len:
+            raise ScoreError(
+                f"vLLM could not score {longest} tokens: its context has {self._role.max_model_len}; the run file's "
+                "lengths of prompt, completion and observations must hold all that is scored"
+            )
         # A student with more tokens may write one that the teacher has no embedding of, which would end vLLM's process.
-        token_ids = np.minimum(token_ids, self._head.vocabulary_size - 1)
-        wanted = scoring_request(positions, ids, layout)
-        # vLLM computes nothing of cached positions. Where the prompt ends with a block of its cache, the last position
-        # of the prompt, which predicts the first sampled token, may be cached.
-        use_cache = (int(positions[0]) + 1) % self._block_size != 0
-        records, num_cached = await self._read(request_id, token_ids, wanted, use_cache)
-        if num_cached and not len(records):  # another trajectory began with the same completion tokens
-            records, num_cached = await self._read(f"{request_id}-whole", token_ids, wanted, use_cache=False)
-        return records, num_cached
+        known = Ragged(np.minimum(token_ids.values, self._head.vocabulary_size - 1), token_ids.offsets)
+        return unpack_answer(await self._ask(batch_request(known, positions, ids, layout)), len(token_ids))
 
     async def sleep(self) -> None:
         """Give the hardware back: weights go to host memory, the cache is dropped; without a sleep mode, all ends."""
@@ -145,36 +143,30 @@ class VllmBackend(ScoredRowsBackend):
         if self._engine is not None:
             self._engine.shutdown()
 
-    async def _read(
-        self, request_id: str, token_ids: Ints, wanted: dict[str, Any], use_cache: bool
-    ) -> tuple[NDArray[np.uint8], int]:
-        """Return the records, none if one of their positions was cached, and how many positions were."""
+    async def _ask(self, wanted: dict[str, Any]) -> NDArray[np.uint8]:
+        """Return the engine's answer to one request, which `cluster/vllm/batch_requests.py` takes apart there."""
         from vllm import PoolingParams
         from vllm.exceptions import VLLMValidationError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         assert self._engine is not None, "no score is requested of a sleeping engine"
-        prompt: Any = {"prompt_token_ids": token_ids.tolist()}
-        params = PoolingParams(
-            task="token_embed",
-            use_activation=False,  # it would normalise lengths to 1
-            skip_reading_prefix_cache=not use_cache,
-            extra_kwargs=wanted,
-        )
+        self._num_requests += 1
+        prompt: Any = {"prompt_token_ids": [0]}  # vLLM wants one; the rows are in the parameters
+        # An activation would normalise lengths to 1.
+        params = PoolingParams(task="token_embed", use_activation=False, extra_kwargs=wanted)
         try:
-            *_, output = [out async for out in self._engine.encode(prompt, params, request_id)]
+            *_, output = [out async for out in self._engine.encode(prompt, params, str(self._num_requests))]
         except EngineDeadError as error:
             raise ActorDiedError("the process of a teacher's engine is gone") from error
         except (EngineGenerateError, VLLMValidationError, ValueError) as error:
-            raise ScoreError(f"vLLM could not score {len(token_ids)} tokens: {error}") from error
-        return output.outputs.data.numpy(), output.num_cached_tokens
+            raise ScoreError(f"vLLM could not score a batch: {error}") from error
+        answer: NDArray[np.uint8] = output.outputs.data.numpy()
+        return answer
 
     def _build(self) -> "AsyncLLM":
         self._has_shared_ids = False
         teacher = self._teacher
-        engine = build_engine(teacher.model, teacher.trust_remote_code, teacher.engine, self._role)
-        self._block_size = engine.vllm_config.cache_config.block_size
-        return engine
+        return build_engine(teacher.model, teacher.trust_remote_code, teacher.engine, self._role)
 
 
 def layers_to_send(teacher: TeacherConfig) -> LayersToSend | None:

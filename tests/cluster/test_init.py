@@ -10,7 +10,8 @@ from cluster.cli import main
 from cluster.config.methods import METHODS
 from cluster.config.run_config import Config
 from cluster.config.run_file import load_run_config, parse_run_config
-from cluster.demo import EMBEDDED
+from cluster.demo import EMBEDDED, embedded_config
+from cluster.placement.proposal import warning_of_dtype
 from cluster.run.inputs import load_inputs
 from tests.end_to_end.runs import preceptor
 from tests.teacher_workers.backends.fake_server import FakeServer
@@ -55,6 +56,23 @@ def test_the_embedded_pair_gets_a_short_run_file_with_reasons(
     assert f"{prompts.with_name('run.toml')} is written" in said
 
 
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_cpu_without_bfloat16_gets_float32(prompts: Path, monkeypatch: pytest.MonkeyPatch, lacks: bool) -> None:
+    monkeypatch.setattr("cluster.placement.proposal.SMALL_PARAMETERS", 0)
+    monkeypatch.setattr("cluster.placement.proposal.lacks_bfloat16", lambda: lacks)
+    config = init(prompts, "--gpus", "0")
+    engines = (config.rollout.engine, config.teachers["main"].engine)
+    assert {config.learner.dtype, *(engine.dtype for engine in engines)} == {"float32" if lacks else "bfloat16"}
+    assert warning_of_dtype(config, on_gpu=False) is None  # what is written is right here
+
+
+def test_a_run_file_of_another_machine_is_warned_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.placement.proposal.lacks_bfloat16", lambda: True)
+    config = embedded_config(["rollout.engine.dtype=bfloat16"])
+    assert "use float32" in (warning_of_dtype(config, on_gpu=False) or "")
+    assert warning_of_dtype(config, on_gpu=True) is None
+
+
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run.toml"
     out.write_text("mine")
@@ -71,6 +89,15 @@ def test_one_gpu_is_shared(prompts: Path) -> None:
     # Three contexts, logits and caches: models this small leave most of the GPU free.
     assert 0.2 < sum(fractions) <= 0.95
     assert all(engine.kv_cache_gib for engine in engines)
+
+
+@pytest.mark.parametrize(("name", "found"), [("141", "139.0"), ("24", "23.5")])
+def test_a_run_file_for_a_gpu_by_its_name_fits_what_such_a_gpu_has(
+    prompts: Path, capsys: pytest.CaptureFixture[str], name: str, found: str
+) -> None:
+    init(prompts, "--gpus", "1", "--gpu-memory", name)
+    assert f"planned with {0.97 * float(name):.1f} GiB of each GPU" in capsys.readouterr().out
+    assert main(["plan", str(prompts.with_name("run.toml")), "--gpus", "1", "--gpu-memory", found]) == 0
 
 
 def test_eight_gpus_are_divided(prompts: Path) -> None:

@@ -57,12 +57,12 @@ def test_a_release_that_lost_something_is_told_from_one_that_has_it(tmp_path: Pa
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source.with_suffix(".py"), target.with_suffix(".py"))
     outputs = tmp_path / "vllm" / "outputs.py"
-    outputs.write_text(outputs.read_text().replace("num_cached_tokens", "num_kept").replace("weight_versions", "marks"))
+    outputs.write_text(outputs.read_text().replace("data:", "values:").replace("weight_versions", "marks"))
     tasks = tmp_path / "vllm" / "tasks.py"
     tasks.write_text(tasks.read_text().replace("token_embed", "token_vectors"))
     found = VllmTree(tmp_path)
     needs = unmet_needs(found)
-    assert "vllm.outputs.PoolingRequestOutput has no 'num_cached_tokens'" in needs
+    assert "vllm.outputs.PoolingOutput has no 'data'" in needs
     assert "vllm.tasks knows no 'token_embed'" in needs
     assert any("CompletionOutput has no 'weight_versions', and" in line for line in spared_in(found))
 

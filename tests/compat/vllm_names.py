@@ -53,13 +53,36 @@ NEEDS = (
     Need("vllm.usage.usage_lib", "UsageContext", has=("LLM_CLASS",)),
     Need("vllm.envs", words=("VLLM_USE_FLASHINFER_SAMPLER",)),
     Need("vllm.config.scheduler", "SchedulerConfig", has=("scheduler_cls", "async_scheduling")),
-    Need("vllm.v1.core.sched.scheduler", "Scheduler", has=("requests", "running", "add_request")),
+    Need(
+        "vllm.v1.core.sched.scheduler",
+        "Scheduler",
+        has=("requests", "running", "add_request", "update_from_output", "finish_requests", "cache_config"),
+    ),
     Need(
         "vllm.v1.core.sched.scheduler",
         "Scheduler.reset_prefix_cache",
         takes=("reset_running_requests", "reset_connector"),
     ),
-    Need("vllm.v1.request", "Request", has=("status", "cache_salt", "block_hashes", "update_block_hashes")),
+    Need(
+        "vllm.v1.request",
+        "Request",
+        has=("status", "cache_salt", "block_hashes", "update_block_hashes", "pooling_params", "_block_hasher"),
+    ),
+    Need(
+        "vllm.v1.request",
+        "Request.__init__",
+        takes=(
+            *("request_id", "prompt_token_ids", "sampling_params", "pooling_params", "client_index", "arrival_time"),
+            *("priority", "block_hasher"),
+        ),
+    ),
+    Need(
+        "vllm.v1.engine",
+        "EngineCoreOutput",
+        takes=("request_id", "pooling_output", "prefill_stats"),
+    ),
+    Need("vllm.v1.engine", "EngineCoreOutputs", takes=("outputs",)),
+    Need("vllm.v1.metrics.stats", "PrefillStats", takes=("num_cached_tokens",)),
     Need("vllm.v1.request", "RequestStatus", has=("RUNNING",)),
     Need(
         "vllm.config.vllm",
@@ -96,7 +119,7 @@ NEEDS = (
         spare=("weight_versions",),
     ),
     Need("vllm.outputs", "RequestOutput", has=("outputs",)),
-    Need("vllm.outputs", "PoolingRequestOutput", has=("outputs", "num_cached_tokens")),
+    Need("vllm.outputs", "PoolingRequestOutput", has=("outputs",)),
     Need("vllm.outputs", "PoolingOutput", has=("data",)),
     Need("vllm.v1.engine", words=("stop", "length", "repetition", "abort")),
     Need(

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cluster.config.run_config import Config
 from cluster.config.sections import StudentConfig
 from cluster.config.stages import LearnerConfig
 from cluster.contracts.errors import ConfigError, ModelError
+from cluster.models import weight_files
 from cluster.run.inputs import load_inputs
 from learner.model.student import load_student
 from tests.builders import make_config
@@ -51,6 +53,17 @@ def test_a_damaged_model_is_one_sentence(name: str, folder: Path) -> None:
     case = MODELS[name]
     case.spoil(folder / case.whose)
     assert_refused(lambda: load_inputs(config(folder)), ModelError, case.says, folder)
+
+
+def test_a_file_that_the_machine_has_no_memory_to_map_is_one_sentence(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        raise RuntimeError("unable to mmap 65524335640 bytes from file: Cannot allocate memory (12)")  # torch's words
+
+    monkeypatch.setattr(weight_files, "safe_open", refuse)
+    says = "model.safetensors is too large for this machine's memory: unable to mmap"
+    assert_refused(lambda: load_inputs(config(folder)), ModelError, says, folder)
 
 
 def test_the_model_that_is_damaged_here_is_whole(folder: Path) -> None:

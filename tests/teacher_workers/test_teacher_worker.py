@@ -152,3 +152,11 @@ def test_two_sampled_spans_of_a_row_are_scored_and_what_stands_between_them_is_n
     half, quarter = pytest.approx(math.log(0.5)), pytest.approx(math.log(0.25))
     assert ragged(scored, "teacher_logprobs")[0].tolist() == [half, quarter, half]
     assert report(metrics)["teacher/scored_tokens"] == 3
+
+
+def test_a_row_without_sampled_tokens_is_not_read_and_shifts_no_score() -> None:
+    rows = [make_trajectory(completion=ids, trajectory_id=row) for row, ids in enumerate([[3, 5], [], [5]])]
+    scored, metrics = asyncio.run(make_worker(HALF_3_QUARTER_5).score(make_generated(rows), TEACHER))
+    logprobs = ragged(scored, "teacher_logprobs")
+    assert [np.exp(logprobs[row]).round(5).tolist() for row in range(3)] == [[0.5, 0.25], [], [0.25]]
+    assert report(metrics)["teacher/prefix_hit_ratio"] == pytest.approx(2 / 9)  # one token of each row that is read

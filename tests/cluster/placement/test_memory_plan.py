@@ -213,6 +213,21 @@ def test_teachers_of_a_slot_share_one_part_of_a_gpu() -> None:
             (SHARED, "learner.offload_optimizer=none"),
             r'and 5% must stay free; set learner.offload_optimizer = "cpu"$',
         ),
+        (  # as a run file says that was written for another GPU
+            "0.6B",
+            "4B",
+            80.0,
+            (SHARED, "rollout.engine.gpu_memory_fraction=0.03", "rollout.engine.kv_cache_gib=2"),
+            r"^rollout: a worker needs about .* of 2.4 GiB on a GPU of 80.0; leave rollout.engine.gpu_memory_fraction "
+            "and kv_cache_gib out of the run file: the GPU has room, and its share is then chosen$",
+        ),
+        (
+            "0.6B",
+            "4B",
+            80.0,
+            (SHARED, "learner.gpu_memory_fraction=0.1"),
+            r"^learner: a worker needs about .*; leave learner.gpu_memory_fraction out of the run file: the GPU",
+        ),
     ],
 )
 def test_what_cannot_fit_is_one_sentence_with_the_setting_that_lets_it(

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-BLOCK, AT_ONCE = 16, 32  # tokens of a block, and of a step
+from tests.cluster.vllm.schedulers import BLOCK, make_scheduler
+
+AT_ONCE = 32  # tokens of a step
 PROMPT = [5 + index % 50 for index in range(3 * BLOCK + 2)]
 SAMPLED = 7
 
@@ -16,35 +17,9 @@ class Engine:
     """Schedules requests, two at a time, and samples the same token for all of them."""
 
     def __init__(self, model: Path, name: str) -> None:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.utils.hashing import get_hash_fn_by_name
-        from vllm.utils.import_utils import resolve_obj_by_qualname
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-        from vllm.v1.structured_output import StructuredOutputManager
-
-        arguments = EngineArgs(
-            str(model),
-            dtype="float32",
-            max_model_len=256,
-            max_num_seqs=2,
-            max_num_batched_tokens=AT_ONCE,
-            enable_chunked_prefill=True,
-            block_size=BLOCK,
-            skip_tokenizer_init=True,
+        self.scheduler, self._hasher = make_scheduler(
+            model, name, max_num_batched_tokens=AT_ONCE, enable_chunked_prefill=True
         )
-        config = arguments.create_engine_config()
-        config.cache_config.num_gpu_blocks = 64
-        group = KVCacheGroupSpec(["layer"], FullAttentionSpec(BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32))
-        self.scheduler: Any = resolve_obj_by_qualname(name)(
-            vllm_config=config,
-            kv_cache_config=KVCacheConfig(num_blocks=64, kv_cache_tensors=[], kv_cache_groups=[group]),
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK,
-        )
-        hashing = get_hash_fn_by_name("sha256")
-        init_none_hash(hashing)
-        self._hasher = get_request_block_hasher(BLOCK, hashing)
         self.computed: Counter[str] = Counter()  # tokens of each request
 
     def add(self, name: str, prompt: list[int]) -> Any:
@@ -148,7 +123,9 @@ def test_an_update_while_nothing_runs_drops_all_caches(tiny_student: Path) -> No
 def test_the_scheduler_is_of_the_kind_that_vllm_would_take(is_async: bool, name: str) -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from cluster.vllm.compat import keeping_scheduler
+    from cluster.vllm.compat import scheduler_name
+    from cluster.vllm.engine import BATCH_SCHEDULER, KEEPING_SCHEDULER
 
-    kind = resolve_obj_by_qualname(keeping_scheduler(is_async))
-    assert kind.__mro__[2].__name__ == name
+    for prefix in (KEEPING_SCHEDULER, BATCH_SCHEDULER):
+        kind = resolve_obj_by_qualname(scheduler_name(prefix, is_async))
+        assert kind.__mro__[2].__name__ == name

@@ -10,7 +10,7 @@ import torch
 from cluster.contracts.errors import ModelError
 from cluster.models.lm_head import LmHead
 from cluster.models.token_scores import HeadShard, Layout
-from cluster.vllm.token_scoring import ArrivingHead, ScoringHead, scoring_request
+from cluster.vllm.token_scoring import ArrivingHead, ScoringHead
 
 WIDTH, VOCABULARY = 4, 10
 
@@ -100,7 +100,7 @@ def head_and_states() -> tuple[ScoringHead, torch.Tensor]:
 
 
 def request(positions: list[int], ids: list[list[int]], layout: Layout) -> Params:
-    return Params(scoring_request(np.array(positions), np.array(ids), layout))
+    return Params({"positions": np.array(positions), "ids": np.array(ids, np.int32), "layout": layout})
 
 
 def test_requests_of_one_step_get_what_each_asked_for() -> None:

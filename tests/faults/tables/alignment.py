@@ -49,8 +49,8 @@ FAULTS = (
     Fault(
         "teacher scores shifted by one",
         "cluster/vllm/token_scoring.py",
-        'np.frombuffer(request["positions"], np.int32) - (num_tokens - len(computed))',
-        'np.frombuffer(request["positions"], np.int32) + 1 - (num_tokens - len(computed))',
+        'positions = request["positions"] - (num_tokens - len(computed))',
+        'positions = request["positions"] + 1 - (num_tokens - len(computed))',
         ("tests/cluster/vllm/test_token_scoring.py",),
     ),
     Fault(

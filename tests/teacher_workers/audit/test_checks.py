@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.config.stages import Dtype
+from cluster.contracts.columns import Ragged
 from cluster.contracts.errors import ScoreError
 from cluster.contracts.requests import ScoreRequest
 from cluster.contracts.trajectory import add_scores, make_generated, ragged
@@ -253,9 +254,9 @@ def test_an_error_of_another_kind_keeps_its_sentence() -> None:
 
 def test_the_worker_refuses_records_of_another_size_than_the_request_needs() -> None:
     class Wide(RightEngine):
-        async def score_row(self, *request: Any) -> Any:
-            records, num_cached = await super().score_row(*request)
-            return np.tile(records, 2), num_cached
+        async def score_rows(self, *request: Any) -> Any:
+            records, num_cached = await super().score_rows(*request)
+            return Ragged(np.tile(records.values, 2), records.offsets), num_cached
 
     error = ask("math-0", Wide(), make_probes(make_rows(), SCORES))
     assert str(error).startswith("math-0: trajectory 0: the engine returned records of shape [19, ")
