@@ -73,7 +73,7 @@ def job_cluster(home: Path) -> Iterator[dict[str, Any]]:
     )
     try:
         # Until the node's agent is up, Ray answers that there is nobody to start a job.
-        assert wait_until(lambda: preceptor(told, "submit", *ABSENT, "--no-wait").returncode == 0, seconds=180)
+        assert wait_until(lambda: preceptor(told, "submit", *ABSENT, "--no-wait").returncode == 0, COMMAND_SECONDS)
         yield told
     finally:
         process.terminate()
