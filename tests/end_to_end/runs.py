@@ -132,6 +132,7 @@ def running(
         process.kill()
         process.wait()
         reader.join()
+        run.process.stdout.close()  # type: ignore[union-attr]
         watch.end()
 
 
