@@ -49,9 +49,16 @@ FAULTS = (
     Fault(
         "teacher scores shifted by one",
         "cluster/vllm/token_scoring.py",
-        'positions = request["positions"] - (num_tokens - len(computed))',
-        'positions = request["positions"] + 1 - (num_tokens - len(computed))',
+        'request["positions"] - (num_tokens - len(computed))',
+        'request["positions"] + 1 - (num_tokens - len(computed))',
         ("tests/cluster/vllm/test_token_scoring.py",),
+    ),
+    Fault(
+        "rows of a batch in the order in which they were read",
+        "cluster/vllm/batch_requests.py",
+        "batch.records[row.place] = records",
+        "batch.records[-batch.num_left] = records",
+        ("tests/cluster/vllm/test_batch_requests.py",),
     ),
     Fault(
         "scores of given candidates shifted by one",

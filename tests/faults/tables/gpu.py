@@ -94,8 +94,8 @@ FAULTS = (
     Fault(
         "a rank gives its group up in silence",
         "cluster/weight_sync/joint_group.py",
-        " store.set(GIVEN_UP, reason)",
-        " pass",
+        "self._store.set(GIVEN_UP, reason)",
+        "pass",
         MEETS,
     ),
     Fault(
