@@ -90,8 +90,9 @@ class Run:
     def read(self) -> None:
         """Collect what it prints."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
+        with self.process.stdout as lines:
+            for line in lines:
+                self.lines.append(line)
 
 
 @contextmanager
@@ -132,7 +133,6 @@ def running(
         process.kill()
         process.wait()
         reader.join()
-        run.process.stdout.close()  # type: ignore[union-attr]
         watch.end()
 
 
