@@ -13,7 +13,7 @@ from cluster.models.token_scores import Layout
 from cluster.vllm.token_scoring import batch_request, unpack_answer
 from tests.cluster.vllm.schedulers import BLOCK, make_scheduler
 
-SCHEDULER = "cluster.vllm.batch_requests.BatchScheduler"
+SCHEDULERS = ("BatchScheduler", "BatchAsyncScheduler")
 
 
 def column(rows: list[list[int]]) -> Ragged:
@@ -23,9 +23,10 @@ def column(rows: list[list[int]]) -> Ragged:
 class Engine:
     """Answers a position with its number and the id that it is to score, if it was computed."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, scheduler: str) -> None:
+        name = f"cluster.vllm.batch_requests.{scheduler}"
         self.scheduler, self._hasher = make_scheduler(
-            model, SCHEDULER, runner="pooling", convert="embed", enable_chunked_prefill=False
+            model, name, runner="pooling", convert="embed", enable_chunked_prefill=False
         )
         self.computed: Counter[str] = Counter()  # tokens of each request that was scheduled
         self._running: dict[str, Any] = {}  # what each one asks
@@ -90,9 +91,9 @@ def tokens(seed: int, count: int) -> list[int]:
     return drawn
 
 
-@pytest.fixture
-def engine(tiny_student: Path) -> Engine:
-    return Engine(tiny_student)
+@pytest.fixture(params=SCHEDULERS)
+def engine(tiny_student: Path, request: pytest.FixtureRequest) -> Engine:
+    return Engine(tiny_student, request.param)
 
 
 def test_a_batch_is_answered_once_and_in_the_order_of_its_rows(engine: Engine) -> None:
@@ -122,11 +123,12 @@ def test_rows_share_the_blocks_of_their_prompt(engine: Engine) -> None:
 
 @pytest.mark.parametrize("prompt_tokens", [BLOCK, BLOCK - 4], ids=["prompt-ends-with-block", "completions-alike"])
 def test_a_row_whose_completion_was_cached_is_read_whole(engine: Engine, prompt_tokens: int) -> None:
-    """The prompt and what the completions begin with fill one block."""
+    """The prompt and what the completions begin with fill one block. The last row is read before those, once."""
     start = tokens(0, BLOCK + 6)
     rows = [(start + tokens(seed, 3), [prompt_tokens - 1, BLOCK + 2]) for seed in (1, 2, 3)]
+    rows.append((tokens(4, 9), [4, 7]))
     engine.add("batch", rows)
-    records, num_cached = answered(engine.run("batch")["batch"], 3)
+    records, num_cached = answered(engine.run("batch")["batch"], 4)
     assert records == [[[place, ids[place + 1]] for place in places] for ids, places in rows]
     assert num_cached == 0
 

@@ -54,6 +54,13 @@ FAULTS = (
         ("tests/cluster/vllm/test_token_scoring.py",),
     ),
     Fault(
+        "rows of a batch in the order in which they were read",
+        "cluster/vllm/batch_requests.py",
+        "batch.records[row.place] = records",
+        "batch.records[-batch.num_left] = records",
+        ("tests/cluster/vllm/test_batch_requests.py",),
+    ),
+    Fault(
         "scores of given candidates shifted by one",
         "cluster/models/token_scores.py",
         'scores["candidate_logprobs"] = logprobs[:, 1:]',
