@@ -12,6 +12,8 @@ from tests.interpreter import python
 
 DOORS = {
     "vllm": {
+        "cluster.vllm.batch_requests",
+        "cluster.vllm.cpu_norms",
         "cluster.vllm.engine",
         "cluster.vllm.keep_cache",
         "cluster.vllm.layer_states",

@@ -64,7 +64,7 @@ class Meeting:
             raise WeightSyncError(self._sentence(f"{_first_line(error)}")) from error
 
     def give_up(self, reason: str) -> None:
-        """Tell the ranks that watch a group which has formed, as far as they can be reached, that it is given up."""
+        """Tell the other ranks, as far as they can be reached, that the group is given up, formed or not."""
         if self._store is not None:
             with suppress(DistError):
                 self._store.set(GIVEN_UP, reason)
@@ -130,23 +130,22 @@ class Meeting:
             raise
         except (RuntimeError, OSError, ValueError) as error:  # of NCCL: another rank is gone, or cannot be reached
             backend.abort()
-            raise self._given_up(store, str(error)) from error
+            raise self._given_up(str(error)) from error
 
     def _watch(self, store: TCPStore, deadline: float, is_given_up: Callable[[], bool], late: str) -> None:
         """Raise WeightSyncError when the group is not to form, here or at another rank."""
         if store.check([GIVEN_UP]):
             raise WeightSyncError(self._sentence(store.get(GIVEN_UP).decode()))
         if is_given_up():
-            raise self._given_up(store, "a rollout worker died or failed meanwhile")
+            raise self._given_up("a rollout worker died or failed meanwhile")
         if time.monotonic() > deadline:
             hint = "if none of them died, set NCCL_SOCKET_IFNAME to the interface that connects the nodes"
-            raise self._given_up(store, f"{late}; {hint}")
+            raise self._given_up(f"{late}; {hint}")
         time.sleep(POLL_SECONDS)
 
-    def _given_up(self, store: TCPStore, reason: str) -> WeightSyncError:
-        """Tell the other ranks, as far as they can be reached, and return the error."""
-        with suppress(DistError):
-            store.set(GIVEN_UP, reason)
+    def _given_up(self, reason: str) -> WeightSyncError:
+        """Tell the other ranks and return the error."""
+        self.give_up(reason)
         return WeightSyncError(self._sentence(reason))
 
     def _sentence(self, reason: str) -> str:

@@ -17,7 +17,10 @@ from learner.weight_sync.gpu_links import Link
 from learner.weight_sync.recipients import Recipients
 
 CHECK_SECONDS = 1.0  # how long NCCL may wait for the workers before their answers are read
-FREE_SECONDS = 20.0  # for what waits on the GPU to end when its group is broken off; NCCL takes less than five
+CARRY_SHARE = (
+    0.5  # of the time in which the learner must answer: what is wrong is to be said before the driver gives up
+)
+FREE_SECONDS = 60.0  # for what waits on the GPUs to end when their group is broken off, and for a bucket to be loaded
 
 _log = logging.getLogger("preceptor")
 
@@ -123,7 +126,8 @@ class GpuUpdate:
             WeightSyncError: all workers live, and were not there in time; or a worker's own error.
         """
         carrying = self._thread.submit(_on_this_stream(lambda: self._link.carry(values)))
-        deadline = time.monotonic() + self._timeout_seconds
+        limit = CARRY_SHARE * self._timeout_seconds
+        deadline = time.monotonic() + limit
         while not wait([carrying], CHECK_SECONDS).done:
             try:
                 self._recipients.poll(self._receiving)
@@ -138,7 +142,7 @@ class GpuUpdate:
             if time.monotonic() > deadline:
                 self._link.break_off("a broadcast took too long")
                 raise WeightSyncError(
-                    f"a bucket of weights did not reach all rollout workers within {self._timeout_seconds:g} s, though "
+                    f"a bucket of weights did not reach all rollout workers within {limit:g} s, though "
                     "none of them died; look at the network between the nodes (NCCL_SOCKET_IFNAME, NCCL_DEBUG=INFO), "
                     'raise ray.call_timeout_seconds, or set weight_sync.transport = "object_store"'
                 )
@@ -148,13 +152,18 @@ class GpuUpdate:
             self._failure = error
             self._break_off()
 
-    def _break_off(self) -> None:
-        """Free this GPU and those of the living workers from a rank that is gone; NCCL would wait for ever."""
-        if self._link.is_read_in_place or self.is_broken:
-            return
-        _log.warning("the group for weights broke while they were sent; workers that live get all of them again")
-        self.is_broken = True
-        self._link.break_off("a rollout worker died or failed")
+    def _break_off(self) -> float | None:
+        """Free this GPU and those of the living workers from a rank that is gone; NCCL would wait for ever.
+
+        Return the seconds in which those must answer then; None: no group holds them.
+        """
+        if self._link.is_read_in_place:
+            return None
+        if not self.is_broken:
+            _log.warning("the group for weights broke while they were sent; workers that live get all of them again")
+            self.is_broken = True
+            self._link.break_off("a rollout worker died or failed")
+        return FREE_SECONDS
 
     def _end(self) -> None:
         _log.error("a rollout worker died while weights were sent to it, and NCCL does not let go of the GPU")

@@ -37,23 +37,21 @@ class Recipients:
             RAY.get(ready, self._timeout_seconds, f"{self._kind} workers")
 
     def answers(
-        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], None] = lambda: None
+        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], float | None] = lambda: None
     ) -> dict[int, Any]:
         """Return the answers of the workers that live; from now on the others are passed over.
 
-        `on_death` is called when one is gone, before the answers of the others are waited for.
+        `on_death` is called when one is gone; the others are then waited for as many seconds as it returns, if any.
         """
         try:
             answers = RAY.get(list(references.values()), self._timeout_seconds, f"{self._kind} workers to {what_for}")
             return dict(zip(references, answers, strict=True))
         except ActorDiedError:
-            on_death()
+            seconds = on_death() or self._timeout_seconds
             living = {}
             for position, reference in references.items():
                 with suppress(ActorDiedError):
-                    living[position] = RAY.get(
-                        reference, self._timeout_seconds, f"{self._kind} worker {position} to {what_for}"
-                    )
+                    living[position] = RAY.get(reference, seconds, f"{self._kind} worker {position} to {what_for}")
             self.workers = {position: self.workers[position] for position in living}
             return living
 

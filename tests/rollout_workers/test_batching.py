@@ -1,9 +1,11 @@
 """When finished trajectories leave a worker."""
 
 import asyncio
-import time
+
+import pytest
 
 from cluster.contracts.requests import RolloutRequest
+from rollout_workers import batching
 from rollout_workers.batching import BEHIND_SECONDS, BatchSize, in_batches
 from rollout_workers.contexts.groups import Attempt, GroupBarrier
 from tests.builders import make_trajectory
@@ -59,24 +61,32 @@ def test_a_rollouts_early_batches_grow_with_the_logarithm_of_its_time() -> None:
     assert len(run(*completions, rows_per_batch=1000)) < 25
 
 
-def sizes_when_each_batch_is_requested_after(seconds: float) -> list[int]:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return a clock that only the test moves on; rows that have finished are there at once."""
+    now = [0.0]
+    monkeypatch.setattr(batching, "perf_counter", lambda: now[0])
+    return now
+
+
+def sizes_when_each_batch_is_requested_after(seconds: float, clock: list[float]) -> list[int]:
     async def scenario() -> list[int]:
         tasks = [asyncio.create_task(write(index, 0.0)) for index in range(23)]
         sizes = []
         async for rows, _ in in_batches(tasks, BatchSize(2), barrier(len(tasks))):
             sizes.append(len(rows))
-            time.sleep(seconds)
+            clock[0] += seconds
         return sizes
 
     return asyncio.run(scenario())
 
 
-def test_batches_grow_up_to_four_times_while_the_driver_is_behind() -> None:
-    assert sizes_when_each_batch_is_requested_after(2 * BEHIND_SECONDS) == [2, 4, 8, 8, 1]
+def test_batches_grow_up_to_four_times_while_the_driver_is_behind(clock: list[float]) -> None:
+    assert sizes_when_each_batch_is_requested_after(2 * BEHIND_SECONDS, clock) == [2, 4, 8, 8, 1]
 
 
-def test_batches_keep_their_size_though_many_rows_finish_at_once() -> None:
-    assert sizes_when_each_batch_is_requested_after(0.0) == [2] * 11 + [1]
+def test_batches_keep_their_size_though_many_rows_finish_at_once(clock: list[float]) -> None:
+    assert sizes_when_each_batch_is_requested_after(0.0, clock) == [2] * 11 + [1]
 
 
 def test_the_next_rollout_begins_with_the_size_that_the_driver_needs() -> None:

@@ -11,6 +11,7 @@ import pytest
 from cluster.contracts.errors import RolloutError, WeightSyncError
 from cluster.contracts.requests import Completion, RolloutRequest, SamplingSettings
 from cluster.contracts.trajectory import Ints, ragged, row_id
+from rollout_workers import episode
 from rollout_workers.environments.base import NewEnvironment, Observation, Outcome, Prompt, Services
 from rollout_workers.episode import LimitReached, Limits
 from rollout_workers.prompts import turn_seed
@@ -275,18 +276,22 @@ def test_an_engine_that_fails_is_no_failure_of_the_environment() -> None:
         asyncio.run(collect(worker, [RolloutRequest(0, 0, 0, seed=9)]))
 
 
-def test_turns_tokens_of_a_turn_and_seconds_are_bounded() -> None:
+def test_turns_tokens_of_a_turn_and_seconds_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, engine = rollout(Endless, 100, 3, turns=2, turn_tokens=3)
     assert ragged(batch, "loss_mask")[0].tolist() == [0] * 10 + [1] * 3 + [0] * 2 + [1] * 3
     assert [tokens for _, tokens, _ in engine.asked] == [3, 3]
     assert (batch["reward"][0].as_py(), batch["finish_reason"][0].as_py()) == (0.25, "length")
 
+    clock = [0.0]
+
     class Slow(Endless):
         async def step(self, completion: Completion) -> Observation | Outcome:
-            await asyncio.sleep(0.03)
+            clock[0] += 30.0
             return await super().step(completion)
 
-    batch, engine = rollout(Slow, 100, 1, seconds=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(episode, "monotonic", lambda: clock[0])
+        batch, engine = rollout(Slow, 100, 1, seconds=50.0)
     assert len(engine.asked) == 2
     assert batch["finish_reason"][0].as_py() == "length"
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from cluster.contracts.files import RecordsFile
 from cluster.monitoring.status_file import KeptStatus, change_status
 from cluster.monitoring.watch import watch_status
 from tests.builders import make_config
+from tests.leak_check import wait_until
 
 
 @pytest.fixture
@@ -27,19 +29,25 @@ def do_step(directory: RunDirectory, step: int) -> None:
     change_status(directory.status, state="running", step=step)
 
 
+def wait_for_line(start: str, count: int = 1) -> None:
+    """Wait until the watch has printed so many lines that start like this."""
+    printed: Any = sys.stdout  # pytest's, which keeps all of it
+    assert wait_until(lambda: f"\n{printed.getvalue()}".count(f"\n{start}") >= count, poll_seconds=0.01)
+
+
 def train(directory: RunDirectory, watching: threading.Event) -> None:
     """Do two steps; once they are watched, the third, an alarm, steps 2 and 3 again, and fail."""
     for step in (1, 2):
         do_step(directory, step)
     watching.wait()
-    time.sleep(0.2)
+    wait_for_line("step 2 ")
     for again in (False, True):
         if again:
             RecordsFile(directory.metrics).drop_from(2)
             do_step(directory, 2)
         do_step(directory, 3)
         RecordsFile(directory.alarms).write({"step": 3, "alarm": "long", "action": "warn"})
-        time.sleep(0.3)
+        wait_for_line("step 3 ", 1 + again)
     raise TrainingError("the loss is not finite")
 
 

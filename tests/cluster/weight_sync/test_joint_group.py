@@ -63,21 +63,21 @@ def test_all_ranks_join_when_all_have_met() -> None:
 
 def test_a_rank_that_never_comes_is_waited_for_within_the_limit() -> None:
     began = time.monotonic()
-    errors = form_all(meetings(3, seconds=0.5)[:2], [Joined(), Joined()])
-    assert time.monotonic() - began < 5
+    errors = form_all(meetings(3, seconds=2.0)[:2], [Joined(), Joined()])
+    assert time.monotonic() - began < 20
     for error in errors:
         assert isinstance(error, WeightSyncError)
         assert "group of 3 ranks that weights pass through did not form" in str(error)
-    assert "1 of them did not come within 0.5 s" in str(errors[0])
+    assert "1 of them did not come within 2 s" in str(errors[0])
     assert "NCCL_SOCKET_IFNAME" in str(errors[0])
 
 
 def test_a_rank_that_hangs_while_it_joins_is_left_behind_and_aborted() -> None:
     is_over = Event()
     backends = [Joined(), Joined(is_over.wait)]  # type: ignore[arg-type]
-    errors = form_all(meetings(2, seconds=1.0), backends)
+    errors = form_all(meetings(2, seconds=2.0), backends)
     is_over.set()
-    assert all("did not join within 1 s" in str(error) for error in errors)
+    assert all("did not join within 2 s" in str(error) for error in errors)
     assert [backend.num_aborts for backend in backends] == [1, 1]
 
 
@@ -95,7 +95,7 @@ def test_what_rank_0_gives_up_all_give_up_and_may_meet_again() -> None:
     ranks = meetings(3)[:2]
     errors = form_all(ranks, [Joined(), Joined()], is_given_up.is_set)
     assert all("a rollout worker died or failed meanwhile" in str(error) for error in errors)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # the limit of a meeting
     assert form_all(meetings(2), [Joined(), Joined()]) == [[0, 10]] * 2
 
 

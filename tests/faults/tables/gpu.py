@@ -94,13 +94,13 @@ FAULTS = (
     Fault(
         "a rank gives its group up in silence",
         "cluster/weight_sync/joint_group.py",
-        "store.set(GIVEN_UP, reason)",
+        "self._store.set(GIVEN_UP, reason)",
         "pass",
         MEETS,
     ),
     Fault(
         "a death while the group forms ends the learner's rank",
-        "learner/weight_sync/gpu_sender.py",
+        "learner/weight_sync/gpu_update.py",
         "                self._link.give_up()\n",
         "                self._end()\n                self._link.give_up()\n",
         ("tests/learner/weight_sync/test_gpu_links.py",),

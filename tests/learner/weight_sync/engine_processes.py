@@ -78,7 +78,7 @@ class Processes:
             raise ActorDiedError("a rollout worker died")
 
     def answers(
-        self, references: Mapping[int, Engine], what_for: str, on_death: Callable[[], None] = lambda: None
+        self, references: Mapping[int, Engine], what_for: str, on_death: Callable[[], float | None] = lambda: None
     ) -> dict[int, Any]:
         while not all(engine.has_answered for engine in references.values()):
             if any(engine.process.poll() is not None for engine in references.values()):

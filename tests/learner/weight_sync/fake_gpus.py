@@ -75,7 +75,7 @@ class FakeRecipients:
         return {position: self._crashing.get(worker) == (method, calls) for position, worker in self.workers.items()}
 
     def answers(
-        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], None] = lambda: None
+        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], float | None] = lambda: None
     ) -> dict[int, Any]:
         if any(references.values()):
             on_death()

@@ -96,7 +96,7 @@ class Ranks(FakeRecipients):
             one.result()
 
     def answers(
-        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], None] = lambda: None
+        self, references: Mapping[int, Any], what_for: str, on_death: Callable[[], float | None] = lambda: None
     ) -> dict[int, Any]:
         return {position: [one.result(SECONDS) for one in of_ranks] for position, of_ranks in references.items()}
 

@@ -19,7 +19,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.packed_tensor import pack_tensors
 
-from cluster.contracts.errors import WeightSyncError
+from cluster.contracts.errors import ActorError, WeightSyncError
 from cluster.vllm.weight_sync.nccl_and_ipc import IpcReceiver, NcclReceiver, VllmReceiver
 from cluster.weight_sync.ipc_handles import HANDLE_FIELDS, rebuild_arguments
 from cluster.weight_sync.joint_group import Meeting
@@ -340,9 +340,27 @@ def test_where_nccl_does_not_let_go_of_the_gpu_the_learners_rank_ends(
         publication.publish("a", "b")
 
 
+def test_a_worker_that_lives_and_is_not_freed_ends_the_learners_rank() -> None:
+    class Held(FakeRecipients):
+        """Has a worker whose GPU waits for the dead one, whatever its process does."""
+
+        def answers(self, references: Mapping[int, Any], what_for: str, **hooks: Any) -> dict[int, Any]:
+            if any(references.values()) and what_for.startswith("receive"):
+                assert hooks["on_death"]() == gpu_update.FREE_SECONDS
+                raise ActorError("waited 60 s for rollout worker 0")
+            return super().answers(references, what_for, **hooks)
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    publication = Publication(nccl([]), crashing={"b": ("update_weights", 2)}, recipients=Held, end=end)
+    with pytest.raises(SystemExit):
+        publication.publish("a", "b")
+
+
 def test_a_broadcast_that_never_ends_though_nobody_died_ends_the_run_with_a_sentence(is_over: Event) -> None:
     publication = Publication(stuck_link(is_over, in_opening=False))
-    with pytest.raises(WeightSyncError, match=r"did not reach all rollout workers within 1 s.*NCCL_SOCKET_IFNAME"):
+    with pytest.raises(WeightSyncError, match=r"did not reach all rollout workers within 0.5 s.*NCCL_SOCKET_IFNAME"):
         publication.publish("a", "b")
 
 

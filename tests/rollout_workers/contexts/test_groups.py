@@ -90,18 +90,20 @@ def test_in_1000_random_orders_with_lost_siblings_and_deaths_every_row_is_releas
 
 
 def test_a_worker_sends_a_group_when_it_is_whole_and_a_late_one_after_its_time() -> None:
-    async def write(request: RolloutRequest, seconds: float) -> Attempt:
-        await asyncio.sleep(seconds)
-        return attempt(request)
-
     async def scenario() -> list[list[int]]:
-        owed = requests(2, samples=2)
-        waits = dict(zip(owed, (0.0, 1.0, 0.05, 0.1), strict=True))
-        tasks = [asyncio.create_task(write(request, seconds)) for request, seconds in waits.items()]
-        barrier = GroupBarrier(owed, 0.3, lambda route: True)
-        return [
-            [one.trajectory.trajectory_id for one, _ in rows]
-            async for rows, _ in in_batches(tasks, BatchSize(2), barrier)
-        ]
+        owed, sent = requests(2, samples=2), list[list[int]]()
+        first_alone = asyncio.Event()
+
+        async def write(request: RolloutRequest) -> Attempt:
+            if request.trajectory_id == 1:
+                await first_alone.wait()
+            return attempt(request)
+
+        tasks = [asyncio.create_task(write(request)) for request in owed]
+        async for rows, _ in in_batches(tasks, BatchSize(2), GroupBarrier(owed, 0.3, lambda route: True)):
+            sent.append([one.trajectory.trajectory_id for one, _ in rows])
+            if sent[-1] == [0]:
+                first_alone.set()
+        return sent
 
     assert asyncio.run(scenario()) == [[2, 3], [0], [1]]

@@ -73,9 +73,10 @@ async def infinite(base_url: str, api_key: str, prompt: dict[str, Any]) -> float
 
 
 async def waits(base_url: str, api_key: str, prompt: dict[str, Any]) -> None:
-    """Ask once, then wait; write the key into the prompt's file when that is cancelled."""
+    """Ask once, then make the prompt's file and wait; write the key into it when that is cancelled."""
     await asyncio.to_thread(ask, base_url, api_key, [{"role": "user", "content": "one"}])
     try:
+        Path(prompt["columns"]["file"]).touch()
         await asyncio.sleep(600)
     finally:
         Path(prompt["columns"]["file"]).write_text(api_key)
