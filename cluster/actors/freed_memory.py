@@ -1,15 +1,14 @@
 """Lets a process that computes on a CPU keep the memory that it frees.
 
-A layer's activations are allocated and freed in every layer of every step. glibc returns blocks of this size to the
-kernel at once, which then zeroes and maps every page anew: for an MLP of 8,192 tokens that takes as long as a third of
-its arithmetic.
+A layer's activations are allocated and freed in every layer of every step. glibc may return blocks of their size to the
+kernel, depending on how they lie, and the kernel then zeroes and maps every page anew.
 """
 
 import ctypes
 
 # Parameters of mallopt(3), from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 1 << 30  # that may be free at the heap's end; blocks beyond this size are still returned
+KEPT_BYTES = 1 << 28  # that may be free at the heap's end; larger blocks are still returned
 
 
 def keep_freed_memory() -> bool:
