@@ -1,13 +1,15 @@
 # The finished environment remembers its own interpreter, so `make test` keeps the Python that `make install` chose.
 PYTHON ?= $(if $(wildcard .venv/preceptor.stamp),.venv/bin/python,python3)
 BIN := .venv/bin
+# Processes that run tests. One more than two cores: a test often waits for processes that start one after the other.
+TESTERS ?= 3
 
 .PHONY: install demo test test-all chaos check bench docs
 
 # What every process would compile anew is compiled once. The scheduler (tests/xdist_scheduler.py) keeps its own order.
 define run-tests
 @$(BIN)/python -m compileall -q cluster learner rollout_workers teacher_workers
-@$(BIN)/python -m pytest --ignore tests/chaos $(1) -n 2 --no-loadscope-reorder --durations 40 --durations-min 5
+@$(BIN)/python -m pytest --ignore tests/chaos $(1) -n $(TESTERS) --no-loadscope-reorder --durations 40 --durations-min 5
 endef
 
 install:

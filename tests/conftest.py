@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
+from cluster.nodes.preloaded_python import PYTHON_VARIABLE, preloaded_python
 from tests.leak_check import Watch
 from tests.xdist_scheduler import ByFile, place
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from tests.rollout_workers.deployment import RolloutDeployment
 
 WATCH = pytest.StashKey[Watch]()
+# xdist's workers are forked from where the imports are, which takes no "-u", and they need none.
+WORKER = 'popen//python=sh -c \'shift; exec "$0" "$@"\' {}'
+IMPORTS = pytest.StashKey[ExitStack]()
 LEFT = pytest.StashKey[list[str]]()
 
 
@@ -31,12 +34,19 @@ def pytest_configure(config: pytest.Config) -> None:
         # A job of a non-interactive shell ignores SIGINT, and so would every program that the tests interrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         config.stash[WATCH] = Watch.begin()
+        config.stash[IMPORTS] = ExitStack()
+        if config.getoption("numprocesses", None):
+            config.stash[IMPORTS].enter_context(preloaded_python())
+            if python := os.environ.get(PYTHON_VARIABLE):
+                config.option.tx = [WORKER.format(python)] * len(config.option.tx)
 
 
+@pytest.hookimpl(trylast=True)  # the workers have ended then
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run if a process, a shared-memory segment or a temporary file of its tests is left."""
     if is_one_of_several():
         return
+    session.config.stash[IMPORTS].close()
     left = session.config.stash[WATCH].end()
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -57,6 +67,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put what takes long first, and skip what needs more GPUs than there are."""
+    import torch  # the process that starts the workers does without
+
     items.sort(key=lambda item: place(item.nodeid))
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
@@ -69,8 +81,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def preloaded() -> Iterator[None]:
     """Import torch, transformers and vLLM once for all actors, engines and commands that the tests start."""
-    from cluster.nodes.preloaded_python import preloaded_python
-
     with preloaded_python():
         yield
 

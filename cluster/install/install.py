@@ -14,7 +14,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 SUPPORTED_PYTHONS = ((3, 11), (3, 12), (3, 13))  # those the locks were resolved for
@@ -23,6 +26,8 @@ MIN_DRIVER = 580  # of NVIDIA: the CUDA lock is CUDA 13's; with an older one tor
 MIN_CAPABILITY = (7, 5)  # of a GPU: CUDA 13 has no code for older ones
 FREE_GB = {"cpu": 6, "cuda": 20}  # measured 4.0 and 8.9 finished; pip keeps and unpacks downloads beside that
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+SHARES = 6  # of the lock, so that those who are early take more of them
+MAX_PIPS = 4  # at once: each unpacks and compiles on one core
 STAMP = "preceptor.stamp"  # in the environment, written once it holds all the packages; the Makefile looks for it too
 
 
@@ -166,13 +171,28 @@ def create_environment(venv: Path) -> None:
 
 
 def install_lock(venv: Path, lock: Path) -> None:
-    """Install every pin of `lock`; torch's CPU build first, as only that may come from PyTorch's own index."""
+    """Install every pin of `lock`, shares of it at once; nothing is resolved, so the order does not matter.
+
+    Torch's CPU build comes by itself, as only that may come from PyTorch's own index.
+    """
     pins = [line for line in lock.read_text().splitlines() if line and not line.startswith("#")]
     print(f"Installing {len(pins)} packages from {lock.name}; this takes minutes.", flush=True)
-    torch = next(pin for pin in pins if pin.startswith("torch=="))
-    if torch.endswith("+cpu"):
-        install_cpu_torch(venv, torch)
-    pip(venv, "install", "--no-deps", "--requirement", str(lock))
+    torch = [pin for pin in pins if pin.startswith("torch==") and pin.endswith("+cpu")]
+    # Packages whose names begin alike may both write the file of their common namespace.
+    families = [list(alike) for _, alike in groupby((pin for pin in pins if pin not in torch), key=family)]
+    calls: list[Callable[[], None]] = [partial(install_cpu_torch, venv, pin) for pin in torch]
+    for number in range(SHARES):
+        share = venv / f"{lock.stem}-{number}.txt"
+        share.write_text("\n".join(pin for alike in families[number::SHARES] for pin in alike))
+        calls.append(partial(pip, venv, "install", "--no-deps", "--requirement", str(share)))
+    with ThreadPoolExecutor(min(MAX_PIPS, os.cpu_count() or 1)) as threads:
+        for ended in [threads.submit(call) for call in calls]:
+            ended.result()
+
+
+def family(pin: str) -> str:
+    """Return how the name of a package begins: `nvidia` for `nvidia-cublas==13.1`."""
+    return pin.split("==")[0].split("-")[0]
 
 
 def install_cpu_torch(venv: Path, pin: str) -> None:

@@ -63,7 +63,7 @@ class ProcessTree:
         if self._mark in _read(pid, "environ").split(b"\0"):
             return True
         try:
-            return str(Path(f"/proc/{pid}/fd/{MARK_FD}").readlink()) == self._folder
+            return Path(f"/proc/{pid}/fd/{MARK_FD}").readlink().is_relative_to(self._folder)
         except OSError:
             return False
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.nodes.preloaded_python import PYTHON_VARIABLE
-from cluster.nodes.reaper import ProcessTree
+from cluster.nodes.reaper import MARK as CLUSTER_MARK
+from cluster.nodes.reaper import MARK_FD, ProcessTree
 from tests.interpreter import python
 from tests.leak_check import MARK, Watch, command_line, short_folder, wait_until, without_ray
 
@@ -73,7 +74,13 @@ class Run:
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal as a terminal does: to the driver and all processes of its group."""
-        os.killpg(self.process.pid, number)
+        os.killpg(self.driver(), number)
+
+    def driver(self) -> int:
+        """Return the driver's process id: a forked one has another than its stand-in, and a group of its own."""
+        pids = [pid for pid, _ in ProcessTree(MARK, str(self.watch.temporary)).count()]
+        marks = {pid: Path(f"/proc/{pid}/fd/{MARK_FD}").resolve() for pid in pids}
+        return next((pid for pid in pids if marks[pid] == self.watch.temporary), self.process.pid)
 
     def left(self) -> list[str]:
         """Return what is left of it once things had time to settle, one line each; also where Ray puts it by itself."""
@@ -83,21 +90,27 @@ class Run:
     def read(self) -> None:
         """Collect what it prints."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
+        with self.process.stdout as lines:
+            for line in lines:
+                self.lines.append(line)
 
 
 @contextmanager
-def running(directory: Path, *overrides: str, command: Sequence[str] = ("demo",), **variables: str) -> Iterator[Run]:
-    """Start a run in a session of its own; kill it at the end if it still runs."""
+def running(
+    directory: Path, *overrides: str, command: Sequence[str] = ("demo",), is_forked: bool = False, **variables: str
+) -> Iterator[Run]:
+    """Start a run in a session of its own; kill it at the end if it still runs.
+
+    It imports by itself, as a user's does, or is forked from where the imports are (`preloaded`); its mark is then the
+    file that such a copy opens of its cluster's folder.
+    """
     watch = Watch(short_folder())
-    # It imports by itself: what it starts bears the mark of its own watch.
-    environment = {name: value for name, value in without_ray(os.environ).items() if name != PYTHON_VARIABLE}
+    environment = without_ray(os.environ) | ({CLUSTER_MARK: str(watch.temporary)} if is_forked else {})
+    if not is_forked:
+        environment.pop(PYTHON_VARIABLE, None)
     process = subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "cluster.cli",
+            *([python(), "-c", COMMAND_LINE] if is_forked else [sys.executable, "-m", "cluster.cli"]),
             *command,
             f"run.directory={directory}",
             "run.name=run",

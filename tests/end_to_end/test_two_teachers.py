@@ -9,7 +9,7 @@ import pytest
 from cluster.demo import EMBEDDED
 from tests.end_to_end.runs import ENDED_SECONDS, running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("preloaded")]
 
 # Two different models: the embedded teacher, and the student as it was before training.
 RUN_FILE = f"""
@@ -49,7 +49,7 @@ def test_each_prompt_is_scored_by_the_teacher_that_it_names_and_nothing_stays_of
     run_file = tmp_path / "run.toml"
     run_file.write_text(RUN_FILE.replace("TRAIN", str(tmp_path / "train.jsonl")))
     command = ("train", str(run_file))
-    with running(tmp_path, "run.steps=100000", "ray.dashboard=false", command=command) as run:
+    with running(tmp_path, "run.steps=100000", "ray.dashboard=false", command=command, is_forked=True) as run:
         run.wait_for("step 2 ")
         run.process.kill()
         assert run.process.wait(ENDED_SECONDS) == -signal.SIGKILL

@@ -76,14 +76,14 @@ def status(directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def shown(short_run: ShortRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+def shown(preloaded: None, short_run: ShortRun, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     """Resume the short run in its middle, watch it until every figure is on the endpoint, and stop it in order."""
     directory = tmp_path_factory.mktemp("seen")
     shutil.copytree(short_run.path, directory / "run")
     shutil.rmtree(directory / f"run/checkpoints/step-{STEPS}")
     settings = ("run.steps=100000", "ray.dashboard=true", "evaluation.every_steps=1", "evaluation.num_prompts=16")
     command = ("train", "--resume", str(directory / "run"))
-    with running(directory, *settings, command=command) as run:
+    with running(directory, *settings, command=command, is_forked=True) as run:
         run.wait_for(f"step {STEPS} ")
         wait_until(lambda: of_this_run() <= scrape(run).keys(), SEEN_SECONDS, poll_seconds=2)
         series, living = scrape(run), status(run.directory)

@@ -19,9 +19,14 @@ from typing import Any
 
 import pytest
 
+from cluster.config.run_directory import RunDirectory
 from cluster.contracts.errors import JobError
-from cluster.demo import EMBEDDED
+from cluster.contracts.recorded_rows import RecordedBatch, RecordedRows
+from cluster.contracts.trajectory import add_scores, make_generated
+from cluster.demo import EMBEDDED, embedded_config
 from cluster.jobs.job_server import LOST_SECONDS, JobServer
+from cluster.run.inputs import load_inputs, train_requests
+from tests.builders import make_scores, make_trajectory
 from tests.cluster.nodes.test_ray_session import WRONG_TOKEN
 from tests.leak_check import short_folder, wait_until, without_ray
 
@@ -34,6 +39,8 @@ SHORT = (
     "evaluation.teacher_too=false",
     "learner.warmup_steps=0",
 )
+PROMPTS = "prompts={{template='raw', train='{}', prompts_per_step=16}}"  # and none to evaluate with
+WRITTEN = range(4, 9)  # the tokens of each row that is replayed
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +73,7 @@ def job_cluster(home: Path) -> Iterator[dict[str, Any]]:
     )
     try:
         # Until the node's agent is up, Ray answers that there is nobody to start a job.
-        assert wait_until(lambda: preceptor(told, "submit", *ABSENT, "--no-wait").returncode == 0, seconds=180)
+        assert wait_until(lambda: preceptor(told, "submit", *ABSENT, "--no-wait").returncode == 0, COMMAND_SECONDS)
         yield told
     finally:
         process.terminate()
@@ -144,10 +151,35 @@ def test_a_submitted_run_brings_its_files_and_its_output_and_exit_code_come_back
     assert found.stderr.splitlines()[-1].startswith(f"preceptor: submitted {job_id(found.stderr)}")
 
 
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write rows as a run of the embedded pair would record them."""
+    folder = tmp_path_factory.mktemp("recorded")
+    config = embedded_config([*SHORT, PROMPTS.format(EMBEDDED / "train.jsonl"), f"run.directory={folder}"])
+    inputs, directory = load_inputs(config), RunDirectory.create(config)
+    rows = [
+        make_trajectory(
+            inputs.prompts.prompt(request.prompt_id).token_ids,
+            WRITTEN,
+            trajectory_id=request.trajectory_id,
+            prompt_id=request.prompt_id,
+            teacher="countdown",
+        )
+        for request in train_requests(config, inputs, step=0)
+    ]
+    scores = make_scores(len(rows) * len(WRITTEN), config.objective.support_size, logprob=-4.0)
+    scored = add_scores(make_generated(rows), "teacher", scores)
+    RecordedRows(directory.rows).write(1, [RecordedBatch(scored, {}, {})], inputs.prompts.checksum)
+    return directory.path
+
+
+# What a stopped run does with its engines: tests/end_to_end/test_what_is_seen.py, on a cluster of its own.
+@pytest.mark.parametrize("has_engines", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_a_run_that_is_stopped_leaves_a_checkpoint_and_can_be_followed_afterwards(
-    cluster: dict[str, Any], tmp_path: Path
+    cluster: dict[str, Any], recorded: Path, tmp_path: Path, has_engines: bool
 ) -> None:
-    options = (f"run.directory={tmp_path}", "run.steps=100000", *SHORT, "--python", sys.executable)
+    replaying = () if has_engines else (f"rollout.replay={recorded}", PROMPTS.format("train.jsonl"))
+    options = (f"run.directory={tmp_path}", "run.steps=100000", *SHORT, *replaying, "--python", sys.executable)
     submitted = preceptor(cluster, "submit", "demo.toml", *options, "--no-wait")
     assert submitted.returncode == 0, submitted.stderr
     job = job_id(submitted.stderr)

@@ -68,6 +68,7 @@ def test_an_engine_process_ends_when_its_actor_was_killed(tmp_path: Path, is_lat
     assert is_running(engine)
     owner.kill()
     owner.wait()
+    owner.stdout.close()
     may_go_on.touch()
     assert wait_until(lambda: not is_running(engine))
 

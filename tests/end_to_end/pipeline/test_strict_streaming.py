@@ -74,6 +74,10 @@ class Noted:
     def is_exhausted(self) -> bool:
         return self._batches.is_exhausted
 
+    @property
+    def missing(self) -> int:
+        return self._batches.missing
+
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         taken = self._batches.take(wake_on)
         self.handles += taken
