@@ -9,14 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.actors.freed_memory import keep_freed_memory
+
 PROVIDER = "preceptor_cpu"
 LANES = 16  # values that the kernels take at once
 
 
 def register() -> None:
-    """Offer the kernels to vLLM, which calls this in each of its processes as a plugin; 0.24 has no such choice."""
+    """Offer the kernels to vLLM, which calls this in each of its processes as a plugin; 0.24 has no such choice.
+
+    On a CPU these processes also keep the memory that they free.
+    """
     from vllm.platforms import current_platform
 
+    if current_platform.is_cpu():
+        keep_freed_memory()
     try:
         from vllm.ir.ops import fused_add_rms_norm, rms_norm
     except ImportError:
