@@ -36,6 +36,9 @@ LEARNER_ACTOR = "learner.worker:LearnerActor"
 # A grid's trajectories come from as many batches as there are, and each reference in a call costs the driver and Ray
 # about as much as the call. Rounds in one call share their references.
 ROUNDS_PER_CALL = 8
+# Of a step, at least so much is in a round that goes out early though it is not full. A round costs as much as some 16
+# short trajectories more, so that many small ones would take time from the engines and from the last round.
+EARLY_PART = 0.25
 CALLS_IN_FLIGHT = 2  # per rank: one is computed, and one waits, so that no rank waits for the driver
 SIGN_OF_LIFE_SECONDS = 5.0  # when one rank dies, the others' collectives fail within this
 
@@ -212,7 +215,7 @@ class LearnerGroup:
             if batches.is_exhausted:
                 break
             collect(self._ready(list(pending)))
-            send(self._due_rounds(planner, len(pending)))
+            send(self._due_rounds(planner, len(pending), arrivals.num_rows + batches.missing))
         planner.add(arrivals.num_tokens(arrivals.rest()))
         rounds = planner.all_rounds() or [((),) * config.learner.num_workers]
         answers += self._read_step(rounds, arrivals, objective, waiting_for)
@@ -246,15 +249,17 @@ class LearnerGroup:
         arrivals.step_means = report(sums)
         return [{"busy_seconds": busy_seconds}]
 
-    def _due_rounds(self, planner: RoundPlanner, num_pending: int) -> Sequence[Round]:
-        """Return the rounds to send while batches still arrive.
+    def _due_rounds(self, planner: RoundPlanner, num_pending: int, num_rows: int) -> Sequence[Round]:
+        """Return the rounds to send while batches of a step of `num_rows` still arrive.
 
         While the ranks compute, what is not enough for a round waits for more; and while they have more to compute than
-        one call, full rounds wait too, and go in fewer calls.
+        one call, full rounds wait too, and go in fewer calls. Without anything to compute, they get what there is if it
+        is a good part of the step.
         """
         if num_pending >= CALLS_IN_FLIGHT * len(self._actors):
             return []
-        return planner.full_rounds() or ([] if num_pending else planner.all_rounds())
+        is_enough = not num_pending and planner.num_waiting >= EARLY_PART * num_rows
+        return planner.full_rounds() or (planner.all_rounds() if is_enough else [])
 
     def _ask(
         self,

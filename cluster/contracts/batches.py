@@ -90,6 +90,10 @@ class BatchSource(Protocol):
     def is_exhausted(self) -> bool:
         """Return whether every batch was given out."""
 
+    @property
+    def missing(self) -> int:
+        """Return how many requests of the step are still generated or scored."""
+
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         """Return the batches not given out yet, waiting for one; with none when a reference of `wake_on` is ready."""
 
@@ -106,6 +110,10 @@ class ReadyBatches:
     @property
     def is_exhausted(self) -> bool:
         return not self._handles
+
+    @property
+    def missing(self) -> int:
+        return 0
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         handles, self._handles = self._handles, []

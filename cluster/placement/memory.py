@@ -132,10 +132,12 @@ def rollout_memory(config: Config, size: ModelSize, longest: int, gpu_gib: float
         * size.vocabulary
         * SAMPLED_BYTES
     )
-    received = gpu_gib is not None and choose(config, True)[1] == "nccl"
+    on_gpu = gpu_gib is not None
+    # Of an update: the bucket as it came, and the largest layer, which vLLM loads beside the one that it keeps.
+    layer = _gib(size.head_parameters * DTYPE_BYTES[engine.dtype] / max(1, engine.tensor_parallel))
     beside = {
-        "buffers": _transfer_gib(config, size) if received else 0.0,
-        "context": COMMUNICATION_GIB if received else 0.0,
+        "buffers": _transfer_gib(config, size) + layer if on_gpu else 0.0,
+        "context": COMMUNICATION_GIB if on_gpu and choose(config, True)[1] == "nccl" else 0.0,
     }
     return _engine_memory(config, "rollout", engine, size, longest, gpu_gib, beside, logits=_gib(logits))
 

@@ -139,6 +139,10 @@ class CheckedBatches:
         self._check_complete()
         return True
 
+    @property
+    def missing(self) -> int:
+        return self.batches.missing
+
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         handles = self.batches.take(wake_on)
         for handle in handles:

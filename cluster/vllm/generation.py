@@ -104,6 +104,7 @@ def sampling_params(
         output_kind=OUTPUT_KIND,
         logit_bias=dict.fromkeys(excluded, NEVER) or None,
         extra_args={**merged, **(extra or {})} or None,
+        skip_clone=True,  # they are of one request, and vLLM's deep copy takes longer than making them
     )
 
 
@@ -116,6 +117,7 @@ def scoring_params(count: int) -> SamplingParams:
         flat_logprobs=True,
         detokenize=False,
         output_kind=OUTPUT_KIND,
+        skip_clone=True,
     )
 
 

@@ -58,6 +58,11 @@ class BatchBuffer:
     _held: list[int] = field(default_factory=list)  # until the step's last batch is in, if the objective needs that
     _groups: dict[int, list[list[int]]] = field(default_factory=lambda: defaultdict(list))  # rows of each episode
 
+    @property
+    def num_rows(self) -> int:
+        """Return how many trajectories have arrived."""
+        return len(self._places)
+
     def add(self, handle: BatchHandle) -> list[int]:
         """Take in a batch and return the trajectories that may be learned from now, of this batch or earlier ones."""
         released = self._take_in(handle)

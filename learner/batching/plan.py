@@ -110,6 +110,11 @@ class RoundPlanner:
     micro_batch_tokens: int
     _waiting: dict[int, int] = field(default_factory=dict)  # trajectories in no round yet, and their tokens
 
+    @property
+    def num_waiting(self) -> int:
+        """Return how many trajectories are in no round yet."""
+        return len(self._waiting)
+
     def add(self, num_tokens: Mapping[int, int]) -> None:
         self._waiting |= num_tokens
 

@@ -39,7 +39,7 @@ ENGINE_ARGUMENTS = (
 )
 SAMPLING = (
     "temperature top_p top_k min_p max_tokens seed stop repetition_detection logprobs flat_logprobs detokenize "
-    "output_kind extra_args"
+    "output_kind extra_args skip_clone"
 )
 WEIGHT_VERBS = "init_weight_transfer_engine start_weight_update update_weights finish_weight_update"
 TRANSFER = "vllm.distributed.weight_transfer"

@@ -107,10 +107,11 @@ def test_a_shared_gpu_gives_each_worker_what_it_needs_and_the_caches_the_rest() 
 @pytest.mark.parametrize(
     ("student", "fraction", "gpu_gib", "tokens"),
     [
-        # fraction x GPU - weights - activations - 256 sampled rows, 0.43 - 2.0, over the bytes of a token
-        ("0.6B", 0.25, 24.0, 21_100),  # 6.0 - 1.11 - 0.20 - 0.43 - 2.0 = 2.26 GiB; 2 ** 30 / 114,688 = 9,362 a GiB
-        ("8B", 0.5, 80.0, 156_300),  # 40.0 - 15.26 - 0.81 - 0.43 - 2.0 = 21.5; 7,282 a GiB
-        ("4B", 0.3, 48.0, 27_500),  # 14.4 - 7.49 - 0.60 - 0.43 - 2.0 = 3.87; 7,282
+        # fraction x GPU - weights - activations - 256 sampled rows, 0.43 - 2.0 - an update's embedding, twice, over the
+        # bytes of a token
+        ("0.6B", 0.25, 24.0, 15_700),  # 6.0 - 1.11 - 0.20 - 0.43 - 2.0 - 0.58 = 1.68; 9,362 a GiB
+        ("8B", 0.5, 80.0, 139_400),  # 40.0 - 15.26 - 0.81 - 0.43 - 2.0 - 2.32 = 19.18; 7,282 a GiB
+        ("4B", 0.3, 48.0, 17_700),  # 14.4 - 7.49 - 0.60 - 0.43 - 2.0 - 1.45 = 2.43; 7,282
     ],
 )
 def test_a_cache_on_a_shared_gpu_is_what_a_set_fraction_leaves(
@@ -196,7 +197,7 @@ def test_teachers_of_a_slot_share_one_part_of_a_gpu() -> None:
             "0.6B",
             80.0,
             ("rollout.engine.gpu_memory_fraction=0.999",),
-            r"^rollout: a worker needs about 80.7 GiB .*; lower rollout.engine.gpu_memory_fraction$",
+            r"^rollout: a worker needs about 81.0 GiB .*; lower rollout.engine.gpu_memory_fraction$",
         ),
         (
             "8B",

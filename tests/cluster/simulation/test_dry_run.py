@@ -49,7 +49,7 @@ def test_gpus_that_are_too_few_or_too_small_are_one_sentence(
     assert main(["plan", str(run_file), "--gpus", "8", "--gpu-memory", "2"]) == 1
     said = capsys.readouterr()
     assert said.err.startswith(
-        "preceptor: rollout: 2.8 GiB (buffers 0.2, context 2.5) leave 0.00 of a GPU's 2.0 GiB to "
+        "preceptor: rollout: 2.8 GiB (buffers 0.3, context 2.5) leave 0.00 of a GPU's 2.0 GiB to "
     )
     assert "left" in said.out  # the table, above the refusal
 

@@ -79,6 +79,10 @@ class Noted:
     def is_exhausted(self) -> bool:
         return self._batches.is_exhausted and not self._late
 
+    @property
+    def missing(self) -> int:
+        return self._batches.missing
+
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         self.began_early |= bool(wake_on)
         if self._late:

@@ -5,6 +5,13 @@ from tests.faults.fault import Fault
 LIES, PLAN = ("tests/cluster/placement/test_memory.py",), ("tests/cluster/placement/test_memory_plan.py",)
 FAULTS = (
     Fault(
+        "an update of the weights loads no layer beside the one in use",
+        "cluster/placement/memory.py",
+        "_transfer_gib(config, size) + layer if on_gpu",
+        "_transfer_gib(config, size) if on_gpu",
+        LIES,
+    ),
+    Fault(
         "a teacher's engine leaves no room for its head",
         "cluster/placement/memory.py",
         "inside, outside = weights + head + activations + logits + context, sum(beside.values())",

@@ -29,6 +29,10 @@ class Scripted:
     def is_exhausted(self) -> bool:
         return not self._arrivals
 
+    @property
+    def missing(self) -> int:
+        return sum(len(handle.num_tokens) for _, handle in self._arrivals)
+
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         self._started = self._started or time.perf_counter()
         seconds, handle = self._arrivals[0]
@@ -104,6 +108,11 @@ def test_what_arrives_while_the_rank_is_busy_is_computed_together(group, unit: f
     handles = [handle_of(slow_tokens(unit)), handle_of(20), handle_of(30), handle_of(40)]
     source = Scripted([(0.2 * unit * index, handle) for index, handle in enumerate(handles)])
     assert report(group.step(source, 0))["rounds"] == 2
+
+
+def test_an_idle_rank_waits_for_a_quarter_of_the_step(group, unit: float) -> None:
+    figures = report(group.step(Scripted([(unit * index, handle_of(10)) for index in range(5)]), 0))
+    assert (figures["rounds"], figures["tokens"]) == (3, 50)  # two of five, two of five, and the last
 
 
 def test_only_the_last_round_completes_the_step(group, unit: float) -> None:
