@@ -81,7 +81,7 @@ class Noted:
 
     @property
     def missing(self) -> int:
-        return self._batches.missing
+        return self._batches.missing + sum(handle.num_episodes for handle in self._late)
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
         self.began_early |= bool(wake_on)
