@@ -25,7 +25,8 @@ from tests.leak_check import wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 POOLS = {"rollout", "teacher-countdown", "learner"}
-SEEN_SECONDS = 120.0  # Ray brings figures to its endpoint every few seconds
+SEEN_SECONDS = 120.0
+OFTEN = {"RAY_metrics_report_interval_ms": "1000"}  # how often Ray brings figures to its endpoint, instead of 10,000
 # Begin metrics that only runs with a privileged sampler (test_privileged.py), or with several turns, have.
 OF_OTHER_RUNS = ("privileged/", "rollout/turns", "rollout/environment_errors")
 SERIES = re.compile(r"(ray_preceptor_\w+)\{")
@@ -43,9 +44,8 @@ class Shown:
     left: list[str] = field(default_factory=list)  # of processes, shared memory and files after the stop
 
 
-def scrape(run: Run) -> dict[str, list[tuple[dict[str, str], float]]]:
-    """Read all endpoints that Ray names to Prometheus."""
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
+def scrape(run: Run, found: dict[str, list[tuple[dict[str, str], float]]]) -> dict[str, Any]:
+    """Add what all endpoints say that Ray names to Prometheus, which keeps what one scrape has and the next has not."""
     for discovery in run.watch.temporary.glob("preceptor-*/ray/prom_metrics_service_discovery.json"):
         for target in json.loads(discovery.read_text())[0]["targets"]:
             # Ray names an endpoint before it answers.
@@ -83,10 +83,11 @@ def shown(preloaded: None, short_run: ShortRun, tmp_path_factory: pytest.TempPat
     shutil.rmtree(directory / f"run/checkpoints/step-{STEPS}")
     settings = ("run.steps=100000", "ray.dashboard=true", "evaluation.every_steps=1", "evaluation.num_prompts=16")
     command = ("train", "--resume", str(directory / "run"))
-    with running(directory, *settings, command=command, is_forked=True) as run:
+    with running(directory, *settings, command=command, is_forked=True, **OFTEN) as run:
         run.wait_for(f"step {STEPS} ")
-        wait_until(lambda: of_this_run() <= scrape(run).keys(), SEEN_SECONDS, poll_seconds=2)
-        series, living = scrape(run), status(run.directory)
+        series: dict[str, list[tuple[dict[str, str], float]]] = {}
+        wait_until(lambda: of_this_run() <= scrape(run, series).keys(), SEEN_SECONDS, poll_seconds=1)
+        living = status(run.directory)
         run.signal_group(signal.SIGINT)
         assert run.process.wait(ENDED_SECONDS) == 130, "".join(run.lines)
         yield Shown(run.directory, "".join(run.lines), series, living, status(run.directory), run.left())

@@ -44,12 +44,12 @@ Rows = dict[int, list[int]]  # trajectory id -> its tokens
 
 
 class Recorder:
-    """A learner that notes what each of its steps learned from, and in how many rounds."""
+    """A learner that notes what each of its steps learned from, and whether it did while the last rows were missing."""
 
     def __init__(self, learner: LearnerGroup) -> None:
         self._learner = learner
         self.rows: list[Rows] = []
-        self.num_rounds: list[int] = []
+        self.began_early: list[bool] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._learner, name)
@@ -59,27 +59,38 @@ class Recorder:
         figures = self._learner.step(noted, step)
         wires = [ray.get(handle.reference) for handle in noted.handles]
         self.rows.append({key: ids for wire in wires for key, ids in rows_of(wire).items()})
-        self.num_rounds.append(int(figures["micro_batches"].value))
+        self.began_early.append(noted.began_early)
         return figures
 
 
 class Noted:
-    """A BatchSource that notes what it gives out."""
+    """A BatchSource that notes what it gives out; the last batch of a step that comes with others comes after them.
+
+    Otherwise a busy machine may have all of them there before the learner takes the first.
+    """
 
     def __init__(self, batches: BatchSource) -> None:
         self._batches = batches
+        self._late: list[BatchHandle] = []
         self.handles: list[BatchHandle] = []
+        self.began_early = False  # ranks had something to compute when a further batch was taken
 
     @property
     def is_exhausted(self) -> bool:
-        return self._batches.is_exhausted
+        return self._batches.is_exhausted and not self._late
 
     @property
     def missing(self) -> int:
-        return self._batches.missing
+        return self._batches.missing + sum(handle.num_episodes for handle in self._late)
 
     def take(self, wake_on: Sequence[Any] = ()) -> list[BatchHandle]:
-        taken = self._batches.take(wake_on)
+        self.began_early |= bool(wake_on)
+        if self._late:
+            taken, self._late = self._late, []
+        else:
+            taken = self._batches.take(wake_on)
+            if self._batches.is_exhausted and len(taken) > 1:
+                self._late = [taken.pop()]
         self.handles += taken
         return taken
 
@@ -138,8 +149,7 @@ def test_streaming_learns_from_the_same_rows_in_the_same_steps(two_ways: dict[st
 
 
 def test_streaming_learns_before_the_last_row_has_come(two_ways: dict[str, Any]) -> None:
-    apart, streamed = two_ways["apart"][0], two_ways["streamed"][0]
-    assert sum(streamed.num_rounds) > sum(apart.num_rounds)
+    assert two_ways["streamed"][0].began_early == [True] * STEPS
 
 
 def test_streaming_leads_to_the_same_weights(two_ways: dict[str, Any]) -> None:
