@@ -52,7 +52,7 @@ def test_the_first_step_of_an_engine_that_fails_says_why(tmp_path: Path, monkeyp
     few = ("evaluation.num_prompts=4", "evaluation.teacher_too=false", f"run.directory={tmp_path}", "run.name=run")
     finished = preceptor("eval", str(EMBEDDED / "demo.toml"), *files, *few, "ray.dashboard=false")
     assert finished.code == 1
-    assert "the process of a rollout engine is gone; its last error: " in finished.error
+    # Whether the actor comes to say that its engine is gone, or is gone itself, the reason is there.
     assert "no kernel takes this step" in finished.error.partition("its last error: ")[2]
     log = tmp_path / "run/logs/rollout-0.log"
     assert f"its output is in {log}" in finished.error
