@@ -30,7 +30,6 @@ from cluster.config.run_config import Config
 from cluster.contracts.batches import BatchHandle, ReadyBatches
 from cluster.contracts.files import Record
 from cluster.contracts.requests import RolloutRequest
-from cluster.nodes.preloaded_python import preloading
 from cluster.nodes.ray_session import ray_session
 from cluster.placement.placement import cluster_nodes, plan_placement
 from cluster.run.driver import Permits
@@ -196,8 +195,8 @@ def main() -> None:
     if lacking := missing_models(pair):
         raise SystemExit(lacking)
     config = pair_config(pair, options.overrides)
-    with preloading(config):  # as the commands do
-        alone, together = measure(config, WARM_UP_STEPS[pair], options.steps or STEPS[pair])
+    # Pools import for themselves: what is forked from a preloaded process is no descendant of its actor's.
+    alone, together = measure(config, WARM_UP_STEPS[pair], options.steps or STEPS[pair])
     cores = len(os.sched_getaffinity(0))
     rows = [
         *stage_rows(alone, together, cores, f"{pair} pair, {len(alone)} steps"),
