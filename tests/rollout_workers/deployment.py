@@ -38,6 +38,7 @@ class RolloutDeployment:
     student: PreTrainedModel
     policy_version: int = 0
     next_id: int = field(default=0)
+    num_changes: int = field(default=0)  # of the reference's weights
     first_weights: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -59,9 +60,18 @@ class RolloutDeployment:
 
     def change_weights(self) -> None:
         """Give the reference other weights, as far from the first as any; `publish` sends them."""
+        self.num_changes += 1
+        random = torch.Generator().manual_seed(self.num_changes)
         with torch.no_grad():
             for parameter, first in zip(self.student.parameters(), self.first_weights, strict=True):
-                parameter.copy_(first + torch.randn_like(parameter) * 0.1)
+                parameter.copy_(first + torch.randn(parameter.shape, generator=random) * 0.1)
+
+    def restore_weights(self) -> None:
+        """Give the reference and the actors the first weights again, whatever other tests have left."""
+        with torch.no_grad():
+            for parameter, first in zip(self.student.parameters(), self.first_weights, strict=True):
+                parameter.copy_(first)
+        self.publish(self.policy_version + 1)
 
     def change_some_weights(self, every: int) -> None:
         """Give the reference another value at one of `every` places of each parameter, if it has as many."""

@@ -142,6 +142,7 @@ def generate_across_two_updates(
     rollouts: RolloutDeployment,
 ) -> tuple[dict[int, dict[str, torch.Tensor]], list[dict[str, Any]]]:
     """Return the weights of each version, and all rows."""
+    rollouts.restore_weights()
     first = rollouts.policy_version
     stream = rollouts.pool.generate(
         rollouts.requests([index % NUM_PROMPTS for index in range(48)]), SamplingSettings(400, 1.0)

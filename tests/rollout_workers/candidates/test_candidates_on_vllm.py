@@ -64,6 +64,7 @@ def test_sampled_candidates_carry_their_log_probability_under_the_sampling_distr
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_candidates_follow_the_sampling_distribution(rollouts: RolloutDeployment, temperature: float) -> None:
+    rollouts.restore_weights()
     rows = rollouts.generate(rollouts.requests([3] * 64), with_candidates(100, 1, temperature))
     ids = np.concatenate([row["candidate_ids"][0] for row in rows])
     counts = torch.from_numpy(ids).bincount(minlength=NUM_WORDS).double()
@@ -100,6 +101,7 @@ def test_the_same_seed_draws_the_same_beside_other_requests(rollouts: RolloutDep
 
 
 def test_new_weights_leave_no_gap_and_no_repetition_in_running_requests(rollouts: RolloutDeployment) -> None:
+    rollouts.restore_weights()
     requests = rollouts.requests([index % NUM_PROMPTS for index in range(48)])
     stream = rollouts.pool.generate(requests, with_candidates(3, 400))
     next(stream)  # the rest is under way
