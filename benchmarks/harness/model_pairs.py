@@ -43,16 +43,9 @@ def pair_config(pair: str, overrides: Sequence[str] = ()) -> Config:
     """
     if pair == "embedded":
         return embedded_config(overrides)
+    from cluster.models.lm_head import lacks_bfloat16
+
     return load_run_config(SMOLLM2_RUN_FILE, [*(IN_FLOAT32 if lacks_bfloat16() else ()), *overrides])
-
-
-def lacks_bfloat16() -> bool:
-    """Return whether this CPU multiplies float32 faster than bfloat16, several times so."""
-    import torch
-
-    from cluster.models.lm_head import multiplies_wide
-
-    return multiplies_wide(torch.bfloat16, torch.device("cpu"))
 
 
 def missing_models(pair: str, root: Path = ROOT) -> str | None:

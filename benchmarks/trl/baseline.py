@@ -13,7 +13,7 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks.harness.model_pairs import PAIRS, lacks_bfloat16, pair_config
+from benchmarks.harness.model_pairs import PAIRS, pair_config
 from benchmarks.trl.steps import Settings, StepRecorder, Trainer
 
 NUM_THREADS = 2
@@ -40,6 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     set_threads(options.spin)
     from benchmarks.trl.trainers import train  # loads torch
+    from cluster.models.lm_head import lacks_bfloat16
 
     config = pair_config(options.pair, options.overrides)
     fastest = FASTEST[options.pair, options.trainer]

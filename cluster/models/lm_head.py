@@ -121,6 +121,11 @@ def multiplies_wide(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and is_plain
 
 
+def lacks_bfloat16() -> bool:
+    """Return whether this machine's CPU multiplies float32 faster than bfloat16."""
+    return multiplies_wide(torch.bfloat16, torch.device("cpu"))
+
+
 def scale_logits(logits: Tensor, logit_factor: float, softcap: float | None) -> Tensor:
     """Do to the head's product what the model does to it."""
     if logit_factor != 1.0:

@@ -72,18 +72,13 @@ class Machine:
         return f"{gpus}, {self.cpus} CPU cores, {self.memory_gib:.0f} GiB of memory"
 
 
-def lacks_bfloat16() -> bool:
-    """Return whether this machine's CPU multiplies float32 faster than bfloat16."""
-    import torch
-
-    from cluster.models.lm_head import multiplies_wide
-
-    return multiplies_wide(torch.bfloat16, torch.device("cpu"))
-
-
 def warning_of_dtype(config: Config, on_gpu: bool) -> str | None:
     """Return what is slow about the engines' dtype, for a run file that was written for another machine."""
-    if on_gpu or config.rollout.engine.dtype != "bfloat16" or not lacks_bfloat16():
+    if on_gpu or config.rollout.engine.dtype != "bfloat16":
+        return None
+    from cluster.models.lm_head import lacks_bfloat16
+
+    if not lacks_bfloat16():
         return None
     return f"warning: rollout.engine.dtype = 'bfloat16', and {NO_BFLOAT16}; use float32, in all three stages"
 
@@ -119,6 +114,8 @@ def _plan(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: M
 
 
 def _choose_for_cpu(draft: Draft, sizes: Mapping[str, ModelSize], longest: int, machine: Machine) -> None:
+    from cluster.models.lm_head import lacks_bfloat16  # torch, which `preceptor plan` does without
+
     in_float32 = True
     if sizes[STUDENT].parameters <= SMALL_PARAMETERS:
         draft.set("learner.dtype", "float32", "a student of this size is as fast in it")

@@ -117,11 +117,11 @@ def _mass(run: RunData) -> Advice | None:
     mass, objective = run.metric("train/student_candidate_mass"), run.config.objective
     if not mass or _first(mass) > 0.9:
         return None
-    by_student = "" if objective.support != "topk" else 'objective.support = "student_topk" or '
+    by_student = "" if objective.support != "topk" else 'objective.support = "student_topk" lists its own likeliest. '
     return Advice(
-        f"The candidates held {_first(mass):.0%} of the student's probability at the beginning: tokens outside them "
-        "learn from single samples alone, whose noise can cost accuracy.",
-        f"Try {by_student}a larger objective.support_size, and keep the residual on.",
+        f"The candidates held {_first(mass):.0%} of the student's probability at the beginning: of the tokens "
+        "outside them the gradient has single samples at best, which is noisier.",
+        f"{by_student}A larger objective.support_size lists more of them; keep the residual on.",
     )
 
 

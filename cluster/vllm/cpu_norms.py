@@ -16,20 +16,21 @@ LANES = 16  # values that the kernels take at once
 
 
 def register() -> None:
-    """Offer the kernels to vLLM, which calls this in each of its processes as a plugin; 0.24 has no such choice.
+    """Offer the kernels to vLLM on a CPU, and let its process keep the memory that it frees; nothing on a GPU.
 
-    On a CPU these processes also keep the memory that they free.
+    vLLM calls this in each of its processes as a plugin; 0.24 has no choice of kernels.
     """
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        keep_freed_memory()
+    if not current_platform.is_cpu():
+        return
+    keep_freed_memory()
     try:
         from vllm.ir.ops import fused_add_rms_norm, rms_norm
     except ImportError:
         return
     current_platform.import_ir_kernels()
-    if current_platform.is_cpu() and PROVIDER not in rms_norm.impls:
+    if PROVIDER not in rms_norm.impls:
         rms_norm.register_impl(PROVIDER, supports_args=_takes)(_norm)
         fused_add_rms_norm.register_impl(PROVIDER, supports_args=_takes_sum, inplace=True)(_norm_of_sum)
 

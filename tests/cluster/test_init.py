@@ -59,7 +59,7 @@ def test_the_embedded_pair_gets_a_short_run_file_with_reasons(
 @pytest.mark.parametrize("lacks", [True, False])
 def test_a_cpu_without_bfloat16_gets_float32(prompts: Path, monkeypatch: pytest.MonkeyPatch, lacks: bool) -> None:
     monkeypatch.setattr("cluster.placement.proposal.SMALL_PARAMETERS", 0)
-    monkeypatch.setattr("cluster.placement.proposal.lacks_bfloat16", lambda: lacks)
+    monkeypatch.setattr("cluster.models.lm_head.lacks_bfloat16", lambda: lacks)
     config = init(prompts, "--gpus", "0")
     engines = (config.rollout.engine, config.teachers["main"].engine)
     assert {config.learner.dtype, *(engine.dtype for engine in engines)} == {"float32" if lacks else "bfloat16"}
@@ -67,7 +67,7 @@ def test_a_cpu_without_bfloat16_gets_float32(prompts: Path, monkeypatch: pytest.
 
 
 def test_a_run_file_of_another_machine_is_warned_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cluster.placement.proposal.lacks_bfloat16", lambda: True)
+    monkeypatch.setattr("cluster.models.lm_head.lacks_bfloat16", lambda: True)
     config = embedded_config(["rollout.engine.dtype=bfloat16"])
     assert "use float32" in (warning_of_dtype(config, on_gpu=False) or "")
     assert warning_of_dtype(config, on_gpu=True) is None
