@@ -9,7 +9,7 @@ import torch
 
 from cluster.config.sections import EnvironmentConfig
 from cluster.contracts.requests import SamplingSettings
-from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, deployed, rows_of
+from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, deployed, version_of_each_token
 from tests.tiny_qwen3 import EOS, HALT, expected_logprobs, write_tiny_qwen3
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -34,8 +34,12 @@ def sampled_spans(row: dict[str, Any]) -> list[tuple[int, int]]:
     return [(int(begin), int(end)) for begin, end in edges.reshape(-1, 2)]
 
 
+def has_two_turns(row: dict[str, Any]) -> bool:
+    return len(sampled_spans(row)) == 2
+
+
 def two_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = [row for row in rows if len(sampled_spans(row)) == 2]
+    found = [row for row in rows if has_two_turns(row)]
     assert len(found) >= 5
     return found
 
@@ -84,23 +88,11 @@ def test_candidates_stand_beside_the_tokens_of_both_answers(rollouts: RolloutDep
 
 
 def test_each_token_names_the_version_that_sampled_it_across_the_hint(rollouts: RolloutDeployment) -> None:
-    stream = rollouts.pool.generate(
-        rollouts.requests(WITH_ANSWER * 16), SamplingSettings(MAX_TOKENS, 1.0, stop=("halt",))
-    )
-    handles = [next(stream)]  # the rest is under way
-    weights = [{name: value.clone() for name, value in rollouts.student.state_dict().items()}]
-    rollouts.change_weights()
-    rollouts.publish(rollouts.policy_version + 1)
-    weights.append({name: value.clone() for name, value in rollouts.student.state_dict().items()})
-    rows = two_turns([row for handle in [*handles, *stream] for row in rows_of(handle.reference)])
-    first = rollouts.policy_version - 1
-    versions = []
-    for row in rows:
-        positions = np.arange(len(row["rollout_logprobs"]))
-        later = np.searchsorted(row["version_changes"], positions, side="right")
-        versions.append(row["min_policy_version"] + later - first)
-    assert any(set(by_token) == {0, 1} for by_token in versions)
-    for version, kept in enumerate(weights):
+    sampling = SamplingSettings(MAX_TOKENS, 1.0, stop=("halt",))
+    weights, rows = rollouts.generate_across_updates(WITH_ANSWER * 16, sampling, is_wanted=has_two_turns)
+    rows = two_turns(rows)
+    versions = [version_of_each_token(row) for row in rows]
+    for version, kept in weights.items():
         rollouts.student.load_state_dict(kept)
         for row, by_token in zip(rows, versions, strict=True):
             assert (gaps(rollouts, row)[by_token == version] < 1e-4).all()

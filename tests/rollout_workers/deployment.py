@@ -1,8 +1,9 @@
 """A running rollout pool beside a transformers model with the same weights, and the prompts that both are asked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.tiny_qwen3 import CONTEXT_TOKENS, load
 NUM_PROMPTS = 8
 LONG_PROMPT_TOKENS = 300  # more than two of vLLM's cache blocks, which hold 128 tokens on CPU
 LONG_PROMPT = NUM_PROMPTS  # its prompt id
+MAX_TRIES = 5  # to update weights while rows are under way, each with twice the rows of the one before
 
 
 @dataclass
@@ -57,6 +59,38 @@ class RolloutDeployment:
         handles = self.pool.generate(requests, sampling)
         rows = [row for handle in handles for row in rows_of(handle.reference)]
         return sorted(rows, key=lambda row: row["trajectory_id"])
+
+    def generate_across_updates(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingSettings,
+        updates: Sequence[int] = (1,),
+        is_wanted: Callable[[dict[str, Any]], bool] = lambda row: True,
+    ) -> tuple[dict[int, dict[str, torch.Tensor]], list[dict[str, Any]]]:
+        """Publish new weights while rows are written, at versions that lie `updates` after the first weights' version.
+
+        Returns the weights of each version, and all rows, of which one that `is_wanted` has tokens of every version. A
+        busy machine may have written the rows before the weights arrive; it is asked again, for more rows.
+        """
+        for attempt in range(MAX_TRIES):
+            self.restore_weights()
+            first = self.policy_version
+            stream = self.pool.generate(self.requests([*prompt_ids] * 2**attempt), sampling)
+            handles = [next(stream)]  # the rest is under way
+            weights = {first: self.copy_weights()}
+            for update in updates:
+                self.change_weights()
+                self.publish(first + update)
+                weights[first + update] = self.copy_weights()
+                handles.extend(islice(stream, 1))
+            rows = [row for handle in [*handles, *stream] for row in rows_of(handle.reference)]
+            if any(set(version_of_each_token(row)) == set(weights) and is_wanted(row) for row in rows):
+                return weights, rows
+        raise AssertionError(f"all rows were written before the weights of {len(updates)} updates had arrived")
+
+    def copy_weights(self) -> dict[str, torch.Tensor]:
+        """Copy the reference's."""
+        return {name: value.clone() for name, value in self.student.state_dict().items()}
 
     def change_weights(self) -> None:
         """Give the reference other weights, as far from the first as any; `publish` sends them."""
@@ -161,6 +195,12 @@ def rows_of(reference: Any) -> list[dict[str, Any]]:
         {**row, **{name: column[index] for name, column in columns.items()}}
         for index, row in enumerate(batch.to_pylist())
     ]
+
+
+def version_of_each_token(row: dict[str, Any]) -> np.ndarray:
+    """Return [completion_tokens]: which policy version wrote each; a request that waited begins under a later one."""
+    changes = np.searchsorted(row["version_changes"], np.arange(len(row["rollout_logprobs"])), side="right")
+    return np.asarray(row["min_policy_version"] + changes)
 
 
 def make_prompts() -> PromptSet:

@@ -13,12 +13,16 @@ from cluster.contracts.errors import WeightSyncError
 from cluster.contracts.requests import SamplingSettings
 from learner.weight_sync.object_store import ObjectStoreSender
 from rollout_workers.batching import MAX_GROWTH
-from tests.rollout_workers.deployment import LONG_PROMPT, NUM_PROMPTS, FrozenEngine, RolloutDeployment, rows_of
+from tests.rollout_workers.deployment import (
+    LONG_PROMPT,
+    NUM_PROMPTS,
+    FrozenEngine,
+    RolloutDeployment,
+    version_of_each_token,
+)
 from tests.tiny_qwen3 import HALT, expected_logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
-
-MAX_TRIES = 5  # to update weights while rows are under way; on a busy machine all may have been written before
 
 
 def gaps(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> np.ndarray:
@@ -31,16 +35,6 @@ def gaps(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 
 
 def largest_gap(rollouts: RolloutDeployment, row: dict[str, Any], temperature: float = 1.0) -> float:
     return float(gaps(rollouts, row, temperature).max())
-
-
-def version_of_each_token(row: dict[str, Any]) -> np.ndarray:
-    """Return [completion_tokens]: which policy version wrote each; a request that waited begins under a later one."""
-    changes = np.searchsorted(row["version_changes"], np.arange(len(row["rollout_logprobs"])), side="right")
-    return np.asarray(row["min_policy_version"] + changes)
-
-
-def copy_weights(rollouts: RolloutDeployment) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in rollouts.student.state_dict().items()}
 
 
 def test_every_requested_trajectory_comes_exactly_once_and_batches_have_one_teacher(
@@ -99,62 +93,28 @@ def test_what_stops_a_completion_stays_in_it(rollouts: RolloutDeployment, stops:
 
 
 def test_new_weights_reach_running_requests_and_leave_no_stale_prefix(rollouts: RolloutDeployment) -> None:
-    for _ in range(MAX_TRIES):
-        rollouts.generate(rollouts.requests([LONG_PROMPT]), SamplingSettings(1, 1.0))  # now its blocks are cached
-        before = rollouts.policy_version
-        stream = rollouts.pool.generate(
-            rollouts.requests([index % NUM_PROMPTS for index in range(64)]), SamplingSettings(400, 1.0)
-        )
-        versions = [version for _ in range(2) for version in versions_of(next(stream))]  # on their way
-        rollouts.change_weights()
-        rollouts.publish(before + 1)
-        versions += [version for handle in stream for version in versions_of(handle)]
-        assert len(versions) == 64
-        # Whole rows under the new weights are of requests that a busy machine had not begun before.
-        assert set(versions) <= {(before, before), (before, before + 1), (before + 1, before + 1)}
-        if (before, before + 1) in versions:
-            break
-    assert (before, before + 1) in versions
+    # The long prompt's blocks are cached when the weights change.
+    weights, rows = rollouts.generate_across_updates([LONG_PROMPT, *range(NUM_PROMPTS)] * 8, SamplingSettings(400, 1.0))
+    before, after = weights
+    # Whole rows under the new weights are of requests that a busy machine had not begun before.
+    versions = {(row["min_policy_version"], row["max_policy_version"]) for row in rows}
+    assert versions <= {(before, before), (before, after), (after, after)}
     # Asked alone, the long prompt goes to the worker that had it before.
     asked = (rollouts.requests([LONG_PROMPT]), rollouts.requests([2, 3]))
     rows = [row for requests in asked for row in rollouts.generate(requests, SamplingSettings(32, 1.0))]
     assert max(largest_gap(rollouts, row) for row in rows) < 1e-5
-    assert {(row["min_policy_version"], row["max_policy_version"]) for row in rows} == {(before + 1, before + 1)}
+    assert {(row["min_policy_version"], row["max_policy_version"]) for row in rows} == {(after, after)}
 
 
 def test_a_row_says_which_of_its_tokens_each_version_wrote(rollouts: RolloutDeployment) -> None:
-    for _ in range(MAX_TRIES):
-        weights, rows = generate_across_two_updates(rollouts)
-        by_row = [version_of_each_token(row) for row in rows]
-        num_both = sum(set(versions) == set(weights) for versions in by_row)  # rows that saw both updates
-        if num_both:  # on a busy machine most rows end between the two
-            break
-    assert num_both
-    by_token = np.concatenate(by_row)
+    # One version never reaches the workers.
+    weights, rows = rollouts.generate_across_updates([*range(NUM_PROMPTS)] * 6, SamplingSettings(400, 1.0), (1, 3))
+    by_token = np.concatenate([version_of_each_token(row) for row in rows])
     for version, kept in weights.items():
         rollouts.student.load_state_dict(kept)
         gap = np.concatenate([gaps(rollouts, row) for row in rows])
         assert gap[by_token == version].max() < 1e-4
         assert np.median(gap[by_token != version]) > 1e-2
-
-
-def generate_across_two_updates(
-    rollouts: RolloutDeployment,
-) -> tuple[dict[int, dict[str, torch.Tensor]], list[dict[str, Any]]]:
-    """Return the weights of each version, and all rows."""
-    rollouts.restore_weights()
-    first = rollouts.policy_version
-    stream = rollouts.pool.generate(
-        rollouts.requests([index % NUM_PROMPTS for index in range(48)]), SamplingSettings(400, 1.0)
-    )
-    handles = [next(stream)]  # the rest is under way
-    weights = {first: copy_weights(rollouts)}
-    for version in (first + 1, first + 3):  # one version never reaches the workers
-        rollouts.change_weights()
-        rollouts.publish(version)
-        weights[version] = copy_weights(rollouts)
-        handles.append(next(stream))
-    return weights, [row for handle in [*handles, *stream] for row in rows_of(handle.reference)]
 
 
 def test_an_actor_scores_like_a_teacher_with_the_weights_that_it_writes_with(rollouts: RolloutDeployment) -> None:
@@ -241,7 +201,3 @@ def test_changes_to_a_version_that_a_worker_does_not_hold_are_refused(rollouts: 
     with pytest.raises(WeightSyncError, match=rf"changes since policy version 99 arrived where version {held} is kept"):
         rollouts.publish(held + 1, base_version=99)
     rollouts.publish(held + 2)
-
-
-def versions_of(handle: Any) -> list[tuple[int, int]]:
-    return [(row["min_policy_version"], row["max_policy_version"]) for row in rows_of(handle.reference)]

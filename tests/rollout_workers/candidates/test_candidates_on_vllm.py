@@ -10,7 +10,7 @@ import torch
 from cluster.contracts.errors import RolloutError
 from cluster.contracts.requests import SamplingSettings
 from cluster.models.stop_class import merge_logits
-from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, rows_of
+from tests.rollout_workers.deployment import NUM_PROMPTS, RolloutDeployment, version_of_each_token
 from tests.tiny_qwen3 import EOS, HALT, NUM_WORDS, expected_logprobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the first test waits for the engines to start
@@ -101,24 +101,13 @@ def test_the_same_seed_draws_the_same_beside_other_requests(rollouts: RolloutDep
 
 
 def test_new_weights_leave_no_gap_and_no_repetition_in_running_requests(rollouts: RolloutDeployment) -> None:
-    rollouts.restore_weights()
-    requests = rollouts.requests([index % NUM_PROMPTS for index in range(48)])
-    stream = rollouts.pool.generate(requests, with_candidates(3, 400))
-    next(stream)  # the rest is under way
-    old = {name: value.clone() for name, value in rollouts.student.state_dict().items()}
-    rollouts.change_weights()
-    rollouts.publish(rollouts.policy_version + 1)
-    new = {name: value.clone() for name, value in rollouts.student.state_dict().items()}
-    rows = [row for handle in stream for row in rows_of(handle.reference)]
-    by_version = []
-    for weights in (old, new):
-        rollouts.student.load_state_dict(weights)
-        by_version.append([gaps(row, expected(rollouts, row)) < 1e-4 for row in rows])
-    changes = [row_old.int().sum() for row_old in by_version[0]]
-    for num_old, row_old, row_new in zip(changes, *by_version, strict=True):
-        assert row_old[:num_old].all()
-        assert row_new[num_old:].all()
-    assert any(0 < num_old < len(row) for num_old, row in zip(changes, by_version[0], strict=True))
+    weights, rows = rollouts.generate_across_updates([*range(NUM_PROMPTS)] * 6, with_candidates(3, 400))
+    by_token = np.concatenate([version_of_each_token(row) for row in rows])
+    for version, kept in weights.items():
+        rollouts.student.load_state_dict(kept)
+        gap = torch.cat([gaps(row, expected(rollouts, row)) for row in rows]).numpy()
+        assert gap[by_token == version].max() < 1e-4
+        assert np.median(gap[by_token != version]) > 1e-2
 
 
 def test_sampled_candidates_beside_a_truncated_distribution_are_refused(rollouts: RolloutDeployment) -> None:
