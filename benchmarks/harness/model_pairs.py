@@ -36,16 +36,22 @@ PAIRS = {
 
 
 def pair_config(pair: str, overrides: Sequence[str] = ()) -> Config:
-    """Return what the pair's command line with these overrides would train, on a CPU without bfloat16 in float32.
+    """Return what the pair's command line with these overrides trains on this machine.
 
     Raises:
         ConfigError: an override is wrong.
     """
+    overrides = [*machine_overrides(pair), *overrides]
+    return embedded_config(overrides) if pair == "embedded" else load_run_config(SMOLLM2_RUN_FILE, overrides)
+
+
+def machine_overrides(pair: str) -> tuple[str, ...]:
+    """Return what this machine needs in front of all overrides: float32 on a CPU without bfloat16 products."""
     if pair == "embedded":
-        return embedded_config(overrides)
+        return ()
     from cluster.models.lm_head import lacks_bfloat16
 
-    return load_run_config(SMOLLM2_RUN_FILE, [*(IN_FLOAT32 if lacks_bfloat16() else ()), *overrides])
+    return IN_FLOAT32 if lacks_bfloat16() else ()
 
 
 def missing_models(pair: str, root: Path = ROOT) -> str | None:

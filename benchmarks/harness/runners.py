@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.model_pairs import PAIRS, ROOT, pair_config
+from benchmarks.harness.model_pairs import PAIRS, ROOT, machine_overrides, pair_config
 from benchmarks.harness.process_trees import cpu_seconds, descendants, end, spent
 from benchmarks.trl.environment import make_environment
 
@@ -89,7 +89,7 @@ class Runner:
             SystemExit: the program failed; says what it printed last.
         """
         run_steps = span.run_steps(pair_config(pair, overrides).run.steps)
-        overrides = [*overrides, f"run.steps={run_steps}"]
+        overrides = [*machine_overrides(pair), *overrides, f"run.steps={run_steps}"]
         with tempfile.TemporaryDirectory() as folder:
             if self.trainer is None:
                 return _run_preceptor(pair, span, [*overrides, *OURS_ONLY, *self.options], Path(folder))
