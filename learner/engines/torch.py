@@ -30,7 +30,7 @@ class ReferenceEngine:
         self._device = student.head.weight.device
         self._weights = list(student.parameters())
         self._masters = [_master_of(weight) for weight in self._weights]
-        self._optimizer = PausableAdamW(self._masters, fused=self._device.type == "cuda", **adamw_settings(config))
+        self._optimizer = PausableAdamW(self._masters, fused=True, **adamw_settings(config))
         self._max_gradient_norm = config.max_gradient_norm
 
     def forward(

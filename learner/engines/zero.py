@@ -182,7 +182,7 @@ def make_optimizer(student: Student, config: LearnerConfig) -> PausableAdamW | P
     if config.offload_optimizer == "cpu":
         tools_on_path()  # DeepSpeed compiles this optimizer
         return PausableCPUAdam(student.parameters(), **settings)
-    return PausableAdamW(student.parameters(), fused=torch.cuda.is_available(), **settings)
+    return PausableAdamW(student.parameters(), fused=True, **settings)
 
 
 def tools_on_path() -> None:
