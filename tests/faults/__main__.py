@@ -1,8 +1,8 @@
 """Applies each seeded fault to a copy of the tree, and prints which test of `make test` catches it.
 
 `python -m tests.faults [NAME...] [--jobs N] [--output FILE]`. Mutation tools make faults by rules of syntax; ours are
-chosen by hand, so a table of texts and this file are all that it takes. `python -m tests.faults minimised --forked`
-applies all faults of what the student minimises, in minutes: their tests start no engine, and run in forks.
+chosen by hand, so a table of texts and this file are all that it takes. Tests that are not slow start no engine: they
+run in forks of one process, in a second or two.
 """
 
 import argparse
@@ -45,7 +45,6 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="faults or areas of tests/faults/table.py; none: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="faults at a time")
     parser.add_argument("--output", type=Path, help="file for the results as JSON")
-    parser.add_argument("--forked", action="store_true", help="import what tests share once; they must start no engine")
     arguments = parser.parse_args()
     names = [name for group in arguments.names for name in GROUPS.get(group, (group,))]
     unknown = set(names) - {fault.name for fault in FAULTS} - set(AREAS)
@@ -65,7 +64,7 @@ def main() -> int:
             return 1
         print(f"{len(tests)} test files and tests pass without a fault, {clean.seconds:.0f} s", flush=True)
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            outcomes = list(pool.map(lambda fault: try_fault(fault, whole, arguments.forked), faults))
+            outcomes = list(pool.map(lambda fault: try_fault(fault, whole), faults))
     num_caught = sum(outcome.caught_by is not None for outcome in outcomes)
     seconds = perf_counter() - started
     print(f"{num_caught} of {len(faults)} faults caught, {seconds:.0f} s")
@@ -84,7 +83,7 @@ def copy_tree(target: Path) -> None:
             shutil.copy2(ROOT / name, target / name)
 
 
-def try_fault(fault: Fault, whole: Path, is_forked: bool = False) -> Outcome:
+def try_fault(fault: Fault, whole: Path) -> Outcome:
     """Run the fault's tests on a copy that has it, and print what became of it."""
     tree = whole.parent / fault.name
     shutil.copytree(whole, tree, copy_function=os.link)
@@ -92,6 +91,7 @@ def try_fault(fault: Fault, whole: Path, is_forked: bool = False) -> Outcome:
     text = fault.applied_to(path.read_text(encoding="utf-8"))
     path.unlink()  # it is a link to the file without the fault
     path.write_text(text, encoding="utf-8")
+    is_forked = not any(may_be_slow(whole, test) for test in fault.tests)
     outcome = run_tests(tree, fault.tests, "-x", "-n0", is_forked=is_forked)
     shutil.rmtree(tree)
     caught = (
@@ -99,6 +99,14 @@ def try_fault(fault: Fault, whole: Path, is_forked: bool = False) -> Outcome:
     )
     print(f"{fault.name:<44} {outcome.seconds:5.0f} s  {caught}", flush=True)
     return outcome
+
+
+def may_be_slow(tree: Path, test: str) -> bool:
+    """Return whether the file of a test, or one of a folder, has slow tests."""
+    path = tree / test.partition("::")[0]
+    return any(
+        "mark.slow" in file.read_text(encoding="utf-8") for file in [path, *path.rglob("*.py")] if file.is_file()
+    )
 
 
 def run_tests(tree: Path, tests: Sequence[str], *options: str, is_forked: bool = False) -> Outcome:

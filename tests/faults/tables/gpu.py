@@ -103,7 +103,7 @@ FAULTS = (
         "learner/weight_sync/gpu_update.py",
         "                self._link.give_up()\n",
         "                self._end()\n                self._link.give_up()\n",
-        ("tests/learner/weight_sync/test_gpu_links.py",),
+        ("tests/learner/weight_sync/test_membership.py",),
     ),
     Fault(
         "a rank waits for ever in a group that was given up",
@@ -117,7 +117,7 @@ FAULTS = (
         "learner/weight_sync/gpu_sender.py",
         "return not link.is_read_in_place and any(",
         "return not link.is_read_in_place and False and any(",
-        ("tests/learner/weight_sync/test_gpu_links.py",),
+        ("tests/learner/weight_sync/test_membership.py",),
     ),
     Fault(
         "an update that never ended stays open",

@@ -100,14 +100,14 @@ FAULTS = (
         "learner/weight_sync/gpu_sender.py",
         "if come_later and worker not in self._known]",
         "if False]",
-        ("tests/learner/weight_sync/test_gpu_links.py",),
+        ("tests/learner/weight_sync/test_membership.py",),
     ),
     Fault(
         "a newcomer never joins the group",
         "learner/weight_sync/gpu_sender.py",
         "self._known = [*(living or self._known), *new]",
         "self._known = [*(living or self._known)]",
-        ("tests/learner/weight_sync/test_gpu_links.py",),
+        ("tests/learner/weight_sync/test_membership.py",),
     ),
     Fault(
         "weights by the object store are not held against the model outside the group",
