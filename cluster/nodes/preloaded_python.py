@@ -73,13 +73,13 @@ def preloaded_python() -> Iterator[None]:
         yield
     finally:
         del os.environ[PYTHON_VARIABLE]
-        if server.poll() not in (None, *STOPPED):
-            reason = (errors.read_text().strip().splitlines() or ["it gave no reason"])[-1]
-            _log.warning("ray.preload: every worker imported by itself: %s", reason)
         server.stdin.close()
         server.terminate()  # it ends at once, unless it has begun to start programs
         try:
             server.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             server.kill()
+        if server.returncode not in (None, *STOPPED):  # it may have been about to end by itself
+            reason = (errors.read_text().strip().splitlines() or ["it gave no reason"])[-1]
+            _log.warning("ray.preload: every worker imported by itself: %s", reason)
         shutil.rmtree(folder, ignore_errors=True)

@@ -70,9 +70,9 @@ class ProcessTree:
 
 def main(folder: Path) -> None:
     """Wait for the owner's end, then clear away."""
+    process_tree = ProcessTree(MARK, str(folder))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    process_tree = ProcessTree(MARK, str(folder))
     next_count = 0.0
     while not select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
         process_tree.note_shared_memory()
