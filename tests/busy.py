@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import subprocess
@@ -12,7 +11,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.harness.report import describe_machine
+from benchmarks.harness.report import write_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,15 +26,14 @@ def main() -> int:
     spinning = [multiprocessing.Process(target=spin, daemon=True) for _ in range(arguments.spinning)]
     for process in spinning:
         process.start()
-    rows = []
+    rows: list[dict[str, object]] = []
     while len(rows) < arguments.runs and all(row["code"] == 0 for row in rows):
         rows.append(run_tests())
         print(f"{rows[-1]['seconds']:5.0f} s  {rows[-1]['summary']}", flush=True)
     assert all(process.is_alive() for process in spinning)
     if arguments.output:
         command = "python -m tests.busy " + " ".join(sys.argv[1:])
-        machine = {"command": command.strip(), **describe_machine()}
-        arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write_rows(arguments.output, command.strip(), rows)
     return int(any(row["code"] for row in rows))
 
 

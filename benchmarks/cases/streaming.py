@@ -221,7 +221,10 @@ def main() -> None:
         ]
     print_rows(rows)
     output = options.output or RESULTS / f"{date.today():%Y-%m-%d}-streaming.json"
-    write_rows(output, "python -m benchmarks.cases.streaming", rows)
+    chosen = (
+        f"--workers {' '.join(map(str, options.workers))} --steps {options.steps} --parts {' '.join(options.parts)}"
+    )
+    write_rows(output, f"python -m benchmarks.cases.streaming {chosen}", rows)
     print(f"written: {output}")
 
 

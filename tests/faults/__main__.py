@@ -102,7 +102,7 @@ def try_fault(fault: Fault, whole: Path) -> Outcome:
 
 
 def may_be_slow(tree: Path, test: str) -> bool:
-    """Return whether the file of a test, or one of a folder, has slow tests."""
+    """Return whether the file that a test is in has slow tests; of a folder: whether any of its files has."""
     path = tree / test.partition("::")[0]
     return any(
         "mark.slow" in file.read_text(encoding="utf-8") for file in [path, *path.rglob("*.py")] if file.is_file()

@@ -84,6 +84,7 @@ class RolloutDeployment:
                 weights[first + update] = self.copy_weights()
                 handles.extend(islice(stream, 1))
             rows = [row for handle in [*handles, *stream] for row in rows_of(handle.reference)]
+            assert len(rows) == len(prompt_ids) * 2**attempt
             if any(set(version_of_each_token(row)) == set(weights) and is_wanted(row) for row in rows):
                 return weights, rows
         raise AssertionError(f"all rows were written before the weights of {len(updates)} updates had arrived")

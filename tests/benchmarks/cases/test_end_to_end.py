@@ -1,9 +1,14 @@
 """What is compared with what; the programs themselves are replaced by figures of theirs."""
 
+from collections.abc import Sequence
+
 import pytest
 
 from benchmarks.cases.end_to_end import DISTILLATION, GKD, OURS, SPINNING_GKD, comparison_rows, measure
+from benchmarks.harness import runners
+from benchmarks.harness.model_pairs import SMOLLM2_RUN_FILE, pair_config
 from benchmarks.harness.runners import Measured, Runner, Span
+from cluster.config.run_file import load_run_config
 
 STRICT, STALE = (runner.name for runner in OURS)
 
@@ -23,6 +28,20 @@ def test_all_take_part_in_the_first_round_and_the_fastest_of_trl_in_the_others()
     results = measure((GKD, SPINNING_GKD, DISTILLATION), 3, run)
     assert order == [*OURS, GKD, SPINNING_GKD, DISTILLATION] + 2 * [*OURS, SPINNING_GKD]
     assert [len(results[runner.name]) for runner in (*OURS, GKD, SPINNING_GKD)] == [3, 3, 1, 3]
+
+
+@pytest.mark.parametrize("lacks_bfloat16", [True, False])
+def test_both_sides_train_in_the_same_dtypes(monkeypatch: pytest.MonkeyPatch, lacks_bfloat16: bool) -> None:
+    monkeypatch.setattr("cluster.models.lm_head.lacks_bfloat16", lambda: lacks_bfloat16)
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr(runners, "_run_preceptor", lambda pair, span, overrides, folder: commands.append(overrides))
+    OURS[0].run("smollm2", Span(1, 1), [])
+    as_typed = load_run_config(SMOLLM2_RUN_FILE, commands[0])
+    theirs = pair_config("smollm2")
+    assert as_typed.learner.dtype == theirs.learner.dtype
+    assert as_typed.rollout.engine.dtype == theirs.rollout.engine.dtype
+    assert as_typed.teachers["smollm2"].engine.dtype == theirs.teachers["smollm2"].engine.dtype
+    assert (as_typed.learner.dtype == "float32") == lacks_bfloat16
 
 
 def test_the_ratio_is_the_median_of_what_each_round_found() -> None:
